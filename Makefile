@@ -1,0 +1,59 @@
+# `make` lists the targets. Each of them installs what it needs first, into .venv.
+
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+INSTALLED := $(VENV)/.installed
+PIP := $(BIN)/python -m pip -qq --disable-pip-version-check
+
+.DEFAULT_GOAL := help
+.DELETE_ON_ERROR:
+MAKEFLAGS += --no-print-directory
+
+.PHONY: help
+help: ## List the targets
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-10s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
+
+.PHONY: install
+install: $(INSTALLED) ## Make .venv and install fastvlm into it; the other targets do this too
+	@:
+
+.PHONY: demo
+demo: $(INSTALLED) ## See fastvlm at work on a small model that comes with it
+	@$(BIN)/fastvlm demo
+
+.PHONY: test
+test: $(INSTALLED) ## Run the fast tests
+	@$(BIN)/python -m pytest -m "not slow"
+
+.PHONY: test-slow
+test-slow: $(INSTALLED) ## Run the slow tests
+	@$(BIN)/python -m pytest -m slow
+
+.PHONY: check
+check: $(INSTALLED) ## Check format, style and types
+	@$(BIN)/ruff format --check --quiet || { echo "Some files are not formatted: run make format."; exit 1; }
+	@$(BIN)/ruff check --quiet
+	@$(BIN)/mypy --no-error-summary src
+
+.PHONY: format
+format: $(INSTALLED) ## Format the code, and mend the style where that is safe
+	@$(BIN)/ruff check --quiet --fix-only
+	@$(BIN)/ruff format --quiet
+
+.PHONY: benchmark
+benchmark: $(INSTALLED) ## Measure every decoding strategy in one run
+	@$(BIN)/fastvlm benchmark
+
+# torch goes first and by its exact version. Left to the resolver, "torch>=2.6" is the newest
+# release, and on Linux its usual build brings several GB of CUDA packages along; the exact version
+# also matches the CPU build of that release (2.13.0+cpu) wherever pip is set up to find one, and
+# prefers it. The second command then finds torch installed and leaves it alone.
+$(INSTALLED): pyproject.toml constraints.txt
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' \
+		|| { echo "fastvlm needs Python 3.11 or newer; $(PYTHON) is $$($(PYTHON) --version 2>&1 | head -n 1). Try make PYTHON=python3.11."; exit 1; }
+	@$(BIN)/python -m pip --version >/dev/null 2>&1 || $(PYTHON) -m venv --clear $(VENV)
+	@echo "Installing fastvlm into $(VENV); the first time takes a few minutes."
+	@$(PIP) install --constraint constraints.txt torch==2.13.0
+	@$(PIP) install --constraint constraints.txt --editable '.[dev]'
+	@touch $@

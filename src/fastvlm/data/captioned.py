@@ -1,0 +1,64 @@
+"""Photographs with several human captions each, in Flickr8k's layout."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from PIL import Image
+from torch import Tensor
+
+from fastvlm.functional.errors import InputError
+
+
+@dataclass(frozen=True, slots=True)
+class CaptionedPhotograph:
+    """A photograph's file and what people wrote of it."""
+
+    path: Path
+    captions: tuple[str, ...]
+
+
+def tidy(caption: str) -> str:
+    """Return a caption as ordinary prose: a capital first, no space before the closing period."""
+    words = caption.replace('"', " ").split()
+    while words and words[-1] in {".", ",", "!"}:
+        words.pop()
+    text = " ".join(words).replace(" ,", ",").replace(" 's", "'s").replace(" .", ".").rstrip(".")
+    return text[:1].upper() + text[1:] + "." if text else ""
+
+
+def read_flickr8k(folder: Path, split: str) -> list[CaptionedPhotograph]:
+    """Read a split of a folder with `captions.tsv`, `<split>.txt` and `images/`.
+
+    Raises:
+        InputError: A file is missing, or a photograph of the split has no caption.
+    """
+    listing, table = folder / f"{split}.txt", folder / "captions.tsv"
+    for file in (listing, table):
+        if not file.is_file():
+            raise InputError(f"{folder} is not laid out like Flickr8k: {file.name} is missing.")
+    captions: dict[str, list[str]] = {}
+    for line in table.read_text(encoding="utf-8").splitlines():
+        name, _, caption = line.partition("\t")
+        if text := tidy(caption):
+            captions.setdefault(name, []).append(text)
+    photographs = []
+    for name in listing.read_text(encoding="utf-8").split():
+        if name not in captions:
+            raise InputError(f"{name}, listed in {listing.name}, has no caption in {table.name}.")
+        photographs.append(CaptionedPhotograph(folder / "images" / name, tuple(captions[name])))
+    return photographs
+
+
+def decode(photographs: Sequence[CaptionedPhotograph], size: int) -> Tensor:
+    """Return all photographs as one uint8 tensor (photographs, 3, size, size), stretched."""
+    pixels = torch.empty(len(photographs), 3, size, size, dtype=torch.uint8)
+    for index, photograph in enumerate(photographs):
+        with Image.open(photograph.path) as image:
+            picture = image.convert("RGB").resize((size, size), Image.Resampling.BICUBIC)
+        flat = torch.frombuffer(bytearray(picture.tobytes()), dtype=torch.uint8)
+        pixels[index] = flat.view(size, size, 3).permute(2, 0, 1)
+    return pixels

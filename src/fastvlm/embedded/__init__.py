@@ -1,0 +1,12 @@
+"""The model, drafts and pictures that ship with the package, and the prompts it was trained on."""
+
+from pathlib import Path
+
+FOLDER = Path(__file__).parent
+MODEL = FOLDER / "model"
+DRAFT = FOLDER / "draft"
+PICTURES = FOLDER / "pictures"
+
+SCENE_PROMPT = "Describe the scene exactly."
+SENTENCE_PROMPT = "Describe the picture in one sentence."
+DESCRIPTION_PROMPT = "Describe the picture in several sentences."

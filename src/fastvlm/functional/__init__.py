@@ -1,0 +1,1 @@
+"""Pure functions, and the errors that every other module raises; needs torch only."""

@@ -1,0 +1,1 @@
+"""Training: the encoder, the whole model, and the draft of a frozen model."""

@@ -1,0 +1,38 @@
+"""Random views of photographs, so that a few thousand of them teach more than themselves."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F  # noqa: N812
+
+
+def random_views(pictures: Tensor, size: int, *, smallest: float = 0.5) -> Tensor:
+    """Crop, mirror and recolour pictures at random.
+
+    Args:
+        pictures: (batch, 3, height, width), uint8.
+        size: Side of the views in pixels.
+        smallest: The smallest share of a picture's side that a view shows.
+
+    Returns:
+        (batch, 3, size, size) in [0, 1].
+    """
+    batch = len(pictures)
+    side = torch.empty(batch, 2).uniform_(smallest, 1.0)
+    # Sides of one crop differ by a quarter at most: the photographs are squashed already.
+    side[:, 1] = torch.minimum(torch.maximum(side[:, 1], side[:, 0] / 1.25), side[:, 0] * 1.25)
+    side = side.clamp(max=1.0)
+    centre = (torch.rand(batch, 2) * 2 - 1) * (1 - side)
+    mirror = (torch.rand(batch) < 0.5).float() * 2 - 1
+    theta = torch.zeros(batch, 2, 3)
+    theta[:, 0, 0], theta[:, 1, 1] = side[:, 0] * mirror, side[:, 1]
+    theta[:, :, 2] = centre
+    grid = F.affine_grid(theta, [batch, 3, size, size], align_corners=False)
+    views = F.grid_sample(pictures.float() / 255, grid, padding_mode="border", align_corners=False)
+    gain = torch.empty(batch, 3, 1, 1).uniform_(0.9, 1.1) * torch.empty(batch, 1, 1, 1).uniform_(
+        0.7, 1.3
+    )
+    mean = views.mean((1, 2, 3), keepdim=True)
+    contrast = torch.empty(batch, 1, 1, 1).uniform_(0.7, 1.3)
+    return (((views - mean) * contrast + mean) * gain).clamp(0, 1)

@@ -1,0 +1,156 @@
+"""The encoder's own lesson, before any text: the facts of scenes and the words of captions.
+
+Captions alone teach an encoder slowly. What a rendered scene shows is known for each of its nine
+places, and what a photograph shows is told by the words that its captions share.
+"""
+
+from __future__ import annotations
+
+import random
+import re
+from collections import Counter
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F  # noqa: N812
+
+from fastvlm.data.captioned import CaptionedPhotograph, decode, read_flickr8k
+from fastvlm.scenes import BACKGROUNDS, COLOURS, SHAPES, SIZES, Scene, by_place, render, sample
+from fastvlm.training.augmentation import random_views
+from fastvlm.training.loop import Schedule, train
+from fastvlm.vision.configuration import FastViTHDConfig
+from fastvlm.vision.fastvithd import FastViTHD
+from fastvlm.vision.pictures import to_tensor
+
+SCENE_SIZE = 192
+PHOTOGRAPH_SIZE = 128
+HELD_OUT_SCENES = 1_000_000_000
+"""Scenes with seeds from here on are never trained on."""
+
+
+def scene_pixels(scenes: Sequence[Scene], size: int) -> Tensor:
+    """Return scenes as pictures: (scenes, 3, size, size) in [0, 1]."""
+    return torch.stack([to_tensor(render(scene, size)) for scene in scenes])
+
+
+def frequent_words(photographs: Sequence[CaptionedPhotograph], least: int) -> list[str]:
+    """Return the words that occur in the captions of at least so many photographs."""
+    counts: Counter[str] = Counter()
+    for photograph in photographs:
+        counts.update(words_of(" ".join(photograph.captions)))
+    return sorted(word for word, count in counts.items() if count >= least)
+
+
+def words_of(text: str) -> set[str]:
+    """Return the distinct lower-case words of a text."""
+    return set(re.findall(r"[a-z]+", text.lower()))
+
+
+class Heads(nn.Module):
+    """Linear read-outs of the encoder's features, thrown away after this lesson."""
+
+    def __init__(self, width: int, words: int) -> None:
+        super().__init__()
+        self.norm = nn.LayerNorm(width)
+        self.shape = nn.Linear(width, len(SHAPES) + 1)
+        self.colour = nn.Linear(width, len(COLOURS))
+        self.size = nn.Linear(width, len(SIZES))
+        self.background = nn.Linear(width, len(BACKGROUNDS))
+        self.words = nn.Linear(width, words)
+
+
+class EncoderLesson:
+    """Teaches a FastViTHD the facts of scenes and the words of photographs' captions."""
+
+    def __init__(
+        self,
+        encoder: FastViTHD,
+        photographs: Sequence[CaptionedPhotograph],
+        *,
+        steps: int,
+    ) -> None:
+        self.encoder = encoder.to(memory_format=torch.channels_last).train()
+        self.photographs = photographs
+        self.scenes_first = steps // 3
+        words = frequent_words(photographs, 30)
+        self.heads = Heads(encoder.config.hidden_size, len(words))
+        self.module = nn.ModuleDict({"encoder": self.encoder, "heads": self.heads})
+        index = {word: number for number, word in enumerate(words)}
+        self.targets = torch.zeros(len(photographs), len(words))
+        for row, photograph in enumerate(photographs):
+            for caption in photograph.captions:
+                for word in words_of(caption) & index.keys():
+                    self.targets[row, index[word]] += 1 / len(photograph.captions)
+        # A log-odds start saves the steps that would only learn how common each word is.
+        common = self.targets.mean(0).clamp(1e-3, 1 - 1e-3)
+        self.heads.words.bias.data = torch.log(common / (1 - common))
+        self.pixels = decode(photographs, 160)
+
+    def loss(self, step: int) -> tuple[Tensor, dict[str, float]]:
+        """Return the facts' and the words' loss of one step."""
+        # Scenes are learnt within a third of the run; after it they are only kept in memory.
+        first = step < self.scenes_first
+        scenes = [sample(random.randrange(HELD_OUT_SCENES)) for _ in range(32 if first else 8)]
+        facts, report = self.facts(scenes)
+        rows = torch.randint(len(self.photographs), (64 if first else 80,))
+        words = self.words(random_views(self.pixels[rows], PHOTOGRAPH_SIZE), self.targets[rows])
+        return facts + words, {**report, "words": float(words.detach())}
+
+    def features(self, pixels: Tensor) -> Tensor:
+        """Return (batch, positions, width) normalised features."""
+        pixels = pixels.to(memory_format=torch.channels_last)
+        states = self.encoder(pixels).last_hidden_state
+        return self.heads.norm(states.flatten(2).transpose(1, 2))
+
+    def words(self, views: Tensor, targets: Tensor) -> Tensor:
+        """Return the loss of the captions' words, summed over words."""
+        logits = self.heads.words(self.features(views).mean(1))
+        losses = F.binary_cross_entropy_with_logits(logits, targets, reduction="none")
+        return losses.sum(1).mean() / 10
+
+    def facts(self, scenes: Sequence[Scene]) -> tuple[Tensor, dict[str, float]]:
+        """Return the loss of the scenes' facts, and the share of things read right."""
+        features = self.features(scene_pixels(scenes, SCENE_SIZE))
+        things = [thing for scene in scenes for thing in by_place(scene)]
+        shape = torch.tensor([0 if t is None else 1 + SHAPES.index(t.shape) for t in things])
+        there = shape > 0
+        colour = torch.tensor([COLOURS.index(t.colour) for t in things if t is not None])
+        size = torch.tensor([SIZES.index(t.size) for t in things if t is not None])
+        background = torch.tensor([BACKGROUNDS.index(scene.background) for scene in scenes])
+        cells = features.flatten(0, 1)
+        guesses = self.heads.shape(cells), self.heads.colour(cells[there]), self.heads.size(
+            cells[there]
+        )
+        behind = self.heads.background(features.mean(1))
+        loss = sum(
+            (F.cross_entropy(guess, truth) for guess, truth in zip(
+                (*guesses, behind), (shape, colour, size, background), strict=True
+            )),
+            start=features.new_zeros(()),
+        )
+        exact = (
+            (guesses[0].argmax(-1)[there] == shape[there])
+            & (guesses[1].argmax(-1) == colour)
+            & (guesses[2].argmax(-1) == size)
+        )
+        return loss, {"facts": float(loss.detach()), "things": float(exact.float().mean())}
+
+
+def train_encoder(
+    photographs: Path, output: Path, schedule: Schedule, variant: str = "fastvithd-small"
+) -> None:
+    """Train a FastViTHD from scratch and save it in training form as `output`.
+
+    Args:
+        photographs: A folder in Flickr8k's layout.
+        output: The directory of the checkpoint while it runs, and of the model in the end.
+        schedule: Length and learning rate of the run.
+        variant: A row of `fastvlm.vision.VARIANTS`.
+    """
+    torch.manual_seed(schedule.seed)
+    encoder = FastViTHD(FastViTHDConfig.variant(variant))
+    lesson = EncoderLesson(encoder, read_flickr8k(photographs, "train"), steps=schedule.steps)
+    train(lesson, schedule, output)
+    encoder.save_pretrained(output)

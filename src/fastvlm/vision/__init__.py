@@ -1,0 +1,6 @@
+"""FastViTHD: the encoder, its configuration, and the preparation of pictures."""
+
+from fastvlm.vision.configuration import VARIANTS, FastViTHDConfig
+from fastvlm.vision.fastvithd import FastViTHD
+
+__all__ = ["VARIANTS", "FastViTHD", "FastViTHDConfig"]

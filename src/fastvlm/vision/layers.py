@@ -1,0 +1,356 @@
+"""The layers of FastViTHD, each of which can fold itself for inference.
+
+Every layer is built in one of the three forms of `FastViTHDConfig.form`. `reparameterize` folds a
+layer's parallel branches into one convolution; `fold` then folds the BatchNorm and the layer scales
+that are left. Both are exact up to rounding, and both need the running statistics of evaluation.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F  # noqa: N812
+
+
+def fold_norm(
+    weight: Tensor, bias: Tensor | None, norm: nn.BatchNorm2d
+) -> tuple[Tensor, Tensor]:
+    """Return the convolution equal to a convolution followed by a BatchNorm.
+
+    Args:
+        weight: (out, in / groups, k, k).
+        bias: (out,), or None for zero.
+        norm: The BatchNorm, read as in evaluation.
+    """
+    scale = norm.weight / torch.sqrt(norm.running_var + norm.eps)
+    shift = norm.bias - norm.running_mean * scale
+    return weight * scale[:, None, None, None], shift if bias is None else shift + bias * scale
+
+
+def identity_kernel(channels: int, groups: int, size: int, like: Tensor) -> Tensor:
+    """Return the (channels, channels / groups, size, size) kernel that copies its input."""
+    per_group = channels // groups
+    kernel = like.new_zeros(channels, per_group, size, size)
+    index = torch.arange(channels, device=like.device)
+    kernel[index, index % per_group, size // 2, size // 2] = 1
+    return kernel
+
+
+def pad_kernel(kernel: Tensor, size: int) -> Tensor:
+    """Return an odd kernel centred in zeros of (size, size)."""
+    margin = (size - kernel.shape[-1]) // 2
+    return F.pad(kernel, (margin, margin, margin, margin))
+
+
+class LayerScale(nn.Module):
+    """A learned factor for each channel of (batch, channels, height, width)."""
+
+    def __init__(self, channels: int, initial: float) -> None:
+        super().__init__()
+        self.gamma = nn.Parameter(torch.full((channels, 1, 1), initial))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x * self.gamma
+
+
+class ConvNorm(nn.Module):
+    """A convolution without bias and its BatchNorm; one biased convolution once folded."""
+
+    def __init__(
+        self,
+        inputs: int,
+        outputs: int,
+        kernel: int,
+        *,
+        stride: int = 1,
+        groups: int = 1,
+        folded: bool = False,
+    ) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(
+            inputs, outputs, kernel, stride, kernel // 2, groups=groups, bias=folded
+        )
+        self.bn = None if folded else nn.BatchNorm2d(outputs)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.conv(x)
+        return x if self.bn is None else self.bn(x)
+
+    def kernel(self) -> tuple[Tensor, Tensor]:
+        """Return the weight and bias of the one convolution that this layer equals."""
+        assert self.bn is not None  # only training and reparameterized forms ask
+        return fold_norm(self.conv.weight, self.conv.bias, self.bn)
+
+    def fold(self) -> None:
+        """Fold the BatchNorm into the convolution."""
+        if self.bn is None:
+            return
+        weight, bias = self.kernel()
+        self.conv.weight.data, self.conv.bias = weight.data, nn.Parameter(bias.data)
+        self.bn = None
+
+
+class SqueezeExcite(nn.Module):
+    """Channel attention from the global average (Hu et al. 2018), reduction 16."""
+
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        self.fc1 = nn.Conv2d(channels, channels // 16, 1)
+        self.fc2 = nn.Conv2d(channels // 16, channels, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        scale = self.fc2(F.relu(self.fc1(x.mean((2, 3), keepdim=True))))
+        return x * scale.sigmoid()
+
+
+class RepConv(nn.Module):
+    """Parallel branches summed, then optional channel attention and GELU; one convolution fused.
+
+    The branches: a convolution of the full size, a smaller one (`branch`: MobileOne's 1x1 scale
+    branch, or the 3x3 one beside a large kernel), and the identity's BatchNorm where the shapes
+    allow one.
+    """
+
+    def __init__(
+        self,
+        inputs: int,
+        outputs: int,
+        kernel: int,
+        *,
+        stride: int = 1,
+        groups: int = 1,
+        branch: int | None = None,
+        identity: bool = False,
+        conv: bool = True,
+        se: bool = False,
+        activation: bool = True,
+        form: str = "training",
+    ) -> None:
+        super().__init__()
+        self.size, self.stride, self.groups = kernel, stride, groups
+        self.conv = self.branch = self.identity = self.reparam = None
+        if form == "training":
+            if conv:
+                self.conv = ConvNorm(inputs, outputs, kernel, stride=stride, groups=groups)
+            if branch:
+                self.branch = ConvNorm(inputs, outputs, branch, stride=stride, groups=groups)
+            if identity:
+                self.identity = nn.BatchNorm2d(inputs)
+        else:
+            self.reparam = nn.Conv2d(inputs, outputs, kernel, stride, kernel // 2, groups=groups)
+        self.se = SqueezeExcite(outputs) if se else None
+        self.act = nn.GELU() if activation else None
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.reparam is not None:
+            out = self.reparam(x)
+        else:
+            parts = [part(x) for part in (self.conv, self.branch, self.identity) if part is not None]
+            out = sum(parts[1:], parts[0])
+        if self.se is not None:
+            out = self.se(out)
+        return out if self.act is None else self.act(out)
+
+    def kernel(self) -> tuple[Tensor, Tensor]:
+        """Return the weight and bias of the one convolution that the branches sum to."""
+        if self.reparam is not None:
+            assert self.reparam.bias is not None
+            return self.reparam.weight, self.reparam.bias
+        kernels = []
+        for part in (self.conv, self.branch):
+            if part is not None:
+                weight, bias = part.kernel()
+                kernels.append((pad_kernel(weight, self.size), bias))
+        if self.identity is not None:
+            channels = self.identity.num_features
+            copy = identity_kernel(channels, self.groups, self.size, self.identity.weight)
+            kernels.append(fold_norm(copy, None, self.identity))
+        weights, biases = zip(*kernels, strict=True)
+        return torch.stack(weights).sum(0), torch.stack(biases).sum(0)
+
+    def reparameterize(self) -> None:
+        """Fold the branches into `reparam`."""
+        if self.reparam is not None:
+            return
+        weight, bias = self.kernel()
+        outputs, per_group = weight.shape[:2]
+        self.reparam = _conv(weight, bias, per_group * self.groups, outputs, self)
+        self.conv = self.branch = self.identity = None
+
+
+def _conv(weight: Tensor, bias: Tensor, inputs: int, outputs: int, like: RepConv) -> nn.Conv2d:
+    conv = nn.Conv2d(
+        inputs, outputs, like.size, like.stride, like.size // 2, groups=like.groups, device="meta"
+    )
+    conv.weight, conv.bias = nn.Parameter(weight.detach()), nn.Parameter(bias.detach())
+    return conv
+
+
+class RepMixer(nn.Module):
+    """FastViT's token mixer: x + scale * (mixer(x) - norm(x)), one depthwise 3x3 when fused."""
+
+    def __init__(self, width: int, layer_scale: float, form: str) -> None:
+        super().__init__()
+        self.norm = self.mixer = self.layer_scale = self.reparam = None
+        if form == "training":
+            self.norm = RepConv(
+                width, width, 3, groups=width, conv=False, identity=True, activation=False
+            )
+            self.mixer = RepConv(
+                width, width, 3, groups=width, branch=1, identity=True, activation=False
+            )
+            self.layer_scale = LayerScale(width, layer_scale)
+        else:
+            self.reparam = nn.Conv2d(width, width, 3, padding=1, groups=width)
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.reparam is not None:
+            return self.reparam(x)
+        assert self.mixer is not None and self.norm is not None and self.layer_scale is not None
+        return x + self.layer_scale(self.mixer(x) - self.norm(x))
+
+    def reparameterize(self) -> None:
+        """Fold the mixer, its norm, the layer scale and the residual into `reparam`."""
+        if self.reparam is not None:
+            return
+        assert self.mixer is not None and self.norm is not None and self.layer_scale is not None
+        mixer_weight, mixer_bias = self.mixer.kernel()
+        norm_weight, norm_bias = self.norm.kernel()
+        gamma = self.layer_scale.gamma
+        width = len(gamma)
+        copy = identity_kernel(width, width, 3, mixer_weight)
+        weight = copy + gamma[..., None] * (mixer_weight - norm_weight)
+        bias = gamma.flatten() * (mixer_bias - norm_bias)
+        self.reparam = _conv(weight, bias, width, width, self.mixer)
+        self.norm = self.mixer = self.layer_scale = None
+
+
+class ConvFFN(nn.Module):
+    """A 7x7 depthwise convolution and BatchNorm, then 1x1, GELU, 1x1."""
+
+    def __init__(self, width: int, ratio: int, form: str) -> None:
+        super().__init__()
+        self.conv = ConvNorm(width, width, 7, groups=width, folded=form == "fused")
+        self.fc1 = nn.Conv2d(width, width * ratio, 1)
+        self.fc2 = nn.Conv2d(width * ratio, width, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.fc2(F.gelu(self.fc1(self.conv(x))))
+
+
+class SelfAttention(nn.Module):
+    """Multi-head self-attention over the positions of (batch, channels, height, width)."""
+
+    def __init__(self, width: int, head_dim: int) -> None:
+        super().__init__()
+        self.head_dim = head_dim
+        self.qkv = nn.Linear(width, 3 * width, bias=False)
+        self.proj = nn.Linear(width, width)
+
+    def forward(self, x: Tensor) -> Tensor:
+        batch, width, height, columns = x.shape
+        tokens = x.flatten(2).transpose(1, 2)
+        qkv = self.qkv(tokens).view(batch, tokens.shape[1], 3, -1, self.head_dim)
+        query, key, value = qkv.permute(2, 0, 3, 1, 4)
+        mixed = F.scaled_dot_product_attention(query, key, value)
+        mixed = self.proj(mixed.transpose(1, 2).reshape(batch, -1, width))
+        return mixed.transpose(1, 2).reshape(batch, width, height, columns)
+
+
+class ChannelNorm(nn.LayerNorm):
+    """LayerNorm over the channels of (batch, channels, height, width)."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__(width, eps=1e-5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
+
+
+def _fold_scale(linear: nn.Linear | nn.Conv2d, scale: LayerScale) -> None:
+    """Multiply a layer's outputs by a layer scale for good."""
+    gamma = scale.gamma.detach().flatten()
+    assert linear.bias is not None
+    linear.weight.data = linear.weight.data * gamma.view(-1, *[1] * (linear.weight.dim() - 1))
+    linear.bias.data = linear.bias.data * gamma
+
+
+class MixerBlock(nn.Module):
+    """A block of stages 1 to 3: RepMixer, then the feed-forward network."""
+
+    def __init__(self, width: int, ratio: int, layer_scale: float, form: str) -> None:
+        super().__init__()
+        self.token_mixer = RepMixer(width, layer_scale, form)
+        self.mlp = ConvFFN(width, ratio, form)
+        self.layer_scale = None if form == "fused" else LayerScale(width, layer_scale)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.token_mixer(x)
+        out = self.mlp(x)
+        return x + (out if self.layer_scale is None else self.layer_scale(out))
+
+    def fold(self) -> None:
+        """Fold the layer scale into the feed-forward network."""
+        if self.layer_scale is not None:
+            _fold_scale(self.mlp.fc2, self.layer_scale)
+            self.layer_scale = None
+
+
+class AttentionBlock(nn.Module):
+    """A block of stages 4 and 5: self-attention, then the feed-forward network."""
+
+    def __init__(
+        self, width: int, ratio: int, head_dim: int, layer_scale: float, form: str
+    ) -> None:
+        super().__init__()
+        fused = form == "fused"
+        self.norm = ChannelNorm(width)
+        self.token_mixer = SelfAttention(width, head_dim)
+        self.layer_scale_1 = None if fused else LayerScale(width, layer_scale)
+        self.mlp = ConvFFN(width, ratio, form)
+        self.layer_scale_2 = None if fused else LayerScale(width, layer_scale)
+
+    def forward(self, x: Tensor) -> Tensor:
+        mixed = self.token_mixer(self.norm(x))
+        x = x + (mixed if self.layer_scale_1 is None else self.layer_scale_1(mixed))
+        out = self.mlp(x)
+        return x + (out if self.layer_scale_2 is None else self.layer_scale_2(out))
+
+    def fold(self) -> None:
+        """Fold both layer scales into the projections before them."""
+        if self.layer_scale_1 is not None and self.layer_scale_2 is not None:
+            _fold_scale(self.token_mixer.proj, self.layer_scale_1)
+            _fold_scale(self.mlp.fc2, self.layer_scale_2)
+            self.layer_scale_1 = self.layer_scale_2 = None
+
+
+class PositionEncoding(nn.Module):
+    """Conditional position encoding: a 7x7 depthwise convolution added to its input."""
+
+    def __init__(self, width: int, form: str) -> None:
+        super().__init__()
+        self.residual = form == "training"
+        self.conv = nn.Conv2d(width, width, 7, padding=3, groups=width)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + self.conv(x) if self.residual else self.conv(x)
+
+    def reparameterize(self) -> None:
+        """Fold the residual into the convolution."""
+        if self.residual:
+            width = self.conv.out_channels
+            copy = identity_kernel(width, width, 7, self.conv.weight)
+            self.conv.weight.data = self.conv.weight.data + copy
+            self.residual = False
+
+
+class Downsample(nn.Module):
+    """Halve the resolution: 7x7 depthwise with stride 2 beside a 3x3, then 1x1."""
+
+    def __init__(self, inputs: int, outputs: int, form: str) -> None:
+        super().__init__()
+        self.large = RepConv(inputs, outputs, 7, stride=2, groups=inputs, branch=3, form=form)
+        self.point = RepConv(outputs, outputs, 1, identity=True, form=form)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.point(self.large(x))
