@@ -24,7 +24,11 @@ _LETTER = (
 )
 _ALNUM = rf"(?:{_LETTER}|\d)"
 _CLITIC = rf"'(?i:[smd]|re|ve|ll)(?!{_LETTER})"
-_HYPHENATED = rf"{_ALNUM}(?:{_ALNUM}|[.,])*(?:[-_\u2010\u2011](?:(?:[A-Za-z]\.){{2,}}|{_ALNUM}+))+"
+# Bounded, lest the "a,a,a,a..." of a captioner gone astray takes time quadratic in its length.
+_HYPHENATED = (
+    rf"{_ALNUM}(?:{_ALNUM}|[.,]){{0,60}}"
+    rf"(?:[-_\u2010\u2011](?:(?:[A-Za-z]\.){{2,}}|{_ALNUM}+))+"
+)
 _DOTTED = rf"{_LETTER}{_ALNUM}*(?:[.!?]{_LETTER}{_ALNUM}*)+"
 _PART_OF_SLASHED = r"[A-Za-z0-9]+(?:-[A-Za-z]+){0,2}"
 

@@ -45,7 +45,7 @@ PROMPTS = {
 class DecoderShape:
     """The decoder's size: a Qwen2 with tied embeddings."""
 
-    layers: int = 24
+    layers: int = 20
     width: int = 192
     hidden: int = 576
     heads: int = 3
@@ -108,9 +108,9 @@ class ModelLesson:
         tokenizer: PreTrainedTokenizerFast,
         photographs: Sequence[CaptionedPhotograph],
         *,
-        scenes_a_step: int = 10,
-        photographs_a_step: int = 14,
-        sentences_a_photograph: int = 2,
+        scenes_a_step: int = 8,
+        photographs_a_step: int = 10,
+        sentences_a_photograph: int = 1,
     ) -> None:
         # Evaluation statistics in the BatchNorms: a batch is small here, and the encoder has
         # learnt them in its own lesson.

@@ -1,0 +1,18 @@
+"""Decoding: the cycle of drafting, verifying, accepting and committing, and its strategies."""
+
+from fastvlm.decoding.cycle import Decoding, Request
+from fastvlm.decoding.strategies import (
+    Autoregressive,
+    Drafter,
+    PromptLookup,
+    SelfSpeculative,
+)
+
+__all__ = [
+    "Autoregressive",
+    "Decoding",
+    "Drafter",
+    "PromptLookup",
+    "Request",
+    "SelfSpeculative",
+]

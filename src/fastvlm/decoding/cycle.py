@@ -1,0 +1,202 @@
+"""The cycle: draft, verify, accept, commit."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from fastvlm.decoding.strategies import Batch, Draft, Drafter
+from fastvlm.functional.acceptance import accept_greedy
+from fastvlm.functional.errors import InputError
+from fastvlm.language.decoder import SplitDecoder
+
+
+@dataclass(slots=True)
+class Request:
+    """One reply to decode, and in the end what was decoded and how.
+
+    Args:
+        tokens: The prompt's tokens, a placeholder for each visual token.
+        embeddings: The prompt's embeddings, the picture's in their places: (length, d_model).
+        max_new_tokens: The most tokens of the reply.
+        end_tokens: Tokens that end a reply.
+        started: When its work began (`time.perf_counter`), for the time to first token.
+    """
+
+    tokens: list[int]
+    embeddings: Tensor
+    max_new_tokens: int
+    end_tokens: frozenset[int] = frozenset()
+    started: float = field(default_factory=time.perf_counter)
+    reply: list[int] = field(default_factory=list)
+    drafted: list[bool] = field(default_factory=list)
+    """Whether each token of the reply was drafted and accepted."""
+    times: list[float] = field(default_factory=list)
+    """When each token of the reply was known."""
+    proposed: list[int] = field(default_factory=list)
+    """Drafted tokens of each cycle."""
+    accepted: list[int] = field(default_factory=list)
+    """Accepted tokens of each cycle."""
+    finished: bool = False
+
+    def take(self, tokens: Sequence[int], accepted: int, now: float) -> int:
+        """Add a cycle's tokens, cut at an end token and at the limit; return how many stayed."""
+        for index, token in enumerate(tokens):
+            self.reply.append(token)
+            self.drafted.append(index < accepted)
+            self.times.append(now)
+            if token in self.end_tokens or len(self.reply) >= self.max_new_tokens:
+                self.finished = True
+                return index + 1
+        return len(tokens)
+
+
+class Decoding:
+    """Decodes a batch of requests with one strategy.
+
+    Rows accept different numbers of tokens and finish at different times; each has its own length
+    in the cache.
+
+    Args:
+        decoder: The target.
+        drafter: The strategy.
+        requests: The rows.
+
+    Raises:
+        InputError: A prompt doesn't fit into the model's context, or the limit is below 1.
+    """
+
+    def __init__(
+        self, decoder: SplitDecoder, drafter: Drafter, requests: Sequence[Request]
+    ) -> None:
+        self.decoder, self.drafter, self.requests = decoder, drafter, list(requests)
+        for request in self.requests:
+            if request.max_new_tokens < 1:
+                raise InputError(
+                    f"max_new_tokens must be at least 1; got {request.max_new_tokens}."
+                )
+            if len(request.tokens) >= decoder.context:
+                raise InputError(
+                    f"The prompt has {len(request.tokens)} tokens with its picture, but the"
+                    f" model's context is {decoder.context}."
+                )
+            # What doesn't fit into the context is not asked of a model that never learnt it.
+            request.max_new_tokens = min(
+                request.max_new_tokens, decoder.context - len(request.tokens)
+            )
+        # The last token is never written, but a draft's tokens are before they are rejected.
+        capacity = max(len(r.tokens) + r.max_new_tokens for r in self.requests) + drafter.margin
+        self.batch = Batch(
+            decoder,
+            decoder.cache(len(self.requests), capacity, drafter.cache_layers),
+            last=[],
+            history=[list(request.tokens) for request in self.requests],
+            active=[True] * len(self.requests),
+            end_tokens=frozenset().union(*(request.end_tokens for request in self.requests)),
+        )
+
+    def __iter__(self) -> Iterator[list[int]]:
+        """Yield, after the prefill and after each cycle, how many tokens each row gained."""
+        yield self.prefill()
+        while any(self.batch.active):
+            yield self.cycle()
+
+    @torch.inference_mode()
+    def prefill(self) -> list[int]:
+        """Compute the prompts and each row's first token."""
+        lengths = [len(request.tokens) for request in self.requests]
+        longest = max(lengths)
+        x = torch.zeros(
+            len(lengths), longest, self.decoder.width, dtype=self.decoder.dtype,
+            device=self.decoder.device,
+        )
+        for row, request in enumerate(self.requests):
+            x[row, : lengths[row]] = request.embeddings
+        cache, exit_layer = self.batch.cache, self.drafter.exit_layer
+        span = cache.span([0] * len(lengths), longest)
+        x = self.decoder.run(x, span, cache, range(exit_layer))
+        cache.lengths = lengths
+        if exit_layer:
+            self.drafter.observe(x, span, self.batch)
+        x = self.decoder.run(x, span, cache, range(exit_layer, self.decoder.depth))
+        last = torch.tensor(lengths, device=x.device) - 1
+        logits = self.decoder.head(x[torch.arange(len(x), device=x.device), last][:, None])
+        first = logits[:, 0].argmax(-1).tolist()
+        return self.commit([[] for _ in first], [[token] for token in first])
+
+    @torch.inference_mode()
+    def cycle(self) -> list[int]:
+        """Draft, verify, accept and commit once."""
+        room = [
+            max(0, request.max_new_tokens - len(request.reply) - 1) for request in self.requests
+        ]
+        draft = self.drafter.draft(self.batch, room)
+        logits, hidden = self.verify(draft)
+        best = logits.argmax(-1).tolist()
+        chosen: list[list[int]] = []
+        accepted: list[int] = []
+        for tokens, own in zip(draft.tokens, best, strict=True):
+            count, following = accept_greedy(tokens, own)
+            chosen.append([*tokens[:count], following])
+            accepted.append(count)
+        lengths = self.batch.cache.lengths
+        self.batch.cache.lengths = [
+            length + count + 1 if active else length
+            for length, count, active in zip(lengths, accepted, self.batch.active, strict=True)
+        ]
+        if hidden is not None:
+            self.drafter.commit(hidden, accepted)
+        return self.commit(draft.tokens, chosen)
+
+    def verify(self, draft: Draft) -> tuple[Tensor, Tensor | None]:
+        """Run the full model over the last committed tokens and the drafts.
+
+        What drafting has computed is not computed again: the first layers run on the last drafted
+        token only, and the others on all hidden states.
+
+        Returns:
+            The target's logits, (batch, g + 1, vocabulary), and the exit layer's hidden states,
+            (batch, g + 1, d_model), or None for a strategy without an exit layer.
+        """
+        decoder, cache, exit_layer = self.decoder, self.batch.cache, self.drafter.exit_layer
+        width = 1 + max(len(tokens) for tokens in draft.tokens)
+        known = 0 if draft.hidden is None else draft.hidden.shape[1]
+        inputs = [
+            ([last, *tokens] + [last] * width)[known:width]
+            for last, tokens in zip(self.batch.last, draft.tokens, strict=True)
+        ]
+        x = decoder.embed(torch.tensor(inputs, device=decoder.device))
+        if exit_layer:
+            rest = cache.span([length + known for length in cache.lengths], width - known)
+            x = decoder.run(x, rest, cache, range(exit_layer))
+            if draft.hidden is not None:
+                x = torch.cat((draft.hidden, x), 1)
+        hidden = x if exit_layer else None
+        span = cache.span(cache.lengths, width)
+        x = decoder.run(x, span, cache, range(exit_layer, decoder.depth))
+        return decoder.head(x), hidden
+
+    def commit(self, drafts: list[list[int]], chosen: list[list[int]]) -> list[int]:
+        """Give each active row its tokens; return how many each gained."""
+        now = time.perf_counter()
+        gained = []
+        batch = self.batch
+        batch.last = [tokens[-1] for tokens in chosen]
+        for row, (request, draft, tokens) in enumerate(
+            zip(self.requests, drafts, chosen, strict=True)
+        ):
+            if not batch.active[row]:
+                gained.append(0)
+                continue
+            accepted = len(tokens) - 1
+            if request.reply:
+                request.proposed.append(len(draft))
+                request.accepted.append(accepted)
+            batch.history[row] += tokens
+            gained.append(request.take(tokens, accepted, now))
+            batch.active[row] = not request.finished
+        return gained

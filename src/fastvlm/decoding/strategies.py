@@ -1,0 +1,268 @@
+"""The strategies: ways of drafting that share one engine."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Protocol
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F  # noqa: N812
+
+from fastvlm.drafting.draft_length import DraftLength, FixedLength
+from fastvlm.drafting.imitation import ImitationNetwork
+from fastvlm.functional.errors import InputError
+from fastvlm.language.cache import DecoderCache, Span
+from fastvlm.language.decoder import SplitDecoder
+
+
+@dataclass(slots=True)
+class Batch:
+    """The rows being decoded, as drafters see them.
+
+    Args:
+        decoder: The target.
+        cache: Its cache, whose `lengths` are the positions already committed.
+        last: Each row's last committed token, which the cache doesn't hold yet.
+        history: All of each row's tokens, its prompt's and the last one included.
+        active: Whether each row still decodes.
+        end_tokens: Tokens that end a reply.
+    """
+
+    decoder: SplitDecoder
+    cache: DecoderCache
+    last: list[int]
+    history: list[list[int]]
+    active: list[bool]
+    end_tokens: frozenset[int]
+
+
+@dataclass(slots=True)
+class Draft:
+    """What one cycle proposes.
+
+    Args:
+        tokens: A draft for each row; rows may differ in length.
+        hidden: The exit layer's hidden states of each row's last committed token and of all
+            drafted ones but the last, (batch, g, d_model); None where no layer ran.
+        logits: The drafter's logits at each drafted position, (batch, g, vocabulary), and the
+            tokens its columns stand for (None: all); for acceptance by sampling.
+    """
+
+    tokens: list[list[int]]
+    hidden: Tensor | None = None
+    logits: Tensor | None = None
+    vocabulary: Tensor | None = None
+
+
+class Drafter(Protocol):
+    """What the cycle needs of a strategy."""
+
+    name: str
+    exit_layer: int
+    """Layers of the target that drafting runs (k); 0 for a strategy that runs none."""
+    cache_layers: int
+    """Layers that the strategy adds to the cache."""
+    margin: int
+    """The most tokens of a draft."""
+
+    def observe(self, hidden: Tensor, span: Span, batch: Batch) -> None:
+        """Take the exit layer's hidden states of the prompts: (batch, length, d_model)."""
+        ...
+
+    def draft(self, batch: Batch, limits: list[int]) -> Draft:
+        """Propose tokens to follow each row's last one, at most `limits` of them."""
+        ...
+
+    def commit(self, hidden: Tensor, accepted: list[int]) -> None:
+        """Learn what was accepted.
+
+        Args:
+            hidden: The exit layer's hidden states of the last committed token and of the whole
+                draft: (batch, g + 1, d_model).
+            accepted: Drafted tokens that each row accepted.
+        """
+        ...
+
+
+class Autoregressive:
+    """No draft: one pass of the whole model for each token."""
+
+    name = "autoregressive"
+    exit_layer = cache_layers = margin = 0
+
+    def observe(self, hidden: Tensor, span: Span, batch: Batch) -> None:
+        """Nothing to learn."""
+
+    def draft(self, batch: Batch, limits: list[int]) -> Draft:  # noqa: ARG002
+        """Propose nothing."""
+        return Draft([[] for _ in batch.last])
+
+    def commit(self, hidden: Tensor, accepted: list[int]) -> None:
+        """Nothing to learn."""
+
+
+@dataclass(slots=True)
+class PromptLookup:
+    """Propose what followed the last tokens where they stood before (Saxena 2023).
+
+    Args:
+        margin: The most tokens of a draft.
+        ngram: The longest run of last tokens to look for.
+    """
+
+    margin: int = 10
+    ngram: int = 3
+    name: str = "lookup"
+    exit_layer: int = 0
+    cache_layers: int = 0
+
+    def observe(self, hidden: Tensor, span: Span, batch: Batch) -> None:
+        """Nothing to learn."""
+
+    def draft(self, batch: Batch, limits: list[int]) -> Draft:
+        """Propose what followed the longest and latest earlier occurrence."""
+        return Draft(
+            [
+                self.look_up(history, min(self.margin, limit)) if active and limit else []
+                for history, active, limit in zip(batch.history, batch.active, limits, strict=True)
+            ]
+        )
+
+    def look_up(self, history: list[int], most: int) -> list[int]:
+        """Return at most `most` tokens that followed the last ones where they stood before."""
+        for size in range(min(self.ngram, len(history) - 1), 0, -1):
+            pattern = history[-size:]
+            for start in range(len(history) - size - 1, -1, -1):
+                if history[start : start + size] == pattern:
+                    return history[start + size : start + size + most]
+        return []
+
+    def commit(self, hidden: Tensor, accepted: list[int]) -> None:
+        """Nothing to learn."""
+
+
+@dataclass(slots=True)
+class SelfSpeculative:
+    """Draft with the target's first layers, an imitation network and the shared LM head.
+
+    Without a network this is early exit: the final norm and LM head on the exit layer's states.
+
+    Args:
+        decoder: The target.
+        exit_layer: Layers of the target that draft (k).
+        network: The imitation network, or None for early exit.
+        length: How long a draft goes on.
+        name: The strategy's name in tables.
+    """
+
+    decoder: SplitDecoder
+    exit_layer: int
+    network: ImitationNetwork | None = None
+    length: DraftLength = field(default_factory=FixedLength)
+    name: str = "imitation"
+    margin: int = field(init=False)
+    cache_layers: int = field(init=False)
+    keeps_logits: bool = False
+    _head: Tensor | None = field(init=False, default=None)
+    _before: Tensor | None = field(init=False, default=None)
+
+    def __post_init__(self) -> None:
+        """Cut the head to the draft's vocabulary.
+
+        Raises:
+            InputError: The exit layer is not one of the target's.
+        """
+        if not 1 <= self.exit_layer < self.decoder.depth:
+            raise InputError(
+                f"The exit layer lies between 1 and {self.decoder.depth - 1} for this model;"
+                f" got {self.exit_layer}."
+            )
+        self.margin = self.length.maximum
+        self.cache_layers = 0 if self.network is None else self.network.cache_layers
+        if self.vocabulary is not None:
+            self._head = self.decoder.head_rows(self.vocabulary).detach().contiguous()
+
+    @property
+    def vocabulary(self) -> Tensor | None:
+        """The tokens that can be drafted, or None for all."""
+        return None if self.network is None else self.network.draft_vocabulary
+
+    def observe(self, hidden: Tensor, span: Span, batch: Batch) -> None:
+        """Fill the network's cache with the prompts."""
+        if self.network is not None and self.cache_layers:
+            self.network.run(hidden, span, batch.cache, self.decoder)
+        lengths = torch.tensor(batch.cache.lengths, device=hidden.device)
+        rows = torch.arange(len(hidden), device=hidden.device)
+        self._before = hidden[rows, lengths - 1][:, None]
+
+    def draft(self, batch: Batch, limits: list[int]) -> Draft:
+        """Draft token by token until every row is unsure or full."""
+        rows = len(batch.last)
+        tokens: list[list[int]] = [[] for _ in range(rows)]
+        going = [a and limit > 0 for a, limit in zip(batch.active, limits, strict=True)]
+        starts, last = batch.cache.lengths, batch.last
+        states: list[Tensor] = []
+        logits: list[Tensor] = []
+        while any(going):
+            step = len(states)
+            span = batch.cache.span([start + step for start in starts], 1)
+            x = self.decoder.embed(torch.tensor(last, device=self.decoder.device)[:, None])
+            x = self.decoder.run(x, span, batch.cache, range(self.exit_layer))
+            states.append(x)
+            scores = self.head(self.imitate(x, span, batch))[:, -1]
+            if self.keeps_logits:
+                logits.append(scores)
+            last, confidences = self.choose(scores)
+            for row in range(rows):
+                if going[row]:
+                    tokens[row].append(last[row])
+                    going[row] = (
+                        last[row] not in batch.end_tokens
+                        and len(tokens[row]) < limits[row]
+                        and self.length.goes_on(len(tokens[row]), confidences[row])
+                    )
+        return Draft(
+            tokens,
+            torch.cat(states, 1) if states else None,
+            torch.stack(logits, 1) if logits else None,
+            self.vocabulary,
+        )
+
+    def imitate(self, x: Tensor, span: Span, batch: Batch) -> Tensor:
+        """Return the network's guess of the last layer's states: (batch, 1 or 2, d_model)."""
+        if self.network is None:
+            return x
+        if self.cache_layers and self._before is not None:
+            # The network has not seen the last token of a draft that was accepted whole, so each
+            # cycle begins one position back. Where it has seen it, it computes the same again.
+            x = torch.cat((self._before, x), 1)
+            span = batch.cache.span([start - 1 for start in span.starts], 2)
+            self._before = None
+        return self.network.run(x, span, batch.cache, self.decoder)
+
+    def head(self, x: Tensor) -> Tensor:
+        """Return the logits of the last position: (batch, 1, draft vocabulary)."""
+        x = x[:, -1:]
+        if self._head is None:
+            return self.decoder.head(x)
+        return F.linear(self.decoder.norm(x), self._head)
+
+    def choose(self, scores: Tensor) -> tuple[list[int], list[float]]:
+        """Return each row's best token and the drafter's probability of it."""
+        best = scores.argmax(-1)
+        if self.length.reads_confidence:
+            top = scores.gather(-1, best[:, None]).squeeze(-1)
+            confidences = torch.exp(top - scores.logsumexp(-1)).tolist()
+        else:
+            confidences = [1.0] * len(scores)
+        tokens = best if self.vocabulary is None else self.vocabulary[best]
+        return tokens.tolist(), confidences
+
+    def commit(self, hidden: Tensor, accepted: list[int]) -> None:
+        """Keep the hidden state before the new last token."""
+        if len(accepted) == 1:
+            self._before = hidden[:, accepted[0] : accepted[0] + 1]
+            return
+        rows = torch.arange(len(accepted), device=hidden.device)
+        self._before = hidden[rows, torch.tensor(accepted, device=hidden.device)][:, None]

@@ -1,0 +1,166 @@
+"""The imitation network: from the exit layer's hidden states to the last layer's.
+
+(FastVLM, Bajpai and Hanawal, arXiv 2510.22641, section 3.) The final norm and the LM head are the
+target's own; the network alone is trained.
+"""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F  # noqa: N812
+from transformers import AutoConfig, AutoModel, PreTrainedConfig, PreTrainedModel
+
+from fastvlm.functional.errors import InputError
+from fastvlm.language.cache import DecoderCache, Span
+from fastvlm.language.decoder import SplitDecoder
+
+KINDS = ("block", "mlp")
+
+
+class ImitationConfig(PreTrainedConfig):
+    """What an imitation network is, and for which target.
+
+    Args:
+        kind: `block`: decoder layers of the target's own kind, with their own cache. `mlp`: the
+            paper's norm, gated feed-forward network and residual, per token.
+        exit_layer: Layers of the target that run before the network (k).
+        blocks: Decoder layers in a network of kind `block`.
+        text_config: The configuration of the target's decoder.
+        target: The target's fingerprint.
+        num_speculative_tokens: The most tokens in a draft that serves this network best.
+        confidence: The drafter's own probability below which a draft ends.
+    """
+
+    model_type = "fastvlm_imitation"
+
+    kind: str = "block"
+    exit_layer: int = 1
+    blocks: int = 1
+    text_config: dict[str, Any] | None = None
+    target: str | None = None
+    draft_vocabulary_size: int | None = None
+    num_speculative_tokens: int = 16
+    confidence: float = 0.5
+
+    def __post_init__(self, **kwargs: Any) -> None:
+        """Check the shape.
+
+        Raises:
+            InputError: The kind is unknown, or the exit layer or the blocks are out of range.
+        """
+        if self.kind not in KINDS:
+            raise InputError(f"An imitation network is one of {', '.join(KINDS)}; got {self.kind}.")
+        if self.exit_layer < 1 or self.blocks < 1:
+            raise InputError(
+                "An imitation network needs an exit layer and blocks of at least 1; got"
+                f" {self.exit_layer} and {self.blocks}."
+            )
+        super().__post_init__(**kwargs)
+
+
+class GatedMlp(nn.Module):
+    """The paper's network: x + down(silu(gate(norm(x))) * up(norm(x))), per token."""
+
+    def __init__(self, width: int, hidden: int, eps: float) -> None:
+        super().__init__()
+        self.norm = nn.RMSNorm(width, eps)
+        self.gate_proj = nn.Linear(width, hidden, bias=False)
+        self.up_proj = nn.Linear(width, hidden, bias=False)
+        self.down_proj = nn.Linear(hidden, width, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        normed = self.norm(x)
+        return x + self.down_proj(F.silu(self.gate_proj(normed)) * self.up_proj(normed))
+
+
+class ImitationNetwork(PreTrainedModel):
+    """Imitates the layers of a target from the exit layer to the last.
+
+    A draft's directory is this model saved with `save_pretrained`.
+    """
+
+    config: ImitationConfig
+    config_class = ImitationConfig
+    base_model_prefix = "imitation"
+
+    def __init__(self, config: ImitationConfig) -> None:
+        super().__init__(config)
+        if config.text_config is None:
+            raise InputError("An imitation network's configuration needs the target's text_config.")
+        text = dict(config.text_config)
+        self.depth = int(text["num_hidden_layers"])
+        if config.exit_layer >= self.depth:
+            raise InputError(
+                f"The exit layer must be below the target's {self.depth} layers;"
+                f" got {config.exit_layer}."
+            )
+        if config.kind == "block":
+            self.layers = decoder_layers(text, config.blocks, first_index=self.depth)
+            self.mlp = None
+        else:
+            width, hidden = int(text["hidden_size"]), int(text["intermediate_size"])
+            self.layers = nn.ModuleList()
+            self.mlp = GatedMlp(width, hidden, float(text["rms_norm_eps"]))
+        size = config.draft_vocabulary_size
+        # The token that each row of the restricted head stands for.
+        self.register_buffer(
+            "draft_vocabulary", None if size is None else torch.zeros(size, dtype=torch.long)
+        )
+        self.post_init()
+
+    def _init_weights(self, module: nn.Module) -> None:
+        if isinstance(module, nn.Linear):
+            nn.init.normal_(module.weight, std=0.02)
+            if module.bias is not None:
+                nn.init.zeros_(module.bias)
+        elif hasattr(module, "weight") and module.weight.dim() == 1:
+            nn.init.ones_(module.weight)
+
+    @property
+    def cache_layers(self) -> int:
+        """Layers that the network adds to the decoder's cache."""
+        return len(self.layers)
+
+    def run(self, x: Tensor, span: Span, cache: DecoderCache, decoder: SplitDecoder) -> Tensor:
+        """Imitate the last layer's hidden states from the exit layer's: (batch, new, d_model)."""
+        if self.mlp is not None:
+            return self.mlp(x)
+        return decoder.run_blocks(x, span, cache, self.layers)
+
+
+def decoder_layers(text: dict[str, Any], number: int, first_index: int) -> nn.ModuleList:
+    """Return untrained decoder layers of a family, which cache as layers from `first_index` on."""
+    text = {key: value for key, value in text.items() if key != "layer_types"}
+    config = AutoConfig.for_model(**{**text, "num_hidden_layers": number})
+    config.vocab_size = 1
+    config.pad_token_id = None
+    # The decoder layers of a family, without naming each family's class.
+    layers = AutoModel.from_config(config).layers
+    for offset, layer in enumerate(layers):
+        layer.self_attn.layer_idx = first_index + offset
+    return layers
+
+
+def initialise_from(network: ImitationNetwork, layers: list[nn.Module]) -> None:
+    """Start a network from the target's layers that it stands for.
+
+    A `block` takes the layers from the exit layer on (of which a draft with as many blocks as the
+    target has layers left is the target itself); an `mlp` takes the first one's feed-forward part.
+    """
+    first = network.config.exit_layer
+    if network.mlp is not None:
+        source = layers[first]
+        network.mlp.norm.weight.data.copy_(source.post_attention_layernorm.weight)
+        for name in ("gate_proj", "up_proj", "down_proj"):
+            getattr(network.mlp, name).weight.data.copy_(getattr(source.mlp, name).weight)
+        return
+    for block, source in zip(network.layers, layers[first:], strict=False):
+        block.load_state_dict(copy.deepcopy(source.state_dict()))
+
+
+AutoConfig.register("fastvlm_imitation", ImitationConfig, exist_ok=True)
+AutoModel.register(ImitationConfig, ImitationNetwork, exist_ok=True)

@@ -1,0 +1,7 @@
+"""The decoder of a checkpoint, split at any layer, and the cache that its layers talk to."""
+
+from fastvlm.language.cache import DecoderCache, Span
+from fastvlm.language.decoder import SplitDecoder
+from fastvlm.language.families import split_decoder
+
+__all__ = ["DecoderCache", "Span", "SplitDecoder", "split_decoder"]

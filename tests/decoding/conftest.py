@@ -1,0 +1,130 @@
+"""Small models with random weights, and the naive ways to decode with them."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    FastVlmConfig,
+    FastVlmForConditionalGeneration,
+    PreTrainedModel,
+)
+
+from fastvlm.decoding import Decoding, Drafter, Request, SelfSpeculative
+from fastvlm.drafting import DraftLength, FixedLength, ImitationConfig, ImitationNetwork
+from fastvlm.drafting.imitation import initialise_from
+from fastvlm.language import split_decoder
+from fastvlm.vision import FastViTHDConfig
+
+SMALL: dict[str, Any] = {
+    "vocab_size": 97,
+    "hidden_size": 64,
+    "intermediate_size": 96,
+    "num_hidden_layers": 5,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 256,
+    # Large weights, so that random models don't just repeat one token.
+    "initializer_range": 0.2,
+    "pad_token_id": 0,
+    "eos_token_id": 1,
+    "bos_token_id": 2,
+}
+FAMILIES: dict[str, dict[str, Any]] = {
+    "llama": {"model_type": "llama"},
+    "mistral": {"model_type": "mistral", "sliding_window": None},
+    "mistral-sliding": {"model_type": "mistral", "sliding_window": 7},
+    "qwen2": {"model_type": "qwen2", "tie_word_embeddings": True},
+    "qwen2-sliding": {
+        "model_type": "qwen2",
+        "use_sliding_window": True,
+        "sliding_window": 6,
+        "max_window_layers": 2,
+    },
+    "qwen3": {"model_type": "qwen3", "head_dim": 24},
+    "llama-dynamic": {
+        "model_type": "llama",
+        "rope_parameters": {"rope_type": "dynamic", "rope_theta": 1e4, "factor": 2.0},
+    },
+}
+
+
+def text_model(family: str) -> PreTrainedModel:
+    """Return a causal model of a family in float64."""
+    torch.manual_seed(5)
+    options = {**SMALL, **FAMILIES[family]}
+    config = AutoConfig.for_model(options.pop("model_type"), **options)
+    return AutoModelForCausalLM.from_config(config).double().eval()
+
+
+@pytest.fixture(scope="session")
+def vision_model() -> FastVlmForConditionalGeneration:
+    """Return a whole FastVLM with random weights in float64: 4 visual tokens at 128 px."""
+    torch.manual_seed(6)
+    vision = FastViTHDConfig(
+        depths=(1, 1, 1, 1, 1), widths=(8, 16, 32, 32, 32), layer_scale_init=1.0, image_size=128
+    )
+    config = FastVlmConfig(
+        vision_config=vision.to_dict(),
+        text_config={**SMALL, "model_type": "qwen2"},
+        image_token_id=96,
+    )
+    model = FastVlmForConditionalGeneration(config).double().eval()
+    model.generation_config.eos_token_id = 1
+    model.generation_config.pad_token_id = 0
+    return model
+
+
+def decode(
+    model: PreTrainedModel, drafter: Drafter, prompts: list[list[int]], limit: int, **options: Any
+) -> list[Request]:
+    """Decode prompts of text with the engine, as one batch."""
+    decoder = split_decoder(model)
+    embed = model.get_input_embeddings()
+    requests = [
+        Request(prompt, embed(torch.tensor(prompt)).detach(), limit, **options)
+        for prompt in prompts
+    ]
+    decoding = Decoding(decoder, drafter, requests)
+    for _ in decoding:
+        pass
+    return requests
+
+
+def generate(model: PreTrainedModel, prompt: list[int], limit: int, **options: Any) -> list[int]:
+    """Decode one prompt with transformers' own generate."""
+    tokens = torch.tensor([prompt])
+    out = model.generate(
+        input_ids=tokens, attention_mask=torch.ones_like(tokens), max_new_tokens=limit,
+        do_sample=False, **options,
+    )
+    return out[0, len(prompt) :].tolist()
+
+
+def imitation(
+    model: PreTrainedModel,
+    *,
+    kind: str = "block",
+    exit_layer: int = 1,
+    blocks: int = 1,
+    length: DraftLength | None = None,
+    perfect: bool = False,
+) -> SelfSpeculative:
+    """Return a self-speculative drafter; a perfect one holds all of the target's other layers."""
+    decoder = split_decoder(model)
+    config = model.get_decoder().config
+    network = ImitationNetwork(
+        ImitationConfig(
+            kind=kind,
+            exit_layer=exit_layer,
+            blocks=decoder.depth - exit_layer if perfect else blocks,
+            text_config=config.to_dict(),
+        )
+    )
+    network = network.to(decoder.dtype).eval()
+    initialise_from(network, list(model.get_decoder().layers))
+    return SelfSpeculative(decoder, exit_layer, network, length or FixedLength(4))
