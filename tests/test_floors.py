@@ -16,6 +16,7 @@ FLOORS = {
     "language": 1,
     "scenes": 1,
     "vision": 1,
+    "data": 2,
     "drafting": 2,
     "decoding": 3,
     "vlm": 4,

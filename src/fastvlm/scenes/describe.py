@@ -20,7 +20,8 @@ def describe(scene: Scene) -> str:
     """Describe `scene`: the count, each thing in reading order, repeats, then relations."""
     things = scene.things
     lines = [f"{NUMBERS[len(things)]} objects lie on a {scene.background} background"]
-    lines += [f"a {thing.name} is {where(thing.place)}" for thing in things]
+    # The place comes first: whoever reads the picture then looks there for what is said next.
+    lines += [f"{where(thing.place)} is a {thing.name}" for thing in things]
     # A Counter keeps the order of first appearance.
     colours = Counter(thing.colour for thing in things)
     shapes = Counter(thing.shape for thing in things)

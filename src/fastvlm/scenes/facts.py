@@ -97,7 +97,7 @@ _COUNTED = {colour: colour for colour in COLOURS} | {plural(shape): shape for sh
 _NAME = f"({'|'.join(SIZES)}) ({'|'.join(COLOURS)}) ({'|'.join(SHAPES)})".replace("(", "(?:")
 _TOTAL = re.compile(f"{_any(NUMBERS)} objects lie on an? {_any(BACKGROUNDS)} background")
 _THING = re.compile(
-    f"an? {_any(SIZES)} {_any(COLOURS)} {_any(SHAPES)} is (?:at|in) the {_any(PLACES)}"
+    f"(?:at|in) the {_any(PLACES)} is an? {_any(SIZES)} {_any(COLOURS)} {_any(SHAPES)}"
 )
 _COUNT = re.compile(f"{_any(NUMBERS)} are {_any(tuple(_COUNTED))}")
 _RELATION = re.compile(f"the ({_NAME}) is {_any(RELATIONS)} the ({_NAME})")
@@ -128,7 +128,7 @@ def _facts(reply: str, scene: Scene) -> Iterator[Fact]:
 def _sentence(line: str, scene: Scene) -> Iterator[Fact]:
     """Read one sentence, given in lower case with single spaces and no full stop."""
     if match := _THING.fullmatch(line):
-        size, colour, shape, place = match.groups()
+        place, size, colour, shape = match.groups()
         there = next((thing for thing in scene.things if thing.place == place), None)
         yield Fact("size", ("size", place), there is not None and there.size == size)
         yield Fact("colour", ("colour", place), there is not None and there.colour == colour)

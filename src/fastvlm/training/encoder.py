@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F  # noqa: N812
 
 from fastvlm.data.captioned import CaptionedPhotograph, decode, read_flickr8k
+from fastvlm.data.questions import HELD_OUT_SCENES
 from fastvlm.scenes import BACKGROUNDS, COLOURS, SHAPES, SIZES, Scene, by_place, render, sample
 from fastvlm.training.augmentation import random_views
 from fastvlm.training.loop import Schedule, train
@@ -26,8 +27,6 @@ from fastvlm.vision.pictures import to_tensor
 
 SCENE_SIZE = 192
 PHOTOGRAPH_SIZE = 128
-HELD_OUT_SCENES = 1_000_000_000
-"""Scenes with seeds from here on are never trained on."""
 
 
 def scene_pixels(scenes: Sequence[Scene], size: int) -> Tensor:

@@ -21,10 +21,11 @@ from transformers import (
 )
 
 from fastvlm.data.captioned import CaptionedPhotograph, decode, read_flickr8k
+from fastvlm.data.questions import HELD_OUT_SCENES
 from fastvlm.embedded import DESCRIPTION_PROMPT, SCENE_PROMPT, SENTENCE_PROMPT
 from fastvlm.scenes import describe, sample
 from fastvlm.training.augmentation import random_views
-from fastvlm.training.encoder import HELD_OUT_SCENES, scene_pixels
+from fastvlm.training.encoder import scene_pixels
 from fastvlm.training.loop import Schedule, train
 from fastvlm.training.tokenizer import IMAGE, learn_tokenizer
 from fastvlm.vision.fastvithd import REDUCTION
@@ -108,9 +109,9 @@ class ModelLesson:
         tokenizer: PreTrainedTokenizerFast,
         photographs: Sequence[CaptionedPhotograph],
         *,
+        scenes_first: int = 0,
         scenes_a_step: int = 8,
         photographs_a_step: int = 10,
-        sentences_a_photograph: int = 1,
     ) -> None:
         # Evaluation statistics in the BatchNorms: a batch is small here, and the encoder has
         # learnt them in its own lesson.
@@ -120,32 +121,39 @@ class ModelLesson:
         self.tokenizer = tokenizer
         self.photographs = photographs
         self.scenes_a_step, self.photographs_a_step = scenes_a_step, photographs_a_step
-        self.sentences = sentences_a_photograph
+        self.scenes_first = scenes_first
         self.size = model.config.vision_config.image_size
         self.visual = (self.size // REDUCTION) ** 2
         self.pixels = decode(photographs, 224)
 
     def loss(self, step: int) -> tuple[Tensor, dict[str, float]]:
         """Return the mean cross-entropy of all reply tokens of one step, and of each kind."""
-        scenes = [sample(random.randrange(HELD_OUT_SCENES)) for _ in range(self.scenes_a_step)]
-        rows = torch.randint(len(self.photographs), (self.photographs_a_step,))
-        shown = [self.photographs[row] for row in rows]
-        views = random_views(self.pixels[rows], self.size, smallest=0.7)
-        features = self.visual_tokens(torch.cat([scene_pixels(scenes, self.size), views]))
-        of_scenes, of_views = features.split([len(scenes), len(shown)])
-        several = [" ".join(random.sample(p.captions, len(p.captions))) for p in shown]
-        single = [
-            caption for p in shown for caption in random.sample(p.captions, self.sentences)
-        ]
-        parts = {
-            "scene": self.replies(of_scenes, "scene", [describe(scene) for scene in scenes]),
-            "description": self.replies(of_views, "description", several),
-            "sentence": self.replies(
-                of_views.repeat_interleave(self.sentences, 0), "sentence", single
-            ),
-        }
+        # Looking at the place that a sentence names, and repeating what was said before, are learnt
+        # from scenes, where they decide every word; photographs alone hardly teach them.
+        first = step < self.scenes_first
+        parts = self.scenes(2 * self.scenes_a_step if first else self.scenes_a_step)
+        if not first:
+            parts |= self.photos(self.photographs_a_step)
         losses = torch.cat(list(parts.values()))
         return losses.mean(), {kind: float(part.detach().mean()) for kind, part in parts.items()}
+
+    def scenes(self, number: int) -> dict[str, Tensor]:
+        """Return the losses of the exact descriptions of so many scenes."""
+        scenes = [sample(random.randrange(HELD_OUT_SCENES)) for _ in range(number)]
+        features = self.visual_tokens(scene_pixels(scenes, self.size))
+        return {"scene": self.replies(features, "scene", [describe(scene) for scene in scenes])}
+
+    def photos(self, number: int) -> dict[str, Tensor]:
+        """Return the losses of so many photographs' captions: all of one, and a single one."""
+        rows = torch.randint(len(self.photographs), (number,))
+        captions = [self.photographs[row].captions for row in rows]
+        several = [" ".join(random.sample(given, len(given))) for given in captions]
+        single = [random.choice(given) for given in captions]
+        features = self.visual_tokens(random_views(self.pixels[rows], self.size, smallest=0.7))
+        return {
+            "description": self.replies(features, "description", several),
+            "sentence": self.replies(features, "sentence", single),
+        }
 
     def visual_tokens(self, pixels: Tensor) -> Tensor:
         """Return the projected features: (pictures, visual tokens, d_model)."""

@@ -1,0 +1,85 @@
+"""The command line: `fastvlm demo`, `generate`, `benchmark` and `train`, one file a verb."""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Sequence
+from typing import Annotated, NoReturn
+
+import typer
+
+from fastvlm.cli.benchmark import benchmark
+from fastvlm.cli.demo import demo
+from fastvlm.cli.generate import generate
+from fastvlm.cli.installation import torchvision_mismatch
+from fastvlm.cli.terminal import complain
+from fastvlm.cli.train import app as train
+from fastvlm.functional.errors import FastVlmError
+
+# Typer has its own copy of click or uses the installed one, depending on its version.
+UsageError: type[Exception] = typer.BadParameter.__bases__[0]
+
+USAGE, INTERRUPTED = 2, 130
+
+app = typer.Typer(
+    name="fastvlm",
+    rich_markup_mode="markdown",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+app.command()(demo)
+app.command()(generate)
+app.command()(benchmark)
+app.add_typer(train, name="train")
+
+
+def print_version(wanted: bool) -> None:
+    """Print the version and leave, if that is what was asked for."""
+    if wanted:
+        from fastvlm import __version__
+
+        typer.echo(f"fastvlm {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def fastvlm(
+    version: Annotated[
+        bool,
+        typer.Option("--version", help="Print the version.", callback=print_version, is_eager=True),
+    ] = False,
+) -> None:
+    """Vision-language models, the same tokens sooner."""
+
+
+def run(arguments: Sequence[str] | None = None) -> int:
+    """Run a command line and return its exit code.
+
+    What a user can mend is told in one sentence on standard error: 1 for a picture, a model or an
+    installation that is wrong, 2 for a command line that is. Ctrl-C ends with 130.
+
+    Args:
+        arguments: The words after `fastvlm`; None for the process's own.
+    """
+    os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
+    try:
+        code = app(args=arguments, prog_name="fastvlm", standalone_mode=False)
+    except KeyboardInterrupt:
+        return INTERRUPTED
+    except UsageError as error:
+        complain(error.format_message() if hasattr(error, "format_message") else str(error))
+        return USAGE
+    except (FastVlmError, ImportError, OSError, RuntimeError, AttributeError) as error:
+        reason = torchvision_mismatch(error)
+        if reason is None and not isinstance(error, FastVlmError | OSError):
+            raise
+        complain(reason or str(error))
+        return 1
+    return code or 0
+
+
+def main(arguments: Sequence[str] | None = None) -> NoReturn:
+    """Run the command line and exit with its code."""
+    sys.exit(run(arguments))

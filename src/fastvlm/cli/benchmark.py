@@ -1,0 +1,309 @@
+"""`fastvlm benchmark`: strategies against each other and against `transformers`' generate."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Mapping, Sequence
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+from rich.box import SIMPLE_HEAD
+from rich.console import Console
+from rich.table import Table
+
+from fastvlm import embedded
+from fastvlm.cli.loading import ModelOption, ThreadsOption, load_quietly
+from fastvlm.cli.terminal import complain, hardware_line, number, progress
+from fastvlm.functional.errors import InputError
+
+if TYPE_CHECKING:
+    from fastvlm.data.questions import Question
+    from fastvlm.decoding import Drafter
+    from fastvlm.evaluation.benchmark import StrategyResult
+    from fastvlm.functional.statistics import Spread
+    from fastvlm.vlm import VisionLanguageModel
+
+ALWAYS = ("transformers", "autoregressive")
+WITHOUT_DRAFT = ("early-exit", "lookup")
+SCENES = "scenes"
+WIDE = 100
+"""Cells from which a terminal has room between the columns."""
+
+
+def benchmark(  # noqa: PLR0913 (a parameter is an option)
+    *,
+    model: ModelOption = None,
+    draft: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="[NAME=]DIR",
+            help="A draft made for this model, measured as the strategy NAME (without one:"
+            " imitation). Give it again to compare several.",
+            show_default="those that ship, for the model that ships: imitation and imitation-mlp",
+        ),
+    ] = None,
+    strategies: Annotated[
+        str | None,
+        typer.Option(
+            metavar="LIST",
+            help="What to measure, separated by commas: early-exit, lookup, and the drafts'"
+            " names. transformers and autoregressive are always measured.",
+            show_default="all",
+        ),
+    ] = None,
+    pictures: Annotated[
+        str,
+        typer.Option(
+            metavar="scenes|DIR",
+            help="Rendered scenes that no training has seen, or a folder of photographs.",
+        ),
+    ] = SCENES,
+    prompt: Annotated[
+        str | None,
+        typer.Option(
+            metavar="TEXT",
+            help="What is asked of each picture.",
+            show_default=f"'{embedded.SCENE_PROMPT}' or '{embedded.DESCRIPTION_PROMPT}'",
+        ),
+    ] = None,
+    limit: Annotated[int, typer.Option(min=1, help="The most pictures to measure with.")] = 50,
+    max_new_tokens: Annotated[int, typer.Option(min=2, help="The most tokens of a reply.")] = 160,
+    threads: ThreadsOption = None,
+    json_file: Annotated[
+        Path | None,
+        typer.Option(
+            "--json",
+            metavar="FILE",
+            help="Write the figures to this file too (times in milliseconds).",
+            show_default=False,
+        ),
+    ] = None,
+) -> None:
+    """Measure decoding strategies on the same pictures, interleaved in one run.
+
+    The table has medians, with quartiles for the speedup, which compares times per output token
+    with autoregressive decoding. A reply is identical if its tokens are those of transformers' own
+    greedy generate.
+    """
+    if json_file is not None:
+        check_writable(json_file)
+    drafts = named_drafts(draft, model)
+    chosen = chosen_strategies(strategies, drafts)
+    questions, broken = readable_questions(pictures, prompt, limit)
+    from fastvlm.evaluation.benchmark import hardware, measure
+
+    # The drafts are loaded one by one below, each under its own name.
+    vlm = load_quietly(embedded.MODEL if model is None else model, threads=threads)
+    drafters = named_drafters(vlm, chosen, drafts)
+    with progress("Measuring") as report:
+        results = measure(vlm, drafters, questions, max_new_tokens=max_new_tokens, progress=report)
+    machine = hardware()
+    if json_file is not None:
+        write_json(
+            json_file,
+            {
+                "hardware": machine,
+                "date": datetime.now(UTC).isoformat(timespec="seconds"),
+                "model": str(embedded.MODEL if model is None else model),
+                "drafts": {
+                    name: describe(drafters[name], drafts[name])
+                    for name in drafts
+                    if name in drafters
+                },
+                "pictures": pictures,
+                "prompt": questions[0].prompt,
+                "limit": limit,
+                "max_new_tokens": max_new_tokens,
+                "results": [result.to_json() for result in results],
+            },
+        )
+    console = Console(highlight=False)
+    console.print()
+    console.print(table(results, console.width))
+    console.print()
+    console.print(
+        f"{len(questions)} {'scenes' if pictures == SCENES else 'photographs'}, replies of"
+        f" {results[0].tokens:.0f} tokens (median), on {hardware_line(machine)}.",
+        style="dim",
+    )
+    if broken:
+        raise typer.Exit(1)
+
+
+def check_writable(file: Path) -> None:
+    """Refuse a file that could not be written after the long work.
+
+    Raises:
+        InputError: Its folder is missing or can't be written to, or it is a folder itself.
+    """
+    folder = file.absolute().parent
+    if not folder.is_dir():
+        raise InputError(f"There is no folder {folder} to write {file.name} to.")
+    if file.is_dir():
+        raise InputError(f"{file} is a folder; --json needs the name of a file.")
+    if not os.access(folder, os.W_OK):
+        raise InputError(f"The folder {folder} can't be written to.")
+
+
+def named_drafts(given: Sequence[str] | None, model: str | None) -> dict[str, Path]:
+    """Return the drafts' directories by the names of their strategies.
+
+    Raises:
+        InputError: Two drafts have the same name, or one has the name of another strategy.
+    """
+    if not given:
+        if model is not None:
+            return {}
+        mlp = embedded.FOLDER / "draft-mlp"
+        return {"imitation": embedded.DRAFT} | ({"imitation-mlp": mlp} if mlp.is_dir() else {})
+    drafts: dict[str, Path] = {}
+    for draft in given:
+        name, equals, directory = draft.partition("=")
+        if not equals or Path(draft).is_dir():
+            name, directory = "imitation", draft
+        if not name or name in (*ALWAYS, *WITHOUT_DRAFT):
+            raise InputError(f"A draft can't be called {name!r}; got --draft {draft}.")
+        if name in drafts:
+            raise InputError(
+                f"Two drafts are called {name!r}; give each a name of its own, as in"
+                " --draft NAME=DIR."
+            )
+        drafts[name] = Path(directory)
+    return drafts
+
+
+def chosen_strategies(wanted: str | None, drafts: Mapping[str, Path]) -> list[str]:
+    """Return what to measure besides `transformers`, in the order given.
+
+    Raises:
+        InputError: A strategy is unknown, or needs a draft that isn't there.
+    """
+    known = ["autoregressive", *drafts, *WITHOUT_DRAFT]
+    if wanted is None:
+        return known
+    chosen = [name.strip() for name in wanted.split(",") if name.strip()]
+    for name in chosen:
+        if name.startswith("imitation") and name not in drafts:
+            raise InputError(
+                f"The strategy {name!r} needs a draft of that name; give it with"
+                f" --draft {name}=DIR."
+            )
+        if name not in known and name not in ALWAYS:
+            raise InputError(f"The strategies here are {', '.join(known)}; got {name!r}.")
+    return list(dict.fromkeys(["autoregressive", *(n for n in chosen if n not in ALWAYS)]))
+
+
+def readable_questions(
+    pictures: str, prompt: str | None, limit: int
+) -> tuple[list[Question], bool]:
+    """Return the questions, and whether a picture was left out because it can't be read.
+
+    Raises:
+        InputError: There is no such folder, or no picture in it that can be read.
+    """
+    from fastvlm.data.questions import HELD_OUT_SCENES, Question, pictures_in
+
+    if pictures == SCENES:
+        asked = prompt or embedded.SCENE_PROMPT
+        return [Question(asked, HELD_OUT_SCENES + index) for index in range(limit)], False
+    from fastvlm.vision.pictures import open_picture
+
+    found = pictures_in(Path(pictures), limit)
+    questions = []
+    for path in found:
+        try:
+            open_picture(path)
+        except InputError as error:
+            complain(str(error))
+        else:
+            questions.append(Question(prompt or embedded.DESCRIPTION_PROMPT, str(path)))
+    if not questions:
+        raise InputError(f"No picture in {pictures} can be read.")
+    return questions, len(questions) < len(found)
+
+
+def named_drafters(
+    vlm: VisionLanguageModel, chosen: Sequence[str], drafts: Mapping[str, Path]
+) -> dict[str, Drafter]:
+    """Return the strategies to measure, by name.
+
+    Raises:
+        CheckpointError: A draft is missing, broken or made for another model.
+    """
+    from fastvlm.drafting.directory import load_draft
+
+    return {
+        name: vlm.drafter("imitation", network=load_draft(drafts[name], vlm.model))
+        if name in drafts
+        else vlm.drafter(name)
+        for name in chosen
+    }
+
+
+def describe(drafter: Drafter, directory: Path) -> dict[str, Any]:
+    """Return what a draft is, for the record."""
+    config = drafter.network.config  # type: ignore[attr-defined]
+    return {
+        "directory": str(directory),
+        "kind": config.kind,
+        "exit_layer": config.exit_layer,
+        "num_speculative_tokens": config.num_speculative_tokens,
+        "confidence": config.confidence,
+    }
+
+
+def write_json(file: Path, figures: dict[str, Any]) -> None:
+    """Write beside the file, then rename, so that a kill leaves the old or the new one whole."""
+    beside = file.with_name(f"{file.name}.partial")
+    beside.write_text(json.dumps(figures, indent=2) + "\n", encoding="utf-8")
+    beside.replace(file)
+
+
+def table(results: Sequence[StrategyResult], width: int) -> Table:
+    """Return the results, a strategy a row, for a terminal of a width in cells."""
+    out = Table(box=SIMPLE_HEAD, padding=(0, int(width >= WIDE)), pad_edge=False, show_edge=False)
+    out.add_column("strategy", no_wrap=True)
+    out.add_column("identical")
+    for name in (
+        "speedup\nand its\nquartiles",
+        "against\ntrans-\nformers",
+        "accept.\nlength",
+        "accept.\nrate",
+        "draft\nlength",
+        "TTFT,\nms",
+        "TPOT,\nms",
+    ):
+        out.add_column(name, justify="right")
+    for result in results:
+        rate = result.acceptance_rate
+        out.add_row(
+            result.strategy,
+            identity(result),
+            _times(result.speedup, quartiles=True),
+            _times(result.speedup_vs_transformers),
+            number(result.acceptance_length if rate is not None else None, 2),
+            "-" if rate is None else f"{rate:.0%}",
+            number(result.draft_length),
+            number(result.ttft_ms.median),
+            number(None if result.tpot_ms is None else result.tpot_ms.median, 2),
+        )
+    return out
+
+
+def identity(result: StrategyResult) -> str:
+    """Return whether a strategy's replies are those of `transformers`, and how many are not."""
+    ties = f"{result.ties} {'tie' if result.ties == 1 else 'ties'}"
+    if result.identical:
+        return f"yes, {ties}" if result.ties else "yes"
+    differ = f"no: {result.different} of {result.replies}"
+    return f"{differ}, {ties}" if result.ties else differ
+
+
+def _times(spread: Spread | None, *, quartiles: bool = False) -> str:
+    if spread is None:
+        return "-"
+    median = f"{spread.median:.2f}x"
+    return f"{median}\n{spread.low:.2f}-{spread.high:.2f}" if quartiles else median

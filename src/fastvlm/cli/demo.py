@@ -1,0 +1,315 @@
+"""`fastvlm demo`: the model that ships, at work on the pictures that ship."""
+
+from __future__ import annotations
+
+import json
+import statistics
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+from rich.box import SIMPLE_HEAD
+from rich.console import Console
+from rich.padding import Padding
+from rich.table import Table
+from rich.text import Text
+
+from fastvlm import embedded
+from fastvlm.cli.loading import ThreadsOption, load_quietly
+from fastvlm.cli.terminal import (
+    ReplyWriter,
+    hardware_line,
+    in_colour,
+    number,
+    progress,
+    thumbnail,
+)
+from fastvlm.data.questions import Question
+from fastvlm.functional.errors import CheckpointError
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from fastvlm.decoding import Drafter
+    from fastvlm.functional.statistics import DecodingStatistics
+    from fastvlm.vlm import VisionLanguageModel
+
+DRAFTED, OWN = "green", "bold"
+"""The styles of drafted and accepted tokens, and of the full model's own."""
+
+MAX_NEW_TOKENS = 160
+
+PROMPTS = {"scene": embedded.SCENE_PROMPT, "photograph": embedded.DESCRIPTION_PROMPT}
+
+
+@dataclass(frozen=True, slots=True)
+class DemoPicture:
+    """A picture that ships with the package.
+
+    Args:
+        file: Where it is.
+        kind: `scene` or `photograph`.
+        title: What it is called.
+        credit: Who made it, and where it is from and under which licence, if that is to be said.
+    """
+
+    file: Path
+    kind: str
+    title: str
+    credit: str | None
+
+    @property
+    def question(self) -> Question:
+        """What the model is asked about it."""
+        return Question(PROMPTS[self.kind], str(self.file))
+
+
+@dataclass(frozen=True, slots=True)
+class Comparison:
+    """One picture's reply decoded both ways."""
+
+    title: str
+    identical: bool
+    ordinary: DecodingStatistics
+    speculative: DecodingStatistics
+
+    @property
+    def speedup(self) -> float | None:
+        """The ordinary time per output token over the self-speculative one."""
+        if not self.ordinary.tpot_ms or not self.speculative.tpot_ms:
+            return None
+        return self.ordinary.tpot_ms / self.speculative.tpot_ms
+
+
+def demo(
+    as_json: Annotated[
+        bool,
+        typer.Option(
+            "--json",
+            help="Only measure, and print one JSON object: the hardware, and under `results` one"
+            " object for each way of decoding (times in milliseconds).",
+        ),
+    ] = False,
+    pictures: Annotated[
+        int | None,
+        typer.Option(min=1, help="How many pictures to show.", show_default="all that ship"),
+    ] = None,
+    threads: ThreadsOption = None,
+) -> None:
+    """See the model that ships describe pictures, ordinarily and self-speculatively.
+
+    Tokens that were drafted and accepted have one colour, those that the full model gave another.
+    """
+    shown = read_pictures(embedded.PICTURES)[:pictures]
+    vlm = load_quietly(None, threads=threads)
+    drafters = {name: vlm.drafter(name) for name in ("autoregressive", "imitation")}
+    if as_json:
+        from fastvlm.evaluation.benchmark import hardware, measure
+
+        with progress("Measuring") as report:
+            results = measure(
+                vlm,
+                drafters,
+                [picture.question for picture in shown],
+                max_new_tokens=MAX_NEW_TOKENS,
+                progress=report,
+            )
+        figures = {"hardware": hardware(), "results": [result.to_json() for result in results]}
+        typer.echo(json.dumps(figures, indent=2))
+        return
+    console = Console(highlight=False)
+    show(console, vlm, drafters, shown)
+
+
+def read_pictures(folder: Path) -> list[DemoPicture]:
+    """Return the pictures that a folder's `pictures.json` lists.
+
+    Raises:
+        CheckpointError: The list is missing or not in the form that it should have.
+    """
+    listing = folder / "pictures.json"
+    if not listing.is_file():
+        raise CheckpointError(f"The demo's pictures are missing: there is no {listing}.")
+    try:
+        rows = json.loads(listing.read_text(encoding="utf-8"))
+        found = [
+            DemoPicture(folder / row["file"], row["kind"], row["title"], _credit(row))
+            for row in rows
+        ]
+    except (ValueError, TypeError, KeyError) as error:
+        raise CheckpointError(f"{listing} can't be read: {error!r}.") from error
+    for picture in found:
+        if picture.kind not in PROMPTS:
+            raise CheckpointError(f"{listing} has a picture of unknown kind {picture.kind!r}.")
+    if not found:
+        raise CheckpointError(f"{listing} lists no picture.")
+    return found
+
+
+def _credit(row: dict[str, Any]) -> str | None:
+    """Return who made a picture, under which licence and where it is from, if that is told."""
+    return ", ".join(row[key] for key in ("credit", "licence", "source") if row.get(key)) or None
+
+
+def show(
+    console: Console,
+    vlm: VisionLanguageModel,
+    drafters: dict[str, Drafter],
+    pictures: Sequence[DemoPicture],
+) -> None:
+    """Show each picture, its reply decoded both ways and what that took; then a table of all."""
+    from fastvlm.evaluation.benchmark import hardware
+
+    legend = Text("Each reply is decoded twice, ordinarily and self-speculatively")
+    if console.is_terminal and console.color_system and not console.no_color:
+        legend += Text.assemble(
+            ": ",
+            ("these tokens were drafted and accepted", DRAFTED),
+            ", ",
+            ("these the full model gave itself", OWN),
+        )
+    console.print(legend + Text("."))
+    compared = []
+    for place, picture in enumerate(pictures, 1):
+        console.print()
+        introduce(console, picture, f"{place}/{len(pictures)}")
+        console.print()
+        comparison = compare(console, vlm, drafters, picture)
+        compared.append(comparison)
+        console.print(line(comparison))
+    console.print()
+    console.print(table(compared))
+    console.print(f"Measured on {hardware_line(hardware())}.", style="dim")
+    console.print(
+        "Each reply is decoded once more for its times, without being shown: TTFT is the time to"
+        " the first token, picture included; TPOT the time per output token after it; the"
+        " acceptance length is tokens per pass of the full model.",
+        style="dim",
+    )
+
+
+def introduce(console: Console, picture: DemoPicture, place: str) -> None:
+    """Show a picture beside its title, its prompt and its credit."""
+    from fastvlm.vision.pictures import open_picture
+
+    said = Text.assemble((f"{place}  {picture.title}", "bold"), "\n")
+    said.append(f"Prompt: {picture.question.prompt}")
+    if picture.credit:
+        said.append(f"\n{picture.kind.capitalize()}: {picture.credit}", "dim")
+    opened = open_picture(picture.file)
+    if not in_colour(console):
+        console.print(said)
+        return
+    beside = Table.grid(padding=(0, 2))
+    beside.add_row(thumbnail(opened), said)
+    console.print(beside)
+
+
+def compare(
+    console: Console,
+    vlm: VisionLanguageModel,
+    drafters: dict[str, Drafter],
+    picture: DemoPicture,
+) -> Comparison:
+    """Stream a picture's reply both ways, then measure both without the terminal in between."""
+    from fastvlm.evaluation.benchmark import run_strategy
+
+    question, replies = picture.question, []
+    for title, name in (("Ordinary", "autoregressive"), ("Self-speculative", "imitation")):
+        console.print(Text(f"  {title}", "bold underline"))
+        writer = ReplyWriter(console)
+        stream = vlm.stream(
+            question.prompt,
+            picture.file,
+            max_new_tokens=MAX_NEW_TOKENS,
+            drafter=drafters[name],
+        )
+        for piece in stream:
+            writer.write(piece.text, DRAFTED if all(piece.drafted) else OWN)
+        writer.close()
+        replies.append(tuple(stream.reply.tokens))
+    runs = [
+        run_strategy(vlm, drafters[name], question, MAX_NEW_TOKENS)
+        for name in ("autoregressive", "imitation")
+    ]
+    replies += [run.tokens for run in runs]
+    return Comparison(picture.title, len(set(replies)) == 1, runs[0].statistics, runs[1].statistics)
+
+
+def line(of: Comparison) -> Padding:
+    """Return what one picture's reply took, both ways."""
+    text = Text(
+        "identical" if of.identical else "different", "bold" if of.identical else "bold red"
+    )
+    text.append(
+        f" · TTFT {number(of.ordinary.ttft_ms)} and {number(of.speculative.ttft_ms)} ms"
+        f" · TPOT {number(of.ordinary.tpot_ms, 2)} and {number(of.speculative.tpot_ms, 2)} ms"
+        f" · acceptance length {number(of.speculative.acceptance_length, 2)} · speedup ",
+        "not bold default",
+    )
+    text.append(number(of.speedup, 2, "x"))
+    return Padding(text, (0, 0, 0, 2))
+
+
+def table(compared: Sequence[Comparison]) -> Table:
+    """Return the summary of all pictures: medians, and the acceptance length over all tokens."""
+    out = Table(box=SIMPLE_HEAD, padding=(0, 1, 0, 0), pad_edge=False)
+    out.add_column("picture", ratio=1)
+    out.add_column("identical")
+    out.add_column("decoding", no_wrap=True)
+    for name in ("TTFT, ms", "TPOT, ms", "acceptance\nlength", "speedup"):
+        out.add_column(name, justify="right")
+    for of in compared:
+        _add(
+            out,
+            [of.title, "yes" if of.identical else "no"],
+            [of.ordinary.ttft_ms, of.speculative.ttft_ms],
+            [of.ordinary.tpot_ms, of.speculative.tpot_ms],
+            [of.speculative.acceptance_length, of.speedup],
+        )
+    if len(compared) > 1:
+        cycles = sum(of.speculative.cycles for of in compared)
+        after_first = sum(of.speculative.tokens - 1 for of in compared)
+        out.add_section()
+        _add(
+            out,
+            ["median", f"{sum(of.identical for of in compared)} of {len(compared)}"],
+            [
+                _median([of.ordinary.ttft_ms for of in compared]),
+                _median([of.speculative.ttft_ms for of in compared]),
+            ],
+            [
+                _median([of.ordinary.tpot_ms for of in compared]),
+                _median([of.speculative.tpot_ms for of in compared]),
+            ],
+            [after_first / cycles if cycles else None, _median([of.speedup for of in compared])],
+            style="bold",
+        )
+    return out
+
+
+def _add(
+    out: Table,
+    names: list[str],
+    ttft: list[float | None],
+    tpot: list[float | None],
+    gain: list[float | None],
+    *,
+    style: str = "",
+) -> None:
+    """Add a row of two lines: the ordinary figures, and the self-speculative ones below."""
+    out.add_row(
+        *names,
+        "ordinary\nspeculative",
+        "\n".join(number(value) for value in ttft),
+        "\n".join(number(value, 2) for value in tpot),
+        f"\n{number(gain[0], 2)}",
+        f"\n{number(gain[1], 2, 'x')}",
+        style=style,
+    )
+
+
+def _median(values: Sequence[float | None]) -> float | None:
+    known = [value for value in values if value is not None]
+    return statistics.median(known) if known else None

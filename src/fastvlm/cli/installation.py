@@ -1,0 +1,56 @@
+"""What can be wrong with an installation, and how to mend it."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterator, Sequence
+from importlib import metadata
+
+
+def torchvision_mismatch(
+    error: BaseException,
+    version: Callable[[str], str] = metadata.version,
+    requires: Callable[[str], Sequence[str] | None] = metadata.requires,
+) -> str | None:
+    """Return what to say if an installed torchvision that doesn't fit its torch caused an error.
+
+    `transformers` imports torchvision wherever it is installed, and one that was built for another
+    torch breaks that import with errors that name neither cause nor cure.
+
+    Args:
+        error: What was raised; the errors that it came from are looked at too.
+        version: Gives an installed package's version.
+        requires: Gives an installed package's requirements.
+
+    Returns:
+        One sentence, or None if the error has another cause.
+    """
+    if not any("torchvision" in str(link) for link in _chain(error)):
+        return None
+    try:
+        ours, torch = version("torchvision"), version("torch").partition("+")[0]
+    except metadata.PackageNotFoundError:
+        return None
+    built_for = _pinned_torch(requires("torchvision") or ())
+    origin = "" if built_for in (None, torch) else f", which was built for torch {built_for},"
+    return (
+        f"The installed torchvision {ours}{origin} doesn't work with the installed torch {torch};"
+        " remove it with `pip uninstall torchvision` (fastvlm doesn't need it) or install the one"
+        f" that matches with `pip install --force-reinstall torchvision torch=={torch}`."
+    )
+
+
+def _chain(error: BaseException) -> Iterator[BaseException]:
+    """Yield an error and those that it came from."""
+    link: BaseException | None = error
+    while link is not None:
+        yield link
+        link = link.__cause__ or link.__context__
+
+
+def _pinned_torch(requirements: Sequence[str]) -> str | None:
+    """Return the exact torch among requirements."""
+    for requirement in requirements:
+        if pinned := re.match(r"torch\s*\(?==\s*([\w.]+)", requirement):
+            return pinned[1]
+    return None

@@ -1,0 +1,174 @@
+"""`fastvlm train`: the encoder, the model around it, and the draft of a model."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from fastvlm.cli.loading import ModelOption, ThreadsOption, load_quietly
+from fastvlm.functional.errors import CheckpointError, InputError
+
+app = typer.Typer(
+    rich_markup_mode="markdown",
+    no_args_is_help=True,
+    help="Train the encoder, then the model around it, then its draft."
+    " A run that was stopped goes on from its checkpoint when the same command is given again.",
+)
+
+PhotographsOption = Annotated[
+    Path,
+    typer.Option(
+        metavar="DIR",
+        help="Captioned photographs in Flickr8k's layout: captions.tsv, train.txt and images/.",
+    ),
+]
+OutputOption = Annotated[
+    Path,
+    typer.Option(
+        metavar="DIR", help="Where the checkpoint is kept while it runs, and the result in the end."
+    ),
+]
+StepsOption = Annotated[int, typer.Option(min=1, help="Optimiser steps in all.")]
+RateOption = Annotated[
+    float,
+    typer.Option(
+        min=1e-8, max=1, help="The peak of the learning rate: warm-up to it, then a cosine down."
+    ),
+]
+SeedOption = Annotated[int, typer.Option(min=0, help="Decides every draw of the run.")]
+
+
+@app.command()
+def encoder(
+    photographs: PhotographsOption,
+    output: OutputOption,
+    steps: StepsOption = 1150,
+    learning_rate: RateOption = 2e-3,
+    seed: SeedOption = 0,
+    threads: ThreadsOption = None,
+) -> None:
+    """Teach a FastViTHD the facts of rendered scenes and the words of captions."""
+    check_output(output)
+    prepare_torch(threads)
+    from fastvlm.training.encoder import train_encoder
+    from fastvlm.training.loop import Schedule
+
+    train_encoder(
+        photographs, output, Schedule(steps=steps, learning_rate=learning_rate, seed=seed)
+    )
+
+
+@app.command()
+def model(
+    encoder: Annotated[
+        Path, typer.Option(metavar="DIR", help="What `fastvlm train encoder` made.")
+    ],
+    photographs: PhotographsOption,
+    output: OutputOption,
+    steps: StepsOption = 1450,
+    learning_rate: RateOption = 1.5e-3,
+    seed: SeedOption = 0,
+    threads: ThreadsOption = None,
+) -> None:
+    """Teach a model around a trained encoder to describe scenes and photographs."""
+    check_output(output)
+    if not (encoder / "config.json").is_file():
+        raise CheckpointError(f"There is no encoder in {encoder}: config.json is missing.")
+    prepare_torch(threads)
+    from fastvlm.training.loop import Schedule
+    from fastvlm.training.model import train_model
+
+    train_model(
+        encoder, photographs, output, Schedule(steps=steps, learning_rate=learning_rate, seed=seed)
+    )
+
+
+@app.command()
+def draft(  # noqa: PLR0913 (a parameter is an option)
+    *,
+    photographs: PhotographsOption,
+    output: OutputOption,
+    model: ModelOption = None,
+    kind: Annotated[
+        list[str],
+        typer.Option(
+            metavar="block|mlp",
+            help="What the imitation network is: one decoder layer with its own cache, or the"
+            " paper's gated feed-forward network. Give it again to train both side by side.",
+        ),
+    ] = ["block"],  # noqa: B006 (typer reads it only)
+    exit_layer: Annotated[
+        int, typer.Option(min=1, help="Layers of the model that run before the network.")
+    ] = 1,
+    draft_vocabulary: Annotated[
+        int,
+        typer.Option(
+            min=1, help="The most tokens that can be drafted: the replies' most frequent."
+        ),
+    ] = 1024,
+    scenes: Annotated[
+        int, typer.Option(min=0, help="Rendered scenes whose replies it learns from.")
+    ] = 3000,
+    photographs_limit: Annotated[
+        int, typer.Option(min=0, help="The most photographs whose replies it learns from.")
+    ] = 3000,
+    steps: StepsOption = 400,
+    learning_rate: RateOption = 1e-3,
+    seed: SeedOption = 0,
+    threads: ThreadsOption = None,
+) -> None:
+    """Teach imitation networks to draft for a frozen model, from the model's own replies.
+
+    The replies are decoded first and kept in the output folder. Each network is saved as a folder
+    named after its kind there.
+    """
+    check_output(output)
+    for name in kind:
+        if name not in ("block", "mlp"):
+            raise InputError(f"An imitation network is a block or an mlp; got --kind {name}.")
+    if not scenes and not photographs_limit:
+        raise InputError("A draft learns from replies: give --scenes or --photographs-limit.")
+    vlm = load_quietly(model, threads=threads)
+    if exit_layer >= vlm.decoder.depth:
+        raise InputError(
+            f"--exit-layer lies between 1 and {vlm.decoder.depth - 1} for this model;"
+            f" got {exit_layer}."
+        )
+    from fastvlm.data.captioned import read_flickr8k
+    from fastvlm.data.questions import about_photographs, about_scenes
+    from fastvlm.training.draft import DraftPlan, train_draft
+    from fastvlm.training.loop import Schedule
+    from fastvlm.training.replies import own_replies
+
+    chosen = read_flickr8k(photographs, "train")[:photographs_limit] if photographs_limit else []
+    asked = about_scenes(range(scenes)) + about_photographs(shown.path for shown in chosen)
+    train_draft(
+        vlm,
+        {name: DraftPlan(name, exit_layer, draft_vocabulary) for name in kind},
+        own_replies(vlm, asked, output),
+        output,
+        Schedule(steps=steps, learning_rate=learning_rate, warmup=20, seed=seed),
+    )
+
+
+def check_output(output: Path) -> None:
+    """Refuse an output that can't be a folder.
+
+    Raises:
+        InputError: It is a file.
+    """
+    if output.exists() and not output.is_dir():
+        raise InputError(f"{output} is a file; --output needs a folder.")
+
+
+def prepare_torch(threads: int | None) -> None:
+    """Set the number of threads, and keep `transformers` quiet."""
+    import torch
+    from transformers.utils import logging
+
+    logging.disable_progress_bar()
+    logging.set_verbosity_error()
+    if threads is not None:
+        torch.set_num_threads(threads)

@@ -1,0 +1,58 @@
+"""Questions about pictures: what benchmarks measure with and drafts learn from."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+
+from PIL import Image
+
+from fastvlm.embedded import DESCRIPTION_PROMPT, SCENE_PROMPT, SENTENCE_PROMPT
+from fastvlm.functional.errors import InputError
+from fastvlm.scenes import render, sample
+
+HELD_OUT_SCENES = 1_000_000_000
+"""Scenes with seeds from here on are never trained on."""
+
+SUFFIXES = frozenset({".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff"})
+
+
+@dataclass(frozen=True, slots=True)
+class Question:
+    """A prompt about a scene (its seed) or about a photograph (its path)."""
+
+    prompt: str
+    picture: int | str
+
+    def open(self, size: int) -> Image.Image | Path:
+        """Return the picture: a scene rendered at `size` pixels, or the photograph's path."""
+        if isinstance(self.picture, int):
+            return render(sample(self.picture), size)
+        return Path(self.picture)
+
+
+def about_scenes(seeds: Iterable[int]) -> list[Question]:
+    """Return the question for an exact description of each scene."""
+    return [Question(SCENE_PROMPT, seed) for seed in seeds]
+
+
+def about_photographs(
+    paths: Iterable[Path], prompts: tuple[str, ...] = (DESCRIPTION_PROMPT, SENTENCE_PROMPT)
+) -> list[Question]:
+    """Return each prompt's question about each photograph."""
+    return [Question(prompt, str(path)) for path in paths for prompt in prompts]
+
+
+def pictures_in(folder: Path, limit: int | None = None) -> list[Path]:
+    """Return the pictures of a folder in the order of their names.
+
+    Raises:
+        InputError: There is no such folder, or no picture in it.
+    """
+    if not folder.is_dir():
+        raise InputError(f"There is no folder of pictures at {folder}.")
+    found = sorted(path for path in folder.iterdir() if path.suffix.lower() in SUFFIXES)
+    if not found:
+        raise InputError(f"There is no picture in {folder}.")
+    return found[:limit]

@@ -1,0 +1,40 @@
+"""A draft's directory: read, and checked against its target."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+from transformers import PreTrainedModel
+
+from fastvlm.drafting.fingerprint import fingerprint
+from fastvlm.drafting.imitation import ImitationNetwork
+from fastvlm.functional.errors import CheckpointError
+
+
+def load_draft(directory: str | Path, target: PreTrainedModel) -> ImitationNetwork:
+    """Load an imitation network for a target, in the target's precision and on its device.
+
+    Raises:
+        CheckpointError: There is no draft in the directory, it is broken, or it was made for
+            another target.
+    """
+    path = Path(directory)
+    if not (path / "config.json").is_file():
+        raise CheckpointError(f"There is no draft in {path}: config.json is missing.")
+    try:
+        network = ImitationNetwork.from_pretrained(path, dtype=torch.float32)
+    except Exception as error:
+        raise CheckpointError(f"The draft in {path} can't be read: {_first(error)}") from error
+    made_for, is_for = network.config.target, fingerprint(target)
+    if made_for != is_for:
+        raise CheckpointError(
+            f"The draft in {path} was made for another model: its target's fingerprint is"
+            f" {made_for}, this model's is {is_for}."
+        )
+    return network.to(target.device, target.dtype).eval()
+
+
+def _first(error: Exception) -> str:
+    """Return the first line of an error's message."""
+    return str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__

@@ -1,0 +1,271 @@
+"""Strategies measured against each other and against `transformers`, interleaved in one run."""
+
+from __future__ import annotations
+
+import copy
+import os
+import platform
+import statistics
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from transformers.generation.streamers import BaseStreamer
+
+from fastvlm.data.questions import Question
+from fastvlm.decoding import Decoding, Drafter
+from fastvlm.functional.statistics import DecodingStatistics, Spread
+from fastvlm.vision.pictures import prepare
+from fastvlm.vlm import VisionLanguageModel
+
+TRANSFORMERS = "transformers"
+AUTOREGRESSIVE = "autoregressive"
+TIE = 1e-4
+"""Two best logits that lie closer than this may change places by rounding alone."""
+
+
+@dataclass(frozen=True, slots=True)
+class Run:
+    """One strategy's reply to one question."""
+
+    tokens: tuple[int, ...]
+    statistics: DecodingStatistics
+
+
+@dataclass(frozen=True, slots=True)
+class StrategyResult:
+    """One strategy over all questions.
+
+    Args:
+        strategy: Its name.
+        replies: Questions measured.
+        tokens: Median length of a reply.
+        identical: Whether every reply has the same tokens as `transformers`' own `generate`, but
+            for the `ties`.
+        different: Replies that differ, ties counted.
+        ties: Replies that differ first where the two best logits lie within `TIE`.
+        speedup: Median over the questions of the autoregressive time per output token over this
+            strategy's, and its quartiles.
+        speedup_end_to_end: The same for whole replies, picture and prefill included.
+        speedup_vs_transformers: As `speedup`, against `transformers`' own `generate`.
+        acceptance_length: Tokens per pass of the full model, over all replies.
+        acceptance_rate: Accepted tokens per drafted one, over all replies.
+        draft_length: Drafted tokens per cycle, over all replies.
+        ttft_ms: Time to first token.
+        tpot_ms: Time per output token after the first.
+    """
+
+    strategy: str
+    replies: int
+    tokens: float
+    identical: bool
+    different: int
+    ties: int
+    speedup: Spread | None
+    speedup_end_to_end: Spread | None
+    speedup_vs_transformers: Spread | None
+    acceptance_length: float | None
+    acceptance_rate: float | None
+    draft_length: float | None
+    ttft_ms: Spread
+    tpot_ms: Spread | None
+
+    def to_json(self) -> dict[str, Any]:
+        """Return the medians under the fields' names, and the quartiles under `<name>_iqr`."""
+        out: dict[str, Any] = {}
+        for name in self.__slots__:
+            value = getattr(self, name)
+            if isinstance(value, Spread):
+                out[name], out[f"{name}_iqr"] = value.median, [value.low, value.high]
+            else:
+                out[name] = value
+        return out
+
+
+class TokenTimes(BaseStreamer):
+    """Notes when `transformers`' generate hands over each token."""
+
+    def __init__(self) -> None:
+        self.times: list[float] = []
+        self.prompt_seen = False
+
+    def put(self, value: torch.Tensor) -> None:
+        """Note a token's time; the first call brings the prompt."""
+        del value
+        if self.prompt_seen:
+            self.times.append(time.perf_counter())
+        self.prompt_seen = True
+
+    def end(self) -> None:
+        """Nothing is left to do."""
+
+
+@torch.inference_mode()
+def run_transformers(vlm: VisionLanguageModel, question: Question, limit: int) -> Run:
+    """Answer a question with `transformers`' own greedy `generate`."""
+    picture = question.open(vlm.image_size)
+    started = time.perf_counter()
+    tokens = torch.tensor([vlm.tokens(question.prompt, pictures=1)], device=vlm.decoder.device)
+    pixels = prepare(picture, vlm.image_size)[None].to(vlm.decoder.device, vlm.decoder.dtype)
+    clock = TokenTimes()
+    out = vlm.model.generate(
+        input_ids=tokens,
+        attention_mask=torch.ones_like(tokens),
+        pixel_values=pixels,
+        max_new_tokens=limit,
+        do_sample=False,
+        streamer=clock,
+    )
+    reply = tuple(out[0, tokens.shape[1] :].tolist())
+    return Run(reply, DecodingStatistics.of(started, clock.times, [], []))
+
+
+def run_strategy(
+    vlm: VisionLanguageModel, drafter: Drafter, question: Question, limit: int
+) -> Run:
+    """Answer a question with one of our strategies."""
+    request = vlm.request(question.prompt, question.open(vlm.image_size), max_new_tokens=limit)
+    for _ in Decoding(vlm.decoder, drafter, [request]):
+        pass
+    return Run(
+        tuple(request.reply),
+        DecodingStatistics.of(request.started, request.times, request.proposed, request.accepted),
+    )
+
+
+@torch.inference_mode()
+def best_gap(
+    vlm: VisionLanguageModel, question: Question, one: Sequence[int], other: Sequence[int]
+) -> tuple[int, float]:
+    """Return where two replies first differ, and how far apart the two best logits are there.
+
+    The logits are computed in float64 from scratch.
+    """
+    same = 0
+    while same < min(len(one), len(other)) and one[same] == other[same]:
+        same += 1
+    prompt = vlm.tokens(question.prompt, pictures=1)
+    tokens = torch.tensor([[*prompt, *one[:same]]], device=vlm.decoder.device)
+    pixels = prepare(question.open(vlm.image_size), vlm.image_size)[None].to(tokens.device)
+    exact = copy.deepcopy(vlm.model).double()
+    logits = exact(input_ids=tokens, pixel_values=pixels.double()).logits[0, -1]
+    best, second = logits.topk(2).values.tolist()
+    return same, best - second
+
+
+def measure(
+    vlm: VisionLanguageModel,
+    drafters: Mapping[str, Drafter],
+    questions: Sequence[Question],
+    *,
+    max_new_tokens: int = 160,
+    progress: Callable[[int, int], None] = lambda done, total: None,
+) -> list[StrategyResult]:
+    """Measure strategies, and `transformers`' generate, on the same questions.
+
+    For each question every contender runs once before the next question, in an order that turns, so
+    that a machine whose speed drifts is as kind to one as to another. The first question is
+    answered once more beforehand, unmeasured.
+
+    Args:
+        vlm: The model.
+        drafters: The strategies by name; `autoregressive` among them, the measure of speedup.
+        questions: At least one question.
+        max_new_tokens: The most tokens of a reply.
+        progress: Called with the questions done and their number.
+    """
+    contenders: dict[str, Callable[[Question], Run]] = {
+        TRANSFORMERS: lambda question: run_transformers(vlm, question, max_new_tokens)
+    }
+    for name, drafter in drafters.items():
+        contenders[name] = lambda question, drafter=drafter: run_strategy(  # type: ignore[misc]
+            vlm, drafter, question, max_new_tokens
+        )
+    names = list(contenders)
+    for contender in contenders.values():
+        contender(questions[0])
+    runs: dict[str, list[Run]] = {name: [] for name in names}
+    for number, question in enumerate(questions):
+        turn = number % len(names)
+        for name in names[turn:] + names[:turn]:
+            runs[name].append(contenders[name](question))
+        progress(number + 1, len(questions))
+    return [summarise(vlm, name, runs, questions) for name in names]
+
+
+def summarise(
+    vlm: VisionLanguageModel,
+    name: str,
+    runs: Mapping[str, Sequence[Run]],
+    questions: Sequence[Question],
+) -> StrategyResult:
+    """Return one contender's result from everybody's runs."""
+    own, reference = runs[name], runs[TRANSFORMERS]
+    differing = [
+        (question, run.tokens, expected.tokens)
+        for question, run, expected in zip(questions, own, reference, strict=True)
+        if run.tokens != expected.tokens
+    ]
+    ties = sum(best_gap(vlm, *difference)[1] < TIE for difference in differing)
+    proposed = sum(run.statistics.proposed for run in own)
+    cycles = sum(run.statistics.cycles for run in own)
+    tokens_after_first = sum(run.statistics.tokens - 1 for run in own)
+    tpot = [run.statistics.tpot_ms for run in own if run.statistics.tpot_ms is not None]
+    return StrategyResult(
+        strategy=name,
+        replies=len(own),
+        tokens=statistics.median(run.statistics.tokens for run in own),
+        identical=len(differing) == ties,
+        different=len(differing),
+        ties=ties,
+        speedup=_ratios(runs[AUTOREGRESSIVE], own),
+        speedup_end_to_end=_ratios(runs[AUTOREGRESSIVE], own, whole=True),
+        speedup_vs_transformers=_ratios(reference, own),
+        acceptance_length=tokens_after_first / cycles if cycles else None,
+        acceptance_rate=sum(r.statistics.accepted for r in own) / proposed if proposed else None,
+        draft_length=proposed / cycles if proposed else None,
+        ttft_ms=Spread.of([run.statistics.ttft_ms for run in own]),
+        tpot_ms=Spread.of(tpot) if tpot else None,
+    )
+
+
+def _ratios(slow: Sequence[Run], fast: Sequence[Run], *, whole: bool = False) -> Spread | None:
+    """Return the spread of the ratios of times per token, or of whole replies' times."""
+    ratios = []
+    for one, other in zip(slow, fast, strict=True):
+        a, b = one.statistics, other.statistics
+        if a.tpot_ms is None or b.tpot_ms is None:
+            continue
+        if whole:
+            ratios.append(
+                (a.ttft_ms + a.tpot_ms * (a.tokens - 1)) / (b.ttft_ms + b.tpot_ms * (b.tokens - 1))
+            )
+        else:
+            ratios.append(a.tpot_ms / b.tpot_ms)
+    return Spread.of(ratios) if ratios else None
+
+
+def hardware() -> dict[str, Any]:
+    """Return what the figures were measured on."""
+    names = [
+        line.partition(":")[2].strip()
+        for line in _lines(Path("/proc/cpuinfo"))
+        if line.startswith("model name")
+    ]
+    return {
+        "processor": names[0] if names else platform.processor() or platform.machine(),
+        "cores": os.cpu_count(),
+        "threads": torch.get_num_threads(),
+        "accelerator": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "transformers": transformers.__version__,
+    }
+
+
+def _lines(path: Path) -> list[str]:
+    return path.read_text().splitlines() if path.is_file() else []

@@ -1,0 +1,91 @@
+"""Whether the model sees: facts of unseen scenes, captions of unseen photographs."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+
+from fastvlm.data.captioned import CaptionedPhotograph
+from fastvlm.data.questions import Question
+from fastvlm.embedded import SENTENCE_PROMPT
+from fastvlm.evaluation.captions import score_captions
+from fastvlm.scenes import FactScore, sample, score
+from fastvlm.scenes.facts import KINDS
+from fastvlm.vision.pictures import prepare
+from fastvlm.vlm import VisionLanguageModel
+
+
+def score_scenes(questions: Sequence[Question], replies: Sequence[str]) -> dict[str, Any]:
+    """Return the share of right facts in descriptions of scenes, in all and by kind."""
+    total = sum(
+        (
+            score(reply, sample(int(question.picture)))
+            for question, reply in zip(questions, replies, strict=True)
+        ),
+        FactScore(),
+    )
+    exact = sum(
+        score(reply, sample(int(question.picture))).accuracy == 1.0
+        for question, reply in zip(questions, replies, strict=True)
+    )
+    return {
+        "scenes": len(questions),
+        "facts_stated": total.stated,
+        "facts_right": total.right,
+        "facts_missing": total.missing,
+        "accuracy": total.accuracy,
+        "exact_descriptions": exact,
+        "by_kind": {kind: total.of(kind).accuracy for kind in KINDS if total.of(kind).stated},
+    }
+
+
+def score_photographs(
+    photographs: Sequence[CaptionedPhotograph], replies: Sequence[str]
+) -> dict[str, Any]:
+    """Return BLEU, ROUGE-L and CIDEr of one-sentence captions against the human ones."""
+    scores = score_captions(
+        {p.path.name: reply for p, reply in zip(photographs, replies, strict=True)},
+        {p.path.name: p.captions for p in photographs},
+    )
+    return {
+        "photographs": len(photographs),
+        "cider": scores.cider,
+        "bleu": list(scores.bleu),
+        "rouge_l": scores.rouge_l,
+        "distinct_captions": len(set(replies)),
+    }
+
+
+@torch.inference_mode()
+def caption_losses(
+    vlm: VisionLanguageModel, photographs: Sequence[CaptionedPhotograph], batch: int = 50
+) -> dict[str, float]:
+    """Return the cross-entropy per token of human captions with the right and a wrong picture.
+
+    The wrong picture is the next photograph's. One caption of each photograph is taken.
+    """
+    prompt = vlm.tokens(SENTENCE_PROMPT, pictures=1)
+    sums = {"right": 0.0, "wrong": 0.0}
+    count = 0
+    for start in range(0, len(photographs), batch):
+        shown = photographs[start : start + batch]
+        captions = [
+            [*vlm.tokenizer.encode(p.captions[0]), min(vlm.end_tokens)] for p in shown
+        ]
+        width = max(len(caption) for caption in captions)
+        tokens = torch.zeros(len(shown), len(prompt) + width, dtype=torch.long)
+        labels = torch.full_like(tokens, -100)
+        for row, caption in enumerate(captions):
+            whole = torch.tensor(prompt + caption)
+            tokens[row, : len(whole)] = whole
+            labels[row, len(prompt) : len(whole)] = whole[len(prompt) :]
+        learnt = int((labels != -100).sum())
+        pixels = torch.stack([prepare(p.path, vlm.image_size) for p in shown])
+        for kind, seen in (("right", pixels), ("wrong", pixels.roll(1, 0))):
+            # Padding stands on the right, where the causal mask hides it.
+            loss = vlm.model(input_ids=tokens, pixel_values=seen, labels=labels).loss
+            sums[kind] += float(loss) * learnt
+        count += learnt
+    return {kind: value / count for kind, value in sums.items()}

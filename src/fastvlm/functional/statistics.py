@@ -1,0 +1,81 @@
+"""What a reply's timings and acceptances say."""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True, slots=True)
+class DecodingStatistics:
+    """How one reply was decoded.
+
+    Args:
+        tokens: Tokens of the reply, its end token counted.
+        ttft_ms: Time to first token, in milliseconds, from the picture on.
+        tpot_ms: Time per output token after the first, in milliseconds; None for one token.
+        cycles: Passes of the full model after the prefill.
+        proposed: Drafted tokens.
+        accepted: Drafted tokens that were accepted.
+    """
+
+    tokens: int
+    ttft_ms: float
+    tpot_ms: float | None
+    cycles: int
+    proposed: int
+    accepted: int
+
+    @property
+    def acceptance_rate(self) -> float | None:
+        """Accepted tokens per drafted one; None where nothing was drafted."""
+        return self.accepted / self.proposed if self.proposed else None
+
+    @property
+    def acceptance_length(self) -> float | None:
+        """Tokens per cycle, the target's own counted; None where there was no cycle."""
+        return (self.tokens - 1) / self.cycles if self.cycles else None
+
+    @classmethod
+    def of(
+        cls,
+        started: float,
+        times: Sequence[float],
+        proposed: Sequence[int],
+        accepted: Sequence[int],
+    ) -> DecodingStatistics:
+        """Summarise a reply.
+
+        Args:
+            started: When its work began, in seconds.
+            times: When each of its tokens was known, in seconds.
+            proposed: Drafted tokens of each cycle.
+            accepted: Accepted tokens of each cycle.
+        """
+        span = times[-1] - times[0]
+        return cls(
+            tokens=len(times),
+            ttft_ms=1e3 * (times[0] - started),
+            tpot_ms=1e3 * span / (len(times) - 1) if len(times) > 1 else None,
+            cycles=len(proposed),
+            proposed=sum(proposed),
+            accepted=sum(accepted),
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class Spread:
+    """A median and the quartiles around it."""
+
+    median: float
+    low: float
+    high: float
+
+    @classmethod
+    def of(cls, values: Sequence[float]) -> Spread:
+        """Return the median and the quartiles of at least one value."""
+        if len(values) < 2:
+            return cls(values[0], values[0], values[0])
+        low, median, high = statistics.quantiles(values, n=4, method="inclusive")
+        return cls(median, low, high)

@@ -1,0 +1,338 @@
+"""Load a vision-language model; stream or generate its replies."""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import (
+    AutoConfig,
+    AutoModelForImageTextToText,
+    AutoTokenizer,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
+
+from fastvlm import embedded
+from fastvlm.decoding import Autoregressive, Decoding, Drafter, PromptLookup, Request
+from fastvlm.decoding.strategies import SelfSpeculative
+from fastvlm.drafting import ConfidenceLength, DraftLength, FixedLength, ImitationNetwork
+from fastvlm.drafting.directory import load_draft
+from fastvlm.functional.errors import CheckpointError, InputError
+from fastvlm.functional.statistics import DecodingStatistics
+from fastvlm.language import split_decoder
+from fastvlm.vision.fastvithd import REDUCTION, FastViTHD
+from fastvlm.vision.pictures import Picture, prepare
+
+STRATEGIES = ("autoregressive", "imitation", "early-exit", "lookup")
+
+
+@dataclass(frozen=True, slots=True)
+class Piece:
+    """A piece of a reply as it streams.
+
+    Args:
+        text: Text that is final; never half a character.
+        tokens: The tokens that it is made of.
+        drafted: Whether each of them was drafted and accepted.
+    """
+
+    text: str
+    tokens: tuple[int, ...]
+    drafted: tuple[bool, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Reply:
+    """A whole reply.
+
+    Args:
+        text: Its text, without special tokens.
+        tokens: Its tokens, the end token included.
+        drafted: Whether each token was drafted and accepted.
+        statistics: How it was decoded.
+    """
+
+    text: str
+    tokens: list[int]
+    drafted: list[bool]
+    statistics: DecodingStatistics
+
+
+class VisionLanguageModel:
+    """A vision-language model, split for self-speculative decoding.
+
+    Args:
+        model: The target, as `transformers` loads it.
+        tokenizer: Its tokenizer, with a chat template.
+        network: The imitation network that drafts, if there is one.
+    """
+
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        tokenizer: PreTrainedTokenizerBase,
+        network: ImitationNetwork | None = None,
+    ) -> None:
+        tower = getattr(model.base_model, "vision_tower", None)
+        if not isinstance(tower, FastViTHD):
+            raise InputError(
+                f"{type(model).__name__} has no FastViTHD encoder; so far fastvlm prepares"
+                " pictures for models with one."
+            )
+        self.model, self.tokenizer, self.network = model.eval(), tokenizer, network
+        # Folding is exact, so nobody who loads a model for inference wants the branches.
+        tower.fuse().to(memory_format=torch.channels_last)
+        self.decoder = split_decoder(model)
+        self.image_size: int = tower.config.image_size
+        ends = model.generation_config.eos_token_id
+        self.end_tokens = frozenset([ends] if isinstance(ends, int) else ends or ())
+
+    def tokens(self, prompt: str, pictures: int) -> list[int]:
+        """Return a prompt's tokens, with a placeholder for every visual token."""
+        content: list[dict[str, str]] = [{"type": "image"}] * pictures
+        chat = [{"role": "user", "content": [*content, {"type": "text", "text": prompt}]}]
+        text = self.tokenizer.apply_chat_template(chat, tokenize=False, add_generation_prompt=True)
+        image, visual = self.model.config.image_token_id, (self.image_size // REDUCTION) ** 2
+        expanded: list[int] = []
+        for token in self.tokenizer.encode(text, add_special_tokens=False):
+            expanded += [token] * visual if token == image else [token]
+        return expanded
+
+    @torch.inference_mode()
+    def request(
+        self, prompt: str, picture: Picture | None = None, *, max_new_tokens: int = 256
+    ) -> Request:
+        """Return a request whose picture is encoded.
+
+        Raises:
+            InputError: The picture can't be read, or the prompt has a placeholder of its own.
+        """
+        started = time.perf_counter()
+        tokens = self.tokens(prompt, pictures=int(picture is not None))
+        row = torch.tensor(tokens, device=self.decoder.device)
+        embeddings = self.decoder.embed(row)
+        places = row == self.model.config.image_token_id
+        if picture is not None:
+            pixels = prepare(picture, self.image_size).to(self.decoder.device, self.decoder.dtype)
+            pixels = pixels[None].contiguous(memory_format=torch.channels_last)
+            features = self.model.get_image_features(pixels).pooler_output[0]
+            if int(places.sum()) != len(features):
+                raise InputError("The prompt must not contain the picture's placeholder itself.")
+            embeddings = embeddings.masked_scatter(places[:, None], features)
+        elif bool(places.any()):
+            raise InputError("The prompt has a picture's placeholder, but no picture was given.")
+        return Request(tokens, embeddings, max_new_tokens, self.end_tokens, started)
+
+    def drafter(
+        self,
+        strategy: str | None = None,
+        *,
+        num_speculative_tokens: int | None = None,
+        confidence: float | None = None,
+        exit_layer: int | None = None,
+        network: ImitationNetwork | None = None,
+    ) -> Drafter:
+        """Return a way of drafting.
+
+        Args:
+            strategy: One of `STRATEGIES`; None for `imitation` where there is a draft, and for
+                `autoregressive` where there is none.
+            num_speculative_tokens: The most tokens in a draft; None for what the draft records.
+            confidence: The drafter's own probability below which a draft ends; 0 for drafts of
+                fixed length, None for what the draft records.
+            exit_layer: For `early-exit`: the layers that draft.
+            network: The network to draft with, if not the model's own draft.
+
+        Raises:
+            InputError: The strategy is unknown, needs a draft that isn't there, or an option is
+                out of range.
+        """
+        network = network or self.network
+        strategy = strategy or ("imitation" if network is not None else "autoregressive")
+        if strategy == "autoregressive":
+            return Autoregressive()
+        if strategy == "lookup":
+            return PromptLookup(10 if num_speculative_tokens is None else num_speculative_tokens)
+        if strategy == "early-exit":
+            layer = exit_layer or max(1, self.decoder.depth // 4)
+            length = draft_length(num_speculative_tokens or 8, confidence or 0.0)
+            return SelfSpeculative(self.decoder, layer, None, length, name="early-exit")
+        if strategy != "imitation":
+            raise InputError(f"The strategies are {', '.join(STRATEGIES)}; got {strategy!r}.")
+        if network is None:
+            raise InputError("The strategy 'imitation' needs a draft; load the model with one.")
+        config = network.config
+        length = draft_length(
+            config.num_speculative_tokens
+            if num_speculative_tokens is None
+            else num_speculative_tokens,
+            config.confidence if confidence is None else confidence,
+        )
+        return SelfSpeculative(self.decoder, config.exit_layer, network, length)
+
+    def stream(
+        self,
+        prompt: str,
+        picture: Picture | None = None,
+        *,
+        max_new_tokens: int = 256,
+        drafter: Drafter | None = None,
+    ) -> ReplyStream:
+        """Return a reply as a stream of pieces; its `reply` is there when it has ended.
+
+        Args:
+            prompt: What is asked of the picture.
+            picture: A path or a Pillow image; None for a question without a picture.
+            max_new_tokens: The most tokens of the reply.
+            drafter: What `drafter` returned; None for the model's best.
+
+        Raises:
+            InputError: The picture can't be read, the prompt is longer than the context, or an
+                option is out of range.
+        """
+        request = self.request(prompt, picture, max_new_tokens=max_new_tokens)
+        return ReplyStream(self, request, drafter or self.drafter())
+
+    def generate(
+        self,
+        prompt: str,
+        picture: Picture | None = None,
+        *,
+        max_new_tokens: int = 256,
+        drafter: Drafter | None = None,
+    ) -> Reply:
+        """Return a whole reply. See `stream`."""
+        stream = self.stream(prompt, picture, max_new_tokens=max_new_tokens, drafter=drafter)
+        for _ in stream:
+            pass
+        return stream.reply
+
+    def generate_batch(
+        self,
+        prompts: Sequence[str],
+        pictures: Sequence[Picture],
+        *,
+        max_new_tokens: int = 256,
+        drafter: Drafter | None = None,
+    ) -> list[Reply]:
+        """Return a reply to each prompt about its picture, decoded together.
+
+        Raises:
+            InputError: As `stream`, or the prompts and the pictures differ in number.
+        """
+        if len(prompts) != len(pictures):
+            raise InputError(
+                f"A batch has a picture for each prompt; got {len(prompts)} prompts and"
+                f" {len(pictures)} pictures."
+            )
+        requests = [
+            self.request(prompt, picture, max_new_tokens=max_new_tokens)
+            for prompt, picture in zip(prompts, pictures, strict=True)
+        ]
+        for _ in Decoding(self.decoder, drafter or self.drafter(), requests):
+            pass
+        return [self.reply(request) for request in requests]
+
+    def reply(self, request: Request) -> Reply:
+        """Return what a finished request decoded."""
+        return Reply(
+            self.tokenizer.decode(request.reply, skip_special_tokens=True).strip(),
+            request.reply,
+            request.drafted,
+            DecodingStatistics.of(
+                request.started, request.times, request.proposed, request.accepted
+            ),
+        )
+
+
+class ReplyStream:
+    """A reply that is being decoded: iterate over its pieces, then read `reply`."""
+
+    def __init__(self, vlm: VisionLanguageModel, request: Request, drafter: Drafter) -> None:
+        self.vlm, self.request = vlm, request
+        self.decoding = Decoding(vlm.decoder, drafter, [request])
+
+    def __iter__(self) -> Iterator[Piece]:
+        """Yield a piece for each token whose text is final."""
+        decode = self.vlm.tokenizer.decode
+        shown, start = "", 0
+        for [gained] in self.decoding:
+            known = len(self.request.reply)
+            for end in range(known - gained + 1, known + 1):
+                text = decode(self.request.reply[:end], skip_special_tokens=True)
+                # A character may be made of several tokens: half of it is not shown.
+                if text.endswith("\N{REPLACEMENT CHARACTER}") and not self.request.finished:
+                    continue
+                yield Piece(
+                    text[len(shown) :],
+                    tuple(self.request.reply[start:end]),
+                    tuple(self.request.drafted[start:end]),
+                )
+                shown, start = text, end
+
+    @property
+    def reply(self) -> Reply:
+        """The whole reply; what is decoded so far, while the stream goes on."""
+        return self.vlm.reply(self.request)
+
+
+def draft_length(maximum: int, confidence: float) -> DraftLength:
+    """Return drafts that end at a confidence, or of fixed length where it is 0."""
+    return ConfidenceLength(maximum, confidence) if confidence else FixedLength(maximum)
+
+
+def load(
+    model: str | Path | None = None,
+    draft: str | Path | None = None,
+    *,
+    dtype: torch.dtype = torch.float32,
+    device: str | torch.device = "cpu",
+) -> VisionLanguageModel:
+    """Load a model, and a draft that was made for it.
+
+    Args:
+        model: A directory in `transformers`' layout, or a name on the Hugging Face hub; None for
+            the model that ships with fastvlm, with its own draft.
+        draft: A draft's directory; None to decode without one.
+        dtype: The precision to compute in.
+        device: Where to compute.
+
+    Raises:
+        CheckpointError: The model or the draft is missing or broken, or the draft was made for
+            another model.
+        InputError: The model's family is not known.
+    """
+    if model is None:
+        model, draft = embedded.MODEL, embedded.DRAFT if draft is None else draft
+    target, tokenizer = load_target(model, dtype, device)
+    network = None if draft is None else load_draft(draft, target)
+    return VisionLanguageModel(target, tokenizer, network)
+
+
+def load_target(
+    model: str | Path, dtype: torch.dtype, device: str | torch.device
+) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """Load a model and its tokenizer with `transformers`.
+
+    Raises:
+        CheckpointError: There is no model there, or it can't be read.
+    """
+    path = Path(model)
+    looks_local = isinstance(model, Path) or path.exists() or os.fspath(model).count("/") != 1
+    if looks_local and not (path / "config.json").is_file():
+        raise CheckpointError(f"There is no model in {path}: config.json is missing.")
+    options: dict[str, Any] = {"dtype": dtype}
+    try:
+        AutoConfig.from_pretrained(model)
+        target = AutoModelForImageTextToText.from_pretrained(model, **options)
+        tokenizer = AutoTokenizer.from_pretrained(model)
+    except Exception as error:
+        reason = str(error).strip().splitlines() or [type(error).__name__]
+        raise CheckpointError(f"The model {model} can't be loaded: {reason[0]}") from error
+    return target.to(device), tokenizer

@@ -1,0 +1,238 @@
+"""What is typed wrong gets one sentence and a non-zero exit code."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from importlib import metadata
+from pathlib import Path
+
+import pytest
+
+from fastvlm import cli as command_line
+from fastvlm.cli.installation import torchvision_mismatch
+from fastvlm.functional.errors import CheckpointError
+from tests.cli.conftest import CONTEXT, Output
+
+Cli = Callable[..., Output]
+
+
+@pytest.fixture
+def picture(shipped: Path) -> Path:
+    return shipped / "pictures" / "0.png"
+
+
+def test_a_file_that_is_no_picture(cli: Cli, tmp_path: Path) -> None:
+    file = tmp_path / "text.png"
+    file.write_text("not a picture")
+    said = cli("generate", file)
+    assert said.code == 1
+    assert f"{file} is not a picture" in said.sentence()
+
+
+def test_a_picture_that_is_not_there(cli: Cli, tmp_path: Path) -> None:
+    said = cli("generate", tmp_path / "none.png")
+    assert said.code == 1
+    assert "There is no picture at" in said.sentence()
+
+
+def test_a_truncated_picture(cli: Cli, broken: Path) -> None:
+    said = cli("generate", broken)
+    assert said.code == 1
+    assert f"{broken} can't be decoded as a picture" in said.sentence()
+
+
+@pytest.mark.parametrize("option", ["--model", "--draft"])
+def test_a_model_or_a_draft_that_is_not_there(
+    cli: Cli, picture: Path, tmp_path: Path, option: str
+) -> None:
+    said = cli("generate", picture, option, tmp_path / "none")
+    assert said.code == 1
+    assert f"There is no {option[2:]} in {tmp_path / 'none'}" in said.sentence()
+
+
+def test_a_relative_path_is_no_name_on_the_hub(
+    cli: Cli, picture: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "runs").mkdir()
+    monkeypatch.chdir(tmp_path)
+    said = cli("generate", picture, "--model", "runs/modle")
+    assert said.code == 1
+    assert "There is no model in runs/modle" in said.sentence()
+
+
+def test_a_broken_model(cli: Cli, picture: Path, tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text("{")
+    said = cli("generate", picture, "--model", tmp_path)
+    assert said.code == 1
+    assert f"The model {tmp_path} can't be loaded" in said.sentence()
+
+
+def test_a_draft_for_another_model(cli: Cli, picture: Path, shipped: Path) -> None:
+    said = cli("generate", picture, "--model", shipped / "other", "--draft", shipped / "draft")
+    assert said.code == 1
+    assert "was made for another model" in said.sentence()
+
+
+def test_a_prompt_longer_than_the_context(cli: Cli, picture: Path) -> None:
+    said = cli("generate", picture, picture, "--prompt", "word " * CONTEXT)
+    assert said.code == 1
+    assert f"the model's context is {CONTEXT}" in said.sentence()
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        ("generate", "a.png", "--max-new-tokens", "0"),
+        ("generate", "a.png", "--confidence", "1.5"),
+        ("generate", "a.png", "--num-speculative-tokens", "many"),
+        ("generate", "a.png", "--threads", "0"),
+        ("benchmark", "--limit", "-1"),
+        ("demo", "--pictures", "0"),
+        ("train", "encoder", "--photographs", "a", "--output", "b", "--learning-rate", "0"),
+    ],
+)
+def test_an_option_out_of_range(cli: Cli, words: tuple[str, ...]) -> None:
+    said = cli(*words)
+    assert said.code == 2
+    assert f"Invalid value for '{words[-2]}'" in said.sentence()
+
+
+@pytest.mark.parametrize(
+    "words", [("generate",), ("generate", "a.png", "--colour"), ("describe", "a.png")]
+)
+def test_a_command_line_that_makes_no_sense(cli: Cli, words: tuple[str, ...]) -> None:
+    said = cli(*words)
+    assert said.code == 2
+    assert said.sentence()
+
+
+@pytest.mark.parametrize(
+    ("words", "told"),
+    [
+        (("--strategies", "telepathy"), "The strategies here are autoregressive, imitation"),
+        (("--strategies", "imitation-2"), "needs a draft of that name"),
+        (("--draft", "lookup=x"), "can't be called 'lookup'"),
+        (("--draft", "x", "--draft", "y"), "Two drafts are called 'imitation'"),
+        (("--json", "/nowhere/figures.json"), "There is no folder /nowhere"),
+        (("--pictures", "/nowhere"), "There is no folder of pictures at /nowhere"),
+    ],
+)
+def test_a_benchmark_that_can_not_be_run(cli: Cli, words: tuple[str, ...], told: str) -> None:
+    said = cli("benchmark", *words)
+    assert said.code == 1
+    assert told in said.sentence()
+
+
+def test_an_unknown_strategy(cli: Cli, picture: Path) -> None:
+    said = cli("generate", picture, "--strategy", "telepathy")
+    assert said.code == 1
+    assert "got 'telepathy'" in said.sentence()
+
+
+@pytest.mark.parametrize("listing", [None, "{", '[{"file": "0.png"}]', "[]"])
+def test_a_demo_without_its_pictures(
+    cli: Cli, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, listing: str | None
+) -> None:
+    monkeypatch.setattr("fastvlm.embedded.PICTURES", tmp_path)
+    if listing is not None:
+        (tmp_path / "pictures.json").write_text(listing)
+    said = cli("demo")
+    assert said.code == 1
+    assert "pictures.json" in said.sentence()
+
+
+@pytest.mark.parametrize(
+    ("words", "told"),
+    [
+        (("encoder",), "is not laid out like Flickr8k"),
+        (("model", "--encoder", "/nowhere"), "There is no encoder in /nowhere"),
+        (("draft", "--kind", "tree"), "got --kind tree"),
+        (("draft", "--exit-layer", "5"), "--exit-layer lies between 1 and 4"),
+        (("draft",), "is not laid out like Flickr8k"),
+    ],
+)
+def test_a_training_that_can_not_start(
+    cli: Cli, tmp_path: Path, words: tuple[str, ...], told: str
+) -> None:
+    said = cli("train", *words, "--photographs", tmp_path, "--output", tmp_path / "out")
+    assert said.code == 1
+    assert told in said.sentence()
+
+
+def test_ctrl_c_is_quiet(cli: Cli, monkeypatch: pytest.MonkeyPatch) -> None:
+    def interrupted(**_: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(command_line, "app", interrupted)
+    assert cli("demo") == Output(130, "", "")
+
+
+def test_main_exits_with_the_code(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as left:
+        command_line.main(["--no-such-option"])
+    assert left.value.code == 2
+    assert capsys.readouterr().err.startswith("fastvlm: ")
+
+
+INSTALLED = {"torchvision": "0.20.1", "torch": "2.13.0+cpu"}
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        RuntimeError("operator torchvision::nms does not exist"),
+        AttributeError("partially initialized module 'torchvision' has no attribute 'extension'"),
+    ],
+)
+def test_a_torchvision_of_another_torch_is_explained(error: Exception) -> None:
+    wrapped = CheckpointError("The model x can't be loaded: Could not import module 'AutoModel'.")
+    wrapped.__cause__ = ModuleNotFoundError("Could not import module 'AutoModel'.")
+    wrapped.__cause__.__cause__ = error
+    for seen in (error, wrapped):
+        told = torchvision_mismatch(
+            seen, INSTALLED.__getitem__, lambda _: ["numpy", "torch==2.5.1"]
+        )
+        assert told is not None
+        assert "torchvision 0.20.1, which was built for torch 2.5.1," in told
+        assert "installed torch 2.13.0;" in told
+        assert "pip uninstall torchvision" in told
+
+
+def test_other_errors_are_not_blamed_on_torchvision() -> None:
+    assert torchvision_mismatch(RuntimeError("out of memory"), INSTALLED.__getitem__) is None
+
+
+def test_a_torchvision_that_is_not_installed_is_not_blamed() -> None:
+    def missing(name: str) -> str:
+        raise metadata.PackageNotFoundError(name)
+
+    assert torchvision_mismatch(ImportError("No module named 'torchvision'"), missing) is None
+
+
+def test_a_torchvision_that_does_not_fit_is_told_in_one_sentence(
+    cli: Cli, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def broken(**_: object) -> None:
+        raise RuntimeError("operator torchvision::nms does not exist")
+
+    monkeypatch.setattr(command_line, "app", broken)
+    monkeypatch.setattr(metadata, "version", INSTALLED.__getitem__)
+    monkeypatch.setattr(
+        command_line, "torchvision_mismatch",
+        lambda error: torchvision_mismatch(error, INSTALLED.__getitem__, lambda _: None),
+    )  # fmt: skip
+    said = cli("demo")
+    assert said.code == 1
+    assert "torchvision 0.20.1 doesn't work with the installed torch 2.13.0" in said.err
+    assert said.err.count("\n") == 1
+
+
+def test_other_runtime_errors_keep_their_traceback(
+    cli: Cli, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def broken(**_: object) -> None:
+        raise RuntimeError("a bug")
+
+    monkeypatch.setattr(command_line, "app", broken)
+    with pytest.raises(RuntimeError, match="a bug"):
+        cli("demo")

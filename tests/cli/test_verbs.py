@@ -1,0 +1,200 @@
+"""What the verbs print and write."""
+
+from __future__ import annotations
+
+import json
+import re
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from rich.console import Console
+
+import fastvlm
+from fastvlm import embedded
+from fastvlm.cli.terminal import THUMBNAIL, ReplyWriter, thumbnail
+from fastvlm.scenes import render, sample
+from fastvlm.vision.pictures import prepare
+from tests.cli.conftest import Output
+
+SOURCES = Path(__file__).parents[2] / "src"
+FIELDS = {
+    "strategy",
+    "identical",
+    "speedup",
+    "speedup_vs_transformers",
+    "acceptance_length",
+    "acceptance_rate",
+    "ttft_ms",
+    "tpot_ms",
+}
+Cli = Callable[..., Output]
+
+
+def expected_reply(shipped: Path, picture: Path, prompt: str, limit: int) -> str:
+    """Return the reply of transformers' own generate."""
+    vlm = fastvlm.load(shipped / "model")
+    tokens = torch.tensor([vlm.tokens(prompt, pictures=1)])
+    out = vlm.model.generate(
+        input_ids=tokens,
+        attention_mask=torch.ones_like(tokens),
+        pixel_values=prepare(picture, vlm.image_size)[None],
+        max_new_tokens=limit,
+        do_sample=False,
+    )
+    return vlm.tokenizer.decode(out[0, tokens.shape[1] :], skip_special_tokens=True).lstrip()
+
+
+def test_help_lists_the_verbs(cli: Cli) -> None:
+    said = cli("--help")
+    assert said.code == 0
+    for verb in ("demo", "generate", "benchmark", "train"):
+        assert verb in said.out
+
+
+def test_training_lists_its_stages(cli: Cli) -> None:
+    said = cli("train", "--help")
+    assert said.code == 0
+    for stage in ("encoder", "model", "draft"):
+        assert stage in said.out
+
+
+def test_version(cli: Cli) -> None:
+    assert cli("--version").out == f"fastvlm {fastvlm.__version__}\n"
+
+
+def test_help_needs_no_torch() -> None:
+    # The package's face is left out here: what is tested is the command line's own imports.
+    code = (
+        "import sys, types; package = types.ModuleType('fastvlm');"
+        f"package.__path__ = [{str(SOURCES / 'fastvlm')!r}]; sys.modules['fastvlm'] = package;"
+        "from fastvlm.cli import run; code = run(['generate', '--help']);"
+        "sys.exit(code or 'torch' in sys.modules or 'transformers' in sys.modules)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, check=False)
+    assert done.returncode == 0
+
+
+@pytest.mark.parametrize("strategy", ["autoregressive", "imitation", "early-exit", "lookup"])
+def test_a_reply_is_that_of_transformers(cli: Cli, shipped: Path, strategy: str) -> None:
+    picture, prompt = shipped / "pictures" / "0.png", "What is it?"
+    said = cli(
+        "generate", picture, "--prompt", prompt, "--max-new-tokens", 24, "--strategy", strategy
+    )
+    assert said == Output(0, expected_reply(shipped, picture, prompt, 24) + "\n", "")
+
+
+def test_a_given_model_is_used_without_a_draft(cli: Cli, shipped: Path) -> None:
+    picture = shipped / "pictures" / "0.png"
+    said = cli("generate", picture, "--model", shipped / "other", "--max-new-tokens", 8, "--stats")
+    assert said.code == 0
+    assert re.fullmatch(r".+: \d+ tokens, TTFT [\d.]+ ms, TPOT [\d.]+ ms\n", said.err)
+
+
+def test_a_broken_picture_does_not_lose_the_others(cli: Cli, shipped: Path, broken: Path) -> None:
+    one, two = (shipped / "pictures" / f"{number}.png" for number in range(2))
+    said = cli("generate", one, broken, two, "--prompt", "What?", "--max-new-tokens", 8)
+    assert said.code == 1
+    replies = [expected_reply(shipped, picture, "What?", 8) for picture in (one, two)]
+    assert said.out == f"{one}: {replies[0]}\n{two}: {replies[1]}\n"
+    assert said.err.startswith(f"fastvlm: {broken} can't be decoded as a picture")
+    assert said.err.count("\n") == 1
+
+
+def test_the_benchmark_measures_every_strategy(cli: Cli, tmp_path: Path) -> None:
+    file = tmp_path / "figures.json"
+    said = cli("benchmark", "--limit", 2, "--max-new-tokens", 6, "--json", file)
+    assert said.code == 0
+    figures = json.loads(file.read_text())
+    assert {"hardware", "pictures", "prompt", "limit", "date", "results"} <= figures.keys()
+    assert figures["pictures"] == "scenes"
+    assert figures["prompt"] == embedded.SCENE_PROMPT
+    results = {result["strategy"]: result for result in figures["results"]}
+    assert list(results) == [
+        "transformers",
+        "autoregressive",
+        "imitation",
+        "imitation-mlp",
+        "early-exit",
+        "lookup",
+    ]
+    for name, result in results.items():
+        assert result.keys() >= FIELDS
+        assert result["identical"] is True
+        assert name in said.out
+    assert figures["drafts"]["imitation-mlp"]["kind"] == "mlp"
+    assert not list(tmp_path.glob("*.partial"))
+
+
+def test_the_benchmark_compares_named_drafts_on_photographs(
+    cli: Cli, shipped: Path, broken: Path
+) -> None:
+    folder = broken.parent
+    (folder / "whole.png").write_bytes((shipped / "pictures" / "1.png").read_bytes())
+    figures = folder / "figures.json"
+    said = cli(
+        "benchmark", "--model", shipped / "model", "--draft", f"ours={shipped / 'draft'}",
+        "--draft", shipped / "draft-mlp", "--strategies", "ours,imitation", "--pictures", folder,
+        "--prompt", "What?", "--max-new-tokens", 4, "--json", figures,
+    )  # fmt: skip
+    assert said.code == 1  # a picture was left out, which is said
+    assert str(broken) in said.err
+    assert [result["strategy"] for result in json.loads(figures.read_text())["results"]] == [
+        "transformers",
+        "autoregressive",
+        "ours",
+        "imitation",
+    ]
+
+
+def test_the_demo_in_a_pipe_is_plain(cli: Cli) -> None:
+    said = cli("demo")
+    assert (said.code, said.err) == (0, "")
+    assert "\x1b" not in said.out
+    assert "1/2  A scene" in said.out
+    assert "Jane Doe, CC BY 2.0, https://example.org/1" in said.out
+    assert len(re.findall(r"^  identical · TTFT", said.out, re.MULTILINE)) == 2
+    assert "2 of 2" in said.out
+
+
+def test_the_demo_tells_tokens_apart_by_colour(cli: Cli, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("FORCE_COLOR", "1")
+    monkeypatch.setenv("COLORTERM", "truecolor")
+    monkeypatch.setenv("TERM", "xterm-256color")
+    monkeypatch.delenv("NO_COLOR", raising=False)
+    said = cli("demo", "--pictures", 1)
+    assert said.code == 0
+    assert "\x1b[32mthese tokens were drafted and accepted\x1b[0m" in said.out
+    assert "▀" in said.out
+
+
+def test_the_demo_as_json_is_one_object(cli: Cli) -> None:
+    said = cli("demo", "--json", "--pictures", 1)
+    figures = json.loads(said.out)
+    assert {"processor", "threads", "torch"} <= figures["hardware"].keys()
+    assert [result["strategy"] for result in figures["results"]] == [
+        "transformers",
+        "autoregressive",
+        "imitation",
+    ]
+    for result in figures["results"]:
+        assert result.keys() >= FIELDS
+
+
+def test_a_streamed_reply_is_wrapped_at_words() -> None:
+    console = Console(width=24, record=True, quiet=False, file=open("/dev/null", "w"))  # noqa: PTH123, SIM115
+    writer = ReplyWriter(console, indent=4)
+    for piece in ("A sm", "all red", " square ", "is\nabove it", ", and so", " on."):
+        writer.write(piece)
+    writer.close()
+    assert console.export_text() == ("    A small red square\n    is above it, and so\n    on.\n")
+
+
+@pytest.mark.parametrize(("size", "lines"), [((90, 90), 12), ((160, 40), 3), ((20, 100), 12)])
+def test_a_thumbnail_keeps_the_shape_of_a_picture(size: tuple[int, int], lines: int) -> None:
+    drawn = thumbnail(render(sample(0), 160).resize(size)).plain.split("\n")
+    assert len(drawn) == lines
+    assert max(map(len, drawn)) == (THUMBNAIL if size[0] >= size[1] else 5)

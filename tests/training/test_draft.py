@@ -1,0 +1,402 @@
+"""The draft's lesson: what it learns from, what it measures, and what decoding makes of it."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Sequence
+from pathlib import Path
+
+import pytest
+import torch
+from PIL import Image
+from torch import Tensor
+from torch.nn import functional as F
+
+from fastvlm.data.questions import Question, about_photographs, about_scenes
+from fastvlm.decoding import Decoding, Request
+from fastvlm.drafting import ImitationConfig, ImitationNetwork
+from fastvlm.drafting.directory import load_draft
+from fastvlm.drafting.imitation import initialise_from
+from fastvlm.training import replies
+from fastvlm.training.draft import (
+    DraftLesson,
+    DraftPlan,
+    frequent_tokens,
+    new_network,
+    train_draft,
+)
+from fastvlm.training.loop import Schedule, train
+from fastvlm.training.replies import Dialogue, own_replies
+from fastvlm.vision.pictures import prepare
+from fastvlm.vlm import VisionLanguageModel
+from tests.models import LIVELY, VISUAL_TOKENS, small_vlm
+
+MOST = 40
+"""Tokens of a reply at most."""
+DEPTH = LIVELY["num_hidden_layers"]
+
+
+@pytest.fixture(scope="module")
+def vlm() -> VisionLanguageModel:
+    return small_vlm()
+
+
+@pytest.fixture(scope="module")
+def questions() -> list[Question]:
+    return about_scenes(range(20))
+
+
+@pytest.fixture(scope="module")
+def dialogues(
+    vlm: VisionLanguageModel,
+    questions: list[Question],
+    tmp_path_factory: pytest.TempPathFactory,
+) -> list[Dialogue]:
+    folder = tmp_path_factory.mktemp("replies")
+    return own_replies(vlm, questions, folder, max_new_tokens=MOST)
+
+
+def taught(
+    vlm: VisionLanguageModel, plan: DraftPlan, dialogues: list[Dialogue]
+) -> ImitationNetwork:
+    return new_network(vlm, plan, dialogues).to(vlm.decoder.dtype)
+
+
+def loss_of(
+    vlm: VisionLanguageModel, network: ImitationNetwork, dialogues: Sequence[Dialogue]
+) -> tuple[float, dict[str, float]]:
+    """One network's loss and report, by the names of the measures alone."""
+    loss, report = DraftLesson(vlm, [network], dialogues).losses(dialogues)
+    return float(loss.detach()), {name.split()[-1]: value for name, value in report.items()}
+
+
+@pytest.fixture(scope="module")
+def network(
+    vlm: VisionLanguageModel,
+    dialogues: list[Dialogue],
+    tmp_path_factory: pytest.TempPathFactory,
+) -> ImitationNetwork:
+    """A block that was taught the first few dialogues for a while."""
+    torch.manual_seed(0)
+    network = taught(vlm, DraftPlan("block", 3, 150), dialogues)
+    schedule = Schedule(steps=30, learning_rate=2e-3, warmup=5)
+    train(DraftLesson(vlm, [network], dialogues[:6]), schedule, tmp_path_factory.mktemp("draft"))
+    return network
+
+
+def test_replies_are_what_generate_says(
+    vlm: VisionLanguageModel, questions: list[Question], dialogues: list[Dialogue]
+) -> None:
+    assert len({tuple(d.tokens[d.reply_start :]) for d in dialogues}) == len(dialogues)
+    image = vlm.model.config.image_token_id
+    for question, dialogue in zip(questions[:6], dialogues, strict=False):
+        pixels = prepare(question.open(vlm.image_size), vlm.image_size).double()[None]
+        prompt, reply = (
+            dialogue.tokens[: dialogue.reply_start],
+            dialogue.tokens[dialogue.reply_start :],
+        )
+        assert prompt == vlm.tokens(question.prompt, pictures=1)
+        assert prompt.count(image) == VISUAL_TOKENS
+        tokens = torch.tensor([prompt])
+        out = vlm.model.generate(
+            input_ids=tokens, attention_mask=torch.ones_like(tokens), pixel_values=pixels,
+            max_new_tokens=MOST, do_sample=False,
+        )  # fmt: skip
+        assert out[0, len(prompt) :].tolist() == reply
+        assert vlm.generate(
+            question.prompt, question.open(vlm.image_size), max_new_tokens=MOST
+        ).tokens == reply  # fmt: skip
+        with torch.no_grad():
+            features = vlm.model.get_image_features(pixels).pooler_output[0]
+        torch.testing.assert_close(dialogue.features, features, rtol=1e-9, atol=1e-9)
+
+
+class Counted:
+    """`Decoding`, with the number of prompts of each call written down; fails from a call on."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch, fails_at: int = 1000) -> None:
+        self.batches: list[int] = []
+        self.fails_at = fails_at
+        monkeypatch.setattr(replies, "Decoding", self)
+
+    def __call__(self, decoder: object, drafter: object, requests: list[Request]) -> Decoding:
+        if len(self.batches) == self.fails_at:
+            raise KeyboardInterrupt
+        self.batches.append(len(requests))
+        return Decoding(decoder, drafter, requests)
+
+
+def assert_equal(one: list[Dialogue], other: list[Dialogue]) -> None:
+    for ours, theirs in zip(one, other, strict=True):
+        assert (ours.tokens, ours.reply_start) == (theirs.tokens, theirs.reply_start)
+        # Rows of another batch are rounded differently.
+        torch.testing.assert_close(ours.features, theirs.features, rtol=1e-9, atol=1e-9)
+
+
+def test_replies_are_kept(
+    vlm: VisionLanguageModel,
+    questions: list[Question],
+    dialogues: list[Dialogue],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    few = questions[:7]
+    counted = Counted(monkeypatch)
+    fresh = own_replies(vlm, few, tmp_path, batch=3, max_new_tokens=MOST)
+    assert counted.batches == [3, 3, 1]
+    assert_equal(fresh, dialogues[:7])
+    kept = own_replies(vlm, few, tmp_path, batch=3, max_new_tokens=MOST)
+    assert counted.batches == [3, 3, 1]
+    assert_equal(kept, fresh)
+    assert all(torch.equal(a.features, b.features) for a, b in zip(kept, fresh, strict=True))
+    # Other questions, limits or weights are not answered from it.
+    own_replies(vlm, few[:2], tmp_path, max_new_tokens=MOST)
+    own_replies(vlm, few[:3], tmp_path, max_new_tokens=5)
+    assert counted.batches[3:] == [2, 3]
+    norm = vlm.model.get_decoder().norm.weight
+    monkeypatch.setattr(norm, "data", norm.data * 2)
+    own_replies(vlm, few[:2], tmp_path, max_new_tokens=MOST)
+    assert counted.batches[5:] == [2]
+
+
+def test_a_killed_run_goes_on_from_the_replies_it_kept(
+    vlm: VisionLanguageModel,
+    questions: list[Question],
+    dialogues: list[Dialogue],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    killed = Counted(monkeypatch, fails_at=9)
+    with pytest.raises(KeyboardInterrupt):
+        own_replies(vlm, questions, tmp_path, batch=2, max_new_tokens=MOST)
+    assert killed.batches == [2] * 9
+    resumed = Counted(monkeypatch)
+    assert_equal(own_replies(vlm, questions, tmp_path, batch=2, max_new_tokens=MOST), dialogues)
+    # Eight batches of two were written down; the ninth was lost.
+    assert resumed.batches == [2, 2]
+
+
+def test_photographs_are_answered_too(vlm: VisionLanguageModel, tmp_path: Path) -> None:
+    Image.effect_noise((90, 60), 90).convert("RGB").save(tmp_path / "noise.png")
+    asked = about_photographs([tmp_path / "noise.png"])
+    told = own_replies(vlm, [*asked, *about_scenes([3])], tmp_path, max_new_tokens=8)
+    assert len({dialogue.reply_start for dialogue in told}) == 3
+    for question, dialogue in zip(asked, told, strict=False):
+        reply = vlm.generate(question.prompt, tmp_path / "noise.png", max_new_tokens=8)
+        assert dialogue.tokens[dialogue.reply_start :] == reply.tokens
+
+
+def test_frequent_tokens_are_counted_in_replies_alone() -> None:
+    none = torch.zeros(0)
+    told = [Dialogue([9, 9, 9, 9, 5, 7, 5], 4, none), Dialogue([8, 2, 7, 5, 3], 2, none)]
+    assert frequent_tokens(told, 2) == [5, 7]
+    assert frequent_tokens(told, 3) == [3, 5, 7]
+    assert frequent_tokens(told, 99) == [3, 5, 7]
+
+
+def test_a_new_network_starts_as_the_layer_it_stands_for(
+    vlm: VisionLanguageModel, dialogues: list[Dialogue]
+) -> None:
+    network = new_network(vlm, DraftPlan("block", 2, 50), dialogues)
+    layers = vlm.model.get_decoder().layers
+    for name, weight in network.layers[0].state_dict().items():
+        assert torch.equal(weight.double(), layers[2].state_dict()[name].float().double())
+    assert network.draft_vocabulary.tolist() == frequent_tokens(dialogues, 50)
+    assert network.draft_vocabulary.dtype == torch.long
+    assert (network.config.exit_layer, network.config.draft_vocabulary_size) == (2, 50)
+
+
+@torch.no_grad()
+def naive_loss(
+    vlm: VisionLanguageModel, network: ImitationNetwork, dialogues: Sequence[Dialogue]
+) -> tuple[float, dict[str, float]]:
+    """The loss of a network of kind `mlp`, from transformers' own outputs, row by row."""
+    decoder, head = vlm.model.get_decoder(), vlm.model.get_output_embeddings()
+    mlp, vocabulary = network.mlp, network.draft_vocabulary
+    parts: dict[str, list[Tensor]] = {"kl": [], "cos": [], "ce": [], "agree": [], "overlap": []}
+    for dialogue in dialogues:
+        tokens = torch.tensor(dialogue.tokens)
+        x = decoder.embed_tokens(tokens)
+        x[tokens == vlm.model.config.image_token_id] = dialogue.features
+        out = decoder(inputs_embeds=x[None], output_hidden_states=True)
+        # Position i predicts token i + 1; the prefill gives the reply's first.
+        for i in range(dialogue.reply_start, len(tokens) - 1):
+            state, last = out.hidden_states[network.config.exit_layer][0, i], out.last_hidden_state
+            scaled = state / (state.square().mean() + mlp.norm.eps).sqrt() * mlp.norm.weight
+            gate, up = mlp.gate_proj.weight @ scaled, mlp.up_proj.weight @ scaled
+            guess = decoder.norm(state + mlp.down_proj.weight @ (gate * gate.sigmoid() * up))
+            p = head(last[0, i]).softmax(-1)
+            q = (head.weight[vocabulary] @ guess).softmax(-1)
+            best = int(p.argmax())
+            parts["kl"].append((p[vocabulary] * (p[vocabulary] / q).log()).sum())
+            parts["cos"].append(1 - guess @ last[0, i] / guess.norm() / last[0, i].norm())
+            if best in vocabulary.tolist():
+                parts["ce"].append(-q[vocabulary.tolist().index(best)].log())
+            parts["agree"].append((vocabulary[q.argmax()] == best).double())
+            parts["overlap"].append(torch.minimum(p[vocabulary], q).sum())
+    mean = {name: float(torch.stack(values).mean()) for name, values in parts.items()}
+    return mean["kl"] + 0.1 * mean["cos"] + 0.1 * mean["ce"], mean
+
+
+def test_the_loss_is_the_papers(vlm: VisionLanguageModel, dialogues: list[Dialogue]) -> None:
+    # Of different lengths, so that some are padded.
+    few = [
+        Dialogue(d.tokens[: d.reply_start + kept], d.reply_start, d.features)
+        for d, kept in zip(dialogues, (12, 25, 7), strict=False)
+    ]
+    network = taught(vlm, DraftPlan("mlp", 2, 60), dialogues)
+    expected, measures = naive_loss(vlm, network, few)
+    loss, report = loss_of(vlm, network, few)
+    assert loss == pytest.approx(expected, rel=1e-9)
+    for name, value in report.items():
+        assert value == pytest.approx(measures[name], rel=1e-6), name
+    assert 0 < report["overlap"] < 1
+
+
+def test_networks_are_taught_side_by_side(
+    vlm: VisionLanguageModel, dialogues: list[Dialogue]
+) -> None:
+    plans = [DraftPlan("block", 3, 60), DraftPlan("mlp", 1, 40), DraftPlan("block", 2, 50)]
+    networks = [taught(vlm, plan, dialogues) for plan in plans]
+    together, report = DraftLesson(vlm, networks, dialogues).losses(dialogues[:3])
+    alone = [DraftLesson(vlm, [network], dialogues).losses(dialogues[:3]) for network in networks]
+    assert float(together.detach()) == pytest.approx(sum(float(loss.detach()) for loss, _ in alone))
+    assert report == pytest.approx({k: v for _, single in alone for k, v in single.items()})
+    assert {name.split()[0] for name in report} == {"block@3", "mlp@1", "block@2"}
+    together.backward()
+    for network in networks:
+        assert all(p.grad is not None and p.grad.any() for p in network.parameters())
+    assert all(p.grad is None for p in vlm.model.parameters())
+
+
+@pytest.mark.parametrize("exit_layer", [1, 3])
+def test_a_perfect_network_agrees_everywhere(
+    exit_layer: int, vlm: VisionLanguageModel, dialogues: list[Dialogue]
+) -> None:
+    vocabulary = vlm.model.config.get_text_config().vocab_size
+    network = ImitationNetwork(
+        ImitationConfig(
+            exit_layer=exit_layer,
+            blocks=DEPTH - exit_layer,
+            text_config=vlm.model.config.get_text_config().to_dict(),
+            draft_vocabulary_size=vocabulary,
+        )
+    ).double()
+    initialise_from(network, list(vlm.model.get_decoder().layers))
+    network.draft_vocabulary.copy_(torch.arange(vocabulary))
+    _, report = loss_of(vlm, network, dialogues)
+    assert report["agree"] == 1.0
+    assert report["overlap"] == pytest.approx(1, abs=1e-9)
+    assert report["kl"] == pytest.approx(0, abs=1e-9)
+
+
+def test_teaching_raises_the_agreement(
+    vlm: VisionLanguageModel, dialogues: list[Dialogue], network: ImitationNetwork
+) -> None:
+    untaught = taught(vlm, DraftPlan("block", 3, 150), dialogues)
+    loss, before = loss_of(vlm, untaught, dialogues[:6])
+    less, after = loss_of(vlm, network, dialogues[:6])
+    assert less < loss
+    assert after["agree"] > before["agree"] + 0.1
+    assert after["overlap"] > before["overlap"]
+    assert after["kl"] < before["kl"]
+
+
+@pytest.fixture(scope="module")
+def agreements(
+    vlm: VisionLanguageModel, dialogues: list[Dialogue], network: ImitationNetwork
+) -> list[list[bool]]:
+    """Whether teacher forcing predicts each reply's second token, its third, and so on."""
+    found = []
+    for dialogue in dialogues:
+        hits = [0]
+        for end in range(dialogue.reply_start + 2, len(dialogue.tokens) + 1):
+            cut = Dialogue(dialogue.tokens[:end], dialogue.reply_start, dialogue.features)
+            agree = loss_of(vlm, network, [cut])[1]["agree"]
+            hits.append(round(agree * (end - 1 - dialogue.reply_start)))
+        found.append([after > before for before, after in itertools.pairwise(hits)])
+    return found
+
+
+def decoded(
+    vlm: VisionLanguageModel, network: ImitationNetwork, questions: list[Question], most: int
+) -> list[Request]:
+    """Replies decoded as one batch, with drafts of a fixed length."""
+    requests = [
+        vlm.request(question.prompt, question.open(vlm.image_size), max_new_tokens=MOST)
+        for question in questions
+    ]
+    drafter = vlm.drafter(network=network, num_speculative_tokens=most, confidence=0.0)
+    for _ in Decoding(vlm.decoder, drafter, requests):
+        pass
+    return requests
+
+
+def replayed(agrees: list[bool], most: int) -> list[int]:
+    """How many tokens each cycle accepts if drafting is what teacher forcing says.
+
+    Args:
+        agrees: For each token of the reply after the first, whether the draft's is the same.
+        most: Tokens of a draft.
+    """
+    accepted, position = [], 0
+    while position < len(agrees):
+        # The reply's last token is never drafted where the limit ends it: it is the bonus.
+        room = min(most, MOST - position - 2)
+        count = 0
+        while count < room and position + count < len(agrees) and agrees[position + count]:
+            count += 1
+        accepted.append(count)
+        position += count + 1
+    return accepted
+
+
+@pytest.mark.parametrize("most", [1, 3, 8, MOST])
+def test_decoding_accepts_just_what_teaching_predicts(
+    most: int,
+    vlm: VisionLanguageModel,
+    questions: list[Question],
+    dialogues: list[Dialogue],
+    network: ImitationNetwork,
+    agreements: list[list[bool]],
+) -> None:
+    for request, dialogue, agrees in zip(
+        decoded(vlm, network, questions, most), dialogues, agreements, strict=True
+    ):
+        assert request.reply == dialogue.tokens[dialogue.reply_start :]
+        assert request.accepted == replayed(agrees, most)
+
+
+def test_the_acceptance_of_teaching_is_that_of_decoding(
+    vlm: VisionLanguageModel,
+    questions: list[Question],
+    dialogues: list[Dialogue],
+    network: ImitationNetwork,
+) -> None:
+    # A draft as long as the reply puts every token to the test but the bonus of the last one.
+    accepted = rejected = 0
+    for request in decoded(vlm, network, questions, MOST):
+        accepted += sum(request.accepted)
+        rejected += sum(a < p for p, a in zip(request.proposed, request.accepted, strict=True))
+    assert accepted + rejected > 500
+    _, report = loss_of(vlm, network, dialogues)
+    assert 0.3 < report["agree"] < 0.9
+    assert accepted / (accepted + rejected) == pytest.approx(report["agree"], abs=0.02)
+
+
+def test_trained_drafts_are_saved_and_serve(tmp_path: Path) -> None:
+    vlm = small_vlm(torch.float32)
+    asked = about_scenes(range(4))
+    told = own_replies(vlm, asked, tmp_path, max_new_tokens=12)
+    plans = {"one": DraftPlan("block", 2, 40), "two": DraftPlan("mlp", 1, 30)}
+    train_draft(vlm, plans, told, tmp_path, Schedule(steps=2, learning_rate=1e-3, warmup=1))
+    for name, plan in plans.items():
+        network = load_draft(tmp_path / name, vlm.model)
+        assert (network.config.kind, network.config.exit_layer) == (plan.kind, plan.exit_layer)
+        assert network.draft_vocabulary.tolist() == frequent_tokens(told, plan.draft_vocabulary)
+        assert network.dtype == torch.float32
+        drafter = vlm.drafter(network=network)
+        for question, dialogue in zip(asked, told, strict=True):
+            picture = question.open(vlm.image_size)
+            reply = vlm.generate(question.prompt, picture, max_new_tokens=12, drafter=drafter)
+            assert reply.tokens == dialogue.tokens[dialogue.reply_start :]

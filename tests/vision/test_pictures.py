@@ -1,0 +1,223 @@
+"""Pictures: upright, in RGB, padded; and what is said of files that can't be one."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from PIL import Image
+
+from fastvlm.functional.errors import InputError
+from fastvlm.vision.pictures import open_picture, pad_to_square, prepare, to_tensor
+
+RED, GREEN, BLUE, BLACK = (255, 0, 0), (0, 255, 0), (0, 0, 255), (0, 0, 0)
+CORNERS = ((0, 0), (1, 0), (0, 1), (1, 1))
+ORIENTATION, DESCRIPTION = 0x0112, 0x010E
+
+
+def quarters(width: int = 32, height: int = 32) -> Image.Image:
+    """Red and green over blue and white."""
+    picture = Image.new("RGB", (2, 2))
+    for corner, colour in zip(CORNERS, (RED, GREEN, BLUE, (255, 255, 255)), strict=True):
+        picture.putpixel(corner, colour)
+    return picture.resize((width, height), Image.Resampling.NEAREST)
+
+
+def seen(picture: Image.Image) -> list[tuple[int, ...]]:
+    """The colours of the four quarters' middles, each channel rounded to 0 or 255."""
+    return [
+        tuple(
+            255 * (channel > 127)
+            for channel in picture.getpixel(
+                (picture.width * (1 + 2 * x) // 4, picture.height * (1 + 2 * y) // 4)
+            )
+        )
+        for x, y in CORNERS
+    ]
+
+
+@pytest.mark.parametrize(
+    ("size", "box"),
+    [
+        ((8, 4), (0, 2, 8, 6)),
+        ((4, 8), (2, 0, 6, 8)),
+        ((7, 4), (0, 1, 7, 5)),
+        ((6, 6), (0, 0, 6, 6)),
+        ((9, 1), (0, 4, 9, 5)),
+    ],
+)
+def test_padding_is_black_and_even(size: tuple[int, int], box: tuple[int, int, int, int]) -> None:
+    square = pad_to_square(Image.new("RGB", size, (9, 200, 30)))
+    expected = Image.new("RGB", (max(size), max(size)), BLACK)
+    expected.paste((9, 200, 30), box)
+    assert square.size == expected.size
+    assert square.tobytes() == expected.tobytes()
+
+
+def test_a_tensor_holds_the_pixels() -> None:
+    pixels = to_tensor(quarters(3, 2).resize((2, 2), Image.Resampling.NEAREST))
+    assert pixels.dtype == torch.float32
+    assert pixels.permute(1, 2, 0).tolist() == [[[1, 0, 0], [0, 1, 0]], [[0, 0, 1], [1, 1, 1]]]
+    assert to_tensor(Image.new("RGB", (5, 3))).shape == (3, 3, 5)
+
+
+def test_a_prepared_picture_keeps_its_shape(tmp_path: Path) -> None:
+    quarters(96, 48).save(tmp_path / "wide.png")
+    for picture in (tmp_path / "wide.png", str(tmp_path / "wide.png"), quarters(96, 48)):
+        pixels = prepare(picture, 64)
+        assert pixels.shape == (3, 64, 64)
+        assert 0 <= pixels.min() <= pixels.max() <= 1
+        assert not pixels[:, :13].any()  # bicubic reaches two pixels over the edge
+        assert not pixels[:, -13:].any()
+        for (x, y), colour in zip(CORNERS, seen(quarters()), strict=True):
+            middle = pixels[:, 24 + 16 * y, 16 + 32 * x] * 255
+            assert middle.tolist() == pytest.approx(colour, abs=1e-3)
+
+
+@pytest.mark.parametrize("orientation", range(1, 9))
+@pytest.mark.parametrize("suffix", ["jpg", "png"])
+def test_the_cameras_orientation_is_honoured(orientation: int, suffix: str, tmp_path: Path) -> None:
+    # How a camera stores an upright picture so that each orientation's turn rights it again.
+    turned = {
+        1: None,
+        2: Image.Transpose.FLIP_LEFT_RIGHT,
+        3: Image.Transpose.ROTATE_180,
+        4: Image.Transpose.FLIP_TOP_BOTTOM,
+        5: Image.Transpose.TRANSPOSE,
+        6: Image.Transpose.ROTATE_90,
+        7: Image.Transpose.TRANSVERSE,
+        8: Image.Transpose.ROTATE_270,
+    }[orientation]
+    stored = quarters(64, 32) if turned is None else quarters(64, 32).transpose(turned)
+    exif = Image.Exif()
+    exif[ORIENTATION] = orientation
+    stored.save(tmp_path / f"turned.{suffix}", exif=exif)
+    picture = open_picture(tmp_path / f"turned.{suffix}")
+    assert (picture.mode, picture.size) == ("RGB", (64, 32))
+    assert seen(picture) == seen(quarters())
+
+
+@pytest.mark.parametrize("tag", [b"\x01\x56", b"\x01\x54", b"\x01\x1a"])
+def test_a_photograph_with_broken_metadata_is_still_a_picture(tag: bytes, tmp_path: Path) -> None:
+    exif = Image.Exif()
+    exif[ORIENTATION], exif[DESCRIPTION] = 6, "hello"
+    file = tmp_path / "broken.jpg"
+    quarters(64, 32).transpose(Image.Transpose.ROTATE_90).save(file, exif=exif)
+    # Text where a number belongs.
+    whole = file.read_bytes()
+    assert whole.count(b"\x01\x0e\x00\x02") == 1
+    file.write_bytes(whole.replace(b"\x01\x0e\x00\x02", tag + b"\x00\x02"))
+    assert seen(open_picture(file)) == seen(quarters())
+
+
+@pytest.mark.parametrize(
+    ("mode", "suffix"),
+    [
+        ("P", "png"),
+        ("P", "gif"),
+        ("CMYK", "jpg"),
+        ("CMYK", "tif"),
+        ("YCbCr", "jpg"),
+        ("RGBA", "png"),
+    ],
+)
+def test_colours_survive_any_mode(mode: str, suffix: str, tmp_path: Path) -> None:
+    file = tmp_path / f"picture.{suffix}"
+    quarters().convert(mode).save(file)
+    picture = open_picture(file)
+    assert picture.mode == "RGB"
+    assert seen(picture) == seen(quarters())
+
+
+def test_what_is_transparent_is_black(tmp_path: Path) -> None:
+    clear = quarters().convert("RGBA")
+    clear.putalpha(0)
+    half = Image.new("RGBA", (32, 32), (200, 100, 50, 128))
+    half.paste(clear.crop((0, 0, 16, 32)), (0, 0))
+    half.save(tmp_path / "alpha.png")
+    picture = open_picture(tmp_path / "alpha.png")
+    assert (picture.mode, picture.getpixel((4, 16))) == ("RGB", BLACK)
+    assert picture.getpixel((24, 16)) == pytest.approx((100, 50, 25), abs=1)
+
+    grey = Image.merge("LA", (Image.new("L", (4, 4), 200), Image.new("L", (4, 4), 0)))
+    assert open_picture(grey).getpixel((1, 1)) == BLACK
+    palette = quarters().convert("P")
+    palette.save(tmp_path / "palette.png", transparency=palette.getpixel((0, 0)))
+    assert seen(open_picture(tmp_path / "palette.png")) == [BLACK, *seen(quarters())[1:]]
+
+
+@pytest.mark.parametrize(
+    ("mode", "levels"),
+    [
+        ("1", {0: 0, 1: 255}),
+        ("L", {0: 0, 100: 100, 255: 255}),
+        ("LA", {0: 0, 100: 100, 255: 255}),
+        ("I;16", {0: 0, 100 * 257: 100, 200 * 257: 200, 65535: 255}),
+    ],
+)
+def test_grey_is_grey(mode: str, levels: dict[int, int], tmp_path: Path) -> None:
+    for level, expected in levels.items():
+        flat = Image.new(mode, (4, 3), (level, 255) if mode == "LA" else level)
+        flat.save(tmp_path / "grey.png")
+        for picture in (open_picture(flat), open_picture(tmp_path / "grey.png")):
+            assert (picture.mode, picture.size) == ("RGB", (4, 3))
+            assert picture.getpixel((2, 1)) == pytest.approx((expected,) * 3, abs=1)
+
+
+def spoilt(name: str, folder: Path) -> Path:
+    """Write a file that is no whole picture."""
+    file = folder / name
+    whole = folder / "whole.jpg"
+    quarters(64, 64).save(whole)
+    if name == "folder.jpg":
+        file.mkdir()
+    elif name != "missing.jpg":
+        contents = {
+            "text.jpg": b"These are words.",
+            "empty.jpg": b"",
+            "cut.jpg": whole.read_bytes()[:-200],
+            "head.jpg": whole.read_bytes()[:30],
+        }
+        file.write_bytes(contents[name])
+    return file
+
+
+@pytest.mark.parametrize(
+    ("name", "reason"),
+    [
+        ("missing.jpg", "There is no picture at"),
+        ("folder.jpg", "There is no picture at"),
+        ("text.jpg", "is not a picture"),
+        ("empty.jpg", "is not a picture"),
+        ("cut.jpg", "can't be decoded"),
+        ("head.jpg", "picture"),
+    ],
+)
+def test_what_is_no_picture_is_named(name: str, reason: str, tmp_path: Path) -> None:
+    file = spoilt(name, tmp_path)
+    for given in (file, str(file)):
+        with pytest.raises(InputError, match=reason) as caught:
+            prepare(given, 64)
+        assert str(file) in str(caught.value)
+
+
+def test_a_cut_png_is_named(tmp_path: Path) -> None:
+    file = tmp_path / "cut.png"
+    quarters(64, 64).save(file)
+    file.write_bytes(file.read_bytes()[:-40])
+    with pytest.raises(InputError, match=r"cut\.png"):
+        open_picture(file)
+
+
+@pytest.mark.parametrize("side", [15, 40])
+def test_a_decompression_bomb_is_refused(
+    side: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    file = tmp_path / "bomb.png"
+    quarters(side, side).save(file)
+    assert open_picture(file).size == (side, side)
+    # Pillow warns of more than this many pixels, and refuses more than twice as many itself.
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 200)
+    with pytest.raises(InputError, match=r"bomb\.png has more pixels than"):
+        open_picture(file)
