@@ -37,21 +37,25 @@ def small_encoder_config(**overrides: Any) -> FastViTHDConfig:
 
 
 @torch.no_grad()
-def randomise(module: nn.Module) -> None:
+def randomise(module: nn.Module, *, shift: float = 0.5) -> None:
     """Give every parameter and statistic a value that shows where it is left out of a sum.
 
     Kernels are scaled to keep activations near 1, so that no branch vanishes beside another.
+
+    Args:
+        module: What to change.
+        shift: How far biases and means lie from 0: the less, the more a picture counts.
     """
     for part in module.modules():
         if isinstance(part, nn.Conv2d | nn.Linear):
             part.weight.normal_(std=part.weight[0].numel() ** -0.5)
             if part.bias is not None:
-                part.bias.normal_(std=0.5)
+                part.bias.normal_(std=shift)
         elif isinstance(part, nn.BatchNorm2d | nn.LayerNorm):
             part.weight.uniform_(0.5, 1.5)
-            part.bias.normal_(std=0.5)
+            part.bias.normal_(std=shift)
             if isinstance(part, nn.BatchNorm2d):
-                part.running_mean.normal_(std=0.5)
+                part.running_mean.normal_(std=shift)
                 part.running_var.uniform_(0.5, 2.0)
         elif isinstance(part, LayerScale):
             part.gamma.uniform_(0.3, 0.9)
@@ -77,7 +81,7 @@ def small_vlm(dtype: torch.dtype = torch.float64) -> VisionLanguageModel:
         image_seq_length=VISUAL_TOKENS,
     )
     model = FastVlmForConditionalGeneration(config)
-    randomise(model.model.vision_tower)
+    randomise(model.model.vision_tower, shift=0.1)
     model.generation_config.eos_token_id = tokenizer.eos_token_id
     model.generation_config.pad_token_id = tokenizer.pad_token_id
     return VisionLanguageModel(model.to(dtype), tokenizer)

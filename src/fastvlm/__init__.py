@@ -4,8 +4,12 @@ FastViTHD (Vasu et al., arXiv 2412.13303) for the time to first token, and self-
 with an imitation network (Bajpai and Hanawal, arXiv 2510.22641) for the time per output token.
 """
 
+from typing import TYPE_CHECKING, Any
+
 from fastvlm.functional.errors import CheckpointError, FastVlmError, InputError
-from fastvlm.vlm import Piece, Reply, VisionLanguageModel, load
+
+if TYPE_CHECKING:
+    from fastvlm.vlm import Piece, Reply, VisionLanguageModel, load
 
 __version__ = "0.1.0"
 
@@ -18,3 +22,12 @@ __all__ = [
     "VisionLanguageModel",
     "load",
 ]
+
+
+def __getattr__(name: str) -> Any:
+    """Import what needs torch when it is first asked for: `fastvlm --help` needs none of it."""
+    if name not in __all__:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    from fastvlm import vlm
+
+    return getattr(vlm, name)

@@ -1,8 +1,9 @@
-"""A tiny model with its tokenizer, its drafts and some pictures, in the places of those that ship."""
+"""A tiny model, its drafts and some pictures in the places of those that ship."""
 
 from __future__ import annotations
 
 import json
+import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -104,7 +105,7 @@ def shipped(tmp_path_factory: pytest.TempPathFactory) -> Path:
     pictures = folder / "pictures"
     pictures.mkdir()
     for seed in range(2):
-        render(sample(seed), 160).save(pictures / f"{seed}.png")
+        render(sample(seed), 192).save(pictures / f"{seed}.png")
     listing = [
         {"file": "0.png", "kind": "scene", "title": "A scene", "credit": None, "licence": None,
          "source": None},
@@ -123,6 +124,8 @@ def cli(
     monkeypatch.setattr(embedded, "FOLDER", shipped)
     for name in ("model", "draft", "pictures"):
         monkeypatch.setattr(embedded, name.upper(), shipped / name)
+    # The function `demo` hides its module of the same name.
+    monkeypatch.setattr(sys.modules["fastvlm.cli.demo"], "MAX_NEW_TOKENS", 12)
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     monkeypatch.setenv("COLUMNS", "120")
 

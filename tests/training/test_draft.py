@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -10,7 +11,6 @@ import pytest
 import torch
 from PIL import Image
 from torch import Tensor
-from torch.nn import functional as F
 
 from fastvlm.data.questions import Question, about_photographs, about_scenes
 from fastvlm.decoding import Decoding, Request
@@ -28,22 +28,32 @@ from fastvlm.training.draft import (
 from fastvlm.training.loop import Schedule, train
 from fastvlm.training.replies import Dialogue, own_replies
 from fastvlm.vision.pictures import prepare
-from fastvlm.vlm import VisionLanguageModel
+from fastvlm.vlm import VisionLanguageModel, load
 from tests.models import LIVELY, VISUAL_TOKENS, small_vlm
 
 MOST = 40
 """Tokens of a reply at most."""
+FEW = 8
 DEPTH = LIVELY["num_hidden_layers"]
-
-
-@pytest.fixture(scope="module")
-def vlm() -> VisionLanguageModel:
-    return small_vlm()
 
 
 @pytest.fixture(scope="module")
 def questions() -> list[Question]:
     return about_scenes(range(20))
+
+
+@pytest.fixture(scope="module")
+def vlm(questions: list[Question], tmp_path_factory: pytest.TempPathFactory) -> VisionLanguageModel:
+    """A model some of whose replies end themselves, while others reach the limit."""
+    vlm = small_vlm()
+    counts: Counter[int] = Counter()
+    folder = tmp_path_factory.mktemp("endless")
+    for dialogue in own_replies(vlm, questions, folder, max_new_tokens=MOST):
+        reply = dialogue.tokens[dialogue.reply_start :]
+        counts.update(set(reply[MOST // 2 :]) - set(reply[: MOST // 2]))
+    [(end, _)] = counts.most_common(1)
+    vlm.end_tokens, vlm.model.generation_config.eos_token_id = frozenset({end}), end
+    return vlm
 
 
 @pytest.fixture(scope="module")
@@ -87,7 +97,8 @@ def network(
 def test_replies_are_what_generate_says(
     vlm: VisionLanguageModel, questions: list[Question], dialogues: list[Dialogue]
 ) -> None:
-    assert len({tuple(d.tokens[d.reply_start :]) for d in dialogues}) == len(dialogues)
+    assert len({tuple(d.tokens[d.reply_start :]) for d in dialogues}) > 15
+    assert len({len(d.tokens) - d.reply_start for d in dialogues}) > 3
     image = vlm.model.config.image_token_id
     for question, dialogue in zip(questions[:6], dialogues, strict=False):
         pixels = prepare(question.open(vlm.image_size), vlm.image_size).double()[None]
@@ -136,42 +147,40 @@ def assert_equal(one: list[Dialogue], other: list[Dialogue]) -> None:
 def test_replies_are_kept(
     vlm: VisionLanguageModel,
     questions: list[Question],
-    dialogues: list[Dialogue],
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     few = questions[:7]
     counted = Counted(monkeypatch)
-    fresh = own_replies(vlm, few, tmp_path, batch=3, max_new_tokens=MOST)
+    fresh = own_replies(vlm, few, tmp_path, batch=3, max_new_tokens=6)
     assert counted.batches == [3, 3, 1]
-    assert_equal(fresh, dialogues[:7])
-    kept = own_replies(vlm, few, tmp_path, batch=3, max_new_tokens=MOST)
+    kept = own_replies(vlm, few, tmp_path, batch=3, max_new_tokens=6)
     assert counted.batches == [3, 3, 1]
     assert_equal(kept, fresh)
     assert all(torch.equal(a.features, b.features) for a, b in zip(kept, fresh, strict=True))
     # Other questions, limits or weights are not answered from it.
-    own_replies(vlm, few[:2], tmp_path, max_new_tokens=MOST)
+    own_replies(vlm, few[:2], tmp_path, max_new_tokens=6)
     own_replies(vlm, few[:3], tmp_path, max_new_tokens=5)
     assert counted.batches[3:] == [2, 3]
     norm = vlm.model.get_decoder().norm.weight
     monkeypatch.setattr(norm, "data", norm.data * 2)
-    own_replies(vlm, few[:2], tmp_path, max_new_tokens=MOST)
+    own_replies(vlm, few[:2], tmp_path, max_new_tokens=6)
     assert counted.batches[5:] == [2]
 
 
 def test_a_killed_run_goes_on_from_the_replies_it_kept(
     vlm: VisionLanguageModel,
     questions: list[Question],
-    dialogues: list[Dialogue],
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
+    expected = own_replies(vlm, questions, tmp_path / "whole", max_new_tokens=4)
     killed = Counted(monkeypatch, fails_at=9)
     with pytest.raises(KeyboardInterrupt):
-        own_replies(vlm, questions, tmp_path, batch=2, max_new_tokens=MOST)
+        own_replies(vlm, questions, tmp_path, batch=2, max_new_tokens=4)
     assert killed.batches == [2] * 9
     resumed = Counted(monkeypatch)
-    assert_equal(own_replies(vlm, questions, tmp_path, batch=2, max_new_tokens=MOST), dialogues)
+    assert_equal(own_replies(vlm, questions, tmp_path, batch=2, max_new_tokens=4), expected)
     # Eight batches of two were written down; the ninth was lost.
     assert resumed.batches == [2, 2]
 
@@ -306,9 +315,9 @@ def test_teaching_raises_the_agreement(
 def agreements(
     vlm: VisionLanguageModel, dialogues: list[Dialogue], network: ImitationNetwork
 ) -> list[list[bool]]:
-    """Whether teacher forcing predicts each reply's second token, its third, and so on."""
+    """Whether teacher forcing predicts a reply's second token, its third, and so on."""
     found = []
-    for dialogue in dialogues:
+    for dialogue in dialogues[:FEW]:
         hits = [0]
         for end in range(dialogue.reply_start + 2, len(dialogue.tokens) + 1):
             cut = Dialogue(dialogue.tokens[:end], dialogue.reply_start, dialogue.features)
@@ -333,15 +342,15 @@ def decoded(
 
 
 def replayed(agrees: list[bool], most: int) -> list[int]:
-    """How many tokens each cycle accepts if drafting is what teacher forcing says.
+    """How many tokens each cycle accepts, if a draft is what teacher forcing predicts.
 
     Args:
-        agrees: For each token of the reply after the first, whether the draft's is the same.
+        agrees: For each token of a reply after the first, whether it is the one predicted.
         most: Tokens of a draft.
     """
     accepted, position = [], 0
     while position < len(agrees):
-        # The reply's last token is never drafted where the limit ends it: it is the bonus.
+        # The token at the limit is never drafted: it is the bonus, if all before it are accepted.
         room = min(most, MOST - position - 2)
         count = 0
         while count < room and position + count < len(agrees) and agrees[position + count]:
@@ -360,9 +369,8 @@ def test_decoding_accepts_just_what_teaching_predicts(
     network: ImitationNetwork,
     agreements: list[list[bool]],
 ) -> None:
-    for request, dialogue, agrees in zip(
-        decoded(vlm, network, questions, most), dialogues, agreements, strict=True
-    ):
+    requests = decoded(vlm, network, questions[:FEW], most)
+    for request, dialogue, agrees in zip(requests, dialogues, agreements, strict=False):
         assert request.reply == dialogue.tokens[dialogue.reply_start :]
         assert request.accepted == replayed(agrees, most)
 
@@ -373,19 +381,23 @@ def test_the_acceptance_of_teaching_is_that_of_decoding(
     dialogues: list[Dialogue],
     network: ImitationNetwork,
 ) -> None:
-    # A draft as long as the reply puts every token to the test but the bonus of the last one.
+    # Drafts as long as the replies put every token to the test that teaching does: all but the
+    # first, from the prefill, and the bonus at the limit after a draft that was accepted whole.
     accepted = rejected = 0
     for request in decoded(vlm, network, questions, MOST):
         accepted += sum(request.accepted)
         rejected += sum(a < p for p, a in zip(request.proposed, request.accepted, strict=True))
-    assert accepted + rejected > 500
+    assert accepted + rejected > 400
     _, report = loss_of(vlm, network, dialogues)
     assert 0.3 < report["agree"] < 0.9
     assert accepted / (accepted + rejected) == pytest.approx(report["agree"], abs=0.02)
 
 
-def test_trained_drafts_are_saved_and_serve(tmp_path: Path) -> None:
-    vlm = small_vlm(torch.float32)
+def test_drafts_trained_for_a_stored_model_serve_it(tmp_path: Path) -> None:
+    stored = small_vlm(torch.bfloat16)
+    for part in (stored.model, stored.tokenizer):
+        part.save_pretrained(tmp_path / "model")
+    vlm = load(tmp_path / "model")
     asked = about_scenes(range(4))
     told = own_replies(vlm, asked, tmp_path, max_new_tokens=12)
     plans = {"one": DraftPlan("block", 2, 40), "two": DraftPlan("mlp", 1, 30)}
@@ -394,7 +406,7 @@ def test_trained_drafts_are_saved_and_serve(tmp_path: Path) -> None:
         network = load_draft(tmp_path / name, vlm.model)
         assert (network.config.kind, network.config.exit_layer) == (plan.kind, plan.exit_layer)
         assert network.draft_vocabulary.tolist() == frequent_tokens(told, plan.draft_vocabulary)
-        assert network.dtype == torch.float32
+        assert {p.dtype for p in network.parameters()} == {torch.float32}
         drafter = vlm.drafter(network=network)
         for question, dialogue in zip(asked, told, strict=True):
             picture = question.open(vlm.image_size)

@@ -1,4 +1,4 @@
-"""The command line: `fastvlm demo`, `generate`, `benchmark` and `train`, one file a verb."""
+"""The command line: `fastvlm demo`, `generate`, `benchmark`, ..., one file a verb."""
 
 from __future__ import annotations
 
@@ -9,8 +9,10 @@ from typing import Annotated, NoReturn
 
 import typer
 
+from fastvlm.cli.audit import audit
 from fastvlm.cli.benchmark import benchmark
 from fastvlm.cli.demo import demo
+from fastvlm.cli.evaluate import evaluate
 from fastvlm.cli.generate import generate
 from fastvlm.cli.installation import torchvision_mismatch
 from fastvlm.cli.terminal import complain
@@ -32,6 +34,8 @@ app = typer.Typer(
 app.command()(demo)
 app.command()(generate)
 app.command()(benchmark)
+app.command()(audit)
+app.command()(evaluate)
 app.add_typer(train, name="train")
 
 

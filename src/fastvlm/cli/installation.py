@@ -36,7 +36,7 @@ def torchvision_mismatch(
     return (
         f"The installed torchvision {ours}{origin} doesn't work with the installed torch {torch};"
         " remove it with `pip uninstall torchvision` (fastvlm doesn't need it) or install the one"
-        f" that matches with `pip install --force-reinstall torchvision torch=={torch}`."
+        f" that matches with `pip install --upgrade torchvision torch=={torch}`."
     )
 
 

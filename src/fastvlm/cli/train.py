@@ -67,8 +67,10 @@ def model(
     ],
     photographs: PhotographsOption,
     output: OutputOption,
-    steps: StepsOption = 1450,
-    learning_rate: RateOption = 1.5e-3,
+    share: Annotated[
+        float,
+        typer.Option(min=0.01, max=100, help="Steps of each stage, as a share of the plan's."),
+    ] = 1.0,
     seed: SeedOption = 0,
     threads: ThreadsOption = None,
 ) -> None:
@@ -77,12 +79,9 @@ def model(
     if not (encoder / "config.json").is_file():
         raise CheckpointError(f"There is no encoder in {encoder}: config.json is missing.")
     prepare_torch(threads)
-    from fastvlm.training.loop import Schedule
-    from fastvlm.training.model import train_model
+    from fastvlm.training.model import ModelPlan, train_model
 
-    train_model(
-        encoder, photographs, output, Schedule(steps=steps, learning_rate=learning_rate, seed=seed)
-    )
+    train_model(encoder, photographs, output, ModelPlan().scaled(share, seed))
 
 
 @app.command()

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import random
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +27,7 @@ from fastvlm.scenes import describe, sample
 from fastvlm.training.augmentation import random_views
 from fastvlm.training.encoder import scene_pixels
 from fastvlm.training.loop import Schedule, train
+from fastvlm.training.projector import ProjectorLesson
 from fastvlm.training.tokenizer import IMAGE, learn_tokenizer
 from fastvlm.vision.fastvithd import REDUCTION
 
@@ -83,6 +84,9 @@ def new_model(
     )
     model = FastVlmForConditionalGeneration(config)
     model.model.vision_tower.load_state_dict(vision.state_dict())
+    # The encoder stays frozen, and a folded one is quicker.
+    model.model.vision_tower.requires_grad_(False).fuse()
+    model.config.vision_config.form = "fused"
     model.generation_config.eos_token_id = tokenizer.eos_token_id
     model.generation_config.pad_token_id = tokenizer.pad_token_id
     # Residual branches start small in proportion to their number (as GPT-2's do), so that a deep
@@ -108,31 +112,24 @@ class ModelLesson:
         model: FastVlmForConditionalGeneration,
         tokenizer: PreTrainedTokenizerFast,
         photographs: Sequence[CaptionedPhotograph],
+        pixels: Tensor,
         *,
-        scenes_first: int = 0,
-        scenes_a_step: int = 8,
-        photographs_a_step: int = 10,
+        scenes_a_step: int,
+        photographs_a_step: int,
     ) -> None:
-        # Evaluation statistics in the BatchNorms: a batch is small here, and the encoder has
-        # learnt them in its own lesson.
         self.model = model.eval()
         self.module: nn.Module = model
-        model.model.vision_tower.rate_scale = 0.3
         self.tokenizer = tokenizer
         self.photographs = photographs
         self.scenes_a_step, self.photographs_a_step = scenes_a_step, photographs_a_step
-        self.scenes_first = scenes_first
         self.size = model.config.vision_config.image_size
         self.visual = (self.size // REDUCTION) ** 2
-        self.pixels = decode(photographs, 224)
+        self.pixels = pixels
 
     def loss(self, step: int) -> tuple[Tensor, dict[str, float]]:
         """Return the mean cross-entropy of all reply tokens of one step, and of each kind."""
-        # Looking at the place that a sentence names, and repeating what was said before, are learnt
-        # from scenes, where they decide every word; photographs alone hardly teach them.
-        first = step < self.scenes_first
-        parts = self.scenes(2 * self.scenes_a_step if first else self.scenes_a_step)
-        if not first:
+        parts = self.scenes(self.scenes_a_step)
+        if self.photographs_a_step:
             parts |= self.photos(self.photographs_a_step)
         losses = torch.cat(list(parts.values()))
         return losses.mean(), {kind: float(part.detach().mean()) for kind, part in parts.items()}
@@ -157,8 +154,10 @@ class ModelLesson:
 
     def visual_tokens(self, pixels: Tensor) -> Tensor:
         """Return the projected features: (pictures, visual tokens, d_model)."""
-        pixels = pixels.to(memory_format=torch.channels_last)
-        return self.model.model.get_image_features(pixels).pooler_output
+        tower, project = self.model.model.vision_tower, self.model.model.multi_modal_projector
+        with torch.no_grad():
+            states = tower(pixels.to(memory_format=torch.channels_last)).last_hidden_state
+        return project(states.flatten(2).transpose(1, 2))
 
     def replies(self, features: Tensor, kind: str, replies: Sequence[str]) -> Tensor:
         """Return the cross-entropy of every token of the replies, flat."""
@@ -205,29 +204,92 @@ def token_losses(
     return F.cross_entropy(model.lm_head(states[learnt]), targets[learnt], reduction="none")
 
 
+@dataclass(frozen=True, slots=True)
+class ModelPlan:
+    """The stages of a model's training, in their order.
+
+    Args:
+        language: Scenes and photographs, until the decoder knows the words.
+        projector: The projector alone (`ProjectorLesson`).
+        scenes: Scenes alone. Looking at the place that a sentence names, and repeating what was
+            said before, are learnt from scenes, where they decide every word; photographs hardly
+            teach them.
+        together: Mostly photographs.
+
+    The encoder is frozen throughout. Trained along with an untrained decoder it forgot what it
+    knew: a linear probe read the shapes of scenes with 97 % before and 49 % after 1,100 steps.
+    """
+
+    language: Schedule = Schedule(steps=500, learning_rate=1.5e-3, warmup=60)
+    projector: Schedule = Schedule(steps=300, learning_rate=3e-3, warmup=20)
+    scenes: Schedule = Schedule(steps=500, learning_rate=2e-3, warmup=30)
+    together: Schedule = Schedule(steps=800, learning_rate=1.5e-3, warmup=30)
+
+    def scaled(self, share: float, seed: int) -> ModelPlan:
+        """Return the plan with a share of its steps, and another seed."""
+
+        def scale(steps: int) -> int:
+            return max(1, round(share * steps))
+
+        return ModelPlan(
+            *(
+                replace(stage, steps=scale(stage.steps), seed=seed)
+                for stage in (self.language, self.projector, self.scenes, self.together)
+            )
+        )
+
+
 def train_model(
     encoder: Path,
     photographs: Path,
     output: Path,
-    schedule: Schedule,
+    plan: ModelPlan | None = None,
     shape: DecoderShape | None = None,
 ) -> None:
     """Train a model around a trained encoder and save it, fused and in bfloat16, as `output`.
 
+    Each stage keeps its checkpoint and its log in a folder of its own under `output`; a run that
+    was stopped goes on in the stage where it stopped.
+
     Args:
         encoder: What `train_encoder` saved.
         photographs: A folder in Flickr8k's layout.
-        output: The directory of the checkpoint while it runs, and of the model in the end.
-        schedule: Length and learning rate of the run.
+        output: The directory of the checkpoints while it runs, and of the model in the end.
+        plan: Lengths and learning rates of the stages.
         shape: The decoder's size.
     """
-    shape = shape or DecoderShape()
-    torch.manual_seed(schedule.seed)
+    plan, shape = plan or ModelPlan(), shape or DecoderShape()
+    torch.manual_seed(plan.language.seed)
     pictures = read_flickr8k(photographs, "train")
     tokenizer = learn_tokenizer(corpus(pictures), shape.vocabulary)
     model = new_model(encoder, tokenizer, shape)
-    train(ModelLesson(model, tokenizer, pictures), schedule, output)
-    model.model.vision_tower.fuse()
-    model.config.vision_config.form = "fused"
+    pixels = decode(pictures, 224)
+
+    def lesson(scenes: int, shown: int) -> ModelLesson:
+        return ModelLesson(
+            model, tokenizer, pictures, pixels, scenes_a_step=scenes, photographs_a_step=shown
+        )
+
+    train(lesson(8, 10), plan.language, output / "language")
+    renew_projector(model)
+    words = ProjectorLesson(model, tokenizer, pictures, pixels)
+    train(words, plan.projector, output / "projector")
+    train(lesson(16, 0), plan.scenes, output / "scenes")
+    train(lesson(4, 16), plan.together, output / "together")
+    save_model(model, tokenizer, output)
+
+
+def renew_projector(model: FastVlmForConditionalGeneration) -> None:
+    """Start the projector afresh, at a scale that keeps its inputs'."""
+    projector = model.model.multi_modal_projector
+    for linear in (projector.linear_1, projector.linear_2):
+        nn.init.normal_(linear.weight, std=linear.in_features**-0.5)
+        nn.init.zeros_(linear.bias)
+
+
+def save_model(
+    model: FastVlmForConditionalGeneration, tokenizer: PreTrainedTokenizerFast, output: Path
+) -> None:
+    """Save a model in bfloat16."""
     model.to(torch.bfloat16).save_pretrained(output)
     tokenizer.save_pretrained(output)

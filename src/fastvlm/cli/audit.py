@@ -1,0 +1,115 @@
+"""`fastvlm audit`: every strategy's tokens against `transformers`' own, over a whole data set."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.box import SIMPLE_HEAD
+from rich.console import Console
+from rich.table import Table
+
+from fastvlm import embedded
+from fastvlm.cli.benchmark import (
+    SCENES,
+    chosen_strategies,
+    named_drafters,
+    named_drafts,
+    readable_questions,
+    write_json,
+)
+from fastvlm.cli.loading import ModelOption, ThreadsOption, load_quietly
+from fastvlm.cli.terminal import number, progress
+from fastvlm.functional.errors import InputError
+
+
+def audit(  # noqa: PLR0913 (a parameter is an option)
+    output: Annotated[
+        Path,
+        typer.Option(
+            metavar="DIR",
+            help="Where the replies and the findings go; a stopped audit goes on from there.",
+        ),
+    ],
+    *,
+    model: ModelOption = None,
+    draft: Annotated[
+        list[str] | None,
+        typer.Option(metavar="[NAME=]DIR", help="A draft made for this model; as in benchmark."),
+    ] = None,
+    strategies: Annotated[
+        str | None, typer.Option(metavar="LIST", help="What to audit; as in benchmark.")
+    ] = None,
+    pictures: Annotated[
+        str, typer.Option(metavar="scenes|DIR", help="Unseen scenes, or a folder of photographs.")
+    ] = SCENES,
+    listing: Annotated[
+        Path | None,
+        typer.Option(help="A file that names the photographs to take, one a line."),
+    ] = None,
+    prompt: Annotated[
+        str | None, typer.Option(metavar="TEXT", help="What is asked of each picture.")
+    ] = None,
+    limit: Annotated[int, typer.Option(min=1, help="The most pictures.")] = 1000,
+    batch: Annotated[int, typer.Option(min=1, help="Pictures decoded together.")] = 50,
+    max_new_tokens: Annotated[int, typer.Option(min=2, help="The most tokens of a reply.")] = 160,
+    threads: ThreadsOption = None,
+) -> None:
+    """Say whether every strategy's tokens are those of transformers' own greedy generate.
+
+    A difference is a tie where the target's two best logits, in float64, lie within 1e-4 of each
+    other: rounding alone decides there. Exits with 1 if any reply differs otherwise.
+    """
+    drafts = named_drafts(draft, model)
+    chosen = chosen_strategies(strategies, drafts)
+    questions, _ = readable_questions(pictures, prompt, limit if listing is None else 10**9)
+    if listing is not None:
+        if not listing.is_file():
+            raise InputError(f"There is no list of photographs at {listing}.")
+        names = set(listing.read_text(encoding="utf-8").split())
+        questions = [q for q in questions if Path(str(q.picture)).name in names][:limit]
+        if not questions:
+            raise InputError(f"{listing} names no photograph of {pictures}.")
+    output.mkdir(parents=True, exist_ok=True)
+    from fastvlm.evaluation.audit import audit as compare
+
+    vlm = load_quietly(embedded.MODEL if model is None else model, threads=threads)
+    drafters = named_drafters(vlm, chosen, drafts)
+    with progress("Auditing") as report:
+        found = compare(
+            vlm,
+            drafters,
+            questions,
+            output / "audit.jsonl",
+            batch=batch,
+            max_new_tokens=max_new_tokens,
+            progress=report,
+        )
+    write_json(
+        output / "audit.json",
+        {"pictures": pictures, "prompt": questions[0].prompt, "strategies": found.to_json()},
+    )
+    out = Table(box=SIMPLE_HEAD, pad_edge=False, show_edge=False)
+    for name in ("strategy", "replies", "identical", "ties", "different", "accept.\nlength"):
+        out.add_column(name, justify="left" if name == "strategy" else "right")
+    for name, row in found.to_json().items():
+        out.add_row(
+            name,
+            *(str(row[column]) for column in ("replies", "identical", "ties", "different")),
+            number(row["acceptance_length"], 2),
+        )
+    console = Console(highlight=False)
+    console.print(out)
+    if pictures == SCENES:
+        from fastvlm.evaluation.quality import score_scenes
+
+        texts = [vlm.tokenizer.decode(r, skip_special_tokens=True) for r in found.replies]
+        scores = score_scenes(questions, texts)
+        write_json(output / "facts.json", scores)
+        console.print(
+            f"{scores['accuracy']:.1%} of the facts of {scores['scenes']} scenes are right;"
+            f" {scores['exact_descriptions']} descriptions are exact."
+        )
+    if any(row["different"] for row in found.to_json().values()):
+        raise typer.Exit(1)
