@@ -7,7 +7,7 @@ import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from transformers import (
@@ -24,6 +24,7 @@ from fastvlm.decoding.strategies import SelfSpeculative
 from fastvlm.drafting import ConfidenceLength, DraftLength, FixedLength, ImitationNetwork
 from fastvlm.drafting.directory import load_draft
 from fastvlm.functional.errors import CheckpointError, InputError
+from fastvlm.functional.placement import moved
 from fastvlm.functional.statistics import DecodingStatistics
 from fastvlm.language import split_decoder
 from fastvlm.vision.fastvithd import REDUCTION, FastViTHD
@@ -85,9 +86,14 @@ class VisionLanguageModel:
                 f"{type(model).__name__} has no FastViTHD encoder; so far fastvlm prepares"
                 " pictures for models with one."
             )
+        if not getattr(tokenizer, "chat_template", None):
+            raise InputError(
+                f"The tokenizer of {type(model).__name__} has no chat template, so fastvlm can't"
+                " tell how a prompt is put to it; set tokenizer.chat_template."
+            )
         self.model, self.tokenizer, self.network = model.eval(), tokenizer, network
         # Folding is exact, so nobody who loads a model for inference wants the branches.
-        tower.fuse().to(memory_format=torch.channels_last)
+        moved(tower.fuse(), memory_format=torch.channels_last)
         self.decoder = split_decoder(model)
         self.image_size: int = tower.config.image_size
         ends = model.generation_config.eos_token_id
@@ -96,7 +102,9 @@ class VisionLanguageModel:
     def tokens(self, prompt: str, pictures: int) -> list[int]:
         """Return a prompt's tokens, with a placeholder for every visual token."""
         content: list[dict[str, str]] = [{"type": "image"}] * pictures
-        chat = [{"role": "user", "content": [*content, {"type": "text", "text": prompt}]}]
+        chat: list[dict[str, Any]] = [
+            {"role": "user", "content": [*content, {"type": "text", "text": prompt}]}
+        ]
         text = self.tokenizer.apply_chat_template(chat, tokenize=False, add_generation_prompt=True)
         image, visual = self.model.config.image_token_id, (self.image_size // REDUCTION) ** 2
         expanded: list[int] = []
@@ -161,7 +169,9 @@ class VisionLanguageModel:
             return PromptLookup(10 if num_speculative_tokens is None else num_speculative_tokens)
         if strategy == "early-exit":
             layer = exit_layer or max(1, self.decoder.depth // 4)
-            length = draft_length(num_speculative_tokens or 8, confidence or 0.0)
+            length = draft_length(
+                8 if num_speculative_tokens is None else num_speculative_tokens, confidence or 0.0
+            )
             return SelfSpeculative(self.decoder, layer, None, length, name="early-exit")
         if strategy != "imitation":
             raise InputError(f"The strategies are {', '.join(STRATEGIES)}; got {strategy!r}.")
@@ -239,10 +249,15 @@ class VisionLanguageModel:
             pass
         return [self.reply(request) for request in requests]
 
+    def text(self, tokens: list[int]) -> str:
+        """Return the text of a reply's tokens, without special tokens."""
+        # One list of tokens is decoded to one string; the stubs don't tell it from a list of them.
+        return cast(str, self.tokenizer.decode(tokens, skip_special_tokens=True))
+
     def reply(self, request: Request) -> Reply:
         """Return what a finished request decoded."""
         return Reply(
-            self.tokenizer.decode(request.reply, skip_special_tokens=True).strip(),
+            self.text(request.reply).strip(),
             request.reply,
             request.drafted,
             DecodingStatistics.of(
@@ -260,12 +275,11 @@ class ReplyStream:
 
     def __iter__(self) -> Iterator[Piece]:
         """Yield a piece for each token whose text is final."""
-        decode = self.vlm.tokenizer.decode
         shown, start = "", 0
         for [gained] in self.decoding:
             known = len(self.request.reply)
             for end in range(known - gained + 1, known + 1):
-                text = decode(self.request.reply[:end], skip_special_tokens=True)
+                text = self.vlm.text(self.request.reply[:end])
                 # A character may be made of several tokens: half of it is not shown.
                 if text.endswith("\N{REPLACEMENT CHARACTER}") and not self.request.finished:
                     continue
@@ -335,4 +349,4 @@ def load_target(
     except Exception as error:
         reason = str(error).strip().splitlines() or [type(error).__name__]
         raise CheckpointError(f"The model {model} can't be loaded: {reason[0]}") from error
-    return target.to(device), tokenizer
+    return moved(target, device), tokenizer

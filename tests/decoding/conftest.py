@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import pytest
@@ -14,11 +15,13 @@ from transformers import (
     PreTrainedModel,
 )
 
+from fastvlm.data.questions import Question
 from fastvlm.decoding import Decoding, Drafter, Request, SelfSpeculative
 from fastvlm.drafting import DraftLength, FixedLength, ImitationConfig, ImitationNetwork
 from fastvlm.drafting.imitation import initialise_from
 from fastvlm.language import split_decoder
 from fastvlm.vision import FastViTHDConfig
+from fastvlm.vlm import VisionLanguageModel
 
 SMALL: dict[str, Any] = {
     "vocab_size": 97,
@@ -99,8 +102,11 @@ def generate(model: PreTrainedModel, prompt: list[int], limit: int, **options: A
     """Decode one prompt with transformers' own generate."""
     tokens = torch.tensor([prompt])
     out = model.generate(
-        input_ids=tokens, attention_mask=torch.ones_like(tokens), max_new_tokens=limit,
-        do_sample=False, **options,
+        input_ids=tokens,
+        attention_mask=torch.ones_like(tokens),
+        max_new_tokens=limit,
+        do_sample=False,
+        **options,
     )
     return out[0, len(prompt) :].tolist()
 
@@ -128,3 +134,25 @@ def imitation(
     network = network.to(decoder.dtype).eval()
     initialise_from(network, list(model.get_decoder().layers))
     return SelfSpeculative(decoder, exit_layer, network, length or FixedLength(4))
+
+
+def decoding_acceptance(
+    vlm: VisionLanguageModel, questions: Sequence[Question], length: DraftLength
+) -> float:
+    """Return the share of accepted tokens among those that were compared with the target's.
+
+    What follows a rejected token in its draft was never compared, and does not count.
+    """
+    assert vlm.network is not None
+    drafter = SelfSpeculative(vlm.decoder, vlm.network.config.exit_layer, vlm.network, length)
+    accepted = rejected = 0
+    for question in questions:
+        request = vlm.request(question.prompt, question.open(vlm.image_size), max_new_tokens=160)
+        for _ in Decoding(vlm.decoder, drafter, [request]):
+            pass
+        accepted += sum(request.accepted)
+        rejected += sum(
+            count < proposed
+            for count, proposed in zip(request.accepted, request.proposed, strict=True)
+        )
+    return accepted / (accepted + rejected)

@@ -104,7 +104,7 @@ def audit(  # noqa: PLR0913 (a parameter is an option)
     if pictures == SCENES:
         from fastvlm.evaluation.quality import score_scenes
 
-        texts = [vlm.tokenizer.decode(r, skip_special_tokens=True) for r in found.replies]
+        texts = [str(vlm.tokenizer.decode(r, skip_special_tokens=True)) for r in found.replies]
         scores = score_scenes(questions, texts)
         write_json(output / "facts.json", scores)
         console.print(

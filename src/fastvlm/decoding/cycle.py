@@ -111,7 +111,10 @@ class Decoding:
         lengths = [len(request.tokens) for request in self.requests]
         longest = max(lengths)
         x = torch.zeros(
-            len(lengths), longest, self.decoder.width, dtype=self.decoder.dtype,
+            len(lengths),
+            longest,
+            self.decoder.width,
+            dtype=self.decoder.dtype,
             device=self.decoder.device,
         )
         for row, request in enumerate(self.requests):

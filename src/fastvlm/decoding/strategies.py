@@ -7,7 +7,7 @@ from typing import Protocol
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F  # noqa: N812
+from torch.nn import functional as F
 
 from fastvlm.drafting.draft_length import DraftLength, FixedLength
 from fastvlm.drafting.imitation import ImitationNetwork
@@ -58,13 +58,25 @@ class Draft:
 class Drafter(Protocol):
     """What the cycle needs of a strategy."""
 
-    name: str
-    exit_layer: int
-    """Layers of the target that drafting runs (k); 0 for a strategy that runs none."""
-    cache_layers: int
-    """Layers that the strategy adds to the cache."""
-    margin: int
-    """The most tokens of a draft."""
+    @property
+    def name(self) -> str:
+        """The strategy's name in tables."""
+        ...
+
+    @property
+    def exit_layer(self) -> int:
+        """Layers of the target that drafting runs (k); 0 for a strategy that runs none."""
+        ...
+
+    @property
+    def cache_layers(self) -> int:
+        """Layers that the strategy adds to the cache."""
+        ...
+
+    @property
+    def margin(self) -> int:
+        """The most tokens of a draft."""
+        ...
 
     def observe(self, hidden: Tensor, span: Span, batch: Batch) -> None:
         """Take the exit layer's hidden states of the prompts: (batch, length, d_model)."""

@@ -10,6 +10,7 @@ from transformers import PreTrainedModel
 from fastvlm.drafting.fingerprint import fingerprint
 from fastvlm.drafting.imitation import ImitationNetwork
 from fastvlm.functional.errors import CheckpointError
+from fastvlm.functional.placement import moved
 
 
 def load_draft(directory: str | Path, target: PreTrainedModel) -> ImitationNetwork:
@@ -32,7 +33,7 @@ def load_draft(directory: str | Path, target: PreTrainedModel) -> ImitationNetwo
             f"The draft in {path} was made for another model: its target's fingerprint is"
             f" {made_for}, this model's is {is_for}."
         )
-    return network.to(target.device, target.dtype).eval()
+    return moved(network, target.device, target.dtype).eval()
 
 
 def _first(error: Exception) -> str:

@@ -11,10 +11,15 @@ from fastvlm.functional.errors import InputError
 class DraftLength(Protocol):
     """Decides, token by token, whether a draft goes on."""
 
-    maximum: int
-    """The most tokens that one draft may have."""
-    reads_confidence: bool
-    """Whether `goes_on` needs the drafter's probability; computing it costs a little."""
+    @property
+    def maximum(self) -> int:
+        """The most tokens that one draft may have."""
+        ...
+
+    @property
+    def reads_confidence(self) -> bool:
+        """Whether `goes_on` needs the drafter's probability; computing it costs a little."""
+        ...
 
     def goes_on(self, drafted: int, confidence: float) -> bool:
         """Return whether to draft another token.
@@ -62,9 +67,7 @@ class ConfidenceLength:
     def __post_init__(self) -> None:
         _checked(self.maximum)
         if not 0 <= self.threshold <= 1:
-            raise InputError(
-                f"A confidence threshold lies between 0 and 1; got {self.threshold}."
-            )
+            raise InputError(f"A confidence threshold lies between 0 and 1; got {self.threshold}.")
 
     def goes_on(self, drafted: int, confidence: float) -> bool:
         """Go on while the drafter is sure, up to the maximum."""

@@ -11,11 +11,11 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F  # noqa: N812
+from torch.nn import functional as F
 from transformers import AutoConfig, AutoModel, PreTrainedConfig, PreTrainedModel
 
 from fastvlm.functional.errors import InputError
-from fastvlm.language.cache import DecoderCache, Span
+from fastvlm.language.cache import KeyValueCache, Span
 from fastvlm.language.decoder import SplitDecoder
 
 KINDS = ("block", "mlp")
@@ -73,6 +73,7 @@ class GatedMlp(nn.Module):
         self.down_proj = nn.Linear(hidden, width, bias=False)
 
     def forward(self, x: Tensor) -> Tensor:
+        """Imitate, token by token: (batch, new, d_model) to the same."""
         normed = self.norm(x)
         return x + self.down_proj(F.silu(self.gate_proj(normed)) * self.up_proj(normed))
 
@@ -86,6 +87,7 @@ class ImitationNetwork(PreTrainedModel):
     config: ImitationConfig
     config_class = ImitationConfig
     base_model_prefix = "imitation"
+    draft_vocabulary: Tensor | None
 
     def __init__(self, config: ImitationConfig) -> None:
         super().__init__(config)
@@ -117,15 +119,15 @@ class ImitationNetwork(PreTrainedModel):
             nn.init.normal_(module.weight, std=0.02)
             if module.bias is not None:
                 nn.init.zeros_(module.bias)
-        elif hasattr(module, "weight") and module.weight.dim() == 1:
-            nn.init.ones_(module.weight)
+        elif isinstance(weight := getattr(module, "weight", None), Tensor) and weight.dim() == 1:
+            nn.init.ones_(weight)
 
     @property
     def cache_layers(self) -> int:
         """Layers that the network adds to the decoder's cache."""
         return len(self.layers)
 
-    def run(self, x: Tensor, span: Span, cache: DecoderCache, decoder: SplitDecoder) -> Tensor:
+    def run(self, x: Tensor, span: Span, cache: KeyValueCache, decoder: SplitDecoder) -> Tensor:
         """Imitate the last layer's hidden states from the exit layer's: (batch, new, d_model)."""
         if self.mlp is not None:
             return self.mlp(x)
@@ -153,7 +155,7 @@ def initialise_from(network: ImitationNetwork, layers: list[nn.Module]) -> None:
     """
     first = network.config.exit_layer
     if network.mlp is not None:
-        source = layers[first]
+        source: Any = layers[first]  # of the family's own class
         network.mlp.norm.weight.data.copy_(source.post_attention_layernorm.weight)
         for name in ("gate_proj", "up_proj", "down_proj"):
             getattr(network.mlp, name).weight.data.copy_(getattr(source.mlp, name).weight)

@@ -17,10 +17,11 @@ import torch
 
 from fastvlm.data.questions import Question
 from fastvlm.decoding import Decoding, Drafter
-from fastvlm.evaluation.benchmark import TIE, best_gap
+from fastvlm.evaluation.benchmark import TIE, best_gap, no_progress
 from fastvlm.functional.errors import InputError
 from fastvlm.vision.pictures import prepare
 from fastvlm.vlm import VisionLanguageModel
+
 
 @dataclass(frozen=True, slots=True)
 class Difference:
@@ -82,7 +83,7 @@ def audit(
     *,
     batch: int = 50,
     max_new_tokens: int = 160,
-    progress: Callable[[int, int], None] = lambda done, total: None,
+    progress: Callable[[int, int], None] = no_progress,
 ) -> Audit:
     """Decode every question with `transformers` and with every strategy, and compare.
 
@@ -101,9 +102,11 @@ def audit(
     if len({question.prompt for question in questions}) != 1:
         raise InputError("The questions of one audit must have one prompt.")
     plan = {"names": sorted(drafters), "questions": len(questions), "batch": batch}
-    lines = [json.loads(line) for line in journal.read_text().splitlines()] if (
-        journal.is_file()
-    ) else []
+    lines = (
+        [json.loads(line) for line in journal.read_text().splitlines()]
+        if (journal.is_file())
+        else []
+    )
     if lines and lines[0] != plan:
         raise InputError(f"{journal} belongs to an audit with {lines[0]}, but this one has {plan}.")
     if not lines:

@@ -124,9 +124,7 @@ def run_transformers(vlm: VisionLanguageModel, question: Question, limit: int) -
     return Run(reply, DecodingStatistics.of(started, clock.times, [], []))
 
 
-def run_strategy(
-    vlm: VisionLanguageModel, drafter: Drafter, question: Question, limit: int
-) -> Run:
+def run_strategy(vlm: VisionLanguageModel, drafter: Drafter, question: Question, limit: int) -> Run:
     """Answer a question with one of our strategies."""
     request = vlm.request(question.prompt, question.open(vlm.image_size), max_new_tokens=limit)
     for _ in Decoding(vlm.decoder, drafter, [request]):
@@ -157,13 +155,18 @@ def best_gap(
     return same, best - second
 
 
+def no_progress(done: int, total: int) -> None:
+    """Show nothing."""
+    del done, total
+
+
 def measure(
     vlm: VisionLanguageModel,
     drafters: Mapping[str, Drafter],
     questions: Sequence[Question],
     *,
     max_new_tokens: int = 160,
-    progress: Callable[[int, int], None] = lambda done, total: None,
+    progress: Callable[[int, int], None] = no_progress,
 ) -> list[StrategyResult]:
     """Measure strategies, and `transformers`' generate, on the same questions.
 

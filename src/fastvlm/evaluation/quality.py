@@ -16,6 +16,9 @@ from fastvlm.scenes.facts import KINDS
 from fastvlm.vision.pictures import prepare
 from fastvlm.vlm import VisionLanguageModel
 
+IGNORED = -100
+"""The label of a token whose loss `transformers` leaves out."""
+
 
 def score_scenes(questions: Sequence[Question], replies: Sequence[str]) -> dict[str, Any]:
     """Return the share of right facts in descriptions of scenes, in all and by kind."""
@@ -71,17 +74,15 @@ def caption_losses(
     count = 0
     for start in range(0, len(photographs), batch):
         shown = photographs[start : start + batch]
-        captions = [
-            [*vlm.tokenizer.encode(p.captions[0]), min(vlm.end_tokens)] for p in shown
-        ]
+        captions = [[*vlm.tokenizer.encode(p.captions[0]), min(vlm.end_tokens)] for p in shown]
         width = max(len(caption) for caption in captions)
         tokens = torch.zeros(len(shown), len(prompt) + width, dtype=torch.long)
-        labels = torch.full_like(tokens, -100)
+        labels = torch.full_like(tokens, IGNORED)
         for row, caption in enumerate(captions):
             whole = torch.tensor(prompt + caption)
             tokens[row, : len(whole)] = whole
             labels[row, len(prompt) : len(whole)] = whole[len(prompt) :]
-        learnt = int((labels != -100).sum())
+        learnt = int((labels != IGNORED).sum())
         pixels = torch.stack([prepare(p.path, vlm.image_size) for p in shown])
         for kind, seen in (("right", pixels), ("wrong", pixels.roll(1, 0))):
             # Padding stands on the right, where the causal mask hides it.

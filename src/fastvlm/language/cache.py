@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -43,13 +43,28 @@ class Span:
         Args:
             window: Positions that a sliding-window layer sees, its own included; None for all.
         """
-        slides = window is not None and self.end > window
-        if self.aligned and not slides and (self.width == 1 or self.starts[0] == 0):
+        if window is not None and self.end <= window:
+            window = None
+        if self.aligned and window is None and (self.width == 1 or self.starts[0] == 0):
             return None
         keys = torch.arange(self.end, device=self.positions.device)
         here = self.positions[:, None, :, None]
         seen = keys <= here
-        return seen & (keys > here - window) if slides else seen
+        return seen if window is None else seen & (keys > here - window)
+
+
+class KeyValueCache(Protocol):
+    """What running layers needs of a cache."""
+
+    def write_at(self, span: Span) -> None:
+        """Say where the layers of the next pass write."""
+        ...
+
+    def update(
+        self, keys: Tensor, values: Tensor, layer_idx: int, *_: Any, **__: Any
+    ) -> tuple[Tensor, Tensor]:
+        """Take a layer's new keys and values, and return all that its queries may read."""
+        ...
 
 
 class DecoderCache:

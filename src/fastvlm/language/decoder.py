@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
+from transformers import PreTrainedConfig
 
-from fastvlm.language.cache import DecoderCache, Span
+from fastvlm.language.cache import DecoderCache, KeyValueCache, Span
 
 
 class SplitDecoder(Protocol):
@@ -31,12 +32,12 @@ class SplitDecoder(Protocol):
         """Return the embeddings of (batch, new) tokens: (batch, new, d_model)."""
         ...
 
-    def run(self, x: Tensor, span: Span, cache: DecoderCache, layers: Iterable[int]) -> Tensor:
+    def run(self, x: Tensor, span: Span, cache: KeyValueCache, layers: Iterable[int]) -> Tensor:
         """Run some of the target's layers on (batch, new, d_model) hidden states."""
         ...
 
     def run_blocks(
-        self, x: Tensor, span: Span, cache: DecoderCache, blocks: Sequence[nn.Module]
+        self, x: Tensor, span: Span, cache: KeyValueCache, blocks: Iterable[nn.Module]
     ) -> Tensor:
         """Run layers of the target's own kind that are not the target's."""
         ...
@@ -54,17 +55,29 @@ class SplitDecoder(Protocol):
         ...
 
 
+class RotaryModel(Protocol):
+    """What the decoders of the rotary family have in common in `transformers`."""
+
+    config: PreTrainedConfig
+    embed_tokens: nn.Module
+    layers: nn.ModuleList
+    norm: nn.Module
+    rotary_emb: nn.Module
+
+
 class RotaryDecoder:
     """The rotary family (Llama, Mistral, Qwen2, Qwen3): the checkpoint's own layers, our loop."""
 
-    def __init__(self, decoder: nn.Module, lm_head: nn.Linear) -> None:
-        config = decoder.config
+    def __init__(self, decoder: RotaryModel, lm_head: nn.Linear) -> None:
+        # Which fields a configuration has is its family's matter.
+        config: Any = decoder.config
         self.decoder, self.lm_head = decoder, lm_head
         self.layers: list[nn.Module] = list(decoder.layers)
-        self.depth, self.width = len(self.layers), config.hidden_size
-        self.context = config.max_position_embeddings
-        self.kv_heads = config.num_key_value_heads
-        self.head_dim = (
+        self.depth = len(self.layers)
+        self.width: int = config.hidden_size
+        self.context: int = config.max_position_embeddings
+        self.kv_heads: int = config.num_key_value_heads
+        self.head_dim: int = (
             getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
         )
         self.device, self.dtype = lm_head.weight.device, lm_head.weight.dtype
@@ -94,14 +107,14 @@ class RotaryDecoder:
         """Return the embeddings of (batch, new) tokens: (batch, new, d_model)."""
         return self.decoder.embed_tokens(tokens)
 
-    def run(self, x: Tensor, span: Span, cache: DecoderCache, layers: Iterable[int]) -> Tensor:
+    def run(self, x: Tensor, span: Span, cache: KeyValueCache, layers: Iterable[int]) -> Tensor:
         """Run some of the target's layers on (batch, new, d_model) hidden states."""
         return self._run(
             x, span, cache, [(self.layers[index], self.slides[index]) for index in layers]
         )
 
     def run_blocks(
-        self, x: Tensor, span: Span, cache: DecoderCache, blocks: Sequence[nn.Module]
+        self, x: Tensor, span: Span, cache: KeyValueCache, blocks: Iterable[nn.Module]
     ) -> Tensor:
         """Run layers of the target's own kind that are not the target's."""
         return self._run(x, span, cache, [(block, self.slides[-1]) for block in blocks])
@@ -119,7 +132,7 @@ class RotaryDecoder:
         return self.lm_head.weight[tokens]
 
     def _run(
-        self, x: Tensor, span: Span, cache: DecoderCache, layers: Sequence[tuple[nn.Module, bool]]
+        self, x: Tensor, span: Span, cache: KeyValueCache, layers: Sequence[tuple[nn.Module, bool]]
     ) -> Tensor:
         cache.write_at(span)
         rotary = self._rotary(x, span)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F  # noqa: N812
+from torch.nn import functional as F
 
 
 def random_views(pictures: Tensor, size: int, *, smallest: float = 0.5) -> Tensor:
@@ -24,7 +24,7 @@ def random_views(pictures: Tensor, size: int, *, smallest: float = 0.5) -> Tenso
     side[:, 1] = torch.minimum(torch.maximum(side[:, 1], side[:, 0] / 1.25), side[:, 0] * 1.25)
     side = side.clamp(max=1.0)
     centre = (torch.rand(batch, 2) * 2 - 1) * (1 - side)
-    mirror = (torch.rand(batch) < 0.5).float() * 2 - 1
+    mirror = torch.randint(2, (batch,)) * 2.0 - 1
     theta = torch.zeros(batch, 2, 3)
     theta[:, 0, 0], theta[:, 1, 1] = side[:, 0] * mirror, side[:, 1]
     theta[:, :, 2] = centre

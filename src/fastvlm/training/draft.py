@@ -14,11 +14,12 @@ from pathlib import Path
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F  # noqa: N812
+from torch.nn import functional as F
 from torch.nn.utils.rnn import pad_sequence
 
 from fastvlm.drafting.fingerprint import fingerprint
 from fastvlm.drafting.imitation import ImitationConfig, ImitationNetwork, initialise_from
+from fastvlm.functional.placement import moved
 from fastvlm.training.loop import Schedule, train
 from fastvlm.training.replies import Dialogue
 from fastvlm.vlm import VisionLanguageModel
@@ -62,6 +63,7 @@ def new_network(
         )
     )
     initialise_from(network, list(vlm.model.get_decoder().layers))
+    assert network.draft_vocabulary is not None  # its size was given
     network.draft_vocabulary.copy_(tokens)
     return network
 
@@ -124,12 +126,14 @@ class DraftLesson:
             last = decoder.run(x, span, cache, range(before, decoder.depth))[learnt]
             p = decoder.head(last).softmax(-1)
             best = p.argmax(-1)
-        losses, report = [], {}
+        losses: list[Tensor] = []
+        report: dict[str, float] = {}
         for network in self.networks:
             # A cache of its own for each step's graph: keys and values carry gradients here.
             own = GradientCache()
             guess = network.run(states[network.config.exit_layer], span, own, decoder)[learnt]
             vocabulary = network.draft_vocabulary
+            assert vocabulary is not None  # `new_network` gives every network one
             normed = decoder.norm(guess)
             logits = F.linear(normed, decoder.head_rows(vocabulary))
             log_q, p_seen = logits.log_softmax(-1), p[:, vocabulary]
@@ -186,4 +190,4 @@ def train_draft(
     networks = {name: new_network(vlm, plan, dialogues) for name, plan in plans.items()}
     train(DraftLesson(vlm, list(networks.values()), dialogues), schedule, output)
     for name, network in networks.items():
-        network.to(torch.bfloat16).save_pretrained(output / name)
+        moved(network, torch.bfloat16).save_pretrained(output / name)

@@ -14,10 +14,11 @@ from pathlib import Path
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F  # noqa: N812
+from torch.nn import functional as F
 
 from fastvlm.data.captioned import CaptionedPhotograph, decode, read_flickr8k
 from fastvlm.data.questions import HELD_OUT_SCENES
+from fastvlm.functional.placement import moved
 from fastvlm.scenes import BACKGROUNDS, COLOURS, SHAPES, SIZES, Scene, by_place, render, sample
 from fastvlm.training.augmentation import random_views
 from fastvlm.training.loop import Schedule, train
@@ -70,12 +71,12 @@ class EncoderLesson:
         *,
         steps: int,
     ) -> None:
-        self.encoder = encoder.to(memory_format=torch.channels_last).train()
+        self.encoder = moved(encoder, memory_format=torch.channels_last).train()
         self.photographs = photographs
         self.scenes_first = steps // 3
         words = frequent_words(photographs, 30)
         self.heads = Heads(encoder.config.hidden_size, len(words))
-        self.module = nn.ModuleDict({"encoder": self.encoder, "heads": self.heads})
+        self.module: nn.Module = nn.ModuleDict({"encoder": self.encoder, "heads": self.heads})
         index = {word: number for number, word in enumerate(words)}
         self.targets = torch.zeros(len(photographs), len(words))
         for row, photograph in enumerate(photographs):
@@ -119,14 +120,19 @@ class EncoderLesson:
         size = torch.tensor([SIZES.index(t.size) for t in things if t is not None])
         background = torch.tensor([BACKGROUNDS.index(scene.background) for scene in scenes])
         cells = features.flatten(0, 1)
-        guesses = self.heads.shape(cells), self.heads.colour(cells[there]), self.heads.size(
-            cells[there]
+        guesses = (
+            self.heads.shape(cells),
+            self.heads.colour(cells[there]),
+            self.heads.size(cells[there]),
         )
         behind = self.heads.background(features.mean(1))
         loss = sum(
-            (F.cross_entropy(guess, truth) for guess, truth in zip(
-                (*guesses, behind), (shape, colour, size, background), strict=True
-            )),
+            (
+                F.cross_entropy(guess, truth)
+                for guess, truth in zip(
+                    (*guesses, behind), (shape, colour, size, background), strict=True
+                )
+            ),
             start=features.new_zeros(()),
         )
         exact = (

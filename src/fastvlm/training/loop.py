@@ -81,12 +81,13 @@ def parameter_groups(module: nn.Module, weight_decay: float) -> list[dict[str, A
     """
     scales: dict[nn.Parameter, float] = {}
     for part in module.modules():
-        if hasattr(part, "rate_scale"):
-            scales |= dict.fromkeys(part.parameters(), float(part.rate_scale))
+        scale: Any = getattr(part, "rate_scale", None)
+        if scale is not None:
+            scales |= dict.fromkeys(part.parameters(), float(scale))
     groups: dict[tuple[bool, float], list[nn.Parameter]] = {}
     for parameter in module.parameters():
         if parameter.requires_grad:
-            key = (parameter.squeeze().dim() >= 2, scales.get(parameter, 1.0))
+            key = (parameter.squeeze().dim() > 1, scales.get(parameter, 1.0))
             groups.setdefault(key, []).append(parameter)
     return [
         {"params": group, "weight_decay": weight_decay if decays else 0.0, "rate_scale": scale}
@@ -100,7 +101,7 @@ def seed_step(seed: int, step: int) -> None:
     random.seed(f"{seed}/{step}")
 
 
-def write_checkpoint(path: Path, state: dict[str, Any]) -> None:
+def write_checkpoint(path: Path, state: object) -> None:
     """Write beside the file, then rename, so that a kill leaves the old or the new one whole."""
     path.parent.mkdir(parents=True, exist_ok=True)
     beside = path.with_suffix(".partial")

@@ -35,6 +35,10 @@ class Dialogue:
     features: Tensor
 
 
+SAVE_EVERY = 8
+"""Batches between two writings of the cache."""
+
+
 @torch.inference_mode()
 def own_replies(
     vlm: VisionLanguageModel,
@@ -72,7 +76,7 @@ def own_replies(
                     request.embeddings[places].clone(),
                 )
             )
-        if index // batch % 8 == 7 or len(rows) == len(asked):
+        if index // batch % SAVE_EVERY == 0 or len(rows) == len(asked):
             write_checkpoint(file, rows)
             left = (time.monotonic() - started) / (len(rows) - first) * (len(asked) - len(rows))
             print(  # noqa: T201

@@ -11,7 +11,8 @@ IMAGE, USER, ASSISTANT, END = "<image>", "<|user|>", "<|assistant|>", "<|end|>"
 
 CHAT_TEMPLATE = (
     "{%- for message in messages -%}"
-    "{%- if message.role == 'user' -%}{{ '<|user|>' }}{%- else -%}{{ '<|assistant|>' }}{%- endif -%}"
+    "{%- if message.role == 'user' -%}{{ '<|user|>' }}"
+    "{%- else -%}{{ '<|assistant|>' }}{%- endif -%}"
     "{%- if message.content is string -%}{{ message.content }}"
     "{%- else -%}{%- for part in message.content -%}"
     "{%- if part.type == 'image' -%}{{ '<image>' }}{%- else -%}{{ part.text }}{%- endif -%}"

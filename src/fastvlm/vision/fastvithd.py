@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from transformers import AutoModel, PreTrainedModel
+from transformers import initialization as init
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 
 from fastvlm.functional.errors import InputError
@@ -19,6 +20,7 @@ from fastvlm.vision.layers import (
     MixerBlock,
     PositionEncoding,
     RepConv,
+    RepMixer,
 )
 
 REDUCTION = 64
@@ -60,8 +62,53 @@ class FastViTHD(PreTrainedModel):
     config_class = FastViTHDConfig
     base_model_prefix = "vision_tower"
     main_input_name = "pixel_values"
-    input_modalities = ("image",)
-    _no_split_modules = ("MixerBlock", "AttentionBlock")
+    input_modalities = "image"
+    # transformers makes a set of any iterable; its annotation knows sets and lists only.
+    _no_split_modules = ("MixerBlock", "AttentionBlock")  # type: ignore[assignment]
+
+    def __init__(self, config: FastViTHDConfig) -> None:
+        super().__init__(config)
+        width, form = config.widths[0], config.form
+        self.stem = nn.Sequential(
+            RepConv(3, width, 3, stride=2, form=form),
+            RepConv(width, width, 3, stride=2, groups=width, form=form),
+            RepConv(width, width, 1, identity=True, form=form),
+        )
+        self.stages = nn.Sequential(*(Stage(config, index) for index in range(5)))
+        last = config.widths[-1]
+        self.final_conv = RepConv(last, 2 * last, 3, groups=last, branch=1, se=True, form=form)
+        self.post_init()
+
+    @torch.no_grad()
+    def _init_weights(self, module: nn.Module) -> None:
+        # transformers' own initialisers leave alone what a checkpoint has loaded.
+        if isinstance(module, nn.Conv2d | nn.Linear):
+            init.trunc_normal_(module.weight, std=self.config.initializer_range)
+            if module.bias is not None:
+                init.zeros_(module.bias)
+        elif isinstance(module, LayerScale):
+            init.constant_(module.gamma, self.config.layer_scale_init)
+        else:
+            super()._init_weights(module)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.blocks(self.pos_emb(self.downsample(x)))
+
+
+class FastViTHD(PreTrainedModel):
+    """A picture in, a grid of visual features out: one for every 64 x 64 pixels.
+
+    The model type is `fastvithd`; `AutoModel` builds it, so that it serves as the vision tower of
+    `transformers`' `FastVlmForConditionalGeneration`.
+    """
+
+    config: FastViTHDConfig
+    config_class = FastViTHDConfig
+    base_model_prefix = "vision_tower"
+    main_input_name = "pixel_values"
+    input_modalities = "image"
+    # transformers makes a set of any iterable; its annotation knows sets and lists only.
+    _no_split_modules = ("MixerBlock", "AttentionBlock")  # type: ignore[assignment]
 
     def __init__(self, config: FastViTHDConfig) -> None:
         super().__init__(config)
@@ -122,7 +169,7 @@ class FastViTHD(PreTrainedModel):
         """
         if self.config.form == "training":
             for module in list(self.modules()):
-                if hasattr(module, "reparameterize") and module is not self:
+                if isinstance(module, RepConv | RepMixer | PositionEncoding):
                     module.reparameterize()
             self.config.form = "reparameterized"
         return self.eval()

@@ -9,12 +9,10 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F  # noqa: N812
+from torch.nn import functional as F
 
 
-def fold_norm(
-    weight: Tensor, bias: Tensor | None, norm: nn.BatchNorm2d
-) -> tuple[Tensor, Tensor]:
+def fold_norm(weight: Tensor, bias: Tensor | None, norm: nn.BatchNorm2d) -> tuple[Tensor, Tensor]:
     """Return the convolution equal to a convolution followed by a BatchNorm.
 
     Args:
@@ -22,6 +20,8 @@ def fold_norm(
         bias: (out,), or None for zero.
         norm: The BatchNorm, read as in evaluation.
     """
+    assert norm.running_mean is not None  # all of ours track
+    assert norm.running_var is not None
     scale = norm.weight / torch.sqrt(norm.running_var + norm.eps)
     shift = norm.bias - norm.running_mean * scale
     return weight * scale[:, None, None, None], shift if bias is None else shift + bias * scale
@@ -145,7 +145,9 @@ class RepConv(nn.Module):
         if self.reparam is not None:
             out = self.reparam(x)
         else:
-            parts = [part(x) for part in (self.conv, self.branch, self.identity) if part is not None]
+            parts = [
+                part(x) for part in (self.conv, self.branch, self.identity) if part is not None
+            ]
             out = sum(parts[1:], parts[0])
         if self.se is not None:
             out = self.se(out)
@@ -206,14 +208,18 @@ class RepMixer(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         if self.reparam is not None:
             return self.reparam(x)
-        assert self.mixer is not None and self.norm is not None and self.layer_scale is not None
+        assert self.mixer is not None
+        assert self.norm is not None
+        assert self.layer_scale is not None
         return x + self.layer_scale(self.mixer(x) - self.norm(x))
 
     def reparameterize(self) -> None:
         """Fold the mixer, its norm, the layer scale and the residual into `reparam`."""
         if self.reparam is not None:
             return
-        assert self.mixer is not None and self.norm is not None and self.layer_scale is not None
+        assert self.mixer is not None
+        assert self.norm is not None
+        assert self.layer_scale is not None
         mixer_weight, mixer_bias = self.mixer.kernel()
         norm_weight, norm_bias = self.norm.kernel()
         gamma = self.layer_scale.gamma

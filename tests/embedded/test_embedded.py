@@ -1,0 +1,60 @@
+"""The model that ships: it sees, and speculation changes none of its tokens."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from fastvlm import embedded
+from fastvlm.data.questions import HELD_OUT_SCENES, about_photographs, about_scenes
+from fastvlm.drafting import FixedLength
+from fastvlm.drafting.directory import load_draft
+from fastvlm.evaluation.audit import audit
+from fastvlm.evaluation.quality import score_scenes
+from fastvlm.training.draft import DraftLesson
+from fastvlm.training.replies import own_replies
+from fastvlm.vlm import VisionLanguageModel, load
+from tests.decoding.conftest import decoding_acceptance
+
+SCENES = about_scenes(range(HELD_OUT_SCENES + 5000, HELD_OUT_SCENES + 5012))
+PHOTOGRAPHS = about_photographs(
+    sorted(embedded.PICTURES.glob("*.jpg")), (embedded.DESCRIPTION_PROMPT,)
+)
+
+
+@pytest.fixture(scope="module")
+def vlm() -> VisionLanguageModel:
+    return load()
+
+
+@pytest.mark.parametrize("questions", [SCENES, PHOTOGRAPHS], ids=["scenes", "photographs"])
+def test_every_strategys_tokens_are_transformers_own(
+    vlm: VisionLanguageModel, questions: list, tmp_path: Path
+) -> None:
+    mlp = load_draft(embedded.FOLDER / "draft-mlp", vlm.model)
+    drafters = {
+        "autoregressive": vlm.drafter("autoregressive"),
+        "imitation": vlm.drafter("imitation"),
+        "imitation-mlp": vlm.drafter("imitation", network=mlp),
+        "early-exit": vlm.drafter("early-exit"),
+        "lookup": vlm.drafter("lookup"),
+    }
+    found = audit(vlm, drafters, questions, tmp_path / "audit.jsonl", batch=6, max_new_tokens=140)
+    for name in drafters:
+        assert found.identical(name) + found.ties(name) == len(questions)
+    if questions is SCENES:
+        texts = [vlm.tokenizer.decode(r, skip_special_tokens=True) for r in found.replies]
+        assert score_scenes(questions, texts)["accuracy"] >= 0.9
+
+
+def test_acceptance_in_training_is_acceptance_in_decoding(
+    vlm: VisionLanguageModel, tmp_path: Path
+) -> None:
+    """Teacher forcing over whole replies is what serving does: within two points."""
+    questions = SCENES + PHOTOGRAPHS
+    dialogues = own_replies(vlm, questions, tmp_path)
+    assert vlm.network is not None
+    _, report = DraftLesson(vlm, [vlm.network], dialogues).losses(dialogues)
+    [agreement] = [value for name, value in report.items() if name.endswith("agree")]
+    assert decoding_acceptance(vlm, questions, FixedLength(4)) == pytest.approx(agreement, abs=0.02)
