@@ -24,12 +24,12 @@ def table() -> str:
     for name, title in RUNS:
         run = json.loads((ROOT / "benchmarks" / "results" / f"{name}.json").read_text())
         hardware = run["hardware"]
-        for row in run["results"]:
-            lines.append(
-                f"| {row['strategy']} | {row['replies']} {title} | {row['speedup']:.2f}x |"
-                f" {row['speedup_vs_transformers']:.2f}x |"
-                f" {row['acceptance_length'] or 1:.2f} | {row['tpot_ms']:.2f} |"
-            )
+        lines += [
+            f"| {row['strategy']} | {row['replies']} {title} | {row['speedup']:.2f}x |"
+            f" {row['speedup_vs_transformers']:.2f}x |"
+            f" {row['acceptance_length'] or 1:.2f} | {row['tpot_ms']:.2f} |"
+            for row in run["results"]
+        ]
     same = "every reply has the same tokens as `transformers`' own `generate`"
     lines.append("")
     lines.append(

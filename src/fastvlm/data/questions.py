@@ -52,7 +52,9 @@ def pictures_in(folder: Path, limit: int | None = None) -> list[Path]:
     """
     if not folder.is_dir():
         raise InputError(f"There is no folder of pictures at {folder}.")
-    found = sorted(path for path in folder.iterdir() if path.suffix.lower() in SUFFIXES)
+    found = sorted(
+        path for path in folder.iterdir() if path.suffix.lower() in SUFFIXES and path.is_file()
+    )
     if not found:
         raise InputError(f"There is no picture in {folder}.")
     return found[:limit]

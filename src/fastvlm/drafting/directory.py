@@ -24,9 +24,18 @@ def load_draft(directory: str | Path, target: PreTrainedModel) -> ImitationNetwo
     if not (path / "config.json").is_file():
         raise CheckpointError(f"There is no draft in {path}: config.json is missing.")
     try:
-        network = ImitationNetwork.from_pretrained(path, dtype=torch.float32)
+        network, found = ImitationNetwork.from_pretrained(
+            path, dtype=torch.float32, output_loading_info=True
+        )
     except Exception as error:
         raise CheckpointError(f"The draft in {path} can't be read: {_first(error)}") from error
+    # transformers fills what is missing with random weights.
+    for what in ("missing", "unexpected"):
+        if keys := found[f"{what}_keys"]:
+            raise CheckpointError(
+                f"The draft in {path} can't be read: {', '.join(sorted(keys))}"
+                f" {'is' if len(keys) == 1 else 'are'} {what}."
+            )
     made_for, is_for = network.config.target, fingerprint(target)
     if made_for != is_for:
         raise CheckpointError(

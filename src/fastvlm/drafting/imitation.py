@@ -45,6 +45,7 @@ class ImitationConfig(PreTrainedConfig):
     draft_vocabulary_size: int | None = None
     num_speculative_tokens: int = 16
     confidence: float = 0.5
+    initializer_range: float = 0.02
 
     def __post_init__(self, **kwargs: Any) -> None:
         """Check the shape.
@@ -113,14 +114,6 @@ class ImitationNetwork(PreTrainedModel):
             "draft_vocabulary", None if size is None else torch.zeros(size, dtype=torch.long)
         )
         self.post_init()
-
-    def _init_weights(self, module: nn.Module) -> None:
-        if isinstance(module, nn.Linear):
-            nn.init.normal_(module.weight, std=0.02)
-            if module.bias is not None:
-                nn.init.zeros_(module.bias)
-        elif isinstance(weight := getattr(module, "weight", None), Tensor) and weight.dim() == 1:
-            nn.init.ones_(weight)
 
     @property
     def cache_layers(self) -> int:

@@ -155,7 +155,12 @@ class RotaryDecoder:
             return self.decoder.rotary_emb(x, span.positions)
         if self._table is None or len(self._table[0]) < span.end:
             size = max(span.end, min(self.context, 2048))
-            cos, sin = self.decoder.rotary_emb(x, torch.arange(size, device=self.device)[None])
+            # Decoding fills the table, and training reads it too.
+            with torch.inference_mode(mode=False), torch.no_grad():
+                like = torch.empty(0, dtype=x.dtype, device=self.device)
+                cos, sin = self.decoder.rotary_emb(
+                    like, torch.arange(size, device=self.device)[None]
+                )
             self._table = cos[0], sin[0]
         cos, sin = self._table
         if span.aligned:

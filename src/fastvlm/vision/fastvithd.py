@@ -91,54 +91,6 @@ class FastViTHD(PreTrainedModel):
         else:
             super()._init_weights(module)
 
-    def forward(self, x: Tensor) -> Tensor:
-        return self.blocks(self.pos_emb(self.downsample(x)))
-
-
-class FastViTHD(PreTrainedModel):
-    """A picture in, a grid of visual features out: one for every 64 x 64 pixels.
-
-    The model type is `fastvithd`; `AutoModel` builds it, so that it serves as the vision tower of
-    `transformers`' `FastVlmForConditionalGeneration`.
-    """
-
-    config: FastViTHDConfig
-    config_class = FastViTHDConfig
-    base_model_prefix = "vision_tower"
-    main_input_name = "pixel_values"
-    input_modalities = "image"
-    # transformers makes a set of any iterable; its annotation knows sets and lists only.
-    _no_split_modules = ("MixerBlock", "AttentionBlock")  # type: ignore[assignment]
-
-    def __init__(self, config: FastViTHDConfig) -> None:
-        super().__init__(config)
-        width, form = config.widths[0], config.form
-        self.stem = nn.Sequential(
-            RepConv(3, width, 3, stride=2, form=form),
-            RepConv(width, width, 3, stride=2, groups=width, form=form),
-            RepConv(width, width, 1, identity=True, form=form),
-        )
-        self.stages = nn.Sequential(*(Stage(config, index) for index in range(5)))
-        last = config.widths[-1]
-        self.final_conv = RepConv(last, 2 * last, 3, groups=last, branch=1, se=True, form=form)
-        self.post_init()
-
-    @torch.no_grad()
-    def _init_weights(self, module: nn.Module) -> None:
-        if isinstance(module, nn.Conv2d | nn.Linear):
-            nn.init.trunc_normal_(module.weight, std=self.config.initializer_range)
-            if module.bias is not None:
-                nn.init.zeros_(module.bias)
-        elif isinstance(module, nn.BatchNorm2d):
-            module.reset_running_stats()
-            nn.init.ones_(module.weight)
-            nn.init.zeros_(module.bias)
-        elif isinstance(module, nn.LayerNorm):
-            nn.init.ones_(module.weight)
-            nn.init.zeros_(module.bias)
-        elif isinstance(module, LayerScale):
-            nn.init.constant_(module.gamma, self.config.layer_scale_init)
-
     def forward(self, pixel_values: Tensor, **_: Any) -> BaseModelOutputWithPooling:
         """Encode pictures.
 

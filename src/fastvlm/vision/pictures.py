@@ -6,7 +6,7 @@ import warnings
 from pathlib import Path
 
 import torch
-from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL import ExifTags, Image, UnidentifiedImageError
 from torch import Tensor
 
 from fastvlm.functional.errors import InputError
@@ -16,6 +16,18 @@ Picture = str | Path | Image.Image
 
 MOST_PIXELS = 178_956_970
 """Pictures with more pixels are refused before they are decoded (Pillow's own limit)."""
+
+
+TURNS = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
+"""What rights a picture of each EXIF orientation."""
 
 
 def open_picture(picture: Picture) -> Image.Image:
@@ -45,7 +57,13 @@ def open_picture(picture: Picture) -> Image.Image:
 
 
 def _upright(image: Image.Image) -> Image.Image:
-    upright = ImageOps.exif_transpose(image)
+    # Only this one entry is read: the others may be broken, and Pillow's own transposition would
+    # write them all again.
+    turn = TURNS.get(image.getexif().get(ExifTags.Base.Orientation, 1))
+    upright = image if turn is None else image.transpose(turn)
+    if upright.mode.startswith("I"):
+        # Sixteen bits a pixel; a conversion would clip at 255 and leave it white.
+        upright = upright.convert("I").point(lambda value: value * (1 / 256)).convert("L")
     if upright.has_transparency_data:
         seen = upright.convert("RGBA")
         black = Image.new("RGBA", seen.size, (0, 0, 0, 255))
