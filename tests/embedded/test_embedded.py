@@ -17,6 +17,10 @@ from fastvlm.training.replies import own_replies
 from fastvlm.vlm import VisionLanguageModel, load
 from tests.decoding.conftest import decoding_acceptance
 
+pytestmark = pytest.mark.skipif(
+    not embedded.MODEL.is_dir(), reason="the model that ships is still being trained"
+)
+
 SCENES = about_scenes(range(HELD_OUT_SCENES + 5000, HELD_OUT_SCENES + 5012))
 PHOTOGRAPHS = about_photographs(
     sorted(embedded.PICTURES.glob("*.jpg")), (embedded.DESCRIPTION_PROMPT,)
@@ -45,7 +49,7 @@ def test_every_strategys_tokens_are_transformers_own(
         assert found.identical(name) + found.ties(name) == len(questions)
     if questions is SCENES:
         texts = [vlm.tokenizer.decode(r, skip_special_tokens=True) for r in found.replies]
-        assert score_scenes(questions, texts)["accuracy"] >= 0.9
+        assert score_scenes(questions, texts)["accuracy"] >= 0.95
 
 
 def test_acceptance_in_training_is_acceptance_in_decoding(

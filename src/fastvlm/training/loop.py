@@ -13,7 +13,7 @@ import signal
 import sys
 import time
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from types import FrameType
 from typing import Any, Protocol
@@ -123,7 +123,9 @@ def train(task: Task, schedule: Schedule, output: Path) -> None:
     optimiser = torch.optim.AdamW(
         parameter_groups(task.module, schedule.weight_decay), betas=(0.9, 0.98), eps=1e-7
     )
-    plan = {"steps": schedule.steps, "seed": schedule.seed, "rate": schedule.learning_rate}
+    # All that decides the weights; how often they are written down does not.
+    settings = asdict(schedule).items()
+    plan = {name: value for name, value in settings if not name.endswith("_seconds")}
     first = 0
     if file.is_file():
         state = torch.load(file, weights_only=True)
