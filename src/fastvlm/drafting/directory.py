@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import torch
 from transformers import PreTrainedModel
@@ -24,11 +25,14 @@ def load_draft(directory: str | Path, target: PreTrainedModel) -> ImitationNetwo
     if not (path / "config.json").is_file():
         raise CheckpointError(f"There is no draft in {path}: config.json is missing.")
     try:
-        network, found = ImitationNetwork.from_pretrained(
+        # transformers' annotation knows the model alone, not the pair that this option gives.
+        loaded: Any = ImitationNetwork.from_pretrained(
             path, dtype=torch.float32, output_loading_info=True
         )
     except Exception as error:
         raise CheckpointError(f"The draft in {path} can't be read: {_first(error)}") from error
+    network: ImitationNetwork = loaded[0]
+    found: dict[str, set[str]] = loaded[1]
     # transformers fills what is missing with random weights.
     for what in ("missing", "unexpected"):
         if keys := found[f"{what}_keys"]:
