@@ -143,7 +143,9 @@ class DraftLesson:
             columns = torch.full((p.shape[-1],), -100).scatter(
                 0, vocabulary, torch.arange(len(vocabulary))
             )
-            ce = F.cross_entropy(logits, columns[best], ignore_index=-100)
+            # A mean over none of the tokens would not be a number.
+            known = (columns[best] >= 0).sum().clamp(min=1)
+            ce = F.cross_entropy(logits, columns[best], ignore_index=-100, reduction="sum") / known
             losses.append(kl + 0.1 * cosine + 0.1 * ce)
             name = f"{network.config.kind}@{network.config.exit_layer}"
             agree = vocabulary[logits.argmax(-1)] == best
