@@ -51,9 +51,9 @@ PROMPTS = {
 class DecoderShape:
     """The decoder's size: a Qwen2 with tied embeddings.
 
-    Heads are many and small, because each thing looked up at one place needs one: with three heads
-    over one key/value head the colours of scenes were learnt, and the shapes were not in thousands
-    of steps; with eight over four, everything was within 350.
+    Heads are many and small: with this shape and these first weights the facts of scenes were
+    learnt within 370 steps, where 20 layers of width 192 with three heads over one key/value head
+    (and smaller first weights) had learnt colours only after more than a thousand.
     """
 
     layers: int = 12
