@@ -22,17 +22,11 @@ from fastvlm.drafting.imitation import initialise_from
 from fastvlm.language import split_decoder
 from fastvlm.vision import FastViTHDConfig
 from fastvlm.vlm import VisionLanguageModel
+from tests.models import LIVELY
 
 SMALL: dict[str, Any] = {
+    **{name: value for name, value in LIVELY.items() if name != "model_type"},
     "vocab_size": 97,
-    "hidden_size": 64,
-    "intermediate_size": 96,
-    "num_hidden_layers": 5,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "max_position_embeddings": 256,
-    # Large weights, so that random models don't just repeat one token.
-    "initializer_range": 0.2,
     "pad_token_id": 0,
     "eos_token_id": 1,
     "bos_token_id": 2,

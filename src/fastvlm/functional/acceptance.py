@@ -21,13 +21,3 @@ def accept_greedy(drafted: Sequence[int], best: Sequence[int]) -> tuple[int, int
     while accepted < len(drafted) and drafted[accepted] == best[accepted]:
         accepted += 1
     return accepted, best[accepted]
-
-
-def expected_length(acceptance: float, drafted: int) -> float:
-    """Return the expected acceptance length of a draft, its bonus token counted.
-
-    E = (1 - a^(g+1)) / (1 - a) (Leviathan et al. 2023, equation 1).
-    """
-    if acceptance >= 1:
-        return drafted + 1
-    return (1 - acceptance ** (drafted + 1)) / (1 - acceptance)

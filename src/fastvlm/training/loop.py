@@ -12,7 +12,6 @@ import random
 import signal
 import sys
 import time
-from collections.abc import Iterable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from types import FrameType
@@ -223,8 +222,3 @@ class Progress:
         with self.log.open("a") as file:
             file.write(json.dumps({"step": self.step, **means}) + "\n")
         self.sums, self.written = {}, now
-
-
-def total(losses: Iterable[Tensor]) -> Tensor:
-    """Return the sum of scalar losses."""
-    return torch.stack(list(losses)).sum()
