@@ -115,6 +115,8 @@ def test_a_command_line_that_makes_no_sense(cli: Cli, words: tuple[str, ...]) ->
         (("--draft", "x", "--draft", "y"), "Two drafts are called 'imitation'"),
         (("--json", "/nowhere/figures.json"), "There is no folder /nowhere"),
         (("--pictures", "/nowhere"), "There is no folder of pictures at /nowhere"),
+        (("--listing", "/nowhere"), "--pictures scenes has none"),
+        (("--pictures", "/", "--listing", "/nowhere"), "no list of photographs at /nowhere"),
     ],
 )
 def test_a_benchmark_that_can_not_be_run(cli: Cli, words: tuple[str, ...], told: str) -> None:

@@ -130,6 +130,20 @@ def test_the_benchmark_measures_every_strategy(cli: Cli, tmp_path: Path) -> None
     assert not list(tmp_path.glob("*.partial"))
 
 
+def test_a_listing_names_the_photographs_to_measure_with(
+    cli: Cli, shipped: Path, tmp_path: Path
+) -> None:
+    listing = tmp_path / "dev.txt"
+    listing.write_text("1.png\n")
+    figures = tmp_path / "figures.json"
+    said = cli(
+        "benchmark", "--pictures", shipped / "pictures", "--listing", listing,
+        "--strategies", "lookup", "--max-new-tokens", 4, "--json", figures,
+    )  # fmt: skip
+    assert said.code == 0
+    assert {result["replies"] for result in json.loads(figures.read_text())["results"]} == {1}
+
+
 def test_the_benchmark_compares_named_drafts_on_photographs(
     cli: Cli, shipped: Path, broken: Path
 ) -> None:

@@ -9,7 +9,7 @@ import pytest
 import torch
 from PIL import Image
 
-from fastvlm.data.captioned import CaptionedPhotograph, decode, read_flickr8k, tidy
+from fastvlm.data.captioned import CaptionedPhotograph, decode, read_flickr8k, tidy, typical_first
 from fastvlm.functional.errors import InputError
 
 LINES = (
@@ -98,3 +98,20 @@ def test_photographs_are_decoded_into_one_tensor(tmp_path: Path) -> None:
     assert (pixels.shape, pixels.dtype) == ((2, 3, 4, 4), torch.uint8)
     assert pixels[0].flatten(1).unique(dim=1).flatten().tolist() == [200, 0, 10]
     assert pixels[1].unique().tolist() == [77]
+
+
+def test_the_caption_that_agrees_most_with_the_others_comes_first() -> None:
+    photographs = [
+        CaptionedPhotograph(
+            Path("a.jpg"),
+            ("Sun shines.", "A dog.", "A brown dog runs in the snow.", "A brown dog in snow."),
+        ),
+        CaptionedPhotograph(Path("b.jpg"), ("A child.", "A child plays.")),
+        CaptionedPhotograph(Path("c.jpg"), ("A child sleeps.",)),
+    ]
+    first, second, third = typical_first(photographs)
+    assert set(first.captions) == set(photographs[0].captions)
+    assert first.captions[0] == "A brown dog in snow."
+    assert first.captions[-1] == "Sun shines."
+    assert second == photographs[1]
+    assert third == photographs[2]

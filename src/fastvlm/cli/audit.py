@@ -13,6 +13,7 @@ from rich.table import Table
 from fastvlm import embedded
 from fastvlm.cli.benchmark import (
     SCENES,
+    ListingOption,
     chosen_strategies,
     named_drafters,
     named_drafts,
@@ -21,7 +22,6 @@ from fastvlm.cli.benchmark import (
 )
 from fastvlm.cli.loading import ModelOption, ThreadsOption, load_quietly
 from fastvlm.cli.terminal import number, progress
-from fastvlm.functional.errors import InputError
 
 
 def audit(  # noqa: PLR0913 (a parameter is an option)
@@ -44,10 +44,7 @@ def audit(  # noqa: PLR0913 (a parameter is an option)
     pictures: Annotated[
         str, typer.Option(metavar="scenes|DIR", help="Unseen scenes, or a folder of photographs.")
     ] = SCENES,
-    listing: Annotated[
-        Path | None,
-        typer.Option(help="A file that names the photographs to take, one a line."),
-    ] = None,
+    listing: ListingOption = None,
     prompt: Annotated[
         str | None, typer.Option(metavar="TEXT", help="What is asked of each picture.")
     ] = None,
@@ -63,14 +60,7 @@ def audit(  # noqa: PLR0913 (a parameter is an option)
     """
     drafts = named_drafts(draft, model)
     chosen = chosen_strategies(strategies, drafts)
-    questions, _ = readable_questions(pictures, prompt, limit if listing is None else 10**9)
-    if listing is not None:
-        if not listing.is_file():
-            raise InputError(f"There is no list of photographs at {listing}.")
-        names = set(listing.read_text(encoding="utf-8").split())
-        questions = [q for q in questions if Path(str(q.picture)).name in names][:limit]
-        if not questions:
-            raise InputError(f"{listing} names no photograph of {pictures}.")
+    questions, _ = readable_questions(pictures, prompt, limit, listing)
     output.mkdir(parents=True, exist_ok=True)
     from fastvlm.evaluation.audit import audit as compare
 

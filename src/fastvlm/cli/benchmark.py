@@ -29,6 +29,14 @@ if TYPE_CHECKING:
 ALWAYS = ("transformers", "autoregressive")
 WITHOUT_DRAFT = ("early-exit", "lookup")
 SCENES = "scenes"
+ListingOption = Annotated[
+    Path | None,
+    typer.Option(
+        metavar="FILE",
+        help="A file with the names of the photographs to take, one a line.",
+        show_default="all of the folder",
+    ),
+]
 WIDE = 100
 """Cells from which a terminal has room between the columns."""
 
@@ -69,6 +77,7 @@ def benchmark(  # noqa: PLR0913 (a parameter is an option)
             show_default=f"'{embedded.SCENE_PROMPT}' or '{embedded.DESCRIPTION_PROMPT}'",
         ),
     ] = None,
+    listing: ListingOption = None,
     limit: Annotated[int, typer.Option(min=1, help="The most pictures to measure with.")] = 50,
     max_new_tokens: Annotated[int, typer.Option(min=2, help="The most tokens of a reply.")] = 160,
     threads: ThreadsOption = None,
@@ -92,7 +101,7 @@ def benchmark(  # noqa: PLR0913 (a parameter is an option)
         check_writable(json_file)
     drafts = named_drafts(draft, model)
     chosen = chosen_strategies(strategies, drafts)
-    questions, broken = readable_questions(pictures, prompt, limit)
+    questions, broken = readable_questions(pictures, prompt, limit, listing)
     from fastvlm.evaluation.benchmark import hardware, measure
 
     # The drafts are loaded one by one below, each under its own name.
@@ -107,12 +116,8 @@ def benchmark(  # noqa: PLR0913 (a parameter is an option)
             {
                 "hardware": machine,
                 "date": datetime.now(UTC).isoformat(timespec="seconds"),
-                "model": str(embedded.MODEL if model is None else model),
-                "drafts": {
-                    name: describe(drafters[name], drafts[name])
-                    for name in drafts
-                    if name in drafters
-                },
+                "model": model or "the one that ships",
+                "drafts": {name: describe(drafters[name]) for name in drafts if name in drafters},
                 "pictures": pictures,
                 "prompt": questions[0].prompt,
                 "limit": limit,
@@ -197,21 +202,29 @@ def chosen_strategies(wanted: str | None, drafts: Mapping[str, Path]) -> list[st
 
 
 def readable_questions(
-    pictures: str, prompt: str | None, limit: int
+    pictures: str, prompt: str | None, limit: int, listing: Path | None = None
 ) -> tuple[list[Question], bool]:
     """Return the questions, and whether a picture was left out because it can't be read.
 
     Raises:
-        InputError: There is no such folder, or no picture in it that can be read.
+        InputError: There is no such folder or listing, or no picture there that can be read.
     """
     from fastvlm.data.questions import HELD_OUT_SCENES, Question, pictures_in
 
     if pictures == SCENES:
+        if listing is not None:
+            raise InputError("--listing names photographs; --pictures scenes has none.")
         asked = prompt or embedded.SCENE_PROMPT
         return [Question(asked, HELD_OUT_SCENES + index) for index in range(limit)], False
     from fastvlm.vision.pictures import open_picture
 
-    found = pictures_in(Path(pictures), limit)
+    if listing is None:
+        found = pictures_in(Path(pictures), limit)
+    else:
+        if not listing.is_file():
+            raise InputError(f"There is no list of photographs at {listing}.")
+        found = [Path(pictures) / name for name in listing.read_text(encoding="utf-8").split()]
+        found = found[:limit]
     questions = []
     for path in found:
         try:
@@ -243,11 +256,10 @@ def named_drafters(
     }
 
 
-def describe(drafter: Drafter, directory: Path) -> dict[str, Any]:
+def describe(drafter: Drafter) -> dict[str, Any]:
     """Return what a draft is, for the record."""
     config = drafter.network.config  # type: ignore[attr-defined]
     return {
-        "directory": str(directory),
         "kind": config.kind,
         "exit_layer": config.exit_layer,
         "num_speculative_tokens": config.num_speculative_tokens,

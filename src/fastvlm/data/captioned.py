@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import math
+import re
+from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -51,6 +54,40 @@ def read_flickr8k(folder: Path, split: str) -> list[CaptionedPhotograph]:
             raise InputError(f"{name}, listed in {listing.name}, has no caption in {table.name}.")
         photographs.append(CaptionedPhotograph(folder / "images" / name, tuple(captions[name])))
     return photographs
+
+
+def words_of(text: str) -> set[str]:
+    """Return the distinct lower-case words of a text."""
+    return set(re.findall(r"[a-z]+", text.lower()))
+
+
+def typical_first(photographs: Sequence[CaptionedPhotograph]) -> list[CaptionedPhotograph]:
+    """Return the photographs with the captions first that say most of what the others say.
+
+    A caption's typicality is the sum of its cosines with the photograph's other captions, words
+    weighted by their rarity among photographs (CIDEr's consensus with single words, Vedantam et al.
+    2015, section 4).
+    """
+    words = [[words_of(caption) for caption in shown.captions] for shown in photographs]
+    frequency: Counter[str] = Counter()
+    for captions in words:
+        frequency.update(set().union(*captions))
+    rarity = {word: math.log(len(photographs) / count) for word, count in frequency.items()}
+    ordered = []
+    for photograph, captions in zip(photographs, words, strict=True):
+        norms = [math.sqrt(sum(rarity[word] ** 2 for word in said)) or 1.0 for said in captions]
+        typicality = [
+            sum(
+                sum(rarity[word] ** 2 for word in said & other) / (norms[row] * norms[column])
+                for column, other in enumerate(captions)
+                if column != row
+            )
+            for row, said in enumerate(captions)
+        ]
+        order = sorted(range(len(captions)), key=lambda row: -typicality[row])
+        captions_ordered = tuple(photograph.captions[row] for row in order)
+        ordered.append(replace(photograph, captions=captions_ordered))
+    return ordered
 
 
 def decode(photographs: Sequence[CaptionedPhotograph], size: int) -> Tensor:

@@ -262,11 +262,11 @@ class SelfSpeculative:
 
     def choose(self, scores: Tensor) -> tuple[list[int], list[float]]:
         """Return each row's best token and the drafter's probability of it."""
-        best = scores.argmax(-1)
         if self.length.reads_confidence:
-            top = scores.gather(-1, best[:, None]).squeeze(-1)
-            confidences = torch.exp(top - scores.logsumexp(-1)).tolist()
+            top, best = scores.softmax(-1).max(-1)
+            confidences = top.tolist()
         else:
+            best = scores.argmax(-1)
             confidences = [1.0] * len(scores)
         tokens = best if self.vocabulary is None else self.vocabulary[best]
         return tokens.tolist(), confidences

@@ -7,7 +7,6 @@ places, and what a photograph shows is told by the words that its captions share
 from __future__ import annotations
 
 import random
-import re
 from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
@@ -16,7 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from fastvlm.data.captioned import CaptionedPhotograph, decode, read_flickr8k
+from fastvlm.data.captioned import CaptionedPhotograph, decode, read_flickr8k, words_of
 from fastvlm.data.questions import HELD_OUT_SCENES
 from fastvlm.functional.placement import moved
 from fastvlm.scenes import BACKGROUNDS, COLOURS, SHAPES, SIZES, Scene, by_place, render, sample
@@ -41,11 +40,6 @@ def frequent_words(photographs: Sequence[CaptionedPhotograph], least: int) -> li
     for photograph in photographs:
         counts.update(words_of(" ".join(photograph.captions)))
     return sorted(word for word, count in counts.items() if count >= least)
-
-
-def words_of(text: str) -> set[str]:
-    """Return the distinct lower-case words of a text."""
-    return set(re.findall(r"[a-z]+", text.lower()))
 
 
 class Heads(nn.Module):
@@ -74,6 +68,7 @@ class EncoderLesson:
         self.encoder = moved(encoder, memory_format=torch.channels_last).train()
         self.photographs = photographs
         self.scenes_first = steps // 3
+        self.settled_from = 7 * steps // 10
         words = frequent_words(photographs, 30)
         self.heads = Heads(encoder.config.hidden_size, len(words))
         self.module: nn.Module = nn.ModuleDict({"encoder": self.encoder, "heads": self.heads})
@@ -90,6 +85,11 @@ class EncoderLesson:
 
     def loss(self, step: int) -> tuple[Tensor, dict[str, float]]:
         """Return the facts' and the words' loss of one step."""
+        # While it learns, a BatchNorm sees scenes or photographs alone, but its statistics are
+        # those of both. The last steps are taken with these, as all later use is.
+        for part in self.encoder.modules():
+            if isinstance(part, nn.BatchNorm2d):
+                part.train(step < self.settled_from)
         # Scenes are learnt within a third of the run; after it they are only kept in memory.
         first = step < self.scenes_first
         scenes = [sample(random.randrange(HELD_OUT_SCENES)) for _ in range(32 if first else 8)]

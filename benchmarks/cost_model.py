@@ -1,0 +1,86 @@
+"""What the cost model predicts for the model that ships, beside what was measured.
+
+    S = E * (L*l + h) / (g * (k*l + c + h_d) + k*l + (L-k)*l*(1+e) + h + o)
+
+One ordinary step has the cost L*l + h, a drafted token k*l + c + h_d, and the rest of the
+denominator is the verify, of which e is the extra cost of its width. The three are timed alone
+here, on a cache as long as a reply's; E (acceptance length), g (draft length) and the measured
+speedup are those of `benchmarks/results`. Overhead of the cycle itself (o) is left out, so the
+prediction is an upper bound.
+
+Run `python benchmarks/cost_model.py [--threads N]`.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+
+import fastvlm
+from fastvlm.decoding.strategies import Batch
+from fastvlm.drafting import FixedLength
+
+RESULTS = Path(__file__).parent / "results"
+CONTEXT = 90
+"""Positions in the cache: a prompt and half a reply."""
+ROUNDS = 60
+
+
+@torch.inference_mode()
+def costs(vlm: fastvlm.VisionLanguageModel, draft_length: int) -> tuple[float, float, float]:
+    """Return the milliseconds of an ordinary step, of a drafted token and of a verify."""
+    decoder = vlm.decoder
+    drafter = vlm.drafter("imitation", num_speculative_tokens=draft_length, confidence=0.0)
+    assert isinstance(drafter.length, FixedLength)
+    cache = decoder.cache(1, CONTEXT + draft_length + 1, drafter.cache_layers)
+    cache.lengths = [CONTEXT]
+    batch = Batch(decoder, cache, [1], [[1] * CONTEXT], [True], frozenset())
+
+    def whole_pass(width: int) -> None:
+        x = decoder.embed(torch.ones(1, width, dtype=torch.long))
+        x = decoder.run(x, cache.span([CONTEXT], width), cache, range(decoder.depth))
+        decoder.head(x).argmax(-1).tolist()
+
+    parts: dict[str, Callable[[], object]] = {
+        "ordinary": lambda: whole_pass(1),
+        "draft": lambda: drafter.draft(batch, [draft_length]),
+        "verify": lambda: whole_pass(draft_length + 1),
+    }
+    taken: dict[str, list[float]] = {name: [] for name in parts}
+    for _ in range(ROUNDS):
+        for name, part in parts.items():
+            started = time.perf_counter()
+            part()
+            taken[name].append(1e3 * (time.perf_counter() - started))
+    ordinary, draft, verify = (statistics.median(taken[name]) for name in parts)
+    return ordinary, draft / draft_length, verify
+
+
+def main() -> None:
+    """Print one paragraph for each committed run."""
+    options = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    options.add_argument("--threads", type=int, help="CPU threads to compute with")
+    if (threads := options.parse_args().threads) is not None:
+        torch.set_num_threads(threads)
+    vlm = fastvlm.load()
+    for file in sorted(RESULTS.glob("*.json")):
+        rows = {row["strategy"]: row for row in json.loads(file.read_text())["results"]}
+        row = rows["imitation"]
+        g, e = row["draft_length"], row["acceptance_length"]
+        ordinary, draft, verify = costs(vlm, round(g))
+        print(  # noqa: T201
+            f"{file.stem}: an ordinary step {ordinary:.2f} ms, a drafted token {draft:.2f} ms, the"
+            f" verify of {round(g) + 1} tokens {verify:.2f} ms. With the acceptance length {e:.2f}"
+            f" at draft length {g:.1f} the model predicts"
+            f" {e * ordinary / (g * draft + verify):.2f}x; measured: {row['speedup']:.2f}x."
+        )
+
+
+if __name__ == "__main__":
+    main()
