@@ -153,7 +153,7 @@ class VisionLanguageModel:
                 `autoregressive` where there is none.
             num_speculative_tokens: The most tokens in a draft; None for what the draft records.
             confidence: The drafter's own probability below which a draft ends; 0 for drafts of
-                fixed length, None for what the draft records.
+                fixed length, None for what the draft records (for `early-exit`: 0.5).
             exit_layer: For `early-exit`: the layers that draft.
             network: The network to draft with, if not the model's own draft.
 
@@ -169,8 +169,10 @@ class VisionLanguageModel:
             return PromptLookup(10 if num_speculative_tokens is None else num_speculative_tokens)
         if strategy == "early-exit":
             layer = exit_layer or max(1, self.decoder.depth // 4)
+            # Layers that were not trained to exit are seldom right, and know it.
             length = draft_length(
-                8 if num_speculative_tokens is None else num_speculative_tokens, confidence or 0.0
+                8 if num_speculative_tokens is None else num_speculative_tokens,
+                0.5 if confidence is None else confidence,
             )
             return SelfSpeculative(self.decoder, layer, None, length, name="early-exit")
         if strategy != "imitation":

@@ -65,7 +65,7 @@ def test_the_stages_make_a_model_that_loads_and_replies(tmp_path: Path, photogra
     FastViTHD(small_encoder_config(image_size=192)).save_pretrained(tmp_path / "encoder")
     shape = DecoderShape(layers=2, width=32, hidden=32, heads=4, kv_heads=2, vocabulary=300)
     schedule = Schedule(steps=2, learning_rate=1e-3, warmup=1, log_seconds=0)
-    plan = ModelPlan(schedule, replace(schedule, steps=3))
+    plan = ModelPlan(schedule, replace(schedule, steps=3), schedule)
     train_model(tmp_path / "encoder", photographs, tmp_path / "model", plan, shape)
     log = (tmp_path / "model" / "together" / "log.jsonl").read_text().splitlines()
     assert {"scene", "sentence", "description"} <= json.loads(log[-1]).keys()

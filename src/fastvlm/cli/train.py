@@ -109,10 +109,10 @@ def draft(  # noqa: PLR0913 (a parameter is an option)
     ] = 1024,
     scenes: Annotated[
         int, typer.Option(min=0, help="Rendered scenes whose replies it learns from.")
-    ] = 3000,
+    ] = 1000,
     photographs_limit: Annotated[
         int, typer.Option(min=0, help="The most photographs whose replies it learns from.")
-    ] = 3000,
+    ] = 700,
     steps: StepsOption = 400,
     learning_rate: RateOption = 1e-3,
     seed: SeedOption = 0,

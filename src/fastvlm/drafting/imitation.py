@@ -43,8 +43,8 @@ class ImitationConfig(PreTrainedConfig):
     text_config: dict[str, Any] | None = None
     target: str | None = None
     draft_vocabulary_size: int | None = None
-    num_speculative_tokens: int = 16
-    confidence: float = 0.5
+    num_speculative_tokens: int = 12
+    confidence: float = 0.4
     initializer_range: float = 0.02
 
     def __post_init__(self, **kwargs: Any) -> None:

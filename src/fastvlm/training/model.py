@@ -150,6 +150,8 @@ class ModelLesson:
         scenes_a_step: Scenes in a step.
         photographs_a_step: Photographs in a step, each with two dialogues.
         shortened: The share of scenes' descriptions that end with the last thing.
+        counted: The share of scenes' descriptions that are given up to the last thing and learnt
+            from there on, where they count.
     """
 
     def __init__(
@@ -162,13 +164,14 @@ class ModelLesson:
         scenes_a_step: int,
         photographs_a_step: int,
         shortened: float = 0.0,
+        counted: float = 0.0,
     ) -> None:
         self.model = model.eval()
         self.module: nn.Module = model
         self.tokenizer = tokenizer
         self.photographs = photographs
         self.scenes_a_step, self.photographs_a_step = scenes_a_step, photographs_a_step
-        self.shortened = shortened
+        self.shortened, self.counted = shortened, counted
         self.size = cast(FastViTHDConfig, model.config.vision_config).image_size
         self.visual = (self.size // REDUCTION) ** 2
         self.pixels = pixels
@@ -193,12 +196,16 @@ class ModelLesson:
         features = self.visual_tokens(scene_pixels(scenes, self.size))
         return self.dialogues(features, "scene", [self.described(scene) for scene in scenes])
 
-    def described(self, scene: Scene) -> str:
-        """Return a scene's description, or at times only its things, which teach the most."""
+    def described(self, scene: Scene) -> tuple[str, str]:
+        """Return what is given of a scene's description, and what is to be learnt."""
         text = describe(scene)
-        if random.random() >= self.shortened:
-            return text
-        return ".".join(text.split(".")[: 1 + len(scene.things)]) + "."
+        things = ".".join(text.split(".")[: 1 + len(scene.things)]) + "."
+        draw = random.random()
+        if draw < self.shortened:
+            return "", things
+        if draw > 1 - self.counted:
+            return things, text.removeprefix(things)
+        return "", text
 
     def photos(self, number: int) -> list[Dialogue]:
         """Return so many photographs, each with all of its captions and with one of the best."""
@@ -207,9 +214,9 @@ class ModelLesson:
         rows = torch.randint(len(self.photographs), (number,))
         captions = [self.photographs[row].captions for row in rows]
         features = self.visual_tokens(random_views(self.pixels[rows], self.size, smallest=0.7))
-        several = [" ".join(given) for given in captions]
+        several = [("", " ".join(given)) for given in captions]
         # The captions that agree most with the others teach what most people would say.
-        single = [random.choice(given[:3]) for given in captions]
+        single = [("", random.choice(given[:3])) for given in captions]
         return [
             *self.dialogues(features, "description", several),
             *self.dialogues(features, "sentence", single),
@@ -222,23 +229,34 @@ class ModelLesson:
             states = tower(pixels.to(memory_format=torch.channels_last)).last_hidden_state
         return project(states.flatten(2).transpose(1, 2))
 
-    def dialogues(self, features: Tensor, kind: str, replies: Sequence[str]) -> list[Dialogue]:
-        """Return a dialogue for each picture: one of its kind's prompts, and its reply."""
+    def dialogues(
+        self, features: Tensor, kind: str, replies: Sequence[tuple[str, str]]
+    ) -> list[Dialogue]:
+        """Return a dialogue for each picture: one of its kind's prompts, and its reply.
+
+        Args:
+            features: (pictures, visual tokens, d_model).
+            kind: A key of `PROMPTS`.
+            replies: What is given of each reply, and the rest, which is learnt.
+        """
         made = []
-        for reply, seen in zip(replies, features, strict=True):
+        for (given, learnt), seen in zip(replies, features, strict=True):
             prompt = random.choice(PROMPTS[kind])
-            tokens, labels = encode_dialogue(self.tokenizer, prompt, reply, self.visual)
+            tokens, labels = encode_dialogue(self.tokenizer, prompt, learnt, self.visual, given)
             made.append(Dialogue(kind, tokens, labels, seen))
         return made
 
 
 def encode_dialogue(
-    tokenizer: PreTrainedTokenizerFast, prompt: str, reply: str, visual: int
+    tokenizer: PreTrainedTokenizerFast, prompt: str, reply: str, visual: int, given: str = ""
 ) -> tuple[Tensor, Tensor]:
-    """Return one dialogue's tokens, the picture first, and the labels of its reply."""
+    """Return one dialogue's tokens, the picture first, and the labels of its reply.
+
+    What is given of the reply stands before it and has no labels.
+    """
     chat = [{"role": "user", "content": f"{IMAGE * visual}{prompt}"}]
     text = tokenizer.apply_chat_template(chat, tokenize=False, add_generation_prompt=True)
-    before = tokenizer.encode(text)
+    before = tokenizer.encode(text) + tokenizer.encode(given)
     after = [*tokenizer.encode(reply), tokenizer.eos_token_id]
     tokens = torch.tensor(before + after)
     return tokens, torch.tensor([IGNORED] * len(before) + after)
@@ -272,6 +290,10 @@ class ModelPlan:
             said before, are learnt from scenes, where they decide every word; photographs hardly
             teach them.
         together: Photographs, and some scenes.
+        counting: Mostly how scenes' descriptions go on after the last thing. How many things there
+            are of a colour or a shape decides a few tokens of a hundred and is learnt slowly: 60 %
+            of these counts were right before this stage and 65 % after it, while CIDEr on
+            photographs, of which it shows few, fell from .200 to .181.
 
     The encoder is frozen throughout. Trained along with an untrained decoder it forgot what it
     knew: a linear probe read the shapes of scenes with 97 % before and 49 % after 1,100 steps.
@@ -284,6 +306,10 @@ class ModelPlan:
         default_factory=lambda: Schedule(steps=1500, learning_rate=1.2e-3, warmup=30)
     )
 
+    counting: Schedule = field(
+        default_factory=lambda: Schedule(steps=160, learning_rate=6e-4, warmup=20)
+    )
+
     def scaled(self, share: float, seed: int) -> ModelPlan:
         """Return the plan with a share of its steps, and another seed."""
 
@@ -293,7 +319,7 @@ class ModelPlan:
         return ModelPlan(
             *(
                 replace(stage, steps=scale(stage.steps), seed=seed)
-                for stage in (self.scenes, self.together)
+                for stage in (self.scenes, self.together, self.counting)
             )
         )
 
@@ -324,7 +350,7 @@ def train_model(
     model = new_model(encoder, tokenizer, shape)
     pixels = decode(pictures, 224)
 
-    def lesson(scenes: int, shown: int, short: float) -> ModelLesson:
+    def lesson(scenes: int, shown: int, short: float, counted: float = 0.0) -> ModelLesson:
         return ModelLesson(
             model,
             tokenizer,
@@ -333,10 +359,12 @@ def train_model(
             scenes_a_step=scenes,
             photographs_a_step=shown,
             shortened=short,
+            counted=counted,
         )
 
     train(lesson(8, 0, 0.75), plan.scenes, output / "scenes")
     train(lesson(5, 14, 0.0), plan.together, output / "together")
+    train(lesson(16, 2, 0.0, 0.8), plan.counting, output / "counting")
     save_model(model, tokenizer, output)
 
 
