@@ -14,6 +14,7 @@ FLOORS = {
     "functional": 0,
     "embedded": 1,
     "language": 1,
+    "metrics": 1,
     "scenes": 1,
     "vision": 1,
     "data": 2,

@@ -147,6 +147,8 @@ def test_a_demo_without_its_pictures(
     ("words", "told"),
     [
         (("encoder",), "is not laid out like Flickr8k"),
+        (("model",), "Give --encoder for a new model, or --start"),
+        (("model", "--encoder", "e", "--stage", "last"), "got --stage last"),
         (("model", "--encoder", "/nowhere"), "There is no encoder in /nowhere"),
         (("draft", "--kind", "tree"), "got --kind tree"),
         (("draft", "--exit-layer", "5"), "--exit-layer lies between 1 and 4"),

@@ -10,17 +10,15 @@ import pytest
 import torch
 from PIL import Image
 
+from fastvlm.data.captioned import CaptionedPhotograph
 from fastvlm.embedded import SCENE_PROMPT
+from fastvlm.functional.errors import CheckpointError
 from fastvlm.scenes import describe, render, sample
+from fastvlm.training.architecture import DecoderShape
+from fastvlm.training.consensus import SAMPLES, Consensus, advantages, sample_sentences
+from fastvlm.training.dialogues import Dialogue, encode_dialogue, token_losses
 from fastvlm.training.loop import Schedule
-from fastvlm.training.model import (
-    DecoderShape,
-    Dialogue,
-    ModelPlan,
-    encode_dialogue,
-    token_losses,
-    train_model,
-)
+from fastvlm.training.model import STAGES, train_model
 from fastvlm.vision import FastViTHD
 from fastvlm.vlm import load
 from tests.models import VISUAL_TOKENS, small_encoder_config, small_vlm
@@ -65,11 +63,93 @@ def test_the_stages_make_a_model_that_loads_and_replies(tmp_path: Path, photogra
     FastViTHD(small_encoder_config(image_size=192)).save_pretrained(tmp_path / "encoder")
     shape = DecoderShape(layers=2, width=32, hidden=32, heads=4, kv_heads=2, vocabulary=300)
     schedule = Schedule(steps=2, learning_rate=1e-3, warmup=1, log_seconds=0)
-    plan = ModelPlan(schedule, replace(schedule, steps=3), schedule)
-    train_model(tmp_path / "encoder", photographs, tmp_path / "model", plan, shape)
-    log = (tmp_path / "model" / "together" / "log.jsonl").read_text().splitlines()
-    assert {"scene", "sentence", "description"} <= json.loads(log[-1]).keys()
+    stages = [replace(stage, schedule=schedule) for stage in STAGES]
+    train_model(
+        photographs, tmp_path / "model", encoder=tmp_path / "encoder", stages=stages, shape=shape
+    )
+    reports = {
+        stage.name: json.loads(
+            (tmp_path / "model" / stage.name / "log.jsonl").read_text().splitlines()[-1]
+        )
+        for stage in stages
+    }
+    assert {"scene", "sentence", "description"} <= reports["together"].keys()
+    assert reports["consensus"]["reward"] >= 0
     vlm = load(tmp_path / "model")
     # Nine visual tokens, one for each place of a scene.
     assert vlm.model.config.image_seq_length == 9
     assert len(vlm.generate(SCENE_PROMPT, render(sample(3), 192), max_new_tokens=5).tokens) == 5
+
+
+def test_a_model_goes_on_from_another_with_a_better_encoder(
+    tmp_path: Path, photographs: Path
+) -> None:
+    schedule = Schedule(steps=1, learning_rate=1e-9, warmup=1, log_seconds=0)
+    stage = replace(STAGES[0], schedule=schedule)
+    torch.manual_seed(3)
+    FastViTHD(small_encoder_config(image_size=192)).save_pretrained(tmp_path / "encoder")
+    better = FastViTHD(small_encoder_config(image_size=192))
+    better.save_pretrained(tmp_path / "better")
+    shape = DecoderShape(layers=2, width=32, hidden=32, heads=4, kv_heads=2, vocabulary=300)
+    train_model(
+        photographs, tmp_path / "first", encoder=tmp_path / "encoder", stages=[stage], shape=shape
+    )
+    train_model(
+        photographs,
+        tmp_path / "second",
+        encoder=tmp_path / "better",
+        start=tmp_path / "first",
+        stages=[stage],
+    )
+    first, second = load(tmp_path / "first"), load(tmp_path / "second")
+    torch.testing.assert_close(
+        second.model.lm_head.weight, first.model.lm_head.weight, rtol=0, atol=1e-2
+    )
+    pixels = torch.rand(1, 3, 192, 192)
+    seen = second.model.model.vision_tower(pixels).last_hidden_state
+    # Weights are saved in bfloat16.
+    expected = better.eval()(pixels).last_hidden_state
+    torch.testing.assert_close(
+        seen, expected, rtol=0.05, atol=0.05 * float(expected.detach().std())
+    )
+    with pytest.raises(CheckpointError, match="needs an encoder, or a model"):
+        train_model(photographs, tmp_path / "third", stages=[stage])
+
+
+def test_the_reward_is_for_what_people_say() -> None:
+    photographs = [
+        CaptionedPhotograph(Path("a"), ("A dog runs in the grass.", "A brown dog is running.")),
+        CaptionedPhotograph(Path("b"), ("Two men sit on a bench.", "Men on a bench.")),
+        CaptionedPhotograph(Path("c"), ("A girl swims.", "A girl in a pool.")),
+    ]
+    consensus = Consensus(photographs)
+    right = consensus.reward(0, "A dog runs in the grass.", ended=True)
+    assert right > consensus.reward(0, "A dog runs in the grass.", ended=False)
+    assert right > consensus.reward(0, "A dog runs.", ended=True) > 0
+    assert consensus.reward(1, "A dog runs.", ended=True) < 0.1
+
+
+def test_samples_are_set_against_the_others_of_their_photograph() -> None:
+    found = advantages(torch.tensor([[0.0, 1.0, 2.0], [5.0, 5.0, 5.0]]))
+    # Against the mean of the other two: -1.5, 0, 1.5.
+    assert found[0].tolist() == pytest.approx([-float(found[0, 2]), 0.0, float(found[0, 2])])
+    assert float(found[0, 2]) > 0
+    assert found[1].tolist() == [0.0, 0.0, 0.0]
+    assert float(found.std()) == pytest.approx(1.0)
+
+
+def test_sampled_sentences_are_the_models_own() -> None:
+    vlm = small_vlm()
+    torch.manual_seed(4)
+    features = torch.randn(2, VISUAL_TOKENS, vlm.decoder.width, dtype=torch.float64)
+    drawn = sample_sentences(vlm.model, vlm.tokenizer, SCENE_PROMPT, features)
+    assert [len(dialogues) for dialogues in drawn] == [SAMPLES, SAMPLES]
+    for dialogues, seen in zip(drawn, features, strict=True):
+        for dialogue in dialogues:
+            assert dialogue.features.equal(seen)
+            reply = dialogue.labels >= 0
+            assert dialogue.tokens[reply].equal(dialogue.labels[reply])
+            ends = (dialogue.tokens[reply] == vlm.tokenizer.eos_token_id).tolist()
+            assert not any(ends[:-1])
+    # Sampled, not the best one five times.
+    assert len({tuple(dialogue.tokens.tolist()) for dialogue in drawn[0]}) > 1

@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 
 from fastvlm.cli.loading import ModelOption, ThreadsOption, load_quietly
-from fastvlm.functional.errors import CheckpointError, InputError
+from fastvlm.functional.errors import InputError
 
 app = typer.Typer(
     rich_markup_mode="markdown",
@@ -44,6 +44,10 @@ SeedOption = Annotated[int, typer.Option(min=0, help="Decides every draw of the 
 def encoder(
     photographs: PhotographsOption,
     output: OutputOption,
+    start: Annotated[
+        Path | None,
+        typer.Option(metavar="DIR", help="An encoder to go on from, or a model with one."),
+    ] = None,
     steps: StepsOption = 1150,
     learning_rate: RateOption = 2e-3,
     seed: SeedOption = 0,
@@ -55,18 +59,32 @@ def encoder(
     from fastvlm.training.encoder import train_encoder
     from fastvlm.training.loop import Schedule
 
-    train_encoder(
-        photographs, output, Schedule(steps=steps, learning_rate=learning_rate, seed=seed)
-    )
+    schedule = Schedule(steps=steps, learning_rate=learning_rate, seed=seed)
+    train_encoder(photographs, output, schedule, start=start)
 
 
 @app.command()
 def model(
-    encoder: Annotated[
-        Path, typer.Option(metavar="DIR", help="What `fastvlm train encoder` made.")
-    ],
+    *,
     photographs: PhotographsOption,
     output: OutputOption,
+    encoder: Annotated[
+        Path | None, typer.Option(metavar="DIR", help="What `fastvlm train encoder` made.")
+    ] = None,
+    start: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="DIR",
+            help="A model to go on from, instead of a new one; --encoder then replaces its own.",
+        ),
+    ] = None,
+    stage: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="scenes|together|consensus",
+            help="A stage to train; give it again for several. All of them, if not given.",
+        ),
+    ] = None,
     share: Annotated[
         float,
         typer.Option(min=0.01, max=100, help="Steps of each stage, as a share of the plan's."),
@@ -76,12 +94,19 @@ def model(
 ) -> None:
     """Teach a model around a trained encoder to describe scenes and photographs."""
     check_output(output)
-    if not (encoder / "config.json").is_file():
-        raise CheckpointError(f"There is no encoder in {encoder}: config.json is missing.")
+    if encoder is None and start is None:
+        raise InputError("Give --encoder for a new model, or --start for one to go on from.")
     prepare_torch(threads)
-    from fastvlm.training.model import ModelPlan, train_model
+    from fastvlm.training.model import STAGES, scaled, train_model
 
-    train_model(encoder, photographs, output, ModelPlan().scaled(share, seed))
+    known = [planned.name for planned in STAGES]
+    for name in stage or []:
+        if name not in known:
+            raise InputError(f"The stages are {', '.join(known)}; got --stage {name}.")
+    chosen = [planned for planned in STAGES if not stage or planned.name in stage]
+    train_model(
+        photographs, output, encoder=encoder, start=start, stages=scaled(chosen, share, seed)
+    )
 
 
 @app.command()

@@ -10,7 +10,7 @@ import torch
 from fastvlm.data.captioned import CaptionedPhotograph
 from fastvlm.data.questions import Question
 from fastvlm.embedded import SENTENCE_PROMPT
-from fastvlm.evaluation.captions import score_captions
+from fastvlm.metrics.captions import score_captions
 from fastvlm.scenes import FactScore, sample, score
 from fastvlm.scenes.facts import KINDS
 from fastvlm.vision.pictures import prepare

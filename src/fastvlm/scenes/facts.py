@@ -1,7 +1,7 @@
 """Take a reply apart into single facts and check each against the scene.
 
-A fact fills a slot: the colour at the top left, the number of squares, the relation of two named
-things. A slot counts once; stating it again is wrong, so nothing is gained by repetition.
+A fact fills a slot: the colour at the top left, the number of things in a row, the relation of two
+named things. A slot counts once; stating it again is wrong, so nothing is gained by repetition.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from collections.abc import Hashable, Iterator
 from dataclasses import dataclass
 from typing import TypeAlias
 
-from fastvlm.scenes.describe import NUMBERS, RELATIONS, describe, holds, plural
+from fastvlm.scenes.describe import NUMBERS, RELATIONS, describe, holds
 from fastvlm.scenes.scene import BACKGROUNDS, COLOURS, PLACES, SHAPES, SIZES, Scene
 
 KINDS = ("size", "colour", "shape", "place", "count", "background", "relation", "unparsed")
@@ -93,13 +93,15 @@ def _any(words: tuple[str, ...]) -> str:
     return "(" + "|".join(words) + ")"
 
 
-_COUNTED = {colour: colour for colour in COLOURS} | {plural(shape): shape for shape in SHAPES}
 _NAME = f"({'|'.join(SIZES)}) ({'|'.join(COLOURS)}) ({'|'.join(SHAPES)})".replace("(", "(?:")
 _TOTAL = re.compile(f"{_any(NUMBERS)} objects lie on an? {_any(BACKGROUNDS)} background")
 _THING = re.compile(
     f"(?:at|in) the {_any(PLACES)} is an? {_any(SIZES)} {_any(COLOURS)} {_any(SHAPES)}"
 )
-_COUNT = re.compile(f"{_any(NUMBERS)} are {_any(tuple(_COUNTED))}")
+_ROWS = re.compile(
+    f"the top row holds {_any(NUMBERS)}, the middle row {_any(NUMBERS)}"
+    f" and the bottom row {_any(NUMBERS)}"
+)
 _RELATION = re.compile(f"the ({_NAME}) is {_any(RELATIONS)} the ({_NAME})")
 
 
@@ -140,11 +142,10 @@ def _sentence(line: str, scene: Scene) -> Iterator[Fact]:
         known = one in named and two in named
         true = known and holds(named[one], word, named[two])
         yield Fact("relation", ("relation", frozenset((one, two))), true)
-    elif match := _COUNT.fullmatch(line):
-        number, counted = match.groups()
-        word = _COUNTED[counted]
-        real = sum(word in (thing.colour, thing.shape) for thing in scene.things)
-        yield Fact("count", ("count", word), NUMBERS[real] == number)
+    elif match := _ROWS.fullmatch(line):
+        for row, number in enumerate(match.groups()):
+            real = sum(thing.row == row for thing in scene.things)
+            yield Fact("count", ("count", row), NUMBERS[real] == number)
     elif match := _TOTAL.fullmatch(line):
         number, background = match.groups()
         yield Fact("count", ("count", "objects"), NUMBERS[len(scene.things)] == number)

@@ -19,6 +19,7 @@ from fastvlm.data.captioned import CaptionedPhotograph, decode, read_flickr8k, w
 from fastvlm.data.questions import HELD_OUT_SCENES
 from fastvlm.functional.placement import moved
 from fastvlm.scenes import BACKGROUNDS, COLOURS, SHAPES, SIZES, Scene, by_place, render, sample
+from fastvlm.training.architecture import read_encoder
 from fastvlm.training.augmentation import random_views
 from fastvlm.training.loop import Schedule, train
 from fastvlm.vision.configuration import FastViTHDConfig
@@ -56,7 +57,14 @@ class Heads(nn.Module):
 
 
 class EncoderLesson:
-    """Teaches a FastViTHD the facts of scenes and the words of photographs' captions."""
+    """Teaches a FastViTHD the facts of scenes and the words of photographs' captions.
+
+    Args:
+        encoder: The encoder, in either form.
+        photographs: Photographs with captions.
+        steps: Steps of the run.
+        knows_scenes: Whether scenes need only be kept in memory from the first step on.
+    """
 
     def __init__(
         self,
@@ -64,10 +72,11 @@ class EncoderLesson:
         photographs: Sequence[CaptionedPhotograph],
         *,
         steps: int,
+        knows_scenes: bool = False,
     ) -> None:
         self.encoder = moved(encoder, memory_format=torch.channels_last).train()
         self.photographs = photographs
-        self.scenes_first = steps // 3
+        self.scenes_first = 0 if knows_scenes else steps // 3
         self.settled_from = 7 * steps // 10
         words = frequent_words(photographs, 30)
         self.heads = Heads(encoder.config.hidden_size, len(words))
@@ -144,18 +153,29 @@ class EncoderLesson:
 
 
 def train_encoder(
-    photographs: Path, output: Path, schedule: Schedule, variant: str = "fastvithd-small"
+    photographs: Path,
+    output: Path,
+    schedule: Schedule,
+    *,
+    variant: str = "fastvithd-small",
+    start: Path | None = None,
 ) -> None:
-    """Train a FastViTHD from scratch and save it in training form as `output`.
+    """Train a FastViTHD and save it as `output`, in the form in which it was trained.
 
     Args:
         photographs: A folder in Flickr8k's layout.
-        output: The directory of the checkpoint while it runs, and of the model in the end.
+        output: The directory of the checkpoint while it runs, and of the encoder in the end.
         schedule: Length and learning rate of the run.
-        variant: A row of `fastvlm.vision.VARIANTS`.
+        variant: A row of `fastvlm.vision.VARIANTS`, for a new encoder.
+        start: An encoder to go on from, or a model with one; None for a new one, from scratch.
+
+    Raises:
+        CheckpointError: There is no encoder to go on from.
     """
     torch.manual_seed(schedule.seed)
-    encoder = FastViTHD(FastViTHDConfig.variant(variant))
-    lesson = EncoderLesson(encoder, read_flickr8k(photographs, "train"), steps=schedule.steps)
+    encoder = FastViTHD(FastViTHDConfig.variant(variant)) if start is None else read_encoder(start)
+    encoder.requires_grad_(True)
+    pictures = read_flickr8k(photographs, "train")
+    lesson = EncoderLesson(encoder, pictures, steps=schedule.steps, knows_scenes=start is not None)
     train(lesson, schedule, output)
     encoder.save_pretrained(output)

@@ -13,7 +13,8 @@ from typing import Any
 
 import pytest
 
-from fastvlm.evaluation.captions import (
+from fastvlm.functional.errors import InputError
+from fastvlm.metrics.captions import (
     BleuCounts,
     CaptionScores,
     cider_d,
@@ -21,8 +22,7 @@ from fastvlm.evaluation.captions import (
     rouge_l,
     score_captions,
 )
-from fastvlm.evaluation.tokenization import tokenize_caption
-from fastvlm.functional.errors import InputError
+from fastvlm.metrics.tokenization import tokenize_caption
 
 Tokens = list[str]
 

@@ -1,7 +1,7 @@
 """Scores of captions against human references, as COCO's caption evaluation computes them.
 
 BLEU-1..4 (Papineni et al. 2002), ROUGE-L (Lin 2004) and CIDEr-D (Vedantam et al. 2015, arXiv
-1411.5726), over the tokens of `fastvlm.evaluation.tokenization`. These are columns of captioning
+1411.5726), over the tokens of `fastvlm.metrics.tokenization`. These are columns of captioning
 papers' tables (arXiv 1504.00325, section 3); METEOR and SPICE need Java and aren't here.
 """
 
@@ -13,8 +13,8 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from statistics import fmean
 
-from fastvlm.evaluation.tokenization import tokenize_caption
 from fastvlm.functional.errors import InputError
+from fastvlm.metrics.tokenization import tokenize_caption
 
 MAX_ORDER = 4
 CIDER_SIGMA = 6.0
@@ -167,8 +167,8 @@ def rouge_l(prediction: Tokens, references: Sequence[Tokens]) -> float:
     return (1 + weight) * precision * recall / (recall + weight * precision)
 
 
-def cider_d(predictions: Sequence[Tokens], references: Sequence[Sequence[Tokens]]) -> list[float]:
-    """Compute CIDEr-D of each caption (arXiv 1411.5726, sections 5 and 7).
+class CiderD:
+    """CIDEr-D (arXiv 1411.5726, sections 5 and 7) with the document frequencies of a corpus.
 
     The cosine between the n-gram counts of a prediction and of a reference, weighted by inverse
     document frequency (a document is all references of one image), with the prediction's counts
@@ -176,50 +176,64 @@ def cider_d(predictions: Sequence[Tokens], references: Sequence[Sequence[Tokens]
     n = 1..4 and the references; times 10.
 
     Args:
-        predictions: Tokens of each prediction.
-        references: Tokens of each prediction's references, one or more. Document frequencies come
-            from these.
-
-    Returns:
-        CIDEr-D of each prediction, 0 to 10.
+        references: Tokens of each image's references: the corpus.
     """
-    documents = Counter(
-        ngram
-        for truths in references
-        for ngram in {ngram for truth in truths for ngram in _ngrams(truth)}
-    )
-    log_images = math.log(len(references)) if references else 0.0
-    rarity = {ngram: log_images - math.log(count) for ngram, count in documents.items()}
 
-    def norms(counts: Counter[tuple[str, ...]]) -> list[float]:
-        squares = [0.0] * MAX_ORDER
-        for ngram, count in counts.items():
-            squares[len(ngram) - 1] += (count * rarity.get(ngram, log_images)) ** 2
-        return [math.sqrt(square) for square in squares]
+    def __init__(self, references: Sequence[Sequence[Tokens]]) -> None:
+        documents = Counter(
+            ngram
+            for truths in references
+            for ngram in {ngram for truth in truths for ngram in _ngrams(truth)}
+        )
+        self.unseen = math.log(len(references)) if references else 0.0
+        self.rarity = {ngram: self.unseen - math.log(count) for ngram, count in documents.items()}
 
-    scores = []
-    for prediction, truths in zip(predictions, references, strict=True):
+    def score(self, prediction: Tokens, references: Sequence[Tokens]) -> float:
+        """Score one caption against an image's references, one or more: 0 to 10."""
         counts = _count_ngrams(prediction)
-        prediction_norms = norms(counts)
+        prediction_norms = self._norms(counts)
         total = 0.0
-        for truth in truths:
+        for truth in references:
             truth_counts = _count_ngrams(truth)
             products = [0.0] * MAX_ORDER
             for ngram in counts.keys() & truth_counts.keys():
                 count = truth_counts[ngram]
-                products[len(ngram) - 1] += min(counts[ngram], count) * count * rarity[ngram] ** 2
+                weight = self.rarity.get(ngram, self.unseen) ** 2
+                products[len(ngram) - 1] += min(counts[ngram], count) * count * weight
             similarity = sum(
                 product / (ours * theirs)
                 for product, ours, theirs in zip(
-                    products, prediction_norms, norms(truth_counts), strict=True
+                    products, prediction_norms, self._norms(truth_counts), strict=True
                 )
                 if product
             )
             # COCO measures length in bigrams: captions of no token and of one are equally long.
             difference = max(len(prediction), 1) - max(len(truth), 1)
             total += similarity * math.exp(-(difference**2) / (2 * CIDER_SIGMA**2))
-        scores.append(CIDER_SCALE * total / (MAX_ORDER * len(truths)))
-    return scores
+        return CIDER_SCALE * total / (MAX_ORDER * len(references))
+
+    def _norms(self, counts: Counter[tuple[str, ...]]) -> list[float]:
+        squares = [0.0] * MAX_ORDER
+        for ngram, count in counts.items():
+            squares[len(ngram) - 1] += (count * self.rarity.get(ngram, self.unseen)) ** 2
+        return [math.sqrt(square) for square in squares]
+
+
+def cider_d(predictions: Sequence[Tokens], references: Sequence[Sequence[Tokens]]) -> list[float]:
+    """Compute CIDEr-D of each caption of a corpus, document frequencies from its references.
+
+    Args:
+        predictions: Tokens of each prediction.
+        references: Tokens of each prediction's references, one or more.
+
+    Returns:
+        CIDEr-D of each prediction, 0 to 10.
+    """
+    corpus = CiderD(references)
+    return [
+        corpus.score(prediction, truths)
+        for prediction, truths in zip(predictions, references, strict=True)
+    ]
 
 
 def _check(predictions: Mapping[str, str], references: Mapping[str, Sequence[str]]) -> None:

@@ -2,7 +2,7 @@
 
 import pytest
 
-from fastvlm.evaluation.tokenization import tokenize_caption
+from fastvlm.metrics.tokenization import tokenize_caption
 
 
 @pytest.mark.parametrize(

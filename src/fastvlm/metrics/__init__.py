@@ -1,0 +1,1 @@
+"""Scores of replies, as the published evaluations compute them."""
