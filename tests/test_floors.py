@@ -17,6 +17,7 @@ FLOORS = {
     "metrics": 1,
     "scenes": 1,
     "vision": 1,
+    "checkpoints": 2,
     "data": 2,
     "drafting": 2,
     "decoding": 3,

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -10,20 +9,15 @@ from pathlib import Path
 from typing import Any, cast
 
 import torch
-from transformers import (
-    AutoConfig,
-    AutoModelForImageTextToText,
-    AutoTokenizer,
-    PreTrainedModel,
-    PreTrainedTokenizerBase,
-)
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from fastvlm import embedded
+from fastvlm.checkpoints import load_checkpoint
 from fastvlm.decoding import Autoregressive, Decoding, Drafter, PromptLookup, Request
 from fastvlm.decoding.strategies import SelfSpeculative
 from fastvlm.drafting import ConfidenceLength, DraftLength, FixedLength, ImitationNetwork
 from fastvlm.drafting.directory import load_draft
-from fastvlm.functional.errors import CheckpointError, InputError
+from fastvlm.functional.errors import InputError
 from fastvlm.functional.placement import moved
 from fastvlm.functional.statistics import DecodingStatistics
 from fastvlm.language import split_decoder
@@ -313,8 +307,8 @@ def load(
     """Load a model, and a draft that was made for it.
 
     Args:
-        model: A directory in `transformers`' layout, or a name on the Hugging Face hub; None for
-            the model that ships with fastvlm, with its own draft.
+        model: A directory in Apple's layout or in `transformers`', or a name on the Hugging Face
+            hub; None for the model that ships with fastvlm, with its own draft.
         draft: A draft's directory; None to decode without one.
         dtype: The precision to compute in.
         device: Where to compute.
@@ -326,29 +320,6 @@ def load(
     """
     if model is None:
         model, draft = embedded.MODEL, embedded.DRAFT if draft is None else draft
-    target, tokenizer = load_target(model, dtype, device)
+    target, tokenizer = load_checkpoint(model, dtype, device)
     network = None if draft is None else load_draft(draft, target)
     return VisionLanguageModel(target, tokenizer, network)
-
-
-def load_target(
-    model: str | Path, dtype: torch.dtype, device: str | torch.device
-) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-    """Load a model and its tokenizer with `transformers`.
-
-    Raises:
-        CheckpointError: There is no model there, or it can't be read.
-    """
-    path = Path(model)
-    looks_local = isinstance(model, Path) or path.exists() or os.fspath(model).count("/") != 1
-    if looks_local and not (path / "config.json").is_file():
-        raise CheckpointError(f"There is no model in {path}: config.json is missing.")
-    options: dict[str, Any] = {"dtype": dtype}
-    try:
-        AutoConfig.from_pretrained(model)
-        target = AutoModelForImageTextToText.from_pretrained(model, **options)
-        tokenizer = AutoTokenizer.from_pretrained(model)
-    except Exception as error:
-        reason = str(error).strip().splitlines() or [type(error).__name__]
-        raise CheckpointError(f"The model {model} can't be loaded: {reason[0]}") from error
-    return moved(target, device), tokenizer

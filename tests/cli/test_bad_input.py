@@ -163,6 +163,27 @@ def test_a_training_that_can_not_start(
     assert told in said.sentence()
 
 
+@pytest.mark.parametrize(
+    ("words", "told"),
+    [
+        (("--dtype", "int4"), "got --dtype int4"),
+        (("--layout", "gguf"), "got --layout gguf"),
+        (("--layout", "transformers"), "timm's fastvit_mci3 as encoder"),
+    ],
+)
+def test_a_conversion_that_can_not_be(
+    cli: Cli, shipped: Path, tmp_path: Path, words: tuple[str, ...], told: str
+) -> None:
+    said = cli("convert", shipped / "model", tmp_path / "made", *words)
+    assert said.code == 1
+    assert told in said.sentence()
+    assert not (tmp_path / "made").exists()
+    said = cli("convert", shipped / "model", shipped / "other")
+    assert "exists already" in said.sentence()
+    said = cli("convert", "/nowhere", tmp_path / "made")
+    assert "There is no model in /nowhere" in said.sentence()
+
+
 def test_ctrl_c_is_quiet(cli: Cli, monkeypatch: pytest.MonkeyPatch) -> None:
     def interrupted(**_: object) -> None:
         raise KeyboardInterrupt

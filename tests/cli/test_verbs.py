@@ -52,7 +52,7 @@ def expected_reply(shipped: Path, picture: Path, prompt: str, limit: int) -> str
 def test_help_lists_the_verbs(cli: Cli) -> None:
     said = cli("--help")
     assert said.code == 0
-    for verb in ("demo", "generate", "benchmark", "train"):
+    for verb in ("demo", "generate", "benchmark", "convert", "train"):
         assert verb in said.out
 
 
@@ -213,3 +213,13 @@ def test_a_thumbnail_keeps_the_shape_of_a_picture(size: tuple[int, int], lines: 
     drawn = thumbnail(render(sample(0), 192).resize(size)).plain.split("\n")
     assert len(drawn) == lines
     assert max(map(len, drawn)) == (THUMBNAIL if size[0] >= size[1] else 5)
+
+
+def test_a_converted_checkpoint_is_the_same_model(cli: Cli, shipped: Path, tmp_path: Path) -> None:
+    said = cli("convert", shipped / "model", tmp_path / "made", "--dtype", "float32")
+    assert (said.code, said.err) == (0, "")
+    assert "parameters in float32, in the layout fastvlm." in said.out
+    state = fastvlm.load(tmp_path / "made").model.state_dict()
+    for name, tensor in fastvlm.load(shipped / "model").model.state_dict().items():
+        assert state[name].equal(tensor)
+    assert not (tmp_path / "made.partial").exists()

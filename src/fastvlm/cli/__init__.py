@@ -11,6 +11,7 @@ import typer
 
 from fastvlm.cli.audit import audit
 from fastvlm.cli.benchmark import benchmark
+from fastvlm.cli.convert import convert
 from fastvlm.cli.demo import demo
 from fastvlm.cli.evaluate import evaluate
 from fastvlm.cli.generate import generate
@@ -36,6 +37,7 @@ app.command()(generate)
 app.command()(benchmark)
 app.command()(audit)
 app.command()(evaluate)
+app.command()(convert)
 app.add_typer(train, name="train")
 
 

@@ -17,11 +17,11 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
+from fastvlm.checkpoints import load_checkpoint
 from fastvlm.functional.errors import CheckpointError
 from fastvlm.training.tokenizer import IMAGE
 from fastvlm.vision.configuration import FastViTHDConfig
 from fastvlm.vision.fastvithd import REDUCTION, FastViTHD
-from fastvlm.vlm import load_target
 
 INITIAL = 0.04
 """Standard deviation of the decoder's first weights: near 1 / sqrt(width), so that each layer's
@@ -100,7 +100,7 @@ def read_encoder(path: Path) -> FastViTHD:
         raise CheckpointError(f"There is no encoder in {path}: config.json is missing.")
     if AutoConfig.from_pretrained(path).model_type == FastViTHDConfig.model_type:
         return cast(FastViTHD, AutoModel.from_pretrained(path))
-    tower = load_target(path, torch.float32, "cpu")[0].base_model.vision_tower
+    tower = load_checkpoint(path, torch.float32, "cpu")[0].base_model.vision_tower
     if not isinstance(tower, FastViTHD):
         raise CheckpointError(f"The model in {path} has no FastViTHD encoder.")
     return tower

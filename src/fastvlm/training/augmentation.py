@@ -36,3 +36,24 @@ def random_views(pictures: Tensor, size: int, *, smallest: float = 0.5) -> Tenso
     mean = views.mean((1, 2, 3), keepdim=True)
     contrast = torch.empty(batch, 1, 1, 1).uniform_(0.7, 1.3)
     return (((views - mean) * contrast + mean) * gain).clamp(0, 1)
+
+
+def mixed(views: Tensor, targets: Tensor, *, alpha: float = 0.4) -> tuple[Tensor, Tensor]:
+    """Mix each view, and its targets, with the one before it (mixup, arXiv 1710.09412).
+
+    Args:
+        views: (batch, 3, height, width).
+        targets: (batch, words).
+        alpha: Both parameters of the Beta distribution that the shares are drawn from.
+
+    Returns:
+        The same two shapes.
+    """
+    beta = torch.tensor(alpha)
+    share = torch.distributions.Beta(beta, beta).sample((len(views),))
+    kept = torch.maximum(share, 1 - share)
+    wide, narrow = kept[:, None, None, None], kept[:, None]
+    return (
+        wide * views + (1 - wide) * views.roll(1, 0),
+        narrow * targets + (1 - narrow) * targets.roll(1, 0),
+    )

@@ -20,7 +20,7 @@ from fastvlm.data.questions import HELD_OUT_SCENES
 from fastvlm.functional.placement import moved
 from fastvlm.scenes import BACKGROUNDS, COLOURS, SHAPES, SIZES, Scene, by_place, render, sample
 from fastvlm.training.architecture import read_encoder
-from fastvlm.training.augmentation import random_views
+from fastvlm.training.augmentation import mixed, random_views
 from fastvlm.training.loop import Schedule, train
 from fastvlm.vision.configuration import FastViTHDConfig
 from fastvlm.vision.fastvithd import FastViTHD
@@ -104,7 +104,8 @@ class EncoderLesson:
         scenes = [sample(random.randrange(HELD_OUT_SCENES)) for _ in range(32 if first else 8)]
         facts, report = self.facts(scenes)
         rows = torch.randint(len(self.photographs), (64 if first else 80,))
-        words = self.words(random_views(self.pixels[rows], PHOTOGRAPH_SIZE), self.targets[rows])
+        views = random_views(self.pixels[rows], PHOTOGRAPH_SIZE)
+        words = self.words(*mixed(views, self.targets[rows]))
         return facts + words, {**report, "words": float(words.detach())}
 
     def features(self, pixels: Tensor) -> Tensor:

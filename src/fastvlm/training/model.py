@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 from transformers import FastVlmForConditionalGeneration, PreTrainedTokenizerFast
 
+from fastvlm.checkpoints import load_checkpoint
 from fastvlm.data.captioned import CaptionedPhotograph, decode, read_flickr8k, typical_first
 from fastvlm.data.questions import HELD_OUT_SCENES
 from fastvlm.functional.errors import CheckpointError
@@ -26,7 +27,6 @@ from fastvlm.training.loop import Schedule, train
 from fastvlm.training.tokenizer import learn_tokenizer
 from fastvlm.vision.configuration import FastViTHDConfig
 from fastvlm.vision.fastvithd import REDUCTION
-from fastvlm.vlm import load_target
 
 PASS = 11
 """Dialogues in one pass of the decoder; a step has up to three passes."""
@@ -281,7 +281,7 @@ def read_model(path: Path) -> tuple[FastVlmForConditionalGeneration, PreTrainedT
     Raises:
         CheckpointError: There is none, it can't be read, or it is of another kind.
     """
-    model, tokenizer = load_target(path, torch.float32, "cpu")
+    model, tokenizer = load_checkpoint(path, torch.float32, "cpu")
     if not isinstance(model, FastVlmForConditionalGeneration):
         raise CheckpointError(f"{path} is a {type(model).__name__}, which can't be trained here.")
     return model, cast(PreTrainedTokenizerFast, tokenizer)

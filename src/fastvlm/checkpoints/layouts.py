@@ -1,0 +1,196 @@
+"""The layouts of FastVLM checkpoints, and what each of them calls things.
+
+Apple's: `llava_qwen2`, with the encoder of MobileCLIP inside. `transformers`': `fast_vlm`, with
+timm's `fastvit_mci3` as vision tower. Both are read as `FastVlmForConditionalGeneration` around our
+own FastViTHD, which is the third layout: `fast_vlm` with a `fastvithd` tower.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor
+from transformers import FastVlmConfig, Qwen2Config
+
+from fastvlm.checkpoints.keys import from_apple, from_timm, to_timm
+from fastvlm.functional.errors import CheckpointError, InputError
+from fastvlm.vision.configuration import FastViTHDConfig
+from fastvlm.vision.fastvithd import REDUCTION
+
+IMAGE = "<image>"
+VISION = "model.vision_tower."
+CHATML = (
+    "{% if messages[0]['role'] != 'system' %}"
+    "<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n{% endif %}"
+    "{% for message in messages %}<|im_start|>{{ message['role'] }}\n"
+    "{% if message['content'] is string %}{{ message['content'] }}{% else %}"
+    "{% for part in message['content'] %}"
+    "{% if part['type'] == 'image' %}<image>\n{% else %}{{ part['text'] }}{% endif %}"
+    "{% endfor %}{% endif %}<|im_end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+"""Apple's conversation (`qwen_2`): ChatML, a picture as a line of its own before the question."""
+
+_APPLE_VISION = "model.vision_tower.vision_tower.model."
+_TIMM_VISION = "model.vision_tower.timm_model."
+_TIMM_ARCHITECTURE = "fastvit_mci3"
+
+
+@dataclass(frozen=True, slots=True)
+class Layout:
+    """One of the layouts that are not ours.
+
+    Args:
+        name: What it is called in messages.
+        rename: Our name of a weight, or None for one that is not used.
+        configure: Our configuration from that of the layout and the encoder's form.
+    """
+
+    name: str
+    rename: Callable[[str], str | None]
+    configure: Callable[[dict[str, Any], str], FastVlmConfig]
+
+    def convert(
+        self, config: dict[str, Any], weights: dict[str, Tensor]
+    ) -> tuple[FastVlmConfig, dict[str, Tensor]]:
+        """Return our configuration and our names of the weights."""
+        renamed = {}
+        for name, weight in weights.items():
+            ours = self.rename(name)
+            if ours is not None:
+                renamed[ours] = weight
+        return self.configure(config, form_of(renamed)), renamed
+
+
+def recognise(config: dict[str, Any]) -> Layout | None:
+    """Return the layout of a `config.json`; None for what `transformers` loads as it is."""
+    if config.get("model_type") in ("llava_qwen2", "llava_qwen"):
+        return APPLE
+    vision = config.get("vision_config") or {}
+    if config.get("model_type") == "fast_vlm" and vision.get("model_type") == "timm_wrapper":
+        return TRANSFORMERS
+    return None
+
+
+def form_of(weights: dict[str, Tensor]) -> str:
+    """Return the form that an encoder's weights, under our names, are in."""
+    return "reparameterized" if f"{VISION}stem.0.reparam.weight" in weights else "training"
+
+
+def _apple_name(name: str) -> str | None:
+    if name.startswith(_APPLE_VISION):
+        ours = from_apple(name.removeprefix(_APPLE_VISION))
+        return None if ours is None else VISION + ours
+    if match := re.fullmatch(r"model\.mm_projector\.([02])\.(weight|bias)", name):
+        return f"model.multi_modal_projector.linear_{1 + int(match[1]) // 2}.{match[2]}"
+    return re.sub(r"^model\.(embed_tokens|layers|norm)\.", r"model.language_model.\1.", name)
+
+
+def _timm_name(name: str) -> str | None:
+    if not name.startswith(_TIMM_VISION):
+        return name
+    ours = from_timm(name.removeprefix(_TIMM_VISION))
+    return None if ours is None else VISION + ours
+
+
+def transformers_name(name: str, form: str) -> str:
+    """Return the name of one of our weights in `transformers`' layout."""
+    if not name.startswith(VISION):
+        return name
+    return _TIMM_VISION + to_timm(name.removeprefix(VISION), form)
+
+
+def _apple_config(config: dict[str, Any], form: str) -> FastVlmConfig:
+    tower = str(config.get("mm_vision_tower"))
+    size = re.fullmatch(r"mobileclip_l_(\d+)", tower.rsplit("/", 1)[-1])
+    if size is None:
+        raise InputError(
+            f"The vision tower of this checkpoint is {tower!r}; fastvlm reads Apple's"
+            " mobileclip_l_SIZE (FastViTHD)."
+        )
+    projector = config.get("mm_projector_type")
+    if projector != "mlp2x_gelu":
+        raise InputError(
+            f"The projector of this checkpoint is {projector!r}; fastvlm reads mlp2x_gelu."
+        )
+    known = Qwen2Config().to_dict().keys() - {"model_type", "architectures"}
+    text = {name: value for name, value in config.items() if name in known}
+    # Names that transformers had for them when Apple's checkpoints were written.
+    text |= {name: config[name] for name in ("rope_theta", "rope_scaling") if name in config}
+    return _configured(text | {"model_type": "qwen2"}, int(size[1]), form)
+
+
+def _transformers_config(config: dict[str, Any], form: str) -> FastVlmConfig:
+    vision = config["vision_config"]
+    if vision.get("architecture") != _TIMM_ARCHITECTURE:
+        raise InputError(
+            f"The vision tower of this checkpoint is timm's {vision.get('architecture')!r};"
+            f" fastvlm reads {_TIMM_ARCHITECTURE} (FastViTHD)."
+        )
+    length = int(config.get("image_seq_length", 256))
+    side = round(length**0.5)
+    if side * side != length:
+        raise CheckpointError(f"image_seq_length is {length}, which is not a square number.")
+    text = dict(config["text_config"])
+    # Written in the one place or in the other, by different releases.
+    text["tie_word_embeddings"] = bool(
+        config.get("tie_word_embeddings") or text.get("tie_word_embeddings")
+    )
+    made = _configured(text, side * REDUCTION, form)
+    made.image_token_index = int(config.get("image_token_index", made.image_token_index))
+    return made
+
+
+def _configured(text: dict[str, Any], size: int, form: str) -> FastVlmConfig:
+    if size % REDUCTION:
+        raise InputError(f"The encoder's picture size is {size}, no multiple of {REDUCTION}.")
+    vision = FastViTHDConfig.variant("fastvithd", image_size=size, form=form)
+    return FastVlmConfig(
+        vision_config=vision.to_dict(),
+        text_config=text,
+        image_seq_length=(size // REDUCTION) ** 2,
+        tie_word_embeddings=bool(text.get("tie_word_embeddings", False)),
+    )
+
+
+APPLE = Layout("Apple's", _apple_name, _apple_config)
+TRANSFORMERS = Layout("transformers'", _timm_name, _transformers_config)
+
+
+def transformers_vision_config(config: FastViTHDConfig) -> dict[str, Any]:
+    """Return the vision tower's configuration in `transformers`' layout.
+
+    Raises:
+        InputError: The encoder is not the one that timm has, or it is folded.
+    """
+    released = FastViTHDConfig.variant("fastvithd")
+    if (config.depths, config.widths, config.mlp_ratio) != (
+        released.depths,
+        released.widths,
+        released.mlp_ratio,
+    ):
+        raise InputError(
+            f"transformers' layout has timm's {_TIMM_ARCHITECTURE} as encoder, of depths"
+            f" {released.depths} and widths {released.widths}; this one has {config.depths} and"
+            f" {config.widths}."
+        )
+    if config.form == "fused":
+        raise InputError(
+            "This encoder's BatchNorms and layer scales are folded for good, and transformers'"
+            " layout has a place for each; convert from the checkpoint that it was made from."
+        )
+    return {
+        "model_type": "timm_wrapper",
+        "architecture": _TIMM_ARCHITECTURE,
+        "do_pooling": True,
+        "global_pool": "avg",
+        "hidden_size": config.hidden_size,
+        "image_size": config.image_size,
+        "initializer_range": config.initializer_range,
+        "label_names": ["LABEL_0", "LABEL_1"],
+        "model_args": {"inference_mode": config.form == "reparameterized"},
+        "num_classes": 2,
+    }
