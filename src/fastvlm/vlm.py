@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
+import hashlib
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, TypedDict, Unpack, cast
 
 import torch
+from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from fastvlm import embedded
 from fastvlm.checkpoints import load_checkpoint
 from fastvlm.decoding import Autoregressive, Decoding, Drafter, PromptLookup, Request
+from fastvlm.decoding.prefix import Prefix, PrefixStore
 from fastvlm.decoding.strategies import SelfSpeculative
 from fastvlm.drafting import ConfidenceLength, DraftLength, FixedLength, ImitationNetwork
 from fastvlm.drafting.directory import load_draft
@@ -21,10 +24,30 @@ from fastvlm.functional.errors import InputError
 from fastvlm.functional.placement import moved
 from fastvlm.functional.statistics import DecodingStatistics
 from fastvlm.language import split_decoder
-from fastvlm.vision.fastvithd import REDUCTION, FastViTHD
+from fastvlm.vision.configuration import REDUCTION
+from fastvlm.vision.fastvithd import FastViTHD
 from fastvlm.vision.pictures import Picture, prepare
 
+PREFIX_BYTES = 256 * 2**20
+"""Memory for what is kept of pictures: a dozen and more at 1024 px, of FastVLM-0.5B in bfloat16."""
 STRATEGIES = ("autoregressive", "imitation", "early-exit", "lookup")
+
+
+class PictureOptions(TypedDict, total=False):
+    """How a picture is shown to the model.
+
+    Args:
+        image_size: Side in pixels, a multiple of 64: every 64 x 64 pixels are one visual token. The
+            model's own, if not given.
+        fit: What makes the picture square: `pad` (Apple's reference; if not given), `crop` or
+            `stretch`.
+        tiles: Rows and columns of tiles that are shown besides the whole picture, each as large; 1,
+            if not given, for the whole alone.
+    """
+
+    image_size: int
+    fit: str
+    tiles: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,6 +89,7 @@ class VisionLanguageModel:
         model: The target, as `transformers` loads it.
         tokenizer: Its tokenizer, with a chat template.
         network: The imitation network that drafts, if there is one.
+        prefix_bytes: The most memory for what is kept of pictures for the next question.
     """
 
     def __init__(
@@ -73,6 +97,8 @@ class VisionLanguageModel:
         model: PreTrainedModel,
         tokenizer: PreTrainedTokenizerBase,
         network: ImitationNetwork | None = None,
+        *,
+        prefix_bytes: int = PREFIX_BYTES,
     ) -> None:
         tower = getattr(model.base_model, "vision_tower", None)
         if not isinstance(tower, FastViTHD):
@@ -89,18 +115,26 @@ class VisionLanguageModel:
         # Folding is exact, so nobody who loads a model for inference wants the branches.
         moved(tower.fuse(), memory_format=torch.channels_last)
         self.decoder = split_decoder(model)
+        self.prefixes = PrefixStore(prefix_bytes)
         self.image_size: int = tower.config.image_size
         ends = model.generation_config.eos_token_id
         self.end_tokens = frozenset([ends] if isinstance(ends, int) else ends or ())
 
-    def tokens(self, prompt: str, pictures: int) -> list[int]:
-        """Return a prompt's tokens, with a placeholder for every visual token."""
+    def tokens(self, prompt: str, pictures: int, visual: int | None = None) -> list[int]:
+        """Return a prompt's tokens, with a placeholder for every visual token.
+
+        Args:
+            prompt: The text.
+            pictures: Pictures that stand before it.
+            visual: Visual tokens of each; None for those of a picture as the model takes it.
+        """
+        visual = (self.image_size // REDUCTION) ** 2 if visual is None else visual
         content: list[dict[str, str]] = [{"type": "image"}] * pictures
         chat: list[dict[str, Any]] = [
             {"role": "user", "content": [*content, {"type": "text", "text": prompt}]}
         ]
         text = self.tokenizer.apply_chat_template(chat, tokenize=False, add_generation_prompt=True)
-        image, visual = self.model.config.image_token_id, (self.image_size // REDUCTION) ** 2
+        image = self.model.config.image_token_id
         expanded: list[int] = []
         for token in self.tokenizer.encode(text, add_special_tokens=False):
             expanded += [token] * visual if token == image else [token]
@@ -108,28 +142,63 @@ class VisionLanguageModel:
 
     @torch.inference_mode()
     def request(
-        self, prompt: str, picture: Picture | None = None, *, max_new_tokens: int = 256
+        self,
+        prompt: str,
+        picture: Picture | None = None,
+        *,
+        max_new_tokens: int = 256,
+        **options: Unpack[PictureOptions],
     ) -> Request:
-        """Return a request whose picture is encoded.
+        """Return a request whose picture is encoded, unless it is still known from another one.
 
         Raises:
-            InputError: The picture can't be read, or the prompt has a placeholder of its own.
+            InputError: The picture can't be read, the prompt has a placeholder of its own, or an
+                option is out of range.
         """
         started = time.perf_counter()
-        tokens = self.tokens(prompt, pictures=int(picture is not None))
+        if picture is None:
+            tokens = self.tokens(prompt, pictures=0)
+            row = torch.tensor(tokens, device=self.decoder.device)
+            if bool((row == self.model.config.image_token_id).any()):
+                raise InputError(
+                    "The prompt has a picture's placeholder, but no picture was given."
+                )
+            embeddings = self.decoder.embed(row)
+            return Request(tokens, embeddings, max_new_tokens, self.end_tokens, None, started)
+        size = options.get("image_size", self.image_size)
+        tiles = options.get("tiles", 1)
+        views = prepare(picture, size, options.get("fit", "pad"), tiles)
+        visual = len(views) * (size // REDUCTION) ** 2
+        tokens = self.tokens(prompt, pictures=1, visual=visual)
         row = torch.tensor(tokens, device=self.decoder.device)
-        embeddings = self.decoder.embed(row)
         places = row == self.model.config.image_token_id
-        if picture is not None:
-            pixels = prepare(picture, self.image_size).to(self.decoder.device, self.decoder.dtype)
-            pixels = pixels[None].contiguous(memory_format=torch.channels_last)
-            features = self.model.get_image_features(pixels).pooler_output[0]
-            if int(places.sum()) != len(features):
-                raise InputError("The prompt must not contain the picture's placeholder itself.")
-            embeddings = embeddings.masked_scatter(places[:, None], features)
-        elif bool(places.any()):
-            raise InputError("The prompt has a picture's placeholder, but no picture was given.")
-        return Request(tokens, embeddings, max_new_tokens, self.end_tokens, started)
+        if int(places.sum()) != visual:
+            raise InputError("The prompt must not contain the picture's placeholder itself.")
+        prefix = self.prefix(views, tokens[: int(places.nonzero()[-1]) + 1])
+        embeddings = self.decoder.embed(row).masked_scatter(places[:, None], prefix.features)
+        kept = prefix if self.prefixes.limit else None
+        return Request(tokens, embeddings, max_new_tokens, self.end_tokens, kept, started)
+
+    def prefix(self, views: Tensor, tokens: list[int]) -> Prefix:
+        """Return what is known of a picture, which is encoded where nothing is.
+
+        Args:
+            views: (views, 3, size, size) in [0, 1].
+            tokens: The prompt up to the picture's last visual token.
+        """
+        digest = hashlib.blake2b(views.numpy().tobytes(), digest_size=16)
+        digest.update(repr(views.shape).encode())
+        picture = digest.hexdigest()
+        known = self.prefixes.find(picture)
+        if known is None:
+            pixels = views.to(self.decoder.device, self.decoder.dtype)
+            pixels = pixels.contiguous(memory_format=torch.channels_last)
+            features = self.model.get_image_features(pixels).pooler_output.flatten(0, 1)
+        elif known.tokens == tokens:
+            return known
+        else:
+            features = known.features
+        return self.prefixes.keep(picture, tokens, features)
 
     def drafter(
         self,
@@ -189,6 +258,7 @@ class VisionLanguageModel:
         *,
         max_new_tokens: int = 256,
         drafter: Drafter | None = None,
+        **options: Unpack[PictureOptions],
     ) -> ReplyStream:
         """Return a reply as a stream of pieces; its `reply` is there when it has ended.
 
@@ -197,12 +267,13 @@ class VisionLanguageModel:
             picture: A path or a Pillow image; None for a question without a picture.
             max_new_tokens: The most tokens of the reply.
             drafter: What `drafter` returned; None for the model's best.
+            options: How the picture is shown, see `PictureOptions`.
 
         Raises:
             InputError: The picture can't be read, the prompt is longer than the context, or an
                 option is out of range.
         """
-        request = self.request(prompt, picture, max_new_tokens=max_new_tokens)
+        request = self.request(prompt, picture, max_new_tokens=max_new_tokens, **options)
         return ReplyStream(self, request, drafter or self.drafter())
 
     def generate(
@@ -212,9 +283,12 @@ class VisionLanguageModel:
         *,
         max_new_tokens: int = 256,
         drafter: Drafter | None = None,
+        **options: Unpack[PictureOptions],
     ) -> Reply:
         """Return a whole reply. See `stream`."""
-        stream = self.stream(prompt, picture, max_new_tokens=max_new_tokens, drafter=drafter)
+        stream = self.stream(
+            prompt, picture, max_new_tokens=max_new_tokens, drafter=drafter, **options
+        )
         for _ in stream:
             pass
         return stream.reply
@@ -226,6 +300,7 @@ class VisionLanguageModel:
         *,
         max_new_tokens: int = 256,
         drafter: Drafter | None = None,
+        **options: Unpack[PictureOptions],
     ) -> list[Reply]:
         """Return a reply to each prompt about its picture, decoded together.
 
@@ -238,7 +313,7 @@ class VisionLanguageModel:
                 f" {len(pictures)} pictures."
             )
         requests = [
-            self.request(prompt, picture, max_new_tokens=max_new_tokens)
+            self.request(prompt, picture, max_new_tokens=max_new_tokens, **options)
             for prompt, picture in zip(prompts, pictures, strict=True)
         ]
         for _ in Decoding(self.decoder, drafter or self.drafter(), requests):
@@ -303,6 +378,7 @@ def load(
     *,
     dtype: torch.dtype = torch.float32,
     device: str | torch.device = "cpu",
+    prefix_bytes: int = PREFIX_BYTES,
 ) -> VisionLanguageModel:
     """Load a model, and a draft that was made for it.
 
@@ -312,6 +388,8 @@ def load(
         draft: A draft's directory; None to decode without one.
         dtype: The precision to compute in.
         device: Where to compute.
+        prefix_bytes: The most memory for what is kept of pictures, so that a second question about
+            one costs its own text only; 0 keeps nothing.
 
     Raises:
         CheckpointError: The model or the draft is missing or broken, or the draft was made for
@@ -322,4 +400,4 @@ def load(
         model, draft = embedded.MODEL, embedded.DRAFT if draft is None else draft
     target, tokenizer = load_checkpoint(model, dtype, device)
     network = None if draft is None else load_draft(draft, target)
-    return VisionLanguageModel(target, tokenizer, network)
+    return VisionLanguageModel(target, tokenizer, network, prefix_bytes=prefix_bytes)

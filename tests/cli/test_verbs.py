@@ -42,7 +42,7 @@ def expected_reply(shipped: Path, picture: Path, prompt: str, limit: int) -> str
     out = vlm.model.generate(
         input_ids=tokens,
         attention_mask=torch.ones_like(tokens),
-        pixel_values=prepare(picture, vlm.image_size)[None],
+        pixel_values=prepare(picture, vlm.image_size),
         max_new_tokens=limit,
         do_sample=False,
     )

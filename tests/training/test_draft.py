@@ -101,7 +101,7 @@ def test_replies_are_what_generate_says(
     assert len({len(d.tokens) - d.reply_start for d in dialogues}) > 3
     image = vlm.model.config.image_token_id
     for question, dialogue in zip(questions[:6], dialogues, strict=False):
-        pixels = prepare(question.open(vlm.image_size), vlm.image_size).double()[None]
+        pixels = prepare(question.open(vlm.image_size), vlm.image_size).double()
         prompt, reply = (
             dialogue.tokens[: dialogue.reply_start],
             dialogue.tokens[dialogue.reply_start :],

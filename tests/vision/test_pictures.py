@@ -9,7 +9,14 @@ import torch
 from PIL import Image
 
 from fastvlm.functional.errors import InputError
-from fastvlm.vision.pictures import open_picture, pad_to_square, prepare, to_tensor
+from fastvlm.vision.pictures import (
+    LONGEST_SIDE,
+    crop_to_square,
+    open_picture,
+    pad_to_square,
+    prepare,
+    to_tensor,
+)
 
 RED, GREEN, BLUE, BLACK = (255, 0, 0), (0, 255, 0), (0, 0, 255), (0, 0, 0)
 CORNERS = ((0, 0), (1, 0), (0, 1), (1, 1))
@@ -65,7 +72,7 @@ def test_a_tensor_holds_the_pixels() -> None:
 def test_a_prepared_picture_keeps_its_shape(tmp_path: Path) -> None:
     quarters(96, 48).save(tmp_path / "wide.png")
     for picture in (tmp_path / "wide.png", str(tmp_path / "wide.png"), quarters(96, 48)):
-        pixels = prepare(picture, 64)
+        [pixels] = prepare(picture, 64)
         assert pixels.shape == (3, 64, 64)
         assert 0 <= pixels.min() <= pixels.max() <= 1
         assert not pixels[:, :13].any()  # bicubic reaches two pixels over the edge
@@ -73,6 +80,65 @@ def test_a_prepared_picture_keeps_its_shape(tmp_path: Path) -> None:
         for (x, y), colour in zip(CORNERS, seen(quarters()), strict=True):
             middle = pixels[:, 24 + 16 * y, 16 + 32 * x] * 255
             assert middle.tolist() == pytest.approx(colour, abs=1e-3)
+
+
+@pytest.mark.parametrize("size", [(8, 4), (4, 8), (7, 4), (6, 6)])
+def test_cropping_keeps_the_middle(size: tuple[int, int]) -> None:
+    wide = Image.new("RGB", size)
+    for x in range(size[0]):
+        for y in range(size[1]):
+            wide.putpixel((x, y), (x, y, 0))
+    side = min(size)
+    square = crop_to_square(wide)
+    assert square.size == (side, side)
+    assert square.getpixel((0, 0)) == ((size[0] - side) // 2, (size[1] - side) // 2, 0)
+
+
+def test_a_wide_picture_fits_in_three_ways() -> None:
+    wide = Image.new("RGB", (256, 128), BLUE)
+    wide.paste(RED, (64, 0, 192, 128))
+    padded, cropped, stretched = (prepare(wide, 128, fit)[0] for fit in ("pad", "crop", "stretch"))
+    red, blue, black = (torch.tensor(colour) / 255 for colour in (RED, BLUE, BLACK))
+    for found, corner, side in (
+        (padded, black, blue),
+        (cropped, red, red),
+        (stretched, blue, blue),
+    ):
+        assert found[:, 4, 4].allclose(corner)
+        assert found[:, 64, 4].allclose(side)
+        assert found[:, 64, 64].allclose(red)
+
+
+def test_tiles_show_the_whole_and_its_parts() -> None:
+    picture = quarters(256, 256)
+    views = prepare(picture, 128, tiles=2)
+    assert views.shape == (5, 3, 128, 128)
+    assert views[0].equal(prepare(picture, 128)[0])
+    for view, colour in zip(views[1:], seen(quarters()), strict=True):
+        assert (view[:, 64, 64] * 255).tolist() == list(colour)
+    assert prepare(picture, 64, tiles=3).shape == (10, 3, 64, 64)
+
+
+@pytest.mark.parametrize(
+    ("options", "told"),
+    [
+        ({"size": 100}, "image_size must be a multiple of 64; got 100"),
+        ({"size": 0}, "multiple of 64; got 0"),
+        ({"size": 64, "fit": "squeeze"}, "pad, crop, stretch; got 'squeeze'"),
+        ({"size": 64, "tiles": 0}, "tiles lies between 1 and 4; got 0"),
+    ],
+)
+def test_options_out_of_range_are_refused(options: dict, told: str) -> None:
+    with pytest.raises(InputError, match=told):
+        prepare(quarters(), **options)
+
+
+def test_a_very_long_picture_is_reduced_before_it_is_padded() -> None:
+    line = Image.new("RGB", (3 * LONGEST_SIDE, 9), RED)
+    square = pad_to_square(line)
+    assert square.size == (LONGEST_SIDE, LONGEST_SIDE)
+    assert square.getpixel((LONGEST_SIDE // 2, LONGEST_SIDE // 2)) == RED
+    assert square.getpixel((LONGEST_SIDE // 2, LONGEST_SIDE // 2 - 4)) == BLACK
 
 
 @pytest.mark.parametrize("orientation", range(1, 9))

@@ -17,8 +17,7 @@ from transformers import FastVlmConfig, Qwen2Config
 
 from fastvlm.checkpoints.keys import from_apple, from_timm, to_timm
 from fastvlm.functional.errors import CheckpointError, InputError
-from fastvlm.vision.configuration import FastViTHDConfig
-from fastvlm.vision.fastvithd import REDUCTION
+from fastvlm.vision.configuration import REDUCTION, FastViTHDConfig
 
 IMAGE = "<image>"
 VISION = "model.vision_tower."

@@ -61,4 +61,5 @@ def load_quietly(
     logging.set_verbosity_error()
     if threads is not None:
         torch.set_num_threads(threads)
-    return load(model, draft)
+    # A verb asks once about each picture, or measures what a picture costs.
+    return load(model, draft, prefix_bytes=0)

@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
+from fastvlm.decoding.prefix import Prefix
 from fastvlm.decoding.strategies import Batch, Draft, Drafter
 from fastvlm.functional.acceptance import accept_greedy
 from fastvlm.functional.errors import InputError
@@ -24,6 +25,7 @@ class Request:
         embeddings: The prompt's embeddings, the picture's in their places: (length, d_model).
         max_new_tokens: The most tokens of the reply.
         end_tokens: Tokens that end a reply.
+        prefix: Where keys and values of the prompt's beginning are found or kept.
         started: When its work began (`time.perf_counter`), for the time to first token.
     """
 
@@ -31,6 +33,7 @@ class Request:
     embeddings: Tensor
     max_new_tokens: int
     end_tokens: frozenset[int] = frozenset()
+    prefix: Prefix | None = None
     started: float = field(default_factory=time.perf_counter)
     reply: list[int] = field(default_factory=list)
     drafted: list[bool] = field(default_factory=list)
@@ -109,7 +112,9 @@ class Decoding:
     def prefill(self) -> list[int]:
         """Compute the prompts and each row's first token."""
         lengths = [len(request.tokens) for request in self.requests]
-        longest = max(lengths)
+        cache, exit_layer = self.batch.cache, self.drafter.exit_layer
+        starts = self.restore()
+        longest = max(length - start for length, start in zip(lengths, starts, strict=True))
         x = torch.zeros(
             len(lengths),
             longest,
@@ -118,18 +123,43 @@ class Decoding:
             device=self.decoder.device,
         )
         for row, request in enumerate(self.requests):
-            x[row, : lengths[row]] = request.embeddings
-        cache, exit_layer = self.batch.cache, self.drafter.exit_layer
-        span = cache.span([0] * len(lengths), longest)
+            x[row, : lengths[row] - starts[row]] = request.embeddings[starts[row] :]
+        span = cache.span(starts, longest)
         x = self.decoder.run(x, span, cache, range(exit_layer))
         cache.lengths = lengths
         if exit_layer:
             self.drafter.observe(x, span, self.batch)
         x = self.decoder.run(x, span, cache, range(exit_layer, self.decoder.depth))
-        last = torch.tensor(lengths, device=x.device) - 1
+        self.remember()
+        last = torch.tensor(lengths, device=x.device) - torch.tensor(starts, device=x.device) - 1
         logits = self.decoder.head(x[torch.arange(len(x), device=x.device), last][:, None])
         first = logits[:, 0].argmax(-1).tolist()
         return self.commit([[] for _ in first], [[token] for token in first])
+
+    def restore(self) -> list[int]:
+        """Fill the cache with what is kept of the prompts; return how many positions of each."""
+        cache, owner = self.batch.cache, self.drafter.cache_owner
+        found = [
+            None if request.prefix is None else request.prefix.find(owner, self.decoder.depth)
+            for request in self.requests
+        ]
+        starts = [0 if state is None else state.shape[3] for state in found]
+        rest = max(len(r.tokens) - s for r, s in zip(self.requests, starts, strict=True))
+        if max(starts) + rest > cache.capacity:
+            # A long prompt beside one whose beginning is kept: all are computed from the start.
+            return [0] * len(starts)
+        for row, state in enumerate(found):
+            if state is not None:
+                cache.restore(row, state)
+        return starts
+
+    def remember(self) -> None:
+        """Keep what the cache holds of the prompts' beginnings, where it is not kept yet."""
+        owner = self.drafter.cache_owner
+        for row, request in enumerate(self.requests):
+            prefix = request.prefix
+            if prefix is not None and prefix.find(owner, self.decoder.depth) is None:
+                prefix.remember(owner, self.batch.cache.read(row, len(prefix.tokens)))
 
     @torch.inference_mode()
     def cycle(self) -> list[int]:

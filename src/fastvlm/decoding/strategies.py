@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Hashable
 from dataclasses import dataclass, field
 from typing import Protocol
 
@@ -74,12 +75,17 @@ class Drafter(Protocol):
         ...
 
     @property
+    def cache_owner(self) -> Hashable:
+        """Whose those layers are; None for a strategy that adds none."""
+        ...
+
+    @property
     def margin(self) -> int:
         """The most tokens of a draft."""
         ...
 
     def observe(self, hidden: Tensor, span: Span, batch: Batch) -> None:
-        """Take the exit layer's hidden states of the prompts: (batch, length, d_model)."""
+        """Take the exit layer's hidden states of the prompts: (batch, span.width, d_model)."""
         ...
 
     def draft(self, batch: Batch, limits: list[int]) -> Draft:
@@ -102,6 +108,7 @@ class Autoregressive:
 
     name = "autoregressive"
     exit_layer = cache_layers = margin = 0
+    cache_owner = None
 
     def observe(self, hidden: Tensor, span: Span, batch: Batch) -> None:
         """Nothing to learn."""
@@ -128,6 +135,7 @@ class PromptLookup:
     name: str = "lookup"
     exit_layer: int = 0
     cache_layers: int = 0
+    cache_owner: None = None
 
     def observe(self, hidden: Tensor, span: Span, batch: Batch) -> None:
         """Nothing to learn."""
@@ -196,6 +204,11 @@ class SelfSpeculative:
             self._head = self.decoder.head_rows(self.vocabulary).detach().contiguous()
 
     @property
+    def cache_owner(self) -> ImitationNetwork | None:
+        """The network, where it has layers in the cache."""
+        return self.network if self.cache_layers else None
+
+    @property
     def vocabulary(self) -> Tensor | None:
         """The tokens that can be drafted, or None for all."""
         return None if self.network is None else self.network.draft_vocabulary
@@ -204,9 +217,9 @@ class SelfSpeculative:
         """Fill the network's cache with the prompts."""
         if self.network is not None and self.cache_layers:
             self.network.run(hidden, span, batch.cache, self.decoder)
-        lengths = torch.tensor(batch.cache.lengths, device=hidden.device)
-        rows = torch.arange(len(hidden), device=hidden.device)
-        self._before = hidden[rows, lengths - 1][:, None]
+        ends = zip(batch.cache.lengths, span.starts, strict=True)
+        last = torch.tensor([length - start - 1 for length, start in ends], device=hidden.device)
+        self._before = hidden[torch.arange(len(hidden), device=hidden.device), last][:, None]
 
     def draft(self, batch: Batch, limits: list[int]) -> Draft:
         """Draft token by token until every row is unsure or full."""

@@ -174,7 +174,7 @@ def reference_replies(
     """Return `transformers`' greedy replies to one prompt about several pictures."""
     row = vlm.tokens(prompt, pictures=1)
     tokens = torch.tensor([row] * len(pictures), device=vlm.decoder.device)
-    pixels = torch.stack([prepare(picture, vlm.image_size) for picture in pictures])
+    pixels = torch.cat([prepare(picture, vlm.image_size) for picture in pictures])
     out = vlm.model.generate(
         input_ids=tokens,
         attention_mask=torch.ones_like(tokens),

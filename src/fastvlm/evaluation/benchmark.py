@@ -110,7 +110,7 @@ def run_transformers(vlm: VisionLanguageModel, question: Question, limit: int) -
     picture = question.open(vlm.image_size)
     started = time.perf_counter()
     tokens = torch.tensor([vlm.tokens(question.prompt, pictures=1)], device=vlm.decoder.device)
-    pixels = prepare(picture, vlm.image_size)[None].to(vlm.decoder.device, vlm.decoder.dtype)
+    pixels = prepare(picture, vlm.image_size).to(vlm.decoder.device, vlm.decoder.dtype)
     clock = TokenTimes()
     out = vlm.model.generate(
         input_ids=tokens,
@@ -126,6 +126,8 @@ def run_transformers(vlm: VisionLanguageModel, question: Question, limit: int) -
 
 def run_strategy(vlm: VisionLanguageModel, drafter: Drafter, question: Question, limit: int) -> Run:
     """Answer a question with one of our strategies."""
+    # Every strategy pays for its picture.
+    vlm.prefixes.clear()
     request = vlm.request(question.prompt, question.open(vlm.image_size), max_new_tokens=limit)
     for _ in Decoding(vlm.decoder, drafter, [request]):
         pass
@@ -148,7 +150,7 @@ def best_gap(
         same += 1
     prompt = vlm.tokens(question.prompt, pictures=1)
     tokens = torch.tensor([[*prompt, *one[:same]]], device=vlm.decoder.device)
-    pixels = prepare(question.open(vlm.image_size), vlm.image_size)[None].to(tokens.device)
+    pixels = prepare(question.open(vlm.image_size), vlm.image_size).to(tokens.device)
     exact = copy.deepcopy(vlm.model).double()
     logits = exact(input_ids=tokens, pixel_values=pixels.double()).logits[0, -1]
     best, second = logits.topk(2).values.tolist()

@@ -83,7 +83,7 @@ def caption_losses(
             tokens[row, : len(whole)] = whole
             labels[row, len(prompt) : len(whole)] = whole[len(prompt) :]
         learnt = int((labels != IGNORED).sum())
-        pixels = torch.stack([prepare(p.path, vlm.image_size) for p in shown])
+        pixels = torch.cat([prepare(p.path, vlm.image_size) for p in shown])
         for kind, seen in (("right", pixels), ("wrong", pixels.roll(1, 0))):
             # Padding stands on the right, where the causal mask hides it.
             loss = vlm.model(input_ids=tokens, pixel_values=seen, labels=labels).loss

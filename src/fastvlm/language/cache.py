@@ -86,11 +86,10 @@ class DecoderCache:
         device: torch.device,
     ) -> None:
         shape = (layers, 2, batch, kv_heads, capacity, head_dim)
-        storage = torch.empty(shape, dtype=dtype, device=device)
-        self.keys = [storage[layer, 0] for layer in range(layers)]
-        self.values = [storage[layer, 1] for layer in range(layers)]
-        # A key that a mask hides still enters a product with zero: it must be finite.
-        storage.zero_()
+        # Zeros: a key that a mask hides still enters a product with zero, and must be finite.
+        self.storage = torch.zeros(shape, dtype=dtype, device=device)
+        self.keys = [self.storage[layer, 0] for layer in range(layers)]
+        self.values = [self.storage[layer, 1] for layer in range(layers)]
         self.capacity = capacity
         self.lengths = [0] * batch
         self.device = device
@@ -116,6 +115,14 @@ class DecoderCache:
         else:
             positions = torch.tensor(starts, device=self.device)[:, None] + self._counts[:width]
         return Span(list(starts), width, end, positions, aligned)
+
+    def read(self, row: int, length: int) -> Tensor:
+        """Return a copy of a row's beginning: (layers, 2, kv_heads, length, head_dim)."""
+        return self.storage[:, :, row, :, :length].clone()
+
+    def restore(self, row: int, state: Tensor) -> None:
+        """Write what `read` returned to the beginning of a row."""
+        self.storage[: len(state), :, row, :, : state.shape[3]] = state
 
     def write_at(self, span: Span) -> None:
         """Say where the layers of the next pass write."""

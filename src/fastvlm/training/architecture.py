@@ -20,8 +20,8 @@ from transformers import (
 from fastvlm.checkpoints import load_checkpoint
 from fastvlm.functional.errors import CheckpointError
 from fastvlm.training.tokenizer import IMAGE
-from fastvlm.vision.configuration import FastViTHDConfig
-from fastvlm.vision.fastvithd import REDUCTION, FastViTHD
+from fastvlm.vision.configuration import REDUCTION, FastViTHDConfig
+from fastvlm.vision.fastvithd import FastViTHD
 
 INITIAL = 0.04
 """Standard deviation of the decoder's first weights: near 1 / sqrt(width), so that each layer's

@@ -25,8 +25,7 @@ from fastvlm.training.dialogues import IGNORED, PROMPTS, Dialogue, encode_dialog
 from fastvlm.training.encoder import scene_pixels
 from fastvlm.training.loop import Schedule, train
 from fastvlm.training.tokenizer import learn_tokenizer
-from fastvlm.vision.configuration import FastViTHDConfig
-from fastvlm.vision.fastvithd import REDUCTION
+from fastvlm.vision.configuration import REDUCTION, FastViTHDConfig
 
 PASS = 11
 """Dialogues in one pass of the decoder; a step has up to three passes."""

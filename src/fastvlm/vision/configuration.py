@@ -8,6 +8,8 @@ from transformers import AutoConfig, PreTrainedConfig
 
 from fastvlm.functional.errors import InputError
 
+REDUCTION = 64
+"""Pixels a side of the picture for each visual token."""
 FORMS = ("training", "reparameterized", "fused")
 
 # One row a variant. The first is the one that Apple released (arXiv 2412.13303, section 3.2).

@@ -11,7 +11,7 @@ from transformers import initialization as init
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 
 from fastvlm.functional.errors import InputError
-from fastvlm.vision.configuration import FastViTHDConfig
+from fastvlm.vision.configuration import REDUCTION, FastViTHDConfig
 from fastvlm.vision.layers import (
     AttentionBlock,
     ConvNorm,
@@ -22,9 +22,6 @@ from fastvlm.vision.layers import (
     RepConv,
     RepMixer,
 )
-
-REDUCTION = 64
-"""Pixels a side of the picture for each visual token."""
 
 
 class Stage(nn.Module):

@@ -10,6 +10,7 @@ from PIL import ExifTags, Image, UnidentifiedImageError
 from torch import Tensor
 
 from fastvlm.functional.errors import InputError
+from fastvlm.vision.configuration import REDUCTION
 
 Picture = str | Path | Image.Image
 """What a caller may give as a picture."""
@@ -18,6 +19,10 @@ MOST_PIXELS = 178_956_970
 """Pictures with more pixels are refused before they are decoded (Pillow's own limit)."""
 
 
+FITS = ("pad", "crop", "stretch")
+LONGEST_SIDE = 8192
+"""Pixels: longer pictures are reduced to this before they are padded."""
+MOST_TILES = 4
 TURNS = {
     2: Image.Transpose.FLIP_LEFT_RIGHT,
     3: Image.Transpose.ROTATE_180,
@@ -65,14 +70,24 @@ def _upright(image: Image.Image) -> Image.Image:
         # Sixteen bits a pixel; a conversion would clip at 255 and leave it white.
         upright = upright.convert("I").point(lambda value: value * (1 / 256)).convert("L")
     if upright.has_transparency_data:
-        seen = upright.convert("RGBA")
-        black = Image.new("RGBA", seen.size, (0, 0, 0, 255))
-        return Image.alpha_composite(black, seen).convert("RGB")
+        # Pasted and not composited, which would hold four copies of a large picture at a time.
+        seen = upright if upright.mode == "RGBA" else upright.convert("RGBA")
+        black = Image.new("RGB", seen.size)
+        black.paste(seen, mask=seen.getchannel("A"))
+        return black
     return upright.convert("RGB")
 
 
 def pad_to_square(picture: Image.Image) -> Image.Image:
-    """Return a picture in the middle of a black square, as Apple's reference pads it."""
+    """Return a picture in the middle of a black square, as Apple's reference pads it.
+
+    A side of more than `LONGEST_SIDE` pixels is reduced to that first: the square around a very
+    long picture may be larger than the memory.
+    """
+    if max(picture.size) > LONGEST_SIDE:
+        scale = LONGEST_SIDE / max(picture.size)
+        reduced = (max(1, round(picture.width * scale)), max(1, round(picture.height * scale)))
+        picture = picture.resize(reduced, Image.Resampling.BOX)
     side = max(picture.size)
     if picture.size == (side, side):
         return picture
@@ -81,14 +96,53 @@ def pad_to_square(picture: Image.Image) -> Image.Image:
     return square
 
 
-def prepare(picture: Picture, size: int) -> Tensor:
-    """Return a picture padded to a square and resized: (3, size, size) in [0, 1].
+def crop_to_square(picture: Image.Image) -> Image.Image:
+    """Return the square in the middle of a picture, as `transformers`' processor crops it."""
+    side = min(picture.size)
+    left, top = (picture.width - side) // 2, (picture.height - side) // 2
+    return picture.crop((left, top, left + side, top + side))
+
+
+def prepare(picture: Picture, size: int, fit: str = "pad", tiles: int = 1) -> Tensor:
+    """Return a picture as the encoder takes it: (views, 3, size, size) in [0, 1].
+
+    Args:
+        picture: A path or a Pillow image.
+        size: Side of a view in pixels, a multiple of 64.
+        fit: What makes it square, one of `FITS`: `pad` shows all of it between black bars (Apple's
+            reference), `crop` its middle (`transformers`' processor), `stretch` squashes it.
+        tiles: With more than 1, the whole is followed by so many rows and columns of tiles, each as
+            large as a view (the paper's 2048 px are two times two tiles of 1024).
 
     Raises:
-        InputError: The picture can't be opened.
+        InputError: The picture can't be opened, or an option is out of range.
     """
-    square = pad_to_square(open_picture(picture))
-    return to_tensor(square.resize((size, size), Image.Resampling.BICUBIC))
+    if size < REDUCTION or size % REDUCTION:
+        raise InputError(f"image_size must be a multiple of {REDUCTION}; got {size}.")
+    if fit not in FITS:
+        raise InputError(f"A picture is made to fit by {', '.join(FITS)}; got {fit!r}.")
+    if not 1 <= tiles <= MOST_TILES:
+        raise InputError(f"tiles lies between 1 and {MOST_TILES}; got {tiles}.")
+    opened = open_picture(picture)
+    square = {"pad": pad_to_square, "crop": crop_to_square}.get(fit, _unchanged)(opened)
+    views = [square.resize((size, size), Image.Resampling.BICUBIC)]
+    if tiles > 1:
+        large = square.resize((tiles * size, tiles * size), Image.Resampling.BICUBIC)
+        views += [
+            large.crop((column * size, row * size, (column + 1) * size, (row + 1) * size))
+            for row in range(tiles)
+            for column in range(tiles)
+        ]
+    return torch.stack([to_tensor(view) for view in views])
+
+
+def count_views(tiles: int) -> int:
+    """Return how many views `prepare` makes."""
+    return 1 if tiles == 1 else 1 + tiles * tiles
+
+
+def _unchanged(picture: Image.Image) -> Image.Image:
+    return picture
 
 
 def to_tensor(picture: Image.Image) -> Tensor:

@@ -1,0 +1,157 @@
+"""What is kept of a picture makes a second question cheaper, and changes no token."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import pytest
+import torch
+from torch import nn
+
+from fastvlm.decoding import Autoregressive, Drafter, PromptLookup, SelfSpeculative
+from fastvlm.decoding.prefix import PrefixStore
+from fastvlm.functional.errors import InputError
+from fastvlm.scenes import render, sample
+from fastvlm.vision.pictures import prepare
+from fastvlm.vlm import VisionLanguageModel
+from tests.decoding.conftest import imitation
+from tests.models import IMAGE_SIZE, VISUAL_TOKENS, small_vlm
+
+QUESTIONS = ("Describe the scene.", "What is at the top left? Say it.", "The?")
+DRAFTERS = ("autoregressive", "lookup", "early exit", "block", "mlp")
+
+
+@pytest.fixture(scope="module")
+def fresh() -> VisionLanguageModel:
+    """A model that keeps nothing."""
+    vlm = small_vlm()
+    vlm.prefixes = PrefixStore(0)
+    return vlm
+
+
+def drafter(name: str, vlm: VisionLanguageModel) -> Drafter:
+    return {
+        "autoregressive": Autoregressive,
+        "lookup": PromptLookup,
+        "early exit": lambda: SelfSpeculative(vlm.decoder, 2),
+        "block": lambda: imitation(vlm.model),
+        "mlp": lambda: imitation(vlm.model, kind="mlp"),
+    }[name]()
+
+
+@contextmanager
+def counted(module: nn.Module) -> Iterator[list[int]]:
+    """Collect how many positions (or pictures) each call of a module computes."""
+    calls: list[int] = []
+
+    def seen(_: nn.Module, given: tuple, named: dict) -> None:
+        x = given[0] if given else named["pixel_values"]
+        calls.append(x.shape[1] if x.dim() == 3 else x.shape[0])
+
+    hook = module.register_forward_pre_hook(seen, with_kwargs=True)
+    yield calls
+    hook.remove()
+
+
+@pytest.mark.parametrize("name", DRAFTERS)
+def test_a_second_question_costs_its_own_text(name: str, fresh: VisionLanguageModel) -> None:
+    vlm = small_vlm()
+    picture = render(sample(1), 192)
+    speculative = drafter(name, vlm)
+    with (
+        counted(vlm.model.model.vision_tower) as pictures,
+        counted(vlm.model.get_decoder().layers[-1]) as positions,
+    ):
+        for number, question in enumerate(QUESTIONS):
+            positions.clear()
+            found = vlm.generate(question, picture, max_new_tokens=12, drafter=speculative)
+            alone = fresh.generate(
+                question, picture, max_new_tokens=12, drafter=drafter(name, fresh)
+            )
+            assert found.tokens == alone.tokens
+            whole = vlm.tokens(question, pictures=1)
+            image = vlm.model.config.image_token_id
+            kept = len(whole) - whole[::-1].index(image) if number else 0
+            assert positions[0] == len(whole) - kept
+    assert pictures == [1]
+
+
+def test_rows_of_known_and_of_new_pictures(fresh: VisionLanguageModel) -> None:
+    vlm = small_vlm()
+    known, new = render(sample(2), 192), render(sample(3), 192)
+    block = drafter("block", vlm)
+    vlm.generate(QUESTIONS[0], known, max_new_tokens=3, drafter=block)
+    asked = [(QUESTIONS[1], known), (QUESTIONS[2] * 9, new), (QUESTIONS[0], known)]
+    prompts, pictures = zip(*asked, strict=True)
+    found = vlm.generate_batch(prompts, pictures, max_new_tokens=9, drafter=block)
+    for reply, (prompt, picture) in zip(found, asked, strict=True):
+        alone = fresh.generate(prompt, picture, max_new_tokens=9)
+        assert reply.tokens == alone.tokens
+
+
+def test_another_network_finds_the_targets_layers_only(fresh: VisionLanguageModel) -> None:
+    vlm = small_vlm()
+    picture = render(sample(4), 192)
+    expected = fresh.generate(QUESTIONS[0], picture, max_new_tokens=9).tokens
+    for name in ("block", "autoregressive", "block", "mlp"):
+        reply = vlm.generate(QUESTIONS[0], picture, max_new_tokens=9, drafter=drafter(name, vlm))
+        assert reply.tokens == expected
+
+
+def test_other_words_before_the_picture_keep_its_features_only() -> None:
+    vlm = small_vlm()
+    picture = render(sample(5), 192)
+    with counted(vlm.model.model.vision_tower) as pictures:
+        vlm.generate(QUESTIONS[0], picture, max_new_tokens=3)
+        template = "Look: " + vlm.tokenizer.chat_template
+        vlm.tokenizer.chat_template = template
+        found = vlm.generate(QUESTIONS[0], picture, max_new_tokens=9)
+    assert pictures == [1]
+    other = small_vlm()
+    other.tokenizer.chat_template = template
+    assert found.tokens == other.generate(QUESTIONS[0], picture, max_new_tokens=9).tokens
+
+
+def test_what_is_kept_is_bounded_in_bytes() -> None:
+    vlm = small_vlm()
+    pictures = [render(sample(seed), 192) for seed in range(4)]
+    vlm.generate(QUESTIONS[0], pictures[0], max_new_tokens=2)
+    one = vlm.prefixes.size
+    layers, heads, size = 5, 2, 16
+    prompt = vlm.tokens(QUESTIONS[0], pictures=1)
+    length = len(prompt) - prompt[::-1].index(vlm.model.config.image_token_id)
+    assert one == 8 * (2 * layers * heads * size * length + VISUAL_TOKENS * vlm.decoder.width)
+    vlm.prefixes = PrefixStore(2 * one)
+    with counted(vlm.model.model.vision_tower) as encoded:
+        for shown in (0, 1, 0, 2, 0, 1):
+            vlm.generate(QUESTIONS[0], pictures[shown], max_new_tokens=2)
+            assert vlm.prefixes.size <= 2 * one
+    # The second was used longest ago when the third came.
+    assert len(encoded) == 4
+    vlm.prefixes = PrefixStore(one - 1)
+    vlm.generate(QUESTIONS[0], pictures[0], max_new_tokens=2)
+    assert vlm.prefixes.size == 0
+
+
+@pytest.mark.parametrize(
+    ("options", "visual"),
+    [({"image_size": 192}, 9), ({"tiles": 2}, 5 * VISUAL_TOKENS), ({"fit": "crop"}, VISUAL_TOKENS)],
+)
+def test_a_picture_is_shown_as_it_is_asked_for(options: dict, visual: int) -> None:
+    vlm = small_vlm()
+    picture = render(sample(6), 192).crop((0, 0, 192, 100))
+    found = vlm.generate(QUESTIONS[0], picture, max_new_tokens=9, **options)
+    tokens = torch.tensor([vlm.tokens(QUESTIONS[0], pictures=1, visual=visual)])
+    size = options.get("image_size", IMAGE_SIZE)
+    views = prepare(picture, size, options.get("fit", "pad"), options.get("tiles", 1))
+    expected = vlm.model.generate(
+        input_ids=tokens,
+        attention_mask=torch.ones_like(tokens),
+        pixel_values=views.double(),
+        max_new_tokens=9,
+        do_sample=False,
+    )
+    assert found.tokens == expected[0, tokens.shape[1] :].tolist()
+    with pytest.raises(InputError, match="multiple of 64; got 100"):
+        vlm.generate(QUESTIONS[0], picture, image_size=100)
