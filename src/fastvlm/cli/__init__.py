@@ -10,7 +10,7 @@ from typing import Annotated, NoReturn
 import typer
 
 from fastvlm.cli.audit import audit
-from fastvlm.cli.benchmark import benchmark
+from fastvlm.cli.benchmark import app as benchmark
 from fastvlm.cli.convert import convert
 from fastvlm.cli.demo import demo
 from fastvlm.cli.evaluate import evaluate
@@ -34,10 +34,10 @@ app = typer.Typer(
 )
 app.command()(demo)
 app.command()(generate)
-app.command()(benchmark)
 app.command()(audit)
 app.command()(evaluate)
 app.command()(convert)
+app.add_typer(benchmark, name="benchmark")
 app.add_typer(train, name="train")
 
 

@@ -17,6 +17,7 @@ from rich.table import Table
 from fastvlm import embedded
 from fastvlm.cli.loading import ModelOption, ThreadsOption, load_quietly
 from fastvlm.cli.terminal import complain, hardware_line, number, progress
+from fastvlm.cli.ttft import ttft
 from fastvlm.functional.errors import InputError
 
 if TYPE_CHECKING:
@@ -41,7 +42,16 @@ WIDE = 100
 """Cells from which a terminal has room between the columns."""
 
 
+app = typer.Typer(
+    rich_markup_mode="markdown",
+    help="Measure decoding strategies; with `ttft`, the time to first token.",
+)
+app.command("ttft")(ttft)
+
+
+@app.callback(invoke_without_command=True)
 def benchmark(  # noqa: PLR0913 (a parameter is an option)
+    context: typer.Context,
     *,
     model: ModelOption = None,
     draft: Annotated[
@@ -97,6 +107,8 @@ def benchmark(  # noqa: PLR0913 (a parameter is an option)
     with autoregressive decoding. A reply is identical if its tokens are those of transformers' own
     greedy generate.
     """
+    if context.invoked_subcommand is not None:
+        return
     if json_file is not None:
         check_writable(json_file)
     drafts = named_drafts(draft, model)
