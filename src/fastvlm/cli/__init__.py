@@ -14,6 +14,7 @@ from fastvlm.cli.benchmark import app as benchmark
 from fastvlm.cli.convert import convert
 from fastvlm.cli.demo import demo
 from fastvlm.cli.evaluate import evaluate
+from fastvlm.cli.export import app as export
 from fastvlm.cli.generate import generate
 from fastvlm.cli.installation import torchvision_mismatch
 from fastvlm.cli.terminal import complain
@@ -37,6 +38,7 @@ app.command()(generate)
 app.command()(audit)
 app.command()(evaluate)
 app.command()(convert)
+app.add_typer(export, name="export")
 app.add_typer(benchmark, name="benchmark")
 app.add_typer(train, name="train")
 

@@ -1,0 +1,99 @@
+"""The encoder and projector as ONNX, for runtimes that have no Python."""
+
+from __future__ import annotations
+
+import warnings
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from fastvlm.functional.errors import InputError
+from fastvlm.vision.configuration import REDUCTION
+from fastvlm.vlm import VisionLanguageModel
+
+TOLERANCE = 1e-4
+"""The most that ONNX Runtime may differ, as a share of the features' standard deviation."""
+COMPARED = ((2, 2), (3, 2), (1, 4), (4, 4))
+"""Rows and columns of visual tokens of the pictures that are compared."""
+
+
+class VisualFeatures(nn.Module):
+    """Pictures to visual tokens: what the decoder takes in the place of a picture."""
+
+    def __init__(self, vlm: VisionLanguageModel) -> None:
+        super().__init__()
+        inner = vlm.model.base_model
+        self.vision_tower, self.projector = inner.vision_tower, inner.multi_modal_projector
+
+    def forward(self, pixel_values: Tensor) -> Tensor:
+        """Encode pictures.
+
+        Args:
+            pixel_values: (batch, 3, height, width) in [0, 1], height and width multiples of 64.
+
+        Returns:
+            (batch, height / 64 * width / 64, d_model).
+        """
+        states = self.vision_tower(pixel_values).last_hidden_state
+        return self.projector(states.flatten(2).transpose(1, 2))
+
+
+def export_onnx(vlm: VisionLanguageModel, file: Path) -> float:
+    """Write encoder and projector as ONNX, run them in ONNX Runtime, and compare.
+
+    Batch, height and width are free; height and width in steps of 64 pixels.
+
+    Args:
+        vlm: The model, in float32 on the CPU.
+        file: The file; weights of more than 2 GB lie beside it.
+
+    Returns:
+        The largest difference of a feature, as a share of the features' standard deviation.
+
+    Raises:
+        InputError: onnx, onnxscript or onnxruntime is not installed, or the outputs differ.
+    """
+    try:
+        import onnxruntime
+        import onnxscript  # noqa: F401 (torch's exporter needs it)
+    except ImportError as error:
+        raise InputError(f"The export needs {error.name}: pip install 'fastvlm[onnx]'.") from error
+    module = VisualFeatures(vlm).eval()
+    # One picture alone would make its dimension of 1 a constant, and so would a square.
+    example = torch.rand(2, 3, 3 * REDUCTION, 2 * REDUCTION)
+    batch, rows, columns = (torch.export.Dim(name, min=1) for name in ("batch", "rows", "columns"))
+    shapes = {"pixel_values": {0: batch, 2: REDUCTION * rows, 3: REDUCTION * columns}}
+    beside = file.with_name(f"{file.stem}.partial.onnx")
+    with warnings.catch_warnings(), torch.inference_mode():
+        warnings.simplefilter("ignore")
+        program = torch.onnx.export(
+            module,
+            (example,),
+            input_names=["pixel_values"],
+            output_names=["visual_features"],
+            dynamic_shapes=shapes,
+            dynamo=True,
+            verbose=False,
+        )
+    assert program is not None
+    program.save(beside)
+    session = onnxruntime.InferenceSession(beside, providers=["CPUExecutionProvider"])
+    worst = max(_difference(session, module, *grid) for grid in COMPARED)
+    if worst > TOLERANCE:
+        beside.unlink()
+        raise InputError(
+            f"ONNX Runtime's features differ by {worst:.1e} of their standard deviation, more than"
+            f" {TOLERANCE:.0e}; {file} was not written."
+        )
+    beside.replace(file)
+    return worst
+
+
+@torch.inference_mode()
+def _difference(session: Any, module: nn.Module, rows: int, columns: int) -> float:
+    pixels = torch.rand(1, 3, rows * REDUCTION, columns * REDUCTION)
+    [found] = session.run(None, {"pixel_values": pixels.numpy()})
+    expected = module(pixels)
+    return float((torch.from_numpy(found) - expected).abs().max() / expected.std())

@@ -1,0 +1,44 @@
+"""Encoder and projector in ONNX Runtime."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import onnxruntime
+import pytest
+import torch
+
+from fastvlm import export
+from fastvlm.export import VisualFeatures, export_onnx
+from fastvlm.functional.errors import InputError
+from tests.models import small_vlm
+
+
+def test_onnx_computes_the_same_at_any_size(tmp_path: Path) -> None:
+    vlm = small_vlm(torch.float32)
+    file = tmp_path / "encoder.onnx"
+    assert export_onnx(vlm, file) < export.TOLERANCE
+    assert [path.name for path in tmp_path.iterdir()] == [file.name]
+    session = onnxruntime.InferenceSession(file)
+    for batch, height, width in ((1, 64, 64), (3, 128, 320), (2, 256, 192)):
+        pixels = torch.rand(batch, 3, height, width)
+        [found] = session.run(["visual_features"], {"pixel_values": pixels.numpy()})
+        with torch.inference_mode():
+            expected = vlm.model.get_image_features(pixels).pooler_output
+        assert found.shape == (batch, height // 64 * width // 64, vlm.decoder.width)
+        np.testing.assert_allclose(found, expected, rtol=1e-4, atol=1e-4 * float(expected.std()))
+
+
+def test_what_differs_is_not_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(export, "TOLERANCE", -1.0)
+    with pytest.raises(InputError, match="was not written"):
+        export_onnx(small_vlm(torch.float32), tmp_path / "encoder.onnx")
+    assert not list(tmp_path.iterdir())
+
+
+def test_the_features_are_the_models_own() -> None:
+    vlm = small_vlm()
+    pixels = torch.rand(2, 3, 64, 128, dtype=torch.float64)
+    expected = vlm.model.get_image_features(pixels).pooler_output
+    assert VisualFeatures(vlm)(pixels).equal(expected)
