@@ -19,6 +19,8 @@ MOST_PIXELS = 178_956_970
 """Pictures with more pixels are refused before they are decoded (Pillow's own limit)."""
 
 
+LARGE = 40_000_000
+"""Pixels: pictures with more are halved first, which leaves them sharper than any view of them."""
 FITS = ("pad", "crop", "stretch")
 LONGEST_SIDE = 8192
 """Pixels: longer pictures are reduced to this before they are padded."""
@@ -65,10 +67,15 @@ def _upright(image: Image.Image) -> Image.Image:
     # Only this one entry is read: the others may be broken, and Pillow's own transposition would
     # write them all again.
     turn = TURNS.get(image.getexif().get(ExifTags.Base.Orientation, 1))
+    if image.width * image.height > LARGE:
+        image = _halved(image)
     upright = image if turn is None else image.transpose(turn)
-    if upright.mode.startswith("I"):
-        # Sixteen bits a pixel; a conversion would clip at 255 and leave it white.
-        upright = upright.convert("I").point(lambda value: value * (1 / 256)).convert("L")
+    # More than eight bits a pixel: a conversion would clip at 255 and leave it white.
+    if upright.mode.startswith("I;16"):
+        high = slice(0, None, 2) if upright.mode.endswith("B") else slice(1, None, 2)
+        upright = Image.frombytes("L", upright.size, upright.tobytes()[high])
+    elif upright.mode == "I":
+        upright = upright.point(lambda value: value * (1 / 256)).convert("L")
     if upright.has_transparency_data:
         # Pasted and not composited, which would hold four copies of a large picture at a time.
         seen = upright if upright.mode == "RGBA" else upright.convert("RGBA")
@@ -76,6 +83,15 @@ def _upright(image: Image.Image) -> Image.Image:
         black.paste(seen, mask=seen.getchannel("A"))
         return black
     return upright.convert("RGB")
+
+
+def _halved(image: Image.Image) -> Image.Image:
+    # What follows makes copies, and of so large a picture each would take a third of a gigabyte.
+    if image.mode in ("1", "P", "PA"):
+        image = image.convert("RGBA" if image.has_transparency_data else "RGB")
+    elif image.mode.startswith("I;16"):
+        return image
+    return image.reduce(2)
 
 
 def pad_to_square(picture: Image.Image) -> Image.Image:
