@@ -120,4 +120,6 @@ def use_encoder(model: FastVlmForConditionalGeneration, encoder: FastViTHD) -> N
         )
     model.model.vision_tower = encoder.requires_grad_(False).fuse()
     encoder.config.form = "fused"
+    # Where it was read from is nobody's business later.
+    encoder.config.name_or_path = ""
     model.config.vision_config = encoder.config

@@ -26,7 +26,7 @@ from fastvlm.training.dialogues import IGNORED, Dialogue, embed_dialogue, encode
 
 SAMPLES = 5
 """Sentences sampled of a photograph."""
-LONGEST = 30
+LONGEST = 24
 """Tokens of the longest sentence."""
 END = "</s>"
 """Stands after each caption in the reward, or a sentence that breaks off would be as good."""

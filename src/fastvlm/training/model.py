@@ -69,9 +69,9 @@ STAGES = (
     ),
     Stage(
         "consensus",
-        Schedule(steps=350, learning_rate=2e-4, warmup=10),
-        scenes=3,
-        photographs=4,
+        Schedule(steps=140, learning_rate=3e-4, warmup=5),
+        scenes=2,
+        photographs=3,
         sampled=16,
     ),
 )
