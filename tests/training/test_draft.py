@@ -17,6 +17,7 @@ from fastvlm.decoding import Decoding, Request
 from fastvlm.drafting import ImitationConfig, ImitationNetwork
 from fastvlm.drafting.directory import load_draft
 from fastvlm.drafting.imitation import initialise_from
+from fastvlm.functional.errors import CheckpointError
 from fastvlm.training import replies
 from fastvlm.training.draft import (
     DraftLesson,
@@ -413,3 +414,20 @@ def test_drafts_trained_for_a_stored_model_serve_it(tmp_path: Path) -> None:
             picture = question.open(vlm.image_size)
             reply = vlm.generate(question.prompt, picture, max_new_tokens=12, drafter=drafter)
             assert reply.tokens == dialogue.tokens[dialogue.reply_start :]
+
+
+def test_a_draft_goes_on_from_an_earlier_run(tmp_path: Path) -> None:
+    vlm = small_vlm(torch.float32)
+    told = own_replies(vlm, about_scenes(range(4)), tmp_path, max_new_tokens=12)
+    plans = {"block": DraftPlan("block", 2, 40)}
+    still = Schedule(steps=1, learning_rate=1e-9, warmup=1)
+    train_draft(vlm, plans, told, tmp_path / "one", Schedule(steps=3, learning_rate=1e-2, warmup=1))
+    # Another plan and other replies: the network's own exit layer and vocabulary stay.
+    other = {"block": DraftPlan("block", 1, 10)}
+    train_draft(vlm, other, told[:1], tmp_path / "two", still, tmp_path / "one")
+    one, two = (load_draft(tmp_path / name / "block", vlm.model) for name in ("one", "two"))
+    assert two.config.exit_layer == 2
+    for name, weight in one.state_dict().items():
+        assert two.state_dict()[name].equal(weight), name
+    with pytest.raises(CheckpointError, match="There is no draft"):
+        train_draft(vlm, other, told, tmp_path / "three", still, tmp_path / "nowhere")

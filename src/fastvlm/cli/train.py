@@ -123,6 +123,10 @@ def draft(  # noqa: PLR0913 (a parameter is an option)
             " paper's gated feed-forward network. Give it again to train both side by side.",
         ),
     ] = ["block"],  # noqa: B006 (typer reads it only)
+    start: Annotated[
+        Path | None,
+        typer.Option(metavar="DIR", help="The output of an earlier run, whose networks go on."),
+    ] = None,
     exit_layer: Annotated[
         int, typer.Option(min=1, help="Layers of the model that run before the network.")
     ] = 1,
@@ -174,6 +178,7 @@ def draft(  # noqa: PLR0913 (a parameter is an option)
         own_replies(vlm, asked, output),
         output,
         Schedule(steps=steps, learning_rate=learning_rate, warmup=20, seed=seed),
+        start,
     )
 
 

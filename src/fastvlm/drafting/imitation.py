@@ -43,7 +43,7 @@ class ImitationConfig(PreTrainedConfig):
     text_config: dict[str, Any] | None = None
     target: str | None = None
     draft_vocabulary_size: int | None = None
-    num_speculative_tokens: int = 12
+    num_speculative_tokens: int = 14
     confidence: float = 0.4
     initializer_range: float = 0.02
 

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.nn.utils.rnn import pad_sequence
 
+from fastvlm.drafting.directory import load_draft
 from fastvlm.drafting.fingerprint import fingerprint
 from fastvlm.drafting.imitation import ImitationConfig, ImitationNetwork, initialise_from
 from fastvlm.functional.placement import moved
@@ -178,6 +179,7 @@ def train_draft(
     dialogues: Sequence[Dialogue],
     output: Path,
     schedule: Schedule,
+    start: Path | None = None,
 ) -> None:
     """Train networks for a frozen target and save each as `output/<name>`, in bfloat16.
 
@@ -187,9 +189,19 @@ def train_draft(
         dialogues: The target's own replies (`own_replies`).
         output: The directory of the checkpoint while it runs, and of the drafts in the end.
         schedule: Length and learning rate of the run.
+        start: The output of an earlier run, whose networks go on; their exit layers and
+            vocabularies stay. None for new ones.
+
+    Raises:
+        CheckpointError: There is no such network to go on from, or it is for another target.
     """
     torch.manual_seed(schedule.seed)
-    networks = {name: new_network(vlm, plan, dialogues) for name, plan in plans.items()}
+    networks = {
+        name: new_network(vlm, plan, dialogues)
+        if start is None
+        else load_draft(start / name, vlm.model)
+        for name, plan in plans.items()
+    }
     train(DraftLesson(vlm, list(networks.values()), dialogues), schedule, output)
     for name, network in networks.items():
         moved(network, torch.bfloat16).save_pretrained(output / name)
