@@ -7,7 +7,7 @@ import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypedDict, Unpack, cast
+from typing import Any, Unpack, cast
 
 import torch
 from torch import Tensor
@@ -18,36 +18,20 @@ from fastvlm.checkpoints import load_checkpoint
 from fastvlm.decoding import Autoregressive, Decoding, Drafter, PromptLookup, Request
 from fastvlm.decoding.prefix import Prefix, PrefixStore
 from fastvlm.decoding.strategies import SelfSpeculative
-from fastvlm.drafting import ConfidenceLength, DraftLength, FixedLength, ImitationNetwork
+from fastvlm.drafting import ImitationNetwork
 from fastvlm.drafting.directory import load_draft
+from fastvlm.drafting.draft_length import draft_length
 from fastvlm.functional.errors import InputError
 from fastvlm.functional.placement import moved
 from fastvlm.functional.statistics import DecodingStatistics
 from fastvlm.language import split_decoder
 from fastvlm.vision.configuration import REDUCTION
 from fastvlm.vision.fastvithd import FastViTHD
-from fastvlm.vision.pictures import Picture, prepare
+from fastvlm.vision.pictures import Picture, PictureOptions, prepare
 
 PREFIX_BYTES = 256 * 2**20
 """Memory for what is kept of pictures: a dozen and more at 1024 px, of FastVLM-0.5B in bfloat16."""
 STRATEGIES = ("autoregressive", "imitation", "early-exit", "lookup")
-
-
-class PictureOptions(TypedDict, total=False):
-    """How a picture is shown to the model.
-
-    Args:
-        image_size: Side in pixels, a multiple of 64: every 64 x 64 pixels are one visual token. The
-            model's own, if not given.
-        fit: What makes the picture square: `pad` (Apple's reference; if not given), `crop` or
-            `stretch`.
-        tiles: Rows and columns of tiles that are shown besides the whole picture, each as large; 1,
-            if not given, for the whole alone.
-    """
-
-    image_size: int
-    fit: str
-    tiles: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -165,39 +149,44 @@ class VisionLanguageModel:
                 )
             embeddings = self.decoder.embed(row)
             return Request(tokens, embeddings, max_new_tokens, self.end_tokens, None, started)
-        size = options.get("image_size", self.image_size)
-        tiles = options.get("tiles", 1)
-        views = prepare(picture, size, options.get("fit", "pad"), tiles)
-        visual = len(views) * (size // REDUCTION) ** 2
+        shown: PictureOptions = {"image_size": self.image_size, **options}
+        views = prepare(picture, **shown)
+        visual = len(views) * (views.shape[-1] // REDUCTION) ** 2
         tokens = self.tokens(prompt, pictures=1, visual=visual)
         row = torch.tensor(tokens, device=self.decoder.device)
         places = row == self.model.config.image_token_id
         if int(places.sum()) != visual:
             raise InputError("The prompt must not contain the picture's placeholder itself.")
         prefix = self.prefix(views, tokens[: int(places.nonzero()[-1]) + 1])
-        embeddings = self.decoder.embed(row).masked_scatter(places[:, None], prefix.features)
-        kept = prefix if self.prefixes.limit else None
-        return Request(tokens, embeddings, max_new_tokens, self.end_tokens, kept, started)
+        features = self.visual_features(views) if prefix is None else prefix.features
+        embeddings = self.decoder.embed(row).masked_scatter(places[:, None], features)
+        return Request(tokens, embeddings, max_new_tokens, self.end_tokens, prefix, started)
 
-    def prefix(self, views: Tensor, tokens: list[int]) -> Prefix:
+    def visual_features(self, views: Tensor) -> Tensor:
+        """Encode what `prepare` made of a picture: (visual tokens, d_model)."""
+        pixels = views.to(self.decoder.device, self.decoder.dtype)
+        pixels = pixels.contiguous(memory_format=torch.channels_last)
+        return self.model.get_image_features(pixels).pooler_output.flatten(0, 1)
+
+    def prefix(self, views: Tensor, tokens: list[int]) -> Prefix | None:
         """Return what is known of a picture, which is encoded where nothing is.
 
         Args:
             views: (views, 3, size, size) in [0, 1].
             tokens: The prompt up to the picture's last visual token.
+
+        Returns:
+            None where nothing is kept.
         """
+        if not self.prefixes.limit:
+            return None
         digest = hashlib.blake2b(views.numpy().tobytes(), digest_size=16)
         digest.update(repr(views.shape).encode())
         picture = digest.hexdigest()
         known = self.prefixes.find(picture)
-        if known is None:
-            pixels = views.to(self.decoder.device, self.decoder.dtype)
-            pixels = pixels.contiguous(memory_format=torch.channels_last)
-            features = self.model.get_image_features(pixels).pooler_output.flatten(0, 1)
-        elif known.tokens == tokens:
+        if known is not None and known.tokens == tokens:
             return known
-        else:
-            features = known.features
+        features = self.visual_features(views) if known is None else known.features
         return self.prefixes.keep(picture, tokens, features)
 
     def drafter(
@@ -365,11 +354,6 @@ class ReplyStream:
     def reply(self) -> Reply:
         """The whole reply; what is decoded so far, while the stream goes on."""
         return self.vlm.reply(self.request)
-
-
-def draft_length(maximum: int, confidence: float) -> DraftLength:
-    """Return drafts that end at a confidence, or of fixed length where it is 0."""
-    return ConfidenceLength(maximum, confidence) if confidence else FixedLength(maximum)
 
 
 def load(

@@ -122,10 +122,10 @@ def test_tiles_show_the_whole_and_its_parts() -> None:
 @pytest.mark.parametrize(
     ("options", "told"),
     [
-        ({"size": 100}, "image_size must be a multiple of 64; got 100"),
-        ({"size": 0}, "multiple of 64; got 0"),
-        ({"size": 64, "fit": "squeeze"}, "pad, crop, stretch; got 'squeeze'"),
-        ({"size": 64, "tiles": 0}, "tiles lies between 1 and 4; got 0"),
+        ({"image_size": 100}, "image_size must be a multiple of 64; got 100"),
+        ({"image_size": 0}, "multiple of 64; got 0"),
+        ({"image_size": 64, "fit": "squeeze"}, "pad, crop, stretch; got 'squeeze'"),
+        ({"image_size": 64, "tiles": 0}, "tiles lies between 1 and 4; got 0"),
     ],
 )
 def test_options_out_of_range_are_refused(options: dict, told: str) -> None:

@@ -43,12 +43,10 @@ class Layout:
     """One of the layouts that are not ours.
 
     Args:
-        name: What it is called in messages.
         rename: Our name of a weight, or None for one that is not used.
         configure: Our configuration from that of the layout and the encoder's form.
     """
 
-    name: str
     rename: Callable[[str], str | None]
     configure: Callable[[dict[str, Any], str], FastVlmConfig]
 
@@ -155,8 +153,8 @@ def _configured(text: dict[str, Any], size: int, form: str) -> FastVlmConfig:
     )
 
 
-APPLE = Layout("Apple's", _apple_name, _apple_config)
-TRANSFORMERS = Layout("transformers'", _timm_name, _transformers_config)
+APPLE = Layout(_apple_name, _apple_config)
+TRANSFORMERS = Layout(_timm_name, _transformers_config)
 
 
 def transformers_vision_config(config: FastViTHDConfig) -> dict[str, Any]:

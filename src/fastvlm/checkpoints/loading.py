@@ -23,7 +23,7 @@ from transformers import (
 
 from fastvlm.checkpoints.layouts import APPLE, CHATML, IMAGE, Layout, recognise
 from fastvlm.checkpoints.weights import read_weights
-from fastvlm.functional.errors import CheckpointError, FastVlmError
+from fastvlm.functional.errors import CheckpointError, FastVlmError, first_line
 from fastvlm.functional.placement import moved
 
 NAMED = 3
@@ -63,8 +63,7 @@ def load_checkpoint(
     except FastVlmError:
         raise
     except Exception as error:
-        reason = str(error).strip().splitlines() or [type(error).__name__]
-        raise CheckpointError(f"The model {model} can't be loaded: {reason[0]}") from error
+        raise CheckpointError(f"The model {model} can't be loaded: {first_line(error)}") from error
     return target, tokenizer
 
 

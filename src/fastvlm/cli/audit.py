@@ -18,8 +18,8 @@ from fastvlm.cli.benchmark import (
     named_drafters,
     named_drafts,
     readable_questions,
-    write_json,
 )
+from fastvlm.cli.files import write_json
 from fastvlm.cli.loading import ModelOption, ThreadsOption, load_quietly
 from fastvlm.cli.terminal import number, progress
 

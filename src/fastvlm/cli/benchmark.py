@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import json
-import os
 from collections.abc import Mapping, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
@@ -15,6 +13,7 @@ from rich.console import Console
 from rich.table import Table
 
 from fastvlm import embedded
+from fastvlm.cli.files import check_writable, write_json
 from fastvlm.cli.loading import ModelOption, ThreadsOption, load_quietly
 from fastvlm.cli.terminal import complain, hardware_line, number, progress
 from fastvlm.cli.ttft import ttft
@@ -150,21 +149,6 @@ def benchmark(  # noqa: PLR0913 (a parameter is an option)
         raise typer.Exit(1)
 
 
-def check_writable(file: Path) -> None:
-    """Refuse a file that could not be written after the long work.
-
-    Raises:
-        InputError: Its folder is missing or can't be written to, or it is a folder itself.
-    """
-    folder = file.absolute().parent
-    if not folder.is_dir():
-        raise InputError(f"There is no folder {folder} to write {file.name} to.")
-    if file.is_dir():
-        raise InputError(f"{file} is a folder; --json needs the name of a file.")
-    if not os.access(folder, os.W_OK):
-        raise InputError(f"The folder {folder} can't be written to.")
-
-
 def named_drafts(given: Sequence[str] | None, model: str | None) -> dict[str, Path]:
     """Return the drafts' directories by the names of their strategies.
 
@@ -277,13 +261,6 @@ def describe(drafter: Drafter) -> dict[str, Any]:
         "num_speculative_tokens": config.num_speculative_tokens,
         "confidence": config.confidence,
     }
-
-
-def write_json(file: Path, figures: dict[str, Any]) -> None:
-    """Write beside the file, then rename, so that a kill leaves the old or the new one whole."""
-    beside = file.with_name(f"{file.name}.partial")
-    beside.write_text(json.dumps(figures, indent=2) + "\n", encoding="utf-8")
-    beside.replace(file)
 
 
 def table(results: Sequence[StrategyResult], width: int) -> Table:

@@ -9,7 +9,7 @@ import typer
 from rich.console import Console
 
 from fastvlm import embedded
-from fastvlm.cli.benchmark import check_writable, write_json
+from fastvlm.cli.files import check_writable, write_json
 from fastvlm.cli.loading import ModelOption, ThreadsOption, load_quietly
 from fastvlm.cli.terminal import progress
 

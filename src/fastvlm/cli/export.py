@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from fastvlm.cli.benchmark import check_writable
+from fastvlm.cli.files import check_writable
 from fastvlm.cli.loading import ModelOption, load_quietly
 from fastvlm.embedded import MODEL
 

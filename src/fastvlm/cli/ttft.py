@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Annotated
@@ -12,6 +11,7 @@ from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.table import Table
 
+from fastvlm.cli.files import write_json
 from fastvlm.cli.loading import ThreadsOption
 from fastvlm.cli.terminal import hardware_line, progress
 from fastvlm.functional.errors import InputError
@@ -75,7 +75,7 @@ def ttft(
         "results": records,
     }
     line = f"{hardware_line(machine)}, {dtype}"
-    (output / "ttft.json").write_text(json.dumps(figures, indent=2) + "\n", encoding="utf-8")
+    write_json(output / "ttft.json", figures)
     (output / "ttft.md").write_text(markdown(records, line), encoding="utf-8")
     heading, body = rows(records)
     table = Table(box=SIMPLE_HEAD, pad_edge=False, show_edge=False)

@@ -10,7 +10,7 @@ from transformers import PreTrainedModel
 
 from fastvlm.drafting.fingerprint import fingerprint
 from fastvlm.drafting.imitation import ImitationNetwork
-from fastvlm.functional.errors import CheckpointError
+from fastvlm.functional.errors import CheckpointError, first_line
 from fastvlm.functional.placement import moved
 
 
@@ -30,7 +30,7 @@ def load_draft(directory: str | Path, target: PreTrainedModel) -> ImitationNetwo
             path, dtype=torch.float32, output_loading_info=True
         )
     except Exception as error:
-        raise CheckpointError(f"The draft in {path} can't be read: {_first(error)}") from error
+        raise CheckpointError(f"The draft in {path} can't be read: {first_line(error)}") from error
     network: ImitationNetwork = loaded[0]
     found: dict[str, set[str]] = loaded[1]
     # transformers fills what is missing with random weights.
@@ -47,8 +47,3 @@ def load_draft(directory: str | Path, target: PreTrainedModel) -> ImitationNetwo
             f" {made_for}, this model's is {is_for}."
         )
     return moved(network, target.device, target.dtype).eval()
-
-
-def _first(error: Exception) -> str:
-    """Return the first line of an error's message."""
-    return str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__

@@ -72,3 +72,8 @@ class ConfidenceLength:
     def goes_on(self, drafted: int, confidence: float) -> bool:
         """Go on while the drafter is sure, up to the maximum."""
         return drafted < self.maximum and confidence >= self.threshold
+
+
+def draft_length(maximum: int, confidence: float) -> DraftLength:
+    """Return drafts that end at a confidence, or of fixed length where it is 0."""
+    return ConfidenceLength(maximum, confidence) if confidence else FixedLength(maximum)

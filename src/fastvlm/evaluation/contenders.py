@@ -79,7 +79,6 @@ class Contender:
         vision: The encoder.
         projector: The projector.
         decoder: The language model, head included.
-        last_layer: The language model's last layer.
         features: Pixels to (visual tokens, d_model): encoder and projector.
         logits: Embeddings, (1, length, d_model), to the last position's logits.
     """
@@ -92,14 +91,13 @@ class Contender:
     vision: nn.Module
     projector: nn.Module
     decoder: PreTrainedModel
-    last_layer: nn.Module
     features: Callable[[Tensor], Tensor]
     logits: Callable[[Tensor], Tensor]
 
     @property
-    def key(self) -> str:
-        """What it is called in files."""
-        return f"{self.name}, {self.side} px, {self.software}"
+    def last_layer(self) -> nn.Module:
+        """The language model's last layer."""
+        return self.decoder.get_decoder().layers[-1]
 
 
 class Contenders:
@@ -144,8 +142,7 @@ class Contenders:
     @cached_property
     def fastvithd(self) -> FastViTHD:
         """Return the released encoder, fused."""
-        with torch.device(self.device):
-            made = FastViTHD(FastViTHDConfig.variant("fastvithd", form="fused"))
+        made = FastViTHD(FastViTHDConfig.variant("fastvithd", form="fused"))
         return cast(FastViTHD, moved(self.placed(made), memory_format=torch.channels_last))
 
     def projector(self, seen: int, width: int) -> nn.Module:
@@ -161,11 +158,6 @@ class Contenders:
         projector = self.projector(vision.config.hidden_size, width)
         views = count_views(tiles)
 
-        def features(pixels: Tensor) -> Tensor:
-            pixels = pixels.contiguous(memory_format=torch.channels_last)
-            states = vision(pixels).last_hidden_state
-            return projector(states.flatten(2).transpose(1, 2)).flatten(0, 1)
-
         return Contender(
             f"FastVLM-{decoder}",
             "fastvlm",
@@ -175,8 +167,7 @@ class Contenders:
             vision,
             projector,
             language,
-            language.get_decoder().layers[-1],
-            features,
+            grid_features(vision, projector),
             self.our_engine(language),
         )
 
@@ -226,7 +217,6 @@ class Contenders:
             model.vision_tower,
             model.multi_modal_projector,
             language,
-            language.get_decoder().layers[-1],
             features,
             self.in_transformers(language),
         )
@@ -294,16 +284,10 @@ class Contenders:
     def convnext(self, size: int) -> Contender:
         """Return ConvNeXt-L, one token for 32 x 32 pixels, before the decoder of 0.5B."""
         config = ConvNextConfig(depths=[3, 3, 27, 3], hidden_sizes=[192, 384, 768, 1536])
-        with torch.device(self.device):
-            vision = AutoModel.from_config(config)
+        vision = AutoModel.from_config(config)
         vision = moved(self.placed(vision), memory_format=torch.channels_last)
         language = self.decoder("0.5B")
         projector = self.projector(1536, int(language.config.hidden_size))
-
-        def features(pixels: Tensor) -> Tensor:
-            pixels = pixels.contiguous(memory_format=torch.channels_last)
-            states = vision(pixels).last_hidden_state
-            return projector(states.flatten(2).transpose(1, 2)).flatten(0, 1)
 
         return Contender(
             "ConvNeXt-L with 0.5B",
@@ -314,7 +298,17 @@ class Contenders:
             vision,
             projector,
             language,
-            language.get_decoder().layers[-1],
-            features,
+            grid_features(vision, projector),
             self.in_transformers(language),
         )
+
+
+def grid_features(vision: nn.Module, projector: nn.Module) -> Callable[[Tensor], Tensor]:
+    """Return encoder and projector, for encoders that give a grid of features."""
+
+    def features(pixels: Tensor) -> Tensor:
+        pixels = pixels.contiguous(memory_format=torch.channels_last)
+        states = vision(pixels).last_hidden_state
+        return projector(states.flatten(2).transpose(1, 2)).flatten(0, 1)
+
+    return features

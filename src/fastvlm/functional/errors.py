@@ -11,3 +11,9 @@ class InputError(FastVlmError):
 
 class CheckpointError(FastVlmError):
     """A model's or a draft's directory is missing, broken or made for something else."""
+
+
+def first_line(error: Exception) -> str:
+    """Return the first line of what an error says, or its kind where it says nothing."""
+    lines = str(error).strip().splitlines()
+    return lines[0] if lines else type(error).__name__

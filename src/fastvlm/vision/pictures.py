@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import warnings
 from pathlib import Path
+from typing import TypedDict
 
 import torch
 from PIL import ExifTags, Image, UnidentifiedImageError
@@ -35,6 +36,23 @@ TURNS = {
     8: Image.Transpose.ROTATE_90,
 }
 """What rights a picture of each EXIF orientation."""
+
+
+class PictureOptions(TypedDict, total=False):
+    """How a picture is shown to the model.
+
+    Args:
+        image_size: Side in pixels, a multiple of 64: every 64 x 64 pixels are one visual token. The
+            model's own, if not given.
+        fit: What makes the picture square: `pad` (Apple's reference; if not given), `crop` or
+            `stretch`.
+        tiles: Rows and columns of tiles that are shown besides the whole picture, each as large; 1,
+            if not given, for the whole alone.
+    """
+
+    image_size: int
+    fit: str
+    tiles: int
 
 
 def open_picture(picture: Picture) -> Image.Image:
@@ -119,12 +137,12 @@ def crop_to_square(picture: Image.Image) -> Image.Image:
     return picture.crop((left, top, left + side, top + side))
 
 
-def prepare(picture: Picture, size: int, fit: str = "pad", tiles: int = 1) -> Tensor:
-    """Return a picture as the encoder takes it: (views, 3, size, size) in [0, 1].
+def prepare(picture: Picture, image_size: int, fit: str = "pad", tiles: int = 1) -> Tensor:
+    """Return a picture as the encoder takes it: (views, 3, image_size, image_size) in [0, 1].
 
     Args:
         picture: A path or a Pillow image.
-        size: Side of a view in pixels, a multiple of 64.
+        image_size: Side of a view in pixels, a multiple of 64.
         fit: What makes it square, one of `FITS`: `pad` shows all of it between black bars (Apple's
             reference), `crop` its middle (`transformers`' processor), `stretch` squashes it.
         tiles: With more than 1, the whole is followed by so many rows and columns of tiles, each as
@@ -133,6 +151,7 @@ def prepare(picture: Picture, size: int, fit: str = "pad", tiles: int = 1) -> Te
     Raises:
         InputError: The picture can't be opened, or an option is out of range.
     """
+    size = image_size
     if size < REDUCTION or size % REDUCTION:
         raise InputError(f"image_size must be a multiple of {REDUCTION}; got {size}.")
     if fit not in FITS:
