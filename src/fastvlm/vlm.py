@@ -22,7 +22,6 @@ from fastvlm.drafting import ImitationNetwork
 from fastvlm.drafting.directory import load_draft
 from fastvlm.drafting.draft_length import draft_length
 from fastvlm.functional.errors import InputError
-from fastvlm.functional.placement import moved
 from fastvlm.functional.statistics import DecodingStatistics
 from fastvlm.language import split_decoder
 from fastvlm.vision.configuration import REDUCTION
@@ -97,7 +96,7 @@ class VisionLanguageModel:
             )
         self.model, self.tokenizer, self.network = model.eval(), tokenizer, network
         # Folding is exact, so nobody who loads a model for inference wants the branches.
-        moved(tower.fuse(), memory_format=torch.channels_last)
+        tower.fuse()
         self.decoder = split_decoder(model)
         self.prefixes = PrefixStore(prefix_bytes)
         self.image_size: int = tower.config.image_size
@@ -165,7 +164,6 @@ class VisionLanguageModel:
     def visual_features(self, views: Tensor) -> Tensor:
         """Encode what `prepare` made of a picture: (visual tokens, d_model)."""
         pixels = views.to(self.decoder.device, self.decoder.dtype)
-        pixels = pixels.contiguous(memory_format=torch.channels_last)
         return self.model.get_image_features(pixels).pooler_output.flatten(0, 1)
 
     def prefix(self, views: Tensor, tokens: list[int]) -> Prefix | None:

@@ -18,7 +18,7 @@ from transformers import (
 )
 
 from fastvlm.functional.errors import InputError
-from fastvlm.vision import VARIANTS, FastViTHD, FastViTHDConfig
+from fastvlm.vision import VARIANTS, FastViTHD, FastViTHDConfig, layers
 from fastvlm.vision.layers import Downsample, RepConv, RepMixer
 from tests.models import LIVELY, VISUAL_TOKENS, randomise, small_encoder, small_encoder_config
 
@@ -112,6 +112,18 @@ def test_folding_changes_no_output(dtype: torch.dtype, tolerance: float, pixels:
     for folded in (reparameterized, fused):
         assert (folded - before).abs().max() <= tolerance * max(1, scale)
     assert not any(isinstance(part, nn.BatchNorm2d) for part in encoder.modules())
+
+
+def test_computing_in_pieces_changes_no_output(
+    pixels: Tensor, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    encoder = small_encoder().double().fuse()
+    with torch.no_grad():
+        whole = encoder(pixels).last_hidden_state
+    # Pieces of five positions and fewer, so that the last one is shorter than the others.
+    monkeypatch.setattr(layers, "PIECE", 5 * 4 * 16)
+    with torch.inference_mode():
+        torch.testing.assert_close(encoder(pixels).last_hidden_state, whole, rtol=0, atol=1e-12)
 
 
 def test_folding_twice_is_folding_once(pixels: Tensor) -> None:

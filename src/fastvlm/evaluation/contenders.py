@@ -19,8 +19,6 @@ from transformers import (
     AutoModelForCausalLM,
     CLIPVisionConfig,
     ConvNextConfig,
-    FastVlmConfig,
-    FastVlmForConditionalGeneration,
     LlavaConfig,
     LlavaForConditionalGeneration,
     LlavaOnevisionConfig,
@@ -121,7 +119,6 @@ class Contenders:
         ]
         return [
             *fast,
-            ("FastVLM-0.5B 1024 in transformers", self.fastvlm_in_transformers),
             ("LLaVA-OneVision-0.5B 1152", self.llava_onevision),
             ("LLaVA-1.5 with 0.5B 336", self.llava),
             ("ConvNeXt-L with 0.5B 512", partial(self.convnext, 512)),
@@ -143,7 +140,7 @@ class Contenders:
     def fastvithd(self) -> FastViTHD:
         """Return the released encoder, fused."""
         made = FastViTHD(FastViTHDConfig.variant("fastvithd", form="fused"))
-        return cast(FastViTHD, moved(self.placed(made), memory_format=torch.channels_last))
+        return cast(FastViTHD, self.placed(made)).fuse()
 
     def projector(self, seen: int, width: int) -> nn.Module:
         """Return two linear layers with GELU between them."""
@@ -229,13 +226,6 @@ class Contenders:
             num_attention_heads=14, num_key_value_heads=2,
         )  # fmt: skip
         return self.placed(model_class(config).model)
-
-    def fastvlm_in_transformers(self) -> Contender:
-        """Return FastVLM at 1024 px with its encoder as released, run by `transformers` alone."""
-        vision = FastViTHDConfig.variant("fastvithd", form="reparameterized")
-        config = FastVlmConfig(vision_config=vision.to_dict(), image_token_index=0)
-        model = self.without_decoder(FastVlmForConditionalGeneration, config)
-        return self.composite("FastVLM-0.5B", 1024, model, (1, 3, 1024, 1024), 256)
 
     def llava_onevision(self) -> Contender:
         """Return LLaVA-OneVision-0.5B: SigLIP-SO400M at 384 px, the whole and nine tiles."""

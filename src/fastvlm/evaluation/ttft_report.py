@@ -28,9 +28,6 @@ def rows(records: Sequence[Record]) -> tuple[list[str], list[list[str]]]:
     for record in records:
         median, low, high = record["ttft_ms"]
         published = PUBLISHED.get((record["name"], record["side"]))
-        # The paper measured its own release, not what transformers makes of it.
-        if record["name"].startswith("FastVLM") and record["software"] != "fastvlm":
-            published = None
         body.append(
             [
                 record["name"],

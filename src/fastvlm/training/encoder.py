@@ -110,7 +110,6 @@ class EncoderLesson:
 
     def features(self, pixels: Tensor) -> Tensor:
         """Return (batch, positions, width) normalised features."""
-        pixels = pixels.to(memory_format=torch.channels_last)
         states = self.encoder(pixels).last_hidden_state
         return self.heads.norm(states.flatten(2).transpose(1, 2))
 

@@ -210,7 +210,7 @@ class ModelLesson:
         """Return the projected features: (pictures, visual tokens, d_model)."""
         tower, project = self.model.model.vision_tower, self.model.model.multi_modal_projector
         with torch.no_grad():
-            states = tower(pixels.to(memory_format=torch.channels_last)).last_hidden_state
+            states = tower(pixels).last_hidden_state
         return project(states.flatten(2).transpose(1, 2))
 
     def dialogues(self, features: Tensor, kind: str, replies: Sequence[str]) -> list[Dialogue]:

@@ -11,6 +11,7 @@ from transformers import initialization as init
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 
 from fastvlm.functional.errors import InputError
+from fastvlm.functional.placement import moved
 from fastvlm.vision.configuration import REDUCTION, FastViTHDConfig
 from fastvlm.vision.layers import (
     AttentionBlock,
@@ -106,7 +107,9 @@ class FastViTHD(PreTrainedModel):
                 f"A picture's height and width must be multiples of {REDUCTION} pixels;"
                 f" got {height} x {width}."
             )
-        features = self.final_conv(self.stages(self.stem(pixel_values.to(self.dtype))))
+        # Channels side by side make the products over channels (1x1 convolutions, attention) plain.
+        pixels = pixel_values.to(self.dtype, memory_format=torch.channels_last)
+        features = self.final_conv(self.stages(self.stem(pixels)))
         return BaseModelOutputWithPooling(last_hidden_state=features)
 
     @torch.no_grad()
@@ -134,7 +137,7 @@ class FastViTHD(PreTrainedModel):
             if isinstance(module, ConvNorm | MixerBlock | AttentionBlock):
                 module.fold()
         self.config.form = "fused"
-        return self
+        return moved(self, memory_format=torch.channels_last)
 
 
 AutoModel.register(FastViTHDConfig, FastViTHD, exist_ok=True)

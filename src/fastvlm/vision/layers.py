@@ -11,6 +11,11 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+PIECE = 2**21
+"""Numbers of a feed-forward network's inner layer that are computed at a time."""
+gelu_ = torch.ops.aten.gelu_
+"""GELU in place, which `torch.nn.functional` has no name for."""
+
 
 def fold_norm(weight: Tensor, bias: Tensor | None, norm: nn.BatchNorm2d) -> tuple[Tensor, Tensor]:
     """Return the convolution equal to a convolution followed by a BatchNorm.
@@ -241,7 +246,30 @@ class ConvFFN(nn.Module):
         self.fc2 = nn.Conv2d(width * ratio, width, 1)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.fc2(F.gelu(self.fc1(self.conv(x))))
+        # A 1x1 convolution is a product over the channels, which lie side by side in channels_last;
+        # as one, its weights need no other order at each call.
+        tokens = self.conv(x).permute(0, 2, 3, 1)
+        if tokens.device.type == "cpu" and torch.is_inference_mode_enabled():
+            return self.in_pieces(tokens).permute(0, 3, 1, 2)
+        hidden = F.gelu(F.linear(tokens, self.fc1.weight.flatten(1), self.fc1.bias))
+        return F.linear(hidden, self.fc2.weight.flatten(1), self.fc2.bias).permute(0, 3, 1, 2)
+
+    def in_pieces(self, tokens: Tensor) -> Tensor:
+        """Compute the same for some positions at a time, so that what is between stays in caches.
+
+        Args:
+            tokens: (batch, height, width, channels).
+        """
+        first, second = self.fc1.weight.flatten(1).t(), self.fc2.weight.flatten(1).t()
+        assert self.fc1.bias is not None
+        assert self.fc2.bias is not None
+        flat = tokens.reshape(-1, tokens.shape[-1])
+        out = torch.empty_like(flat)
+        rows = max(1, PIECE // first.shape[1])
+        for piece, result in zip(flat.split(rows), out.split(rows), strict=True):
+            hidden = torch.addmm(self.fc1.bias, piece, first)
+            torch.addmm(self.fc2.bias, gelu_(hidden), second, out=result)
+        return out.view(tokens.shape)
 
 
 class SelfAttention(nn.Module):
