@@ -87,15 +87,18 @@ class DecoderCache:
     ) -> None:
         shape = (layers, 2, batch, kv_heads, capacity, head_dim)
         # Zeros: a key that a mask hides still enters a product with zero, and must be finite.
-        self.storage = torch.zeros(shape, dtype=dtype, device=device)
-        self.keys = [self.storage[layer, 0] for layer in range(layers)]
-        self.values = [self.storage[layer, 1] for layer in range(layers)]
+        self._hold(torch.zeros(shape, dtype=dtype, device=device))
         self.capacity = capacity
         self.lengths = [0] * batch
         self.device = device
-        self._rows = torch.arange(batch, device=device)[:, None]
         self._counts = torch.arange(capacity, device=device)
         self._span: Span | None = None
+
+    def _hold(self, storage: Tensor) -> None:
+        self.storage = storage
+        self.keys = [layer[0] for layer in storage]
+        self.values = [layer[1] for layer in storage]
+        self._rows = torch.arange(storage.shape[2], device=storage.device)[:, None]
 
     def span(self, starts: Sequence[int], width: int) -> Span:
         """Return the span of a pass over `width` positions from each row's start.
@@ -123,6 +126,11 @@ class DecoderCache:
     def restore(self, row: int, state: Tensor) -> None:
         """Write what `read` returned to the beginning of a row."""
         self.storage[: len(state), :, row, :, : state.shape[3]] = state
+
+    def keep(self, rows: list[int]) -> None:
+        """Drop all other rows."""
+        self._hold(self.storage[:, :, rows])
+        self.lengths = [self.lengths[row] for row in rows]
 
     def write_at(self, span: Span) -> None:
         """Say where the layers of the next pass write."""
