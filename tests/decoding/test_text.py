@@ -11,7 +11,7 @@ from fastvlm.scenes import render, sample
 from fastvlm.vlm import VisionLanguageModel
 from tests.models import IMAGE_SIZE, small_vlm
 
-MANY = "naïve 😀 – größer, 漢字 and again 😀😀"
+MANY = "naïve 😀 · größer, 漢字 and again 😀😀"
 QUESTION = "Describe the picture."
 STRATEGIES = ("autoregressive", "lookup", "early-exit")
 
