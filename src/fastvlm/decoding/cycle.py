@@ -22,11 +22,14 @@ class Request:
 
     Args:
         tokens: The prompt's tokens, a placeholder for each visual token.
-        embeddings: The prompt's embeddings, the picture's in their places: (length, d_model).
+        embeddings: The prompt's embeddings, the picture's in their places: (length, d_embedding).
         max_new_tokens: The most tokens of the reply.
         end_tokens: Tokens that end a reply.
         prefix: Where keys and values of the prompt's beginning are found or kept.
         started: When its work began (`time.perf_counter`), for the time to first token.
+        positions: Time, height and width of the prompt's positions, (3, length), for a model that
+            tells them apart; None for 0, 1, 2 ...
+        memory: The encoder's states of the source, (source, d_model), for an encoder-decoder.
     """
 
     tokens: list[int]
@@ -35,6 +38,8 @@ class Request:
     end_tokens: frozenset[int] = frozenset()
     prefix: Prefix | None = None
     started: float = field(default_factory=time.perf_counter)
+    positions: Tensor | None = None
+    memory: Tensor | None = None
     reply: list[int] = field(default_factory=list)
     drafted: list[bool] = field(default_factory=list)
     """Whether each token of the reply was drafted and accepted."""
@@ -93,9 +98,12 @@ class Decoding:
             )
         # The last token is never written, but a draft's tokens are before they are rejected.
         capacity = max(len(r.tokens) + r.max_new_tokens for r in self.requests) + drafter.margin
+        cache = decoder.cache(len(self.requests), capacity, drafter.cache_layers)
+        for row, request in enumerate(self.requests):
+            cache.seat(row, request.positions, request.memory)
         self.batch = Batch(
             decoder,
-            decoder.cache(len(self.requests), capacity, drafter.cache_layers),
+            cache,
             last=[],
             history=[list(request.tokens) for request in self.requests],
             active=[True] * len(self.requests),
@@ -118,7 +126,7 @@ class Decoding:
         x = torch.zeros(
             len(lengths),
             longest,
-            self.decoder.width,
+            self.requests[0].embeddings.shape[-1],
             dtype=self.decoder.dtype,
             device=self.decoder.device,
         )
