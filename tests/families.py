@@ -97,12 +97,17 @@ PATCHES = 16
 """Patches of a picture, or of a tile of one."""
 
 
-def finished(model: PreTrainedModel) -> PreTrainedModel:
-    """Return a model in float64, with large weights outside a decoder of the rotary kind."""
+def finished(model: PreTrainedModel, gain: float = 3.0) -> PreTrainedModel:
+    """Return a model in float64, with large weights outside a decoder of the rotary kind.
+
+    Args:
+        model: The model.
+        gain: How large: what leaves a layer, against what entered.
+    """
     torch.manual_seed(7)
     large = {id(part) for part in rotary_parts(model)}
     for part in model.children():
-        enliven(part, large)
+        enliven(part, large, gain)
     return model.double().eval()
 
 
@@ -117,13 +122,13 @@ def rotary_parts(model: nn.Module) -> list[nn.Module]:
 
 
 @torch.no_grad()
-def enliven(module: nn.Module, but: set[int]) -> None:
+def enliven(module: nn.Module, but: set[int], gain: float) -> None:
     """Give weights values that make a difference, and query tokens values at all."""
     for name, part in module.named_modules():
         if id(part) in but:
             continue
         if isinstance(part, nn.Conv2d | nn.Conv3d | nn.Linear):
-            part.weight.normal_(std=3.0 * part.weight[0].numel() ** -0.5)
+            part.weight.normal_(std=gain * part.weight[0].numel() ** -0.5)
             if part.bias is not None:
                 part.bias.normal_(std=0.1)
         elif isinstance(part, nn.Embedding):
@@ -159,12 +164,12 @@ def pictures(*shape: int) -> Tensor:
     return torch.randn(*shape, generator=random, dtype=torch.float64)
 
 
-def text(model_type: str, **options: Any) -> Family:
+def text(model_type: str, gain: float = 3.0, **options: Any) -> Family:
     """Return a model of text alone."""
     torch.manual_seed(5)
     shape = OPT if model_type == "opt" else {**ROTARY, "model_type": model_type}
     config = AutoConfig.for_model(**{**shape, **options})
-    return finished(AutoModelForCausalLM.from_config(config)), lambda rows: written(
+    return finished(AutoModelForCausalLM.from_config(config), gain), lambda rows: written(
         lengths(rows), [0] * rows
     )
 
@@ -359,7 +364,7 @@ def blip2(language: dict[str, Any], **options: Any) -> Family:
     }
 
 
-def instructblip(language: dict[str, Any], **options: Any) -> Family:
+def instructblip(language: dict[str, Any], gain: float = 3.0) -> Family:
     """InstructBLIP: as BLIP-2, but its Q-Former reads the question."""
     torch.manual_seed(5)
     config = InstructBlipConfig(
@@ -369,11 +374,11 @@ def instructblip(language: dict[str, Any], **options: Any) -> Family:
             "encoder_hidden_size": 16,
             "vocab_size": 20,
         },
-        text_config={**language, **options},
+        text_config=language,
         num_query_tokens=QUERIES,
         image_token_index=IMAGE,
     )
-    model = finished(InstructBlipForConditionalGeneration(config))
+    model = finished(InstructBlipForConditionalGeneration(config), gain)
     model.query_tokens.data.normal_()
     return model, lambda rows: {
         **written(lengths(rows), [QUERIES] * rows),
@@ -387,7 +392,11 @@ FAMILIES: dict[str, Callable[[], Family]] = {
     "llama": lambda: text("llama"),
     "qwen3": lambda: text("qwen3", head_dim=12),
     "opt-350m": lambda: text(
-        "opt", word_embed_proj_dim=24, do_layer_norm_before=False, tie_word_embeddings=False
+        "opt",
+        gain=1.0,
+        word_embed_proj_dim=24,
+        do_layer_norm_before=False,
+        tie_word_embeddings=False,
     ),
     "llava": llava,
     "llava-next": llava_next,
@@ -401,7 +410,7 @@ FAMILIES: dict[str, Callable[[], Family]] = {
     "blip2-t5": lambda: blip2(T5),
     "blip2-t5-tied": lambda: blip2(T5, feed_forward_proj="relu", tie_word_embeddings=True),
     "instructblip-opt": lambda: instructblip(OPT),
-    "instructblip-t5": lambda: instructblip(T5),
+    "instructblip-t5": lambda: instructblip(T5, gain=2.5),
     "instructblip-vicuna": lambda: instructblip({**ROTARY, "model_type": "llama"}),
 }
 
