@@ -83,9 +83,8 @@ def test_after_every_commit_the_cache_is_what_recomputing_gives(name: str) -> No
     requests = [Request(p, embed(torch.tensor(p)).detach(), 18) for p in PROMPTS]
     decoding = Decoding(decoder, drafter, requests)
     for _ in decoding:
-        for row, history in enumerate(decoding.batch.history):
-            if not decoding.batch.active[row]:
-                continue
+        for row in range(len(decoding.rows)):
+            history = decoding.batch.history[row]
             length = decoding.batch.cache.lengths[row]
             assert length == len(history) - 1
             whole = model(torch.tensor([history[:-1]]), use_cache=True).past_key_values

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
 
 from fastvlm.decoding.prefix import Prefix
+from fastvlm.decoding.selection import Selection
 from fastvlm.decoding.strategies import Batch, Draft, Drafter
 from fastvlm.functional.acceptance import accept_greedy
 from fastvlm.functional.errors import InputError
@@ -27,6 +28,8 @@ class Request:
         end_tokens: Tokens that end a reply.
         prefix: Where keys and values of the prompt's beginning are found or kept.
         started: When its work began (`time.perf_counter`), for the time to first token.
+        selection: How its tokens are chosen.
+        stops: Asked after each token whether the reply, of which it is the last, ends there.
         positions: Time, height and width of the prompt's positions, (3, length), for a model that
             tells them apart; None for 0, 1, 2 ...
         memory: The encoder's states of the source, (source, d_model), for an encoder-decoder.
@@ -38,6 +41,8 @@ class Request:
     end_tokens: frozenset[int] = frozenset()
     prefix: Prefix | None = None
     started: float = field(default_factory=time.perf_counter)
+    selection: Selection = field(default_factory=Selection)
+    stops: Callable[[list[int]], bool] | None = None
     positions: Tensor | None = None
     memory: Tensor | None = None
     reply: list[int] = field(default_factory=list)
@@ -52,12 +57,16 @@ class Request:
     finished: bool = False
 
     def take(self, tokens: Sequence[int], accepted: int, now: float) -> int:
-        """Add a cycle's tokens, cut at an end token and at the limit; return how many stayed."""
+        """Add a cycle's tokens, cut where the reply ends; return how many stayed."""
         for index, token in enumerate(tokens):
             self.reply.append(token)
             self.drafted.append(index < accepted)
             self.times.append(now)
-            if token in self.end_tokens or len(self.reply) >= self.max_new_tokens:
+            if (
+                token in self.end_tokens
+                or len(self.reply) >= self.max_new_tokens
+                or (self.stops is not None and self.stops(self.reply))
+            ):
                 self.finished = True
                 return index + 1
         return len(tokens)
@@ -66,8 +75,8 @@ class Request:
 class Decoding:
     """Decodes a batch of requests with one strategy.
 
-    Rows accept different numbers of tokens and finish at different times; each has its own length
-    in the cache.
+    Rows accept different numbers of tokens, each with its own length in the cache; those that have
+    finished leave the batch.
 
     Args:
         decoder: The target.
@@ -96,6 +105,8 @@ class Decoding:
             request.max_new_tokens = min(
                 request.max_new_tokens, decoder.context - len(request.tokens)
             )
+        self.rows = list(range(len(self.requests)))
+        """Which request each row of the batch decodes."""
         # The last token is never written, but a draft's tokens are before they are rejected.
         capacity = max(len(r.tokens) + r.max_new_tokens for r in self.requests) + drafter.margin
         cache = decoder.cache(len(self.requests), capacity, drafter.cache_layers)
@@ -106,14 +117,15 @@ class Decoding:
             cache,
             last=[],
             history=[list(request.tokens) for request in self.requests],
-            active=[True] * len(self.requests),
+            replies=[request.reply for request in self.requests],
+            selections=[request.selection for request in self.requests],
             end_tokens=frozenset().union(*(request.end_tokens for request in self.requests)),
         )
 
     def __iter__(self) -> Iterator[list[int]]:
         """Yield, after the prefill and after each cycle, how many tokens each row gained."""
         yield self.prefill()
-        while any(self.batch.active):
+        while self.rows:
             yield self.cycle()
 
     @torch.inference_mode()
@@ -141,8 +153,9 @@ class Decoding:
         self.remember()
         last = torch.tensor(lengths, device=x.device) - torch.tensor(starts, device=x.device) - 1
         logits = self.decoder.head(x[torch.arange(len(x), device=x.device), last][:, None])
-        first = logits[:, 0].argmax(-1).tolist()
-        return self.commit([[] for _ in first], [[token] for token in first])
+        self.batch.vocabulary_size = logits.shape[-1]
+        chosen = self.accept(Draft([[] for _ in lengths]), logits)
+        return self.commit(chosen)
 
     def restore(self) -> list[int]:
         """Fill the cache with what is kept of the prompts; return how many positions of each."""
@@ -172,26 +185,45 @@ class Decoding:
     @torch.inference_mode()
     def cycle(self) -> list[int]:
         """Draft, verify, accept and commit once."""
-        room = [
-            max(0, request.max_new_tokens - len(request.reply) - 1) for request in self.requests
-        ]
+        running = [self.requests[index] for index in self.rows]
+        room = [request.max_new_tokens - len(request.reply) - 1 for request in running]
         draft = self.drafter.draft(self.batch, room)
         logits, hidden = self.verify(draft)
-        best = logits.argmax(-1).tolist()
-        chosen: list[list[int]] = []
-        accepted: list[int] = []
-        for tokens, own in zip(draft.tokens, best, strict=True):
-            count, following = accept_greedy(tokens, own)
-            chosen.append([*tokens[:count], following])
-            accepted.append(count)
+        chosen = self.accept(draft, logits)
         lengths = self.batch.cache.lengths
         self.batch.cache.lengths = [
-            length + count + 1 if active else length
-            for length, count, active in zip(lengths, accepted, self.batch.active, strict=True)
+            length + len(tokens) for length, tokens in zip(lengths, chosen, strict=True)
         ]
         if hidden is not None:
-            self.drafter.commit(hidden, accepted)
-        return self.commit(draft.tokens, chosen)
+            self.drafter.commit(hidden, [len(tokens) - 1 for tokens in chosen])
+        proposed = [len(tokens) for tokens in draft.tokens]
+        for request, number, tokens in zip(running, proposed, chosen, strict=True):
+            request.proposed.append(number)
+            request.accepted.append(len(tokens) - 1)
+        return self.commit(chosen)
+
+    def accept(self, draft: Draft, logits: Tensor) -> list[list[int]]:
+        """Return what each row gains: the drafted tokens that it accepts, and one of the target's.
+
+        Args:
+            draft: What was proposed.
+            logits: The target's, (batch, g + 1, vocabulary).
+        """
+        if self.batch.plain:
+            found = [
+                accept_greedy(tokens, best)
+                for tokens, best in zip(draft.tokens, logits.argmax(-1).tolist(), strict=True)
+            ]
+        else:
+            q = draft.q or [[None] * len(tokens) for tokens in draft.tokens]
+            found = [
+                selection.accept(self.batch.replies[row], draft.tokens[row], q[row], logits[row])
+                for row, selection in enumerate(self.batch.selections)
+            ]
+        return [
+            [*tokens[:count], following]
+            for tokens, (count, following) in zip(draft.tokens, found, strict=True)
+        ]
 
     def verify(self, draft: Draft) -> tuple[Tensor, Tensor | None]:
         """Run the full model over the last committed tokens and the drafts.
@@ -221,23 +253,21 @@ class Decoding:
         x = decoder.run(x, span, cache, range(exit_layer, decoder.depth))
         return decoder.head(x), hidden
 
-    def commit(self, drafts: list[list[int]], chosen: list[list[int]]) -> list[int]:
-        """Give each active row its tokens; return how many each gained."""
+    def commit(self, chosen: list[list[int]]) -> list[int]:
+        """Give each row its tokens; return how many each request gained."""
         now = time.perf_counter()
-        gained = []
+        gained = [0] * len(self.requests)
         batch = self.batch
         batch.last = [tokens[-1] for tokens in chosen]
-        for row, (request, draft, tokens) in enumerate(
-            zip(self.requests, drafts, chosen, strict=True)
-        ):
-            if not batch.active[row]:
-                gained.append(0)
-                continue
-            accepted = len(tokens) - 1
-            if request.reply:
-                request.proposed.append(len(draft))
-                request.accepted.append(accepted)
+        going = []
+        for row, (index, tokens) in enumerate(zip(self.rows, chosen, strict=True)):
+            request = self.requests[index]
             batch.history[row] += tokens
-            gained.append(request.take(tokens, accepted, now))
-            batch.active[row] = not request.finished
+            gained[index] = request.take(tokens, len(tokens) - 1, now)
+            if not request.finished:
+                going.append(row)
+        if going and len(going) < len(self.rows):
+            batch.keep(going)
+            self.drafter.keep(going)
+        self.rows = [self.rows[row] for row in going]
         return gained

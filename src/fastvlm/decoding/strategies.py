@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from fastvlm.decoding.selection import Drawn, Selection
 from fastvlm.drafting.draft_length import DraftLength, FixedLength
 from fastvlm.drafting.imitation import ImitationNetwork
 from fastvlm.functional.errors import InputError
@@ -26,16 +27,33 @@ class Batch:
         cache: Its cache, whose `lengths` are the positions already committed.
         last: Each row's last committed token, which the cache doesn't hold yet.
         history: All of each row's tokens, its prompt's and the last one included.
-        active: Whether each row still decodes.
+        replies: The reply in each of them.
+        selections: How each row chooses its tokens.
         end_tokens: Tokens that end a reply.
+        vocabulary_size: Logits of the target.
     """
 
     decoder: SplitDecoder
     cache: DecoderCache
     last: list[int]
     history: list[list[int]]
-    active: list[bool]
+    replies: list[list[int]]
+    selections: list[Selection]
     end_tokens: frozenset[int]
+    vocabulary_size: int = 0
+
+    @property
+    def plain(self) -> bool:
+        """Whether all rows take the likeliest token, and nothing else plays a part."""
+        return all(selection.plain for selection in self.selections)
+
+    def keep(self, rows: list[int]) -> None:
+        """Drop all other rows, which have ended."""
+        self.cache.keep(rows)
+        self.last = [self.last[row] for row in rows]
+        self.history = [self.history[row] for row in rows]
+        self.replies = [self.replies[row] for row in rows]
+        self.selections = [self.selections[row] for row in rows]
 
 
 @dataclass(slots=True)
@@ -46,14 +64,13 @@ class Draft:
         tokens: A draft for each row; rows may differ in length.
         hidden: The exit layer's hidden states of each row's last committed token and of all
             drafted ones but the last, (batch, g, d_model); None where no layer ran.
-        logits: The drafter's logits at each drafted position, (batch, g, vocabulary), and the
-            tokens its columns stand for (None: all); for acceptance by sampling.
+        q: The distribution that each token was drawn from, (vocabulary,), or None for a token that
+            was not drawn; None for all of them.
     """
 
     tokens: list[list[int]]
     hidden: Tensor | None = None
-    logits: Tensor | None = None
-    vocabulary: Tensor | None = None
+    q: list[list[Tensor | None]] | None = None
 
 
 class Drafter(Protocol):
@@ -102,6 +119,10 @@ class Drafter(Protocol):
         """
         ...
 
+    def keep(self, rows: list[int]) -> None:
+        """Forget all other rows, which have ended."""
+        ...
+
 
 class Autoregressive:
     """No draft: one pass of the whole model for each token."""
@@ -119,6 +140,9 @@ class Autoregressive:
 
     def commit(self, hidden: Tensor, accepted: list[int]) -> None:
         """Nothing to learn."""
+
+    def keep(self, rows: list[int]) -> None:
+        """Nothing to forget."""
 
 
 @dataclass(slots=True)
@@ -144,8 +168,8 @@ class PromptLookup:
         """Propose what followed the longest and latest earlier occurrence."""
         return Draft(
             [
-                self.look_up(history, min(self.margin, limit)) if active and limit else []
-                for history, active, limit in zip(batch.history, batch.active, limits, strict=True)
+                self.look_up(history, min(self.margin, limit)) if limit else []
+                for history, limit in zip(batch.history, limits, strict=True)
             ]
         )
 
@@ -160,6 +184,9 @@ class PromptLookup:
 
     def commit(self, hidden: Tensor, accepted: list[int]) -> None:
         """Nothing to learn."""
+
+    def keep(self, rows: list[int]) -> None:
+        """Nothing to forget."""
 
 
 @dataclass(slots=True)
@@ -183,7 +210,6 @@ class SelfSpeculative:
     name: str = "imitation"
     margin: int = field(init=False)
     cache_layers: int = field(init=False)
-    keeps_logits: bool = False
     _head: Tensor | None = field(init=False, default=None)
     _before: Tensor | None = field(init=False, default=None)
 
@@ -225,10 +251,10 @@ class SelfSpeculative:
         """Draft token by token until every row is unsure or full."""
         rows = len(batch.last)
         tokens: list[list[int]] = [[] for _ in range(rows)]
-        going = [a and limit > 0 for a, limit in zip(batch.active, limits, strict=True)]
+        q: list[list[Tensor | None]] = [[] for _ in range(rows)]
+        going = [limit > 0 for limit in limits]
         starts, last = batch.cache.lengths, batch.last
         states: list[Tensor] = []
-        logits: list[Tensor] = []
         while any(going):
             step = len(states)
             span = batch.cache.span([start + step for start in starts], 1)
@@ -236,23 +262,18 @@ class SelfSpeculative:
             x = self.decoder.run(x, span, batch.cache, range(self.exit_layer))
             states.append(x)
             scores = self.head(self.imitate(x, span, batch))[:, -1]
-            if self.keeps_logits:
-                logits.append(scores)
-            last, confidences = self.choose(scores)
-            for row in range(rows):
+            proposed = self.choose(scores, batch, tokens, going)
+            last = [found.token for found in proposed]
+            for row, found in enumerate(proposed):
                 if going[row]:
-                    tokens[row].append(last[row])
+                    tokens[row].append(found.token)
+                    q[row].append(found.q)
                     going[row] = (
-                        last[row] not in batch.end_tokens
+                        found.token not in batch.end_tokens
                         and len(tokens[row]) < limits[row]
-                        and self.length.goes_on(len(tokens[row]), confidences[row])
+                        and self.length.goes_on(len(tokens[row]), found.confidence)
                     )
-        return Draft(
-            tokens,
-            torch.cat(states, 1) if states else None,
-            torch.stack(logits, 1) if logits else None,
-            self.vocabulary,
-        )
+        return Draft(tokens, torch.cat(states, 1) if states else None, q)
 
     def imitate(self, x: Tensor, span: Span, batch: Batch) -> Tensor:
         """Return the network's guess of the last layer's states: (batch, 1 or 2, d_model)."""
@@ -273,16 +294,45 @@ class SelfSpeculative:
             return self.decoder.head(x)
         return F.linear(self.decoder.norm(x), self._head)
 
-    def choose(self, scores: Tensor) -> tuple[list[int], list[float]]:
-        """Return each row's best token and the drafter's probability of it."""
+    def choose(
+        self, scores: Tensor, batch: Batch, tokens: list[list[int]], going: list[bool]
+    ) -> list[Drawn]:
+        """Return the next drafted token of each row that goes on, and any for the others.
+
+        Args:
+            scores: The drafter's logits, (batch, draft vocabulary).
+            batch: The rows.
+            tokens: What is drafted so far.
+            going: Which rows go on.
+        """
+        if not batch.plain:
+            return self.propose(scores, batch, tokens, going)
         if self.length.reads_confidence:
             top, best = scores.softmax(-1).max(-1)
             confidences = top.tolist()
         else:
             best = scores.argmax(-1)
             confidences = [1.0] * len(scores)
-        tokens = best if self.vocabulary is None else self.vocabulary[best]
-        return tokens.tolist(), confidences
+        found = best if self.vocabulary is None else self.vocabulary[best]
+        return [
+            Drawn(token, None, confidence)
+            for token, confidence in zip(found.tolist(), confidences, strict=True)
+        ]
+
+    def propose(
+        self, scores: Tensor, batch: Batch, tokens: list[list[int]], going: list[bool]
+    ) -> list[Drawn]:
+        """Do as `choose` does, where rows sample or have logits processors."""
+        if self.vocabulary is not None:
+            whole = scores.new_full((len(scores), batch.vocabulary_size), -torch.inf)
+            scores = whole.index_copy(1, self.vocabulary, scores)
+        found = []
+        for row, selection in enumerate(batch.selections):
+            reply = batch.replies[row] + tokens[row]
+            drawn = selection.propose(reply, scores[row]) if going[row] else None
+            # Processors may forbid all that can be drafted; any token is a lossless guess.
+            found.append(drawn or Drawn(batch.last[row], None, 0.0))
+        return found
 
     def commit(self, hidden: Tensor, accepted: list[int]) -> None:
         """Keep the hidden state before the new last token."""
@@ -291,3 +341,8 @@ class SelfSpeculative:
             return
         rows = torch.arange(len(accepted), device=hidden.device)
         self._before = hidden[rows, torch.tensor(accepted, device=hidden.device)][:, None]
+
+    def keep(self, rows: list[int]) -> None:
+        """Forget the states of all other rows."""
+        if self._before is not None:
+            self._before = self._before[rows]

@@ -37,6 +37,14 @@ class Source:
     seen: Tensor
     projections: dict[int, Projection] = field(default_factory=dict)
 
+    def keep(self, rows: list[int]) -> Source:
+        """Return what some of the rows attend to."""
+        kept = {
+            layer: Projection(keys[rows], values[rows])
+            for layer, (keys, values) in self.projections.items()
+        }
+        return Source(self.states[rows], self.seen[rows], kept)
+
 
 @dataclass(slots=True)
 class Span:
@@ -121,13 +129,10 @@ class DecoderCache:
     ) -> None:
         shape = (layers, 2, batch, kv_heads, capacity, head_dim)
         # Zeros: a key that a mask hides still enters a product with zero, and must be finite.
-        self.storage = torch.zeros(shape, dtype=dtype, device=device)
-        self.keys = [self.storage[layer, 0] for layer in range(layers)]
-        self.values = [self.storage[layer, 1] for layer in range(layers)]
+        self._hold(torch.zeros(shape, dtype=dtype, device=device))
         self.capacity = capacity
         self.lengths = [0] * batch
         self.device = device
-        self._rows = torch.arange(batch, device=device)[:, None]
         self._counts = torch.arange(capacity, device=device)
         self._span: Span | None = None
         self._positions: list[Tensor | None] = [None] * batch
@@ -171,6 +176,12 @@ class DecoderCache:
             self._source = Source(states, seen)
         self._laid_out = True
 
+    def _hold(self, storage: Tensor) -> None:
+        self.storage = storage
+        self.keys = [layer[0] for layer in storage]
+        self.values = [layer[1] for layer in storage]
+        self._rows = torch.arange(storage.shape[2], device=storage.device)[:, None]
+
     def span(self, starts: Sequence[int], width: int) -> Span:
         """Return the span of a pass over `width` positions from each row's start.
 
@@ -199,6 +210,15 @@ class DecoderCache:
     def restore(self, row: int, state: Tensor) -> None:
         """Write what `read` returned to the beginning of a row."""
         self.storage[: len(state), :, row, :, : state.shape[3]] = state
+
+    def keep(self, rows: list[int]) -> None:
+        """Drop all other rows."""
+        self._hold(self.storage[:, :, rows])
+        self.lengths = [self.lengths[row] for row in rows]
+        self._positions = [self._positions[row] for row in rows]
+        self._memories = [self._memories[row] for row in rows]
+        self._table = None if self._table is None else self._table[:, rows]
+        self._source = None if self._source is None else self._source.keep(rows)
 
     def write_at(self, span: Span) -> None:
         """Say where the layers of the next pass write."""
