@@ -180,12 +180,14 @@ class LayeredDecoder(ABC):
         Raises:
             InputError: The LM head's weights can't be read: they are quantised or elsewhere.
         """
-        weight = self.lm_head.weight
-        if weight.is_meta or not weight.is_floating_point():
+        weight: Any = self.lm_head.weight
+        # Quantised modules have integers for weights, or a function that unpacks them.
+        quantised = not isinstance(weight, Tensor) or not weight.is_floating_point()
+        if quantised or weight.is_meta:
             raise InputError(
                 "A draft with a vocabulary of its own needs the rows of the target's LM head, but"
-                f" they are {'offloaded' if weight.is_meta else 'quantised'} here; leave the LM"
-                " head on the device and in floating point."
+                f" they are {'quantised' if quantised else 'offloaded'} here; leave the LM head on"
+                " the device and in floating point."
             )
         return weight[tokens]
 
