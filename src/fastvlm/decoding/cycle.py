@@ -24,7 +24,7 @@ class Request:
 
     Args:
         tokens: The prompt's tokens, a placeholder for each visual token.
-        embeddings: The prompt's embeddings, the picture's in their places: (length, d_model).
+        embeddings: The prompt's embeddings, the picture's in their places: (length, d_embedding).
         max_new_tokens: The most tokens of the reply.
         end_tokens: Tokens that end a reply.
         prefix: Where keys and values of the prompt's beginning are found or kept.
@@ -33,6 +33,9 @@ class Request:
         stops: Asked after each token whether the reply, of which it is the last, ends there.
         text: The reply's text, whose stop strings end the reply.
         logits: Where the target's logits of each token are kept, (vocabulary,); None for nowhere.
+        positions: Time, height and width of the prompt's positions, (3, length), for a model that
+            tells them apart; None for 0, 1, 2 ...
+        memory: The encoder's states of the source, (source, d_model), for an encoder-decoder.
     """
 
     tokens: list[int]
@@ -45,6 +48,8 @@ class Request:
     stops: Callable[[list[int]], bool] | None = None
     text: ReplyText | None = None
     logits: list[Tensor] | None = None
+    positions: Tensor | None = None
+    memory: Tensor | None = None
     reply: list[int] = field(default_factory=list)
     drafted: list[bool] = field(default_factory=list)
     """Whether each token of the reply was drafted and accepted."""
@@ -110,9 +115,12 @@ class Decoding:
         """Which request each row of the batch decodes."""
         # The last token is never written, but a draft's tokens are before they are rejected.
         capacity = max(len(r.tokens) + r.max_new_tokens for r in self.requests) + drafter.margin
+        cache = decoder.cache(len(self.requests), capacity, drafter.cache_layers)
+        for row, request in enumerate(self.requests):
+            cache.seat(row, request.positions, request.memory)
         self.batch = Batch(
             decoder,
-            decoder.cache(len(self.requests), capacity, drafter.cache_layers),
+            cache,
             last=[],
             history=[list(request.tokens) for request in self.requests],
             replies=[request.reply for request in self.requests],
@@ -136,7 +144,7 @@ class Decoding:
         x = torch.zeros(
             len(lengths),
             longest,
-            self.decoder.width,
+            self.requests[0].embeddings.shape[-1],
             dtype=self.decoder.dtype,
             device=self.decoder.device,
         )

@@ -7,6 +7,8 @@ import hashlib
 import torch
 from transformers import PreTrainedModel
 
+from fastvlm.language.families import text_decoder
+
 SAMPLE = 64
 
 
@@ -17,7 +19,7 @@ def fingerprint(model: PreTrainedModel) -> str:
     same checkpoint has the same fingerprint in bfloat16 and in float32.
     """
     digest = hashlib.sha256()
-    for name, parameter in sorted(model.get_decoder().named_parameters()):
+    for name, parameter in sorted(text_decoder(model).named_parameters()):
         digest.update(f"{name}{tuple(parameter.shape)}".encode())
         values = parameter.detach().flatten()[:SAMPLE].to("cpu", torch.bfloat16)
         digest.update(bytes(values.view(torch.uint8).tolist()))

@@ -7,6 +7,7 @@ target's own; the network alone is trained.
 from __future__ import annotations
 
 import copy
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -17,6 +18,7 @@ from transformers import AutoConfig, AutoModel, PreTrainedConfig, PreTrainedMode
 from fastvlm.functional.errors import InputError
 from fastvlm.language.cache import KeyValueCache, Span
 from fastvlm.language.decoder import SplitDecoder
+from fastvlm.language.families import family
 
 KINDS = ("block", "mlp")
 
@@ -94,20 +96,21 @@ class ImitationNetwork(PreTrainedModel):
         super().__init__(config)
         if config.text_config is None:
             raise InputError("An imitation network's configuration needs the target's text_config.")
-        text = dict(config.text_config)
-        self.depth = int(text["num_hidden_layers"])
+        text = AutoConfig.for_model(**config.text_config)
+        self.family = family(text.model_type)
+        shape = self.family.shape(text)
+        self.depth = shape.depth
         if config.exit_layer >= self.depth:
             raise InputError(
                 f"The exit layer must be below the target's {self.depth} layers;"
                 f" got {config.exit_layer}."
             )
         if config.kind == "block":
-            self.layers = decoder_layers(text, config.blocks, first_index=self.depth)
+            self.layers = self.family.blocks(text, config.blocks, first_index=self.depth)
             self.mlp = None
         else:
-            width, hidden = int(text["hidden_size"]), int(text["intermediate_size"])
             self.layers = nn.ModuleList()
-            self.mlp = GatedMlp(width, hidden, float(text["rms_norm_eps"]))
+            self.mlp = GatedMlp(shape.width, shape.hidden, shape.eps)
         size = config.draft_vocabulary_size
         # The token that each row of the restricted head stands for.
         self.register_buffer(
@@ -127,31 +130,28 @@ class ImitationNetwork(PreTrainedModel):
         return decoder.run_blocks(x, span, cache, self.layers)
 
 
-def decoder_layers(text: dict[str, Any], number: int, first_index: int) -> nn.ModuleList:
-    """Return untrained decoder layers of a family, which cache as layers from `first_index` on."""
-    text = {key: value for key, value in text.items() if key != "layer_types"}
-    config = AutoConfig.for_model(**{**text, "num_hidden_layers": number})
-    config.vocab_size = 1
-    config.pad_token_id = None
-    # The decoder layers of a family, without naming each family's class.
-    layers = AutoModel.from_config(config).layers
-    for offset, layer in enumerate(layers):
-        layer.self_attn.layer_idx = first_index + offset
-    return layers
-
-
-def initialise_from(network: ImitationNetwork, layers: list[nn.Module]) -> None:
+def initialise_from(network: ImitationNetwork, layers: Sequence[nn.Module]) -> None:
     """Start a network from the target's layers that it stands for.
 
     A `block` takes the layers from the exit layer on (of which a draft with as many blocks as the
-    target has layers left is the target itself); an `mlp` takes the first one's feed-forward part.
+    target has layers left is the target itself). An `mlp` takes the first one's feed-forward part,
+    where that is gated as its own is; else it starts as the identity, which is early exit.
+
+    Args:
+        network: What to initialise.
+        layers: All of the target's layers, as its split decoder has them.
     """
     first = network.config.exit_layer
     if network.mlp is not None:
-        source: Any = layers[first]  # of the family's own class
-        network.mlp.norm.weight.data.copy_(source.post_attention_layernorm.weight)
-        for name in ("gate_proj", "up_proj", "down_proj"):
-            getattr(network.mlp, name).weight.data.copy_(getattr(source.mlp, name).weight)
+        found = network.family.feed_forward(layers[first])
+        with torch.no_grad():
+            if found is None:
+                network.mlp.down_proj.weight.zero_()
+                return
+            network.mlp.norm.weight.copy_(found.norm)
+            network.mlp.gate_proj.weight.copy_(found.gate)
+            network.mlp.up_proj.weight.copy_(found.up)
+            network.mlp.down_proj.weight.copy_(found.down)
         return
     for block, source in zip(network.layers, layers[first:], strict=False):
         block.load_state_dict(copy.deepcopy(source.state_dict()))

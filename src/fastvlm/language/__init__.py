@@ -3,5 +3,6 @@
 from fastvlm.language.cache import DecoderCache, Span
 from fastvlm.language.decoder import SplitDecoder
 from fastvlm.language.families import split_decoder
+from fastvlm.language.prompt import Prompt, captured
 
-__all__ = ["DecoderCache", "Span", "SplitDecoder", "split_decoder"]
+__all__ = ["DecoderCache", "Prompt", "Span", "SplitDecoder", "captured", "split_decoder"]

@@ -7,13 +7,43 @@ beyond a row's length is never attended to, so rolling back a rejected draft is 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import Any, Protocol
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
 
 from fastvlm.functional.errors import InputError
+
+
+class Projection(NamedTuple):
+    """A layer's keys and values of a source: (batch, heads, source, head_dim) each."""
+
+    keys: Tensor
+    values: Tensor
+
+
+@dataclass(slots=True)
+class Source:
+    """What the rows of an encoder-decoder model attend to beside themselves.
+
+    Args:
+        states: The encoder's last states, padded: (batch, source, d_model).
+        seen: Which of them are a row's own: (batch, source).
+        projections: Each layer's keys and values of them, from its first pass on.
+    """
+
+    states: Tensor
+    seen: Tensor
+    projections: dict[int, Projection] = field(default_factory=dict)
+
+    def keep(self, rows: list[int]) -> Source:
+        """Return what some of the rows attend to."""
+        kept = {
+            layer: Projection(keys[rows], values[rows])
+            for layer, (keys, values) in self.projections.items()
+        }
+        return Source(self.states[rows], self.seen[rows], kept)
 
 
 @dataclass(slots=True)
@@ -26,6 +56,9 @@ class Span:
         end: One past the last position of any row: keys beyond it are not read.
         positions: (batch, width).
         aligned: Whether all rows start at the same position.
+        table: Time, height and width of every position of the cache, (3, batch, capacity), where
+            a row has such; None where all three are the position itself.
+        source: What an encoder-decoder model attends to; None for any other.
     """
 
     starts: list[int]
@@ -33,9 +66,11 @@ class Span:
     end: int
     positions: Tensor
     aligned: bool
+    table: Tensor | None = None
+    source: Source | None = None
 
     def mask(self, window: int | None = None) -> Tensor | None:
-        """Return which keys each position sees: (batch, 1, width, end), or None for causal.
+        """Return which keys each position sees, as `seen`, or None for causal.
 
         None means that the usual causal rule is right: a pass from position 0, or one position at
         the end of equally long rows.
@@ -43,10 +78,17 @@ class Span:
         Args:
             window: Positions that a sliding-window layer sees, its own included; None for all.
         """
-        if window is not None and self.end <= window:
-            window = None
-        if self.aligned and window is None and (self.width == 1 or self.starts[0] == 0):
+        within = window is None or self.end <= window
+        if self.aligned and within and (self.width == 1 or self.starts[0] == 0):
             return None
+        return self.seen(None if within else window)
+
+    def seen(self, window: int | None = None) -> Tensor:
+        """Return which keys each position sees: (batch, 1, width, end).
+
+        Args:
+            window: Positions that a sliding-window layer sees, its own included; None for all.
+        """
         keys = torch.arange(self.end, device=self.positions.device)
         here = self.positions[:, None, :, None]
         seen = keys <= here
@@ -93,6 +135,46 @@ class DecoderCache:
         self.device = device
         self._counts = torch.arange(capacity, device=device)
         self._span: Span | None = None
+        self._positions: list[Tensor | None] = [None] * batch
+        self._memories: list[Tensor | None] = [None] * batch
+        self._table: Tensor | None = None
+        self._source: Source | None = None
+        self._laid_out = True
+
+    def seat(self, row: int, positions: Tensor | None = None, memory: Tensor | None = None) -> None:
+        """Give a row to a request whose positions are not 0, 1, 2 ..., or which has a source.
+
+        Args:
+            row: The row.
+            positions: Time, height and width of the prompt's positions, (3, length); those of the
+                reply follow the greatest of them. None for ordinary ones.
+            memory: The encoder's states of the row's source: (source, d_model). None for none.
+        """
+        self._positions[row], self._memories[row] = positions, memory
+        self._laid_out = False
+
+    def _lay_out(self) -> None:
+        """Put what `seat` was given into tensors for all rows."""
+        self._table = self._source = None
+        if any(positions is not None for positions in self._positions):
+            self._table = self._counts.expand(3, len(self._positions), -1).clone()
+            for row, positions in enumerate(self._positions):
+                if positions is not None:
+                    length = positions.shape[1]
+                    rest = self._counts[: self.capacity - length]
+                    self._table[:, row, :length] = positions
+                    self._table[:, row, length:] = positions.max() + 1 + rest
+        known = [memory for memory in self._memories if memory is not None]
+        if known:
+            longest = max(len(memory) for memory in known)
+            states = known[0].new_zeros(len(self._memories), longest, known[0].shape[1])
+            seen = torch.zeros(states.shape[:2], dtype=torch.bool, device=states.device)
+            for row, memory in enumerate(self._memories):
+                if memory is not None:
+                    states[row, : len(memory)] = memory
+                    seen[row, : len(memory)] = True
+            self._source = Source(states, seen)
+        self._laid_out = True
 
     def _hold(self, storage: Tensor) -> None:
         self.storage = storage
@@ -106,6 +188,8 @@ class DecoderCache:
         Raises:
             InputError: The span doesn't fit into the cache.
         """
+        if not self._laid_out:
+            self._lay_out()
         first = starts[0]
         aligned = all(start == first for start in starts)
         end = max(starts) + width
@@ -117,7 +201,7 @@ class DecoderCache:
             positions = self._counts[first:end].expand(len(starts), width)
         else:
             positions = torch.tensor(starts, device=self.device)[:, None] + self._counts[:width]
-        return Span(list(starts), width, end, positions, aligned)
+        return Span(list(starts), width, end, positions, aligned, self._table, self._source)
 
     def read(self, row: int, length: int) -> Tensor:
         """Return a copy of a row's beginning: (layers, 2, kv_heads, length, head_dim)."""
@@ -131,6 +215,10 @@ class DecoderCache:
         """Drop all other rows."""
         self._hold(self.storage[:, :, rows])
         self.lengths = [self.lengths[row] for row in rows]
+        self._positions = [self._positions[row] for row in rows]
+        self._memories = [self._memories[row] for row in rows]
+        self._table = None if self._table is None else self._table[:, rows]
+        self._source = None if self._source is None else self._source.keep(rows)
 
     def write_at(self, span: Span) -> None:
         """Say where the layers of the next pass write."""

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedConfig
 
+from fastvlm.functional.errors import InputError
 from fastvlm.language.cache import DecoderCache, KeyValueCache, Span
 
 
@@ -23,17 +26,25 @@ class SplitDecoder(Protocol):
     """The most positions that the model was made for."""
     device: torch.device
     dtype: torch.dtype
+    layers: Sequence[nn.Module]
+    """The target's own layers."""
 
     def cache(self, batch: int, capacity: int, extra_layers: int = 0) -> DecoderCache:
         """Return an empty cache, with `extra_layers` for an imitation network."""
         ...
 
     def embed(self, tokens: Tensor) -> Tensor:
-        """Return the embeddings of (batch, new) tokens: (batch, new, d_model)."""
+        """Return the embeddings of tokens: (batch, new) to (batch, new, d_embedding).
+
+        They are d_model wide but where a model projects them first, which `run` does.
+        """
         ...
 
     def run(self, x: Tensor, span: Span, cache: KeyValueCache, layers: Iterable[int]) -> Tensor:
-        """Run some of the target's layers on (batch, new, d_model) hidden states."""
+        """Run some of the target's layers on (batch, new, d_model) hidden states.
+
+        Before layer 0 the states are embeddings, as `embed` gives them.
+        """
         ...
 
     def run_blocks(
@@ -43,53 +54,91 @@ class SplitDecoder(Protocol):
         ...
 
     def norm(self, x: Tensor) -> Tensor:
-        """Return the final norm of hidden states."""
+        """Return what the LM head is given: the final norm of hidden states, and what follows."""
         ...
 
     def head(self, x: Tensor) -> Tensor:
-        """Return the logits of (batch, new, d_model): final norm, then LM head."""
+        """Return the logits of (batch, new, d_model): `norm`, then LM head."""
         ...
 
     def head_rows(self, tokens: Tensor) -> Tensor:
-        """Return the LM head's rows of some tokens: (tokens, d_model)."""
+        """Return the LM head's rows of some tokens: (tokens, its inputs).
+
+        Raises:
+            InputError: The LM head's weights can't be read: they are quantised or elsewhere.
+        """
         ...
 
 
-class RotaryModel(Protocol):
-    """What the decoders of the rotary family have in common in `transformers`."""
+@dataclass(frozen=True, slots=True)
+class DecoderShape:
+    """What an imitation network takes over from a decoder's configuration.
 
-    config: PreTrainedConfig
-    embed_tokens: nn.Module
-    layers: nn.ModuleList
-    norm: nn.Module
-    rotary_emb: nn.Module
+    Args:
+        depth: Layers.
+        width: Size of the hidden states (d_model).
+        hidden: Size inside the feed-forward part.
+        eps: What a norm adds to a variance.
+    """
+
+    depth: int
+    width: int
+    hidden: int
+    eps: float
 
 
-class RotaryDecoder:
-    """The rotary family (Llama, Mistral, Qwen2, Qwen3): the checkpoint's own layers, our loop."""
+@dataclass(frozen=True, slots=True)
+class FeedForward:
+    """The weights of a layer's gated feed-forward part.
 
-    def __init__(self, decoder: RotaryModel, lm_head: nn.Linear) -> None:
-        # Which fields a configuration has is its family's matter.
-        config: Any = decoder.config
+    Args:
+        norm: Of the norm before it: (d_model,).
+        gate: (hidden, d_model).
+        up: (hidden, d_model).
+        down: (d_model, hidden).
+    """
+
+    norm: Tensor
+    gate: Tensor
+    up: Tensor
+    down: Tensor
+
+
+class LayeredDecoder(ABC):
+    """What the families share: the checkpoint's own layers, our loop over them.
+
+    Args:
+        decoder: The decoder, as `transformers` made it.
+        lm_head: The LM head.
+        layers: The decoder's layers.
+    """
+
+    width: int
+    context: int
+    kv_heads: int
+    head_dim: int
+
+    def __init__(self, decoder: Any, lm_head: nn.Linear, layers: Iterable[nn.Module]) -> None:
         self.decoder, self.lm_head = decoder, lm_head
-        self.layers: list[nn.Module] = list(decoder.layers)
+        self.layers: list[nn.Module] = list(layers)
         self.depth = len(self.layers)
-        self.width: int = config.hidden_size
-        self.context: int = config.max_position_embeddings
-        self.kv_heads: int = config.num_key_value_heads
-        self.head_dim: int = (
-            getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-        )
-        self.device, self.dtype = lm_head.weight.device, lm_head.weight.dtype
-        self.window: int | None = getattr(config, "sliding_window", None)
-        kinds = getattr(config, "layer_types", None)
-        self.slides = [
-            self.window is not None and (kinds is None or kinds[index] == "sliding_attention")
-            for index in range(self.depth)
-        ]
-        # Frequencies that change with the length (dynamic NTK, LongRoPE) can't be tabulated.
-        self.tabulates = config.rope_parameters["rope_type"] not in {"dynamic", "longrope"}
-        self._table: tuple[Tensor, Tensor] | None = None
+        self.embedding: nn.Module = decoder.embed_tokens
+        self.device, self.dtype = placement(self.embedding)
+
+    @staticmethod
+    @abstractmethod
+    def shape(config: Any) -> DecoderShape:
+        """Return the shape of the decoder of a configuration."""
+
+    @staticmethod
+    @abstractmethod
+    def blocks(config: Any, number: int, first_index: int) -> nn.ModuleList:
+        """Return untrained layers of the family, which cache as layers from `first_index` on."""
+
+    @staticmethod
+    @abstractmethod
+    def feed_forward(layer: Any) -> FeedForward | None:
+        """Return a layer's gated feed-forward part; None where the family has none."""
 
     def cache(self, batch: int, capacity: int, extra_layers: int = 0) -> DecoderCache:
         """Return an empty cache, with `extra_layers` for an imitation network."""
@@ -104,66 +153,88 @@ class RotaryDecoder:
         )
 
     def embed(self, tokens: Tensor) -> Tensor:
-        """Return the embeddings of (batch, new) tokens: (batch, new, d_model)."""
-        return self.decoder.embed_tokens(tokens)
+        """Return the embeddings of tokens: (batch, new) to (batch, new, d_embedding)."""
+        return self.embedding(tokens)
 
+    @abstractmethod
     def run(self, x: Tensor, span: Span, cache: KeyValueCache, layers: Iterable[int]) -> Tensor:
         """Run some of the target's layers on (batch, new, d_model) hidden states."""
-        return self._run(
-            x, span, cache, [(self.layers[index], self.slides[index]) for index in layers]
-        )
 
+    @abstractmethod
     def run_blocks(
         self, x: Tensor, span: Span, cache: KeyValueCache, blocks: Iterable[nn.Module]
     ) -> Tensor:
         """Run layers of the target's own kind that are not the target's."""
-        return self._run(x, span, cache, [(block, self.slides[-1]) for block in blocks])
 
+    @abstractmethod
     def norm(self, x: Tensor) -> Tensor:
-        """Return the final norm of hidden states."""
-        return self.decoder.norm(x)
+        """Return what the LM head is given: the final norm of hidden states, and what follows."""
 
     def head(self, x: Tensor) -> Tensor:
-        """Return the logits of (batch, new, d_model): final norm, then LM head."""
-        return self.lm_head(self.decoder.norm(x))
+        """Return the logits of (batch, new, d_model): `norm`, then LM head."""
+        return self.lm_head(self.norm(x))
 
     def head_rows(self, tokens: Tensor) -> Tensor:
-        """Return the LM head's rows of some tokens: (tokens, d_model)."""
-        return self.lm_head.weight[tokens]
+        """Return the LM head's rows of some tokens: (tokens, its inputs).
 
-    def _run(
-        self, x: Tensor, span: Span, cache: KeyValueCache, layers: Sequence[tuple[nn.Module, bool]]
-    ) -> Tensor:
-        cache.write_at(span)
-        rotary = self._rotary(x, span)
-        slides = any(slides for _, slides in layers)
-        masks = span.mask(), span.mask(self.window) if slides else None
-        for layer, sliding in layers:
-            x = layer(
-                x,
-                attention_mask=masks[sliding],
-                position_ids=span.positions,
-                past_key_values=cache,
-                position_embeddings=rotary,
-                use_cache=True,
+        Raises:
+            InputError: The LM head's weights can't be read: they are quantised or elsewhere.
+        """
+        weight: Any = self.lm_head.weight
+        # Quantised modules have integers for weights, or a function that unpacks them.
+        quantised = not isinstance(weight, Tensor) or not weight.is_floating_point()
+        if quantised or weight.is_meta:
+            raise InputError(
+                "A draft with a vocabulary of its own needs the rows of the target's LM head, but"
+                f" they are {'quantised' if quantised else 'offloaded'} here; leave the LM head on"
+                " the device and in floating point."
             )
-        return x
+        return weight[tokens]
 
-    def _rotary(self, x: Tensor, span: Span) -> tuple[Tensor, Tensor]:
-        """Return the cosines and sines of a span: (batch, width, head_dim) each."""
-        if not self.tabulates:
-            return self.decoder.rotary_emb(x, span.positions)
-        if self._table is None or len(self._table[0]) < span.end:
-            size = max(span.end, min(self.context, 2048))
-            # Decoding fills the table, and training reads it too.
-            with torch.inference_mode(mode=False), torch.no_grad():
-                like = torch.empty(0, dtype=x.dtype, device=self.device)
-                cos, sin = self.decoder.rotary_emb(
-                    like, torch.arange(size, device=self.device)[None]
-                )
-            self._table = cos[0], sin[0]
-        cos, sin = self._table
-        if span.aligned:
-            first = span.starts[0]
-            return cos[None, first : first + span.width], sin[None, first : first + span.width]
-        return cos[span.positions], sin[span.positions]
+    def mask(self, x: Tensor, span: Span, window: int | None = None) -> Tensor | None:
+        """Return the mask that the layers' implementation of attention takes.
+
+        Raises:
+            InputError: It takes none that tells the rows of a batch apart.
+        """
+        implementation = self.decoder.config._attn_implementation
+        if implementation == "sdpa":
+            return span.mask(window)
+        if implementation == "eager":
+            # Its attention knows no causal rule and adds what it is given.
+            return additive(span.seen(window), x.dtype)
+        raise InputError(
+            f"fastvlm decodes with the attention implementations sdpa and eager; this model was"
+            f" loaded with {implementation!r}. Load it with attn_implementation='sdpa'."
+        )
+
+
+def additive(seen: Tensor, dtype: torch.dtype) -> Tensor:
+    """Return a mask to add to attention scores: 0 where something is seen."""
+    # The least number rather than minus infinity: a row that sees nothing stays finite.
+    return torch.zeros_like(seen, dtype=dtype).masked_fill(~seen, torch.finfo(dtype).min)
+
+
+@torch.no_grad()
+def placement(embedding: nn.Module) -> tuple[torch.device, torch.dtype]:
+    """Return the device and the precision that hidden states have in a model.
+
+    They are what comes out of the embedding: its weights may lie elsewhere until they are needed,
+    or be quantised.
+    """
+    weight: Tensor = next(embedding.parameters())
+    start = torch.device("cpu") if weight.is_meta else weight.device
+    found: Tensor = embedding(torch.zeros(1, 1, dtype=torch.long, device=start))
+    return found.device, found.dtype
+
+
+def layers_of(config: PreTrainedConfig) -> Any:
+    """Return a small untrained model of a configuration, for the sake of its layers.
+
+    The classes of a family's layers are so found without naming each.
+    """
+    from transformers import AutoModel
+
+    config.vocab_size = 1
+    config.pad_token_id = None
+    return AutoModel.from_config(config)

@@ -2,26 +2,61 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from transformers import PreTrainedModel
 
 from fastvlm.functional.errors import InputError
-from fastvlm.language.decoder import RotaryDecoder, SplitDecoder
+from fastvlm.language.decoder import LayeredDecoder, SplitDecoder
+from fastvlm.language.opt import OptDecoder
+from fastvlm.language.rotary import RotaryDecoder
+from fastvlm.language.t5 import T5Decoder
 
-ROTARY = frozenset({"llama", "mistral", "qwen2", "qwen3"})
+FAMILIES: dict[str, type[LayeredDecoder]] = {
+    "llama": RotaryDecoder,
+    "mistral": RotaryDecoder,
+    "opt": OptDecoder,
+    "qwen2": RotaryDecoder,
+    "qwen2_5_vl": RotaryDecoder,
+    "qwen2_vl": RotaryDecoder,
+    "qwen3": RotaryDecoder,
+    "t5": T5Decoder,
+}
+
+
+def family(model_type: str) -> type[LayeredDecoder]:
+    """Return the adapter of a family, by the `model_type` of its decoder's configuration.
+
+    Raises:
+        InputError: The family is not known.
+    """
+    name = model_type.removesuffix("_text")
+    if name not in FAMILIES:
+        raise InputError(
+            f"The decoder is of the family {name!r}, which fastvlm can't split; it knows"
+            f" {', '.join(FAMILIES)}. To add one, write a class with the calls of"
+            " fastvlm.language.SplitDecoder and name the family in language/families.py."
+        )
+    return FAMILIES[name]
+
+
+def text_decoder(model: PreTrainedModel) -> Any:
+    """Return the decoder inside a causal, an encoder-decoder or a vision-language model.
+
+    It is the module that has the layers: `get_decoder` of some models returns another whole model.
+    """
+    decoder = model.get_decoder()
+    while (inner := decoder.get_decoder()) is not decoder:
+        decoder = inner
+    return decoder
 
 
 def split_decoder(model: PreTrainedModel) -> SplitDecoder:
-    """Return the split decoder of a causal or vision-language model.
+    """Return the split decoder of a causal, an encoder-decoder or a vision-language model.
 
     Raises:
         InputError: The family of the model's decoder is not known.
     """
-    decoder = model.get_decoder()
-    family = decoder.config.model_type.removesuffix("_text")
-    if family not in ROTARY:
-        raise InputError(
-            f"{type(model).__name__} has a decoder of the family {family!r}, which fastvlm can't"
-            f" split; it knows {', '.join(sorted(ROTARY))}. To add one, write a class with the"
-            " calls of fastvlm.language.SplitDecoder and name the family in language/families.py."
-        )
-    return RotaryDecoder(decoder, model.get_output_embeddings())
+    decoder = text_decoder(model)
+    adapter: Any = family(decoder.config.model_type)
+    return adapter(decoder, model.get_output_embeddings())

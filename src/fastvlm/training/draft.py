@@ -63,7 +63,7 @@ def new_network(
             draft_vocabulary_size=len(tokens),
         )
     )
-    initialise_from(network, list(vlm.model.get_decoder().layers))
+    initialise_from(network, vlm.decoder.layers)
     assert network.draft_vocabulary is not None  # its size was given
     network.draft_vocabulary.copy_(tokens)
     return network

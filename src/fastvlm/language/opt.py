@@ -1,0 +1,87 @@
+"""OPT, as in BLIP-2: learnt positions, which are added to the embeddings."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+from torch import Tensor, nn
+
+from fastvlm.language.cache import KeyValueCache, Span
+from fastvlm.language.decoder import DecoderShape, LayeredDecoder, layers_of
+
+
+class OptDecoder(LayeredDecoder):
+    """The decoder of OPT.
+
+    Args:
+        decoder: An `OPTDecoder`.
+        lm_head: The LM head.
+    """
+
+    def __init__(self, decoder: Any, lm_head: nn.Linear) -> None:
+        super().__init__(decoder, lm_head, decoder.layers)
+        config: Any = decoder.config
+        self.width = config.hidden_size
+        self.context = config.max_position_embeddings
+        self.kv_heads = config.num_attention_heads
+        self.head_dim = config.hidden_size // config.num_attention_heads
+
+    @staticmethod
+    def shape(config: Any) -> DecoderShape:
+        """Return the shape of the decoder of a configuration."""
+        # OPT's norms have PyTorch's default.
+        return DecoderShape(config.num_hidden_layers, config.hidden_size, config.ffn_dim, 1e-5)
+
+    @staticmethod
+    def blocks(config: Any, number: int, first_index: int) -> nn.ModuleList:
+        """Return untrained layers of the family, which cache as layers from `first_index` on."""
+        fields = {**config.to_dict(), "num_hidden_layers": number, "max_position_embeddings": 1}
+        layers = layers_of(type(config)(**fields)).decoder.layers
+        for offset, layer in enumerate(layers):
+            layer.self_attn.layer_idx = first_index + offset
+        return layers
+
+    @staticmethod
+    def feed_forward(layer: Any) -> None:  # noqa: ARG004
+        """Return None: OPT's feed-forward part has no gate."""
+        return
+
+    def run(self, x: Tensor, span: Span, cache: KeyValueCache, layers: Iterable[int]) -> Tensor:
+        """Run some of the target's layers on (batch, new, d_model) hidden states.
+
+        Before layer 0, embeddings are projected to d_model and their positions are added.
+        """
+        indices = list(layers)
+        if indices and indices[0] == 0:
+            x = self._placed(x, span)
+        return self._run(x, span, cache, [self.layers[index] for index in indices])
+
+    def run_blocks(
+        self, x: Tensor, span: Span, cache: KeyValueCache, blocks: Iterable[nn.Module]
+    ) -> Tensor:
+        """Run layers of the target's own kind that are not the target's."""
+        return self._run(x, span, cache, list(blocks))
+
+    def norm(self, x: Tensor) -> Tensor:
+        """Return the final norm of hidden states, projected to the embeddings' size."""
+        if self.decoder.final_layer_norm is not None:
+            x = self.decoder.final_layer_norm(x)
+        return x if self.decoder.project_out is None else self.decoder.project_out(x)
+
+    def _placed(self, x: Tensor, span: Span) -> Tensor:
+        """Return embeddings as hidden states that know their positions."""
+        if self.decoder.project_in is not None:
+            x = self.decoder.project_in(x)
+        # What is drafted past a row's limit is never accepted, but is computed beside other rows.
+        positions = span.positions.clamp(max=self.context - 1)
+        return x + self.decoder.embed_positions(None, position_ids=positions)
+
+    def _run(
+        self, x: Tensor, span: Span, cache: KeyValueCache, layers: Sequence[nn.Module]
+    ) -> Tensor:
+        cache.write_at(span)
+        mask = self.mask(x, span)
+        for layer in layers:
+            x = layer(x, attention_mask=mask, past_key_values=cache, use_cache=True)
+        return x

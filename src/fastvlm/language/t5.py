@@ -1,0 +1,160 @@
+"""T5, as in BLIP-2 with FlanT5: cross-attention to an encoder, and a bias by distance."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import EncoderDecoderCache
+
+from fastvlm.language.cache import DecoderCache, KeyValueCache, Projection, Source, Span
+from fastvlm.language.decoder import (
+    DecoderShape,
+    FeedForward,
+    LayeredDecoder,
+    additive,
+    layers_of,
+)
+
+
+class T5Decoder(LayeredDecoder):
+    """The decoder of T5; what its encoder made of a row's source comes with the row's span.
+
+    Args:
+        decoder: A `T5Stack` with `is_decoder`.
+        lm_head: The LM head.
+    """
+
+    # Distances, not positions, are learnt, and the greatest of them share one bias.
+    context = sys.maxsize
+
+    def __init__(self, decoder: Any, lm_head: nn.Linear) -> None:
+        super().__init__(decoder, lm_head, decoder.block)
+        config: Any = decoder.config
+        self.width = config.d_model
+        self.kv_heads = config.num_heads
+        self.head_dim = config.d_kv
+        self.scale: float | None = config.d_model**-0.5 if config.scale_decoder_outputs else None
+        self._buckets = torch.empty(0, dtype=torch.long, device=self.device)
+
+    @staticmethod
+    def shape(config: Any) -> DecoderShape:
+        """Return the shape of the decoder of a configuration."""
+        return DecoderShape(
+            config.num_decoder_layers, config.d_model, config.d_ff, config.layer_norm_epsilon
+        )
+
+    @staticmethod
+    def blocks(config: Any, number: int, first_index: int) -> nn.ModuleList:
+        """Return untrained layers of the family, which cache as layers from `first_index` on."""
+        # A decoder's first layer has the bias of all of them, which stays the target's own.
+        fields = {**config.to_dict(), "num_layers": 1, "num_decoder_layers": number + 1}
+        layers = layers_of(type(config)(**fields)).decoder.block[1:]
+        for offset, block in enumerate(layers):
+            block.layer[0].SelfAttention.layer_idx = first_index + offset
+            block.layer[1].EncDecAttention.layer_idx = first_index + offset
+        return layers
+
+    @staticmethod
+    def feed_forward(layer: Any) -> FeedForward | None:
+        """Return a layer's gated feed-forward part; None where a T5 has no gate."""
+        part = layer.layer[-1]
+        inner = part.DenseReluDense
+        if not hasattr(inner, "wi_0"):
+            return None
+        return FeedForward(
+            part.layer_norm.weight, inner.wi_0.weight, inner.wi_1.weight, inner.wo.weight
+        )
+
+    def run(self, x: Tensor, span: Span, cache: KeyValueCache, layers: Iterable[int]) -> Tensor:
+        """Run some of the target's layers on (batch, new, d_model) hidden states."""
+        return self._run(x, span, cache, [self.layers[index] for index in layers])
+
+    def run_blocks(
+        self, x: Tensor, span: Span, cache: KeyValueCache, blocks: Iterable[nn.Module]
+    ) -> Tensor:
+        """Run layers of the target's own kind that are not the target's."""
+        return self._run(x, span, cache, list(blocks))
+
+    def norm(self, x: Tensor) -> Tensor:
+        """Return the final norm of hidden states, scaled where the LM head is the embeddings'."""
+        x = self.decoder.final_layer_norm(x)
+        return x if self.scale is None else x * self.scale
+
+    def _run(
+        self, x: Tensor, span: Span, cache: KeyValueCache, layers: Sequence[nn.Module]
+    ) -> Tensor:
+        if not layers:
+            return x
+        cache.write_at(span)
+        source = span.source
+        mask = self._biased_mask(x, span)
+        # Attention computes a bias of its own unless it is given one; ours is in the mask.
+        none = x.new_zeros(1, 1, 1, 1)
+        states = None if source is None else source.states
+        seen = None if source is None else additive(source.seen[:, None, None], x.dtype)
+        both = CrossCache(cache, source)
+        for layer in layers:
+            x, _, _ = layer(
+                x,
+                attention_mask=mask,
+                position_bias=none,
+                encoder_hidden_states=states,
+                encoder_attention_mask=seen,
+                encoder_decoder_position_bias=none,
+                past_key_values=both,
+            )
+        return x
+
+    def _biased_mask(self, x: Tensor, span: Span) -> Tensor:
+        """Return what to add to scores: (batch or 1, heads, width, end).
+
+        It is the bias of each distance, and the least number for what is not seen.
+        """
+        first: Any = self.layers[0]
+        attention = first.layer[0].SelfAttention
+        if len(self._buckets) < span.end:
+            distances = torch.arange(max(span.end, 512), device=self.device)
+            self._buckets = attention._relative_position_bucket(
+                -distances,
+                bidirectional=False,
+                num_buckets=attention.relative_attention_num_buckets,
+                max_distance=attention.relative_attention_max_distance,
+            )
+        here = span.positions[:1] if span.aligned else span.positions
+        away = here[..., None] - torch.arange(span.end, device=here.device)
+        bias = attention.relative_attention_bias(self._buckets[away.clamp(min=0)])
+        mask: Tensor = bias.permute(0, 3, 1, 2).to(x.dtype)
+        return mask.masked_fill(away[:, None] < 0, torch.finfo(x.dtype).min)
+
+
+class CrossCache(EncoderDecoderCache):
+    """What T5's attention asks of a cache: its own positions are `cache`'s, its source is kept.
+
+    Args:
+        cache: Where keys and values of the decoder's positions go.
+        source: What cross-attention reads; its keys and values are computed once for a cache that
+            keeps anything, by each layer when it first runs.
+    """
+
+    def __init__(self, cache: KeyValueCache, source: Source | None) -> None:
+        # The base class wants caches of its own kind, which are what ours stands for.
+        self.self_attention_cache: Any = cache
+        self.cross_attention_cache: Any = self
+        keeps = source is not None and isinstance(cache, DecoderCache)
+        self.layers: Any = source.projections if source is not None and keeps else {}
+        self.is_updated = dict.fromkeys(self.layers, True)
+
+    def update(
+        self, key_states: Tensor, value_states: Tensor, layer_idx: int, *_: Any, **__: Any
+    ) -> tuple[Tensor, Tensor]:
+        """Keep a layer's keys and values of the source: (batch, heads, source, head_dim)."""
+        self.layers[layer_idx] = Projection(key_states, value_states)
+        return key_states, value_states
+
+    def get_seq_length(self, layer_idx: int = 0) -> int:  # noqa: ARG002
+        """Return 0: only a bias that attention computed itself would ask for the length."""
+        return 0

@@ -1,0 +1,93 @@
+"""Models that are offloaded, quantised, or attend in another way."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from accelerate import cpu_offload
+from torch import Tensor, nn
+
+from fastvlm.functional.errors import InputError
+from fastvlm.language import captured, split_decoder
+from tests.families import FAMILIES, replies
+from tests.language.decoding import LIMIT, decode, strategy
+
+KINDS = ("llama", "qwen2.5-vl", "blip2-opt", "blip2-t5")
+
+
+@pytest.mark.parametrize("family", KINDS)
+@pytest.mark.parametrize("name", ["lookup", "block"])
+def test_eager_attention(family: str, name: str) -> None:
+    model, inputs = FAMILIES[family]()
+    given = inputs(4)
+    # With it, padding makes transformers' own float64 no number.
+    expected = replies(model, given, LIMIT)
+    model.set_attn_implementation("eager")
+    decoder = split_decoder(model)
+    found = decode(decoder, strategy(name, decoder), captured(model, given))
+    assert [request.reply for request in found] == expected
+
+
+def test_another_attention_is_refused() -> None:
+    model, inputs = FAMILIES["llama"]()
+    prompts = captured(model, inputs(1))
+    decoder = split_decoder(model)
+    model.config._attn_implementation = "flex_attention"
+    with pytest.raises(InputError, match="flex_attention"):
+        decode(decoder, strategy("autoregressive", decoder), prompts)
+
+
+@pytest.mark.parametrize("family", KINDS)
+def test_weights_that_are_fetched_when_they_are_needed(family: str) -> None:
+    model, inputs = FAMILIES[family]()
+    given = inputs(2)
+    expected = replies(model, given, LIMIT)
+    # As `dispatch_model` leaves a model of which parts lie on another device or on disk.
+    cpu_offload(model, execution_device=torch.device("cpu"))
+    decoder = split_decoder(model)
+    assert decoder.lm_head.weight.is_meta
+    assert (decoder.device, decoder.dtype) == (torch.device("cpu"), torch.float64)
+    for name in ("autoregressive", "early exit", "block"):
+        found = decode(decoder, strategy(name, decoder), captured(model, given))
+        assert [request.reply for request in found] == expected
+    with pytest.raises(InputError, match="offloaded"):
+        decoder.head_rows(torch.tensor([1]))
+
+
+class Int8Linear(nn.Module):
+    """A layer whose weights are whole numbers, as libraries of quantisation have them."""
+
+    def __init__(self, layer: nn.Linear) -> None:
+        super().__init__()
+        self.scale = layer.weight.abs().amax(1, keepdim=True) / 127
+        self.weight = nn.Parameter((layer.weight / self.scale).round().char(), requires_grad=False)
+        self.bias = layer.bias
+
+    def forward(self, x: Tensor) -> Tensor:
+        return nn.functional.linear(x, self.weight * self.scale.to(x.dtype), self.bias)
+
+
+@torch.no_grad()
+def quantise(model: nn.Module) -> None:
+    for module in list(model.modules()):
+        for name, child in module.named_children():
+            if isinstance(child, nn.Linear):
+                setattr(module, name, Int8Linear(child))
+
+
+@pytest.mark.parametrize("family", ["llama", "qwen2.5-vl", "blip2-opt"])
+def test_quantised_weights(family: str) -> None:
+    model, inputs = FAMILIES[family]()
+    decoder = split_decoder(model)
+    quantise(decoder.decoder)
+    owner = model.language_model if family == "blip2-opt" else model
+    owner.lm_head = Int8Linear(owner.lm_head)
+    given = inputs(2)
+    expected = replies(model, given, LIMIT)
+    decoder = split_decoder(model)
+    assert (decoder.device, decoder.dtype) == (torch.device("cpu"), torch.float64)
+    for name in ("autoregressive", "early exit", "block"):
+        found = decode(decoder, strategy(name, decoder), captured(model, given))
+        assert [request.reply for request in found] == expected
+    with pytest.raises(InputError, match="quantised"):
+        decoder.head_rows(torch.tensor([1]))
