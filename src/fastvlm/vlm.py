@@ -8,9 +8,10 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Unpack, cast
+from weakref import WeakKeyDictionary
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from fastvlm import embedded
@@ -18,9 +19,14 @@ from fastvlm.checkpoints import load_checkpoint
 from fastvlm.decoding import Autoregressive, Decoding, Drafter, PromptLookup, Request
 from fastvlm.decoding.prefix import Prefix, PrefixStore
 from fastvlm.decoding.strategies import SelfSpeculative
-from fastvlm.drafting import ImitationNetwork
+from fastvlm.drafting import (
+    AdaptiveLength,
+    ConfidenceLength,
+    DraftLength,
+    FixedLength,
+    ImitationNetwork,
+)
 from fastvlm.drafting.directory import load_draft
-from fastvlm.drafting.draft_length import draft_length
 from fastvlm.functional.errors import InputError
 from fastvlm.functional.statistics import DecodingStatistics
 from fastvlm.language import split_decoder
@@ -30,6 +36,8 @@ from fastvlm.vision.pictures import Picture, PictureOptions, prepare
 
 PREFIX_BYTES = 256 * 2**20
 """Memory for what is kept of pictures: a dozen and more at 1024 px, of FastVLM-0.5B in bfloat16."""
+MAX_DRAFT = 24
+"""The most tokens in a draft, where neither the caller nor the draft says another number."""
 STRATEGIES = ("autoregressive", "imitation", "early-exit", "lookup")
 
 
@@ -99,6 +107,8 @@ class VisionLanguageModel:
         tower.fuse()
         self.decoder = split_decoder(model)
         self.prefixes = PrefixStore(prefix_bytes)
+        self._adaptive: WeakKeyDictionary[nn.Module, dict[tuple[int, int], AdaptiveLength]]
+        self._adaptive = WeakKeyDictionary()
         self.image_size: int = tower.config.image_size
         ends = model.generation_config.eos_token_id
         self.end_tokens = frozenset([ends] if isinstance(ends, int) else ends or ())
@@ -201,9 +211,11 @@ class VisionLanguageModel:
         Args:
             strategy: One of `STRATEGIES`; None for `imitation` where there is a draft, and for
                 `autoregressive` where there is none.
-            num_speculative_tokens: The most tokens in a draft; None for what the draft records.
+            num_speculative_tokens: The most tokens in a draft; None for what the draft records, and
+                where it records nothing, 24 (for `lookup`: 10).
             confidence: The drafter's own probability below which a draft ends; 0 for drafts of
-                fixed length, None for what the draft records (for `early-exit`: 0.5).
+                fixed length, None for what the draft records. Where it records nothing, drafts
+                adapt to what is accepted and to what this machine takes, see `AdaptiveLength`.
             exit_layer: For `early-exit`: the layers that draft.
             network: The network to draft with, if not the model's own draft.
 
@@ -219,24 +231,46 @@ class VisionLanguageModel:
             return PromptLookup(10 if num_speculative_tokens is None else num_speculative_tokens)
         if strategy == "early-exit":
             layer = exit_layer or max(1, self.decoder.depth // 4)
-            # Layers that were not trained to exit are seldom right, and know it.
-            length = draft_length(
-                8 if num_speculative_tokens is None else num_speculative_tokens,
-                0.5 if confidence is None else confidence,
-            )
+            length = self.draft_length(self.model, layer, num_speculative_tokens, confidence)
             return SelfSpeculative(self.decoder, layer, None, length, name="early-exit")
         if strategy != "imitation":
             raise InputError(f"The strategies are {', '.join(STRATEGIES)}; got {strategy!r}.")
         if network is None:
             raise InputError("The strategy 'imitation' needs a draft; load the model with one.")
         config = network.config
-        length = draft_length(
+        length = self.draft_length(
+            network,
+            config.exit_layer,
             config.num_speculative_tokens
             if num_speculative_tokens is None
             else num_speculative_tokens,
             config.confidence if confidence is None else confidence,
         )
         return SelfSpeculative(self.decoder, config.exit_layer, network, length)
+
+    def draft_length(
+        self, owner: nn.Module, exit_layer: int, maximum: int | None, confidence: float | None
+    ) -> DraftLength:
+        """Return how long drafts go on.
+
+        What adaptive drafts have learnt about a drafter is kept from one request to the next.
+
+        Args:
+            owner: What drafts: a network, or the target itself.
+            exit_layer: Layers of the target that draft.
+            maximum: The most tokens in a draft; None for the usual maximum.
+            confidence: As for `drafter`; None for drafts that adapt.
+
+        Raises:
+            InputError: The maximum or the confidence is out of range.
+        """
+        maximum = MAX_DRAFT if maximum is None else maximum
+        if confidence is not None:
+            return ConfidenceLength(maximum, confidence) if confidence else FixedLength(maximum)
+        known = self._adaptive.setdefault(owner, {})
+        if (exit_layer, maximum) not in known:
+            known[exit_layer, maximum] = AdaptiveLength(maximum)
+        return known[exit_layer, maximum]
 
     def stream(
         self,

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Hashable
+import time
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Protocol
 
@@ -10,32 +11,13 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from fastvlm.decoding.batch import Batch
+from fastvlm.decoding.token_by_token import TokenByToken
 from fastvlm.drafting.draft_length import DraftLength, FixedLength
 from fastvlm.drafting.imitation import ImitationNetwork
 from fastvlm.functional.errors import InputError
-from fastvlm.language.cache import DecoderCache, Span
+from fastvlm.language.cache import Span
 from fastvlm.language.decoder import SplitDecoder
-
-
-@dataclass(slots=True)
-class Batch:
-    """The rows being decoded, as drafters see them.
-
-    Args:
-        decoder: The target.
-        cache: Its cache, whose `lengths` are the positions already committed.
-        last: Each row's last committed token, which the cache doesn't hold yet.
-        history: All of each row's tokens, its prompt's and the last one included.
-        active: Whether each row still decodes.
-        end_tokens: Tokens that end a reply.
-    """
-
-    decoder: SplitDecoder
-    cache: DecoderCache
-    last: list[int]
-    history: list[list[int]]
-    active: list[bool]
-    end_tokens: frozenset[int]
 
 
 @dataclass(slots=True)
@@ -75,31 +57,34 @@ class Drafter(Protocol):
         ...
 
     @property
-    def cache_owner(self) -> Hashable:
-        """Whose those layers are; None for a strategy that adds none."""
-        ...
-
-    @property
     def margin(self) -> int:
         """The most tokens of a draft."""
         ...
 
-    def observe(self, hidden: Tensor, span: Span, batch: Batch) -> None:
-        """Take the exit layer's hidden states of the prompts: (batch, span.width, d_model)."""
+    def observe(self, hidden: Tensor) -> None:
+        """Take the exit layer's hidden states of the prompts: (batch, longest prompt, d_model).
+
+        Only a strategy that adds layers to the cache is given them. What lies beyond a shorter
+        prompt means nothing.
+        """
         ...
 
     def draft(self, batch: Batch, limits: list[int]) -> Draft:
         """Propose tokens to follow each row's last one, at most `limits` of them."""
         ...
 
-    def commit(self, hidden: Tensor, accepted: list[int]) -> None:
+    def commit(self, hidden: Tensor | None, accepted: list[int]) -> None:
         """Learn what was accepted.
 
         Args:
             hidden: The exit layer's hidden states of the last committed token and of the whole
-                draft: (batch, g + 1, d_model).
+                draft, (batch, g + 1, d_model); None for a strategy without an exit layer.
             accepted: Drafted tokens that each row accepted.
         """
+        ...
+
+    def finish(self, tokens: int) -> None:
+        """Learn that a reply has ended with so many tokens."""
         ...
 
 
@@ -108,16 +93,18 @@ class Autoregressive:
 
     name = "autoregressive"
     exit_layer = cache_layers = margin = 0
-    cache_owner = None
 
-    def observe(self, hidden: Tensor, span: Span, batch: Batch) -> None:
+    def observe(self, hidden: Tensor) -> None:
         """Nothing to learn."""
 
     def draft(self, batch: Batch, limits: list[int]) -> Draft:  # noqa: ARG002
         """Propose nothing."""
         return Draft([[] for _ in batch.last])
 
-    def commit(self, hidden: Tensor, accepted: list[int]) -> None:
+    def commit(self, hidden: Tensor | None, accepted: list[int]) -> None:
+        """Nothing to learn."""
+
+    def finish(self, tokens: int) -> None:
         """Nothing to learn."""
 
 
@@ -135,9 +122,8 @@ class PromptLookup:
     name: str = "lookup"
     exit_layer: int = 0
     cache_layers: int = 0
-    cache_owner: None = None
 
-    def observe(self, hidden: Tensor, span: Span, batch: Batch) -> None:
+    def observe(self, hidden: Tensor) -> None:
         """Nothing to learn."""
 
     def draft(self, batch: Batch, limits: list[int]) -> Draft:
@@ -158,7 +144,10 @@ class PromptLookup:
                     return history[start + size : start + size + most]
         return []
 
-    def commit(self, hidden: Tensor, accepted: list[int]) -> None:
+    def commit(self, hidden: Tensor | None, accepted: list[int]) -> None:
+        """Nothing to learn."""
+
+    def finish(self, tokens: int) -> None:
         """Nothing to learn."""
 
 
@@ -184,8 +173,13 @@ class SelfSpeculative:
     margin: int = field(init=False)
     cache_layers: int = field(init=False)
     keeps_logits: bool = False
+    clock: Callable[[], float] = time.perf_counter
     _head: Tensor | None = field(init=False, default=None)
-    _before: Tensor | None = field(init=False, default=None)
+    _loop: TokenByToken = field(init=False)
+    _prompts: Tensor | None = field(init=False, default=None)
+    """States of the prompts that the network has not seen."""
+    _pending: list[Tensor] = field(init=False, default_factory=list)
+    """States of the positions before the last token that the network has not seen."""
 
     def __post_init__(self) -> None:
         """Cut the head to the draft's vocabulary.
@@ -200,37 +194,26 @@ class SelfSpeculative:
             )
         self.margin = self.length.maximum
         self.cache_layers = 0 if self.network is None else self.network.cache_layers
+        self._loop = TokenByToken(self.length, self.clock)
         if self.vocabulary is not None:
             self._head = self.decoder.head_rows(self.vocabulary).detach().contiguous()
-
-    @property
-    def cache_owner(self) -> ImitationNetwork | None:
-        """The network, where it has layers in the cache."""
-        return self.network if self.cache_layers else None
 
     @property
     def vocabulary(self) -> Tensor | None:
         """The tokens that can be drafted, or None for all."""
         return None if self.network is None else self.network.draft_vocabulary
 
-    def observe(self, hidden: Tensor, span: Span, batch: Batch) -> None:
-        """Fill the network's cache with the prompts."""
-        if self.network is not None and self.cache_layers:
-            self.network.run(hidden, span, batch.cache, self.decoder)
-        ends = zip(batch.cache.lengths, span.starts, strict=True)
-        last = torch.tensor([length - start - 1 for length, start in ends], device=hidden.device)
-        self._before = hidden[torch.arange(len(hidden), device=hidden.device), last][:, None]
+    def observe(self, hidden: Tensor) -> None:
+        """Keep the prompts' states for the first draft; a short reply may never ask for one."""
+        self._prompts, self._pending = hidden, []
 
     def draft(self, batch: Batch, limits: list[int]) -> Draft:
-        """Draft token by token until every row is unsure or full."""
-        rows = len(batch.last)
-        tokens: list[list[int]] = [[] for _ in range(rows)]
-        going = [a and limit > 0 for a, limit in zip(batch.active, limits, strict=True)]
-        starts, last = batch.cache.lengths, batch.last
+        """Draft token by token, until the rule for the draft's length ends it."""
+        starts = batch.cache.lengths
         states: list[Tensor] = []
         logits: list[Tensor] = []
-        while any(going):
-            step = len(states)
+
+        def guess(last: list[int], step: int) -> Tensor:
             span = batch.cache.span([start + step for start in starts], 1)
             x = self.decoder.embed(torch.tensor(last, device=self.decoder.device)[:, None])
             x = self.decoder.run(x, span, batch.cache, range(self.exit_layer))
@@ -238,15 +221,10 @@ class SelfSpeculative:
             scores = self.head(self.imitate(x, span, batch))[:, -1]
             if self.keeps_logits:
                 logits.append(scores)
-            last, confidences = self.choose(scores)
-            for row in range(rows):
-                if going[row]:
-                    tokens[row].append(last[row])
-                    going[row] = (
-                        last[row] not in batch.end_tokens
-                        and len(tokens[row]) < limits[row]
-                        and self.length.goes_on(len(tokens[row]), confidences[row])
-                    )
+            return scores
+
+        behind = len(self._pending) + (0 if self._prompts is None else self._prompts.shape[1])
+        tokens = self._loop.draft(batch, limits, behind, guess, self.choose)
         return Draft(
             tokens,
             torch.cat(states, 1) if states else None,
@@ -255,16 +233,21 @@ class SelfSpeculative:
         )
 
     def imitate(self, x: Tensor, span: Span, batch: Batch) -> Tensor:
-        """Return the network's guess of the last layer's states: (batch, 1 or 2, d_model)."""
+        """Return the network's guess of the last layer's states: (batch, 1 or more, d_model)."""
         if self.network is None:
             return x
-        if self.cache_layers and self._before is not None:
-            # The network has not seen the last token of a draft that was accepted whole, so each
-            # cycle begins one position back. Where it has seen it, it computes the same again.
-            x = torch.cat((self._before, x), 1)
-            span = batch.cache.span([start - 1 for start in span.starts], 2)
-            self._before = None
-        return self.network.run(x, span, batch.cache, self.decoder)
+        cache, decoder = batch.cache, self.decoder
+        if self._prompts is not None:
+            whole = cache.span([0] * len(x), self._prompts.shape[1])
+            self.network.run(self._prompts, whole, cache, decoder)
+            self._prompts = None
+        if self._pending:
+            # Rows that ended early may have fewer positions, and nobody reads theirs any more.
+            before = len(self._pending)
+            span = cache.span([max(start - before, 0) for start in span.starts], before + 1)
+            x = torch.cat((*self._pending, x), 1)
+            self._pending = []
+        return self.network.run(x, span, cache, decoder)
 
     def head(self, x: Tensor) -> Tensor:
         """Return the logits of the last position: (batch, 1, draft vocabulary)."""
@@ -275,19 +258,34 @@ class SelfSpeculative:
 
     def choose(self, scores: Tensor) -> tuple[list[int], list[float]]:
         """Return each row's best token and the drafter's probability of it."""
-        if self.length.reads_confidence:
-            top, best = scores.softmax(-1).max(-1)
-            confidences = top.tolist()
-        else:
-            best = scores.argmax(-1)
-            confidences = [1.0] * len(scores)
+        best, confidences = most_likely(scores, reads_confidence=self.length.reads_confidence)
         tokens = best if self.vocabulary is None else self.vocabulary[best]
         return tokens.tolist(), confidences
 
-    def commit(self, hidden: Tensor, accepted: list[int]) -> None:
-        """Keep the hidden state before the new last token."""
-        if len(accepted) == 1:
-            self._before = hidden[:, accepted[0] : accepted[0] + 1]
+    def commit(self, hidden: Tensor | None, accepted: list[int]) -> None:
+        """Keep the hidden state before the new last token, which the network may not have seen.
+
+        It has not, where there was no draft or the whole of it was accepted. Where it has, it
+        computes the same again.
+        """
+        self._loop.commit(accepted)
+        if not self.cache_layers or hidden is None:
             return
-        rows = torch.arange(len(accepted), device=hidden.device)
-        self._before = hidden[rows, torch.tensor(accepted, device=hidden.device)][:, None]
+        if len(accepted) == 1:
+            state = hidden[:, accepted[0] : accepted[0] + 1]
+        else:
+            rows = torch.arange(len(accepted), device=hidden.device)
+            state = hidden[rows, torch.tensor(accepted, device=hidden.device)][:, None]
+        self._pending.append(state)
+
+    def finish(self, tokens: int) -> None:
+        """Tell the rule for the draft's length how long a reply was."""
+        self.length.finish(tokens)
+
+
+def most_likely(scores: Tensor, *, reads_confidence: bool) -> tuple[Tensor, list[float]]:
+    """Return the best of (batch, vocabulary) logits and its probability: 1 where it isn't read."""
+    if reads_confidence:
+        top, best = scores.softmax(-1).max(-1)
+        return best, top.tolist()
+    return scores.argmax(-1), [1.0] * len(scores)
