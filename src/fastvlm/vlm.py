@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Hashable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Unpack, cast
@@ -16,9 +16,18 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from fastvlm import embedded
 from fastvlm.checkpoints import load_checkpoint
-from fastvlm.decoding import Autoregressive, Decoding, Drafter, PromptLookup, Request
+from fastvlm.decoding import (
+    Autoregressive,
+    Decoding,
+    Drafter,
+    PromptLookup,
+    Request,
+    SelfSpeculative,
+    SkippedLayers,
+)
+from fastvlm.decoding.layer_search import LayerChoice, find_skipped_layers
 from fastvlm.decoding.prefix import Prefix, PrefixStore
-from fastvlm.decoding.strategies import SelfSpeculative
+from fastvlm.decoding.skipping import skipped_by_default
 from fastvlm.drafting import (
     AdaptiveLength,
     ConfidenceLength,
@@ -38,7 +47,7 @@ PREFIX_BYTES = 256 * 2**20
 """Memory for what is kept of pictures: a dozen and more at 1024 px, of FastVLM-0.5B in bfloat16."""
 MAX_DRAFT = 24
 """The most tokens in a draft, where neither the caller nor the draft says another number."""
-STRATEGIES = ("autoregressive", "imitation", "early-exit", "lookup")
+STRATEGIES = ("autoregressive", "imitation", "early-exit", "skip", "lookup")
 
 
 @dataclass(frozen=True, slots=True)
@@ -107,7 +116,7 @@ class VisionLanguageModel:
         tower.fuse()
         self.decoder = split_decoder(model)
         self.prefixes = PrefixStore(prefix_bytes)
-        self._adaptive: WeakKeyDictionary[nn.Module, dict[tuple[int, int], AdaptiveLength]]
+        self._adaptive: WeakKeyDictionary[nn.Module, dict[Hashable, AdaptiveLength]]
         self._adaptive = WeakKeyDictionary()
         self.image_size: int = tower.config.image_size
         ends = model.generation_config.eos_token_id
@@ -204,6 +213,7 @@ class VisionLanguageModel:
         num_speculative_tokens: int | None = None,
         confidence: float | None = None,
         exit_layer: int | None = None,
+        skipped_layers: Iterable[int] | None = None,
         network: ImitationNetwork | None = None,
     ) -> Drafter:
         """Return a way of drafting.
@@ -217,6 +227,8 @@ class VisionLanguageModel:
                 fixed length, None for what the draft records. Where it records nothing, drafts
                 adapt to what is accepted and to what this machine takes, see `AdaptiveLength`.
             exit_layer: For `early-exit`: the layers that draft.
+            skipped_layers: For `skip`: the layers that don't draft, counted from 0, as
+                `find_skipped_layers` finds them; None for every second one of the middle half.
             network: The network to draft with, if not the model's own draft.
 
         Raises:
@@ -233,6 +245,12 @@ class VisionLanguageModel:
             layer = exit_layer or max(1, self.decoder.depth // 4)
             length = self.draft_length(self.model, layer, num_speculative_tokens, confidence)
             return SelfSpeculative(self.decoder, layer, None, length, name="early-exit")
+        if strategy == "skip":
+            depth = self.decoder.depth
+            skipped = skipped_by_default(depth) if skipped_layers is None else skipped_layers
+            skipped = tuple(sorted(set(skipped)))
+            length = self.draft_length(self.model, skipped, num_speculative_tokens, confidence)
+            return SkippedLayers(self.decoder, skipped, length)
         if strategy != "imitation":
             raise InputError(f"The strategies are {', '.join(STRATEGIES)}; got {strategy!r}.")
         if network is None:
@@ -249,7 +267,7 @@ class VisionLanguageModel:
         return SelfSpeculative(self.decoder, config.exit_layer, network, length)
 
     def draft_length(
-        self, owner: nn.Module, exit_layer: int, maximum: int | None, confidence: float | None
+        self, owner: nn.Module, layers: Hashable, maximum: int | None, confidence: float | None
     ) -> DraftLength:
         """Return how long drafts go on.
 
@@ -257,7 +275,7 @@ class VisionLanguageModel:
 
         Args:
             owner: What drafts: a network, or the target itself.
-            exit_layer: Layers of the target that draft.
+            layers: Which layers of the target draft.
             maximum: The most tokens in a draft; None for the usual maximum.
             confidence: As for `drafter`; None for drafts that adapt.
 
@@ -268,9 +286,31 @@ class VisionLanguageModel:
         if confidence is not None:
             return ConfidenceLength(maximum, confidence) if confidence else FixedLength(maximum)
         known = self._adaptive.setdefault(owner, {})
-        if (exit_layer, maximum) not in known:
-            known[exit_layer, maximum] = AdaptiveLength(maximum)
-        return known[exit_layer, maximum]
+        if (layers, maximum) not in known:
+            known[layers, maximum] = AdaptiveLength(maximum)
+        return known[layers, maximum]
+
+    def find_skipped_layers(
+        self,
+        prompts: Sequence[str],
+        pictures: Sequence[Picture],
+        *,
+        max_new_tokens: int = 64,
+        **options: Unpack[PictureOptions],
+    ) -> LayerChoice:
+        """Search for the layers that the strategy `skip` leaves out, on samples.
+
+        Args:
+            prompts: What is asked, as later on; a few are enough.
+            pictures: Of what, one for each prompt.
+            max_new_tokens: The most tokens of each sample's reply.
+            options: How the pictures are shown, see `PictureOptions`.
+
+        Raises:
+            InputError: As `generate_batch`, or no reply is long enough to learn from.
+        """
+        requests = self.requests(prompts, pictures, max_new_tokens=max_new_tokens, **options)
+        return find_skipped_layers(self.decoder, requests)
 
     def stream(
         self,
@@ -328,18 +368,33 @@ class VisionLanguageModel:
         Raises:
             InputError: As `stream`, or the prompts and the pictures differ in number.
         """
+        requests = self.requests(prompts, pictures, max_new_tokens=max_new_tokens, **options)
+        for _ in Decoding(self.decoder, drafter or self.drafter(), requests):
+            pass
+        return [self.reply(request) for request in requests]
+
+    def requests(
+        self,
+        prompts: Sequence[str],
+        pictures: Sequence[Picture],
+        *,
+        max_new_tokens: int,
+        **options: Unpack[PictureOptions],
+    ) -> list[Request]:
+        """Return a request for each prompt about its picture.
+
+        Raises:
+            InputError: As `request`, or the prompts and the pictures differ in number.
+        """
         if len(prompts) != len(pictures):
             raise InputError(
                 f"A batch has a picture for each prompt; got {len(prompts)} prompts and"
                 f" {len(pictures)} pictures."
             )
-        requests = [
+        return [
             self.request(prompt, picture, max_new_tokens=max_new_tokens, **options)
             for prompt, picture in zip(prompts, pictures, strict=True)
         ]
-        for _ in Decoding(self.decoder, drafter or self.drafter(), requests):
-            pass
-        return [self.reply(request) for request in requests]
 
     def text(self, tokens: list[int]) -> str:
         """Return the text of a reply's tokens, without special tokens."""
