@@ -26,6 +26,8 @@ ORDINARY_EVERY = 64
 """Cycles with a draft after which an ordinary step is measured again."""
 REPLIES = 32
 """Replies whose lengths are remembered."""
+EVEN = 0.5
+"""Share of replies that may end with the next token while it is unknown what a draft brings."""
 
 
 class Rates:
@@ -154,19 +156,29 @@ class AdaptiveLength:
         if left <= 1:
             # The next token is the last, and an ordinary step gives it.
             return False
+        ending = min(self.ending(progress.replied[row]) for row in rows)
         ordinary = pace.costs.verify.ordinary.median
-        if not ordinary or not pace.cycles or pace.drafting <= pace.ordinary:
-            return True
-        # The rest of a short reply fits into one short draft.
-        gained = pace.tokens / pace.cycles / pace.rows
-        short = (left - 1) * pace.costs.step.median + pace.costs.verify.of(left)
-        drafting = min(pace.cycle_seconds, short) * max(1.0, left / gained)
-        return drafting + pace.costs.catch_up(progress.behind) < left * ordinary
+        if not ordinary or pace.drafting <= pace.ordinary:
+            return ending <= EVEN
+        # Waiting a step shows whether the reply goes on: the draft is too late, or was for nothing.
+        saved = ordinary - pace.rows / pace.drafting
+        if ending * self.probe(progress, pace) > (1 - ending) * saved:
+            return False
+        return pace.costs.catch_up(progress.behind) < left * saved
+
+    def replies_like(self, replied: int) -> list[int]:
+        """Return the lengths of the last replies that were longer than so many tokens."""
+        return [length for length in self.lengths if length > replied]
 
     def left(self, replied: int, remaining: int) -> float:
         """Return how many more tokens a reply is expected to have, after so many."""
-        longer = [length - replied for length in self.lengths if length > replied]
-        return min(sum(longer) / len(longer), remaining) if longer else remaining
+        longer = self.replies_like(replied)
+        return min(sum(longer) / len(longer) - replied, remaining) if longer else remaining
+
+    def ending(self, replied: int) -> float:
+        """Return the share of replies of so many tokens that the next one ended."""
+        longer = self.replies_like(replied)
+        return longer.count(replied + 1) / len(longer) if longer else 0.0
 
     def probe(self, progress: Progress, pace: Pace) -> float:
         """Return the seconds that a draft of one token loses if it is rejected."""
