@@ -23,7 +23,7 @@ from pathlib import Path
 import torch
 
 import fastvlm
-from fastvlm.decoding.strategies import Batch
+from fastvlm.decoding.batch import Batch
 from fastvlm.drafting import FixedLength
 
 RESULTS = Path(__file__).parent / "results"

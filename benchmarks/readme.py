@@ -21,9 +21,7 @@ def read(name: str) -> Any:
 
 def decoding() -> str:
     """Return the figures of decoding as Markdown."""
-    runs = {
-        name: read(name) for name in RUNS
-    }
+    runs = {name: read(name) for name in RUNS}
     rows = {name: {row["strategy"]: row for row in run["results"]} for name, run in runs.items()}
     titles = " | ".join(f"{title}: ms a token | speedup | tokens a pass" for title in RUNS.values())
     lines = [f"| strategy | {titles} |", f"|---|{'---:|' * 3 * len(RUNS)}"]
@@ -63,12 +61,14 @@ def first_token() -> str:
     records = {(record["name"], record["side"]): record for record in run["results"]}
     slowest = records["LLaVA-OneVision-0.5B", 1152]["ttft_ms"][0]
     lines = [
-        "| model | px | visual tokens | encoder ms | prefill ms | TTFT ms"
-        " | sooner than LLaVA-OneVision |",
+        (
+            "| model | px | visual tokens | encoder ms | prefill ms | TTFT ms"
+            " | sooner than LLaVA-OneVision |"
+        ),
         "|---|---:|---:|---:|---:|---:|---:|",
     ]
     for (name, side), record in records.items():
-        if name.startswith("FastVLM-1.5B") or name.startswith("ConvNeXt"):
+        if name.startswith(("FastVLM-1.5B", "ConvNeXt")):
             continue
         ms = {stage: f"{times[0]:,.0f}" for stage, times in record["ms"].items()}
         median = record["ttft_ms"][0]

@@ -120,7 +120,7 @@ def test_the_limit_is_exact_inside_a_draft(
 class Sum(StoppingCriteria):
     """Ends a row whose last two tokens have an even sum: a user's own criterion."""
 
-    def __call__(self, input_ids: Tensor, scores: Any, **_: Any) -> Tensor:
+    def __call__(self, input_ids: Tensor, scores: Any, **_: Any) -> Tensor:  # noqa: ARG002
         return (input_ids[:, -1] + input_ids[:, -2]) % 4 == 0
 
 
@@ -220,6 +220,4 @@ def test_what_can_not_be_exact_is_refused(
 ) -> None:
     model, inputs = llava
     with pytest.raises(InputError, match=told):
-        model.generate(
-            **inputs, max_new_tokens=5, custom_generate=fastvlm.speculative(), **options
-        )
+        model.generate(**inputs, max_new_tokens=5, custom_generate=fastvlm.speculative(), **options)

@@ -17,6 +17,7 @@ from fastvlm import embedded
 from fastvlm.checkpoints import load_checkpoint
 from fastvlm.decoding import Decoding, Drafter, Request
 from fastvlm.decoding.drafters import Drafters, DraftOptions
+from fastvlm.decoding.layer_search import LayerChoice, find_skipped_layers
 from fastvlm.decoding.prefix import Prefix, PrefixStore
 from fastvlm.decoding.sampling import SamplingOptions, selection_of
 from fastvlm.decoding.text import ReplyText
@@ -224,8 +225,27 @@ class VisionLanguageModel:
             network: The network to draft with, if not the model's own draft.
             options: How drafts are made, see `DraftOptions`.
         """
-        drafters = self.drafters if network is None else Drafters(self.decoder, network)
-        return drafters.make(strategy, **options)
+        return self.drafters.make(strategy, network=network, **options)
+
+    def find_skipped_layers(
+        self,
+        prompts: Sequence[str],
+        pictures: Sequence[Picture],
+        **options: Unpack[RequestOptions],
+    ) -> LayerChoice:
+        """Search for the layers that the strategy `skip` leaves out, on samples.
+
+        Args:
+            prompts: What is asked, as later on; a few are enough.
+            pictures: Of what, one for each prompt.
+            options: As for `generate_batch`; 64 tokens of each reply, if no other number is given.
+
+        Raises:
+            InputError: As `generate_batch`, or no reply is long enough to learn from.
+        """
+        shorter: RequestOptions = {"max_new_tokens": 64, **options}
+        requests = self.requests(prompts, pictures, **shorter)
+        return find_skipped_layers(self.decoder, requests)
 
     def stream(
         self,
@@ -278,18 +298,31 @@ class VisionLanguageModel:
         Raises:
             InputError: As `stream`, or the prompts and the pictures differ in number.
         """
+        requests = self.requests(prompts, pictures, **options)
+        for _ in Decoding(self.decoder, drafter or self.drafter(), requests):
+            pass
+        return [self.reply(request) for request in requests]
+
+    def requests(
+        self,
+        prompts: Sequence[str],
+        pictures: Sequence[Picture],
+        **options: Unpack[RequestOptions],
+    ) -> list[Request]:
+        """Return a request for each prompt about its picture.
+
+        Raises:
+            InputError: As `request`, or the prompts and the pictures differ in number.
+        """
         if len(prompts) != len(pictures):
             raise InputError(
                 f"A batch has a picture for each prompt; got {len(prompts)} prompts and"
                 f" {len(pictures)} pictures."
             )
-        requests = [
+        return [
             self.request(prompt, picture, **options)
             for prompt, picture in zip(prompts, pictures, strict=True)
         ]
-        for _ in Decoding(self.decoder, drafter or self.drafter(), requests):
-            pass
-        return [self.reply(request) for request in requests]
 
     def text(self, request: Request) -> ReplyText:
         """Return a request's text, up to its last token."""

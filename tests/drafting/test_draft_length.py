@@ -7,15 +7,16 @@ import math
 import pytest
 
 from fastvlm.drafting import ConfidenceLength, DraftLength, FixedLength
+from fastvlm.drafting.draft_length import Progress
 from fastvlm.functional.errors import InputError
 
 
 def drafted(length: DraftLength, confidences: list[float]) -> int:
     """How many tokens a drafter with these confidences drafts."""
-    count = 1
-    while length.goes_on(count, confidences[count - 1]):
-        count += 1
-    return count
+    progress = Progress([True], [[]], [100], [1])
+    while length.goes_on(progress) == [True]:
+        progress.confidences[0].append(confidences[progress.steps])
+    return progress.steps
 
 
 @pytest.mark.parametrize("maximum", [1, 2, 7])

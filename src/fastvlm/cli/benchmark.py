@@ -14,7 +14,13 @@ from rich.table import Table
 
 from fastvlm import embedded
 from fastvlm.cli.files import check_writable, write_json
-from fastvlm.cli.loading import ModelOption, ThreadsOption, load_quietly
+from fastvlm.cli.loading import (
+    ModelOption,
+    SkippedLayersOption,
+    ThreadsOption,
+    layers_in,
+    load_quietly,
+)
 from fastvlm.cli.terminal import complain, hardware_line, number, progress
 from fastvlm.cli.ttft import ttft
 from fastvlm.functional.errors import InputError
@@ -27,7 +33,10 @@ if TYPE_CHECKING:
     from fastvlm.vlm import VisionLanguageModel
 
 ALWAYS = ("transformers", "autoregressive")
-WITHOUT_DRAFT = ("early-exit", "lookup")
+SKIP = "skip"
+WITHOUT_DRAFT = ("early-exit", SKIP, "lookup")
+SEARCHED = 2
+"""Pictures, the first ones, on whose replies the layers to skip are searched for."""
 SCENES = "scenes"
 ListingOption = Annotated[
     Path | None,
@@ -66,8 +75,8 @@ def benchmark(  # noqa: PLR0913 (a parameter is an option)
         str | None,
         typer.Option(
             metavar="LIST",
-            help="What to measure, separated by commas: early-exit, lookup, and the drafts'"
-            " names. transformers and autoregressive are always measured.",
+            help="What to measure, separated by commas: early-exit, skip, lookup, and the"
+            " drafts' names. transformers and autoregressive are always measured.",
             show_default="all",
         ),
     ] = None,
@@ -89,6 +98,7 @@ def benchmark(  # noqa: PLR0913 (a parameter is an option)
     listing: ListingOption = None,
     limit: Annotated[int, typer.Option(min=1, help="The most pictures to measure with.")] = 50,
     max_new_tokens: Annotated[int, typer.Option(min=2, help="The most tokens of a reply.")] = 160,
+    skipped_layers: SkippedLayersOption = None,
     threads: ThreadsOption = None,
     json_file: Annotated[
         Path | None,
@@ -111,13 +121,20 @@ def benchmark(  # noqa: PLR0913 (a parameter is an option)
     if json_file is not None:
         check_writable(json_file)
     drafts = named_drafts(draft, model)
+    skipped = layers_in(skipped_layers)
     chosen = chosen_strategies(strategies, drafts)
     questions, broken = readable_questions(pictures, prompt, limit, listing)
     from fastvlm.evaluation.benchmark import hardware, measure
 
     # The drafts are loaded one by one below, each under its own name.
     vlm = load_quietly(embedded.MODEL if model is None else model, threads=threads)
-    drafters = named_drafters(vlm, chosen, drafts)
+    if SKIP in chosen and skipped is None:
+        searched = questions[:SEARCHED]
+        skipped = vlm.find_skipped_layers(
+            [question.prompt for question in searched],
+            [question.open(vlm.image_size) for question in searched],
+        ).skipped
+    drafters = named_drafters(vlm, chosen, drafts, skipped)
     with progress("Measuring") as report:
         results = measure(vlm, drafters, questions, max_new_tokens=max_new_tokens, progress=report)
     machine = hardware()
@@ -129,6 +146,7 @@ def benchmark(  # noqa: PLR0913 (a parameter is an option)
                 "date": datetime.now(UTC).isoformat(timespec="seconds"),
                 "model": model or "the one that ships",
                 "drafts": {name: describe(drafters[name]) for name in drafts if name in drafters},
+                "skipped_layers": skipped,
                 "pictures": pictures,
                 "prompt": questions[0].prompt,
                 "limit": limit,
@@ -235,7 +253,10 @@ def readable_questions(
 
 
 def named_drafters(
-    vlm: VisionLanguageModel, chosen: Sequence[str], drafts: Mapping[str, Path]
+    vlm: VisionLanguageModel,
+    chosen: Sequence[str],
+    drafts: Mapping[str, Path],
+    skipped: Sequence[int] | None = None,
 ) -> dict[str, Drafter]:
     """Return the strategies to measure, by name.
 
@@ -247,7 +268,7 @@ def named_drafters(
     return {
         name: vlm.drafter("imitation", network=load_draft(drafts[name], vlm.model))
         if name in drafts
-        else vlm.drafter(name)
+        else vlm.drafter(name, skipped_layers=skipped)
         for name in chosen
     }
 

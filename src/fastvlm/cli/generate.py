@@ -8,7 +8,13 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from fastvlm.cli.loading import ModelOption, ThreadsOption, load_quietly
+from fastvlm.cli.loading import (
+    ModelOption,
+    SkippedLayersOption,
+    ThreadsOption,
+    layers_in,
+    load_quietly,
+)
 from fastvlm.cli.terminal import complain
 from fastvlm.embedded import DESCRIPTION_PROMPT
 from fastvlm.functional.errors import InputError
@@ -39,8 +45,8 @@ def generate(  # noqa: PLR0913 (a parameter is an option)
         str | None,
         typer.Option(
             metavar="NAME",
-            help="How to decode: autoregressive, imitation, early-exit or lookup. The tokens are"
-            " the same, only their speed differs.",
+            help="How to decode: autoregressive, imitation, early-exit, skip or lookup. The tokens"
+            " are the same, only their speed differs.",
             show_default="imitation with a draft, else autoregressive",
         ),
     ] = None,
@@ -50,7 +56,7 @@ def generate(  # noqa: PLR0913 (a parameter is an option)
             min=1,
             max=256,
             help="The most tokens of a draft.",
-            show_default="what the draft records; 8 for early-exit, 10 for lookup",
+            show_default="what the draft records, else 24; 10 for lookup",
         ),
     ] = None,
     confidence: Annotated[
@@ -60,7 +66,7 @@ def generate(  # noqa: PLR0913 (a parameter is an option)
             max=1,
             help="A draft ends after the first token to which the drafter itself gives a smaller"
             " probability; 0 for drafts of fixed length.",
-            show_default="what the draft records; 0 for early-exit",
+            show_default="what the draft records; else drafts adapt to what is accepted",
         ),
     ] = None,
     temperature: Annotated[
@@ -77,6 +83,7 @@ def generate(  # noqa: PLR0913 (a parameter is an option)
         list[str] | None,
         typer.Option(metavar="TEXT", help="End the reply before this; give it again for more."),
     ] = None,
+    skipped_layers: SkippedLayersOption = None,
     threads: ThreadsOption = None,
     stats: Annotated[
         bool, typer.Option("--stats", help="Write each reply's timings to standard error.")
@@ -89,7 +96,10 @@ def generate(  # noqa: PLR0913 (a parameter is an option)
     """
     vlm = load_quietly(model, draft, threads)
     drafter = vlm.drafter(
-        strategy, num_speculative_tokens=num_speculative_tokens, confidence=confidence
+        strategy,
+        num_speculative_tokens=num_speculative_tokens,
+        confidence=confidence,
+        skipped_layers=layers_in(skipped_layers),
     )
     from fastvlm.decoding.sampling import SamplingOptions, selection_of
     from fastvlm.vlm import ReplyStream, RequestOptions, among

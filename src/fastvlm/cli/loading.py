@@ -8,6 +8,8 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from fastvlm.functional.errors import InputError
+
 if TYPE_CHECKING:
     from fastvlm.vlm import VisionLanguageModel
 
@@ -24,6 +26,30 @@ ThreadsOption = Annotated[
     int | None,
     typer.Option(min=1, max=1024, help="CPU threads to compute with.", show_default="torch's own"),
 ]
+SkippedLayersOption = Annotated[
+    str | None,
+    typer.Option(
+        metavar="LIST",
+        help="For skip: the layers that do not draft, separated by commas and counted from 0.",
+        show_default="every second one of the middle half; benchmark searches for them",
+    ),
+]
+
+
+def layers_in(listed: str | None) -> tuple[int, ...] | None:
+    """Return the layers of a list as it is typed: `3,5,7`.
+
+    Raises:
+        InputError: There is something else than whole numbers in it.
+    """
+    if listed is None:
+        return None
+    try:
+        return tuple(int(number) for number in listed.split(",") if number.strip())
+    except ValueError:
+        raise InputError(
+            f"Layers to skip are whole numbers separated by commas, as in 3,5,7; got {listed!r}."
+        ) from None
 
 
 def located(model: str | None) -> str | Path | None:

@@ -9,9 +9,10 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
+from fastvlm.decoding.batch import Batch
 from fastvlm.decoding.prefix import Prefix
 from fastvlm.decoding.selection import Selection
-from fastvlm.decoding.strategies import Batch, Draft, Drafter
+from fastvlm.decoding.strategies import Draft, Drafter
 from fastvlm.decoding.text import ReplyText
 from fastvlm.functional.acceptance import accept_greedy
 from fastvlm.functional.errors import InputError
@@ -153,40 +154,76 @@ class Decoding:
         span = cache.span(starts, longest)
         x = self.decoder.run(x, span, cache, range(exit_layer))
         cache.lengths = lengths
-        if exit_layer:
-            self.drafter.observe(x, span, self.batch)
+        exits = x
         x = self.decoder.run(x, span, cache, range(exit_layer, self.decoder.depth))
-        self.remember()
+        if self.observed is not None:
+            exits = self.with_prefixes(exits, starts, self.observed)
+            self.drafter.observe(exits)
+        self.remember(exits)
         last = torch.tensor(lengths, device=x.device) - torch.tensor(starts, device=x.device) - 1
         logits = self.decoder.head(x[torch.arange(len(x), device=x.device), last][:, None])
         self.batch.vocabulary_size = logits.shape[-1]
         chosen = self.accept(Draft([[] for _ in lengths]), logits)
         return self.commit(chosen, logits)
 
+    @property
+    def observed(self) -> int | None:
+        """The exit layer whose states of the prompt the strategy reads; None if it reads none."""
+        return self.drafter.exit_layer if self.drafter.cache_layers else None
+
     def restore(self) -> list[int]:
         """Fill the cache with what is kept of the prompts; return how many positions of each."""
-        cache, owner = self.batch.cache, self.drafter.cache_owner
-        found = [
-            None if request.prefix is None else request.prefix.find(owner, self.decoder.depth)
-            for request in self.requests
+        states = [
+            r.prefix.state if r.prefix is not None and r.prefix.knows(self.observed) else None
+            for r in self.requests
         ]
-        starts = [0 if state is None else state.shape[3] for state in found]
+        starts = [0 if state is None else state.shape[3] for state in states]
         rest = max(len(r.tokens) - s for r, s in zip(self.requests, starts, strict=True))
-        if max(starts) + rest > cache.capacity:
+        if max(starts) + rest > self.batch.cache.capacity:
             # A long prompt beside one whose beginning is kept: all are computed from the start.
             return [0] * len(starts)
-        for row, state in enumerate(found):
+        for row, state in enumerate(states):
             if state is not None:
-                cache.restore(row, state)
+                self.batch.cache.restore(row, state)
         return starts
 
-    def remember(self) -> None:
-        """Keep what the cache holds of the prompts' beginnings, where it is not kept yet."""
-        owner = self.drafter.cache_owner
+    def with_prefixes(self, x: Tensor, starts: list[int], exit_layer: int) -> Tensor:
+        """Put the exit layer's states that are kept before those just computed.
+
+        Args:
+            x: (batch, longest rest of a prompt, d_model).
+            starts: Positions of each prompt that are kept.
+            exit_layer: The exit layer.
+
+        Returns:
+            (batch, longest prompt, d_model).
+        """
+        if not any(starts):
+            return x
+        lengths = [len(request.tokens) for request in self.requests]
+        whole = x.new_zeros(len(x), max(lengths), x.shape[2])
+        for row, (request, start) in enumerate(zip(self.requests, starts, strict=True)):
+            whole[row, start : lengths[row]] = x[row, : lengths[row] - start]
+            if start and request.prefix is not None:
+                whole[row, :start] = request.prefix.exits[exit_layer]
+        return whole
+
+    def remember(self, exits: Tensor) -> None:
+        """Keep what is known of the prompts' beginnings, where it is not kept yet.
+
+        Args:
+            exits: The exit layer's states of the prompts, where the strategy reads them.
+        """
         for row, request in enumerate(self.requests):
             prefix = request.prefix
-            if prefix is not None and prefix.find(owner, self.decoder.depth) is None:
-                prefix.remember(owner, self.batch.cache.read(row, len(prefix.tokens)))
+            if prefix is None or prefix.knows(self.observed):
+                continue
+            length = len(prefix.tokens)
+            if prefix.state is None:
+                prefix.state = self.batch.cache.read(row, length, self.decoder.depth)
+            if self.observed is not None:
+                prefix.exits[self.observed] = exits[row, :length].clone()
+            prefix.store.trim()
 
     @torch.inference_mode()
     def cycle(self) -> list[int]:
@@ -200,9 +237,8 @@ class Decoding:
         self.batch.cache.lengths = [
             length + len(tokens) for length, tokens in zip(lengths, chosen, strict=True)
         ]
-        if hidden is not None:
-            self.drafter.commit(hidden, [len(tokens) - 1 for tokens in chosen])
-        proposed = [len(tokens) for tokens in draft.tokens]
+        self.drafter.commit(hidden, [len(tokens) - 1 for tokens in chosen])
+        proposed = [len(tokens) for tokens in draft.drawn]
         for request, number, tokens in zip(running, proposed, chosen, strict=True):
             request.proposed.append(number)
             request.accepted.append(len(tokens) - 1)
@@ -221,9 +257,8 @@ class Decoding:
                 for tokens, best in zip(draft.tokens, logits.argmax(-1).tolist(), strict=True)
             ]
         else:
-            q = draft.q or [[None] * len(tokens) for tokens in draft.tokens]
             found = [
-                selection.accept(self.batch.replies[row], draft.tokens[row], q[row], logits[row])
+                selection.accept(self.batch.replies[row], draft.drawn[row], logits[row])
                 for row, selection in enumerate(self.batch.selections)
             ]
         return [
@@ -277,7 +312,9 @@ class Decoding:
             gained[index] = request.take(tokens, len(tokens) - 1, now)
             if request.logits is not None:
                 request.logits += logits[row, : gained[index]].clone()
-            if not request.finished:
+            if request.finished:
+                self.drafter.finish(len(request.reply))
+            else:
                 going.append(row)
         if going and len(going) < len(self.rows):
             batch.keep(going)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Hashable
 from dataclasses import dataclass, field
 
 from torch import Tensor
@@ -17,33 +16,26 @@ class Prefix:
         tokens: The prompt's tokens so far.
         features: The picture's visual tokens, projected: (visual tokens, d_model).
         store: Where it is kept.
-        states: Keys and values, (layers, 2, kv_heads, length, head_dim), by whose layers follow the
-            target's own in the cache: those of an imitation network, or of None.
+        state: Keys and values of the target, (layers, 2, kv_heads, length, head_dim).
+        exits: Hidden states by their exit layer, (length, d_model), from which an imitation network
+            fills its own cache.
     """
 
     tokens: list[int]
     features: Tensor
     store: PrefixStore
-    states: dict[Hashable, Tensor] = field(default_factory=dict)
+    state: Tensor | None = None
+    exits: dict[int, Tensor] = field(default_factory=dict)
 
-    def find(self, owner: Hashable, layers: int) -> Tensor | None:
-        """Return the keys and values of the target's layers and those of `owner`."""
-        if owner in self.states:
-            return self.states[owner]
-        if owner is not None or not self.states:
-            return None
-        # The target's own layers are the same in all of them.
-        return next(iter(self.states.values()))[:layers]
-
-    def remember(self, owner: Hashable, state: Tensor) -> None:
-        """Keep keys and values for later."""
-        self.states[owner] = state
-        self.store.trim()
+    def knows(self, exit_layer: int | None) -> bool:
+        """Return whether keys and values are kept, and an exit layer's states where one is read."""
+        return self.state is not None and (exit_layer is None or exit_layer in self.exits)
 
     @property
     def size(self) -> int:
         """Bytes that it takes."""
-        return sum(kept.nbytes for kept in (self.features, *self.states.values()))
+        states = () if self.state is None else (self.state,)
+        return sum(kept.nbytes for kept in (self.features, *states, *self.exits.values()))
 
 
 class PrefixStore:

@@ -25,8 +25,8 @@ class Drawn:
     """
 
     token: int
-    q: Tensor | None
-    confidence: float
+    q: Tensor | None = None
+    confidence: float = 1.0
 
 
 @dataclass(slots=True)
@@ -88,30 +88,29 @@ class Selection:
     def accept(
         self,
         reply: Sequence[int],
-        drafted: Sequence[int],
-        q: Sequence[Tensor | None],
+        draft: Sequence[Drawn],
         logits: Tensor,
     ) -> tuple[int, int]:
         """Accept a draft against the target.
 
         Args:
             reply: The reply before the draft.
-            drafted: The draft, g tokens.
-            q: What each of them was drawn from, see `Drawn`.
+            draft: The draft, g tokens.
             logits: The target's at each position: (g + 1 or more, vocabulary).
 
         Returns:
             How many drafted tokens are accepted, and the token that follows them.
         """
         seen = list(reply)
-        for index, token in enumerate(drafted):
+        for index, drawn in enumerate(draft):
             scores = self.process(seen, logits[index])
             if self.sample:
-                other = accept_or_replace(token, scores.softmax(-1), q[index], self.generator)
+                p = scores.softmax(-1)
+                other = accept_or_replace(drawn.token, p, drawn.q, self.generator)
             else:
                 best = int(scores.argmax())
-                other = None if best == token else best
+                other = None if best == drawn.token else best
             if other is not None:
                 return index, other
-            seen.append(token)
-        return len(drafted), self.choose(self.process(seen, logits[len(drafted)]))
+            seen.append(drawn.token)
+        return len(draft), self.choose(self.process(seen, logits[len(draft)]))

@@ -2,14 +2,55 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, field
 from typing import Protocol
 
 from fastvlm.functional.errors import InputError
 
 
+@dataclass(slots=True)
+class Progress:
+    """How far one cycle's drafts have come: a value for each row of the batch.
+
+    Args:
+        open: Whether the row can have another token: it decodes, its limit is not reached, and
+            what it drafted last does not end the reply.
+        confidences: The drafter's own probability of each token drafted so far (1 where the rule
+            does not read it).
+        remaining: The most tokens that the reply can still have.
+        replied: Tokens of the reply so far.
+        behind: Positions before the last committed token that a drafter has not seen yet and has to
+            catch up on before its first guess.
+    """
+
+    open: list[bool]
+    confidences: list[list[float]]
+    remaining: list[int]
+    replied: list[int]
+    behind: int = 0
+
+    @property
+    def steps(self) -> int:
+        """Draft steps taken so far: tokens of the longest draft."""
+        return max(map(len, self.confidences), default=0)
+
+
+@dataclass(frozen=True, slots=True)
+class Timings:
+    """What a cycle took, in seconds.
+
+    Args:
+        steps: Each draft step; the first one catches up on what the drafter has not seen.
+        verify: The verify pass.
+    """
+
+    steps: list[float]
+    verify: float
+
+
 class DraftLength(Protocol):
-    """Decides, token by token, whether a draft goes on."""
+    """Decides, token by token, whether drafts go on."""
 
     @property
     def maximum(self) -> int:
@@ -18,41 +59,70 @@ class DraftLength(Protocol):
 
     @property
     def reads_confidence(self) -> bool:
-        """Whether `goes_on` needs the drafter's probability; computing it costs a little."""
+        """Whether the rule needs the drafter's probability; computing it costs a little."""
         ...
 
-    def goes_on(self, drafted: int, confidence: float) -> bool:
-        """Return whether to draft another token.
+    def goes_on(self, progress: Progress) -> list[bool]:
+        """Return whether each row drafts another token; it is asked before the first one too."""
+        ...
 
-        Args:
-            drafted: Tokens drafted in this cycle so far.
-            confidence: The drafter's own probability of the last one, or 1 if it isn't read.
-        """
+    def learn(self, progress: Progress, accepted: Sequence[int], timings: Timings) -> None:
+        """Learn from a cycle: its drafts, how many tokens each row accepted, and what it took."""
+        ...
+
+    def finish(self, tokens: int) -> None:
+        """Learn that a reply has ended with so many tokens."""
         ...
 
 
-def _checked(maximum: int) -> None:
+class RowByRow:
+    """A rule that looks at each row alone and learns nothing."""
+
+    def continues(self, confidences: list[float]) -> bool:
+        """Return whether a row goes on after tokens of these probabilities."""
+        raise NotImplementedError
+
+    def goes_on(self, progress: Progress) -> list[bool]:
+        """Return whether each row drafts another token."""
+        return [
+            is_open and self.continues(confidences)
+            for is_open, confidences in zip(progress.open, progress.confidences, strict=True)
+        ]
+
+    def learn(self, progress: Progress, accepted: Sequence[int], timings: Timings) -> None:
+        """Nothing to learn."""
+
+    def finish(self, tokens: int) -> None:
+        """Nothing to learn."""
+
+
+def check_maximum(maximum: int) -> None:
+    """Refuse drafts without a token.
+
+    Raises:
+        InputError: The maximum is below 1.
+    """
     if maximum < 1:
         raise InputError(f"A draft has at least one token; got num_speculative_tokens {maximum}.")
 
 
-@dataclass(frozen=True, slots=True)
-class FixedLength:
+@dataclass(frozen=True)
+class FixedLength(RowByRow):
     """Every draft has the same number of tokens."""
 
     maximum: int = 8
-    reads_confidence = False
+    reads_confidence: bool = field(init=False, default=False)
 
     def __post_init__(self) -> None:
-        _checked(self.maximum)
+        check_maximum(self.maximum)
 
-    def goes_on(self, drafted: int, confidence: float) -> bool:  # noqa: ARG002
+    def continues(self, confidences: list[float]) -> bool:
         """Go on up to the maximum."""
-        return drafted < self.maximum
+        return len(confidences) < self.maximum
 
 
-@dataclass(frozen=True, slots=True)
-class ConfidenceLength:
+@dataclass(frozen=True)
+class ConfidenceLength(RowByRow):
     """A draft ends after the first token that the drafter is unsure of.
 
     Args:
@@ -62,18 +132,15 @@ class ConfidenceLength:
 
     maximum: int = 24
     threshold: float = 0.6
-    reads_confidence = True
+    reads_confidence: bool = field(init=False, default=True)
 
     def __post_init__(self) -> None:
-        _checked(self.maximum)
+        check_maximum(self.maximum)
         if not 0 <= self.threshold <= 1:
             raise InputError(f"A confidence threshold lies between 0 and 1; got {self.threshold}.")
 
-    def goes_on(self, drafted: int, confidence: float) -> bool:
+    def continues(self, confidences: list[float]) -> bool:
         """Go on while the drafter is sure, up to the maximum."""
-        return drafted < self.maximum and confidence >= self.threshold
-
-
-def draft_length(maximum: int, confidence: float) -> DraftLength:
-    """Return drafts that end at a confidence, or of fixed length where it is 0."""
-    return ConfidenceLength(maximum, confidence) if confidence else FixedLength(maximum)
+        return len(confidences) < self.maximum and (
+            not confidences or confidences[-1] >= self.threshold
+        )

@@ -33,8 +33,9 @@ class ImitationConfig(PreTrainedConfig):
         blocks: Decoder layers in a network of kind `block`.
         text_config: The configuration of the target's decoder.
         target: The target's fingerprint.
-        num_speculative_tokens: The most tokens in a draft that serves this network best.
-        confidence: The drafter's own probability below which a draft ends.
+        num_speculative_tokens: The most tokens in a draft; None for the usual maximum.
+        confidence: The drafter's own probability below which a draft ends, 0 for drafts of fixed
+            length; None for a length that adapts to the machine and to what is accepted.
     """
 
     model_type = "fastvlm_imitation"
@@ -45,8 +46,8 @@ class ImitationConfig(PreTrainedConfig):
     text_config: dict[str, Any] | None = None
     target: str | None = None
     draft_vocabulary_size: int | None = None
-    num_speculative_tokens: int = 14
-    confidence: float = 0.4
+    num_speculative_tokens: int | None = None
+    confidence: float | None = None
     initializer_range: float = 0.02
 
     def __post_init__(self, **kwargs: Any) -> None:

@@ -203,9 +203,9 @@ class DecoderCache:
             positions = torch.tensor(starts, device=self.device)[:, None] + self._counts[:width]
         return Span(list(starts), width, end, positions, aligned, self._table, self._source)
 
-    def read(self, row: int, length: int) -> Tensor:
+    def read(self, row: int, length: int, layers: int) -> Tensor:
         """Return a copy of a row's beginning: (layers, 2, kv_heads, length, head_dim)."""
-        return self.storage[:, :, row, :, :length].clone()
+        return self.storage[:layers, :, row, :, :length].clone()
 
     def restore(self, row: int, state: Tensor) -> None:
         """Write what `read` returned to the beginning of a row."""

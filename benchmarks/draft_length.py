@@ -1,0 +1,186 @@
+"""How long drafts should be: adaptive drafts against fixed ones, and where drafting can only lose.
+
+Three questions, each answered interleaved in one run on the model that ships:
+
+- `lengths`: adaptive drafts against fixed lengths on scenes, on photographs and on a mix of both
+  (a scene, then a photograph, with the estimates of one reply carried to the next);
+- `untrained`: a draft of random weights, block and mlp, against ordinary decoding;
+- `short`: whole replies of one word (a token, and another that ends the reply, which nothing
+  announces), picture and prefill included.
+
+Every reply must have the tokens of ordinary decoding. Run `python benchmarks/draft_length.py
+[--photographs DIR] [--listing FILE] [--pictures N] [--threads N] [--json FILE]`.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+import fastvlm
+from fastvlm import embedded
+from fastvlm.data.questions import (
+    HELD_OUT_SCENES,
+    Question,
+    about_photographs,
+    about_scenes,
+    pictures_in,
+)
+from fastvlm.decoding import Drafter
+from fastvlm.drafting import ImitationConfig, ImitationNetwork
+from fastvlm.evaluation.benchmark import Run, hardware, run_strategy
+from fastvlm.functional.statistics import Spread
+
+FIXED = (2, 4, 6, 8, 10, 14, 20)
+MAX_NEW_TOKENS = 160
+ORDINARY, ADAPTIVE = "ordinary", "adaptive"
+
+
+def interleaved(
+    vlm: fastvlm.VisionLanguageModel,
+    drafters: Mapping[str, Drafter],
+    questions: Sequence[Question],
+    *,
+    short: bool = False,
+) -> dict[str, list[Run]]:
+    """Answer each question with every drafter before the next one, in an order that turns.
+
+    Args:
+        vlm: The model.
+        drafters: The contenders.
+        questions: What is asked.
+        short: Whether replies end with their second token.
+
+    Raises:
+        SystemExit: A reply has other tokens than ordinary decoding.
+    """
+    names = list(drafters)
+    runs: dict[str, list[Run]] = {name: [] for name in names}
+    usual = vlm.end_tokens
+    for drafter in drafters.values():
+        run_strategy(vlm, drafter, questions[0], MAX_NEW_TOKENS)
+    for number, question in enumerate(questions):
+        turn = number % len(names)
+        if short:
+            _, second = run_strategy(vlm, drafters[names[0]], question, 2).tokens
+            vlm.end_tokens = frozenset({second})
+        for name in names[turn:] + names[:turn]:
+            runs[name].append(run_strategy(vlm, drafters[name], question, MAX_NEW_TOKENS))
+        for name in names:
+            if runs[name][-1].tokens != runs[names[0]][-1].tokens:
+                raise SystemExit(f"{name} and {names[0]} differ on {question}.")
+        vlm.end_tokens = usual
+    return runs
+
+
+def seconds(run: Run, *, whole: bool) -> float:
+    """Return what a reply took after its first token, or from the picture on."""
+    found = run.statistics
+    decode = (found.tpot_ms or 0.0) * (found.tokens - 1) / 1e3
+    return decode + found.ttft_ms / 1e3 if whole else decode
+
+
+def compared(
+    runs: Mapping[str, Sequence[Run]], reference: str, *, whole: bool = False
+) -> dict[str, dict[str, Any]]:
+    """Return, for each contender, its time over the reference's: median of replies, and in all."""
+    base = [seconds(run, whole=whole) for run in runs[reference]]
+    rows = {}
+    for name, own in runs.items():
+        taken = [seconds(run, whole=whole) for run in own]
+        ratios = Spread.of([one / other for one, other in zip(taken, base, strict=True)])
+        cycles = sum(run.statistics.cycles for run in own)
+        rows[name] = {
+            "time": ratios.median,
+            "time_iqr": [ratios.low, ratios.high],
+            "time_in_all": sum(taken) / sum(base),
+            "ms_per_token": 1e3 * sum(taken) / sum(run.statistics.tokens - 1 for run in own),
+            "draft_length": sum(run.statistics.proposed for run in own) / max(cycles, 1),
+            "acceptance_length": sum(run.statistics.tokens - 1 for run in own) / max(cycles, 1),
+        }
+    return rows
+
+
+def report(title: str, reference: str, rows: Mapping[str, Mapping[str, Any]]) -> None:
+    """Print a table."""
+    print(f"\n{title}; time as a share of {reference}'s (quartiles), in all, ms a token, draft,")  # noqa: T201
+    print("tokens a pass", flush=True)  # noqa: T201
+    for name, row in rows.items():
+        low, high = row["time_iqr"]
+        print(  # noqa: T201
+            f"  {name:10} {row['time']:.3f} ({low:.3f}-{high:.3f})  {row['time_in_all']:.3f}"
+            f"  {row['ms_per_token']:7.2f}  {row['draft_length']:5.1f}"
+            f"  {row['acceptance_length']:5.2f}",
+            flush=True,
+        )
+
+
+def untrained(vlm: fastvlm.VisionLanguageModel, kind: str) -> Drafter:
+    """Return a draft of random weights, which is right about once in a vocabulary."""
+    text = vlm.model.config.get_text_config().to_dict()
+    torch.manual_seed(0)
+    network = ImitationNetwork(ImitationConfig(kind=kind, text_config=text)).eval()
+    return vlm.drafter("imitation", network=network.to(vlm.decoder.dtype))
+
+
+def main() -> None:
+    """Measure what is asked for."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--photographs", type=Path, default=embedded.PICTURES)
+    parser.add_argument("--listing", type=Path, help="names of the photographs to take")
+    parser.add_argument("--pictures", type=int, default=20, help="pictures of each kind")
+    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
+    parser.add_argument("--only", default="lengths,untrained,short")
+    parser.add_argument("--json", type=Path)
+    options = parser.parse_args()
+    torch.set_num_threads(options.threads)
+    vlm = fastvlm.load()
+    if options.listing is None:
+        paths = [p for p in pictures_in(options.photographs) if p.suffix == ".jpg"]
+    else:
+        paths = [options.photographs / name for name in options.listing.read_text().split()]
+    scenes = about_scenes(range(HELD_OUT_SCENES, HELD_OUT_SCENES + options.pictures))
+    photographs = about_photographs(paths[: options.pictures], (embedded.DESCRIPTION_PROMPT,))
+    mix = [q for pair in zip(scenes, photographs, strict=False) for q in pair]
+    out: dict[str, Any] = {"hardware": hardware(), "pictures": options.pictures}
+    wanted = options.only.split(",")
+
+    def measured(title: str, reference: str, rows: dict[str, dict[str, Any]]) -> None:
+        report(title, reference, rows)
+        out[title] = {"reference": reference, "results": rows}
+        if options.json is not None:
+            options.json.write_text(json.dumps(out, indent=1) + "\n")
+
+    if "lengths" in wanted:
+        for title, questions in (("scenes", scenes), ("photographs", photographs), ("mix", mix)):
+            fixed = {
+                f"fixed {g}": vlm.drafter("imitation", num_speculative_tokens=g, confidence=0)
+                for g in FIXED
+            }
+            drafters = {ADAPTIVE: vlm.drafter("imitation"), **fixed}
+            ordinary = {ORDINARY: vlm.drafter("autoregressive")}
+            runs = interleaved(vlm, {**ordinary, **drafters}, questions)
+            measured(title, ADAPTIVE, compared(runs, ADAPTIVE))
+    if "untrained" in wanted:
+        drafters = {
+            ORDINARY: vlm.drafter("autoregressive"),
+            "block": untrained(vlm, "block"),
+            "mlp": untrained(vlm, "mlp"),
+        }
+        runs = interleaved(vlm, drafters, mix[: options.pictures])
+        measured("untrained drafts", ORDINARY, compared(runs, ORDINARY))
+    if "short" in wanted:
+        # What was learnt from longer replies must not help here.
+        vlm = fastvlm.load()
+        drafters = {ORDINARY: vlm.drafter("autoregressive"), ADAPTIVE: vlm.drafter("imitation")}
+        runs = interleaved(vlm, drafters, mix, short=True)
+        measured("one-word answers", ORDINARY, compared(runs, ORDINARY, whole=True))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,232 @@
+"""Which layers to skip when drafting: a search on sample requests."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fastvlm.decoding.cycle import Decoding, Request
+from fastvlm.decoding.strategies import Autoregressive
+from fastvlm.functional.errors import InputError
+from fastvlm.language.cache import DecoderCache, Span
+from fastvlm.language.decoder import SplitDecoder
+
+LONGEST_DRAFT = 24
+EVALUATIONS = 600
+ROUNDS = 7
+
+
+@dataclass(frozen=True, slots=True)
+class StepCosts:
+    """What the parts of decoding take, in any one unit of time.
+
+    Args:
+        layer: A layer, for one token.
+        head: Embedding and LM head, for one token.
+        verify: A pass of all layers over two tokens.
+        slope: What each further token adds to it.
+    """
+
+    layer: float
+    head: float
+    verify: float
+    slope: float
+
+
+@dataclass(frozen=True, slots=True)
+class LayerChoice:
+    """Layers to skip, and what is expected of it.
+
+    Args:
+        skipped: The layers.
+        acceptance: The share of drafted tokens that are the target's own.
+        speedup: Expected tokens per second over those of ordinary decoding.
+    """
+
+    skipped: tuple[int, ...]
+    acceptance: float
+    speedup: float
+
+
+class ContextCache:
+    """The target's keys and values of a whole reply, and beside them each position's own.
+
+    Args:
+        cache: What decoding one request left.
+        length: Positions in it.
+    """
+
+    def __init__(self, cache: DecoderCache, length: int) -> None:
+        self.keys = [keys[:, :, :length] for keys in cache.keys]
+        self.values = [values[:, :, :length] for values in cache.values]
+
+    def write_at(self, span: Span) -> None:
+        """Nothing is written."""
+
+    def update(
+        self, keys: Tensor, values: Tensor, layer_idx: int, *_: Any, **__: Any
+    ) -> tuple[Tensor, Tensor]:
+        """Return the target's keys and values, then the new ones: (1, kv_heads, both, head_dim)."""
+        return (
+            torch.cat((self.keys[layer_idx], keys), 2),
+            torch.cat((self.values[layer_idx], values), 2),
+        )
+
+
+class FirstDraftSpan(Span):
+    """Positions that each see the target's keys before them and their own new one."""
+
+    def mask(self, window: int | None = None) -> Tensor:
+        """Return which keys each position sees: (1, 1, width, end + width)."""
+        here = self.positions[:, None, :, None]
+        keys = torch.arange(self.end, device=here.device)
+        seen = keys < here
+        if window is not None:
+            seen &= keys > here - window
+        own = torch.eye(self.width, dtype=torch.bool, device=here.device)
+        return torch.cat((seen, own[None, None]), 3)
+
+
+class SampleReplies:
+    """Replies of the target's own, with which candidates are judged.
+
+    Each position of a reply is drafted from as a cycle would that begins there: with the target's
+    own keys and values before it. One pass over all positions gives the acceptance of the first
+    token of every draft, exactly. Of the later ones it is an estimate: in decoding, their context
+    holds keys of drafted tokens, which skip the same layers.
+
+    Args:
+        decoder: The target.
+        requests: The sample; they are decoded here.
+    """
+
+    def __init__(self, decoder: SplitDecoder, requests: Sequence[Request]) -> None:
+        self.decoder = decoder
+        self.samples: list[tuple[ContextCache, FirstDraftSpan, Tensor, Tensor]] = []
+        for request in requests:
+            decoding = Decoding(decoder, Autoregressive(), [request])
+            for _ in decoding:
+                pass
+            start, reply = len(request.tokens), request.reply
+            width = len(reply) - 1
+            if not width:
+                continue
+            end = start + width
+            positions = torch.arange(start, end, device=decoder.device)[None]
+            tokens = torch.tensor([reply], device=decoder.device)
+            self.samples.append(
+                (
+                    ContextCache(decoding.batch.cache, end),
+                    FirstDraftSpan([start], width, end, positions, aligned=True),
+                    tokens[:, :-1],
+                    tokens[:, 1:],
+                )
+            )
+        if not self.samples:
+            raise InputError("No sample has a reply of two tokens or more; give it other prompts.")
+
+    @torch.inference_mode()
+    def acceptance(self, skipped: Iterable[int]) -> float:
+        """Return the share of positions whose draft is the target's own token."""
+        left_out = frozenset(skipped)
+        kept = [layer for layer in range(self.decoder.depth) if layer not in left_out]
+        right = total = 0
+        for cache, span, tokens, following in self.samples:
+            x = self.decoder.run(self.decoder.embed(tokens), span, cache, kept)
+            right += int((self.decoder.head(x).argmax(-1) == following).sum())
+            total += following.numel()
+        return right / total
+
+
+@torch.inference_mode()
+def measured_costs(decoder: SplitDecoder, context: int) -> StepCosts:
+    """Time the parts of decoding with so many positions in the cache: medians, in seconds."""
+    narrow, wide = 2, 10
+    cache = decoder.cache(1, context + wide)
+    layers = range(decoder.depth)
+
+    def taken(width: int, layers: range) -> float:
+        started = time.perf_counter()
+        x = decoder.embed(torch.zeros(1, width, dtype=torch.long, device=decoder.device))
+        x = decoder.run(x, cache.span([context], width), cache, layers) if layers else x
+        # What is read from a device has been computed.
+        decoder.head(x).argmax(-1).tolist()
+        return time.perf_counter() - started
+
+    parts = ((1, layers), (1, range(0)), (narrow, layers), (wide, layers))
+    times: list[list[float]] = [[] for _ in parts]
+    for _ in range(ROUNDS):
+        for found, part in zip(times, parts, strict=True):
+            found.append(taken(*part))
+    step, head, two, ten = (sorted(found)[ROUNDS // 2] for found in times)
+    return StepCosts(
+        layer=max(step - head, 0.0) / decoder.depth,
+        head=head,
+        verify=two,
+        slope=max(ten - two, 0.0) / (wide - narrow),
+    )
+
+
+def expected_speedup(acceptance: float, kept: int, depth: int, costs: StepCosts) -> float:
+    """Return the speedup of the best draft length, over ordinary decoding.
+
+    S = E (L l + h) / (g (kept l + h) + verify), with E = 1 + a + ... + a^g.
+    """
+    step, draft = depth * costs.layer + costs.head, kept * costs.layer + costs.head
+    best, tokens = 0.0, 1.0
+    for length in range(1, LONGEST_DRAFT + 1):
+        tokens += acceptance**length
+        verify = costs.verify + costs.slope * (length - 1)
+        best = max(best, tokens * step / (length * draft + verify))
+    return best
+
+
+def find_skipped_layers(
+    decoder: SplitDecoder,
+    requests: Sequence[Request],
+    *,
+    costs: StepCosts | None = None,
+    evaluations: int = EVALUATIONS,
+) -> LayerChoice:
+    """Search for the layers to skip that give the most tokens per second.
+
+    Greedy removal: of the layers still kept, the one whose loss costs the least acceptance goes,
+    one after another, the first and the last layer excepted; the best set on the way is returned.
+
+    Args:
+        decoder: The target.
+        requests: Samples of what will be asked; they are decoded here, ordinarily.
+        costs: What the parts of decoding take; None to measure it.
+        evaluations: The most sets to try: of a model of 32 layers, 465 are all. Where they run
+            out, what was best so far is returned.
+
+    Raises:
+        InputError: No sample has a reply of two tokens or more, or the model has no layer between
+            the first and the last, or fewer sets may be tried than it has such layers.
+    """
+    inner = decoder.depth - 2
+    if inner < 1:
+        raise InputError(
+            "A layer can be skipped between the first and the last one; this model has"
+            f" {decoder.depth}."
+        )
+    if evaluations < inner:
+        raise InputError(f"The first round alone tries {inner} sets of layers; got {evaluations}.")
+    samples = SampleReplies(decoder, requests)
+    costs = costs or measured_costs(decoder, max(span.end for _, span, _, _ in samples.samples))
+    candidates = list(range(1, decoder.depth - 1))
+    skipped: tuple[int, ...] = ()
+    choices: list[LayerChoice] = []
+    while candidates and evaluations >= len(candidates):
+        evaluations -= len(candidates)
+        acceptance, layer = max((samples.acceptance((*skipped, one)), one) for one in candidates)
+        candidates.remove(layer)
+        skipped = tuple(sorted((*skipped, layer)))
+        speedup = expected_speedup(acceptance, decoder.depth - len(skipped), decoder.depth, costs)
+        choices.append(LayerChoice(skipped, acceptance, speedup))
+    return max(choices, key=lambda choice: choice.speedup)

@@ -1,0 +1,233 @@
+"""Drafts that go on while another token raises the expected tokens per second."""
+
+from __future__ import annotations
+
+import math
+from bisect import bisect_right
+from collections import deque
+from collections.abc import Sequence
+from itertools import pairwise
+
+from fastvlm.drafting.costs import CycleCosts
+from fastvlm.drafting.draft_length import Progress, Timings, check_maximum
+
+EDGES = (0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 0.95, 0.98, 0.995)
+"""Between the bins of confidence."""
+FORGET = 0.99
+"""A bin remembers about its last hundred tokens."""
+PRIOR_WEIGHT = 3.0
+FOLLOWING = 0.7
+"""Acceptance of the token after an accepted one, until it is measured."""
+PACE_DECAY = 0.95
+"""The rate of drafting is that of about the last twenty cycles."""
+PROBE_SHARE = 0.01
+"""The most that probing costs, of the time of ordinary decoding."""
+ORDINARY_EVERY = 64
+"""Cycles with a draft after which an ordinary step is measured again."""
+REPLIES = 32
+"""Replies whose lengths are remembered."""
+EVEN = 0.5
+"""Share of replies that may end with the next token while it is unknown what a draft brings."""
+
+
+class Rates:
+    """Decayed counts of accepted tokens, in bins, each with a prior."""
+
+    def __init__(self, priors: Sequence[float]) -> None:
+        self.seen = [PRIOR_WEIGHT] * len(priors)
+        self.accepted = [PRIOR_WEIGHT * prior for prior in priors]
+
+    def add(self, index: int, accepted: bool) -> None:
+        """Count a token that was compared with the target's."""
+        self.seen[index] = FORGET * self.seen[index] + 1
+        self.accepted[index] = FORGET * self.accepted[index] + accepted
+
+    def __getitem__(self, index: int) -> float:
+        """The estimated acceptance of a bin."""
+        return self.accepted[index] / self.seen[index]
+
+
+class Pace:
+    """How drafting does against ordinary decoding, for batches of one size.
+
+    Args:
+        rows: The batch's size.
+    """
+
+    def __init__(self, rows: int) -> None:
+        self.rows = rows
+        self.costs = CycleCosts()
+        self.credit = 0.0
+        """Seconds that probing may still lose."""
+        self.since_ordinary = 0
+        self.tokens = self.cycles = self.steps = 0.0
+
+    def add(self, tokens: int, steps: int) -> None:
+        """Count a cycle with a draft: tokens of all rows, and draft steps."""
+        self.tokens = PACE_DECAY * self.tokens + tokens
+        self.steps = PACE_DECAY * self.steps + steps
+        self.cycles = PACE_DECAY * self.cycles + 1
+
+    @property
+    def cycle_seconds(self) -> float:
+        """Seconds of a cycle with a draft, at what its parts usually take."""
+        steps = self.steps / self.cycles
+        return steps * self.costs.step.median + self.costs.verify.of(steps + 1)
+
+    @property
+    def drafting(self) -> float:
+        """Tokens per second of cycles with a draft; 0 before the first."""
+        return self.tokens / self.cycles / self.cycle_seconds if self.cycles else 0.0
+
+    @property
+    def ordinary(self) -> float:
+        """Tokens per second of ordinary steps; 0 before the first."""
+        seconds = self.costs.verify.ordinary.median
+        return self.rows / seconds if seconds else 0.0
+
+
+class AdaptiveLength:
+    """Drafts that end when one more token no longer raises the expected tokens per second.
+
+    With estimates p_i of the acceptance of each drafted token by the drafter's confidence in it, q
+    of the next one's, and r the tokens per second reached so far, a draft goes on while
+
+        p_1 ... p_n q > r (d + v)
+
+    for a draft step of d seconds and v that a token adds to the verify; a batch adds its rows' left
+    sides. (The marginal value theorem: what brings less than the average rate is not worth its
+    time.) Where ordinary steps bring more tokens per second than drafting, nothing is drafted, but
+    for probes that lose at most `PROBE_SHARE` of the time.
+
+    The estimates belong to one drafter and one target, and serve all their requests, so they are
+    kept from one to the next. Rejected or accepted, no token depends on them.
+
+    Args:
+        maximum: The most tokens in a draft.
+    """
+
+    reads_confidence = True
+
+    def __init__(self, maximum: int = 24) -> None:
+        check_maximum(maximum)
+        self.maximum = maximum
+        bounds = (0.0, *EDGES, 1.0)
+        self.sure = Rates([(a + b) / 2 for a, b in pairwise(bounds)])
+        """Acceptance of a token by the drafter's confidence in it."""
+        self.following = Rates([FOLLOWING] * (len(EDGES) + 1))
+        """Acceptance of the token after an accepted one, by the confidence in that one."""
+        self.paces: dict[int, Pace] = {}
+        self.lengths: deque[int] = deque(maxlen=REPLIES)
+
+    def pace(self, rows: int) -> Pace:
+        """Return what is known of batches of a size."""
+        return self.paces.setdefault(rows, Pace(rows))
+
+    def goes_on(self, progress: Progress) -> list[bool]:
+        """Return whether each row drafts another token: all that can, or none.
+
+        A step takes as long for one row as for all, so a row never stops alone.
+        """
+        steps = progress.steps
+        goes = (
+            steps < self.maximum
+            and any(progress.open)
+            and (self.another(progress) if steps else self.begins(progress))
+        )
+        return [goes and is_open for is_open in progress.open]
+
+    def begins(self, progress: Progress) -> bool:
+        """Return whether to draft at all in this cycle."""
+        pace = self.pace(len(progress.open))
+        if not self.pays(progress, pace):
+            return False
+        if not pace.cycles:
+            return True
+        # An ordinary step is measured early, and then now and then.
+        measured = len(pace.costs.verify.ordinary.values)
+        if pace.since_ordinary >= min(2 ** (measured + 1), ORDINARY_EVERY):
+            return False
+        return pace.drafting > pace.ordinary or pace.credit >= self.probe(progress, pace)
+
+    def pays(self, progress: Progress, pace: Pace) -> bool:
+        """Return whether what is expected of the replies is worth a draft."""
+        rows = [row for row, is_open in enumerate(progress.open) if is_open]
+        left = max(self.left(progress.replied[row], progress.remaining[row]) for row in rows)
+        if left <= 1:
+            # The next token is the last, and an ordinary step gives it.
+            return False
+        ending = min(self.ending(progress.replied[row]) for row in rows)
+        ordinary = pace.costs.verify.ordinary.median
+        if not ordinary or pace.drafting <= pace.ordinary:
+            return ending <= EVEN
+        # Waiting a step shows whether the reply goes on: the draft is too late, or was for nothing.
+        saved = ordinary - pace.rows / pace.drafting
+        if ending * self.probe(progress, pace) > (1 - ending) * saved:
+            return False
+        return pace.costs.catch_up(progress.behind) < left * saved
+
+    def replies_like(self, replied: int) -> list[int]:
+        """Return the lengths of the last replies that were longer than so many tokens."""
+        return [length for length in self.lengths if length > replied]
+
+    def left(self, replied: int, remaining: int) -> float:
+        """Return how many more tokens a reply is expected to have, after so many."""
+        longer = self.replies_like(replied)
+        return min(sum(longer) / len(longer) - replied, remaining) if longer else remaining
+
+    def ending(self, replied: int) -> float:
+        """Return the share of replies of so many tokens that the next one ended."""
+        longer = self.replies_like(replied)
+        return longer.count(replied + 1) / len(longer) if longer else 0.0
+
+    def probe(self, progress: Progress, pace: Pace) -> float:
+        """Return the seconds that a draft of one token loses if it is rejected."""
+        costs = pace.costs
+        return (
+            costs.catch_up(progress.behind)
+            + costs.step.median
+            + costs.verify.of(2)
+            - costs.verify.of(1)
+        )
+
+    def another(self, progress: Progress) -> bool:
+        """Return whether one more token raises the expected tokens per second."""
+        pace = self.pace(len(progress.open))
+        gain = 0.0
+        for is_open, confidences in zip(progress.open, progress.confidences, strict=True):
+            if is_open and confidences:
+                bins = [bisect_right(EDGES, confidence) for confidence in confidences]
+                gain += math.prod(self.sure[index] for index in bins) * self.following[bins[-1]]
+        rate = max(pace.drafting, pace.ordinary)
+        return gain > rate * (pace.costs.step.median + pace.costs.verify.slope)
+
+    def learn(self, progress: Progress, accepted: Sequence[int], timings: Timings) -> None:
+        """Learn from a cycle: what was accepted, and what it took."""
+        pace = self.pace(len(progress.open))
+        steps = progress.steps
+        pace.costs.add(timings.steps, progress.behind, steps + 1, timings.verify)
+        ordinary = pace.costs.verify.of(1)
+        if not steps:
+            pace.since_ordinary = 0
+            pace.credit = min(pace.credit + PROBE_SHARE * ordinary, ordinary)
+            return
+        tokens = 0
+        for confidences, count in zip(progress.confidences, accepted, strict=True):
+            if not confidences:
+                continue
+            tokens += count + 1
+            for place, confidence in enumerate(confidences[: count + 1]):
+                index = bisect_right(EDGES, confidence)
+                self.sure.add(index, place < count)
+                if place:
+                    before = bisect_right(EDGES, confidences[place - 1])
+                    self.following.add(before, place < count)
+        pace.add(tokens, steps)
+        pace.since_ordinary += 1
+        taken = sum(timings.steps) + timings.verify
+        # A probe that brought tokens pays for the next one.
+        pace.credit = min(pace.credit + ordinary * tokens / pace.rows - taken, ordinary)
+
+    def finish(self, tokens: int) -> None:
+        """Learn a reply's length."""
+        self.lengths.append(tokens)
