@@ -18,9 +18,9 @@ from pathlib import Path
 import torch
 from transformers import FastVlmConfig, FastVlmForConditionalGeneration
 
-from fastvlm.decoding.prefix import PrefixStore
 from fastvlm.evaluation.benchmark import hardware
 from fastvlm.evaluation.contenders import DECODERS
+from fastvlm.language.prefix import PrefixStore
 from fastvlm.scenes import describe, render, sample
 from fastvlm.training.tokenizer import IMAGE, learn_tokenizer
 from fastvlm.vision import FastViTHDConfig

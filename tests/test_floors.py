@@ -21,6 +21,8 @@ FLOORS = {
     "data": 2,
     "drafting": 2,
     "decoding": 3,
+    "prompts": 3,
+    "custom_generate": 4,
     "vlm": 4,
     INIT: 4,
     "evaluation": 5,

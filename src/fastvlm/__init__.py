@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 from fastvlm.functional.errors import CheckpointError, FastVlmError, InputError
 
 if TYPE_CHECKING:
-    from fastvlm.speculative import speculative
+    from fastvlm.custom_generate import speculative
     from fastvlm.vlm import Piece, Reply, VisionLanguageModel, load
 
 __version__ = "0.1.0"
@@ -31,8 +31,7 @@ def __getattr__(name: str) -> Any:
     if name not in __all__:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     if name == "speculative":
-        # By its full name: the function takes the place of its module in this package.
-        from fastvlm.speculative import speculative
+        from fastvlm.custom_generate import speculative
 
         return speculative
     from fastvlm import vlm

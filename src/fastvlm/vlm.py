@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -10,7 +9,6 @@ from pathlib import Path
 from typing import Any, Unpack
 
 import torch
-from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from fastvlm import embedded
@@ -18,7 +16,6 @@ from fastvlm.checkpoints import load_checkpoint
 from fastvlm.decoding import Decoding, Drafter, Request
 from fastvlm.decoding.drafters import Drafters, DraftOptions
 from fastvlm.decoding.layer_search import LayerChoice, find_skipped_layers
-from fastvlm.decoding.prefix import Prefix, PrefixStore
 from fastvlm.decoding.sampling import SamplingOptions, selection_of
 from fastvlm.decoding.text import ReplyText
 from fastvlm.drafting import ImitationNetwork
@@ -26,9 +23,10 @@ from fastvlm.drafting.directory import load_draft
 from fastvlm.functional.errors import InputError
 from fastvlm.functional.statistics import DecodingStatistics
 from fastvlm.language import split_decoder
+from fastvlm.language.prefix import PrefixStore
+from fastvlm.prompts import Message, Prompts, question
 from fastvlm.vision.configuration import REDUCTION
-from fastvlm.vision.fastvithd import FastViTHD
-from fastvlm.vision.pictures import Picture, PictureOptions, prepare
+from fastvlm.vision.pictures import Picture, PictureOptions
 
 PREFIX_BYTES = 256 * 2**20
 """Memory for what is kept of pictures: a dozen and more at 1024 px, of FastVLM-0.5B in bfloat16."""
@@ -96,29 +94,17 @@ class VisionLanguageModel:
         *,
         prefix_bytes: int = PREFIX_BYTES,
     ) -> None:
-        tower = getattr(model.base_model, "vision_tower", None)
-        if not isinstance(tower, FastViTHD):
-            raise InputError(
-                f"{type(model).__name__} has no FastViTHD encoder; so far fastvlm prepares"
-                " pictures for models with one."
-            )
-        if not getattr(tokenizer, "chat_template", None):
-            raise InputError(
-                f"The tokenizer of {type(model).__name__} has no chat template, so fastvlm can't"
-                " tell how a prompt is put to it; set tokenizer.chat_template."
-            )
         self.model, self.tokenizer, self.network = model.eval(), tokenizer, network
-        # Folding is exact, so nobody who loads a model for inference wants the branches.
-        tower.fuse()
         self.decoder = split_decoder(model)
+        self.prompts = Prompts(model, tokenizer, self.decoder)
         self.drafters = Drafters(self.decoder, network)
         self.prefixes = PrefixStore(prefix_bytes)
-        self.image_size: int = tower.config.image_size
+        self.image_size = self.prompts.image_size
         ends = model.generation_config.eos_token_id
         self.end_tokens = frozenset([ends] if isinstance(ends, int) else ends or ())
 
     def tokens(self, prompt: str, pictures: int, visual: int | None = None) -> list[int]:
-        """Return a prompt's tokens, with a placeholder for every visual token.
+        """Return the tokens of a question, with a placeholder for every visual token.
 
         Args:
             prompt: The text.
@@ -126,90 +112,39 @@ class VisionLanguageModel:
             visual: Visual tokens of each; None for those of a picture as the model takes it.
         """
         visual = (self.image_size // REDUCTION) ** 2 if visual is None else visual
-        content: list[dict[str, str]] = [{"type": "image"}] * pictures
-        chat: list[dict[str, Any]] = [
-            {"role": "user", "content": [*content, {"type": "text", "text": prompt}]}
-        ]
-        text = self.tokenizer.apply_chat_template(chat, tokenize=False, add_generation_prompt=True)
-        image = self.model.config.image_token_id
-        expanded: list[int] = []
-        for token in self.tokenizer.encode(text, add_special_tokens=False):
-            expanded += [token] * visual if token == image else [token]
-        return expanded
+        shown = [{"type": "image"}] * pictures
+        content = [*shown, {"type": "text", "text": prompt}]
+        return self.prompts.tokens([{"role": "user", "content": content}], [visual] * pictures)
 
-    @torch.inference_mode()
     def request(
-        self, prompt: str, picture: Picture | None = None, **options: Unpack[RequestOptions]
+        self,
+        prompt: str | Sequence[Message],
+        picture: Picture | None = None,
+        **options: Unpack[RequestOptions],
     ) -> Request:
-        """Return a request whose picture is encoded, unless it is still known from another one.
+        """Return a request whose pictures are encoded, unless they are still known from another.
 
         Raises:
-            InputError: The picture can't be read, the prompt has a placeholder of its own, or an
+            InputError: A picture can't be read, the prompt has a placeholder of its own, or an
                 option is out of range.
         """
         started = time.perf_counter()
-        tokens, embeddings, prefix = self.encoded(prompt, picture, **among(PictureOptions, options))
+        if not isinstance(prompt, str) and picture is not None:
+            raise InputError("A dialogue's pictures stand in its messages; leave out the picture.")
+        messages = question(prompt, picture) if isinstance(prompt, str) else prompt
+        shown = among(PictureOptions, options)
+        encoded = self.prompts.encode(messages, self.prefixes, **shown)
         return Request(
-            tokens,
-            embeddings,
+            encoded.tokens,
+            encoded.embeddings,
             options.get("max_new_tokens", 256),
             self.end_tokens,
-            prefix,
-            started,
-            selection=selection_of(tokens, **among(SamplingOptions, options)),
+            keys=encoded.keys,
+            store=self.prefixes,
+            started=started,
+            selection=selection_of(encoded.tokens, **among(SamplingOptions, options)),
             text=ReplyText(self.tokenizer, options.get("stop", ())),
         )
-
-    def encoded(
-        self, prompt: str, picture: Picture | None, **options: Unpack[PictureOptions]
-    ) -> tuple[list[int], Tensor, Prefix | None]:
-        """Return a prompt's tokens, their embeddings, (length, d_model), and what is kept of it."""
-        if picture is None:
-            tokens = self.tokens(prompt, pictures=0)
-            row = torch.tensor(tokens, device=self.decoder.device)
-            if bool((row == self.model.config.image_token_id).any()):
-                raise InputError(
-                    "The prompt has a picture's placeholder, but no picture was given."
-                )
-            return tokens, self.decoder.embed(row), None
-        shown: PictureOptions = {"image_size": self.image_size, **options}
-        views = prepare(picture, **shown)
-        visual = len(views) * (views.shape[-1] // REDUCTION) ** 2
-        tokens = self.tokens(prompt, pictures=1, visual=visual)
-        row = torch.tensor(tokens, device=self.decoder.device)
-        places = row == self.model.config.image_token_id
-        if int(places.sum()) != visual:
-            raise InputError("The prompt must not contain the picture's placeholder itself.")
-        prefix = self.prefix(views, tokens[: int(places.nonzero()[-1]) + 1])
-        features = self.visual_features(views) if prefix is None else prefix.features
-        embeddings = self.decoder.embed(row).masked_scatter(places[:, None], features)
-        return tokens, embeddings, prefix
-
-    def visual_features(self, views: Tensor) -> Tensor:
-        """Encode what `prepare` made of a picture: (visual tokens, d_model)."""
-        pixels = views.to(self.decoder.device, self.decoder.dtype)
-        return self.model.get_image_features(pixels).pooler_output.flatten(0, 1)
-
-    def prefix(self, views: Tensor, tokens: list[int]) -> Prefix | None:
-        """Return what is known of a picture, which is encoded where nothing is.
-
-        Args:
-            views: (views, 3, size, size) in [0, 1].
-            tokens: The prompt up to the picture's last visual token.
-
-        Returns:
-            None where nothing is kept.
-        """
-        if not self.prefixes.limit:
-            return None
-        digest = hashlib.blake2b(views.numpy().tobytes(), digest_size=16)
-        digest.update(repr(views.shape).encode())
-        picture = digest.hexdigest()
-        known = self.prefixes.find(picture)
-        if known is not None and known.tokens == tokens:
-            return known
-        features = self.visual_features(views) if known is None else known.features
-        return self.prefixes.keep(picture, tokens, features)
 
     def drafter(
         self,
@@ -249,7 +184,7 @@ class VisionLanguageModel:
 
     def stream(
         self,
-        prompt: str,
+        prompt: str | Sequence[Message],
         picture: Picture | None = None,
         *,
         drafter: Drafter | None = None,
@@ -258,8 +193,9 @@ class VisionLanguageModel:
         """Return a reply as a stream of pieces; its `reply` is there when it has ended.
 
         Args:
-            prompt: What is asked of the picture.
-            picture: A path or a Pillow image; None for a question without a picture.
+            prompt: What is asked of the picture, or a whole dialogue with its pictures, see
+                `Message`. What an earlier turn has computed is not computed again.
+            picture: A path or a Pillow image; None for a question without a picture, or a dialogue.
             drafter: What `drafter` returned; None for the model's best.
             options: How the picture is shown, how tokens are drawn, and where the reply ends; see
                 `RequestOptions`.
@@ -273,7 +209,7 @@ class VisionLanguageModel:
 
     def generate(
         self,
-        prompt: str,
+        prompt: str | Sequence[Message],
         picture: Picture | None = None,
         *,
         drafter: Drafter | None = None,

@@ -10,8 +10,8 @@ import torch
 from torch import nn
 
 from fastvlm.decoding import Autoregressive, Drafter, PromptLookup, SelfSpeculative
-from fastvlm.decoding.prefix import PrefixStore
 from fastvlm.functional.errors import InputError
+from fastvlm.language.prefix import PrefixStore
 from fastvlm.scenes import render, sample
 from fastvlm.vision.pictures import prepare
 from fastvlm.vlm import VisionLanguageModel
@@ -59,6 +59,7 @@ def test_a_second_question_costs_its_own_text(name: str, fresh: VisionLanguageMo
     vlm = small_vlm()
     picture = render(sample(1), 192)
     speculative = drafter(name, vlm)
+    before: list[list[int]] = []
     with (
         counted(vlm.model.model.vision_tower) as pictures,
         counted(vlm.model.get_decoder().layers[-1]) as positions,
@@ -71,10 +72,79 @@ def test_a_second_question_costs_its_own_text(name: str, fresh: VisionLanguageMo
             )
             assert found.tokens == alone.tokens
             whole = vlm.tokens(question, pictures=1)
-            image = vlm.model.config.image_token_id
-            kept = len(whole) - whole[::-1].index(image) if number else 0
+            kept = shared(whole, before)
+            assert not number or kept > whole.index(vlm.model.config.image_token_id)
             assert positions[0] == len(whole) - kept
+            before.append(whole + found.tokens[:-1])
     assert pictures == [1]
+
+
+def shared(tokens: list[int], before: list[list[int]]) -> int:
+    """Return how many positions at the beginning were computed before, the naive way."""
+    lengths = [
+        next(
+            (n for n, (a, b) in enumerate(zip(tokens, known, strict=False)) if a != b),
+            min(len(tokens), len(known)),
+        )
+        for known in before
+    ]
+    return min(max(lengths, default=0), len(tokens) - 1)
+
+
+@pytest.mark.parametrize("name", ["autoregressive", "block"])
+def test_ten_rounds_about_one_picture_encode_it_once(name: str, fresh: VisionLanguageModel) -> None:
+    vlm = small_vlm()
+    speculative = drafter(name, vlm)
+    show = {"type": "image", "image": render(sample(7), 192)}
+    messages: list[dict] = []
+    before: list[list[int]] = []
+    with (
+        counted(vlm.model.model.vision_tower) as pictures,
+        counted(vlm.model.get_decoder().layers[-1]) as positions,
+    ):
+        for number in range(10):
+            text = {"type": "text", "text": f"The {number}?"}
+            messages.append({"role": "user", "content": [text] if number else [show, text]})
+            positions.clear()
+            found = vlm.generate(messages, max_new_tokens=5, drafter=speculative)
+            alone = fresh.generate(messages, max_new_tokens=5, drafter=drafter(name, fresh))
+            assert found.tokens == alone.tokens
+            whole = vlm.prompts.tokens(messages, [VISUAL_TOKENS])
+            kept = shared(whole, before)
+            assert positions[0] == len(whole) - kept
+            # What an earlier round was asked and answered is not computed again, but for text
+            # that the tokenizer now cuts otherwise.
+            assert not number or kept >= len(before[-1]) - 5
+            before.append(whole + found.tokens[:-1])
+            messages.append({"role": "assistant", "content": found.text})
+    assert pictures == [1]
+
+
+def test_pictures_in_any_turn() -> None:
+    vlm = small_vlm()
+    one, other = ({"type": "image", "image": render(sample(n), 192)} for n in (8, 9))
+    text = {"type": "text", "text": QUESTIONS[0]}
+    messages = [
+        {"role": "user", "content": [one, text]},
+        {"role": "assistant", "content": "A red circle."},
+        {"role": "user", "content": [text, other, one]},
+    ]
+    tokens = torch.tensor([vlm.prompts.tokens(messages, [VISUAL_TOKENS] * 3)])
+    views = [prepare(part["image"], IMAGE_SIZE) for part in (one, other, one)]
+    expected = vlm.model.generate(
+        input_ids=tokens,
+        attention_mask=torch.ones_like(tokens),
+        pixel_values=torch.cat(views).double(),
+        max_new_tokens=9,
+        do_sample=False,
+    )[0, tokens.shape[1] :].tolist()
+    with counted(vlm.model.model.vision_tower) as pictures:
+        assert vlm.generate(messages, max_new_tokens=9).tokens == expected
+    assert pictures == [1, 1]
+    with pytest.raises(InputError, match="leave out the picture"):
+        vlm.generate(messages, render(sample(1), 192))
+    with pytest.raises(InputError, match="A part of a message is"):
+        vlm.generate([{"role": "user", "content": [{"type": "video"}]}])
 
 
 def test_rows_of_known_and_of_new_pictures(fresh: VisionLanguageModel) -> None:
@@ -119,8 +189,8 @@ def test_what_is_kept_is_bounded_in_bytes() -> None:
     vlm.generate(QUESTIONS[0], pictures[0], max_new_tokens=2)
     one = vlm.prefixes.size
     layers, heads, size = 5, 2, 16
-    prompt = vlm.tokens(QUESTIONS[0], pictures=1)
-    length = len(prompt) - prompt[::-1].index(vlm.model.config.image_token_id)
+    # The prompt, and the first of the reply's two tokens.
+    length = len(vlm.tokens(QUESTIONS[0], pictures=1)) + 1
     assert one == 8 * (2 * layers * heads * size * length + VISUAL_TOKENS * vlm.decoder.width)
     vlm.prefixes = PrefixStore(2 * one)
     with counted(vlm.model.model.vision_tower) as encoded:

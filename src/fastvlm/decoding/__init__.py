@@ -1,6 +1,7 @@
 """Decoding: the cycle of drafting, verifying, accepting and committing, and its strategies."""
 
-from fastvlm.decoding.cycle import Decoding, Request
+from fastvlm.decoding.cycle import Decoding
+from fastvlm.decoding.request import Request
 from fastvlm.decoding.skipping import SkippedLayers
 from fastvlm.decoding.strategies import (
     Autoregressive,

@@ -3,80 +3,18 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Iterator, Sequence
 
 import torch
 from torch import Tensor
 
 from fastvlm.decoding.batch import Batch
-from fastvlm.decoding.prefix import Prefix
-from fastvlm.decoding.selection import Selection
+from fastvlm.decoding.prefill import prefill, remember
+from fastvlm.decoding.request import Request
 from fastvlm.decoding.strategies import Draft, Drafter
-from fastvlm.decoding.text import ReplyText
 from fastvlm.functional.acceptance import accept_greedy
 from fastvlm.functional.errors import InputError
 from fastvlm.language.decoder import SplitDecoder
-
-
-@dataclass(slots=True)
-class Request:
-    """One reply to decode, and in the end what was decoded and how.
-
-    Args:
-        tokens: The prompt's tokens, a placeholder for each visual token.
-        embeddings: The prompt's embeddings, the picture's in their places: (length, d_embedding).
-        max_new_tokens: The most tokens of the reply.
-        end_tokens: Tokens that end a reply.
-        prefix: Where keys and values of the prompt's beginning are found or kept.
-        started: When its work began (`time.perf_counter`), for the time to first token.
-        selection: How its tokens are chosen.
-        stops: Asked after each token whether the reply, of which it is the last, ends there.
-        text: The reply's text, whose stop strings end the reply.
-        logits: Where the target's logits of each token are kept, (vocabulary,); None for nowhere.
-        positions: Time, height and width of the prompt's positions, (3, length), for a model that
-            tells them apart; None for 0, 1, 2 ...
-        memory: The encoder's states of the source, (source, d_model), for an encoder-decoder.
-    """
-
-    tokens: list[int]
-    embeddings: Tensor
-    max_new_tokens: int
-    end_tokens: frozenset[int] = frozenset()
-    prefix: Prefix | None = None
-    started: float = field(default_factory=time.perf_counter)
-    selection: Selection = field(default_factory=Selection)
-    stops: Callable[[list[int]], bool] | None = None
-    text: ReplyText | None = None
-    logits: list[Tensor] | None = None
-    positions: Tensor | None = None
-    memory: Tensor | None = None
-    reply: list[int] = field(default_factory=list)
-    drafted: list[bool] = field(default_factory=list)
-    """Whether each token of the reply was drafted and accepted."""
-    times: list[float] = field(default_factory=list)
-    """When each token of the reply was known."""
-    proposed: list[int] = field(default_factory=list)
-    """Drafted tokens of each cycle."""
-    accepted: list[int] = field(default_factory=list)
-    """Accepted tokens of each cycle."""
-    finished: bool = False
-
-    def take(self, tokens: Sequence[int], accepted: int, now: float) -> int:
-        """Add a cycle's tokens, cut where the reply ends; return how many stayed."""
-        for index, token in enumerate(tokens):
-            self.reply.append(token)
-            self.drafted.append(index < accepted)
-            self.times.append(now)
-            if (
-                token in self.end_tokens
-                or len(self.reply) >= self.max_new_tokens
-                or (self.stops is not None and self.stops(self.reply))
-                or (self.text is not None and self.text.stop and self.text.follow(self.reply))
-            ):
-                self.finished = True
-                return index + 1
-        return len(tokens)
 
 
 class Decoding:
@@ -138,92 +76,10 @@ class Decoding:
     @torch.inference_mode()
     def prefill(self) -> list[int]:
         """Compute the prompts and each row's first token."""
-        lengths = [len(request.tokens) for request in self.requests]
-        cache, exit_layer = self.batch.cache, self.drafter.exit_layer
-        starts = self.restore()
-        longest = max(length - start for length, start in zip(lengths, starts, strict=True))
-        x = torch.zeros(
-            len(lengths),
-            longest,
-            self.requests[0].embeddings.shape[-1],
-            dtype=self.decoder.dtype,
-            device=self.decoder.device,
-        )
-        for row, request in enumerate(self.requests):
-            x[row, : lengths[row] - starts[row]] = request.embeddings[starts[row] :]
-        span = cache.span(starts, longest)
-        x = self.decoder.run(x, span, cache, range(exit_layer))
-        cache.lengths = lengths
-        exits = x
-        x = self.decoder.run(x, span, cache, range(exit_layer, self.decoder.depth))
-        if self.observed is not None:
-            exits = self.with_prefixes(exits, starts, self.observed)
-            self.drafter.observe(exits)
-        self.remember(exits)
-        last = torch.tensor(lengths, device=x.device) - torch.tensor(starts, device=x.device) - 1
-        logits = self.decoder.head(x[torch.arange(len(x), device=x.device), last][:, None])
+        logits = self.decoder.head(prefill(self.batch, self.requests, self.drafter))
         self.batch.vocabulary_size = logits.shape[-1]
-        chosen = self.accept(Draft([[] for _ in lengths]), logits)
+        chosen = self.accept(Draft([[] for _ in self.requests]), logits)
         return self.commit(chosen, logits)
-
-    @property
-    def observed(self) -> int | None:
-        """The exit layer whose states of the prompt the strategy reads; None if it reads none."""
-        return self.drafter.exit_layer if self.drafter.cache_layers else None
-
-    def restore(self) -> list[int]:
-        """Fill the cache with what is kept of the prompts; return how many positions of each."""
-        states = [
-            r.prefix.state if r.prefix is not None and r.prefix.knows(self.observed) else None
-            for r in self.requests
-        ]
-        starts = [0 if state is None else state.shape[3] for state in states]
-        rest = max(len(r.tokens) - s for r, s in zip(self.requests, starts, strict=True))
-        if max(starts) + rest > self.batch.cache.capacity:
-            # A long prompt beside one whose beginning is kept: all are computed from the start.
-            return [0] * len(starts)
-        for row, state in enumerate(states):
-            if state is not None:
-                self.batch.cache.restore(row, state)
-        return starts
-
-    def with_prefixes(self, x: Tensor, starts: list[int], exit_layer: int) -> Tensor:
-        """Put the exit layer's states that are kept before those just computed.
-
-        Args:
-            x: (batch, longest rest of a prompt, d_model).
-            starts: Positions of each prompt that are kept.
-            exit_layer: The exit layer.
-
-        Returns:
-            (batch, longest prompt, d_model).
-        """
-        if not any(starts):
-            return x
-        lengths = [len(request.tokens) for request in self.requests]
-        whole = x.new_zeros(len(x), max(lengths), x.shape[2])
-        for row, (request, start) in enumerate(zip(self.requests, starts, strict=True)):
-            whole[row, start : lengths[row]] = x[row, : lengths[row] - start]
-            if start and request.prefix is not None:
-                whole[row, :start] = request.prefix.exits[exit_layer]
-        return whole
-
-    def remember(self, exits: Tensor) -> None:
-        """Keep what is known of the prompts' beginnings, where it is not kept yet.
-
-        Args:
-            exits: The exit layer's states of the prompts, where the strategy reads them.
-        """
-        for row, request in enumerate(self.requests):
-            prefix = request.prefix
-            if prefix is None or prefix.knows(self.observed):
-                continue
-            length = len(prefix.tokens)
-            if prefix.state is None:
-                prefix.state = self.batch.cache.read(row, length, self.decoder.depth)
-            if self.observed is not None:
-                prefix.exits[self.observed] = exits[row, :length].clone()
-            prefix.store.trim()
 
     @torch.inference_mode()
     def cycle(self) -> list[int]:
@@ -313,6 +169,7 @@ class Decoding:
             if request.logits is not None:
                 request.logits += logits[row, : gained[index]].clone()
             if request.finished:
+                remember(batch, row, request, self.drafter)
                 self.drafter.finish(len(request.reply))
             else:
                 going.append(row)

@@ -10,7 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastvlm.decoding.cycle import Decoding, Request
+from fastvlm.decoding.cycle import Decoding
+from fastvlm.decoding.request import Request
 from fastvlm.decoding.strategies import Autoregressive
 from fastvlm.functional.errors import InputError
 from fastvlm.language.cache import DecoderCache, Span

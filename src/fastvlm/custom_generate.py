@@ -110,11 +110,13 @@ class Speculative:
                 frozenset() if ends is None else frozenset(ends.tolist()),
                 positions=prompt.positions,
                 memory=prompt.memory,
-                selection=Selection(logits_processor, config.do_sample, prompt=row),
-                stops=stopper(stopping_criteria, row, input_ids.device),
+                selection=Selection(for_row(logits_processor, row), config.do_sample, prompt=seen),
+                stops=stopper(stopping_criteria, seen, input_ids.device),
                 logits=[] if keeps else None,
             )
-            for prompt, row in zip(captured(model, inputs), input_ids.tolist(), strict=True)
+            for row, (prompt, seen) in enumerate(
+                zip(captured(model, inputs), input_ids.tolist(), strict=True)
+            )
         ]
         decoding = Decoding(
             drafters.decoder, drafters.make(self.strategy, **self.options), self.requests
@@ -173,7 +175,10 @@ def speculative(
         model.generate(**inputs, custom_generate=fastvlm.speculative("path/to/draft"))
 
     What `generate` prepares is honoured: logits processors, stopping criteria, sampling, several
-    rows, a streamer, `return_dict_in_generate`. Keep the returned object for further calls: it
+    rows, a streamer, `return_dict_in_generate`. (Of `stop_strings` transformers tells a decoding
+    method of others nothing; its `StopStringCriteria` among the stopping criteria does the same.)
+
+    Keep the returned object for further calls: it
     keeps the draft that it has loaded.
 
     Args:
@@ -191,6 +196,20 @@ def stacked(rows: Sequence[Sequence[Tensor]], longest: int) -> tuple[Tensor, ...
         torch.stack([row[index] if index < len(row) else nothing for row in rows])
         for index in range(longest)
     )
+
+
+def for_row(processors: Sequence[LogitsProcessor], row: int) -> list[LogitsProcessor]:
+    """Return logits processors that were made for a batch as they are for one of its rows."""
+    found = []
+    for processor in processors:
+        ignored = getattr(processor, "prompt_ignore_length", None)
+        if isinstance(ignored, Tensor):
+            # The padding before each prompt, which a repetition penalty passes over.
+            own: Any = copy.copy(processor)
+            own.prompt_ignore_length = ignored[row : row + 1]
+            processor = own  # noqa: PLW2901
+        found.append(processor)
+    return found
 
 
 def stopper(
