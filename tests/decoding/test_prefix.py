@@ -199,7 +199,7 @@ def test_what_is_kept_is_bounded_in_bytes() -> None:
             assert vlm.prefixes.size <= 2 * one
     # The second was used longest ago when the third came.
     assert len(encoded) == 4
-    vlm.prefixes = PrefixStore(one - 1)
+    vlm.prefixes = PrefixStore(1000)
     vlm.generate(QUESTIONS[0], pictures[0], max_new_tokens=2)
     assert vlm.prefixes.size == 0
 
