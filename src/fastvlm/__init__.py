@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 from fastvlm.functional.errors import CheckpointError, FastVlmError, InputError
 
 if TYPE_CHECKING:
+    from fastvlm.speculative import speculative
     from fastvlm.vlm import Piece, Reply, VisionLanguageModel, load
 
 __version__ = "0.1.0"
@@ -21,6 +22,7 @@ __all__ = [
     "Reply",
     "VisionLanguageModel",
     "load",
+    "speculative",
 ]
 
 
@@ -28,6 +30,11 @@ def __getattr__(name: str) -> Any:
     """Import what needs torch when it is first asked for: `fastvlm --help` needs none of it."""
     if name not in __all__:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    if name == "speculative":
+        # By its full name: the function takes the place of its module in this package.
+        from fastvlm.speculative import speculative
+
+        return speculative
     from fastvlm import vlm
 
     return getattr(vlm, name)

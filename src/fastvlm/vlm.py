@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import hashlib
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Unpack, cast
+from typing import Any, Unpack
 
 import torch
 from torch import Tensor
@@ -15,12 +15,13 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from fastvlm import embedded
 from fastvlm.checkpoints import load_checkpoint
-from fastvlm.decoding import Autoregressive, Decoding, Drafter, PromptLookup, Request
+from fastvlm.decoding import Decoding, Drafter, Request
+from fastvlm.decoding.drafters import Drafters, DraftOptions
 from fastvlm.decoding.prefix import Prefix, PrefixStore
-from fastvlm.decoding.strategies import SelfSpeculative
+from fastvlm.decoding.sampling import SamplingOptions, selection_of
+from fastvlm.decoding.text import ReplyText
 from fastvlm.drafting import ImitationNetwork
 from fastvlm.drafting.directory import load_draft
-from fastvlm.drafting.draft_length import draft_length
 from fastvlm.functional.errors import InputError
 from fastvlm.functional.statistics import DecodingStatistics
 from fastvlm.language import split_decoder
@@ -30,7 +31,18 @@ from fastvlm.vision.pictures import Picture, PictureOptions, prepare
 
 PREFIX_BYTES = 256 * 2**20
 """Memory for what is kept of pictures: a dozen and more at 1024 px, of FastVLM-0.5B in bfloat16."""
-STRATEGIES = ("autoregressive", "imitation", "early-exit", "lookup")
+
+
+class RequestOptions(PictureOptions, SamplingOptions, total=False):
+    """How a picture is shown, how tokens are drawn, and where the reply ends.
+
+    Args:
+        max_new_tokens: The most tokens of the reply; 256, if not given.
+        stop: Strings that end the reply, which they are no part of.
+    """
+
+    max_new_tokens: int
+    stop: Sequence[str]
 
 
 @dataclass(frozen=True, slots=True)
@@ -98,6 +110,7 @@ class VisionLanguageModel:
         # Folding is exact, so nobody who loads a model for inference wants the branches.
         tower.fuse()
         self.decoder = split_decoder(model)
+        self.drafters = Drafters(self.decoder, network)
         self.prefixes = PrefixStore(prefix_bytes)
         self.image_size: int = tower.config.image_size
         ends = model.generation_config.eos_token_id
@@ -125,12 +138,7 @@ class VisionLanguageModel:
 
     @torch.inference_mode()
     def request(
-        self,
-        prompt: str,
-        picture: Picture | None = None,
-        *,
-        max_new_tokens: int = 256,
-        **options: Unpack[PictureOptions],
+        self, prompt: str, picture: Picture | None = None, **options: Unpack[RequestOptions]
     ) -> Request:
         """Return a request whose picture is encoded, unless it is still known from another one.
 
@@ -139,6 +147,22 @@ class VisionLanguageModel:
                 option is out of range.
         """
         started = time.perf_counter()
+        tokens, embeddings, prefix = self.encoded(prompt, picture, **among(PictureOptions, options))
+        return Request(
+            tokens,
+            embeddings,
+            options.get("max_new_tokens", 256),
+            self.end_tokens,
+            prefix,
+            started,
+            selection=selection_of(tokens, **among(SamplingOptions, options)),
+            text=ReplyText(self.tokenizer, options.get("stop", ())),
+        )
+
+    def encoded(
+        self, prompt: str, picture: Picture | None, **options: Unpack[PictureOptions]
+    ) -> tuple[list[int], Tensor, Prefix | None]:
+        """Return a prompt's tokens, their embeddings, (length, d_model), and what is kept of it."""
         if picture is None:
             tokens = self.tokens(prompt, pictures=0)
             row = torch.tensor(tokens, device=self.decoder.device)
@@ -146,8 +170,7 @@ class VisionLanguageModel:
                 raise InputError(
                     "The prompt has a picture's placeholder, but no picture was given."
                 )
-            embeddings = self.decoder.embed(row)
-            return Request(tokens, embeddings, max_new_tokens, self.end_tokens, None, started)
+            return tokens, self.decoder.embed(row), None
         shown: PictureOptions = {"image_size": self.image_size, **options}
         views = prepare(picture, **shown)
         visual = len(views) * (views.shape[-1] // REDUCTION) ** 2
@@ -159,7 +182,7 @@ class VisionLanguageModel:
         prefix = self.prefix(views, tokens[: int(places.nonzero()[-1]) + 1])
         features = self.visual_features(views) if prefix is None else prefix.features
         embeddings = self.decoder.embed(row).masked_scatter(places[:, None], features)
-        return Request(tokens, embeddings, max_new_tokens, self.end_tokens, prefix, started)
+        return tokens, embeddings, prefix
 
     def visual_features(self, views: Tensor) -> Tensor:
         """Encode what `prepare` made of a picture: (visual tokens, d_model)."""
@@ -191,76 +214,41 @@ class VisionLanguageModel:
         self,
         strategy: str | None = None,
         *,
-        num_speculative_tokens: int | None = None,
-        confidence: float | None = None,
-        exit_layer: int | None = None,
         network: ImitationNetwork | None = None,
+        **options: Unpack[DraftOptions],
     ) -> Drafter:
-        """Return a way of drafting.
+        """Return a way of drafting. See `Drafters.make`.
 
         Args:
-            strategy: One of `STRATEGIES`; None for `imitation` where there is a draft, and for
-                `autoregressive` where there is none.
-            num_speculative_tokens: The most tokens in a draft; None for what the draft records.
-            confidence: The drafter's own probability below which a draft ends; 0 for drafts of
-                fixed length, None for what the draft records (for `early-exit`: 0.5).
-            exit_layer: For `early-exit`: the layers that draft.
+            strategy: One of `STRATEGIES`; None for the model's best.
             network: The network to draft with, if not the model's own draft.
-
-        Raises:
-            InputError: The strategy is unknown, needs a draft that isn't there, or an option is
-                out of range.
+            options: How drafts are made, see `DraftOptions`.
         """
-        network = network or self.network
-        strategy = strategy or ("imitation" if network is not None else "autoregressive")
-        if strategy == "autoregressive":
-            return Autoregressive()
-        if strategy == "lookup":
-            return PromptLookup(10 if num_speculative_tokens is None else num_speculative_tokens)
-        if strategy == "early-exit":
-            layer = exit_layer or max(1, self.decoder.depth // 4)
-            # Layers that were not trained to exit are seldom right, and know it.
-            length = draft_length(
-                8 if num_speculative_tokens is None else num_speculative_tokens,
-                0.5 if confidence is None else confidence,
-            )
-            return SelfSpeculative(self.decoder, layer, None, length, name="early-exit")
-        if strategy != "imitation":
-            raise InputError(f"The strategies are {', '.join(STRATEGIES)}; got {strategy!r}.")
-        if network is None:
-            raise InputError("The strategy 'imitation' needs a draft; load the model with one.")
-        config = network.config
-        length = draft_length(
-            config.num_speculative_tokens
-            if num_speculative_tokens is None
-            else num_speculative_tokens,
-            config.confidence if confidence is None else confidence,
-        )
-        return SelfSpeculative(self.decoder, config.exit_layer, network, length)
+        drafters = self.drafters if network is None else Drafters(self.decoder, network)
+        return drafters.make(strategy, **options)
 
     def stream(
         self,
         prompt: str,
         picture: Picture | None = None,
         *,
-        max_new_tokens: int = 256,
         drafter: Drafter | None = None,
-        **options: Unpack[PictureOptions],
+        **options: Unpack[RequestOptions],
     ) -> ReplyStream:
         """Return a reply as a stream of pieces; its `reply` is there when it has ended.
 
         Args:
             prompt: What is asked of the picture.
             picture: A path or a Pillow image; None for a question without a picture.
-            max_new_tokens: The most tokens of the reply.
             drafter: What `drafter` returned; None for the model's best.
-            options: How the picture is shown, see `PictureOptions`.
+            options: How the picture is shown, how tokens are drawn, and where the reply ends; see
+                `RequestOptions`.
 
         Raises:
             InputError: The picture can't be read, the prompt is longer than the context, or an
                 option is out of range.
         """
-        request = self.request(prompt, picture, max_new_tokens=max_new_tokens, **options)
+        request = self.request(prompt, picture, **options)
         return ReplyStream(self, request, drafter or self.drafter())
 
     def generate(
@@ -268,14 +256,11 @@ class VisionLanguageModel:
         prompt: str,
         picture: Picture | None = None,
         *,
-        max_new_tokens: int = 256,
         drafter: Drafter | None = None,
-        **options: Unpack[PictureOptions],
+        **options: Unpack[RequestOptions],
     ) -> Reply:
         """Return a whole reply. See `stream`."""
-        stream = self.stream(
-            prompt, picture, max_new_tokens=max_new_tokens, drafter=drafter, **options
-        )
+        stream = self.stream(prompt, picture, drafter=drafter, **options)
         for _ in stream:
             pass
         return stream.reply
@@ -285,9 +270,8 @@ class VisionLanguageModel:
         prompts: Sequence[str],
         pictures: Sequence[Picture],
         *,
-        max_new_tokens: int = 256,
         drafter: Drafter | None = None,
-        **options: Unpack[PictureOptions],
+        **options: Unpack[RequestOptions],
     ) -> list[Reply]:
         """Return a reply to each prompt about its picture, decoded together.
 
@@ -300,22 +284,27 @@ class VisionLanguageModel:
                 f" {len(pictures)} pictures."
             )
         requests = [
-            self.request(prompt, picture, max_new_tokens=max_new_tokens, **options)
+            self.request(prompt, picture, **options)
             for prompt, picture in zip(prompts, pictures, strict=True)
         ]
         for _ in Decoding(self.decoder, drafter or self.drafter(), requests):
             pass
         return [self.reply(request) for request in requests]
 
-    def text(self, tokens: list[int]) -> str:
-        """Return the text of a reply's tokens, without special tokens."""
-        # One list of tokens is decoded to one string; the stubs don't tell it from a list of them.
-        return cast(str, self.tokenizer.decode(tokens, skip_special_tokens=True))
+    def text(self, request: Request) -> ReplyText:
+        """Return a request's text, up to its last token."""
+        if request.text is None:
+            request.text = ReplyText(self.tokenizer)
+        request.text.follow(request.reply)
+        return request.text
 
     def reply(self, request: Request) -> Reply:
         """Return what a finished request decoded."""
+        text = self.text(request)
+        if request.finished:
+            text.end()
         return Reply(
-            self.text(request.reply).strip(),
+            text.final.strip(),
             request.reply,
             request.drafted,
             DecodingStatistics.of(
@@ -325,33 +314,41 @@ class VisionLanguageModel:
 
 
 class ReplyStream:
-    """A reply that is being decoded: iterate over its pieces, then read `reply`."""
+    """A reply that is being decoded: iterate over its pieces, then read `reply`.
+
+    Whoever stops iterating cancels the rest; nothing more is computed.
+    """
 
     def __init__(self, vlm: VisionLanguageModel, request: Request, drafter: Drafter) -> None:
         self.vlm, self.request = vlm, request
         self.decoding = Decoding(vlm.decoder, drafter, [request])
 
     def __iter__(self) -> Iterator[Piece]:
-        """Yield a piece for each token whose text is final."""
-        shown, start = "", 0
+        """Yield a piece whenever text has become final, and at last one for what is left."""
+        request, text = self.request, self.vlm.text(self.request)
+        shown = start = 0
         for [gained] in self.decoding:
-            known = len(self.request.reply)
-            for end in range(known - gained + 1, known + 1):
-                text = self.vlm.text(self.request.reply[:end])
-                # A character may be made of several tokens: half of it is not shown.
-                if text.endswith("\N{REPLACEMENT CHARACTER}") and not self.request.finished:
+            known = len(request.reply)
+            # Text that is searched for stop strings has been followed to the end of the cycle.
+            for end in [known] if text.stop else range(known - gained + 1, known + 1):
+                text.follow(request.reply[:end])
+                if request.finished and end == known:
+                    text.end()
+                elif len(text.final) == shown:
                     continue
-                yield Piece(
-                    text[len(shown) :],
-                    tuple(self.request.reply[start:end]),
-                    tuple(self.request.drafted[start:end]),
-                )
-                shown, start = text, end
+                tokens, drafted = request.reply[start:end], request.drafted[start:end]
+                yield Piece(text.final[shown:], tuple(tokens), tuple(drafted))
+                shown, start = len(text.final), end
 
     @property
     def reply(self) -> Reply:
         """The whole reply; what is decoded so far, while the stream goes on."""
         return self.vlm.reply(self.request)
+
+
+def among(options: Any, given: Mapping[str, Any]) -> Any:
+    """Return those of the given options that a `TypedDict` names."""
+    return {name: given[name] for name in options.__annotations__ if name in given}
 
 
 def load(

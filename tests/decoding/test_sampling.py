@@ -144,7 +144,7 @@ def test_many_replies_have_the_targets_distribution(name: str) -> None:
         assert worst(model, drafter, CASES[name], 200_000 // LENGTH, levels) < 4
 
 
-def accept_always(token: int, p: Tensor, q: Tensor | None, *_: object) -> None:  # noqa: ARG001
+def accept_always(token: int, p: Tensor, q: Tensor | None, *_: object) -> None:
     """A wrong rule."""
 
 

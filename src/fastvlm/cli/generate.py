@@ -63,6 +63,20 @@ def generate(  # noqa: PLR0913 (a parameter is an option)
             show_default="what the draft records; 0 for early-exit",
         ),
     ] = None,
+    temperature: Annotated[
+        float, typer.Option(min=0, help="Draw tokens at this temperature; 0 for the likeliest.")
+    ] = 0,
+    top_p: Annotated[
+        float | None,
+        typer.Option(
+            min=0, max=1, help="Draw from the likeliest tokens that together are so probable."
+        ),
+    ] = None,
+    seed: Annotated[int | None, typer.Option(help="Draw the same reply each time.")] = None,
+    stop: Annotated[
+        list[str] | None,
+        typer.Option(metavar="TEXT", help="End the reply before this; give it again for more."),
+    ] = None,
     threads: ThreadsOption = None,
     stats: Annotated[
         bool, typer.Option("--stats", help="Write each reply's timings to standard error.")
@@ -77,12 +91,24 @@ def generate(  # noqa: PLR0913 (a parameter is an option)
     drafter = vlm.drafter(
         strategy, num_speculative_tokens=num_speculative_tokens, confidence=confidence
     )
-    from fastvlm.vlm import ReplyStream
+    from fastvlm.decoding.sampling import SamplingOptions, selection_of
+    from fastvlm.vlm import ReplyStream, RequestOptions, among
 
+    options: RequestOptions = {
+        "max_new_tokens": max_new_tokens,
+        "temperature": temperature,
+        "stop": stop or [],
+    }
+    if top_p is not None:
+        options["top_p"] = top_p
+    if seed is not None:
+        options["seed"] = seed
+    # What is wrong with an option is said once, not once a picture.
+    selection_of([], **among(SamplingOptions, options))
     failed = False
     for image in images:
         try:
-            request = vlm.request(prompt, image, max_new_tokens=max_new_tokens)
+            request = vlm.request(prompt, image, **options)
         except InputError as error:
             complain(str(error))
             failed = True

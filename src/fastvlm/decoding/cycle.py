@@ -12,6 +12,7 @@ from torch import Tensor
 from fastvlm.decoding.prefix import Prefix
 from fastvlm.decoding.selection import Selection
 from fastvlm.decoding.strategies import Batch, Draft, Drafter
+from fastvlm.decoding.text import ReplyText
 from fastvlm.functional.acceptance import accept_greedy
 from fastvlm.functional.errors import InputError
 from fastvlm.language.decoder import SplitDecoder
@@ -30,6 +31,8 @@ class Request:
         started: When its work began (`time.perf_counter`), for the time to first token.
         selection: How its tokens are chosen.
         stops: Asked after each token whether the reply, of which it is the last, ends there.
+        text: The reply's text, whose stop strings end the reply.
+        logits: Where the target's logits of each token are kept, (vocabulary,); None for nowhere.
         positions: Time, height and width of the prompt's positions, (3, length), for a model that
             tells them apart; None for 0, 1, 2 ...
         memory: The encoder's states of the source, (source, d_model), for an encoder-decoder.
@@ -43,6 +46,8 @@ class Request:
     started: float = field(default_factory=time.perf_counter)
     selection: Selection = field(default_factory=Selection)
     stops: Callable[[list[int]], bool] | None = None
+    text: ReplyText | None = None
+    logits: list[Tensor] | None = None
     positions: Tensor | None = None
     memory: Tensor | None = None
     reply: list[int] = field(default_factory=list)
@@ -66,6 +71,7 @@ class Request:
                 token in self.end_tokens
                 or len(self.reply) >= self.max_new_tokens
                 or (self.stops is not None and self.stops(self.reply))
+                or (self.text is not None and self.text.stop and self.text.follow(self.reply))
             ):
                 self.finished = True
                 return index + 1
@@ -155,7 +161,7 @@ class Decoding:
         logits = self.decoder.head(x[torch.arange(len(x), device=x.device), last][:, None])
         self.batch.vocabulary_size = logits.shape[-1]
         chosen = self.accept(Draft([[] for _ in lengths]), logits)
-        return self.commit(chosen)
+        return self.commit(chosen, logits)
 
     def restore(self) -> list[int]:
         """Fill the cache with what is kept of the prompts; return how many positions of each."""
@@ -200,7 +206,7 @@ class Decoding:
         for request, number, tokens in zip(running, proposed, chosen, strict=True):
             request.proposed.append(number)
             request.accepted.append(len(tokens) - 1)
-        return self.commit(chosen)
+        return self.commit(chosen, logits)
 
     def accept(self, draft: Draft, logits: Tensor) -> list[list[int]]:
         """Return what each row gains: the drafted tokens that it accepts, and one of the target's.
@@ -253,8 +259,13 @@ class Decoding:
         x = decoder.run(x, span, cache, range(exit_layer, decoder.depth))
         return decoder.head(x), hidden
 
-    def commit(self, chosen: list[list[int]]) -> list[int]:
-        """Give each row its tokens; return how many each request gained."""
+    def commit(self, chosen: list[list[int]], logits: Tensor) -> list[int]:
+        """Give each row its tokens; return how many each request gained.
+
+        Args:
+            chosen: The tokens.
+            logits: The target's, (batch, g + 1, vocabulary).
+        """
         now = time.perf_counter()
         gained = [0] * len(self.requests)
         batch = self.batch
@@ -264,6 +275,8 @@ class Decoding:
             request = self.requests[index]
             batch.history[row] += tokens
             gained[index] = request.take(tokens, len(tokens) - 1, now)
+            if request.logits is not None:
+                request.logits += logits[row, : gained[index]].clone()
             if not request.finished:
                 going.append(row)
         if going and len(going) < len(self.rows):

@@ -1,0 +1,81 @@
+"""A reply's text as its tokens come: whole characters only, and where a stop string ends it."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import cast
+
+from transformers import PreTrainedTokenizerBase
+
+from fastvlm.functional.errors import InputError
+
+HALF = "\N{REPLACEMENT CHARACTER}"
+"""What a tokenizer decodes the beginning of a character to."""
+
+
+class ReplyText:
+    """Decodes a reply token by token; each is decoded with few others, however long the reply is.
+
+    Args:
+        tokenizer: The model's.
+        stop: Strings that end the reply. They are no part of its text.
+
+    Raises:
+        InputError: A stop string is empty.
+    """
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, stop: Sequence[str] = ()) -> None:
+        if any(not string for string in stop):
+            raise InputError("A stop string has at least one character.")
+        self.tokenizer, self.stop = tokenizer, tuple(stop)
+        self.whole = ""
+        self.tokens: list[int] = []
+        self.stopped = self.ended = False
+        # A token's text depends on the one before it, so the last ones whose text is known are
+        # decoded once more with the new one: those from `_before` on are decoded, of which the
+        # text of those up to `_known` has been taken.
+        self._before = self._known = 0
+
+    def follow(self, reply: Sequence[int]) -> bool:
+        """Take the tokens of a reply that are new; return whether a stop string has ended it."""
+        for token in reply[len(self.tokens) :]:
+            self.tokens.append(token)
+            text = self._decode(self.tokens[self._before :])
+            if not text.endswith(HALF):
+                self._take(text)
+        return self.stopped
+
+    def end(self) -> None:
+        """Take what was kept back, for no other token will follow."""
+        self._take(self._decode(self.tokens[self._before :]))
+        self.ended = True
+
+    @property
+    def final(self) -> str:
+        """The text that no later token changes: what may begin a stop string is kept back."""
+        if self.stopped or self.ended or not self.stop:
+            return self.whole
+        longest = max(len(string) for string in self.stop)
+        for size in range(min(longest - 1, len(self.whole)), 0, -1):
+            if any(string.startswith(self.whole[-size:]) for string in self.stop):
+                return self.whole[:-size]
+        return self.whole
+
+    def _take(self, text: str) -> None:
+        taken = self._decode(self.tokens[self._before : self._known])
+        added = text[len(taken) :]
+        self._before, self._known = self._known, len(self.tokens)
+        if self.stopped:
+            return
+        # A stop string that ends in the new text began at most its own length before.
+        longest = max((len(string) for string in self.stop), default=0)
+        start = max(0, len(self.whole) - longest)
+        self.whole += added
+        found = [self.whole.find(string, start) for string in self.stop]
+        if any(place >= 0 for place in found):
+            self.stopped = True
+            self.whole = self.whole[: min(place for place in found if place >= 0)]
+
+    def _decode(self, tokens: list[int]) -> str:
+        # One list of tokens is decoded to one string; the stubs don't tell it from a list of them.
+        return cast(str, self.tokenizer.decode(tokens, skip_special_tokens=True))
