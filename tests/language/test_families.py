@@ -6,10 +6,11 @@ from dataclasses import dataclass
 from functools import cache
 
 import pytest
+import torch
 from transformers import PreTrainedModel
 
 from fastvlm.language import captured, split_decoder
-from tests.families import FAMILIES, Inputs, replies
+from tests.families import FAMILIES, Inputs, replies, text
 from tests.language.decoding import LIMIT, STRATEGIES, decode, strategy
 
 
@@ -47,3 +48,37 @@ def test_greedy_tokens_equal_generates(family: str, name: str, rows: int) -> Non
     if name == "perfect":
         assert all(request.accepted == request.proposed for request in found)
         assert sum(map(sum, (request.accepted for request in found))) > 3 * rows
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_logits_of_a_prompt_equal_transformers(family: str) -> None:
+    """Greedy tokens don't show a factor that all logits have; sampling does."""
+    known = case(family)
+    decoder = split_decoder(known.model)
+    [prompt] = captured(known.model, known.inputs[1])
+    start = {} if prompt.memory is None else {"decoder_input_ids": torch.tensor([prompt.tokens])}
+    empty = decoder.cache(1, len(prompt.tokens))
+    empty.seat(0, prompt.positions, prompt.memory)
+    span = empty.span([0], len(prompt.tokens))
+    some = torch.tensor([3, 50, 7])
+    with torch.inference_mode():
+        expected = known.model(**known.inputs[1], **start).logits
+        x = decoder.run(prompt.embeddings[None], span, empty, range(decoder.depth))
+        torch.testing.assert_close(decoder.head(x), expected)
+        restricted = torch.nn.functional.linear(decoder.norm(x), decoder.head_rows(some))
+    torch.testing.assert_close(restricted, expected[..., some])
+
+
+@pytest.mark.parametrize("name", STRATEGIES)
+def test_a_reply_ends_at_the_last_learnt_position(name: str) -> None:
+    """Rows that are longer than others draft past it, in a table without such positions."""
+    context = 16
+    model, inputs = text("opt", max_position_embeddings=context)
+    prompts = captured(model, inputs(4))
+    expected = [
+        replies(model, {"input_ids": torch.tensor([tokens])}, min(LIMIT, context - len(tokens)))[0]
+        for tokens in (prompt.tokens for prompt in prompts)
+    ]
+    decoder = split_decoder(model)
+    found = decode(decoder, strategy(name, decoder), prompts)
+    assert [request.reply for request in found] == expected

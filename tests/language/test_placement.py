@@ -91,3 +91,19 @@ def test_quantised_weights(family: str) -> None:
         assert [request.reply for request in found] == expected
     with pytest.raises(InputError, match="quantised"):
         decoder.head_rows(torch.tensor([1]))
+
+
+def test_weights_that_are_kept_in_float32() -> None:
+    model, inputs = FAMILIES["blip2-t5"]()
+    model.half()
+    decoder = split_decoder(model)
+    for layer in decoder.layers:
+        layer.layer[-1].DenseReluDense.wo.float()
+    given = {
+        name: value.half() if value.is_floating_point() else value
+        for name, value in inputs(1).items()
+    }
+    expected = replies(model, given, LIMIT)
+    found = decode(decoder, strategy("autoregressive", decoder), captured(model, given))
+    assert [request.reply for request in found] == expected
+    assert decode(decoder, strategy("early exit", decoder), captured(model, given))[0].reply

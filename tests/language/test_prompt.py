@@ -172,3 +172,11 @@ def test_an_error_of_the_model_leaves_no_hook() -> None:
     with pytest.raises(RuntimeError):
         captured(model, given)
     assert hooks(model) == before
+
+
+def test_a_mask_of_more_than_padding_is_refused() -> None:
+    model, inputs = FAMILIES["llama"]()
+    given = inputs(1)
+    given["attention_mask"] = torch.ones(1, 1, 5, 5, dtype=torch.bool)
+    with pytest.raises(InputError, match=r"\(1, 5\) tokens are padding; got \(1, 1, 5, 5\)"):
+        captured(model, given)

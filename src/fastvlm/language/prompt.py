@@ -7,7 +7,7 @@ stop it where its decoder would start.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -56,7 +56,8 @@ def captured(model: PreTrainedModel, inputs: Mapping[str, Any]) -> list[Prompt]:
         A prompt for each row, which starts at position 0.
 
     Raises:
-        InputError: The inputs go on from a filled cache, or have positions of their own.
+        InputError: The inputs go on from a filled cache, or have positions of their own or a mask
+            that is about more than padding.
     """
     given = completed(model, inputs)
     named = decoder_inputs(model, given)
@@ -74,24 +75,25 @@ def captured(model: PreTrainedModel, inputs: Mapping[str, Any]) -> list[Prompt]:
         tokens = given.get("input_ids")
     if tokens is None:
         tokens = torch.full(embeddings.shape[:2], UNKNOWN)
-    own = row_masks(named.get("attention_mask"), embeddings)
-    if own is None:
-        own = row_masks(given.get("attention_mask") if states is None else None, embeddings)
-    if own is None:
-        own = torch.ones(embeddings.shape[:2], dtype=torch.bool, device=embeddings.device)
     positions: Tensor | None = named.get("position_ids")
-    seen = row_masks(named.get("encoder_attention_mask"), states)
-    prompts = []
-    for row, mask in enumerate(own):
-        prompts.append(
-            Prompt(
-                tokens[row][mask.to(tokens.device)].tolist(),
-                embeddings[row][mask],
-                None if positions is None else row_positions(positions, row, mask),
-                None if states is None else states[row] if seen is None else states[row][seen[row]],
-            )
+    own = row_masks(
+        [named.get("attention_mask"), given.get("attention_mask") if states is None else None],
+        embeddings,
+    )
+    if states is None:
+        memories: list[Tensor | None] = [None] * len(own)
+    else:
+        seen = row_masks([named.get("encoder_attention_mask")], states)
+        memories = [row[mask] for row, mask in zip(states, seen, strict=True)]
+    return [
+        Prompt(
+            tokens[row][mask.to(tokens.device)].tolist(),
+            embeddings[row][mask],
+            None if positions is None else row_positions(positions, row, mask),
+            memory,
         )
-    return prompts
+        for row, (mask, memory) in enumerate(zip(own, memories, strict=True))
+    ]
 
 
 def decoder_inputs(model: PreTrainedModel, given: Mapping[str, Any]) -> dict[str, Any]:
@@ -178,11 +180,27 @@ def start_token(model: PreTrainedModel) -> int:
     )
 
 
-def row_masks(mask: Any, states: Tensor | None) -> Tensor | None:
-    """Return which positions are a row's own, (batch, length); None where a mask doesn't say."""
-    if not isinstance(mask, Tensor) or mask.dim() != 2 or states is None:  # noqa: PLR2004
-        return None
-    return mask.to(states.device, torch.bool)
+def row_masks(masks: Sequence[Any], states: Tensor) -> Tensor:
+    """Return which positions are a row's own, and not padding: (batch, length).
+
+    Args:
+        masks: Where it may stand, (batch, length), the best first; None where it doesn't.
+        states: What has these positions: (batch, length, width).
+
+    Raises:
+        InputError: Only a mask of another shape is there.
+    """
+    given = [mask for mask in masks if mask is not None]
+    for mask in given:
+        if isinstance(mask, Tensor) and mask.shape == states.shape[:2]:
+            return mask.to(states.device, torch.bool)
+    if given:
+        other = tuple(given[0].shape) if isinstance(given[0], Tensor) else type(given[0]).__name__
+        raise InputError(
+            f"An attention mask says which of {tuple(states.shape[:2])} tokens are padding; got"
+            f" {other}."
+        )
+    return torch.ones(states.shape[:2], dtype=torch.bool, device=states.device)
 
 
 def row_positions(positions: Tensor, row: int, mask: Tensor) -> Tensor | None:

@@ -91,11 +91,12 @@ class T5Decoder(LayeredDecoder):
             return x
         cache.write_at(span)
         source = span.source
-        mask = self._biased_mask(x, span)
-        # Attention computes a bias of its own unless it is given one; ours is in the mask.
-        none = x.new_zeros(1, 1, 1, 1)
+        mask = self._biased_mask(span)
+        # Attention computes a bias of its own unless it is given one; ours is in the mask. Hidden
+        # states may be wider than what attention computes in: T5 keeps some weights in float32.
+        none = torch.zeros(1, 1, 1, 1, dtype=self.dtype, device=x.device)
         states = None if source is None else source.states
-        seen = None if source is None else additive(source.seen[:, None, None], x.dtype)
+        seen = None if source is None else additive(source.seen[:, None, None], self.dtype)
         both = CrossCache(cache, source)
         for layer in layers:
             x, _, _ = layer(
@@ -109,7 +110,7 @@ class T5Decoder(LayeredDecoder):
             )
         return x
 
-    def _biased_mask(self, x: Tensor, span: Span) -> Tensor:
+    def _biased_mask(self, span: Span) -> Tensor:
         """Return what to add to scores: (batch or 1, heads, width, end).
 
         It is the bias of each distance, and the least number for what is not seen.
@@ -117,18 +118,20 @@ class T5Decoder(LayeredDecoder):
         first: Any = self.layers[0]
         attention = first.layer[0].SelfAttention
         if len(self._buckets) < span.end:
-            distances = torch.arange(max(span.end, 512), device=self.device)
-            self._buckets = attention._relative_position_bucket(
-                -distances,
-                bidirectional=False,
-                num_buckets=attention.relative_attention_num_buckets,
-                max_distance=attention.relative_attention_max_distance,
-            )
+            # Decoding fills the table, and training reads it too.
+            with torch.inference_mode(mode=False):
+                distances = torch.arange(max(span.end, 512), device=self.device)
+                self._buckets = attention._relative_position_bucket(
+                    -distances,
+                    bidirectional=False,
+                    num_buckets=attention.relative_attention_num_buckets,
+                    max_distance=attention.relative_attention_max_distance,
+                )
         here = span.positions[:1] if span.aligned else span.positions
         away = here[..., None] - torch.arange(span.end, device=here.device)
         bias = attention.relative_attention_bias(self._buckets[away.clamp(min=0)])
-        mask: Tensor = bias.permute(0, 3, 1, 2).to(x.dtype)
-        return mask.masked_fill(away[:, None] < 0, torch.finfo(x.dtype).min)
+        mask: Tensor = bias.permute(0, 3, 1, 2).to(self.dtype)
+        return mask.masked_fill(away[:, None] < 0, torch.finfo(self.dtype).min)
 
 
 class CrossCache(EncoderDecoderCache):
