@@ -68,6 +68,11 @@ class Pace:
         self.steps = PACE_DECAY * self.steps + steps
         self.cycles = PACE_DECAY * self.cycles + 1
 
+    def earn(self, seconds: float) -> None:
+        """Add to the credit of probing, within an ordinary step above and below nothing."""
+        most = self.costs.verify.ordinary.median
+        self.credit = max(-most, min(self.credit + seconds, most))
+
     @property
     def cycle_seconds(self) -> float:
         """Seconds of a cycle with a draft, at what its parts usually take."""
@@ -209,7 +214,7 @@ class AdaptiveLength:
         ordinary = pace.costs.verify.of(1)
         if not steps:
             pace.since_ordinary = 0
-            pace.credit = min(pace.credit + PROBE_SHARE * ordinary, ordinary)
+            pace.earn(PROBE_SHARE * ordinary)
             return
         tokens = 0
         for confidences, count in zip(progress.confidences, accepted, strict=True):
@@ -226,7 +231,7 @@ class AdaptiveLength:
         pace.since_ordinary += 1
         taken = sum(timings.steps) + timings.verify
         # A probe that brought tokens pays for the next one.
-        pace.credit = min(pace.credit + ordinary * tokens / pace.rows - taken, ordinary)
+        pace.earn(ordinary * tokens / pace.rows - taken)
 
     def finish(self, tokens: int) -> None:
         """Learn a reply's length."""
