@@ -115,9 +115,9 @@ def test_rows_that_ended_early_are_not_in_the_way() -> None:
         [alone] = decode(model, Autoregressive(), [prompt], limit)
         assert request.reply == alone.reply
     assert sorted(drafter.length.finished) == sorted(limits)
-    assert [len(draft) for _, draft in drafter.seen] == [4]
-    [(tokens, draft)] = drafter.seen
-    assert draft == drafted_from_scratch(drafter, tokens, 4)
+    assert drafter.seen
+    for tokens, draft in drafter.seen:
+        assert draft == drafted_from_scratch(drafter, tokens, len(draft))
 
 
 @pytest.mark.parametrize("kind", ["block", "mlp"])
@@ -167,11 +167,16 @@ def test_it_drafts_while_that_pays_and_no_token_tells(
     made = imitation(model, perfect=True)
     length = AdaptiveLength(6)
     drafter = SelfSpeculative(made.decoder, 1, made.network, length)
-    clock = WorkClock(drafter)
+    clock, embed = WorkClock(drafter), model.get_input_embeddings()
     drafter = SelfSpeculative(made.decoder, 1, made.network, length, clock=clock)
 
     def decoded() -> list[int]:
-        replies = decode(model, drafter, PROMPTS[:rows], 200)
+        # The decoder whose work the clock counts.
+        replies = [
+            Request(prompt, embed(torch.tensor(prompt)).detach(), 200) for prompt in PROMPTS[:rows]
+        ]
+        for _ in Decoding(drafter.decoder, drafter, replies):
+            pass
         assert [request.reply for request in replies] == expected
         return replies[0].proposed
 

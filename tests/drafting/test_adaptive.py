@@ -226,9 +226,11 @@ def test_a_verify_of_one_width_has_a_cautious_slope() -> None:
     assert 0 < cost.slope < 0.1
 
 
-def test_catching_up_costs_by_the_position() -> None:
+def test_catching_up_costs_what_it_did_or_in_proportion() -> None:
     costs = CycleCosts()
     costs.add([1.0, 1.0], 1, 3, 5.0)
     costs.add([3.0, 1.0], 20, 3, 5.0)
     assert costs.step.median == 1.0
     assert costs.catch_up(40) == pytest.approx(4.0)
+    assert costs.catch_up(10) == pytest.approx(2.0)
+    assert costs.catch_up(1) == 0

@@ -22,6 +22,8 @@ PACE_DECAY = 0.95
 """The rate of drafting is that of about the last twenty cycles."""
 PROBE_SHARE = 0.01
 """The most that probing costs, of the time of ordinary decoding."""
+MOST_CREDIT = 4
+"""Ordinary steps that may be saved up for probes, or owed by them."""
 ORDINARY_EVERY = 64
 """Cycles with a draft after which an ordinary step is measured again."""
 REPLIES = 32
@@ -65,8 +67,8 @@ class Pace:
         self.cycles = PACE_DECAY * self.cycles + 1
 
     def earn(self, seconds: float) -> None:
-        """Add to the credit of probing, within an ordinary step above and below nothing."""
-        most = self.costs.verify.ordinary.median
+        """Add to the credit of probing, which neither grows nor falls without end."""
+        most = MOST_CREDIT * self.costs.verify.ordinary.median
         self.credit = max(-most, min(self.credit + seconds, most))
 
     @property
@@ -148,7 +150,10 @@ class AdaptiveLength:
         measured = len(pace.costs.verify.ordinary.values)
         if pace.since_ordinary >= min(2 ** (measured + 1), ORDINARY_EVERY):
             return False
-        return pace.drafting > pace.ordinary or pace.credit >= self.probe(progress, pace)
+        if pace.drafting > pace.ordinary:
+            return True
+        affordable = MOST_CREDIT * pace.costs.verify.ordinary.median
+        return pace.credit >= min(self.probe(progress, pace), affordable)
 
     def pays(self, progress: Progress, pace: Pace) -> bool:
         """Return whether what is expected of the replies is worth a draft."""

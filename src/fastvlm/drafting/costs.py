@@ -85,7 +85,8 @@ class CycleCosts:
     def __init__(self) -> None:
         self.verify = VerifyCost()
         self.step = Recent()
-        self.position = Recent()
+        self._extra = Recent()
+        self._behind = Recent()
 
     def add(self, steps: list[float], behind: int, width: int, verify: float) -> None:
         """Take a cycle's measurements, in seconds.
@@ -102,8 +103,13 @@ class CycleCosts:
             if number or behind <= 1:
                 self.step.add(seconds)
             elif self.step.values:
-                self.position.add(max(seconds - self.step.median, 0.0) / behind)
+                self._extra.add(max(seconds - self.step.median, 0.0))
+                self._behind.add(behind)
 
     def catch_up(self, behind: int) -> float:
-        """Return the seconds of seeing positions that were not seen yet."""
-        return self.position.median * behind
+        """Return the seconds of seeing positions that were not seen yet.
+
+        Fewer than usual take as long as usual, more in proportion.
+        """
+        usual = self._behind.median
+        return self._extra.median * max(behind / usual, 1.0) if behind > 1 and usual else 0.0
