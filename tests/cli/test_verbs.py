@@ -79,7 +79,9 @@ def test_help_needs_no_torch() -> None:
     assert done.returncode == 0
 
 
-@pytest.mark.parametrize("strategy", ["autoregressive", "imitation", "early-exit", "skip", "lookup"])
+@pytest.mark.parametrize(
+    "strategy", ["autoregressive", "imitation", "early-exit", "skip", "lookup"]
+)
 def test_a_reply_is_that_of_transformers(cli: Cli, shipped: Path, strategy: str) -> None:
     picture, prompt = shipped / "pictures" / "0.png", "What is it?"
     said = cli(

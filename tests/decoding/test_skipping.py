@@ -43,10 +43,9 @@ def make_identity(model: PreTrainedModel, layer: int) -> None:
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-@pytest.mark.parametrize("skipped", [(), (2,), (1, 2, 3)])
-def test_tokens_are_generates(family: str, skipped: tuple[int, ...]) -> None:
+def test_tokens_are_generates(family: str) -> None:
     model = text_model(family)
-    drafter = SkippedLayers(split_decoder(model), skipped, FixedLength(4))
+    drafter = SkippedLayers(split_decoder(model), (1, 3), FixedLength(4))
     expected = [generate(model, prompt, 24) for prompt in PROMPTS]
     ends = frozenset({1})
     alone = [decode(model, drafter, [p], 24, end_tokens=ends)[0].reply for p in PROMPTS]
