@@ -99,8 +99,8 @@ class AdaptiveLength:
 
     for a draft step of d seconds and v that a token adds to the verify; of a batch, both sides are
     a row's on average. (The marginal value theorem: what brings less than the average rate is not
-    worth its time.) Where ordinary steps bring more tokens per second than drafting, nothing is drafted, but
-    for probes that lose at most `PROBE_SHARE` of the time.
+    worth its time.) Where ordinary steps bring more tokens per second than drafting, nothing is
+    drafted, but for probes that lose at most `PROBE_SHARE` of the time.
 
     The estimates belong to one drafter and one target, and serve all their requests, so they are
     kept from one to the next. Rejected or accepted, no token depends on them.
