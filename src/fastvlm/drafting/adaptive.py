@@ -26,6 +26,12 @@ MOST_CREDIT = 4
 """Ordinary steps that may be saved up for probes, or owed by them."""
 ORDINARY_EVERY = 64
 """Cycles with a draft after which an ordinary step is measured again."""
+CLOSE = 1.3
+"""Drafting that is not this much faster may be slower by now, on a machine with other work,"""
+CLOSE_EVERY = 12
+"""and then an ordinary step is measured more often."""
+WORTH = 1.05
+"""How much faster drafting must look: estimates that err are believed when they flatter."""
 REPLIES = 32
 """Replies whose lengths are remembered."""
 EVEN = 0.5
@@ -148,9 +154,11 @@ class AdaptiveLength:
             return True
         # An ordinary step is measured early, and then now and then.
         measured = len(pace.costs.verify.ordinary.values)
-        if pace.since_ordinary >= min(2 ** (measured + 1), ORDINARY_EVERY):
+        close_call = pace.drafting < CLOSE * pace.ordinary
+        every = CLOSE_EVERY if close_call else ORDINARY_EVERY
+        if pace.since_ordinary >= min(2 ** (measured + 1), every):
             return False
-        if pace.drafting > pace.ordinary:
+        if pace.drafting > WORTH * pace.ordinary:
             return True
         affordable = MOST_CREDIT * pace.costs.verify.ordinary.median
         return pace.credit >= min(self.probe(progress, pace), affordable)

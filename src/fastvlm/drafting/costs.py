@@ -7,6 +7,8 @@ from collections import deque
 
 WINDOW = 15
 """Measurements of which the median is taken: one that something else disturbed does not count."""
+ORDINARY_WINDOW = 7
+"""Ordinary steps are rare while drafting pays, and must not be out of date."""
 DECAY = 0.96
 ENOUGH = 3.0
 """Passes after which one that takes much longer than the others is taken for disturbed."""
@@ -19,8 +21,8 @@ TYPICAL_SLOPE = 0.03
 class Recent:
     """The median of the last measurements."""
 
-    def __init__(self) -> None:
-        self.values: deque[float] = deque(maxlen=WINDOW)
+    def __init__(self, window: int = WINDOW) -> None:
+        self.values: deque[float] = deque(maxlen=window)
 
     def add(self, value: float) -> None:
         """Take another measurement."""
@@ -40,7 +42,7 @@ class VerifyCost:
     """
 
     def __init__(self) -> None:
-        self.ordinary = Recent()
+        self.ordinary = Recent(ORDINARY_WINDOW)
         self._weight = self._width = self._seconds = 0.0
         self._variance = self._covariance = 0.0
 
