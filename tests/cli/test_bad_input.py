@@ -113,6 +113,7 @@ def test_a_command_line_that_makes_no_sense(cli: Cli, words: tuple[str, ...]) ->
         (("--strategies", "imitation-2"), "needs a draft of that name"),
         (("--draft", "lookup=x"), "can't be called 'lookup'"),
         (("--draft", "x", "--draft", "y"), "Two drafts are called 'imitation'"),
+        (("--skipped-layers", "3,x"), "as in 3,5,7; got '3,x'"),
         (("--json", "/nowhere/figures.json"), "There is no folder /nowhere"),
         (("--pictures", "/nowhere"), "There is no folder of pictures at /nowhere"),
         (("--listing", "/nowhere"), "--pictures scenes has none"),
@@ -123,6 +124,12 @@ def test_a_benchmark_that_can_not_be_run(cli: Cli, words: tuple[str, ...], told:
     said = cli("benchmark", *words)
     assert said.code == 1
     assert told in said.sentence()
+
+
+def test_layers_that_can_not_be_skipped(cli: Cli, picture: Path) -> None:
+    said = cli("generate", picture, "--strategy", "skip", "--skipped-layers", "1,5")
+    assert said.code == 1
+    assert "The layers of this model are 0 to 4; got 1, 5 to skip" in said.sentence()
 
 
 def test_an_unknown_strategy(cli: Cli, picture: Path) -> None:

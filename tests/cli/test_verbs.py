@@ -79,13 +79,29 @@ def test_help_needs_no_torch() -> None:
     assert done.returncode == 0
 
 
-@pytest.mark.parametrize("strategy", ["autoregressive", "imitation", "early-exit", "lookup"])
+@pytest.mark.parametrize(
+    "strategy", ["autoregressive", "imitation", "early-exit", "skip", "lookup"]
+)
 def test_a_reply_is_that_of_transformers(cli: Cli, shipped: Path, strategy: str) -> None:
     picture, prompt = shipped / "pictures" / "0.png", "What is it?"
     said = cli(
         "generate", picture, "--prompt", prompt, "--max-new-tokens", 12, "--strategy", strategy
     )
     assert said == Output(0, expected_reply(shipped, picture, prompt, 12) + "\n", "")
+
+
+def test_layers_to_skip_are_given(cli: Cli, shipped: Path, tmp_path: Path) -> None:
+    picture, figures = shipped / "pictures" / "0.png", tmp_path / "figures.json"
+    given = ("--skipped-layers", "1, 3")
+    said = cli("generate", picture, "--max-new-tokens", 8, "--strategy", "skip", *given, "--stats")
+    assert said.code == 0
+    assert "drafted tokens accepted" in said.err
+    said = cli(
+        "benchmark", "--limit", 1, "--max-new-tokens", 4, "--strategies", "skip", *given,
+        "--json", figures,
+    )  # fmt: skip
+    assert said.code == 0
+    assert json.loads(figures.read_text())["skipped_layers"] == [1, 3]
 
 
 def test_a_given_model_is_used_without_a_draft(cli: Cli, shipped: Path) -> None:
@@ -120,8 +136,11 @@ def test_the_benchmark_measures_every_strategy(cli: Cli, tmp_path: Path) -> None
         "imitation",
         "imitation-mlp",
         "early-exit",
+        "skip",
         "lookup",
     ]
+    # They were searched for: the first and the last of five layers always draft.
+    assert set(figures["skipped_layers"]) <= {1, 2, 3}
     for name, result in results.items():
         assert result.keys() >= FIELDS
         assert result["identical"] is True

@@ -71,6 +71,7 @@ def test_a_second_question_costs_its_own_text(name: str, fresh: VisionLanguageMo
                 question, picture, max_new_tokens=12, drafter=drafter(name, fresh)
             )
             assert found.tokens == alone.tokens
+            assert found.statistics.accepted == alone.statistics.accepted
             whole = vlm.tokens(question, pictures=1)
             kept = shared(whole, before)
             assert not number or kept > whole.index(vlm.model.config.image_token_id)

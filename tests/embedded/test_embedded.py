@@ -39,6 +39,7 @@ def test_every_strategys_tokens_are_transformers_own(
         "imitation": vlm.drafter("imitation"),
         "imitation-mlp": vlm.drafter("imitation", network=mlp),
         "early-exit": vlm.drafter("early-exit"),
+        "skip": vlm.drafter("skip"),
         "lookup": vlm.drafter("lookup"),
     }
     found = audit(vlm, drafters, questions, tmp_path / "audit.jsonl", batch=6, max_new_tokens=140)

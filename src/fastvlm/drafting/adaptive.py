@@ -22,12 +22,21 @@ PACE_DECAY = 0.95
 """The rate of drafting is that of about the last twenty cycles."""
 PROBE_SHARE = 0.01
 """The most that probing costs, of the time of ordinary decoding."""
+MOST_CREDIT = 4
+"""Ordinary steps that may be saved up for probes, or owed by them."""
 ORDINARY_EVERY = 64
 """Cycles with a draft after which an ordinary step is measured again."""
+CLOSE = 1.3
+"""Drafting that is not this much faster may be slower by now, on a machine with other work,"""
+CLOSE_EVERY = 12
+"""and then an ordinary step is measured more often."""
+WORTH = 1.05
+"""How much faster drafting must look: estimates that err are believed when they flatter."""
 REPLIES = 32
 """Replies whose lengths are remembered."""
 EVEN = 0.5
-"""Share of replies that may end with the next token while it is unknown what a draft brings."""
+"""While it is unknown what a draft brings: the share of replies that may end with the next token,
+and the acceptance below which a token is not drafted."""
 
 
 class Rates:
@@ -48,25 +57,25 @@ class Rates:
 
 
 class Pace:
-    """How drafting does against ordinary decoding, for batches of one size.
+    """How drafting does against ordinary decoding, for batches of one size: tokens of a row."""
 
-    Args:
-        rows: The batch's size.
-    """
-
-    def __init__(self, rows: int) -> None:
-        self.rows = rows
+    def __init__(self) -> None:
         self.costs = CycleCosts()
         self.credit = 0.0
         """Seconds that probing may still lose."""
         self.since_ordinary = 0
         self.tokens = self.cycles = self.steps = 0.0
 
-    def add(self, tokens: int, steps: int) -> None:
-        """Count a cycle with a draft: tokens of all rows, and draft steps."""
+    def add(self, tokens: float, steps: int) -> None:
+        """Count a cycle with a draft: tokens that a row gained on average, and draft steps."""
         self.tokens = PACE_DECAY * self.tokens + tokens
         self.steps = PACE_DECAY * self.steps + steps
         self.cycles = PACE_DECAY * self.cycles + 1
+
+    def earn(self, seconds: float) -> None:
+        """Add to the credit of probing, which neither grows nor falls without end."""
+        most = MOST_CREDIT * self.costs.verify.ordinary.median
+        self.credit = max(-most, min(self.credit + seconds, most))
 
     @property
     def cycle_seconds(self) -> float:
@@ -83,7 +92,7 @@ class Pace:
     def ordinary(self) -> float:
         """Tokens per second of ordinary steps; 0 before the first."""
         seconds = self.costs.verify.ordinary.median
-        return self.rows / seconds if seconds else 0.0
+        return 1 / seconds if seconds else 0.0
 
 
 class AdaptiveLength:
@@ -94,10 +103,10 @@ class AdaptiveLength:
 
         p_1 ... p_n q > r (d + v)
 
-    for a draft step of d seconds and v that a token adds to the verify; a batch adds its rows' left
-    sides. (The marginal value theorem: what brings less than the average rate is not worth its
-    time.) Where ordinary steps bring more tokens per second than drafting, nothing is drafted, but
-    for probes that lose at most `PROBE_SHARE` of the time.
+    for a draft step of d seconds and v that a token adds to the verify; of a batch, both sides are
+    a row's on average. (The marginal value theorem: what brings less than the average rate is not
+    worth its time.) Where ordinary steps bring more tokens per second than drafting, nothing is
+    drafted, but for probes that lose at most `PROBE_SHARE` of the time.
 
     The estimates belong to one drafter and one target, and serve all their requests, so they are
     kept from one to the next. Rejected or accepted, no token depends on them.
@@ -121,7 +130,7 @@ class AdaptiveLength:
 
     def pace(self, rows: int) -> Pace:
         """Return what is known of batches of a size."""
-        return self.paces.setdefault(rows, Pace(rows))
+        return self.paces.setdefault(rows, Pace())
 
     def goes_on(self, progress: Progress) -> list[bool]:
         """Return whether each row drafts another token: all that can, or none.
@@ -145,9 +154,14 @@ class AdaptiveLength:
             return True
         # An ordinary step is measured early, and then now and then.
         measured = len(pace.costs.verify.ordinary.values)
-        if pace.since_ordinary >= min(2 ** (measured + 1), ORDINARY_EVERY):
+        close_call = pace.drafting < CLOSE * pace.ordinary
+        every = CLOSE_EVERY if close_call else ORDINARY_EVERY
+        if pace.since_ordinary >= min(2 ** (measured + 1), every):
             return False
-        return pace.drafting > pace.ordinary or pace.credit >= self.probe(progress, pace)
+        if pace.drafting > WORTH * pace.ordinary:
+            return True
+        affordable = MOST_CREDIT * pace.costs.verify.ordinary.median
+        return pace.credit >= min(self.probe(progress, pace), affordable)
 
     def pays(self, progress: Progress, pace: Pace) -> bool:
         """Return whether what is expected of the replies is worth a draft."""
@@ -161,7 +175,7 @@ class AdaptiveLength:
         if not ordinary or pace.drafting <= pace.ordinary:
             return ending <= EVEN
         # Waiting a step shows whether the reply goes on: the draft is too late, or was for nothing.
-        saved = ordinary - pace.rows / pace.drafting
+        saved = ordinary - 1 / pace.drafting
         if ending * self.probe(progress, pace) > (1 - ending) * saved:
             return False
         return pace.costs.catch_up(progress.behind) < left * saved
@@ -193,11 +207,16 @@ class AdaptiveLength:
     def another(self, progress: Progress) -> bool:
         """Return whether one more token raises the expected tokens per second."""
         pace = self.pace(len(progress.open))
-        gain = 0.0
+        gain, drafting = 0.0, 0
         for is_open, confidences in zip(progress.open, progress.confidences, strict=True):
+            drafting += bool(confidences)
             if is_open and confidences:
                 bins = [bisect_right(EDGES, confidence) for confidence in confidences]
                 gain += math.prod(self.sure[index] for index in bins) * self.following[bins[-1]]
+        gain /= drafting
+        if not pace.cycles:
+            # Nothing is known of costs yet.
+            return gain > EVEN
         rate = max(pace.drafting, pace.ordinary)
         return gain > rate * (pace.costs.step.median + pace.costs.verify.slope)
 
@@ -209,12 +228,13 @@ class AdaptiveLength:
         ordinary = pace.costs.verify.of(1)
         if not steps:
             pace.since_ordinary = 0
-            pace.credit = min(pace.credit + PROBE_SHARE * ordinary, ordinary)
+            pace.earn(PROBE_SHARE * ordinary)
             return
-        tokens = 0
+        tokens = rows = 0
         for confidences, count in zip(progress.confidences, accepted, strict=True):
             if not confidences:
                 continue
+            rows += 1
             tokens += count + 1
             for place, confidence in enumerate(confidences[: count + 1]):
                 index = bisect_right(EDGES, confidence)
@@ -222,11 +242,11 @@ class AdaptiveLength:
                 if place:
                     before = bisect_right(EDGES, confidences[place - 1])
                     self.following.add(before, place < count)
-        pace.add(tokens, steps)
+        pace.add(tokens / rows, steps)
         pace.since_ordinary += 1
         taken = sum(timings.steps) + timings.verify
         # A probe that brought tokens pays for the next one.
-        pace.credit = min(pace.credit + ordinary * tokens / pace.rows - taken, ordinary)
+        pace.earn(ordinary * tokens / rows - taken)
 
     def finish(self, tokens: int) -> None:
         """Learn a reply's length."""

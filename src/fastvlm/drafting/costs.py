@@ -7,6 +7,8 @@ from collections import deque
 
 WINDOW = 15
 """Measurements of which the median is taken: one that something else disturbed does not count."""
+ORDINARY_WINDOW = 7
+"""Ordinary steps are rare while drafting pays, and must not be out of date."""
 DECAY = 0.96
 ENOUGH = 3.0
 """Passes after which one that takes much longer than the others is taken for disturbed."""
@@ -19,8 +21,8 @@ TYPICAL_SLOPE = 0.03
 class Recent:
     """The median of the last measurements."""
 
-    def __init__(self) -> None:
-        self.values: deque[float] = deque(maxlen=WINDOW)
+    def __init__(self, window: int = WINDOW) -> None:
+        self.values: deque[float] = deque(maxlen=window)
 
     def add(self, value: float) -> None:
         """Take another measurement."""
@@ -40,7 +42,7 @@ class VerifyCost:
     """
 
     def __init__(self) -> None:
-        self.ordinary = Recent()
+        self.ordinary = Recent(ORDINARY_WINDOW)
         self._weight = self._width = self._seconds = 0.0
         self._variance = self._covariance = 0.0
 
@@ -85,7 +87,8 @@ class CycleCosts:
     def __init__(self) -> None:
         self.verify = VerifyCost()
         self.step = Recent()
-        self.position = Recent()
+        self._extra = Recent()
+        self._behind = Recent()
 
     def add(self, steps: list[float], behind: int, width: int, verify: float) -> None:
         """Take a cycle's measurements, in seconds.
@@ -102,8 +105,13 @@ class CycleCosts:
             if number or behind <= 1:
                 self.step.add(seconds)
             elif self.step.values:
-                self.position.add(max(seconds - self.step.median, 0.0) / behind)
+                self._extra.add(max(seconds - self.step.median, 0.0))
+                self._behind.add(behind)
 
     def catch_up(self, behind: int) -> float:
-        """Return the seconds of seeing positions that were not seen yet."""
-        return self.position.median * behind
+        """Return the seconds of seeing positions that were not seen yet.
+
+        Fewer than usual take as long as usual, more in proportion.
+        """
+        usual = self._behind.median
+        return self._extra.median * max(behind / usual, 1.0) if behind > 1 and usual else 0.0

@@ -1,0 +1,236 @@
+"""Adaptive drafts, in worlds of known costs, against every fixed length and ordinary decoding."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import pytest
+
+from fastvlm.drafting import AdaptiveLength, DraftLength, FixedLength
+from fastvlm.drafting.adaptive import PROBE_SHARE
+from fastvlm.drafting.costs import CycleCosts, Recent, VerifyCost
+from fastvlm.drafting.draft_length import Progress, Timings
+from fastvlm.functional.errors import InputError
+
+
+@dataclass(frozen=True)
+class World:
+    """Costs in milliseconds, and how sure and how right a drafter is."""
+
+    step: float
+    verify: float
+    slope: float
+    confidences: tuple[float, ...]
+    calibrated: bool = True
+    ordinary: float = 28.0
+
+    def reply(self, random_: random.Random, length: int) -> list[tuple[float, bool]]:
+        """Return each position's confidence, and whether its draft is right."""
+        sure = [random_.choice(self.confidences) for _ in range(length)]
+        return [(c, random_.random() < (c if self.calibrated else 0.02)) for c in sure]
+
+    def pass_of(self, width: int) -> float:
+        """Return what a pass of the full model takes."""
+        return self.ordinary if width == 1 else self.verify + self.slope * (width - 2)
+
+
+SURE, UNSURE = (0.999, 0.999, 0.99, 0.97, 0.9, 0.6), (0.99, 0.95, 0.9, 0.7, 0.5, 0.3)
+WORLDS = {
+    # Measured on two cores: a pass of two tokens is a third dearer than one of one.
+    "processor, sure": World(4.3, 36.0, 1.0, SURE),
+    "processor, unsure": World(4.3, 36.0, 1.0, UNSURE),
+    "accelerator, sure": World(3.0, 28.5, 0.05, SURE),
+    "accelerator, unsure": World(3.0, 28.5, 0.05, UNSURE),
+    "dear steps": World(12.0, 30.0, 1.0, SURE),
+    "dear verifies": World(1.0, 36.0, 9.0, UNSURE),
+}
+UNTRAINED = {
+    "unsure": World(4.3, 36.0, 1.0, (0.05, 0.1, 0.2, 0.3), calibrated=False),
+    "sure all the same": World(4.3, 36.0, 1.0, (0.5, 0.7, 0.9, 0.99), calibrated=False),
+}
+
+
+def no_noise() -> float:
+    return 1.0
+
+
+def decoded(
+    length: DraftLength,
+    world: World,
+    reply: Sequence[tuple[float, bool]],
+    noise: Callable[[], float] = no_noise,
+) -> float:
+    """Decode a reply whose tokens are right or wrong as given; return what it took."""
+    at, behind, total = 1, 40, 0.0
+    while at < len(reply):
+        progress = Progress([True], [[]], [10_000], [at], behind)
+        steps = []
+        while any(length.goes_on(progress)):
+            place = at + progress.steps
+            steps.append((world.step + 0.02 * (0 if steps else behind)) * noise())
+            progress.confidences[0].append(reply[place][0] if place < len(reply) else 0.2)
+            # The end token is seen when it is drafted.
+            progress.open[0] = place < len(reply) - 1
+        accepted = 0
+        while accepted < progress.steps and at + accepted < len(reply) and reply[at + accepted][1]:
+            accepted += 1
+        verify = world.pass_of(progress.steps + 1) * noise()
+        length.learn(progress, [accepted], Timings(steps, verify))
+        total += sum(steps) + verify
+        at, behind = at + accepted + 1, 1 if steps else behind + 1
+    length.finish(len(reply))
+    return total
+
+
+def replies(world: World, number: int, length: int = 100) -> list[list[tuple[float, bool]]]:
+    chance = random.Random(1)
+    return [world.reply(chance, length) for _ in range(number)]
+
+
+@pytest.mark.parametrize("name", WORLDS)
+def test_it_is_as_fast_as_the_best_fixed_length(name: str) -> None:
+    world = WORLDS[name]
+    asked = replies(world, 40)
+    fixed = [sum(decoded(FixedLength(g), world, reply) for reply in asked) for g in range(1, 25)]
+    length = AdaptiveLength(24)
+    assert sum(decoded(length, world, reply) for reply in asked) < 1.005 * min(fixed)
+
+
+@pytest.mark.parametrize("name", UNTRAINED)
+@pytest.mark.parametrize("noisy", [False, True])
+def test_an_untrained_draft_costs_next_to_nothing(name: str, noisy: bool) -> None:
+    world = UNTRAINED[name]
+    chance = random.Random(2)
+
+    def noise() -> float:
+        # Now and then something else has the processor.
+        return (1 + 0.2 * chance.random()) * (3 if chance.random() < 0.03 else 1) if noisy else 1.0
+
+    length = AdaptiveLength(24)
+    taken = sum(decoded(length, world, reply, noise) for reply in replies(world, 30))
+    ordinary = sum(world.ordinary * noise() for _ in range(30 * 99))
+    assert taken < 1.03 * ordinary
+
+
+def test_a_draft_that_becomes_good_is_noticed() -> None:
+    bad, good = UNTRAINED["unsure"], WORLDS["processor, sure"]
+    length = AdaptiveLength(24)
+    for reply in replies(bad, 10):
+        decoded(length, bad, reply)
+    before = [decoded(length, good, reply) / 99 for reply in replies(good, 30)]
+    known = AdaptiveLength(24)
+    usual = [decoded(known, good, reply) / 99 for reply in replies(good, 30)]
+    assert sum(before[10:]) < 1.03 * sum(usual[10:])
+
+
+def test_nothing_is_drafted_where_replies_are_one_word() -> None:
+    world = WORLDS["processor, sure"]
+    length = AdaptiveLength(24)
+    for reply in replies(world, 3):
+        decoded(length, world, reply)
+    taken = [decoded(length, world, reply) for reply in replies(world, 60, 2)]
+    # At first the long replies before are believed.
+    assert taken[10:] == [world.ordinary] * 50
+    # And a long one, which is believed after a step, is still quick.
+    [long] = replies(world, 1)
+    assert decoded(length, world, long) / 99 < 0.5 * world.ordinary
+
+
+def test_a_first_request_drafts_at_once() -> None:
+    length = AdaptiveLength(24)
+    assert length.goes_on(Progress([True], [[]], [100], [1], 40)) == [True]
+    assert length.goes_on(Progress([True], [[]], [1], [1], 40)) == [False]
+    assert length.goes_on(Progress([False], [[]], [100], [1], 40)) == [False]
+
+
+def taught(rows: int, step: float, slope: float, accepted: bool) -> AdaptiveLength:
+    """Return drafts that have measured drafts of four tokens of confidence 0.85 and costs."""
+    length = AdaptiveLength(24)
+    for _ in range(200):
+        progress = Progress([True] * rows, [[0.85] * 4] * rows, [100] * rows, [1] * rows, 1)
+        count = [4 if accepted else 0] * rows
+        length.learn(progress, count, Timings([step] * 4, 1 + 4 * slope))
+        ordinary = Progress([True] * rows, [[]] * rows, [100] * rows, [1] * rows, 1)
+        length.learn(ordinary, [0] * rows, Timings([], 1.0))
+    return length
+
+
+def test_rows_stop_together() -> None:
+    length = taught(2, 0.1, 0.01, accepted=True)
+    sure, unsure = [0.85], [0.05]
+    assert length.goes_on(Progress([True, True], [sure, unsure], [9, 9], [1, 1])) == [True, True]
+    assert length.goes_on(Progress([False, True], [sure, unsure], [9, 9], [1, 1])) == [False, False]
+    assert length.goes_on(Progress([True, False], [sure, unsure], [9, 9], [1, 1])) == [True, False]
+
+
+def test_batches_of_other_sizes_are_measured_for_themselves() -> None:
+    length = taught(1, 0.1, 0.01, accepted=True)
+    assert length.pace(1).costs.step.values
+    assert not length.pace(4).costs.step.values
+
+
+def test_a_draft_has_at_most_its_maximum() -> None:
+    length = AdaptiveLength(3)
+    for drafted, goes in ((2, True), (3, False)):
+        progress = Progress([True], [[1.0] * drafted], [100], [1])
+        assert length.goes_on(progress) == [goes]
+    with pytest.raises(InputError, match=r"at least one token; got .*0"):
+        AdaptiveLength(0)
+
+
+def test_probes_are_paid_from_what_ordinary_steps_take() -> None:
+    length = taught(1, 10.0, 0.1, accepted=False)
+    cycles, probes = 2000, 0
+    for _ in range(cycles):
+        progress = Progress([True], [[]], [100], [1], 1)
+        if length.goes_on(progress) == [True]:
+            probes += 1
+            progress.confidences[0].append(0.85)
+            length.learn(progress, [0], Timings([1.0], 1.3))
+        else:
+            length.learn(progress, [0], Timings([], 1.0))
+    # A probe loses 1.3 steps.
+    assert 0 < probes <= PROBE_SHARE * cycles / 1.3 + 2
+
+
+def test_a_median_is_not_disturbed() -> None:
+    recent = Recent()
+    assert recent.median == 0
+    for value in (1, 1, 90, 1, 2, 80, 1):
+        recent.add(value)
+    assert recent.median == 1
+
+
+@pytest.mark.parametrize("disturbed", [False, True])
+def test_a_verifys_cost_is_a_line_from_two_tokens_on(disturbed: bool) -> None:
+    chance = random.Random(3)
+    cost = VerifyCost()
+    for turn in range(300):
+        width = chance.choice((1, 2, 5, 9, 12))
+        seconds = 28.0 if width == 1 else 34.0 + width
+        cost.add(width, seconds * (5 if disturbed and turn % 20 == 7 else 1))
+    assert cost.of(1) == 28.0
+    allowed = 0.15 if disturbed else 0.02
+    for width in (2, 3, 7, 14):
+        assert cost.of(width) == pytest.approx(34 + width, rel=allowed)
+
+
+def test_a_verify_of_one_width_has_a_cautious_slope() -> None:
+    cost = VerifyCost()
+    for _ in range(50):
+        cost.add(1, 1.0)
+        cost.add(5, 1.2)
+    assert cost.of(5) == pytest.approx(1.2)
+    assert 0 < cost.slope < 0.1
+
+
+def test_catching_up_costs_what_it_did_or_in_proportion() -> None:
+    costs = CycleCosts()
+    costs.add([1.0, 1.0], 1, 3, 5.0)
+    costs.add([3.0, 1.0], 20, 3, 5.0)
+    assert costs.step.median == 1.0
+    assert costs.catch_up(40) == pytest.approx(4.0)
+    assert costs.catch_up(10) == pytest.approx(2.0)
+    assert costs.catch_up(1) == 0
