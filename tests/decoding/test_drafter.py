@@ -7,9 +7,10 @@ from typing import Any
 import pytest
 
 from fastvlm.decoding import SelfSpeculative, SkippedLayers
+from fastvlm.decoding.drafters import MAX_DRAFT
 from fastvlm.drafting import AdaptiveLength, ConfidenceLength, FixedLength, ImitationNetwork
 from fastvlm.functional.errors import InputError
-from fastvlm.vlm import MAX_DRAFT, VisionLanguageModel
+from fastvlm.vlm import VisionLanguageModel
 from tests.decoding.conftest import imitation
 from tests.models import small_vlm
 
