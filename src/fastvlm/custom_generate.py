@@ -178,8 +178,7 @@ def speculative(
     rows, a streamer, `return_dict_in_generate`. (Of `stop_strings` transformers tells a decoding
     method of others nothing; its `StopStringCriteria` among the stopping criteria does the same.)
 
-    Keep the returned object for further calls: it
-    keeps the draft that it has loaded.
+    Keep the returned object for further calls: it keeps the draft that it has loaded.
 
     Args:
         draft: A draft's directory, or the network; None for strategies that need none.

@@ -99,13 +99,16 @@ class Prompts:
 
     @torch.inference_mode()
     def encode(
-        self, messages: Sequence[Message], store: PrefixStore, **options: Unpack[PictureOptions]
+        self,
+        messages: Sequence[Message],
+        store: PrefixStore | None = None,
+        **options: Unpack[PictureOptions],
     ) -> Encoded:
         """Return a dialogue as the decoder takes it.
 
         Args:
             messages: The dialogue, the last turn the user's.
-            store: Where pictures' features are found and kept.
+            store: Where pictures' features are found and kept; None for nowhere.
             options: How the pictures are shown, see `PictureOptions`.
 
         Raises:
@@ -121,7 +124,8 @@ class Prompts:
         keys: list[Hashable] = [*tokens]
         if views:
             places = row == self.model.config.image_token_id
-            digests = [digest(view) for view in views]
+            # What is kept nowhere needs no name, and hashing a picture takes milliseconds.
+            digests = ["" if store is None else digest(view) for view in views]
             features = [
                 self.features(view, name, store) for view, name in zip(views, digests, strict=True)
             ]
@@ -133,19 +137,20 @@ class Prompts:
                 keys[place] = key
         return Encoded(tokens, embeddings, keys)
 
-    def features(self, views: Tensor, name: str, store: PrefixStore) -> Tensor:
+    def features(self, views: Tensor, name: str, store: PrefixStore | None) -> Tensor:
         """Return a picture's visual tokens, (visual tokens, d_model), encoded if they aren't kept.
 
         Args:
             views: What `prepare` made of it: (views, 3, size, size) in [0, 1].
             name: Its digest.
-            store: Where they are kept.
+            store: Where they are kept; None for nowhere.
         """
-        found = store.features(name)
+        found = None if store is None else store.features(name)
         if found is None:
             pixels = views.to(self.decoder.device, self.decoder.dtype)
             found = self.model.get_image_features(pixels).pooler_output.flatten(0, 1)
-            store.keep_features(name, found)
+            if store is not None:
+                store.keep_features(name, found)
         return found
 
 

@@ -133,14 +133,15 @@ class VisionLanguageModel:
             raise InputError("A dialogue's pictures stand in its messages; leave out the picture.")
         messages = question(prompt, picture) if isinstance(prompt, str) else prompt
         shown = among(PictureOptions, options)
-        encoded = self.prompts.encode(messages, self.prefixes, **shown)
+        store = self.prefixes if self.prefixes.limit else None
+        encoded = self.prompts.encode(messages, store, **shown)
         return Request(
             encoded.tokens,
             encoded.embeddings,
             options.get("max_new_tokens", 256),
             self.end_tokens,
             keys=encoded.keys,
-            store=self.prefixes,
+            store=store,
             started=started,
             selection=selection_of(encoded.tokens, **among(SamplingOptions, options)),
             text=ReplyText(self.tokenizer, options.get("stop", ())),

@@ -107,10 +107,11 @@ class Decoding:
             draft: What was proposed.
             logits: The target's, (batch, g + 1, vocabulary).
         """
+        drafted = draft.tokens
         if self.batch.plain:
             found = [
                 accept_greedy(tokens, best)
-                for tokens, best in zip(draft.tokens, logits.argmax(-1).tolist(), strict=True)
+                for tokens, best in zip(drafted, logits.argmax(-1).tolist(), strict=True)
             ]
         else:
             found = [
@@ -119,7 +120,7 @@ class Decoding:
             ]
         return [
             [*tokens[:count], following]
-            for tokens, (count, following) in zip(draft.tokens, found, strict=True)
+            for tokens, (count, following) in zip(drafted, found, strict=True)
         ]
 
     def verify(self, draft: Draft) -> tuple[Tensor, Tensor | None]:
@@ -133,11 +134,12 @@ class Decoding:
             (batch, g + 1, d_model), or None for a strategy without an exit layer.
         """
         decoder, cache, exit_layer = self.decoder, self.batch.cache, self.drafter.exit_layer
-        width = 1 + max(len(tokens) for tokens in draft.tokens)
+        drafted = draft.tokens
+        width = 1 + max(map(len, drafted))
         known = 0 if draft.hidden is None else draft.hidden.shape[1]
         inputs = [
             ([last, *tokens] + [last] * width)[known:width]
-            for last, tokens in zip(self.batch.last, draft.tokens, strict=True)
+            for last, tokens in zip(self.batch.last, drafted, strict=True)
         ]
         x = decoder.embed(torch.tensor(inputs, device=decoder.device))
         if exit_layer:

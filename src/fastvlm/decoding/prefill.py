@@ -113,7 +113,7 @@ def beginnings(requests: Sequence[Request], capacity: int, observed: int | None)
 
 def remember(batch: Batch, row: int, request: Request, drafter: Drafter) -> None:
     """Keep what was computed of a request that has ended, for those that begin as it does."""
-    if request.store is None or not request.store.limit:
+    if request.store is None:
         return
     # The last token's keys and values were never computed.
     keys = [*request.keys, *request.reply[:-1]]
@@ -121,6 +121,7 @@ def remember(batch: Batch, row: int, request: Request, drafter: Drafter) -> None
     observed = observed_layer(drafter)
     exits = {} if observed is None or request.exits is None else {observed: request.exits.clone()}
     request.store.keep(Kept(keys, state, exits))
+    request.exits = None
 
 
 def _side_by_side(rows: Sequence[Tensor]) -> Tensor:

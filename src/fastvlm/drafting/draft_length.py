@@ -78,9 +78,11 @@ class DraftLength(Protocol):
 class RowByRow:
     """A rule that looks at each row alone and learns nothing."""
 
+    maximum: int
+
     def continues(self, confidences: list[float]) -> bool:
-        """Return whether a row goes on after tokens of these probabilities."""
-        raise NotImplementedError
+        """Return whether a row goes on after tokens of these probabilities: up to the maximum."""
+        return len(confidences) < self.maximum
 
     def goes_on(self, progress: Progress) -> list[bool]:
         """Return whether each row drafts another token."""
@@ -116,10 +118,6 @@ class FixedLength(RowByRow):
     def __post_init__(self) -> None:
         check_maximum(self.maximum)
 
-    def continues(self, confidences: list[float]) -> bool:
-        """Go on up to the maximum."""
-        return len(confidences) < self.maximum
-
 
 @dataclass(frozen=True)
 class ConfidenceLength(RowByRow):
@@ -141,6 +139,6 @@ class ConfidenceLength(RowByRow):
 
     def continues(self, confidences: list[float]) -> bool:
         """Go on while the drafter is sure, up to the maximum."""
-        return len(confidences) < self.maximum and (
+        return super().continues(confidences) and (
             not confidences or confidences[-1] >= self.threshold
         )
