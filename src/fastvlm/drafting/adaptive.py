@@ -13,25 +13,27 @@ from fastvlm.drafting.draft_length import Progress, Timings, check_maximum
 
 EDGES = (0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 0.95, 0.98, 0.995)
 """Between the bins of confidence."""
-FORGET = 0.99
-"""A bin remembers about its last hundred tokens."""
+FORGET = 0.98
+"""A bin remembers about its last fifty tokens."""
 PRIOR_WEIGHT = 3.0
 FOLLOWING = 0.7
 """Acceptance of the token after an accepted one, until it is measured."""
-PACE_DECAY = 0.95
-"""The rate of drafting is that of about the last twenty cycles."""
+PACE_DECAY = 0.9
+"""The rate of drafting is that of about the last ten cycles: of one reply, more or less."""
+GRANT = 8.0
+"""Ordinary steps that drafting may lose at first, to show what it brings."""
+MOST_CREDIT = 32.0
+"""The most of what drafting has saved, in ordinary steps, that it may lose again,"""
+MOST_DEBT = 4.0
+"""and the most that it may owe."""
 PROBE_SHARE = 0.01
-"""The most that probing costs, of the time of ordinary decoding."""
-MOST_CREDIT = 4
-"""Ordinary steps that may be saved up for probes, or owed by them."""
+"""What ordinary steps add to the credit of a draft that loses: the share of time it may cost."""
 ORDINARY_EVERY = 64
 """Cycles with a draft after which an ordinary step is measured again."""
 CLOSE = 1.3
 """Drafting that is not this much faster may be slower by now, on a machine with other work,"""
 CLOSE_EVERY = 12
 """and then an ordinary step is measured more often."""
-WORTH = 1.05
-"""How much faster drafting must look: estimates that err are believed when they flatter."""
 REPLIES = 32
 """Replies whose lengths are remembered."""
 EVEN = 0.5
@@ -61,8 +63,8 @@ class Pace:
 
     def __init__(self) -> None:
         self.costs = CycleCosts()
-        self.credit = 0.0
-        """Seconds that probing may still lose."""
+        self.credit = GRANT
+        """Ordinary steps that drafting may still lose."""
         self.since_ordinary = 0
         self.tokens = self.cycles = self.steps = 0.0
 
@@ -72,10 +74,9 @@ class Pace:
         self.steps = PACE_DECAY * self.steps + steps
         self.cycles = PACE_DECAY * self.cycles + 1
 
-    def earn(self, seconds: float) -> None:
-        """Add to the credit of probing, which neither grows nor falls without end."""
-        most = MOST_CREDIT * self.costs.verify.ordinary.median
-        self.credit = max(-most, min(self.credit + seconds, most))
+    def earn(self, steps: float) -> None:
+        """Add to drafting's credit, which neither grows nor falls without end."""
+        self.credit = max(-MOST_DEBT, min(self.credit + steps, MOST_CREDIT))
 
     @property
     def cycle_seconds(self) -> float:
@@ -105,8 +106,9 @@ class AdaptiveLength:
 
     for a draft step of d seconds and v that a token adds to the verify; of a batch, both sides are
     a row's on average. (The marginal value theorem: what brings less than the average rate is not
-    worth its time.) Where ordinary steps bring more tokens per second than drafting, nothing is
-    drafted, but for probes that lose at most `PROBE_SHARE` of the time.
+    worth its time.) Whether there is a draft at all is a matter of credit: what drafting saves, it
+    may lose again later, and where it saves nothing it loses `PROBE_SHARE` of the time and the
+    grant it starts with, however wrong the estimates are.
 
     The estimates belong to one drafter and one target, and serve all their requests, so they are
     kept from one to the next. Rejected or accepted, no token depends on them.
@@ -158,10 +160,7 @@ class AdaptiveLength:
         every = CLOSE_EVERY if close_call else ORDINARY_EVERY
         if pace.since_ordinary >= min(2 ** (measured + 1), every):
             return False
-        if pace.drafting > WORTH * pace.ordinary:
-            return True
-        affordable = MOST_CREDIT * pace.costs.verify.ordinary.median
-        return pace.credit >= min(self.probe(progress, pace), affordable)
+        return pace.credit * pace.costs.verify.ordinary.median >= self.probe(progress, pace)
 
     def pays(self, progress: Progress, pace: Pace) -> bool:
         """Return whether what is expected of the replies is worth a draft."""
@@ -228,7 +227,7 @@ class AdaptiveLength:
         ordinary = pace.costs.verify.of(1)
         if not steps:
             pace.since_ordinary = 0
-            pace.earn(PROBE_SHARE * ordinary)
+            pace.earn(PROBE_SHARE)
             return
         tokens = rows = 0
         for confidences, count in zip(progress.confidences, accepted, strict=True):
@@ -245,8 +244,8 @@ class AdaptiveLength:
         pace.add(tokens / rows, steps)
         pace.since_ordinary += 1
         taken = sum(timings.steps) + timings.verify
-        # A probe that brought tokens pays for the next one.
-        pace.earn(ordinary * tokens / rows - taken)
+        if ordinary:
+            pace.earn(tokens / rows - taken / ordinary)
 
     def finish(self, tokens: int) -> None:
         """Learn a reply's length."""
