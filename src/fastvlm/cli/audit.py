@@ -20,7 +20,7 @@ from fastvlm.cli.benchmark import (
     readable_questions,
 )
 from fastvlm.cli.files import write_json
-from fastvlm.cli.loading import ModelOption, ThreadsOption, load_quietly
+from fastvlm.cli.loading import DtypeOption, ModelOption, ThreadsOption, load_quietly
 from fastvlm.cli.terminal import number, progress
 
 
@@ -51,12 +51,30 @@ def audit(  # noqa: PLR0913 (a parameter is an option)
     limit: Annotated[int, typer.Option(min=1, help="The most pictures.")] = 1000,
     batch: Annotated[int, typer.Option(min=1, help="Pictures decoded together.")] = 50,
     max_new_tokens: Annotated[int, typer.Option(min=2, help="The most tokens of a reply.")] = 160,
+    dtype: DtypeOption = "float32",
+    gap: Annotated[
+        float | None,
+        typer.Option(
+            min=0,
+            help="A difference is a tie where the target's two best logits, in float64, lie closer"
+            " than this.",
+            show_default="1e-4 in float32, 0.25 in bfloat16, 0 with --wide",
+        ),
+    ] = None,
+    wide: Annotated[
+        bool,
+        typer.Option(
+            "--wide",
+            help="Compare with our own ordinary decoding, its passes as wide as those that verify,"
+            " one picture at a time: in any precision not a token may then differ.",
+        ),
+    ] = False,
     threads: ThreadsOption = None,
 ) -> None:
     """Say whether every strategy's tokens are those of transformers' own greedy generate.
 
-    A difference is a tie where the target's two best logits, in float64, lie within 1e-4 of each
-    other: rounding alone decides there. Exits with 1 if any reply differs otherwise.
+    A difference is a tie where rounding alone decides, see --gap. Exits with 1 if any reply differs
+    otherwise.
     """
     drafts = named_drafts(draft, model)
     chosen = chosen_strategies(strategies, drafts)
@@ -64,7 +82,8 @@ def audit(  # noqa: PLR0913 (a parameter is an option)
     output.mkdir(parents=True, exist_ok=True)
     from fastvlm.evaluation.audit import audit as compare
 
-    vlm = load_quietly(embedded.MODEL if model is None else model, threads=threads)
+    where = embedded.MODEL if model is None else model
+    vlm = load_quietly(where, threads=threads, dtype=dtype)
     drafters = named_drafters(vlm, chosen, drafts)
     with progress("Auditing") as report:
         found = compare(
@@ -74,11 +93,20 @@ def audit(  # noqa: PLR0913 (a parameter is an option)
             output / "audit.jsonl",
             batch=batch,
             max_new_tokens=max_new_tokens,
+            gap=gap,
+            wide=wide,
             progress=report,
         )
     write_json(
         output / "audit.json",
-        {"pictures": pictures, "prompt": questions[0].prompt, "strategies": found.to_json()},
+        {
+            "pictures": pictures,
+            "prompt": questions[0].prompt,
+            "dtype": dtype,
+            "wide": wide,
+            "gap": found.gap,
+            "strategies": found.to_json(),
+        },
     )
     out = Table(box=SIMPLE_HEAD, pad_edge=False, show_edge=False)
     for name in ("strategy", "replies", "identical", "ties", "different", "accept.\nlength"):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
@@ -25,6 +25,10 @@ ModelOption = Annotated[
 ThreadsOption = Annotated[
     int | None,
     typer.Option(min=1, max=1024, help="CPU threads to compute with.", show_default="torch's own"),
+]
+DtypeOption = Annotated[
+    Literal["float64", "float32", "float16", "bfloat16"],
+    typer.Option(help="The precision to compute in."),
 ]
 SkippedLayersOption = Annotated[
     str | None,
@@ -65,7 +69,10 @@ def located(model: str | None) -> str | Path | None:
 
 
 def load_quietly(
-    model: str | Path | None, draft: Path | None = None, threads: int | None = None
+    model: str | Path | None,
+    draft: Path | None = None,
+    threads: int | None = None,
+    dtype: str = "float32",
 ) -> VisionLanguageModel:
     """Load a model, and a draft made for it, without progress bars and warnings of others.
 
@@ -88,4 +95,4 @@ def load_quietly(
     if threads is not None:
         torch.set_num_threads(threads)
     # A verb asks once about each picture, or measures what a picture costs.
-    return load(model, draft, prefix_bytes=0)
+    return load(model, draft, dtype=getattr(torch, dtype), prefix_bytes=0)

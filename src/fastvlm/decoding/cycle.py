@@ -7,6 +7,7 @@ from collections.abc import Iterator, Sequence
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from fastvlm.decoding.batch import Batch
 from fastvlm.decoding.prefill import prefill, remember
@@ -27,15 +28,30 @@ class Decoding:
         decoder: The target.
         drafter: The strategy.
         requests: The rows.
+        width: Positions that every pass of the layers from the exit layer on computes, however few
+            are asked for; None for those that are. A product of matrices rounds otherwise when it
+            has other rows beside it, and in bfloat16 that changes tokens. With one width for all,
+            and the same exit layer, drafting changes nothing to the last bit of a single request.
 
     Raises:
-        InputError: A prompt doesn't fit into the model's context, or the limit is below 1.
+        InputError: A prompt doesn't fit into the model's context, the limit is below 1, or drafts
+            are longer than the width allows.
     """
 
     def __init__(
-        self, decoder: SplitDecoder, drafter: Drafter, requests: Sequence[Request]
+        self,
+        decoder: SplitDecoder,
+        drafter: Drafter,
+        requests: Sequence[Request],
+        width: int | None = None,
     ) -> None:
         self.decoder, self.drafter, self.requests = decoder, drafter, list(requests)
+        self.width = width
+        if width is not None and width <= drafter.margin:
+            raise InputError(
+                f"Drafts of up to {drafter.margin} tokens are verified {drafter.margin + 1} wide,"
+                f" but the width is {width}."
+            )
         for request in self.requests:
             if request.max_new_tokens < 1:
                 raise InputError(
@@ -53,7 +69,8 @@ class Decoding:
         self.rows = list(range(len(self.requests)))
         """Which request each row of the batch decodes."""
         # The last token is never written, but a draft's tokens are before they are rejected.
-        capacity = max(len(r.tokens) + r.max_new_tokens for r in self.requests) + drafter.margin
+        spare = drafter.margin if width is None else width - 1
+        capacity = max(len(r.tokens) + r.max_new_tokens for r in self.requests) + spare
         cache = decoder.cache(len(self.requests), capacity, drafter.cache_layers)
         for row, request in enumerate(self.requests):
             cache.seat(row, request.positions, request.memory)
@@ -148,9 +165,11 @@ class Decoding:
             if draft.hidden is not None:
                 x = torch.cat((draft.hidden, x), 1)
         hidden = x if exit_layer else None
-        span = cache.span(cache.lengths, width)
+        if self.width is not None:
+            x = F.pad(x, (0, 0, 0, self.width - width))
+        span = cache.span(cache.lengths, x.shape[1], to_the_end=self.width is not None)
         x = decoder.run(x, span, cache, range(exit_layer, decoder.depth))
-        return decoder.head(x), hidden
+        return decoder.head(x)[:, :width], hidden
 
     def commit(self, chosen: list[list[int]], logits: Tensor) -> list[int]:
         """Give each row its tokens; return how many each request gained.

@@ -94,11 +94,18 @@ class Drafter(Protocol):
         ...
 
 
+@dataclass(frozen=True, slots=True)
 class Autoregressive:
-    """No draft: one pass of the whole model for each token."""
+    """No draft: one pass of the whole model for each token.
 
-    name = "autoregressive"
-    exit_layer = cache_layers = margin = 0
+    Args:
+        exit_layer: Layers that run apart from the others, as they do for a drafter.
+    """
+
+    exit_layer: int = 0
+    name: str = "autoregressive"
+    cache_layers: int = 0
+    margin: int = 0
 
     def observe(self, hidden: Tensor) -> None:
         """Nothing to learn."""

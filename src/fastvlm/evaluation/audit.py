@@ -1,7 +1,9 @@
-"""Identity over a whole data set: every strategy's tokens against `transformers`' own `generate`.
+"""Identity over a whole data set: every strategy's tokens against ordinary decoding.
 
-Batches make it quick; rows accept different numbers and end at different times, as they do in
-serving.
+Ordinary decoding is `transformers`' own `generate`. Batches make it quick; rows accept different
+numbers and end at different times, as they do in serving. In a short precision the width of a pass
+alone changes tokens, so there is another reference: our own ordinary decoding with passes as wide
+as those that verify, one request at a time.
 """
 
 from __future__ import annotations
@@ -16,8 +18,9 @@ from typing import Any
 import torch
 
 from fastvlm.data.questions import Question
-from fastvlm.decoding import Decoding, Drafter
-from fastvlm.evaluation.benchmark import TIE, best_gap, no_progress
+from fastvlm.decoding import Decoding, Drafter, Request
+from fastvlm.decoding.strategies import Autoregressive
+from fastvlm.evaluation.benchmark import TIES, best_gap, no_progress
 from fastvlm.functional.errors import InputError
 from fastvlm.vision.pictures import prepare
 from fastvlm.vlm import VisionLanguageModel
@@ -46,19 +49,21 @@ class Audit:
         replies: The reference replies' tokens.
         differences: For each strategy, the replies that differ.
         acceptance_length: For each strategy, its tokens per pass of the full model.
+        gap: What the two best logits must lie within for a difference to be a tie.
     """
 
     replies: list[list[int]]
     differences: dict[str, list[Difference]]
     acceptance_length: dict[str, float]
+    gap: float
 
     def identical(self, strategy: str) -> int:
         """Return how many of a strategy's replies have the reference's very tokens."""
         return len(self.replies) - len(self.differences[strategy])
 
     def ties(self, strategy: str) -> int:
-        """Return how many of a strategy's differences are ties within `TIE`."""
-        return sum(difference.gap < TIE for difference in self.differences[strategy])
+        """Return how many of a strategy's differences are ties: rounding alone decides there."""
+        return sum(difference.gap < self.gap for difference in self.differences[strategy])
 
     def to_json(self) -> dict[str, Any]:
         """Return the counts, and every difference that there is."""
@@ -83,9 +88,11 @@ def audit(
     *,
     batch: int = 50,
     max_new_tokens: int = 160,
+    gap: float | None = None,
+    wide: bool = False,
     progress: Callable[[int, int], None] = no_progress,
 ) -> Audit:
-    """Decode every question with `transformers` and with every strategy, and compare.
+    """Decode every question ordinarily and with every strategy, and compare.
 
     Args:
         vlm: The model.
@@ -94,6 +101,10 @@ def audit(
         journal: A JSON-lines file of finished batches; a stopped audit goes on from it.
         batch: Questions decoded together.
         max_new_tokens: The most tokens of a reply.
+        gap: How close the two best logits must lie, in float64, for a difference to be a tie; None
+            for what is usual in the model's precision, and for 0 where all passes are wide.
+        wide: Whether ordinary decoding is ours, with passes as wide as those that verify, one
+            question at a time: then there is no difference in any precision.
         progress: Called with the questions done and their number.
 
     Raises:
@@ -101,7 +112,17 @@ def audit(
     """
     if len({question.prompt for question in questions}) != 1:
         raise InputError("The questions of one audit must have one prompt.")
-    plan = {"names": sorted(drafters), "questions": len(questions), "batch": batch}
+    batch = 1 if wide else batch
+    width = 1 + max(drafter.margin for drafter in drafters.values()) if wide else None
+    if gap is None:
+        gap = 0.0 if wide else TIES[vlm.decoder.dtype]
+    plan = {
+        "names": sorted(drafters),
+        "questions": len(questions),
+        "batch": batch,
+        "dtype": str(vlm.decoder.dtype).removeprefix("torch."),
+        "width": width,
+    }
     lines = (
         [json.loads(line) for line in journal.read_text().splitlines()]
         if (journal.is_file())
@@ -113,9 +134,8 @@ def audit(
         journal.write_text(json.dumps(plan) + "\n")
     done = lines[1:]
     for start in range(len(done) * batch, len(questions), batch):
-        done.append(
-            audit_batch(vlm, drafters, questions[start : start + batch], start, max_new_tokens)
-        )
+        asked = questions[start : start + batch]
+        done.append(audit_batch(vlm, drafters, asked, start, max_new_tokens, width))
         with journal.open("a") as file:
             file.write(json.dumps(done[-1]) + "\n")
         progress(min(start + batch, len(questions)), len(questions))
@@ -130,6 +150,7 @@ def audit(
             / max(1, sum(part[name]["cycles"] for part in done))
             for name in drafters
         },
+        gap=gap,
     )
 
 
@@ -139,20 +160,40 @@ def audit_batch(
     questions: Sequence[Question],
     first: int,
     limit: int,
+    width: int | None,
 ) -> dict[str, Any]:
     """Return one batch's reference replies, and for each strategy what differs from them."""
     pictures = [question.open(vlm.image_size) for question in questions]
-    started = time.perf_counter()
-    replies = reference_replies(vlm, questions[0].prompt, pictures, limit)
-    found: dict[str, Any] = {"replies": replies, "seconds": time.perf_counter() - started}
-    for name, drafter in drafters.items():
-        started = time.perf_counter()
+
+    def decoded(drafter: Drafter) -> list[Request]:
         requests = [
             vlm.request(question.prompt, picture, max_new_tokens=limit)
             for question, picture in zip(questions, pictures, strict=True)
         ]
-        for _ in Decoding(vlm.decoder, drafter, requests):
+        for request in requests:
+            # What is kept of other passes was computed in other widths.
+            request.store = None if width is not None else request.store
+        for _ in Decoding(vlm.decoder, drafter, requests, width):
             pass
+        return requests
+
+    started = time.perf_counter()
+    # The first layers run apart from the others in drafting, and must do so in the reference.
+    exits = {0 if width is None else drafter.exit_layer for drafter in drafters.values()}
+    references = {
+        exit_layer: reference_replies(vlm, questions[0].prompt, pictures, limit)
+        if width is None
+        else [request.reply for request in decoded(Autoregressive(exit_layer))]
+        for exit_layer in sorted(exits)
+    }
+    found: dict[str, Any] = {
+        "replies": references[min(exits)],
+        "seconds": time.perf_counter() - started,
+    }
+    for name, drafter in drafters.items():
+        started = time.perf_counter()
+        requests = decoded(drafter)
+        replies = references[0 if width is None else drafter.exit_layer]
         differences = []
         for row, (request, reply) in enumerate(zip(requests, replies, strict=True)):
             if request.reply != reply:

@@ -24,8 +24,10 @@ from fastvlm.vlm import VisionLanguageModel
 
 TRANSFORMERS = "transformers"
 AUTOREGRESSIVE = "autoregressive"
-TIE = 1e-4
-"""Two best logits that lie closer than this may change places by rounding alone."""
+TIES = {torch.float64: 1e-9, torch.float32: 1e-4, torch.float16: 0.03, torch.bfloat16: 0.25}
+"""Two best logits that lie closer than this may change places by rounding alone. In the short
+precisions it is two steps of a number between 16 and 32, where the best logits of language models
+often lie."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,7 +49,7 @@ class StrategyResult:
         identical: Whether every reply has the same tokens as `transformers`' own `generate`, but
             for the `ties`.
         different: Replies that differ, ties counted.
-        ties: Replies that differ first where the two best logits lie within `TIE`.
+        ties: Replies that differ first where the two best logits lie within `TIES`.
         speedup: Median over the questions of the autoregressive time per output token over this
             strategy's, and its quartiles.
         speedup_end_to_end: The same for whole replies, picture and prefill included.
@@ -215,7 +217,8 @@ def summarise(
         for question, run, expected in zip(questions, own, reference, strict=True)
         if run.tokens != expected.tokens
     ]
-    ties = sum(best_gap(vlm, *difference)[1] < TIE for difference in differing)
+    tie = TIES[vlm.decoder.dtype]
+    ties = sum(best_gap(vlm, *difference)[1] < tie for difference in differing)
     proposed = sum(run.statistics.proposed for run in own)
     cycles = sum(run.statistics.cycles for run in own)
     tokens_after_first = sum(run.statistics.tokens - 1 for run in own)

@@ -53,7 +53,7 @@ class Span:
     Args:
         starts: The first position of each row.
         width: Positions in each row.
-        end: One past the last position of any row: keys beyond it are not read.
+        end: Keys from this position on are not read; none of them is a row's own.
         positions: (batch, width).
         aligned: Whether all rows start at the same position.
         table: Time, height and width of every position of the cache, (3, batch, capacity), where
@@ -79,7 +79,8 @@ class Span:
             window: Positions that a sliding-window layer sees, its own included; None for all.
         """
         within = window is None or self.end <= window
-        if self.aligned and within and (self.width == 1 or self.starts[0] == 0):
+        last = self.end == self.starts[0] + self.width
+        if self.aligned and within and last and (self.width == 1 or self.starts[0] == 0):
             return None
         return self.seen(None if within else window)
 
@@ -182,8 +183,14 @@ class DecoderCache:
         self.values = [layer[1] for layer in storage]
         self._rows = torch.arange(storage.shape[2], device=storage.device)[:, None]
 
-    def span(self, starts: Sequence[int], width: int) -> Span:
+    def span(self, starts: Sequence[int], width: int, *, to_the_end: bool = False) -> Span:
         """Return the span of a pass over `width` positions from each row's start.
+
+        Args:
+            starts: The first position of each row.
+            width: Positions in each row.
+            to_the_end: Read the whole cache, so that the order in which keys are summed, and with
+                it the rounding, does not depend on how far the rows have come.
 
         Raises:
             InputError: The span doesn't fit into the cache.
@@ -201,6 +208,8 @@ class DecoderCache:
             positions = self._counts[first:end].expand(len(starts), width)
         else:
             positions = torch.tensor(starts, device=self.device)[:, None] + self._counts[:width]
+        if to_the_end:
+            end = self.capacity
         return Span(list(starts), width, end, positions, aligned, self._table, self._source)
 
     def read(self, row: int, length: int, layers: int) -> Tensor:
@@ -242,8 +251,8 @@ class DecoderCache:
         all_keys, all_values = self.keys[layer_idx], self.values[layer_idx]
         if span.aligned:
             first = span.starts[0]
-            all_keys[:, :, first : span.end] = keys
-            all_values[:, :, first : span.end] = values
+            all_keys[:, :, first : first + span.width] = keys
+            all_values[:, :, first : first + span.width] = values
         else:
             all_keys[self._rows, :, span.positions] = keys.transpose(1, 2)
             all_values[self._rows, :, span.positions] = values.transpose(1, 2)
