@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Annotated
 
@@ -93,10 +94,11 @@ def audit(  # noqa: PLR0913 (a parameter is an option)
             output / "audit.jsonl",
             batch=batch,
             max_new_tokens=max_new_tokens,
-            gap=gap,
             wide=wide,
             progress=report,
         )
+    if gap is not None:
+        found = replace(found, gap=gap)
     write_json(
         output / "audit.json",
         {

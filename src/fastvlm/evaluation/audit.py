@@ -49,7 +49,8 @@ class Audit:
         replies: The reference replies' tokens.
         differences: For each strategy, the replies that differ.
         acceptance_length: For each strategy, its tokens per pass of the full model.
-        gap: What the two best logits must lie within for a difference to be a tie.
+        gap: What the two best logits must lie within, in float64, for a difference to be a tie: what
+            is usual in the model's precision, and nothing where all passes were wide.
     """
 
     replies: list[list[int]]
@@ -88,7 +89,6 @@ def audit(
     *,
     batch: int = 50,
     max_new_tokens: int = 160,
-    gap: float | None = None,
     wide: bool = False,
     progress: Callable[[int, int], None] = no_progress,
 ) -> Audit:
@@ -101,8 +101,6 @@ def audit(
         journal: A JSON-lines file of finished batches; a stopped audit goes on from it.
         batch: Questions decoded together.
         max_new_tokens: The most tokens of a reply.
-        gap: How close the two best logits must lie, in float64, for a difference to be a tie; None
-            for what is usual in the model's precision, and for 0 where all passes are wide.
         wide: Whether ordinary decoding is ours, with passes as wide as those that verify, one
             question at a time: then there is no difference in any precision.
         progress: Called with the questions done and their number.
@@ -114,8 +112,6 @@ def audit(
         raise InputError("The questions of one audit must have one prompt.")
     batch = 1 if wide else batch
     width = 1 + max(drafter.margin for drafter in drafters.values()) if wide else None
-    if gap is None:
-        gap = 0.0 if wide else TIES[vlm.decoder.dtype]
     plan = {
         "names": sorted(drafters),
         "questions": len(questions),
@@ -150,7 +146,7 @@ def audit(
             / max(1, sum(part[name]["cycles"] for part in done))
             for name in drafters
         },
-        gap=gap,
+        gap=0.0 if wide else TIES[vlm.decoder.dtype],
     )
 
 
