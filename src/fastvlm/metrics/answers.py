@@ -88,7 +88,7 @@ def textvqa_accuracy(reply: str, answers: Sequence[str]) -> float:
     Raises:
         InputError: There are no answers.
     """
-    return _agreement(_normalize_reading(reply), [_normalize_reading(text) for text in answers])
+    return _agreement(normalize_submission(reply), [normalize_submission(text) for text in answers])
 
 
 def normalize_answer(answer: str) -> str:
@@ -101,6 +101,12 @@ def normalize_answer(answer: str) -> str:
     text = _PERIOD.sub("", text, count=_MOST_PERIODS)
     words = [_NUMBERS.get(word, word) for word in text.lower().split()]
     return " ".join(_RESTORED.get(word, word) for word in words if word not in _ARTICLES)
+
+
+def normalize_submission(answer: str) -> str:
+    """Return an answer as TextVQA's evaluation reads it, and as LLaVA submits it to VQA's."""
+    plain = answer.lower().replace(",", "").replace("?", "").replace("'s", " 's")
+    return normalize_answer(_spaced(plain))
 
 
 def anls(reply: str, answers: Sequence[str]) -> float:
@@ -133,11 +139,6 @@ def anls(reply: str, answers: Sequence[str]) -> float:
 
 def _spaced(text: str) -> str:
     return text.replace("\n", " ").replace("\t", " ").strip()
-
-
-def _normalize_reading(text: str) -> str:
-    plain = text.lower().replace(",", "").replace("?", "").replace("'s", " 's")
-    return normalize_answer(_spaced(plain))
 
 
 def _agreement(reply: str, people: Sequence[str]) -> float:

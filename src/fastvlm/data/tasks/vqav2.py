@@ -2,16 +2,26 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 
 from fastvlm.data.tasks.answering import Answering
 from fastvlm.data.tasks.files import find, locate, read_json, reads
 from fastvlm.data.tasks.task import SHORT_ANSWER, Item
 from fastvlm.functional.errors import InputError
-from fastvlm.metrics.answers import vqa_accuracy
+from fastvlm.metrics.answers import normalize_submission, vqa_accuracy
 
 QUESTIONS = "v2_OpenEnded_mscoco_val2014_questions.json"
 ANNOTATIONS = "v2_mscoco_val2014_annotations.json"
+
+
+def submitted_accuracy(reply: str, answers: Sequence[str]) -> float:
+    """Compute VQA accuracy of a reply in the form in which LLaVA-1.5's were submitted.
+
+    The official evaluation leaves case and punctuation where people's answers are all alike, and
+    a model that says "Yes." would be wrong there.
+    """
+    return vqa_accuracy(normalize_submission(reply), answers)
 
 
 @reads("VQA v2's files")
@@ -60,7 +70,7 @@ def vqav2(folder: Path) -> Answering:
         "VQA v2",
         items,
         "accuracy",
-        vqa_accuracy,
+        submitted_accuracy,
         {key: [one["answer"] for one in its["answers"]] for key, its in annotated.items()},
         {key: its["answer_type"] for key, its in annotated.items()},
     )
