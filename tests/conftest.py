@@ -5,6 +5,7 @@ import os
 os.environ["HF_HUB_OFFLINE"] = "1"  # before anything imports huggingface_hub, which reads it once
 
 import random
+from pathlib import Path
 
 import pytest
 import torch
@@ -18,3 +19,13 @@ torch.set_num_threads(1)
 def seed() -> None:
     random.seed(0)
     torch.manual_seed(0)
+
+
+@pytest.fixture
+def data() -> Path:
+    """The folder of published annotations, results and scores, which are no part of the project."""
+    named = os.environ.get("FASTVLM_DATA")
+    folder = Path(named) if named else Path(__file__).parents[2] / "shared" / "data"
+    if not folder.is_dir():
+        pytest.skip(f"No data at {folder}; FASTVLM_DATA names the folder of published data.")
+    return folder

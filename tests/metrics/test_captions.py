@@ -5,7 +5,6 @@ from __future__ import annotations
 import gzip
 import json
 import math
-import os
 import random
 import time
 from pathlib import Path
@@ -223,15 +222,6 @@ def test_bad_input_is_named(predictions: Any, references: Any, message: str) -> 
 
 
 # Published figures, from files that aren't part of the project.
-
-
-@pytest.fixture
-def data() -> Path:
-    named = os.environ.get("FASTVLM_DATA")
-    folder = Path(named) if named else Path(__file__).parents[3] / "shared" / "data"
-    if not folder.is_dir():
-        pytest.skip(f"No data at {folder}; FASTVLM_DATA names the folder of published captions.")
-    return folder
 
 
 def rows_of(data: Path, name: str) -> list[dict[str, Any]]:

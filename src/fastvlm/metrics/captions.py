@@ -2,7 +2,7 @@
 
 BLEU-1..4 (Papineni et al. 2002), ROUGE-L (Lin 2004) and CIDEr-D (Vedantam et al. 2015, arXiv
 1411.5726), over the tokens of `fastvlm.metrics.tokenization`. These are columns of captioning
-papers' tables (arXiv 1504.00325, section 3); METEOR and SPICE need Java and aren't here.
+papers' tables (arXiv 1504.00325, section 3); METEOR and SPICE are in `fastvlm.metrics.java`.
 """
 
 from __future__ import annotations
@@ -100,7 +100,7 @@ def score_captions(
         InputError: There are no predictions, the two name different images, an image has no
             reference, or a caption isn't text.
     """
-    _check(predictions, references)
+    check_captions(predictions, references)
     images = list(predictions)
     tests = [tokenize_caption(predictions[image]) for image in images]
     truths = [[tokenize_caption(caption) for caption in references[image]] for image in images]
@@ -236,7 +236,7 @@ def cider_d(predictions: Sequence[Tokens], references: Sequence[Sequence[Tokens]
     ]
 
 
-def _check(predictions: Mapping[str, str], references: Mapping[str, Sequence[str]]) -> None:
+def check_captions(predictions: Mapping[str, str], references: Mapping[str, Sequence[str]]) -> None:
     """Raise InputError unless every prediction is text and has references that are."""
     if not predictions:
         raise InputError("There are no predicted captions to score.")

@@ -1,0 +1,108 @@
+"""Finding and reading what publishers put into a folder."""
+
+from __future__ import annotations
+
+import functools
+import json
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, ParamSpec, TypeVar
+
+from fastvlm.functional.errors import InputError
+
+_NAMED = 3
+
+Given = ParamSpec("Given")
+Read = TypeVar("Read")
+
+
+def reads(what: str) -> Callable[[Callable[Given, Read]], Callable[Given, Read]]:
+    """Make a reader say in one sentence when what it reads lacks a field or has another shape.
+
+    Args:
+        what: The files, such as "COCO's files".
+    """
+
+    def decorate(reader: Callable[Given, Read]) -> Callable[Given, Read]:
+        @functools.wraps(reader)
+        def read(*args: Given.args, **kwargs: Given.kwargs) -> Read:
+            try:
+                return reader(*args, **kwargs)
+            except KeyError as error:
+                raise InputError(
+                    f"{what} are not laid out as published: there is no {error}."
+                ) from error
+            except (AttributeError, IndexError, TypeError) as error:
+                raise InputError(f"{what} are not laid out as published: {error}.") from error
+
+        return read
+
+    return decorate
+
+
+def find(folder: Path, *names: str) -> Path:
+    """Return the first of some files that is in a folder or in its `annotations`.
+
+    Raises:
+        InputError: None of them is.
+    """
+    for name in names:
+        for place in (folder / name, folder / "annotations" / name):
+            if place.is_file():
+                return place
+    raise InputError(f"There is no {' or '.join(names)} in {folder}.")
+
+
+def read_json(path: Path) -> Any:
+    """Return what a JSON file holds.
+
+    Raises:
+        InputError: It is no JSON.
+    """
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise InputError(f"{path} is not valid JSON: {error}.") from error
+
+
+def read_lines(path: Path) -> list[Any]:
+    """Return what each line of a file of JSON lines holds.
+
+    Raises:
+        InputError: A line is no JSON.
+    """
+    lines = []
+    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
+        if line.strip():
+            try:
+                lines.append(json.loads(line))
+            except ValueError as error:
+                raise InputError(f"Line {number} of {path} is not valid JSON: {error}.") from error
+    return lines
+
+
+def locate(folder: Path, places: Mapping[str, Sequence[str]]) -> dict[str, Path]:
+    """Return where each picture is.
+
+    Args:
+        folder: What the places are relative to.
+        places: By any name for a picture, where it may be; the first place that has it counts.
+
+    Raises:
+        InputError: Pictures are missing; it says how many and names the first few.
+    """
+    found: dict[str, Path] = {}
+    missing = []
+    for picture, candidates in places.items():
+        for candidate in candidates:
+            if (folder / candidate).is_file():
+                found[picture] = folder / candidate
+                break
+        else:
+            missing.append(candidates[0])
+    if missing:
+        named = ", ".join(missing[:_NAMED]) + (", ..." if len(missing) > _NAMED else "")
+        raise InputError(
+            f"{len(missing)} of {len(places)} pictures are missing in {folder}: {named}"
+        )
+    return found

@@ -1,0 +1,39 @@
+"""Flickr8k: photographs with five captions each (Hodosh et al. 2013)."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from fastvlm.data.tasks.captioning import Captioning, captioning
+from fastvlm.data.tasks.files import find, locate
+from fastvlm.functional.errors import InputError
+
+
+def flickr8k(folder: Path, split: str = "test") -> Captioning:
+    """Read a split of Flickr8k; its captions are the references as people wrote them.
+
+    Args:
+        folder: Holds `Flickr8k.token.txt`, `Flickr_8k.testImages.txt` and the photographs in
+            `Flicker8k_Dataset/` (so spelt), or `captions.tsv`, `test.txt` and `images/`.
+        split: `train`, `dev` or `test`.
+
+    Raises:
+        InputError: A file or pictures are missing, or a photograph has no caption.
+    """
+    listing = find(folder, f"Flickr_8k.{split}Images.txt", f"{split}.txt")
+    table = find(folder, "Flickr8k.token.txt", "captions.tsv")
+    captions: dict[str, list[str]] = {}
+    for line in table.read_text(encoding="utf-8").splitlines():
+        name, _, caption = line.partition("\t")
+        # The publisher numbers the captions: 1000268201_693b08cb0e.jpg#0
+        captions.setdefault(name.partition("#")[0], []).append(caption.strip())
+    names = listing.read_text(encoding="utf-8").split()
+    if bare := [name for name in names if name not in captions]:
+        raise InputError(
+            f"{len(bare)} of {len(names)} photographs of {listing.name} have no caption in"
+            f" {table.name}, the first of them {bare[0]}."
+        )
+    places = {name: (f"Flicker8k_Dataset/{name}", f"images/{name}") for name in names}
+    return captioning(
+        f"Flickr8k {split}", locate(folder, places), {name: captions[name] for name in names}
+    )

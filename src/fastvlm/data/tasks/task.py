@@ -1,0 +1,87 @@
+"""What all tasks have in common: items to ask, and a score of what came back."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from io import BytesIO
+from pathlib import Path
+from typing import Protocol, TypeVar
+
+from PIL import Image
+
+from fastvlm.functional.errors import InputError
+
+SHORT_ANSWER = "Answer the question using a single word or phrase."
+CHOICE = "Answer with the option's letter from the given choices directly."
+CAPTION = "Provide a one-sentence caption for the provided image."
+
+Reply_contra = TypeVar("Reply_contra", contravariant=True)
+
+
+@dataclass(frozen=True, slots=True)
+class Item:
+    """What a task asks about one picture.
+
+    Attributes:
+        id: Names the item in `score`; no other item of the task has it.
+        prompt: The question, as LLaVA-1.5 asks it, the picture standing before it.
+        picture: The picture's path, or its file's bytes where the data set packs pictures.
+        options: Answers to be ranked by the model's log-likelihoods; empty where it writes its own.
+    """
+
+    id: str
+    prompt: str
+    picture: Path | bytes
+    options: tuple[str, ...] = ()
+
+    def open(self) -> Path | Image.Image:
+        """Return the picture as a model takes it."""
+        if isinstance(self.picture, bytes):
+            return Image.open(BytesIO(self.picture))
+        return self.picture
+
+
+class Task(Protocol[Reply_contra]):
+    """A benchmark whose files were read.
+
+    What `score` takes for an item is the model's text (str); for Visual Dialog the
+    log-likelihood of each option; for MM-Vet and LLaVA-Bench a judge's grades.
+    """
+
+    @property
+    def name(self) -> str:
+        """The benchmark's name in a table."""
+
+    @property
+    def items(self) -> Sequence[Item]:
+        """What is asked, in the order of the publisher's file."""
+
+    @property
+    def judged(self) -> bool:
+        """Whether `score` takes a judge's grades of the model's text, and not the text."""
+
+    def score(self, replies: Mapping[str, Reply_contra]) -> dict[str, float]:
+        """Score the replies by the names that papers print.
+
+        Args:
+            replies: One for each item, by its id. To score a part, `dataclasses.replace` the items.
+
+        Raises:
+            InputError: An item has no reply, or a reply no item.
+        """
+
+
+def check_replies(items: Sequence[Item], replies: Mapping[str, object]) -> None:
+    """Raise InputError unless there are items, and one reply for each."""
+    if not items:
+        raise InputError("There are no items to score.")
+    asked = {item.id for item in items}
+    unmatched = asked ^ replies.keys()
+    if unmatched:
+        first = min(unmatched)
+        lacks = "has no reply" if first in asked else "was never asked"
+        raise InputError(
+            f"There must be one reply for each item, but {len(unmatched)} don't match:"
+            f" {first!r} {lacks}."
+        )

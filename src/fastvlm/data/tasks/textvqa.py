@@ -1,0 +1,70 @@
+"""TextVQA: questions whose answers are to be read in the picture (Singh et al. 2019)."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from fastvlm.data.tasks.answering import Answering
+from fastvlm.data.tasks.files import find, locate, read_json, read_lines, reads
+from fastvlm.data.tasks.task import SHORT_ANSWER, Item
+from fastvlm.functional.errors import InputError
+from fastvlm.metrics.answers import textvqa_accuracy
+
+ANNOTATIONS = "TextVQA_0.5.1_val.json"
+WITH_OCR = "llava_textvqa_val_v051_ocr.jsonl"
+
+
+@reads("TextVQA's files")
+def textvqa(folder: Path, ocr: bool = False) -> Answering:
+    """Read TextVQA's validation set, scored by TextVQA's accuracy.
+
+    Args:
+        folder: Holds `TextVQA_0.5.1_val.json` and the pictures in `train_images/` (where the
+            publisher packs those of validation too) or `images/`.
+        ocr: Ask with the words that an OCR system read in the picture, as LLaVA-1.5's published
+            figure does; they are in LLaVA's own `llava_textvqa_val_v051_ocr.jsonl`, to be put
+            into the folder.
+
+    Raises:
+        InputError: A file or pictures are missing, or a question has no words of OCR.
+    """
+    questions = read_json(find(folder, ANNOTATIONS))["data"]
+    prompts = {
+        str(question["question_id"]): f"{question['question'].capitalize()}\n{SHORT_ANSWER}"
+        for question in questions
+    }
+    if ocr:
+        # LLaVA's file names questions by their picture and their text alone.
+        asked = {
+            (line["question_id"], line["text"].split("\n")[0].lower()): line["text"]
+            for line in read_lines(find(folder, WITH_OCR))
+        }
+        for question in questions:
+            key = (question["image_id"], question["question"].lower())
+            if key not in asked:
+                raise InputError(
+                    f"{WITH_OCR} has no question {question['question']!r} about"
+                    f" {question['image_id']}."
+                )
+            prompts[str(question["question_id"])] = asked[key]
+    pictures = locate(
+        folder,
+        {
+            question["image_id"]: [
+                f"{place}/{question['image_id']}.jpg" for place in ("train_images", "images")
+            ]
+            for question in questions
+        },
+    )
+    items = tuple(
+        Item(key, prompts[key], pictures[question["image_id"]])
+        for question in questions
+        for key in [str(question["question_id"])]
+    )
+    return Answering(
+        "TextVQA with OCR" if ocr else "TextVQA",
+        items,
+        "accuracy",
+        textvqa_accuracy,
+        {str(question["question_id"]): question["answers"] for question in questions},
+    )
