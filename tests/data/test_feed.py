@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import weakref
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -216,6 +217,22 @@ def test_pictures_are_opened_or_named(tmp_path: Path) -> None:
         broken = opened(about(picture))
         assert isinstance(broken, Broken)
         assert broken.reason.startswith("unreadable picture: ")
+
+
+def test_a_blocks_pictures_are_let_go_when_they_are_used() -> None:
+    kept: list[weakref.ref[Image.Image]] = []
+
+    class Pictures(Numbers):
+        def read(self, shard: int, start: int) -> Iterator[Record]:
+            for _ in super().read(shard, start):
+                picture = Image.new("RGB", (4, 3))
+                kept.append(weakref.ref(picture))
+                part = {"type": "image", "image": picture}
+                yield Conversation("it", ({**TURNS[0], "content": [part]}, TURNS[1]))
+                del picture, part
+
+    for fed, _ in enumerate(islice(Feed(Pictures([20])), 19)):
+        assert sum(reference() is not None for reference in kept) <= 20 - fed
 
 
 def test_processes_and_blocks_are_checked() -> None:

@@ -58,7 +58,7 @@ def test_llavas_file(tmp_path: Path) -> None:
         {"from": "human", "value": "<image>\nWhat?"},
         {"from": "gpt", "value": "A bus."},
     ]
-    rows = [
+    rows: list[Any] = [
         {"id": "7", "image": "coco/train2017/a.jpg", "conversations": turns},
         {"id": "8", "image": "coco/train2017/b.jpg", "conversations": turns},
         {"conversations": turns[:1]},
@@ -84,8 +84,8 @@ def test_llavas_file(tmp_path: Path) -> None:
     shutil.move(tmp_path / "pictures", tmp_path / "images")
     assert isinstance(read_conversations(file)[0], Conversation)
     lines = tmp_path / "llava.jsonl"
-    lines.write_text("\n".join(map(json.dumps, rows[:2])) + '\n{"half": \n')
-    assert [type(record) for record in read_conversations(lines)] == [Conversation, Broken, Broken]
+    lines.write_text("\n".join(['{"half": ', *map(json.dumps, rows[:2])]))
+    assert [type(record) for record in read_conversations(lines)] == [Broken, Conversation, Broken]
 
 
 def test_cocos_captions(tmp_path: Path) -> None:

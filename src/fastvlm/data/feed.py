@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator
 from itertools import islice
 from typing import Any
 
@@ -61,14 +61,14 @@ class Feed:
         while True:
             # Where an epoch is resumed, conversations came before.
             fed = 1 if self.shard or self.record or self.done else 0
-            for block in self._blocks():
-                order = self._shuffled(len(block), "block", self.shard, self.record)
+            for size, take in self._blocks():
+                order = self._shuffled(size, "block", self.shard, self.record)
                 if isinstance(self.source, Records):
                     order = order[self.process :: self.processes]
                 for index in order[self.done :]:
                     self.done += 1
                     self.broken.see()
-                    record = block[index]
+                    record = take(index)
                     if isinstance(record, Conversation):
                         record = opened(record)
                     if isinstance(record, Broken):
@@ -90,10 +90,13 @@ class Feed:
         random.Random(f"{self.seed}/{self.epoch}/{place}").shuffle(order)
         return order
 
-    def _blocks(self) -> Iterator[Sequence[Record]]:
-        """Yield what is shuffled as one, from the position on, and move the position after each."""
+    def _blocks(self) -> Iterator[tuple[int, Callable[[int], Record]]]:
+        """Yield what is shuffled as one, from the position on, and move the position after each.
+
+        A block is its size and what takes a record out of it.
+        """
         if isinstance(self.source, Records):
-            yield self.source
+            yield len(self.source), self.source.__getitem__
             return
         shards = self._shuffled(len(self.source), "shards")
         # With fewer shards than processes each reads all of them, and keeps its share of records.
@@ -103,14 +106,15 @@ class Feed:
         while self.shard < len(shards):
             records = self.source.read(shards[self.shard], self.record)
             while True:
-                taken, mine = 0, []
+                taken, mine = 0, dict[int, Record]()
                 for record in islice(records, self.buffer * step):
                     if taken % step == first:
-                        mine.append(record)
+                        mine[len(mine)] = record
                     taken += 1
                 if not taken:
                     break
-                yield mine
+                # Taken out for good: decoded, a picture is ten times as large as encoded.
+                yield len(mine), mine.pop
                 self.record += taken
                 self.done = 0
             self.shard, self.record = self.shard + 1, 0

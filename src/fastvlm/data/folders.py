@@ -54,7 +54,7 @@ def read_table(table: Path, pictures: Path | None) -> Records:
                 rows = list(csv.DictReader(lines))
         except (OSError, ValueError, csv.Error) as error:
             raise InputError(f"{table} can't be read as a table: {error}.") from error
-    columns = rows[0] if rows and isinstance(rows[0], dict) else {}
+    columns = next((row for row in rows if isinstance(row, dict)), {})
     column = next((name for name in FILES if name in columns), None)
     if column is None:
         raise InputError(

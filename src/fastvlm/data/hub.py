@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from itertools import count
 from pathlib import Path
 from typing import Any
 
@@ -36,10 +35,17 @@ class HubShards:
         return int(self.dataset.num_shards)
 
     def read(self, shard: int, start: int) -> Iterator[Record]:
-        """Yield a shard's records from number `start` on."""
+        """Yield a shard's records from number `start` on.
+
+        Raises:
+            InputError: The hub can't be reached any more.
+        """
         part = self.dataset.shard(num_shards=len(self), index=shard).skip(start)
-        for number, row in zip(count(start), part, strict=False):
-            yield _record(f"row {number} of shard {shard} of {self.name}", row, self.folders)
+        try:
+            for number, row in enumerate(part, start):
+                yield _record(f"row {number} of shard {shard} of {self.name}", row, self.folders)
+        except OSError as error:
+            raise InputError(f"{self.name} can't be streamed: {first_line(error)}.") from error
 
 
 def read_saved(folder: Path, pictures: Path | None, split: str) -> Records:
