@@ -21,8 +21,8 @@ def read_conversations(
         source: An annotation file (LLaVA's, COCO's, Karpathy's or VQA v2's JSON, or JSON lines); a
             folder of pictures with captions (Flickr8k's, with a table, or with a `.txt` beside each
             picture), with one annotation file, with shards, or written by `datasets`; a pattern or
-            URL of shards (`part-{000..127}.tar`); or the name of a data set on the hub
-            (`owner/name`, `owner/name:configuration`), which is streamed.
+            URL of shards (`part-{000..127}.tar`, `hf://datasets/owner/name/*.tar`); or the name
+            of a data set on the hub (`owner/name`, `owner/name:configuration`), which is streamed.
         pictures: The folder of the pictures, if it is not where the layout has it.
         split: Which split, where a source has several.
 
