@@ -39,6 +39,21 @@ def read_flickr8k(folder: Path, split: str) -> list[CaptionedPhotograph]:
     Raises:
         InputError: A file is missing, or a photograph of the split has no caption.
     """
+    photographs = flickr8k_split(folder, split)
+    for photograph in photographs:
+        if not photograph.captions:
+            raise InputError(
+                f"{photograph.path.name}, listed in {split}.txt, has no caption in captions.tsv."
+            )
+    return photographs
+
+
+def flickr8k_split(folder: Path, split: str) -> list[CaptionedPhotograph]:
+    """Read a split as `read_flickr8k` does, with the photographs that have no caption.
+
+    Raises:
+        InputError: A file is missing.
+    """
     listing, table = folder / f"{split}.txt", folder / "captions.tsv"
     for file in (listing, table):
         if not file.is_file():
@@ -48,12 +63,10 @@ def read_flickr8k(folder: Path, split: str) -> list[CaptionedPhotograph]:
         name, _, caption = line.partition("\t")
         if text := tidy(caption):
             captions.setdefault(name, []).append(text)
-    photographs = []
-    for name in listing.read_text(encoding="utf-8").split():
-        if name not in captions:
-            raise InputError(f"{name}, listed in {listing.name}, has no caption in {table.name}.")
-        photographs.append(CaptionedPhotograph(folder / "images" / name, tuple(captions[name])))
-    return photographs
+    return [
+        CaptionedPhotograph(folder / "images" / name, tuple(captions.get(name, ())))
+        for name in listing.read_text(encoding="utf-8").split()
+    ]
 
 
 def words_of(text: str) -> set[str]:

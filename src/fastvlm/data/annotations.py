@@ -1,0 +1,167 @@
+"""Annotation files: LLaVA's, COCO's, Karpathy's and VQA v2's JSON, and rows of any known kind."""
+
+from __future__ import annotations
+
+import gzip
+import json
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+from fastvlm.data.conversations import BrokenRecordError, Conversation, Records
+from fastvlm.data.picture_folders import PictureFolders, folders_beside, split_in
+from fastvlm.data.turns import KEYS, conversation_of, is_known
+from fastvlm.functional.errors import InputError, first_line
+
+ENDINGS = (".json", ".jsonl", ".json.gz", ".jsonl.gz")
+"""How the names of annotation files end."""
+JUDGED = 100
+"""Rows that a list is recognised by: the very first may be a broken one."""
+
+
+def read_annotations(file: Path, pictures: Path | None, split: str) -> Records:
+    """Read an annotation file, whose layout is recognised by what it holds.
+
+    Args:
+        file: The file; of VQA v2 its questions or its annotations, with the other beside it.
+        pictures: The folder of its pictures; None for those around the file.
+        split: Which part of a file of Karpathy's; the other layouts have a file for each.
+
+    Raises:
+        InputError: The file can't be read, its layout is none of these, or it is empty.
+    """
+    content, folders = load_json(file), folders_beside(file, pictures)
+    match content:
+        case list() if any(map(is_known, content[:JUDGED])):
+            return records_of(content, folders, file.name)
+        case {"images": list(images), "annotations": [{"caption": _}, *_] as captions}:
+            return _coco(images, captions, folders)
+        case {"images": [{"sentences": _}, *_] as images}:
+            return _karpathy(file, images, folders, split)
+        case {"questions": [{"question_id": _}, *_]}:
+            return _vqa(file, annotations_of(file), folders)
+        case {"annotations": [{"question_id": _}, *_]}:
+            return _vqa(questions_of(file), file, folders)
+        case Mapping() if content and all(isinstance(texts, list) for texts in content.values()):
+            pairs = [(name, text) for name, texts in content.items() for text in texts]
+            return captioned(pairs, folders)
+    raise InputError(
+        f"{file} has none of the layouts that fastvlm knows: a list of objects with one of"
+        f" {', '.join(KEYS)} (LLaVA's and alike), COCO's images and annotations, VQA v2's questions"
+        " or annotations, Karpathy's images with sentences, or lists of captions by picture."
+    )
+
+
+def load_json(file: Path) -> Any:
+    """Return what a JSON file holds; of JSON lines a list, in which a broken line stays a text.
+
+    Raises:
+        InputError: It can't be read, or isn't JSON.
+    """
+    try:
+        with gzip.open(file) if file.suffix == ".gz" else file.open("rb") as data:
+            text = data.read().decode("utf-8-sig")
+        if ".jsonl" not in file.suffixes:
+            return json.loads(text)
+    except (OSError, EOFError, ValueError) as error:
+        raise InputError(f"{file} can't be read as JSON: {first_line(error)}.") from error
+    return [_line(line) for line in text.splitlines() if line.strip()]
+
+
+def _line(line: str) -> Any:
+    try:
+        return json.loads(line)
+    except ValueError:
+        return line
+
+
+def records_of(rows: list[Any], folders: PictureFolders, source: str) -> Records:
+    """Return rows of a known kind, named by their ids, or by their numbers in the source."""
+
+    def convert(name: str, row: Any) -> Conversation:
+        return conversation_of(name, row, folders)
+
+    return Records(rows, convert, named_by("id", f"record of {source}"))
+
+
+def named_by(key: str, kind: str) -> Callable[[int, Any], str]:
+    """Return what names a row: its kind with its own number, or its place where it has none."""
+
+    def name(index: int, row: Any) -> str:
+        own = row.get(key) if isinstance(row, Mapping) else None
+        return f"{kind} at {index}" if own is None else f"{kind} {own}"
+
+    return name
+
+
+def captioned(pairs: list[tuple[str, Any]], folders: PictureFolders) -> Records:
+    """Return pairs of a picture's file and a caption, named by the files."""
+
+    def convert(name: str, pair: tuple[str, Any]) -> Conversation:
+        return conversation_of(name, {"image": pair[0], "caption": pair[1]}, folders)
+
+    return Records(pairs, convert, lambda _, pair: pair[0])
+
+
+def _coco(images: list[Any], captions: list[Any], folders: PictureFolders) -> Records:
+    files = {image.get("id"): image.get("file_name") for image in images}
+
+    def convert(name: str, row: Any) -> Conversation:
+        if (file := files.get(row["image_id"])) is None:
+            raise BrokenRecordError(f"missing picture: no image has the id {row['image_id']}")
+        return conversation_of(name, {"image": file, "caption": row["caption"]}, folders)
+
+    return Records(captions, convert, named_by("id", "caption"))
+
+
+def _karpathy(file: Path, images: list[Any], folders: PictureFolders, split: str) -> Records:
+    # What was left of COCO's validation pictures is trained on too, by everyone.
+    splits = ("train", "restval") if split == "train" else (split,)
+    pairs = [
+        (str(Path(image.get("filepath", ""), image["filename"])), sentence.get("raw"))
+        for image in images
+        if image.get("split") in splits
+        for sentence in image["sentences"]
+    ]
+    if not pairs:
+        found = sorted({str(image.get("split")) for image in images})
+        raise InputError(f"{file} has no split {split}; it has {', '.join(found)}.")
+    return captioned(pairs, folders)
+
+
+def annotations_of(questions: Path) -> Path:
+    """Return where the answers of a file of VQA v2's questions are."""
+    name = questions.name.replace("OpenEnded_", "").replace("questions", "annotations")
+    return questions.with_name(name)
+
+
+def questions_of(annotations: Path) -> Path:
+    """Return the questions that a file of VQA v2's annotations answers.
+
+    Raises:
+        InputError: They are not beside it.
+    """
+    for file in sorted(annotations.parent.glob("*questions*")):
+        if annotations_of(file) == annotations:
+            return file
+    raise InputError(f"The questions that {annotations.name} answers are not beside it.")
+
+
+def _vqa(questions: Path, annotations: Path, folders: PictureFolders) -> Records:
+    if not annotations.is_file():
+        raise InputError(f"The answers to {questions.name} are missing: {annotations}.")
+    asked = load_json(questions)
+    answers = {
+        row.get("question_id"): row.get("answers") for row in load_json(annotations)["annotations"]
+    }
+    split = asked.get("data_subtype") or split_in(questions.name)
+
+    def convert(name: str, row: Any) -> Conversation:
+        if answers.get(row["question_id"]) is None:
+            raise BrokenRecordError("no reply: it has no annotation")
+        file = f"{row['image_id']:012d}.jpg"
+        picture = folders.find(*([f"COCO_{split}_{file}"] if split else []), file)
+        found = {"image": picture, "answers": answers[row["question_id"]]}
+        return conversation_of(name, {**row, **found}, folders)
+
+    return Records(asked["questions"], convert, named_by("question_id", "question"))

@@ -1,0 +1,78 @@
+"""The records that are passed over: counted, named, and too many of them stop the run."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from fastvlm.data.conversations import Broken
+from fastvlm.functional.errors import InputError
+
+NAMED = 5
+"""Broken records that are named; the others are only counted."""
+
+
+class BrokenRecords:
+    """Counts the records that a run has seen, and how many of them were broken.
+
+    Args:
+        share: The largest share of broken records that a run goes on with.
+        least: Records that are seen before the share is judged.
+
+    Raises:
+        InputError: The share is no share.
+    """
+
+    def __init__(self, share: float = 0.05, least: int = 100) -> None:
+        if not 0 <= share <= 1:
+            raise InputError(f"The share of broken records lies between 0 and 1; got {share}.")
+        self.share, self.least = share, least
+        self.seen = self.count = 0
+        self.named: list[Broken] = []
+
+    def see(self) -> None:
+        """Count a record as seen, sound or not."""
+        self.seen += 1
+
+    def add(self, broken: Broken) -> None:
+        """Count a record that was seen as broken.
+
+        Raises:
+            InputError: More than the share are.
+        """
+        self.count += 1
+        if len(self.named) < NAMED and broken not in self.named:
+            self.named.append(broken)
+        if self.seen >= self.least:
+            self.check()
+
+    def check(self) -> None:
+        """Judge the share, however few records were seen.
+
+        Raises:
+            InputError: More than the share are broken.
+        """
+        if self.count > self.share * self.seen:
+            raise InputError(
+                f"{self.summary()}, and a run goes on with at most {100 * self.share:.3g} %."
+            )
+
+    def summary(self) -> str:
+        """Return how many records were broken, and the first of them with what is wrong."""
+        if not self.count:
+            return f"None of {self.seen:,} records is broken"
+        first = "; ".join(f"{broken.name}: {broken.reason}" for broken in self.named)
+        others = "; ..." if self.count > len(self.named) else ""
+        share = 100 * self.count / self.seen
+        return (
+            f"{self.count:,} of {self.seen:,} records ({share:.3g} %) are broken ({first}{others})"
+        )
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return what was counted, in plain types."""
+        named = [(broken.name, broken.reason) for broken in self.named]
+        return {"seen": self.seen, "count": self.count, "named": named}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Go on from what was counted."""
+        self.seen, self.count = state["seen"], state["count"]
+        self.named = [Broken(name, reason) for name, reason in state["named"]]

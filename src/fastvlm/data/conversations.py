@@ -1,0 +1,116 @@
+"""A conversation to learn from, and what stands in the place of a record that is broken."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any, Protocol, overload
+
+from fastvlm.functional.errors import FastVlmError, InputError, first_line
+from fastvlm.vision.pictures import open_picture
+
+Message = Mapping[str, Any]
+"""A turn as `transformers`' chat templates take it: its `role`, and as `content` a list of
+`{"type": "image", "image": path or Pillow image}` and `{"type": "text", "text": ...}`."""
+
+
+@dataclass(frozen=True, slots=True)
+class Conversation:
+    """A conversation whose assistant turns are to be learnt.
+
+    Args:
+        name: What names it in errors.
+        messages: The turns: a system's at most as the first, then a user's and an assistant's in
+            turns, the last of them an assistant's.
+    """
+
+    name: str
+    messages: tuple[Message, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Broken:
+    """A record that can't be learnt from.
+
+    Args:
+        name: What names it.
+        reason: What is wrong with it.
+    """
+
+    name: str
+    reason: str
+
+
+Record = Conversation | Broken
+
+
+class BrokenRecordError(FastVlmError):
+    """A record can't be made a conversation; caught where records are read."""
+
+
+@dataclass(frozen=True, slots=True)
+class Records(Sequence[Record]):
+    """Records at random access, each made when it is asked for.
+
+    Args:
+        rows: The rows, as their publisher wrote them.
+        convert: Makes a conversation of a row, or raises `BrokenRecordError`.
+        name: Names a row, given its number.
+    """
+
+    rows: Sequence[Any]
+    convert: Callable[[str, Any], Conversation]
+    name: Callable[[int, Any], str]
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    @overload
+    def __getitem__(self, index: int) -> Record: ...
+    @overload
+    def __getitem__(self, index: slice) -> Sequence[Record]: ...
+    def __getitem__(self, index: int | slice) -> Record | Sequence[Record]:
+        if isinstance(index, slice):
+            return [self[place] for place in range(*index.indices(len(self)))]
+        row = self.rows[index]
+        return converted(self.name(index % len(self), row), row, self.convert)
+
+
+class Shards(Protocol):
+    """Records that can only be read from the front, in shards."""
+
+    def __len__(self) -> int:
+        """Return the number of shards."""
+        ...
+
+    def read(self, shard: int, start: int) -> Iterator[Record]:
+        """Yield a shard's records from number `start` on."""
+        ...
+
+
+def converted(name: str, row: Any, convert: Callable[[str, Any], Conversation]) -> Record:
+    """Return what `convert` makes of a row, or why it can't."""
+    try:
+        return convert(name, row)
+    except BrokenRecordError as error:
+        return Broken(name, str(error))
+    # What a row lacks, or holds in the place of something else, shows where it is used.
+    except (AttributeError, KeyError, TypeError, ValueError) as error:
+        return Broken(name, f"malformed record: {type(error).__name__}: {first_line(error)}")
+
+
+def opened(conversation: Conversation) -> Record:
+    """Return a conversation with every picture open, upright and in RGB, or say which can't be."""
+    messages = []
+    for message in conversation.messages:
+        parts = []
+        for part in message["content"]:
+            if part["type"] == "image":
+                try:
+                    part = {**part, "image": open_picture(part["image"])}  # noqa: PLW2901
+                # A Pillow image decodes here too, and raises what its format's decoder raises.
+                except (InputError, OSError, SyntaxError, ValueError) as error:
+                    return Broken(conversation.name, f"unreadable picture: {first_line(error)}")
+            parts.append(part)
+        messages.append({**message, "content": parts})
+    return replace(conversation, messages=tuple(messages))

@@ -1,0 +1,128 @@
+"""Hugging Face's `datasets`: saved in a folder, or streamed from the hub."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from fastvlm.data.conversations import Conversation, Record, Records, converted
+from fastvlm.data.extras import needed
+from fastvlm.data.picture_folders import PictureFolders
+from fastvlm.data.turns import KEYS, conversation_of
+from fastvlm.functional.errors import InputError, first_line
+
+SAVED = ("dataset_dict.json", "state.json")
+"""What `save_to_disk` leaves in a folder: of several splits, of one."""
+
+
+@dataclass(frozen=True, slots=True)
+class HubShards:
+    """The shards of a data set that is streamed.
+
+    Args:
+        dataset: A `datasets.IterableDataset`.
+        name: What names it.
+        folders: Where pictures are looked for that are given by name.
+    """
+
+    dataset: Any
+    name: str
+    folders: PictureFolders
+
+    def __len__(self) -> int:
+        return int(self.dataset.num_shards)
+
+    def read(self, shard: int, start: int) -> Iterator[Record]:
+        """Yield a shard's records from number `start` on.
+
+        Raises:
+            InputError: The hub can't be reached any more.
+        """
+        part = self.dataset.shard(num_shards=len(self), index=shard).skip(start)
+        try:
+            for number, row in enumerate(part, start):
+                yield _record(f"row {number} of shard {shard} of {self.name}", row, self.folders)
+        except OSError as error:
+            raise InputError(f"{self.name} can't be streamed: {first_line(error)}.") from error
+
+
+def read_saved(folder: Path, pictures: Path | None, split: str) -> Records:
+    """Read a folder that `save_to_disk` wrote.
+
+    Raises:
+        InputError: `datasets` is not installed, there is no such split, or no column is known.
+    """
+    library = needed("datasets")
+    dataset = library.load_from_disk(str(folder))
+    if isinstance(dataset, library.DatasetDict):
+        if split not in dataset:
+            raise InputError(f"{folder} has no split {split}; it has {', '.join(dataset)}.")
+        dataset = dataset[split]
+    folders = PictureFolders([folder.parent if pictures is None else pictures])
+
+    def convert(name: str, row: Any) -> Conversation:
+        return conversation_of(name, row, folders)
+
+    rows = _undecoded(dataset, str(folder))
+    return Records(rows, convert, lambda number, _: f"row {number} of {folder.name}")
+
+
+def stream_from_hub(name: str, pictures: Path | None, split: str) -> HubShards:
+    """Stream a data set from the hub.
+
+    Args:
+        name: `owner/name`, or `owner/name:configuration`.
+        pictures: Where pictures are that its rows give by name.
+        split: Which of its splits.
+
+    Raises:
+        InputError: `datasets` is not installed, the hub has no such data set or can't be reached,
+            or no column is known.
+    """
+    library = needed("datasets")
+    path, _, configuration = name.partition(":")
+    try:
+        dataset = library.load_dataset(path, configuration or None, split=split, streaming=True)
+    except (OSError, ValueError, RuntimeError) as error:
+        raise InputError(
+            f"There is no file or folder {name}, and it can't be streamed from the hub:"
+            f" {first_line(error)}."
+        ) from error
+    folders = PictureFolders([] if pictures is None else [pictures])
+    return HubShards(_undecoded(dataset, name), name, folders)
+
+
+def _record(name: str, row: Any, folders: PictureFolders) -> Record:
+    return converted(name, row, lambda name, row: conversation_of(name, row, folders))
+
+
+def _undecoded(dataset: Any, name: str) -> Any:
+    """Return a data set that hands pictures out as they are encoded, so that we see broken ones.
+
+    Raises:
+        InputError: None of its columns is known.
+    """
+    columns = dataset.column_names
+    if columns is not None and not set(columns) & set(KEYS):
+        raise InputError(
+            f"{name} has the columns {', '.join(columns)}; fastvlm looks for one of"
+            f" {', '.join(KEYS)}."
+        )
+    if dataset.features is None:
+        return dataset
+    features = {column: _encoded(feature) for column, feature in dataset.features.items()}
+    return dataset.cast(needed("datasets").Features(features))
+
+
+def _encoded(feature: Any) -> Any:
+    library = needed("datasets")
+    match feature:
+        case library.Image():
+            return library.Image(decode=False)
+        case library.List():
+            return library.List(_encoded(feature.feature))
+        case dict():
+            return {name: _encoded(inner) for name, inner in feature.items()}
+    return feature

@@ -1,0 +1,108 @@
+"""Where the pictures of a data set are: in folders, in bytes, or already open."""
+
+from __future__ import annotations
+
+import io
+import re
+import warnings
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+from PIL import Image
+
+from fastvlm.data.conversations import BrokenRecordError
+from fastvlm.functional.errors import first_line
+from fastvlm.vision.pictures import Picture
+
+
+class PictureFolders:
+    """Folders in which a data set's pictures are looked for.
+
+    Args:
+        folders: The folders, the likeliest first; those that aren't there are left out.
+    """
+
+    def __init__(self, folders: Iterable[Path]) -> None:
+        self.folders = [folder for folder in dict.fromkeys(folders) if folder.is_dir()]
+
+    def find(self, *names: str) -> Path:
+        """Return the first file of one of these names.
+
+        Raises:
+            BrokenRecordError: There is none.
+        """
+        for folder in self.folders:
+            for name in names:
+                # A name may be anything that a file held, and the system refuses some: too long.
+                try:
+                    if (path := folder / name).is_file():
+                        return path
+                except (OSError, ValueError):
+                    continue
+        raise BrokenRecordError(f"missing picture: {' or '.join(names)}")
+
+    def picture(self, value: Any) -> Picture:
+        """Return what a data set gives as a picture: a name, bytes or a Pillow image.
+
+        Raises:
+            BrokenRecordError: The file is missing, the bytes are no picture, or it's none of these.
+        """
+        match value:
+            case str() if value:
+                return self.find(value)
+            case Path() | Image.Image():
+                return value
+            case bytes():
+                return picture_of_bytes(value)
+            # What Hugging Face's datasets make of a picture that they don't decode.
+            case {"bytes": bytes(data)}:
+                return picture_of_bytes(data)
+            case {"path": str(name)}:
+                return self.find(name)
+        raise BrokenRecordError(f"missing picture: {_kind(value)} stands in its place")
+
+
+def picture_of_bytes(data: bytes) -> Image.Image:
+    """Return an encoded picture; only its header is read, its pixels when they are asked for.
+
+    Raises:
+        BrokenRecordError: It is no picture, or far too large.
+    """
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("error", Image.DecompressionBombWarning)
+            return Image.open(io.BytesIO(data))
+    except (
+        Image.DecompressionBombError,
+        Image.DecompressionBombWarning,
+        OSError,
+        SyntaxError,
+        ValueError,
+    ) as error:
+        raise BrokenRecordError(f"unreadable picture: {first_line(error)}") from error
+
+
+def folders_beside(file: Path, pictures: Path | None) -> PictureFolders:
+    """Return the folders in which the pictures of an annotation file are looked for.
+
+    Args:
+        file: The file; COCO's name the folder of their pictures (`train2017`), which lies beside
+            the file's own folder.
+        pictures: The folder that the user gave; nothing else is looked at then.
+    """
+    if pictures is not None:
+        return PictureFolders([pictures])
+    near = [file.parent, file.parent / "images", file.parent.parent, file.parent.parent / "images"]
+    split = split_in(file.name)
+    return PictureFolders([*([folder / split for folder in near] if split else []), *near])
+
+
+def split_in(name: str) -> str | None:
+    """Return which of COCO's splits a file's name says, as its pictures' folder is called."""
+    found = re.search(r"(train|val|test)20\d\d", name)
+    return found[0] if found else None
+
+
+def _kind(value: Any) -> str:
+    return f"an object of {', '.join(value)}" if isinstance(value, Mapping) else repr(value)[:40]

@@ -1,0 +1,146 @@
+"""Shards in WebDataset's layout: tar files whose consecutive members of one name are a record."""
+
+from __future__ import annotations
+
+import json
+import re
+import tarfile
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path, PurePosixPath
+
+from fastvlm.data.conversations import Broken, BrokenRecordError, Conversation, Record, converted
+from fastvlm.data.extras import needed
+from fastvlm.data.picture_folders import PictureFolders
+from fastvlm.data.questions import SUFFIXES
+from fastvlm.data.turns import conversation_of, is_known
+from fastvlm.functional.errors import InputError, first_line
+
+ENDINGS = (".tar", ".tar.gz", ".tgz")
+"""How the names of shards end."""
+
+Members = list[tuple[str, bytes]]
+"""What follows the first dot of each member's name, in small letters, and what the member holds."""
+
+
+@dataclass(frozen=True, slots=True)
+class TarShards:
+    """Tar files, here or wherever fsspec reaches (`hf://`, `s3://`, `https://`), read as streams.
+
+    A record's members are its pictures, and a `.json` with a row of a kind that is known or a
+    `.txt` with a caption.
+
+    Args:
+        files: Paths or URLs.
+    """
+
+    files: Sequence[str]
+
+    def __len__(self) -> int:
+        return len(self.files)
+
+    def read(self, shard: int, start: int) -> Iterator[Record]:
+        """Yield a shard's records from number `start` on.
+
+        What follows the damaged place of a shard is lost, and counts as one broken record.
+
+        Raises:
+            InputError: The shard can't be opened, or not be reached any more.
+        """
+        file = self.files[shard]
+        try:
+            with (
+                needed("fsspec").open(file, "rb") as data,
+                tarfile.open(fileobj=data, mode="r|*") as tar,
+            ):
+                for key, members in _samples(tar, start):
+                    yield converted(f"{key} of {PurePosixPath(file).name}", members, _conversation)
+        except tarfile.TarError as error:
+            yield Broken(file, f"damaged shard: {first_line(error)}")
+        except (OSError, ImportError) as error:
+            raise InputError(f"The shard {file} can't be read: {first_line(error)}.") from error
+
+
+def _samples(tar: tarfile.TarFile, start: int) -> Iterator[tuple[str, Members]]:
+    """Yield the records from number `start` on; the members before are not read."""
+    key, members, number = "", Members(), -1
+    for info in tar:
+        path = PurePosixPath(info.name)
+        name, _, ending = path.name.partition(".")
+        if not name or not info.isfile():
+            continue
+        if str(path.parent / name) != key:
+            if number >= start:
+                yield key, members
+            key, members, number = str(path.parent / name), [], number + 1
+        if number >= start and (held := tar.extractfile(info)) is not None:
+            members.append((ending.lower(), held.read()))
+    if number >= start:
+        yield key, members
+
+
+def _conversation(name: str, members: Members) -> Conversation:
+    pictures = [data for ending, data in members if "." + ending.rpartition(".")[2] in SUFFIXES]
+    held = dict(members)
+    row = {}
+    try:
+        # What img2dataset writes besides a picture and its caption is a json about the download.
+        if "json" in held and is_known(found := json.loads(held["json"])):
+            row = found
+        elif "txt" in held:
+            row = {"caption": held["txt"].decode()}
+    except ValueError as error:
+        raise BrokenRecordError(f"malformed turn: {first_line(error)}") from error
+    # Its pictures are the members, whatever the row calls them.
+    apart = {key: value for key, value in row.items() if key not in ("image", "images")}
+    return conversation_of(name, {**apart, "images": pictures}, PictureFolders([]))
+
+
+def find_shards(pattern: str) -> TarShards:
+    """Return the shards that a pattern stands for.
+
+    Args:
+        pattern: A path or URL, with `*` for any name, `{0000..0123}` for numbers and `{a,b}` for
+            alternatives.
+
+    Raises:
+        InputError: A shard is missing, or there is none.
+    """
+    files = [file for one in expand_braces(pattern) for file in _matches(one)]
+    if not files:
+        raise InputError(f"There is no shard at {pattern}.")
+    return TarShards(tuple(dict.fromkeys(files)))
+
+
+def _matches(pattern: str) -> list[str]:
+    if "://" in pattern:
+        if "*" not in pattern:
+            return [pattern]
+        try:
+            system, path = needed("fsspec").core.url_to_fs(pattern)
+            return sorted(system.unstrip_protocol(found) for found in system.glob(path))
+        except (OSError, ImportError, ValueError) as error:
+            raise InputError(f"{pattern} can't be listed: {first_line(error)}.") from error
+    if Path(pattern).is_file():
+        return [pattern]
+    anchor = Path(pattern).anchor
+    found = sorted(map(str, Path(anchor).glob(pattern[len(anchor) :])))
+    if not found:
+        raise InputError(f"There is no shard at {pattern}.")
+    return found
+
+
+def expand_braces(pattern: str) -> list[str]:
+    """Return the names that a pattern's braces stand for, in the order of a shell's."""
+    found = re.search(r"\{(\d+)\.\.(\d+)\}|\{([^{}]*,[^{}]*)\}", pattern)
+    if found is None:
+        return [pattern]
+    first, last, names = found.groups()
+    if names is None:
+        width = max(len(first), len(last)) if first.startswith("0") or last.startswith("0") else 0
+        step = 1 if int(last) >= int(first) else -1
+        choices = [f"{n:0{width}d}" for n in range(int(first), int(last) + step, step)]
+    else:
+        choices = names.split(",")
+    before, after = pattern[: found.start()], pattern[found.end() :]
+    return [f"{before}{one}{rest}" for one in choices for rest in expand_braces(after)]

@@ -1,0 +1,184 @@
+"""Turns of a conversation, from a row as publishers write it."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+from fastvlm.data.conversations import BrokenRecordError, Conversation, Message
+from fastvlm.data.picture_folders import PictureFolders
+from fastvlm.vision.pictures import Picture
+
+CAPTION_PROMPT = "Provide a one-sentence caption for the provided image."
+"""LLaVA-1.5's prompt for a caption of one sentence."""
+SHORT_ANSWER_PROMPT = "Answer the question using a single word or phrase."
+"""What LLaVA-1.5 puts on a line of its own after a question of VQA v2."""
+PLACEHOLDER = "<image>"
+ROLES = {
+    "human": "user",
+    "user": "user",
+    "gpt": "assistant",
+    "assistant": "assistant",
+    "system": "system",
+}
+CAPTIONS = ("caption", "text", "captions")
+KEYS = ("messages", "conversations", "question", *CAPTIONS)
+"""What a row of a kind that we know has one of; the first that it has says what it is."""
+
+
+def is_known(row: Any) -> bool:
+    """Say whether a row is of a kind that `conversation_of` knows."""
+    return isinstance(row, Mapping) and any(row.get(key) is not None for key in KEYS)
+
+
+def conversation_of(name: str, row: Any, folders: PictureFolders) -> Conversation:
+    """Return the conversation that a row holds.
+
+    Args:
+        name: What names it in errors.
+        row: With `messages` (`role`, `content`), `conversations` (LLaVA's `from`, `value`),
+            `question` and its `answers` or `answer`, or a `caption` (`text`); of several `captions`
+            the first is learnt. Its pictures are `image` or `images`, one or a list.
+        folders: Where its pictures are looked for.
+
+    Raises:
+        BrokenRecordError: It is none of these, a picture is missing, a turn is malformed, or there
+            is no reply.
+    """
+    if not is_known(row):
+        raise BrokenRecordError(f"none of {', '.join(KEYS)} in it")
+    shown = row.get("image") if row.get("image") is not None else row.get("images")
+    several = isinstance(shown, Sequence) and not isinstance(shown, str | bytes)
+    values = [] if shown is None else list(shown) if several else [shown]
+    key = next(key for key in KEYS if row.get(key) is not None)
+    if not values and key not in ("messages", "conversations"):
+        raise BrokenRecordError(f"missing picture: there is a {key} and no image")
+    # The text is judged first: no file is looked for on behalf of a record that is broken anyway.
+    return Conversation(name, _messages(_turns(row, key), values, folders))
+
+
+Turn = tuple[str, list[Any]]
+"""A role, and its texts and pictures in their order: `None` for a picture that the row gives apart
+from its turns, `{"image": ...}` for one of the turn's own."""
+
+
+def _turns(row: Mapping[str, Any], key: str) -> list[Turn]:
+    if key in ("messages", "conversations"):
+        turns = row[key]
+        if not isinstance(turns, Sequence) or isinstance(turns, str):
+            raise BrokenRecordError(f"malformed turn: {key} is no list")
+        return [_turn(turn) for turn in turns]
+    if key == "question":
+        return _question(row)
+    caption = row[key]
+    if isinstance(caption, Sequence) and not isinstance(caption, str):
+        caption = caption[0] if caption else None
+    return [("user", [CAPTION_PROMPT]), ("assistant", [_text(caption, "reply")])]
+
+
+def _question(row: Mapping[str, Any]) -> list[Turn]:
+    """Return a question and its answer; of several people's answers the most frequent."""
+    question, answers = _text(row["question"], "question"), row.get("answers")
+    if answers is None:
+        return [("user", [question]), ("assistant", [_text(row.get("answer"), "reply")])]
+    said = [answer.get("answer") if isinstance(answer, Mapping) else answer for answer in answers]
+    counts = Counter(text.strip() for text in said if isinstance(text, str) and text.strip())
+    if not counts:
+        raise BrokenRecordError("no reply: none of its answers is a text")
+    [(answer, _)] = counts.most_common(1)
+    return [("user", [f"{question}\n{SHORT_ANSWER_PROMPT}"]), ("assistant", [answer])]
+
+
+def _turn(turn: Any) -> Turn:
+    if not isinstance(turn, Mapping):
+        raise BrokenRecordError(f"malformed turn: {repr(turn)[:60]} is no object")
+    said = turn.get("role", turn.get("from"))
+    role = ROLES.get(said) if isinstance(said, str) else None
+    if role is None:
+        raise BrokenRecordError(f"malformed turn: its role is {repr(said)[:40]}")
+    content = turn.get("content", turn.get("value"))
+    if isinstance(content, str):
+        return role, _split(content)
+    if not isinstance(content, Sequence):
+        raise BrokenRecordError("malformed turn: it has neither text nor parts")
+    parts: list[Any] = []
+    for part in content:
+        match part:
+            case {"type": "text", "text": str(text)}:
+                parts += [text] if text.strip() else []
+            case {"type": "image"}:
+                parts.append({"image": part.get("image")} if part.get("image") else None)
+            case _:
+                raise BrokenRecordError(
+                    f"malformed turn: {repr(part)[:60]} is neither text nor image"
+                )
+    return role, parts
+
+
+def _split(text: str) -> list[Any]:
+    """Return a text's pieces with its placeholders between them.
+
+    A turn's only picture comes first, as LLaVA itself shows it; several stay where they stand.
+    """
+    pieces: list[Any] = []
+    for index, piece in enumerate(text.split(PLACEHOLDER)):
+        pieces += [None] if index else []
+        pieces += [piece.strip()] if piece.strip() else []
+    if pieces.count(None) == 1:
+        pieces.sort(key=lambda piece: piece is not None)
+    return pieces
+
+
+def _messages(turns: list[Turn], values: list[Any], folders: PictureFolders) -> tuple[Message, ...]:
+    """Return checked turns with the pictures in their places."""
+    # ShareGPT's conversations, which LLaVA took over, are cut anywhere: a reply to nothing at the
+    # start and a question without a reply at the end are no part of what can be learnt.
+    system = turns[:1] if turns and turns[0][0] == "system" else []
+    turns = turns[len(system) :]
+    while turns and turns[0][0] == "assistant":
+        turns = turns[1:]
+    while turns and turns[-1][0] == "user":
+        turns = turns[:-1]
+    if not turns:
+        raise BrokenRecordError("no reply: there is no user's turn with an assistant's after it")
+    for index, (role, parts) in enumerate(turns):
+        if role != ("user", "assistant")[index % 2]:
+            raise BrokenRecordError(f"malformed turn: turn {index + 1} is again the {role}'s")
+        if role == "assistant" and not parts:
+            raise BrokenRecordError(f"no reply: turn {index + 1} is empty")
+    for role, parts in [*system, *turns]:
+        if role != "user" and not all(isinstance(part, str) for part in parts):
+            raise BrokenRecordError(f"malformed turn: a picture in the {role}'s")
+    shown = [part for _, parts in turns for part in parts if not isinstance(part, str)]
+    if values and not shown:
+        role, parts = turns[0]
+        turns = [(role, [*[None] * len(values), *parts]), *turns[1:]]
+    elif shown.count(None) != len(values):
+        reason = "missing picture" if shown.count(None) > len(values) else "malformed turn"
+        raise BrokenRecordError(
+            f"{reason}: places for {shown.count(None)}, and {len(values)} given"
+        )
+    remaining = iter(values)
+    return tuple(
+        {
+            "role": role,
+            "content": [
+                {"type": "text", "text": part}
+                if isinstance(part, str)
+                else {"type": "image", "image": _shown(part, remaining, folders)}
+                for part in parts
+            ],
+        }
+        for role, parts in [*system, *turns]
+    )
+
+
+def _shown(part: Any, remaining: Iterator[Any], folders: PictureFolders) -> Picture:
+    return folders.picture(next(remaining) if part is None else part["image"])
+
+
+def _text(value: Any, what: str) -> str:
+    if not isinstance(value, str) or not value.strip():
+        raise BrokenRecordError(f"no {what}: {repr(value)[:40]} stands in its place")
+    return value.strip()
