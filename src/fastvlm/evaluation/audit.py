@@ -49,8 +49,8 @@ class Audit:
         replies: The reference replies' tokens.
         differences: For each strategy, the replies that differ.
         acceptance_length: For each strategy, its tokens per pass of the full model.
-        gap: What the two best logits must lie within, in float64, for a difference to be a tie: what
-            is usual in the model's precision, and nothing where all passes were wide.
+        gap: What the two best logits must lie within, in float64, for a difference to be a tie:
+            what is usual in the model's precision, and nothing where all passes were wide.
     """
 
     replies: list[list[int]]
