@@ -10,8 +10,8 @@ import torch
 from PIL import Image
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, processors
 from transformers import (
-    BlipImageProcessor,
     Blip2Processor,
+    BlipImageProcessor,
     CLIPImageProcessor,
     Idefics3ImageProcessor,
     Idefics3Processor,
@@ -36,15 +36,15 @@ from fastvlm.scenes import render, sample
 from tests.families import END, FAMILIES, IMAGE, PAD, PATCHES, QUERIES, START, Inputs
 
 TEMPLATE = (
-    "{{ bos_token }}{% for turn in messages %}{{ turn.role }}:"
+    "{{ bos_token }}{% for turn in messages %}{{ turn.role[0] }}:"
     "{% for part in turn.content %}"
     "{% if part.type == 'image' %}PICTURE{% else %}{{ part.text }}{% endif %}"
-    "{% endfor %}\n{% endfor %}{% if add_generation_prompt %}assistant:{% endif %}"
+    "{% endfor %}\n{% endfor %}{% if add_generation_prompt %}a:{% endif %}"
 )
 """As checkpoints have them: of a turn whose content is a text it would show nothing."""
 TEXT_TEMPLATE = (
-    "{% for turn in messages %}{{ turn.role + ':' + turn.content + '\n' }}{% endfor %}"
-    "{% if add_generation_prompt %}assistant:{% endif %}"
+    "{% for turn in messages %}{{ turn.role[0] + ':' + turn.content + '\n' }}{% endfor %}"
+    "{% if add_generation_prompt %}a:{% endif %}"
 )
 CHARACTERS = "abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ .,:?!'\n"
 SPECIAL = {

@@ -68,7 +68,13 @@ class ProcessorPrompts:
             )
         inputs = self.inputs(messages)
         with self.features.answering(store) as asked:
-            [prompt] = captured(self.model, inputs)
+            try:
+                [prompt] = captured(self.model, inputs)
+            except ValueError as error:
+                raise InputError(
+                    f"{self.name} refuses what its processor made of the prompt:"
+                    f" {first_line(error)}"
+                ) from error
         return Encoded(
             prompt.tokens,
             prompt.embeddings,
@@ -115,7 +121,8 @@ class ProcessorPrompts:
                 raise InputError("The prompt must not contain the picture's placeholder itself.")
         try:
             found = self.processed(text, pictures, templated=templated)
-        except ValueError as error:
+        except (TypeError, ValueError) as error:
+            # A setting that older checkpoints lack is None here, and can't be computed with.
             raise InputError(
                 f"The processor of {self.name} refuses the prompt: {first_line(error)}"
             ) from error
