@@ -45,7 +45,7 @@ def turn(role: str, *parts: Any) -> dict[str, Any]:
     [
         ("llava", ("<image> What?", picture(0)), "must not contain the picture's placeholder"),
         ("llava", ("<image> What?",), "must not contain the picture's placeholder"),
-        ("qwen2-vl", ("<|video_pad|> What?",), "processor of Qwen2VLFor.* refuses the prompt: "),
+        ("qwen2-vl", ("<|video_pad|> What?",), "must not contain the picture's placeholder"),
         ("llava", ("What?", "no/such.png"), "There is no picture at no/such.png"),
         ("llava", ([{"role": "user", "content": [{"type": "video"}]}],), "A part of a message is"),
         ("llava", ([turn("user", "What?")], picture(0)), "leave out the picture"),
@@ -70,6 +70,13 @@ def test_a_template_that_refuses(folders: dict[str, Path]) -> None:
     vlm = load(folders["llava"])
     vlm.prompts.processor.chat_template = "{{ raise_exception('Two turns at most') }}"
     with pytest.raises(InputError, match=r"template of Llava.* refuses the dialogue: Two turns"):
+        vlm.generate("What?", picture(0))
+
+
+def test_a_processor_that_lacks_a_setting(folders: dict[str, Path]) -> None:
+    vlm = load(folders["llava"])
+    vlm.prompts.processor.patch_size = None
+    with pytest.raises(InputError, match=r"processor of Llava.* refuses the prompt: unsupported"):
         vlm.generate("What?", picture(0))
 
 

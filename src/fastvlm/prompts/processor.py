@@ -101,26 +101,14 @@ class ProcessorPrompts:
 
         Raises:
             InputError: A picture can't be read, the text has a placeholder of its own, or the
-                model or its template has no use for such a dialogue.
+                model, its template or its processor has no use for such a dialogue.
         """
         pictures = [open_picture(picture) for picture in pictures_of(messages)]
         if pictures and not self.shows_pictures:
             raise InputError(f"{self.name} reads text alone; leave out the picture.")
-        templated = bool(getattr(self.processor, "chat_template", None))
-        if not templated:
-            check_plain(self.name, messages, len(pictures) if self.shows_pictures else None)
+        text = self.text(messages, len(pictures))
         try:
-            text = self.templated(messages) if templated else plain_text(messages[0])
-        except Exception as error:
-            raise InputError(
-                f"The chat template of {self.name} refuses the dialogue: {first_line(error)}"
-            ) from error
-        if self.shows_pictures:
-            placed = text.count(str(self.processor.image_token))
-            if placed != (len(pictures) if templated else 0):
-                raise InputError("The prompt must not contain the picture's placeholder itself.")
-        try:
-            found = self.processed(text, pictures, templated=templated)
+            found = self.processed(text, pictures)
         except (TypeError, ValueError) as error:
             # A setting that older checkpoints lack is None here, and can't be computed with.
             raise InputError(
@@ -132,26 +120,58 @@ class ProcessorPrompts:
             for name, value in found.items()
         }
 
+    @property
+    def has_template(self) -> bool:
+        """Whether there is a chat template."""
+        return bool(getattr(self.processor, "chat_template", None))
+
+    def text(self, messages: Sequence[Message], pictures: int) -> str:
+        """Return a dialogue as one text, with a placeholder for each of its pictures.
+
+        Raises:
+            InputError: The text has a placeholder of its own, or the model or its template has no
+                use for such a dialogue.
+        """
+        if self.has_template:
+            text, places = self.templated(messages), pictures
+        else:
+            check_plain(self.name, messages, pictures if self.shows_pictures else None)
+            # The processor puts the picture before the text itself.
+            text, places = plain_text(messages[0]), 0
+        for name, number in (("image_token", places), ("video_token", 0)):
+            token = getattr(self.processor, name, None)
+            if token is not None and text.count(str(token)) != number:
+                raise InputError("The prompt must not contain the picture's placeholder itself.")
+        return text
+
     def templated(self, messages: Sequence[Message]) -> str:
-        """Return a dialogue as the chat template writes it."""
+        """Return a dialogue as the chat template writes it.
+
+        Raises:
+            InputError: The template refuses it.
+        """
         turns: list[dict[str, Any]] = [
             # Templates of processors read lists of parts, and pass over texts; those of tokenizers
             # the other way round.
             {**message, "content": bare(message) if self.shows_pictures else plain_text(message)}
             for message in messages
         ]
-        written: str = self.processor.apply_chat_template(
-            turns, tokenize=False, add_generation_prompt=True
-        )
+        try:
+            written: str = self.processor.apply_chat_template(
+                turns, tokenize=False, add_generation_prompt=True
+            )
+        except Exception as error:
+            raise InputError(
+                f"The chat template of {self.name} refuses the dialogue: {first_line(error)}"
+            ) from error
         return written
 
-    def processed(
-        self, text: str, pictures: Sequence[Image.Image], *, templated: bool
-    ) -> dict[str, Tensor]:
+    def processed(self, text: str, pictures: Sequence[Image.Image]) -> dict[str, Tensor]:
         """Return what the processor makes of a text and the pictures in it."""
         options: dict[str, Any] = {"text": text, "return_tensors": "pt"}
         start = tokenizer_of(self.processor).bos_token
-        if templated and (not self.shows_pictures or text.startswith(start or "\0")):
+        begun = start is not None and text.startswith(start)
+        if self.has_template and (begun or not self.shows_pictures):
             # As transformers' own apply_chat_template has it.
             options["add_special_tokens"] = False
         if not self.shows_pictures:
