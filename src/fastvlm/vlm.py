@@ -9,10 +9,11 @@ from pathlib import Path
 from typing import Any, Unpack
 
 import torch
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedModel, PreTrainedTokenizerBase, ProcessorMixin
 
 from fastvlm import embedded
 from fastvlm.checkpoints import load_checkpoint
+from fastvlm.checkpoints.processors import tokenizer_of
 from fastvlm.decoding import Decoding, Drafter, Request
 from fastvlm.decoding.drafters import Drafters, DraftOptions
 from fastvlm.decoding.layer_search import LayerChoice, find_skipped_layers
@@ -24,7 +25,8 @@ from fastvlm.functional.errors import InputError
 from fastvlm.functional.statistics import DecodingStatistics
 from fastvlm.language import split_decoder
 from fastvlm.language.prefix import PrefixStore
-from fastvlm.prompts import Message, Prompts, question
+from fastvlm.language.prompt import end_tokens
+from fastvlm.prompts import FastViTHDPrompts, Message, prompts_for, question
 from fastvlm.vision.configuration import REDUCTION
 from fastvlm.vision.pictures import Picture, PictureOptions
 
@@ -81,7 +83,7 @@ class VisionLanguageModel:
 
     Args:
         model: The target, as `transformers` loads it.
-        tokenizer: Its tokenizer, with a chat template.
+        processor: Its processor; its tokenizer, for a model of text alone or one around FastViTHD.
         network: The imitation network that drafts, if there is one.
         prefix_bytes: The most memory for what is kept of pictures for the next question.
     """
@@ -89,19 +91,37 @@ class VisionLanguageModel:
     def __init__(
         self,
         model: PreTrainedModel,
-        tokenizer: PreTrainedTokenizerBase,
+        processor: PreTrainedTokenizerBase | ProcessorMixin,
         network: ImitationNetwork | None = None,
         *,
         prefix_bytes: int = PREFIX_BYTES,
     ) -> None:
-        self.model, self.tokenizer, self.network = model.eval(), tokenizer, network
+        self.model, self.network = model.eval(), network
+        self.tokenizer = tokenizer_of(processor)
         self.decoder = split_decoder(model)
-        self.prompts = Prompts(model, tokenizer, self.decoder)
+        self.prompts = prompts_for(model, processor, self.decoder)
         self.drafters = Drafters(self.decoder, network)
         self.prefixes = PrefixStore(prefix_bytes)
-        self.image_size = self.prompts.image_size
-        ends = model.generation_config.eos_token_id
-        self.end_tokens = frozenset([ends] if isinstance(ends, int) else ends or ())
+        self.end_tokens = end_tokens(model)
+
+    @property
+    def fastvithd(self) -> FastViTHDPrompts:
+        """What makes the prompts of a model around FastViTHD, and knows their length beforehand.
+
+        Raises:
+            InputError: The model has another encoder, or none.
+        """
+        if not isinstance(self.prompts, FastViTHDPrompts):
+            raise InputError(
+                f"{type(self.model).__name__} has no FastViTHD encoder, which this needs: how a"
+                " picture is shown is its own processor's matter."
+            )
+        return self.prompts
+
+    @property
+    def image_size(self) -> int:
+        """Side in pixels of the pictures that a model around FastViTHD was made for."""
+        return self.fastvithd.image_size
 
     def tokens(self, prompt: str, pictures: int, visual: int | None = None) -> list[int]:
         """Return the tokens of a question, with a placeholder for every visual token.
@@ -110,11 +130,14 @@ class VisionLanguageModel:
             prompt: The text.
             pictures: Pictures that stand before it.
             visual: Visual tokens of each; None for those of a picture as the model takes it.
+
+        Raises:
+            InputError: The model is not one around FastViTHD.
         """
         visual = (self.image_size // REDUCTION) ** 2 if visual is None else visual
         shown = [{"type": "image"}] * pictures
         content = [*shown, {"type": "text", "text": prompt}]
-        return self.prompts.tokens([{"role": "user", "content": content}], [visual] * pictures)
+        return self.fastvithd.tokens([{"role": "user", "content": content}], [visual] * pictures)
 
     def request(
         self,
@@ -140,8 +163,10 @@ class VisionLanguageModel:
             encoded.embeddings,
             options.get("max_new_tokens", 256),
             self.end_tokens,
-            keys=encoded.keys,
-            store=store,
+            keys=encoded.keys or [],
+            store=store if encoded.keys is not None else None,
+            positions=encoded.positions,
+            memory=encoded.memory,
             started=started,
             selection=selection_of(encoded.tokens, **among(SamplingOptions, options)),
             text=ReplyText(self.tokenizer, options.get("stop", ())),
@@ -166,7 +191,7 @@ class VisionLanguageModel:
     def find_skipped_layers(
         self,
         prompts: Sequence[str],
-        pictures: Sequence[Picture],
+        pictures: Sequence[Picture | None],
         **options: Unpack[RequestOptions],
     ) -> LayerChoice:
         """Search for the layers that the strategy `skip` leaves out, on samples.
@@ -225,7 +250,7 @@ class VisionLanguageModel:
     def generate_batch(
         self,
         prompts: Sequence[str],
-        pictures: Sequence[Picture],
+        pictures: Sequence[Picture | None],
         *,
         drafter: Drafter | None = None,
         **options: Unpack[RequestOptions],
@@ -243,7 +268,7 @@ class VisionLanguageModel:
     def requests(
         self,
         prompts: Sequence[str],
-        pictures: Sequence[Picture],
+        pictures: Sequence[Picture | None],
         **options: Unpack[RequestOptions],
     ) -> list[Request]:
         """Return a request for each prompt about its picture.
@@ -343,10 +368,10 @@ def load(
     Raises:
         CheckpointError: The model or the draft is missing or broken, or the draft was made for
             another model.
-        InputError: The model's family is not known.
+        InputError: The model's family is not known, or its processor has no chat template.
     """
     if model is None:
         model, draft = embedded.MODEL, embedded.DRAFT if draft is None else draft
-    target, tokenizer = load_checkpoint(model, dtype, device)
+    target, processor = load_checkpoint(model, dtype, device)
     network = None if draft is None else load_draft(draft, target)
-    return VisionLanguageModel(target, tokenizer, network, prefix_bytes=prefix_bytes)
+    return VisionLanguageModel(target, processor, network, prefix_bytes=prefix_bytes)

@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from PIL import Image
 from rich.console import Console
 
 import fastvlm
@@ -20,6 +21,8 @@ from fastvlm.cli.terminal import THUMBNAIL, ReplyWriter, thumbnail
 from fastvlm.scenes import render, sample
 from fastvlm.vision.pictures import prepare
 from tests.cli.conftest import Output
+from tests.families import replies
+from tests.processors import asked, saved
 
 SOURCES = Path(__file__).parents[2] / "src"
 FIELDS = {
@@ -109,6 +112,19 @@ def test_a_given_model_is_used_without_a_draft(cli: Cli, shipped: Path) -> None:
     said = cli("generate", picture, "--model", shipped / "other", "--max-new-tokens", 8, "--stats")
     assert said.code == 0
     assert re.fullmatch(r".+: \d+ tokens, TTFT [\d.]+ ms, TPOT [\d.]+ ms\n", said.err)
+
+
+def test_a_model_of_another_family_uses_its_own_processor(
+    cli: Cli, shipped: Path, tmp_path: Path
+) -> None:
+    model, processor = saved("llava", tmp_path)
+    file = shipped / "pictures" / "0.png"
+    said = cli("generate", file, "--model", tmp_path, "--prompt", "What?", "--max-new-tokens", 8)
+    [expected] = replies(model, asked(processor, ["What?"], [Image.open(file)]), 8)
+    assert said.out == processor.decode(expected, skip_special_tokens=True).lstrip() + "\n"
+    assert (said.code, said.err) == (0, "")
+    said = cli("benchmark", "--model", tmp_path)
+    assert "LlavaForConditionalGeneration has no FastViTHD encoder" in said.sentence()
 
 
 def test_a_broken_picture_does_not_lose_the_others(cli: Cli, shipped: Path, broken: Path) -> None:

@@ -11,8 +11,8 @@ from transformers import DynamicCache, PreTrainedModel
 
 from fastvlm.functional.errors import InputError
 from fastvlm.language import Prompt, captured
-from fastvlm.language.prompt import UNKNOWN
-from tests.families import FAMILIES, IMAGE, QUERIES, START, Inputs, replies
+from fastvlm.language.prompt import UNKNOWN, end_tokens
+from tests.families import END, FAMILIES, IMAGE, QUERIES, START, Inputs, replies
 
 COMPOSITE = [name for name in FAMILIES if name.startswith(("blip2", "instructblip"))]
 
@@ -180,3 +180,15 @@ def test_a_mask_of_more_than_padding_is_refused() -> None:
     given["attention_mask"] = torch.ones(1, 1, 5, 5, dtype=torch.bool)
     with pytest.raises(InputError, match=r"\(1, 5\) tokens are padding; got \(1, 1, 5, 5\)"):
         captured(model, given)
+
+
+@pytest.mark.parametrize(
+    ("family", "expected"),
+    [("llava", {7, 8}), ("llama", {7, 8}), ("blip2-opt", {END}), ("blip2-t5", {END})],
+)
+def test_the_model_that_generates_says_what_ends_a_reply(family: str, expected: set[int]) -> None:
+    model, _ = FAMILIES[family]()
+    model.generation_config.eos_token_id = [7, 8]
+    assert end_tokens(model) == expected
+    model.generation_config.eos_token_id = None
+    assert end_tokens(model) == (expected if expected == {END} else set())

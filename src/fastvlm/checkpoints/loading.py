@@ -1,4 +1,4 @@
-"""Load a model and its tokenizer, whatever layout they are stored in."""
+"""Load a model and what prepares its inputs, whatever layout they are stored in."""
 
 from __future__ import annotations
 
@@ -11,7 +11,9 @@ import torch
 from huggingface_hub import snapshot_download
 from torch import Tensor
 from transformers import (
+    MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING,
     AutoConfig,
+    AutoModelForCausalLM,
     AutoModelForImageTextToText,
     AutoTokenizer,
     FastVlmConfig,
@@ -19,12 +21,15 @@ from transformers import (
     GenerationConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
+    ProcessorMixin,
 )
 
 from fastvlm.checkpoints.layouts import APPLE, CHATML, IMAGE, Layout, recognise
+from fastvlm.checkpoints.processors import load_processor
 from fastvlm.checkpoints.weights import read_weights
 from fastvlm.functional.errors import CheckpointError, FastVlmError, first_line
 from fastvlm.functional.placement import moved
+from fastvlm.vision.fastvithd import FastViTHD
 
 NAMED = 3
 """How many wrong weights an error names."""
@@ -32,8 +37,10 @@ NAMED = 3
 
 def load_checkpoint(
     model: str | Path, dtype: torch.dtype, device: str | torch.device
-) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-    """Load a model and its tokenizer: Apple's FastVLM, or what `transformers` loads.
+) -> tuple[PreTrainedModel, PreTrainedTokenizerBase | ProcessorMixin]:
+    """Load a model and what prepares its inputs: Apple's FastVLM, or what `transformers` loads.
+
+    That is its processor, but the tokenizer alone for a model of text or one around FastViTHD.
 
     Parameters are those of the files; nothing is folded.
 
@@ -69,11 +76,17 @@ def load_checkpoint(
 
 def _load_with_transformers(
     folder: Path, dtype: torch.dtype, device: str | torch.device
-) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+) -> tuple[PreTrainedModel, PreTrainedTokenizerBase | ProcessorMixin]:
     options: dict[str, Any] = {"dtype": dtype}
-    AutoConfig.from_pretrained(folder)
-    target = AutoModelForImageTextToText.from_pretrained(folder, **options)
-    return moved(target, device), AutoTokenizer.from_pretrained(folder)
+    config = AutoConfig.from_pretrained(folder)
+    shows_pictures = type(config) in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING
+    auto = AutoModelForImageTextToText if shows_pictures else AutoModelForCausalLM
+    target = moved(auto.from_pretrained(folder, **options), device)
+    if shows_pictures and not isinstance(
+        getattr(target.base_model, "vision_tower", None), FastViTHD
+    ):
+        return target, load_processor(folder, config)
+    return target, AutoTokenizer.from_pretrained(folder)
 
 
 def _load_layout(

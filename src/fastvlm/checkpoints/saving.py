@@ -7,7 +7,7 @@ import shutil
 from pathlib import Path
 
 from huggingface_hub import save_torch_state_dict
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedModel, PreTrainedTokenizerBase, ProcessorMixin
 
 from fastvlm.checkpoints.layouts import transformers_name, transformers_vision_config
 from fastvlm.functional.errors import InputError
@@ -18,7 +18,7 @@ LAYOUTS = ("fastvlm", "transformers")
 
 def save_checkpoint(
     model: PreTrainedModel,
-    tokenizer: PreTrainedTokenizerBase,
+    tokenizer: PreTrainedTokenizerBase | ProcessorMixin,
     output: Path,
     layout: str = "fastvlm",
 ) -> None:

@@ -8,6 +8,9 @@ from dataclasses import dataclass, field
 
 from torch import Tensor
 
+Features = Tensor | Sequence[Tensor]
+"""Pictures' visual tokens, (visual tokens, d_model), in one tensor or in one for each picture."""
+
 
 @dataclass(slots=True)
 class Kept:
@@ -49,18 +52,18 @@ class PrefixStore:
         self.size = 0
         """Bytes that all of it takes."""
         # Pictures by their digests, prompts by numbers; what was used last stands last.
-        self._kept: OrderedDict[str | int, Tensor | Kept] = OrderedDict()
+        self._kept: OrderedDict[str | int, Features | Kept] = OrderedDict()
         self._number = 0
 
-    def features(self, picture: str) -> Tensor | None:
-        """Return a picture's visual tokens, (visual tokens, d_model), by its digest."""
+    def features(self, picture: str) -> Features | None:
+        """Return what was kept of a picture, by its digest."""
         found = self._kept.get(picture)
-        if not isinstance(found, Tensor):
+        if found is None or isinstance(found, Kept):
             return None
         self._kept.move_to_end(picture)
         return found
 
-    def keep_features(self, picture: str, features: Tensor) -> None:
+    def keep_features(self, picture: str, features: Features) -> None:
         """Keep a picture's visual tokens."""
         self._add(picture, features)
 
@@ -89,7 +92,7 @@ class PrefixStore:
         self._kept.clear()
         self.size = 0
 
-    def _add(self, name: str | int, kept: Tensor | Kept) -> None:
+    def _add(self, name: str | int, kept: Features | Kept) -> None:
         if name in self._kept:
             self._drop(name)
         self._kept[name] = kept
@@ -101,5 +104,5 @@ class PrefixStore:
         self.size -= _bytes(self._kept.pop(name))
 
 
-def _bytes(kept: Tensor | Kept) -> int:
-    return kept.nbytes if isinstance(kept, Tensor) else kept.size
+def _bytes(kept: Features | Kept) -> int:
+    return kept.size if isinstance(kept, Kept) else sum(tensor.nbytes for tensor in kept)

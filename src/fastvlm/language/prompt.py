@@ -166,9 +166,7 @@ def start_token(model: PreTrainedModel) -> int:
     Raises:
         InputError: Neither the model's nor its generation configuration says which.
     """
-    owners = (model.get_decoder(), model)
-    settings: list[Any] = [getattr(owner, "generation_config", None) for owner in owners]
-    settings.append(text_decoder(model).config)
+    settings: list[Any] = [*generation_configs(model), text_decoder(model).config]
     for name in ("decoder_start_token_id", "bos_token_id"):
         for found in settings:
             token = getattr(found, name, None)
@@ -178,6 +176,25 @@ def start_token(model: PreTrainedModel) -> int:
         f"{type(model).__name__} doesn't say which token a reply starts with; set"
         " generation_config.decoder_start_token_id."
     )
+
+
+def end_tokens(model: PreTrainedModel) -> frozenset[int]:
+    """Return the tokens that end a model's reply."""
+    for config in generation_configs(model):
+        ends = config.eos_token_id
+        if ends is not None:
+            return frozenset([ends] if isinstance(ends, int) else ends)
+    return frozenset()
+
+
+def generation_configs(model: PreTrainedModel) -> list[Any]:
+    """Return what says how replies are generated, the most particular first.
+
+    A whole language model inside another, as in BLIP-2, has one of its own and goes by that.
+    """
+    owners = (model.get_decoder(), model)
+    found = [getattr(owner, "generation_config", None) for owner in owners]
+    return [config for config in found if config is not None]
 
 
 def row_masks(masks: Sequence[Any], states: Tensor) -> Tensor:

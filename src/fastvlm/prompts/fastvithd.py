@@ -1,11 +1,9 @@
-"""Prompts and dialogues with pictures: their tokens, and the embeddings that a decoder is given."""
+"""Prompts of models around a FastViTHD encoder, whose pictures are prepared here."""
 
 from __future__ import annotations
 
-import hashlib
-from collections.abc import Hashable, Mapping, Sequence
-from dataclasses import dataclass
-from typing import Any, Unpack
+from collections.abc import Hashable, Sequence
+from typing import Any, Unpack, cast
 
 import torch
 from torch import Tensor
@@ -14,32 +12,15 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from fastvlm.functional.errors import InputError
 from fastvlm.language import SplitDecoder
 from fastvlm.language.prefix import PrefixStore
+from fastvlm.prompts.encoded import Encoded
+from fastvlm.prompts.features import digest
+from fastvlm.prompts.messages import Message, pictures_of
 from fastvlm.vision.configuration import REDUCTION
 from fastvlm.vision.fastvithd import FastViTHD
-from fastvlm.vision.pictures import Picture, PictureOptions, prepare
-
-Message = Mapping[str, Any]
-"""A turn of a dialogue, as `transformers`' chat templates take it: its `role`, and as `content` a
-text, or a list of `{"type": "image", "image": path or Pillow image}` and `{"type": "text", "text":
-...}`."""
+from fastvlm.vision.pictures import PictureOptions, prepare
 
 
-@dataclass(frozen=True, slots=True)
-class Encoded:
-    """A prompt, ready for the decoder.
-
-    Args:
-        tokens: Its tokens, a placeholder for each visual token.
-        embeddings: (length, d_model).
-        keys: What tells each position from others: its token, or the picture and the visual token.
-    """
-
-    tokens: list[int]
-    embeddings: Tensor
-    keys: list[Hashable]
-
-
-class Prompts:
+class FastViTHDPrompts:
     """Makes prompts for a model around a FastViTHD encoder.
 
     Args:
@@ -48,29 +29,23 @@ class Prompts:
         decoder: The model's decoder, split.
 
     Raises:
-        InputError: The model has another encoder, or the tokenizer no chat template.
+        InputError: The tokenizer has no chat template.
     """
 
     def __init__(
         self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, decoder: SplitDecoder
     ) -> None:
-        tower = getattr(model.base_model, "vision_tower", None)
-        if not isinstance(tower, FastViTHD):
-            raise InputError(
-                f"{type(model).__name__} has no FastViTHD encoder, and fastvlm prepares pictures"
-                " for models with one; use model.generate(..., custom_generate="
-                "fastvlm.speculative(...)) with inputs of the model's own processor."
-            )
         if not getattr(tokenizer, "chat_template", None):
             raise InputError(
                 f"The tokenizer of {type(model).__name__} has no chat template, so fastvlm can't"
                 " tell how a prompt is put to it; set tokenizer.chat_template."
             )
-        # Folding is exact, so nobody who loads a model for inference wants the branches.
-        tower.fuse()
         # Which methods and settings a composite model has is its class's matter.
         self.model: Any = model
         self.tokenizer, self.decoder = tokenizer, decoder
+        tower = cast(FastViTHD, model.base_model.vision_tower)
+        # Folding is exact, so nobody who loads a model for inference wants the branches.
+        tower.fuse()
         self.image_size: int = tower.config.image_size
 
     def tokens(self, messages: Sequence[Message], visual: Sequence[int]) -> list[int]:
@@ -104,17 +79,7 @@ class Prompts:
         store: PrefixStore | None = None,
         **options: Unpack[PictureOptions],
     ) -> Encoded:
-        """Return a dialogue as the decoder takes it.
-
-        Args:
-            messages: The dialogue, the last turn the user's.
-            store: Where pictures' features are found and kept; None for nowhere.
-            options: How the pictures are shown, see `PictureOptions`.
-
-        Raises:
-            InputError: A picture can't be read, the text has a placeholder of its own, or an option
-                is out of range.
-        """
+        """Return a dialogue as the decoder takes it. See `Prompts.encode`."""
         shown: PictureOptions = {"image_size": self.image_size, **options}
         views = [prepare(picture, **shown) for picture in pictures_of(messages)]
         visual = [len(view) * (view.shape[-1] // REDUCTION) ** 2 for view in views]
@@ -145,51 +110,10 @@ class Prompts:
             name: Its digest.
             store: Where they are kept; None for nowhere.
         """
-        found = None if store is None else store.features(name)
+        found: Any = None if store is None else store.features(name)
         if found is None:
             pixels = views.to(self.decoder.device, self.decoder.dtype)
             found = self.model.get_image_features(pixels).pooler_output.flatten(0, 1)
             if store is not None:
                 store.keep_features(name, found)
         return found
-
-
-def digest(views: Tensor) -> str:
-    """Return what tells a prepared picture from others."""
-    found = hashlib.blake2b(views.numpy().tobytes(), digest_size=16)
-    found.update(repr(views.shape).encode())
-    return found.hexdigest()
-
-
-def question(prompt: str, picture: Picture | None) -> list[Message]:
-    """Return a question about a picture as a dialogue of one turn."""
-    return [
-        {
-            "role": "user",
-            "content": [
-                *([] if picture is None else [{"type": "image", "image": picture}]),
-                {"type": "text", "text": prompt},
-            ],
-        }
-    ]
-
-
-def pictures_of(messages: Sequence[Message]) -> list[Picture]:
-    """Return the pictures of a dialogue, in their order.
-
-    Raises:
-        InputError: A part of a turn is neither a text nor an image.
-    """
-    found = []
-    for message in messages:
-        content = message.get("content")
-        for part in [] if isinstance(content, str) or content is None else content:
-            kind = part.get("type")
-            if kind == "image" and "image" in part:
-                found.append(part["image"])
-            elif kind != "text":
-                raise InputError(
-                    "A part of a message is {'type': 'text', 'text': ...} or {'type': 'image',"
-                    f" 'image': ...}}; got {part!r}."
-                )
-    return found

@@ -1,0 +1,90 @@
+"""Load a model's processor for texts and still pictures; it needs no torchvision."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any, cast
+
+from transformers import PreTrainedConfig, PreTrainedTokenizerBase, ProcessorMixin
+from transformers.models.auto.processing_auto import (
+    PROCESSOR_MAPPING,
+    processor_class_from_name,
+)
+
+from fastvlm.functional.errors import CheckpointError
+
+NAMING = ("processor_config.json", "preprocessor_config.json", "tokenizer_config.json")
+"""Files that may name the processor's class, the first to do so decides."""
+
+
+class StillPictures(ProcessorMixin):
+    """Goes before a processor's own class, and leaves out its video processor.
+
+    That part alone needs torchvision, which brings the risk of a build for another torch.
+    """
+
+    @classmethod
+    def get_attributes(cls) -> list[str]:
+        """Return the names of the processor's parts."""
+        return [name for name in super().get_attributes() if name != "video_processor"]
+
+    @classmethod
+    def from_args_and_dict(
+        cls, args: Any, processor_dict: dict[str, Any], **kwargs: Any
+    ) -> ProcessorMixin:
+        """Make a processor of its parts and its settings."""
+        # Some classes want to be told that there is none.
+        settings = {**processor_dict, "video_processor": None}
+        made: ProcessorMixin = super().from_args_and_dict(args, settings, **kwargs)
+        return made
+
+    def apply_chat_template(self, conversation: Any, *given: Any, **named: Any) -> Any:
+        """Write a dialogue as the chat template has it."""
+        # SmolVLM's own method asks the video processor how many frames it takes.
+        return ProcessorMixin.apply_chat_template(self, conversation, *given, **named)
+
+
+def load_processor(folder: Path, config: PreTrainedConfig) -> ProcessorMixin:
+    """Load the processor of a model with pictures.
+
+    Args:
+        folder: The model's directory.
+        config: The model's configuration, whose family has a processor of its own where no file
+            names another.
+
+    Raises:
+        CheckpointError: Nothing says which processor it is.
+    """
+    kind = processor_class(folder, config)
+    if "video_processor" in kind.get_attributes():
+        kind = type(kind.__name__, (StillPictures, kind), {})
+    return kind.from_pretrained(folder)
+
+
+def tokenizer_of(processor: PreTrainedTokenizerBase | ProcessorMixin) -> PreTrainedTokenizerBase:
+    """Return the tokenizer of a processor, which may be the tokenizer itself."""
+    if isinstance(processor, PreTrainedTokenizerBase):
+        return processor
+    return cast(PreTrainedTokenizerBase, processor.tokenizer)
+
+
+def processor_class(folder: Path, config: PreTrainedConfig) -> type[ProcessorMixin]:
+    """Return the class of a model's processor.
+
+    Raises:
+        CheckpointError: Nothing says which.
+    """
+    for file in (folder / name for name in NAMING):
+        if not file.is_file():
+            continue
+        name = json.loads(file.read_text(encoding="utf-8")).get("processor_class")
+        found = None if name is None else processor_class_from_name(name)
+        if found is not None:
+            return cast(type[ProcessorMixin], found)
+    if type(config) in PROCESSOR_MAPPING:
+        return cast(type[ProcessorMixin], PROCESSOR_MAPPING[type(config)])
+    raise CheckpointError(
+        f"No file in {folder} names a processor that transformers knows, and the family"
+        f" {config.model_type!r} has none of its own."
+    )

@@ -1,0 +1,62 @@
+"""Dialogues: turns of text and pictures."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from fastvlm.functional.errors import InputError
+from fastvlm.vision.pictures import Picture
+
+Message = Mapping[str, Any]
+"""A turn of a dialogue, as `transformers`' chat templates take it: its `role`, and as `content` a
+text, or a list of `{"type": "image", "image": path or Pillow image}` and `{"type": "text", "text":
+...}`."""
+
+
+def question(prompt: str, picture: Picture | None) -> list[Message]:
+    """Return a question about a picture as a dialogue of one turn."""
+    return [
+        {
+            "role": "user",
+            "content": [
+                *([] if picture is None else [{"type": "image", "image": picture}]),
+                {"type": "text", "text": prompt},
+            ],
+        }
+    ]
+
+
+def parts_of(message: Message) -> list[Mapping[str, Any]]:
+    """Return the parts of a turn, each an image or a text.
+
+    Raises:
+        InputError: A part is neither a text nor an image.
+    """
+    content = message.get("content")
+    if content is None:
+        return []
+    if isinstance(content, str):
+        return [{"type": "text", "text": content}]
+    for part in content:
+        kind = part.get("type")
+        if not (kind == "image" and "image" in part) and kind != "text":
+            raise InputError(
+                "A part of a message is {'type': 'text', 'text': ...} or {'type': 'image',"
+                f" 'image': ...}}; got {part!r}."
+            )
+    return list(content)
+
+
+def pictures_of(messages: Sequence[Message]) -> list[Picture]:
+    """Return the pictures of a dialogue, in their order.
+
+    Raises:
+        InputError: A part of a turn is neither a text nor an image.
+    """
+    return [
+        part["image"]
+        for message in messages
+        for part in parts_of(message)
+        if part["type"] == "image"
+    ]

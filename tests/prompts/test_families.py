@@ -1,0 +1,36 @@
+"""Each family with its own processor: the tokens are those of `generate`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+
+import fastvlm
+from tests.families import replies
+from tests.processors import PROCESSORS, asked, picture, saved
+
+QUESTIONS = ["What is it?", "Where is A?", "How many b?", "Say a word."]
+STRATEGIES = ["autoregressive", "lookup", "early-exit", "skip"]
+
+
+@pytest.mark.parametrize("family", PROCESSORS)
+def test_the_tokens_are_those_of_generate(family: str, tmp_path: Path) -> None:
+    if family == "smolvlm":
+        pytest.importorskip("num2words")
+    model, processor = saved(family, tmp_path)
+    vlm = fastvlm.load(tmp_path, dtype=torch.float64)
+    pictures = [picture(number) for number in range(4)]
+    expected = replies(model, asked(processor, QUESTIONS, pictures), 12)
+    assert len({*map(tuple, expected)}) == 4
+    for question, shown, row in zip(QUESTIONS, pictures, expected, strict=True):
+        alone = replies(model, asked(processor, [question], [shown]), 12)
+        assert alone == [row]
+    for strategy in STRATEGIES:
+        drafter = vlm.drafter(strategy)
+        together = vlm.generate_batch(QUESTIONS, pictures, drafter=drafter, max_new_tokens=12)
+        assert [reply.tokens for reply in together] == expected
+        vlm.prefixes.clear()
+        alone = vlm.generate(QUESTIONS[2], pictures[2], drafter=drafter, max_new_tokens=12)
+        assert alone.tokens == expected[2]
