@@ -10,8 +10,9 @@ from fastvlm.functional.errors import FastVlmError, InputError, first_line
 from fastvlm.vision.pictures import open_picture
 
 Message = Mapping[str, Any]
-"""A turn as `transformers`' chat templates take it: its `role`, and as `content` a list of
-`{"type": "image", "image": path or Pillow image}` and `{"type": "text", "text": ...}`."""
+"""A turn of a dialogue, as `transformers`' chat templates take it: its `role`, and as `content` a
+text, or a list of `{"type": "image", "image": path or Pillow image}` and `{"type": "text", "text":
+...}`; of what is read here, a list always."""
 
 
 @dataclass(frozen=True, slots=True)

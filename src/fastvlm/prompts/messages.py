@@ -5,13 +5,9 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from fastvlm.data.conversations import Message
 from fastvlm.functional.errors import InputError
 from fastvlm.vision.pictures import Picture
-
-Message = Mapping[str, Any]
-"""A turn of a dialogue, as `transformers`' chat templates take it: its `role`, and as `content` a
-text, or a list of `{"type": "image", "image": path or Pillow image}` and `{"type": "text", "text":
-...}`."""
 
 
 def question(prompt: str, picture: Picture | None) -> list[Message]:
