@@ -3,10 +3,11 @@
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, ProcessorMixin
 
 from fastvlm.checkpoints.processors import tokenizer_of
+from fastvlm.data.conversations import Message
 from fastvlm.language import SplitDecoder
 from fastvlm.prompts.encoded import Encoded, Prompts
 from fastvlm.prompts.fastvithd import FastViTHDPrompts
-from fastvlm.prompts.messages import Message, question
+from fastvlm.prompts.messages import question
 from fastvlm.prompts.processor import ProcessorPrompts
 from fastvlm.vision.fastvithd import FastViTHD
 

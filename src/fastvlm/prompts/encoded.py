@@ -8,8 +8,8 @@ from typing import Protocol, Unpack
 
 from torch import Tensor
 
+from fastvlm.data.conversations import Message
 from fastvlm.language.prefix import PrefixStore
-from fastvlm.prompts.messages import Message
 from fastvlm.vision.pictures import PictureOptions
 
 

@@ -9,12 +9,13 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from fastvlm.data.conversations import Message
 from fastvlm.functional.errors import InputError
 from fastvlm.language import SplitDecoder
 from fastvlm.language.prefix import PrefixStore
 from fastvlm.prompts.encoded import Encoded
 from fastvlm.prompts.features import digest
-from fastvlm.prompts.messages import Message, pictures_of
+from fastvlm.prompts.messages import pictures_of
 from fastvlm.vision.configuration import REDUCTION
 from fastvlm.vision.fastvithd import FastViTHD
 from fastvlm.vision.pictures import PictureOptions, prepare

@@ -12,12 +12,13 @@ from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, ProcessorMixin
 
 from fastvlm.checkpoints.processors import tokenizer_of
+from fastvlm.data.conversations import Message
 from fastvlm.functional.errors import InputError, first_line
 from fastvlm.language import SplitDecoder, captured
 from fastvlm.language.prefix import PrefixStore
 from fastvlm.prompts.encoded import Encoded
 from fastvlm.prompts.features import FeatureMemory
-from fastvlm.prompts.messages import Message, parts_of, pictures_of
+from fastvlm.prompts.messages import parts_of, pictures_of
 from fastvlm.vision.pictures import PictureOptions, open_picture
 
 
