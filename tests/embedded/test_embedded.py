@@ -8,13 +8,15 @@ from pathlib import Path
 import pytest
 
 from fastvlm import embedded
+from fastvlm.data.broken import BrokenRecords
 from fastvlm.data.questions import HELD_OUT_SCENES, about_photographs, about_scenes
 from fastvlm.drafting import FixedLength
 from fastvlm.drafting.directory import load_draft
 from fastvlm.evaluation.audit import audit
 from fastvlm.evaluation.quality import score_scenes
+from fastvlm.prompts import question
 from fastvlm.training.draft import DraftLesson
-from fastvlm.training.replies import own_replies
+from fastvlm.training.replies import Asked, own_replies
 from fastvlm.vlm import VisionLanguageModel, load
 from tests.decoding.conftest import decoding_acceptance
 
@@ -58,11 +60,12 @@ def test_acceptance_in_training_is_acceptance_in_decoding(
 ) -> None:
     """Teacher forcing over whole replies is what serving does: within two points."""
     questions = SCENES + PHOTOGRAPHS
-    dialogues = own_replies(vlm, questions, tmp_path)
+    asked = [Asked("", tuple(question(q.prompt, q.open(vlm.image_size))), "") for q in questions]
+    examples = own_replies(vlm, asked, tmp_path, BrokenRecords())
     assert vlm.network is not None
-    _, report = DraftLesson(vlm, [vlm.network], dialogues).losses(dialogues)
-    [agreement] = [value for name, value in report.items() if name.endswith("agree")]
-    assert decoding_acceptance(vlm, questions, FixedLength(4)) == pytest.approx(agreement, abs=0.02)
+    _, report = DraftLesson(vlm, {"it": vlm.network}, examples).losses(examples)
+    accepted = decoding_acceptance(vlm, questions, FixedLength(4))
+    assert accepted == pytest.approx(report["it agree"], abs=0.02)
 
 
 def test_what_ships_names_no_place_on_a_machine() -> None:

@@ -6,18 +6,21 @@ import itertools
 from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from PIL import Image
 from torch import Tensor
 
+from fastvlm.data.broken import BrokenRecords
 from fastvlm.data.questions import Question, about_photographs, about_scenes
 from fastvlm.decoding import Decoding, Request
 from fastvlm.drafting import ImitationConfig, ImitationNetwork
 from fastvlm.drafting.directory import load_draft
 from fastvlm.drafting.imitation import initialise_from
 from fastvlm.functional.errors import CheckpointError
+from fastvlm.prompts import question as asking
 from fastvlm.training import replies
 from fastvlm.training.draft import (
     DraftLesson,
@@ -27,15 +30,26 @@ from fastvlm.training.draft import (
     train_draft,
 )
 from fastvlm.training.loop import Schedule, train
-from fastvlm.training.replies import Dialogue, own_replies
+from fastvlm.training.replies import Asked, Example
 from fastvlm.vision.pictures import prepare
 from fastvlm.vlm import VisionLanguageModel, load
-from tests.models import LIVELY, VISUAL_TOKENS, small_vlm
+from tests.models import LIVELY, small_vlm
 
 MOST = 40
 """Tokens of a reply at most."""
 FEW = 8
 DEPTH = LIVELY["num_hidden_layers"]
+
+
+def own_replies(
+    vlm: VisionLanguageModel, questions: Sequence[Question], folder: Path, **options: Any
+) -> list[Example]:
+    """The target's replies to questions about scenes and photographs."""
+    asked = [
+        Asked(str(q.picture), tuple(asking(q.prompt, q.open(vlm.image_size))), "")
+        for q in questions
+    ]
+    return replies.own_replies(vlm, asked, folder, BrokenRecords(), **options)
 
 
 @pytest.fixture(scope="module")
@@ -49,8 +63,8 @@ def vlm(questions: list[Question], tmp_path_factory: pytest.TempPathFactory) -> 
     vlm = small_vlm()
     counts: Counter[int] = Counter()
     folder = tmp_path_factory.mktemp("endless")
-    for dialogue in own_replies(vlm, questions, folder, max_new_tokens=MOST):
-        reply = dialogue.tokens[dialogue.reply_start :]
+    for example in own_replies(vlm, questions, folder, max_new_tokens=MOST):
+        reply = example.reply
         counts.update(set(reply[MOST // 2 :]) - set(reply[: MOST // 2]))
     [(end, _)] = counts.most_common(1)
     vlm.end_tokens, vlm.model.generation_config.eos_token_id = frozenset({end}), end
@@ -58,57 +72,51 @@ def vlm(questions: list[Question], tmp_path_factory: pytest.TempPathFactory) -> 
 
 
 @pytest.fixture(scope="module")
-def dialogues(
+def examples(
     vlm: VisionLanguageModel,
     questions: list[Question],
     tmp_path_factory: pytest.TempPathFactory,
-) -> list[Dialogue]:
+) -> list[Example]:
     folder = tmp_path_factory.mktemp("replies")
     return own_replies(vlm, questions, folder, max_new_tokens=MOST)
 
 
-def taught(
-    vlm: VisionLanguageModel, plan: DraftPlan, dialogues: list[Dialogue]
-) -> ImitationNetwork:
-    return new_network(vlm, plan, dialogues).to(vlm.decoder.dtype)
+def taught(vlm: VisionLanguageModel, plan: DraftPlan, examples: list[Example]) -> ImitationNetwork:
+    return new_network(vlm, plan, examples).to(vlm.decoder.dtype)
 
 
 def loss_of(
-    vlm: VisionLanguageModel, network: ImitationNetwork, dialogues: Sequence[Dialogue]
+    vlm: VisionLanguageModel, network: ImitationNetwork, examples: Sequence[Example]
 ) -> tuple[float, dict[str, float]]:
     """One network's loss and report, by the names of the measures alone."""
-    loss, report = DraftLesson(vlm, [network], dialogues).losses(dialogues)
+    loss, report = DraftLesson(vlm, {"it": network}, examples).losses(examples)
     return float(loss.detach()), {name.split()[-1]: value for name, value in report.items()}
 
 
 @pytest.fixture(scope="module")
 def network(
     vlm: VisionLanguageModel,
-    dialogues: list[Dialogue],
+    examples: list[Example],
     tmp_path_factory: pytest.TempPathFactory,
 ) -> ImitationNetwork:
-    """A block that was taught the first few dialogues for a while."""
+    """A block that was taught the first few examples for a while."""
     torch.manual_seed(0)
-    network = taught(vlm, DraftPlan("block", 3, 150), dialogues)
+    network = taught(vlm, DraftPlan("block", 3, draft_vocabulary=150), examples)
     schedule = Schedule(steps=30, learning_rate=2e-3, warmup=5)
-    train(DraftLesson(vlm, [network], dialogues[:6]), schedule, tmp_path_factory.mktemp("draft"))
+    train(
+        DraftLesson(vlm, {"it": network}, examples[:6]), schedule, tmp_path_factory.mktemp("draft")
+    )
     return network
 
 
 def test_replies_are_what_generate_says(
-    vlm: VisionLanguageModel, questions: list[Question], dialogues: list[Dialogue]
+    vlm: VisionLanguageModel, questions: list[Question], examples: list[Example]
 ) -> None:
-    assert len({tuple(d.tokens[d.reply_start :]) for d in dialogues}) > 15
-    assert len({len(d.tokens) - d.reply_start for d in dialogues}) > 3
-    image = vlm.model.config.image_token_id
-    for question, dialogue in zip(questions[:6], dialogues, strict=False):
+    assert len({example.reply for example in examples}) > 15
+    assert len({len(example.reply) for example in examples}) > 3
+    for question, example in zip(questions[:6], examples, strict=False):
         pixels = prepare(question.open(vlm.image_size), vlm.image_size).double()
-        prompt, reply = (
-            dialogue.tokens[: dialogue.reply_start],
-            dialogue.tokens[dialogue.reply_start :],
-        )
-        assert prompt == vlm.tokens(question.prompt, pictures=1)
-        assert prompt.count(image) == VISUAL_TOKENS
+        prompt, reply = vlm.tokens(question.prompt, pictures=1), list(example.reply)
         tokens = torch.tensor([prompt])
         out = vlm.model.generate(
             input_ids=tokens, attention_mask=torch.ones_like(tokens), pixel_values=pixels,
@@ -118,9 +126,6 @@ def test_replies_are_what_generate_says(
         assert vlm.generate(
             question.prompt, question.open(vlm.image_size), max_new_tokens=MOST
         ).tokens == reply  # fmt: skip
-        with torch.no_grad():
-            features = vlm.model.get_image_features(pixels).pooler_output[0]
-        torch.testing.assert_close(dialogue.features, features, rtol=1e-9, atol=1e-9)
 
 
 class Counted:
@@ -138,11 +143,8 @@ class Counted:
         return Decoding(decoder, drafter, requests)
 
 
-def assert_equal(one: list[Dialogue], other: list[Dialogue]) -> None:
-    for ours, theirs in zip(one, other, strict=True):
-        assert (ours.tokens, ours.reply_start) == (theirs.tokens, theirs.reply_start)
-        # Rows of another batch are rounded differently.
-        torch.testing.assert_close(ours.features, theirs.features, rtol=1e-9, atol=1e-9)
+def said(examples: list[Example]) -> list[tuple[int, ...]]:
+    return [example.reply for example in examples]
 
 
 def test_replies_are_kept(
@@ -157,8 +159,7 @@ def test_replies_are_kept(
     assert counted.batches == [3, 3, 1]
     kept = own_replies(vlm, few, tmp_path, batch=3, max_new_tokens=6)
     assert counted.batches == [3, 3, 1]
-    assert_equal(kept, fresh)
-    assert all(torch.equal(a.features, b.features) for a, b in zip(kept, fresh, strict=True))
+    assert said(kept) == said(fresh)
     # Other questions, limits or weights are not answered from it.
     own_replies(vlm, few[:2], tmp_path, max_new_tokens=6)
     own_replies(vlm, few[:3], tmp_path, max_new_tokens=5)
@@ -176,62 +177,63 @@ def test_a_killed_run_goes_on_from_the_replies_it_kept(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     expected = own_replies(vlm, questions, tmp_path / "whole", max_new_tokens=4)
-    monkeypatch.setattr(replies, "SAVE_EVERY", 3)
     killed = Counted(monkeypatch, fails_at=9)
     with pytest.raises(KeyboardInterrupt):
         own_replies(vlm, questions, tmp_path, batch=2, max_new_tokens=4)
     assert killed.batches == [2] * 9
+    # A line that was cut off is answered again.
+    [file] = tmp_path.glob("replies-*.jsonl")
+    file.write_bytes(file.read_bytes()[:-3])
     resumed = Counted(monkeypatch)
-    assert_equal(own_replies(vlm, questions, tmp_path, batch=2, max_new_tokens=4), expected)
-    # The first batch, the fourth and the seventh were written down; two were lost.
-    assert resumed.batches == [2, 2, 2]
+    again = own_replies(vlm, questions, tmp_path, batch=2, max_new_tokens=4)
+    assert said(again) == said(expected)
+    assert resumed.batches == [2, 1]
 
 
 def test_photographs_are_answered_too(vlm: VisionLanguageModel, tmp_path: Path) -> None:
     Image.effect_noise((90, 60), 90).convert("RGB").save(tmp_path / "noise.png")
     asked = about_photographs([tmp_path / "noise.png"])
     told = own_replies(vlm, [*asked, *about_scenes([3])], tmp_path, max_new_tokens=8)
-    assert len({dialogue.reply_start for dialogue in told}) == 3
-    for question, dialogue in zip(asked, told, strict=False):
+    for question, example in zip(asked, told, strict=False):
         reply = vlm.generate(question.prompt, tmp_path / "noise.png", max_new_tokens=8)
-        assert dialogue.tokens[dialogue.reply_start :] == reply.tokens
+        assert list(example.reply) == reply.tokens
 
 
 def test_frequent_tokens_are_counted_in_replies_alone() -> None:
-    none = torch.zeros(0)
-    told = [Dialogue([9, 9, 9, 9, 5, 7, 5], 4, none), Dialogue([8, 2, 7, 5, 3], 2, none)]
+    told = [Example((), (5, 7, 5)), Example((), (7, 5, 3))]
     assert frequent_tokens(told, 2) == [5, 7]
     assert frequent_tokens(told, 3) == [3, 5, 7]
     assert frequent_tokens(told, 99) == [3, 5, 7]
 
 
 def test_a_new_network_starts_as_the_layer_it_stands_for(
-    vlm: VisionLanguageModel, dialogues: list[Dialogue]
+    vlm: VisionLanguageModel, examples: list[Example]
 ) -> None:
-    network = new_network(vlm, DraftPlan("block", 2, 50), dialogues)
+    network = new_network(vlm, DraftPlan("block", 2, draft_vocabulary=50), examples)
     layers = vlm.model.get_decoder().layers
     for name, weight in network.layers[0].state_dict().items():
         assert torch.equal(weight.double(), layers[2].state_dict()[name].float().double())
-    assert network.draft_vocabulary.tolist() == frequent_tokens(dialogues, 50)
+    assert network.draft_vocabulary.tolist() == frequent_tokens(examples, 50)
     assert network.draft_vocabulary.dtype == torch.long
     assert (network.config.exit_layer, network.config.draft_vocabulary_size) == (2, 50)
 
 
 @torch.no_grad()
 def naive_loss(
-    vlm: VisionLanguageModel, network: ImitationNetwork, dialogues: Sequence[Dialogue]
+    vlm: VisionLanguageModel, network: ImitationNetwork, examples: Sequence[Example]
 ) -> tuple[float, dict[str, float]]:
     """The loss of a network of kind `mlp`, from transformers' own outputs, row by row."""
     decoder, head = vlm.model.get_decoder(), vlm.model.get_output_embeddings()
-    mlp, vocabulary = network.mlp, network.draft_vocabulary
+    mlp, vocabulary, zero = network.mlp, network.draft_vocabulary, torch.zeros(()).double()
     parts: dict[str, list[Tensor]] = {"kl": [], "cos": [], "ce": [], "agree": [], "overlap": []}
-    for dialogue in dialogues:
-        tokens = torch.tensor(dialogue.tokens)
+    for example in examples:
+        prompt = vlm.prompts.encode(example.messages)
+        tokens = torch.tensor([*prompt.tokens, *example.reply])
         x = decoder.embed_tokens(tokens)
-        x[tokens == vlm.model.config.image_token_id] = dialogue.features
+        x[: len(prompt.tokens)] = prompt.embeddings
         out = decoder(inputs_embeds=x[None], output_hidden_states=True)
         # Position i predicts token i + 1; the prefill gives the reply's first.
-        for i in range(dialogue.reply_start, len(tokens) - 1):
+        for i in range(len(prompt.tokens), len(tokens) - 1):
             state, last = out.hidden_states[network.config.exit_layer][0, i], out.last_hidden_state
             scaled = state / (state.square().mean() + mlp.norm.eps).sqrt() * mlp.norm.weight
             gate, up = mlp.gate_proj.weight @ scaled, mlp.up_proj.weight @ scaled
@@ -241,21 +243,21 @@ def naive_loss(
             best = int(p.argmax())
             parts["kl"].append((p[vocabulary] * (p[vocabulary] / q).log()).sum())
             parts["cos"].append(1 - guess @ last[0, i] / guess.norm() / last[0, i].norm())
-            if best in vocabulary.tolist():
-                parts["ce"].append(-q[vocabulary.tolist().index(best)].log())
+            known = best in vocabulary.tolist()
+            parts["ce"].append(-q[vocabulary.tolist().index(best)].log() if known else zero)
             parts["agree"].append((vocabulary[q.argmax()] == best).double())
             parts["overlap"].append(torch.minimum(p[vocabulary], q).sum())
     mean = {name: float(torch.stack(values).mean()) for name, values in parts.items()}
     return mean["kl"] + 0.1 * mean["cos"] + 0.1 * mean["ce"], mean
 
 
-def test_the_loss_is_the_papers(vlm: VisionLanguageModel, dialogues: list[Dialogue]) -> None:
+def test_the_loss_is_the_papers(vlm: VisionLanguageModel, examples: list[Example]) -> None:
     # Of different lengths, so that some are padded.
     few = [
-        Dialogue(d.tokens[: d.reply_start + kept], d.reply_start, d.features)
-        for d, kept in zip(dialogues, (12, 25, 7), strict=False)
+        Example(example.messages, example.reply[:kept])
+        for example, kept in zip(examples, (12, 25, 7), strict=False)
     ]
-    network = taught(vlm, DraftPlan("mlp", 2, 60), dialogues)
+    network = taught(vlm, DraftPlan("mlp", 2, draft_vocabulary=60), examples)
     expected, measures = naive_loss(vlm, network, few)
     loss, report = loss_of(vlm, network, few)
     assert loss == pytest.approx(expected, rel=1e-9)
@@ -265,24 +267,31 @@ def test_the_loss_is_the_papers(vlm: VisionLanguageModel, dialogues: list[Dialog
 
 
 def test_networks_are_taught_side_by_side(
-    vlm: VisionLanguageModel, dialogues: list[Dialogue]
+    vlm: VisionLanguageModel, examples: list[Example]
 ) -> None:
-    plans = [DraftPlan("block", 3, 60), DraftPlan("mlp", 1, 40), DraftPlan("block", 2, 50)]
-    networks = [taught(vlm, plan, dialogues) for plan in plans]
-    together, report = DraftLesson(vlm, networks, dialogues).losses(dialogues[:3])
-    alone = [DraftLesson(vlm, [network], dialogues).losses(dialogues[:3]) for network in networks]
+    plans = {
+        "large": DraftPlan("block", 3, draft_vocabulary=60),
+        "small": DraftPlan("mlp", 1, draft_vocabulary=40, cosine=0),
+        "whole": DraftPlan("block", 2, blocks=2, draft_vocabulary=None, cross_entropy=0.3),
+    }
+    networks = {name: taught(vlm, plan, examples) for name, plan in plans.items()}
+    together, report = DraftLesson(vlm, networks, examples, plans).losses(examples[:3])
+    alone = [
+        DraftLesson(vlm, {name: network}, examples, plans).losses(examples[:3])
+        for name, network in networks.items()
+    ]
     assert float(together.detach()) == pytest.approx(sum(float(loss.detach()) for loss, _ in alone))
     assert report == pytest.approx({k: v for _, single in alone for k, v in single.items()})
-    assert {name.split()[0] for name in report} == {"block@3", "mlp@1", "block@2"}
+    assert {name.split()[0] for name in report} == set(plans)
     together.backward()
-    for network in networks:
+    for network in networks.values():
         assert all(p.grad is not None and p.grad.any() for p in network.parameters())
     assert all(p.grad is None for p in vlm.model.parameters())
 
 
 @pytest.mark.parametrize("exit_layer", [1, 3])
 def test_a_perfect_network_agrees_everywhere(
-    exit_layer: int, vlm: VisionLanguageModel, dialogues: list[Dialogue]
+    exit_layer: int, vlm: VisionLanguageModel, examples: list[Example]
 ) -> None:
     vocabulary = vlm.model.config.get_text_config().vocab_size
     network = ImitationNetwork(
@@ -295,18 +304,18 @@ def test_a_perfect_network_agrees_everywhere(
     ).double()
     initialise_from(network, list(vlm.model.get_decoder().layers))
     network.draft_vocabulary.copy_(torch.arange(vocabulary))
-    _, report = loss_of(vlm, network, dialogues)
+    _, report = loss_of(vlm, network, examples)
     assert report["agree"] == 1.0
     assert report["overlap"] == pytest.approx(1, abs=1e-9)
     assert report["kl"] == pytest.approx(0, abs=1e-9)
 
 
 def test_teaching_raises_the_agreement(
-    vlm: VisionLanguageModel, dialogues: list[Dialogue], network: ImitationNetwork
+    vlm: VisionLanguageModel, examples: list[Example], network: ImitationNetwork
 ) -> None:
-    untaught = taught(vlm, DraftPlan("block", 3, 150), dialogues)
-    loss, before = loss_of(vlm, untaught, dialogues[:6])
-    less, after = loss_of(vlm, network, dialogues[:6])
+    untaught = taught(vlm, DraftPlan("block", 3, draft_vocabulary=150), examples)
+    loss, before = loss_of(vlm, untaught, examples[:6])
+    less, after = loss_of(vlm, network, examples[:6])
     assert less < loss
     assert after["agree"] > before["agree"] + 0.1
     assert after["overlap"] > before["overlap"]
@@ -315,16 +324,16 @@ def test_teaching_raises_the_agreement(
 
 @pytest.fixture(scope="module")
 def agreements(
-    vlm: VisionLanguageModel, dialogues: list[Dialogue], network: ImitationNetwork
+    vlm: VisionLanguageModel, examples: list[Example], network: ImitationNetwork
 ) -> list[list[bool]]:
     """Whether teacher forcing predicts a reply's second token, its third, and so on."""
     found = []
-    for dialogue in dialogues[:FEW]:
+    for example in examples[:FEW]:
         hits = [0]
-        for end in range(dialogue.reply_start + 2, len(dialogue.tokens) + 1):
-            cut = Dialogue(dialogue.tokens[:end], dialogue.reply_start, dialogue.features)
+        for end in range(2, len(example.reply) + 1):
+            cut = Example(example.messages, example.reply[:end])
             agree = loss_of(vlm, network, [cut])[1]["agree"]
-            hits.append(round(agree * (end - 1 - dialogue.reply_start)))
+            hits.append(round(agree * (end - 1)))
         found.append([after > before for before, after in itertools.pairwise(hits)])
     return found
 
@@ -367,20 +376,20 @@ def test_decoding_accepts_just_what_teaching_predicts(
     most: int,
     vlm: VisionLanguageModel,
     questions: list[Question],
-    dialogues: list[Dialogue],
+    examples: list[Example],
     network: ImitationNetwork,
     agreements: list[list[bool]],
 ) -> None:
     requests = decoded(vlm, network, questions[:FEW], most)
-    for request, dialogue, agrees in zip(requests, dialogues, agreements, strict=False):
-        assert request.reply == dialogue.tokens[dialogue.reply_start :]
+    for request, example, agrees in zip(requests, examples, agreements, strict=False):
+        assert request.reply == list(example.reply)
         assert request.accepted == replayed(agrees, most)
 
 
 def test_the_acceptance_of_teaching_is_that_of_decoding(
     vlm: VisionLanguageModel,
     questions: list[Question],
-    dialogues: list[Dialogue],
+    examples: list[Example],
     network: ImitationNetwork,
 ) -> None:
     # Drafts as long as the replies put every token to the test that teaching does: all but the
@@ -390,7 +399,7 @@ def test_the_acceptance_of_teaching_is_that_of_decoding(
         accepted += sum(request.accepted)
         rejected += sum(a < p for p, a in zip(request.proposed, request.accepted, strict=True))
     assert accepted + rejected > 400
-    _, report = loss_of(vlm, network, dialogues)
+    _, report = loss_of(vlm, network, examples)
     assert 0.3 < report["agree"] < 0.9
     assert accepted / (accepted + rejected) == pytest.approx(report["agree"], abs=0.02)
 
@@ -402,7 +411,10 @@ def test_drafts_trained_for_a_stored_model_serve_it(tmp_path: Path) -> None:
     vlm = load(tmp_path / "model")
     asked = about_scenes(range(4))
     told = own_replies(vlm, asked, tmp_path, max_new_tokens=12)
-    plans = {"one": DraftPlan("block", 2, 40), "two": DraftPlan("mlp", 1, 30)}
+    plans = {
+        "one": DraftPlan("block", 2, draft_vocabulary=40),
+        "two": DraftPlan("mlp", 1, draft_vocabulary=30),
+    }
     train_draft(vlm, plans, told, tmp_path, Schedule(steps=2, learning_rate=1e-3, warmup=1))
     for name, plan in plans.items():
         network = load_draft(tmp_path / name, vlm.model)
@@ -410,20 +422,20 @@ def test_drafts_trained_for_a_stored_model_serve_it(tmp_path: Path) -> None:
         assert network.draft_vocabulary.tolist() == frequent_tokens(told, plan.draft_vocabulary)
         assert {p.dtype for p in network.parameters()} == {torch.float32}
         drafter = vlm.drafter(network=network)
-        for question, dialogue in zip(asked, told, strict=True):
+        for question, example in zip(asked, told, strict=True):
             picture = question.open(vlm.image_size)
             reply = vlm.generate(question.prompt, picture, max_new_tokens=12, drafter=drafter)
-            assert reply.tokens == dialogue.tokens[dialogue.reply_start :]
+            assert reply.tokens == list(example.reply)
 
 
 def test_a_draft_goes_on_from_an_earlier_run(tmp_path: Path) -> None:
     vlm = small_vlm(torch.float32)
     told = own_replies(vlm, about_scenes(range(4)), tmp_path, max_new_tokens=12)
-    plans = {"block": DraftPlan("block", 2, 40)}
+    plans = {"block": DraftPlan("block", 2, draft_vocabulary=40)}
     still = Schedule(steps=1, learning_rate=1e-9, warmup=1)
     train_draft(vlm, plans, told, tmp_path / "one", Schedule(steps=3, learning_rate=1e-2, warmup=1))
     # Another plan and other replies: the network's own exit layer and vocabulary stay.
-    other = {"block": DraftPlan("block", 1, 10)}
+    other = {"block": DraftPlan("block", 1, draft_vocabulary=10)}
     train_draft(vlm, other, told[:1], tmp_path / "two", still, tmp_path / "one")
     one, two = (load_draft(tmp_path / name / "block", vlm.model) for name in ("one", "two"))
     assert two.config.exit_layer == 2

@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from PIL import Image
 
+from fastvlm.data.conversations import Conversation, Records
 from fastvlm.embedded import DESCRIPTION_PROMPT, SCENE_PROMPT, SENTENCE_PROMPT
 from fastvlm.functional.errors import InputError
-from fastvlm.scenes import render, sample
+from fastvlm.scenes import describe, render, sample
 
 HELD_OUT_SCENES = 1_000_000_000
 """Scenes with seeds from here on are never trained on."""
@@ -35,6 +36,25 @@ class Question:
 def about_scenes(seeds: Iterable[int]) -> list[Question]:
     """Return the question for an exact description of each scene."""
     return [Question(SCENE_PROMPT, seed) for seed in seeds]
+
+
+def scene_conversations(seeds: Sequence[int], size: int) -> Records:
+    """Return a conversation about each scene, drawn at `size` pixels: its exact description."""
+
+    def convert(name: str, seed: int) -> Conversation:
+        scene = sample(seed)
+        shown = {"type": "image", "image": render(scene, size)}
+        asked = {"type": "text", "text": SCENE_PROMPT}
+        said = {"type": "text", "text": describe(scene)}
+        return Conversation(
+            name,
+            (
+                {"role": "user", "content": [shown, asked]},
+                {"role": "assistant", "content": [said]},
+            ),
+        )
+
+    return Records(seeds, convert, lambda _, seed: f"scene {seed}")
 
 
 def about_photographs(

@@ -8,65 +8,112 @@ from __future__ import annotations
 
 import random
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
-from torch.nn.utils.rnn import pad_sequence
 
 from fastvlm.drafting.directory import load_draft
 from fastvlm.drafting.fingerprint import fingerprint
 from fastvlm.drafting.imitation import ImitationConfig, ImitationNetwork, initialise_from
 from fastvlm.functional.placement import moved
+from fastvlm.language.cache import Span
+from fastvlm.language.families import text_decoder
+from fastvlm.training.forcing import Forcing, GradientCache
 from fastvlm.training.loop import Schedule, train
-from fastvlm.training.replies import Dialogue
+from fastvlm.training.replies import Example
 from fastvlm.vlm import VisionLanguageModel
+
+IGNORED = -100
+"""Stands for a token that can't be drafted."""
 
 
 @dataclass(frozen=True, slots=True)
 class DraftPlan:
-    """What to train.
+    """What to train, and from what.
 
     Args:
         kind: `block` or `mlp`.
         exit_layer: Layers of the target that run before the network (k).
-        draft_vocabulary: The most tokens that can be drafted: the most frequent of the replies.
+        blocks: Decoder layers of a `block`.
+        draft_vocabulary: The most tokens that can be drafted: the most frequent of the replies;
+            None for all.
+        initialised: Whether the network starts as the layers of the target that it stands for, and
+            not at random.
+        cosine: Weight of 1 - cos between the network's normed states and the last layer's.
+        cross_entropy: Weight of the cross-entropy against the target's best token.
     """
 
     kind: str = "block"
     exit_layer: int = 1
-    draft_vocabulary: int = 1024
+    blocks: int = 1
+    draft_vocabulary: int | None = 1024
+    initialised: bool = True
+    cosine: float = 0.1
+    cross_entropy: float = 0.1
 
 
-def frequent_tokens(dialogues: Sequence[Dialogue], most: int) -> list[int]:
+def frequent_tokens(examples: Sequence[Example], most: int) -> list[int]:
     """Return the most frequent tokens of the replies, in the order of their numbers."""
     counts: Counter[int] = Counter()
-    for dialogue in dialogues:
-        counts.update(dialogue.tokens[dialogue.reply_start :])
+    for example in examples:
+        counts.update(example.reply)
     return sorted(token for token, _ in counts.most_common(most))
 
 
 def new_network(
-    vlm: VisionLanguageModel, plan: DraftPlan, dialogues: Sequence[Dialogue]
+    vlm: VisionLanguageModel, plan: DraftPlan, examples: Sequence[Example]
 ) -> ImitationNetwork:
-    """Return a network that starts as the layers of the target that it stands for."""
-    tokens = torch.tensor(frequent_tokens(dialogues, plan.draft_vocabulary))
+    """Return an untrained network where the target is, in the precision that it is trained in."""
+    most = plan.draft_vocabulary
+    tokens = [] if most is None else frequent_tokens(examples, most)
     network = ImitationNetwork(
         ImitationConfig(
             kind=plan.kind,
             exit_layer=plan.exit_layer,
-            text_config=vlm.model.config.get_text_config().to_dict(),
+            blocks=plan.blocks,
+            text_config=text_decoder(vlm.model).config.to_dict(),
             target=fingerprint(vlm.model),
-            draft_vocabulary_size=len(tokens),
+            draft_vocabulary_size=len(tokens) or None,
         )
     )
-    initialise_from(network, vlm.decoder.layers)
-    assert network.draft_vocabulary is not None  # its size was given
-    network.draft_vocabulary.copy_(tokens)
-    return network
+    if plan.initialised:
+        initialise_from(network, vlm.decoder.layers)
+    if network.draft_vocabulary is not None:
+        network.draft_vocabulary.copy_(torch.tensor(tokens))
+    return moved(network, vlm.decoder.device, master(vlm.decoder.dtype))
+
+
+@dataclass(frozen=True, slots=True)
+class Taught:
+    """The target's side of a batch, at the positions that are learnt.
+
+    Args:
+        states: The hidden states of each exit layer: (batch, length, d_model).
+        normed: The last layer's, normed: (learnt, d_model).
+        p: The target's distribution: (learnt, vocabulary).
+        best: Its best tokens: (learnt,).
+    """
+
+    states: Mapping[int, Tensor]
+    normed: Tensor
+    p: Tensor
+    best: Tensor
+
+    def seen_through(self, vocabulary: Tensor | None) -> tuple[Tensor, Tensor]:
+        """Return p and the best tokens in the numbers of a draft's vocabulary.
+
+        Returns:
+            (learnt, draft vocabulary), and (learnt,) with `IGNORED` for what can't be drafted.
+        """
+        if vocabulary is None:
+            return self.p, self.best
+        columns = torch.full(self.p.shape[-1:], IGNORED, device=self.p.device)
+        columns[vocabulary] = torch.arange(len(vocabulary), device=self.p.device)
+        return self.p[:, vocabulary], columns[self.best]
 
 
 class DraftLesson:
@@ -74,119 +121,129 @@ class DraftLesson:
 
     Args:
         vlm: The target, frozen.
-        networks: The networks to train.
-        dialogues: The target's own replies.
-        batch: Dialogues in a step.
+        networks: The networks to train, by name.
+        examples: What they learn from.
+        plans: How, by the same names; as `DraftPlan` has it, for those that are not named.
+        batch: Examples in a step.
     """
 
     def __init__(
         self,
         vlm: VisionLanguageModel,
-        networks: Sequence[ImitationNetwork],
-        dialogues: Sequence[Dialogue],
+        networks: Mapping[str, ImitationNetwork],
+        examples: Sequence[Example],
+        plans: Mapping[str, DraftPlan] | None = None,
         *,
         batch: int = 24,
     ) -> None:
         vlm.model.requires_grad_(False)
-        self.vlm, self.networks = vlm, list(networks)
-        self.dialogues, self.batch = dialogues, batch
-        self.module: nn.Module = nn.ModuleList(self.networks)
+        # Dropout, which OPT and T5 have, would hide part of what is to be imitated.
+        self.vlm, self.networks = vlm, {name: net.eval() for name, net in networks.items()}
+        self.plans = {name: (plans or {}).get(name, DraftPlan()) for name in networks}
+        self.examples, self.batch = examples, batch
+        self.forcing = Forcing(vlm)
+        self.module: nn.Module = nn.ModuleDict(self.networks)
 
     def loss(self, step: int) -> tuple[Tensor, dict[str, float]]:
         """Return the networks' summed losses on one batch, and each one's agreement."""
-        return self.losses(random.sample(self.dialogues, min(self.batch, len(self.dialogues))))
+        return self.losses(random.sample(self.examples, min(self.batch, len(self.examples))))
 
-    def losses(self, dialogues: Sequence[Dialogue]) -> tuple[Tensor, dict[str, float]]:
-        """Return the networks' summed losses on some dialogues.
+    def losses(self, examples: Sequence[Example]) -> tuple[Tensor, dict[str, float]]:
+        """Return the networks' summed losses on some examples.
 
-        KL(p || q) + 0.1 (1 - cos) + 0.1 CE at every position that predicts a token of the reply
-        after its first (which the prefill gives). The report has, for each network, `agree`: how
-        often its best token is the target's, which is the acceptance rate that greedy decoding
-        sees, and `overlap`: the sum of min(p, q), which is the one that sampling sees.
+        KL(p || q) + 0.1 (1 - cos) + 0.1 CE, as the plans weigh them, at every position that
+        predicts a token of the reply after its first (which the prefill gives). The report has, for
+        each network, `agree`: how often its best token is the target's, which is the acceptance
+        rate that greedy decoding sees, and `overlap`: the sum of min(p, q), which is the one that
+        sampling sees.
         """
         decoder = self.vlm.decoder
-        tokens = pad_sequence([torch.tensor(d.tokens) for d in dialogues], batch_first=True)
-        lengths = torch.tensor([len(d.tokens) for d in dialogues])
-        starts = torch.tensor([d.reply_start for d in dialogues])
-        places = torch.arange(tokens.shape[1])
-        # Position i predicts token i + 1: those that a draft can hold are after the first.
-        learnt = (places >= starts[:, None]) & (places < lengths[:, None] - 1)
-        exits = sorted({network.config.exit_layer for network in self.networks})
-        with torch.no_grad():
-            x = decoder.embed(tokens)
-            pictures = tokens == self.vlm.model.config.image_token_id
-            pictures &= places < starts[:, None]
-            x = x.masked_scatter(pictures[..., None], torch.cat([d.features for d in dialogues]))
-            extra = max(network.cache_layers for network in self.networks)
-            cache = decoder.cache(len(tokens), tokens.shape[1], extra)
-            span = cache.span([0] * len(tokens), tokens.shape[1])
-            states, before = {}, 0
-            for exit_layer in exits:
-                x = states[exit_layer] = decoder.run(x, span, cache, range(before, exit_layer))
-                before = exit_layer
-            last = decoder.run(x, span, cache, range(before, decoder.depth))[learnt]
-            p = decoder.head(last).softmax(-1)
-            best = p.argmax(-1)
+        forced = self.forcing.batch(examples)
+        taught = self.taught(forced.x, forced.span, forced.learnt)
         losses: list[Tensor] = []
         report: dict[str, float] = {}
-        for network in self.networks:
-            # A cache of its own for each step's graph: keys and values carry gradients here.
-            own = GradientCache()
-            guess = network.run(states[network.config.exit_layer], span, own, decoder)[learnt]
-            vocabulary = network.draft_vocabulary
-            assert vocabulary is not None  # `new_network` gives every network one
-            normed = decoder.norm(guess)
-            logits = F.linear(normed, decoder.head_rows(vocabulary))
-            log_q, p_seen = logits.log_softmax(-1), p[:, vocabulary]
-            entropy = torch.special.entr(p_seen).sum(-1)
-            kl = (-(p_seen * log_q).sum(-1) - entropy).mean()
-            cosine = 1 - F.cosine_similarity(normed, decoder.norm(last), dim=-1).mean()
-            columns = torch.full((p.shape[-1],), -100).scatter(
-                0, vocabulary, torch.arange(len(vocabulary))
-            )
-            # A mean over none of the tokens would not be a number.
-            known = (columns[best] >= 0).sum().clamp(min=1)
-            ce = F.cross_entropy(logits, columns[best], ignore_index=-100, reduction="sum") / known
-            losses.append(kl + 0.1 * cosine + 0.1 * ce)
-            name = f"{network.config.kind}@{network.config.exit_layer}"
-            agree = vocabulary[logits.argmax(-1)] == best
-            overlap = torch.minimum(log_q.exp(), p_seen).sum(-1)
+        for name, network in self.networks.items():
+            plan = self.plans[name]
+            with self.precision:
+                x = taught.states[network.config.exit_layer]
+                guess = network.run(x, forced.span, GradientCache(), decoder)[forced.learnt]
+                normed, logits = decoder.norm(guess), self.logits(guess, network.draft_vocabulary)
+            log_q = logits.log_softmax(-1)
+            p, wanted = taught.seen_through(network.draft_vocabulary)
+            entropy = torch.special.entr(p).sum(-1)
+            loss = (-(p * log_q).sum(-1) - entropy).sum()
+            kl = loss.detach()
+            if plan.cosine:
+                cosine = F.cosine_similarity(normed, taught.normed, dim=-1)
+                loss = loss + plan.cosine * (1 - cosine).sum()
+            if plan.cross_entropy:
+                ce = F.cross_entropy(logits, wanted, ignore_index=IGNORED, reduction="sum")
+                loss = loss + plan.cross_entropy * ce
+            number = len(taught.best)
+            losses.append(loss / number)
+            agree = (logits.argmax(-1) == wanted).sum()
+            overlap = torch.minimum(log_q.exp(), p).sum()
             report |= {
-                f"{name} kl": float(kl.detach()),
-                f"{name} agree": float(agree.float().mean()),
-                f"{name} overlap": float(overlap.detach().mean()),
+                f"{name} kl": float(kl) / number,
+                f"{name} agree": float(agree) / number,
+                f"{name} overlap": float(overlap.detach()) / number,
             }
         return torch.stack(losses).sum(), report
 
+    @property
+    def precision(self) -> torch.autocast:
+        """The target's precision, in which the network computes; its weights stay in float32."""
+        decoder = self.vlm.decoder
+        short = decoder.dtype in (torch.bfloat16, torch.float16)
+        return torch.autocast(decoder.device.type, decoder.dtype if short else None, enabled=short)
 
-class GradientCache:
-    """The cache of one pass in training: it keeps nothing."""
+    def logits(self, guess: Tensor, vocabulary: Tensor | None) -> Tensor:
+        """Return the logits of guessed states: (learnt, d_model) to (learnt, draft vocabulary)."""
+        decoder = self.vlm.decoder
+        if vocabulary is None:
+            return full_precision(decoder.head(guess))
+        return full_precision(F.linear(decoder.norm(guess), decoder.head_rows(vocabulary)))
 
-    def write_at(self, span: object) -> None:
-        """Nothing is written."""
+    @torch.no_grad()
+    def taught(self, x: Tensor, span: Span, learnt: Tensor) -> Taught:
+        """Run the target over a batch."""
+        decoder, cache = self.vlm.decoder, GradientCache()
+        states, before = {}, 0
+        for exit_layer in sorted({n.config.exit_layer for n in self.networks.values()}):
+            x = states[exit_layer] = decoder.run(x, span, cache, range(before, exit_layer))
+            before = exit_layer
+        last = decoder.run(x, span, cache, range(before, decoder.depth))[learnt]
+        logits = full_precision(decoder.head(last))
+        return Taught(states, decoder.norm(last), logits.softmax(-1), logits.argmax(-1))
 
-    def update(
-        self, keys: Tensor, values: Tensor, layer_idx: int, *_: object, **__: object
-    ) -> tuple[Tensor, Tensor]:
-        """Return what was given: a pass from position 0 sees itself alone."""
-        del layer_idx
-        return keys, values
+
+def master(dtype: torch.dtype) -> torch.dtype:
+    """Return the precision of weights that are trained for a target of a precision.
+
+    It is float32 at least: the small steps of an optimiser vanish in bfloat16.
+    """
+    return torch.promote_types(dtype, torch.float32)
+
+
+def full_precision(logits: Tensor) -> Tensor:
+    """Return logits in float32 at least: a softmax of bfloat16 is none."""
+    return logits.to(torch.promote_types(logits.dtype, torch.float32))
 
 
 def train_draft(
     vlm: VisionLanguageModel,
-    plans: dict[str, DraftPlan],
-    dialogues: Sequence[Dialogue],
+    plans: Mapping[str, DraftPlan],
+    examples: Sequence[Example],
     output: Path,
     schedule: Schedule,
     start: Path | None = None,
-) -> None:
+) -> dict[str, ImitationNetwork]:
     """Train networks for a frozen target and save each as `output/<name>`, in bfloat16.
 
     Args:
         vlm: The target.
         plans: What to train, by name.
-        dialogues: The target's own replies (`own_replies`).
+        examples: What they learn from.
         output: The directory of the checkpoint while it runs, and of the drafts in the end.
         schedule: Length and learning rate of the run.
         start: The output of an earlier run, whose networks go on; their exit layers and
@@ -197,11 +254,12 @@ def train_draft(
     """
     torch.manual_seed(schedule.seed)
     networks = {
-        name: new_network(vlm, plan, dialogues)
+        name: new_network(vlm, plan, examples)
         if start is None
-        else load_draft(start / name, vlm.model)
+        else moved(load_draft(start / name, vlm.model), master(vlm.decoder.dtype))
         for name, plan in plans.items()
     }
-    train(DraftLesson(vlm, list(networks.values()), dialogues), schedule, output)
+    train(DraftLesson(vlm, networks, examples, plans), schedule, output)
     for name, network in networks.items():
         moved(network, torch.bfloat16).save_pretrained(output / name)
+    return networks

@@ -1,4 +1,8 @@
-"""A target's own replies, which its draft learns from; decoded by our engine, kept on disk."""
+"""What a draft learns from: questions, and a target's own replies or the data set's.
+
+Own replies are decoded by our engine and kept on disk, a line each, so that a killed run goes on
+from the last one, and another run with the same options decodes nothing.
+"""
 
 from __future__ import annotations
 
@@ -6,80 +10,243 @@ import hashlib
 import json
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
-from torch import Tensor
 
-from fastvlm.data.questions import Question
-from fastvlm.decoding import Autoregressive, Decoding
+from fastvlm.data.broken import BrokenRecords
+from fastvlm.data.conversations import Broken, Message, Record
+from fastvlm.decoding import Decoding, Drafter, Request
 from fastvlm.drafting.fingerprint import fingerprint
-from fastvlm.training.loop import write_checkpoint
+from fastvlm.functional.errors import InputError
 from fastvlm.vlm import VisionLanguageModel
 
 
 @dataclass(frozen=True, slots=True)
-class Dialogue:
-    """A prompt with its visual tokens and the target's own reply.
+class Asked:
+    """A dialogue up to a question, and what the data set says to it.
 
     Args:
-        tokens: Prompt and reply.
-        reply_start: Where the reply begins.
-        features: The picture's visual tokens, (visual tokens, d_model).
+        name: What names it in errors.
+        messages: The dialogue, the last turn the user's.
+        said: The data set's reply.
     """
 
-    tokens: list[int]
-    reply_start: int
-    features: Tensor
+    name: str
+    messages: tuple[Message, ...]
+    said: str
 
 
-SAVE_EVERY = 8
-"""Batches between two writings of the cache."""
+@dataclass(frozen=True, slots=True)
+class Example:
+    """A dialogue up to a question, and the reply that is learnt.
+
+    Args:
+        messages: The dialogue, the last turn the user's.
+        reply: The reply's tokens, with its end token where it has ended.
+    """
+
+    messages: tuple[Message, ...]
+    reply: tuple[int, ...]
+
+
+def questions_of(
+    records: Iterable[Record],
+    broken: BrokenRecords,
+    *,
+    prompts: Sequence[str] = (),
+    limit: int | None = None,
+) -> list[Asked]:
+    """Return the questions of conversations, each assistant's turn being a reply to one.
+
+    Args:
+        records: The conversations.
+        broken: What counts the records that are passed over.
+        prompts: What is asked of each conversation's first picture instead; a picture that comes
+            again is then asked about once.
+        limit: The most questions.
+
+    Raises:
+        InputError: Too many records are broken.
+    """
+    found: list[Asked] = []
+    shown: set[str] = set()
+    for record in records:
+        if limit is not None and len(found) >= limit:
+            break
+        broken.see()
+        if isinstance(record, Broken):
+            broken.add(record)
+        elif prompts:
+            pictures = [part for turn in record.messages for part in images_of(turn)]
+            if pictures and (place := place_of(pictures[0]) or record.name) not in shown:
+                shown.add(place)
+                found += [
+                    Asked(record.name, (_user([pictures[0], _text(prompt)]),), "")
+                    for prompt in prompts
+                ]
+        else:
+            found += [
+                Asked(record.name, record.messages[:place], text_of(turn))
+                for place, turn in enumerate(record.messages)
+                if turn["role"] == "assistant"
+            ]
+    broken.check()
+    return found[:limit]
+
+
+def images_of(message: Message) -> list[Any]:
+    """Return the images among a turn's parts."""
+    return [part for part in message["content"] if part["type"] == "image"]
+
+
+def text_of(message: Message) -> str:
+    """Return the text of a turn."""
+    return "".join(part["text"] for part in message["content"] if part["type"] == "text")
+
+
+def place_of(part: Mapping[str, Any]) -> str:
+    """Return where an image lies; "" for one that is in memory."""
+    image = part["image"]
+    return str(image) if isinstance(image, str | Path) else ""
+
+
+def _text(text: str) -> dict[str, str]:
+    return {"type": "text", "text": text}
+
+
+def _user(parts: list[Any]) -> Message:
+    return {"role": "user", "content": parts}
+
+
+def data_replies(vlm: VisionLanguageModel, asked: Sequence[Asked]) -> list[Example]:
+    """Return the data set's replies as tokens, each with the model's end token.
+
+    Raises:
+        InputError: The model has no end token.
+    """
+    if not vlm.end_tokens:
+        raise InputError("The model has no end token, so it can't learn where a reply ends.")
+    usual = vlm.tokenizer.eos_token_id
+    end = usual if usual in vlm.end_tokens else min(vlm.end_tokens)
+    return [
+        Example(
+            question.messages,
+            (*vlm.tokenizer.encode(question.said, add_special_tokens=False), end),
+        )
+        for question in asked
+    ]
 
 
 @torch.inference_mode()
 def own_replies(
     vlm: VisionLanguageModel,
-    asked: Sequence[Question],
+    asked: Sequence[Asked],
     cache: Path,
+    broken: BrokenRecords,
     *,
     batch: int = 48,
     max_new_tokens: int = 160,
-) -> list[Dialogue]:
-    """Return the target's greedy replies, from the cache where it has answered before.
+    temperature: float = 0.0,
+) -> list[Example]:
+    """Return the target's replies, from the cache where it has answered before.
 
-    The cache's key is made of the target's weights, the questions and the options. It is written
-    every few batches, so that a killed run goes on from there.
+    The cache's name is made of the target's weights, the questions and the options.
+
+    Args:
+        vlm: The target; its own best strategy decodes.
+        asked: The questions.
+        cache: The folder of the cache.
+        broken: What counts the questions whose pictures can't be read, which are passed over.
+        batch: Questions decoded together.
+        max_new_tokens: The most tokens of a reply.
+        temperature: Of sampled replies; 0 for greedy ones.
+
+    Raises:
+        InputError: Too many pictures can't be read.
     """
-    plan = [fingerprint(vlm.model), max_new_tokens, [(q.prompt, q.picture) for q in asked]]
+    plan = [fingerprint(vlm.model), max_new_tokens, temperature, [_named(one) for one in asked]]
     key = hashlib.sha256(json.dumps(plan).encode()).hexdigest()[:16]
-    file = cache / f"replies-{key}.pt"
-    rows = torch.load(file, weights_only=True) if file.is_file() else []
-    image = vlm.model.config.image_token_id
+    file = cache / f"replies-{key}.jsonl"
+    rows = list(read_whole_lines(file))
+    drafter = vlm.drafter()
     started, first = time.monotonic(), len(rows)
     for index in range(first, len(asked), batch):
-        chosen = asked[index : index + batch]
-        requests = [
-            vlm.request(q.prompt, q.open(vlm.image_size), max_new_tokens=max_new_tokens)
-            for q in chosen
-        ]
-        for _ in Decoding(vlm.decoder, Autoregressive(), requests):
+        rows += answers(
+            vlm,
+            asked,
+            range(index, min(index + batch, len(asked))),
+            drafter,
+            max_new_tokens,
+            temperature,
+        )
+        with file.open("a") as out:
+            out.writelines(json.dumps(row) + "\n" for row in rows[index:])
+        left = (time.monotonic() - started) / (len(rows) - first) * (len(asked) - len(rows))
+        print(  # noqa: T201
+            f"replies {len(rows)}/{len(asked)}  {left:.0f} s left", file=sys.stderr, flush=True
+        )
+    examples = []
+    for one, row in zip(asked, rows, strict=True):
+        broken.see()
+        if isinstance(row, str):
+            broken.add(Broken(one.name, row))
+        else:
+            examples.append(Example(one.messages, tuple(row)))
+    broken.check()
+    return examples
+
+
+def answers(
+    vlm: VisionLanguageModel,
+    asked: Sequence[Asked],
+    numbers: range,
+    drafter: Drafter,
+    limit: int,
+    temperature: float,
+) -> list[list[int] | str]:
+    """Return the tokens of the replies to some questions, or why one can't be asked."""
+    found: dict[int, Request | str] = {}
+    for number in numbers:
+        sampled: Any = {"temperature": temperature, "seed": number} if temperature else {}
+        try:
+            found[number] = vlm.request(asked[number].messages, max_new_tokens=limit, **sampled)
+        except InputError as error:
+            found[number] = str(error)
+    requests = [request for request in found.values() if isinstance(request, Request)]
+    if requests:
+        for _ in Decoding(vlm.decoder, drafter, requests):
             pass
-        for request in requests:
-            places = torch.tensor(request.tokens) == image
-            rows.append(
-                (
-                    request.tokens + request.reply,
-                    len(request.tokens),
-                    request.embeddings[places].clone(),
-                )
-            )
-        if index // batch % SAVE_EVERY == 0 or len(rows) == len(asked):
-            write_checkpoint(file, rows)
-            left = (time.monotonic() - started) / (len(rows) - first) * (len(asked) - len(rows))
-            print(  # noqa: T201
-                f"replies {len(rows)}/{len(asked)}  {left:.0f} s left", file=sys.stderr, flush=True
-            )
-    return [Dialogue(*row) for row in rows]
+    return [one if isinstance(one, str) else one.reply for one in found.values()]
+
+
+def read_whole_lines(file: Path) -> Iterator[Any]:
+    """Yield what the lines of a JSON-lines file hold; a line that was cut off is cut away.
+
+    Args:
+        file: The file; one that is not there holds nothing.
+    """
+    if not file.is_file():
+        file.parent.mkdir(parents=True, exist_ok=True)
+        return
+    written = file.read_bytes()
+    whole = written[: written.rfind(b"\n") + 1]
+    if whole != written:
+        with file.open("r+b") as out:
+            out.truncate(len(whole))
+    for line in whole.splitlines():
+        yield json.loads(line)
+
+
+def _named(asked: Asked) -> list[Any]:
+    """Return what tells a question from others: its name, texts, and where its pictures are."""
+    return [
+        asked.name,
+        [
+            [turn["role"], text_of(turn), [place_of(part) for part in images_of(turn)]]
+            for turn in asked.messages
+        ],
+    ]

@@ -1,0 +1,112 @@
+"""Teacher forcing: whole dialogues through a model's split decoder, whatever its family."""
+
+from __future__ import annotations
+
+from collections.abc import Hashable, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
+
+from fastvlm.language.cache import Span
+from fastvlm.prompts import Encoded
+from fastvlm.training.replies import Example
+from fastvlm.vlm import VisionLanguageModel
+
+KEPT_BYTES = 2 * 2**30
+"""Memory for prompts that need not be encoded again."""
+
+
+@dataclass(frozen=True, slots=True)
+class Forced:
+    """A batch of dialogues, as a pass over all their positions takes it.
+
+    Args:
+        x: The decoder's inputs, padded on the right: (batch, length, d_embedding).
+        span: All positions.
+        learnt: The positions that predict a token of the reply, (batch, length): those after the
+            first one's, which the prefill gives and no draft holds.
+        targets: The tokens that they predict, in the order of `learnt`.
+    """
+
+    x: Tensor
+    span: Span
+    learnt: Tensor
+    targets: Tensor
+
+
+class Forcing:
+    """Makes batches of examples, and keeps the prompts that fit into memory.
+
+    What fits is kept for good: a step draws at random, and would find as little of what was used
+    last as of anything else.
+
+    Args:
+        vlm: The model whose prompts and decoder are used; its pictures' encoder doesn't learn.
+        kept_bytes: The most memory for prompts.
+    """
+
+    def __init__(self, vlm: VisionLanguageModel, kept_bytes: int = KEPT_BYTES) -> None:
+        self.vlm, self.left = vlm, kept_bytes
+        self._kept: dict[Hashable, Encoded] = {}
+
+    @torch.no_grad()
+    def prompt(self, example: Example) -> Encoded:
+        """Return an example's prompt, encoded now or before.
+
+        Raises:
+            InputError: A picture can't be read, or the prompt doesn't suit the model.
+        """
+        name = id(example.messages)
+        found = self._kept.get(name)
+        if found is None:
+            found = self.vlm.prompts.encode(example.messages)
+            held = [found.embeddings, found.positions, found.memory]
+            size = sum(tensor.nbytes for tensor in held if tensor is not None)
+            if size <= self.left:
+                self.left -= size
+                self._kept[name] = found
+        return found
+
+    @torch.no_grad()
+    def batch(self, examples: Sequence[Example]) -> Forced:
+        """Return a batch.
+
+        Raises:
+            InputError: As `prompt`.
+        """
+        decoder = self.vlm.decoder
+        prompts = [self.prompt(example) for example in examples]
+        rows, learnt, targets = [], [], []
+        for prompt, example in zip(prompts, examples, strict=True):
+            reply = torch.tensor(example.reply, device=decoder.device)
+            rows.append(torch.cat((prompt.embeddings, decoder.embed(reply[None, :-1])[0])))
+            places = torch.arange(len(rows[-1]), device=decoder.device)
+            learnt.append(places >= len(prompt.tokens))
+            targets.append(reply[1:])
+        x = pad_sequence(rows, batch_first=True)
+        # A cache of no layer: it is asked for the positions, and nothing is kept in it.
+        cache = decoder.cache(len(rows), x.shape[1], -decoder.depth)
+        for row, prompt in enumerate(prompts):
+            cache.seat(row, prompt.positions, prompt.memory)
+        return Forced(
+            x,
+            cache.span([0] * len(rows), x.shape[1]),
+            pad_sequence(learnt, batch_first=True),
+            torch.cat(targets),
+        )
+
+
+class GradientCache:
+    """The cache of one pass in training: it keeps nothing, so keys and values carry gradients."""
+
+    def write_at(self, span: Span) -> None:
+        """Nothing is written."""
+
+    def update(
+        self, keys: Tensor, values: Tensor, layer_idx: int, *_: object, **__: object
+    ) -> tuple[Tensor, Tensor]:
+        """Return what was given: a pass from position 0 sees itself alone."""
+        del layer_idx
+        return keys, values

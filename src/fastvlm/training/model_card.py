@@ -1,0 +1,90 @@
+"""A draft's model card: what it was made for and from, and how it does."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from pathlib import Path
+
+import torch
+
+import fastvlm
+from fastvlm.drafting import ImitationNetwork
+from fastvlm.training.draft import DraftPlan
+from fastvlm.training.held_out import Decoded
+
+TEXT = """\
+---
+library_name: fastvlm
+tags:
+- speculative-decoding
+- vision-language-model
+---
+
+# A draft for {card.model}
+
+An imitation network ({config.kind}, exit layer {config.exit_layer}, {parameters:,} parameters)
+that drafts tokens for {card.model} (fingerprint `{config.target}`), which verifies them: the tokens
+stay the model's own.
+
+```python
+import fastvlm
+
+vlm = fastvlm.load("{card.model}", draft="path/to/this/folder")
+```
+
+| on {card.questions} held-out questions | |
+|---|---|
+| acceptance rate | {found.acceptance_rate:.3f} |
+| acceptance length (tokens a pass of the model) | {found.acceptance_length:.2f} |
+| speedup of decoding, median (quartiles) | {speedup} |
+
+Measured on {card.hardware}, {date}, fastvlm {version}, torch {torch}.
+
+- Data: {data}.
+- Replies: {card.replies}.
+- Loss: KL + {card.plan.cosine:g} (1 - cos) + {card.plan.cross_entropy:g} CE; {start}.
+
+A draft is derived from the model's weights and from the data: the terms of both apply to it.
+"""
+
+
+@dataclass(frozen=True, slots=True)
+class Card:
+    """What a model card says besides how the draft is made.
+
+    Args:
+        model: The target, as it was named.
+        data: The sources of the data.
+        replies: Whose replies were learnt.
+        plan: How.
+        questions: Held-out questions that were decoded.
+        hardware: Where.
+    """
+
+    model: str
+    data: Sequence[str]
+    replies: str
+    plan: DraftPlan
+    questions: int
+    hardware: str
+
+    def write(self, folder: Path, network: ImitationNetwork, found: Decoded) -> None:
+        """Write `README.md` into a draft's folder."""
+        spread = found.speedup
+        text = TEXT.format(
+            card=self,
+            config=network.config,
+            parameters=sum(parameter.numel() for parameter in network.parameters()),
+            found=found,
+            speedup=f"{spread.median:.2f}x ({spread.low:.2f}-{spread.high:.2f})",
+            data=", ".join(self.data),
+            start="it started as the layers it stands for"
+            if self.plan.initialised
+            else "it started at random",
+            date=datetime.now(UTC).date().isoformat(),
+            version=fastvlm.__version__,
+            torch=torch.__version__,
+        )
+        (folder / "README.md").write_text(text, encoding="utf-8")
