@@ -157,15 +157,31 @@ def test_a_demo_without_its_pictures(
         (("model",), "Give --encoder for a new model, or --start"),
         (("model", "--encoder", "e", "--stage", "last"), "got --stage last"),
         (("model", "--encoder", "/nowhere"), "There is no encoder in /nowhere"),
-        (("draft", "--kind", "tree"), "got --kind tree"),
-        (("draft", "--exit-layer", "5"), "--exit-layer lies between 1 and 4"),
-        (("draft",), "is not laid out like Flickr8k"),
     ],
 )
 def test_a_training_that_can_not_start(
     cli: Cli, tmp_path: Path, words: tuple[str, ...], told: str
 ) -> None:
     said = cli("train", *words, "--photographs", tmp_path, "--output", tmp_path / "out")
+    assert said.code == 1
+    assert told in said.sentence()
+
+
+@pytest.mark.parametrize(
+    ("words", "told"),
+    [
+        (("--data", "scenes:4", "--kind", "tree"), "got --kind tree"),
+        (("--data", "scenes:4", "--exit-layer", "5"), "is auto or lies between 1 and 4"),
+        (("--data", "scenes:4", "--exit-layer", "-1"), "is auto or lies between 1 and 4"),
+        (("--data", "scenes:4"), "There are 4 questions, and 8 are held out"),
+        (("--data", "/nowhere"), "There is no data set at /nowhere"),
+        (("--data", "scenes:9", "--replies", "data", "--temperature", "1"), "are not drawn"),
+    ],
+)
+def test_a_draft_that_can_not_be_trained(
+    cli: Cli, tmp_path: Path, words: tuple[str, ...], told: str
+) -> None:
+    said = cli("train", "draft", *words, "--output", tmp_path / "out")
     assert said.code == 1
     assert told in said.sentence()
 

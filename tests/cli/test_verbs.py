@@ -258,3 +258,30 @@ def test_a_converted_checkpoint_is_the_same_model(cli: Cli, shipped: Path, tmp_p
     for name, tensor in fastvlm.load(shipped / "model").model.state_dict().items():
         assert state[name].equal(tensor)
     assert not (tmp_path / "made.partial").exists()
+
+
+def test_a_draft_is_trained_and_serves_its_model(
+    cli: Cli, shipped: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    words = (
+        "train", "draft", "--model", shipped / "model", "--data", "scenes:6", "--held-out", "2",
+        "--kind", "mlp", "--exit-layer", "auto", "--draft-vocabulary", "50", "--steps", "5",
+        "--output", tmp_path,
+    )  # fmt: skip
+    said = cli(*words)
+    assert said.code == 0, said.err
+    assert "4 replies. None of 6 records is broken." in said.out
+    assert said.out.count("(taken)") == 1
+    card = (tmp_path / "mlp" / "README.md").read_text()
+    assert "acceptance length" in card
+    assert "scenes:6" in card
+    # Everything is there: the same command does no step again.
+    weights = (tmp_path / "mlp" / "model.safetensors").read_bytes()
+    log = (tmp_path / "log.jsonl").read_text()
+    assert cli(*words).code == 0
+    assert (tmp_path / "mlp" / "model.safetensors").read_bytes() == weights
+    assert (tmp_path / "log.jsonl").read_text() == log
+    picture = shipped / "pictures" / "0.png"
+    told = cli("generate", picture, "--model", shipped / "model", "--draft", tmp_path / "mlp")
+    assert told.code == 0
+    assert told.out == cli("generate", picture, "--model", shipped / "model").out

@@ -222,7 +222,7 @@ def draft(  # noqa: PLR0913 (a parameter is an option)
     from fastvlm.training.model_card import Card
     from fastvlm.training.replies import data_replies, own_replies
 
-    broken = BrokenRecords()
+    broken, unread = BrokenRecords(), BrokenRecords()
     asked = questions_in(data, vlm, broken, prompt or [], limit)
     if len(asked) <= held_out:
         raise InputError(
@@ -234,7 +234,7 @@ def draft(  # noqa: PLR0913 (a parameter is an option)
     examples = (
         data_replies(vlm, learnt)
         if replies == "data"
-        else own_replies(vlm, learnt, output, broken, temperature=temperature)
+        else own_replies(vlm, learnt, output, unread, temperature=temperature)
     )
     usual = DraftPlan(
         blocks=blocks,
@@ -246,6 +246,8 @@ def draft(  # noqa: PLR0913 (a parameter is an option)
     schedule = Schedule(steps=steps, learning_rate=learning_rate, warmup=20, seed=seed)
     console = Console(highlight=False)
     console.print(f"{len(examples):,} replies. {broken.summary()}.")
+    if unread.count:
+        console.print(f"{unread.summary()}.")
     plans = {}
     for name in kind:
         plan = replace(usual, kind=name, exit_layer=1 if exit_layer == "auto" else int(exit_layer))
