@@ -260,9 +260,7 @@ def test_a_converted_checkpoint_is_the_same_model(cli: Cli, shipped: Path, tmp_p
     assert not (tmp_path / "made.partial").exists()
 
 
-def test_a_draft_is_trained_and_serves_its_model(
-    cli: Cli, shipped: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_draft_is_trained_and_serves_its_model(cli: Cli, shipped: Path, tmp_path: Path) -> None:
     words = (
         "train", "draft", "--model", shipped / "model", "--data", "scenes:6", "--held-out", "2",
         "--kind", "mlp", "--exit-layer", "auto", "--draft-vocabulary", "50", "--steps", "5",

@@ -1,0 +1,92 @@
+"""Batches of different photographs: tokens as alone, throughput with drafts and without.
+
+Batches of each size are decoded by every contender before the next batch, in an order that turns.
+Run `python benchmarks/batches.py [--photographs DIR] [--listing FILE] [--batches N] [--threads N]
+[--json FILE]`.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+
+import fastvlm
+from fastvlm import embedded
+from fastvlm.data.questions import pictures_in
+from fastvlm.decoding import Decoding, Drafter
+from fastvlm.evaluation.benchmark import hardware
+from fastvlm.functional.statistics import Spread
+
+SIZES = (1, 2, 4, 8)
+MAX_NEW_TOKENS = 160
+
+
+def decoded(
+    vlm: fastvlm.VisionLanguageModel, drafter: Drafter, pictures: list[Path]
+) -> tuple[list[list[int]], float]:
+    """Return the replies, and the seconds after their first tokens."""
+    prompt = embedded.DESCRIPTION_PROMPT
+    requests = [vlm.request(prompt, path, max_new_tokens=MAX_NEW_TOKENS) for path in pictures]
+    steps = iter(Decoding(vlm.decoder, drafter, requests))
+    next(steps)
+    started = time.perf_counter()
+    for _ in steps:
+        pass
+    return [request.reply for request in requests], time.perf_counter() - started
+
+
+def main() -> None:
+    """Measure."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--photographs", type=Path, default=embedded.PICTURES)
+    parser.add_argument("--listing", type=Path, help="names of the photographs to take")
+    parser.add_argument("--batches", type=int, default=5, help="batches of each size")
+    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
+    parser.add_argument("--json", type=Path)
+    options = parser.parse_args()
+    torch.set_num_threads(options.threads)
+    vlm = fastvlm.load(prefix_bytes=0)
+    if options.listing is None:
+        paths = [p for p in pictures_in(options.photographs) if p.suffix == ".jpg"]
+    else:
+        paths = [options.photographs / name for name in options.listing.read_text().split()]
+    drafters = {"ordinary": vlm.drafter("autoregressive"), "drafts": vlm.drafter("imitation")}
+    alone = {
+        path: decoded(vlm, drafters["ordinary"], [path])[0][0]
+        for path in paths[: max(SIZES) * options.batches]
+    }
+    out: dict[str, Any] = {"hardware": hardware(), "sizes": {}}
+    for size in SIZES:
+        rates: dict[str, list[float]] = {name: [] for name in drafters}
+        for drafter in drafters.values():
+            decoded(vlm, drafter, paths[:size])
+        for number in range(options.batches):
+            pictures = paths[number * size : (number + 1) * size]
+            for name in list(drafters)[:: 1 if number % 2 else -1]:
+                replies, seconds = decoded(vlm, drafters[name], pictures)
+                if replies != [alone[path] for path in pictures]:
+                    raise SystemExit(f"A batch of {size} has other tokens than its pictures alone.")
+                rates[name].append(sum(len(reply) - 1 for reply in replies) / seconds)
+        ratio = Spread.of([b / a for a, b in zip(*rates.values(), strict=True)])
+        row = {name: Spread.of(values).median for name, values in rates.items()}
+        out["sizes"][size] = {
+            **row,
+            "ratio": ratio.median,
+            "ratio_iqr": [ratio.low, ratio.high],
+        }
+        print(  # noqa: T201
+            f"batch of {size}: {row['ordinary']:.0f} tokens/s without drafts,"
+            f" {row['drafts']:.0f} with: {ratio.median:.2f}x ({ratio.low:.2f}-{ratio.high:.2f})",
+            flush=True,
+        )
+    if options.json is not None:
+        options.json.write_text(json.dumps(out, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()
