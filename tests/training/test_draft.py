@@ -26,8 +26,9 @@ from fastvlm.training.draft import (
     new_network,
     train_draft,
 )
-from fastvlm.training.loop import Schedule, train
+from fastvlm.training.loop import train
 from fastvlm.training.replies import Dialogue, own_replies
+from fastvlm.training.schedule import Schedule
 from fastvlm.vision.pictures import prepare
 from fastvlm.vlm import VisionLanguageModel, load
 from tests.models import LIVELY, VISUAL_TOKENS, small_vlm
@@ -77,8 +78,9 @@ def loss_of(
     vlm: VisionLanguageModel, network: ImitationNetwork, dialogues: Sequence[Dialogue]
 ) -> tuple[float, dict[str, float]]:
     """One network's loss and report, by the names of the measures alone."""
-    loss, report = DraftLesson(vlm, [network], dialogues).losses(dialogues)
-    return float(loss.detach()), {name.split()[-1]: value for name, value in report.items()}
+    losses = DraftLesson(vlm, [network], dialogues).loss(dialogues)
+    report = {name.split()[-1]: total / over for name, (total, over) in losses.report.items()}
+    return float(losses.total.detach()) / losses.weight, report
 
 
 @pytest.fixture(scope="module")
@@ -241,8 +243,9 @@ def naive_loss(
             best = int(p.argmax())
             parts["kl"].append((p[vocabulary] * (p[vocabulary] / q).log()).sum())
             parts["cos"].append(1 - guess @ last[0, i] / guess.norm() / last[0, i].norm())
-            if best in vocabulary.tolist():
-                parts["ce"].append(-q[vocabulary.tolist().index(best)].log())
+            known = best in vocabulary.tolist()
+            nll = -q[vocabulary.tolist().index(best)].log() if known else torch.zeros(())
+            parts["ce"].append(nll.double())
             parts["agree"].append((vocabulary[q.argmax()] == best).double())
             parts["overlap"].append(torch.minimum(p[vocabulary], q).sum())
     mean = {name: float(torch.stack(values).mean()) for name, values in parts.items()}
@@ -269,12 +272,17 @@ def test_networks_are_taught_side_by_side(
 ) -> None:
     plans = [DraftPlan("block", 3, 60), DraftPlan("mlp", 1, 40), DraftPlan("block", 2, 50)]
     networks = [taught(vlm, plan, dialogues) for plan in plans]
-    together, report = DraftLesson(vlm, networks, dialogues).losses(dialogues[:3])
-    alone = [DraftLesson(vlm, [network], dialogues).losses(dialogues[:3]) for network in networks]
-    assert float(together.detach()) == pytest.approx(sum(float(loss.detach()) for loss, _ in alone))
-    assert report == pytest.approx({k: v for _, single in alone for k, v in single.items()})
-    assert {name.split()[0] for name in report} == {"block@3", "mlp@1", "block@2"}
-    together.backward()
+    together = DraftLesson(vlm, networks, dialogues).loss(dialogues[:3])
+    alone = [DraftLesson(vlm, [network], dialogues).loss(dialogues[:3]) for network in networks]
+    summed = sum(float(losses.total.detach()) for losses in alone)
+    assert float(together.total.detach()) == pytest.approx(summed)
+    assert {losses.weight for losses in alone} == {together.weight}
+    single = {name: sums for losses in alone for name, sums in losses.report.items()}
+    assert together.report.keys() == single.keys()
+    for name, sums in together.report.items():
+        assert sums == pytest.approx(single[name])
+    assert {name.split()[0] for name in together.report} == {"block@3", "mlp@1", "block@2"}
+    together.total.backward()
     for network in networks:
         assert all(p.grad is not None and p.grad.any() for p in network.parameters())
     assert all(p.grad is None for p in vlm.model.parameters())

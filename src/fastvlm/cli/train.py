@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 import typer
 
@@ -38,10 +38,28 @@ RateOption = Annotated[
     ),
 ]
 SeedOption = Annotated[int, typer.Option(min=0, help="Decides every draw of the run.")]
+PrecisionOption = Annotated[
+    Literal["no", "bf16"] | None,
+    typer.Option(help="Mixed precision.", show_default="what accelerate is set to"),
+]
+AccumulationOption = Annotated[
+    int,
+    typer.Option(
+        min=1, max=4096, help="Slices in which a step is computed: more of them need less memory."
+    ),
+]
+TrackerOption = Annotated[
+    list[str] | None,
+    typer.Option(
+        metavar="tensorboard|wandb|trackio",
+        help="Where the figures go, besides the log; give it again for several.",
+    ),
+]
 
 
 @app.command()
-def encoder(
+def encoder(  # noqa: PLR0913 (a parameter is an option)
+    *,
     photographs: PhotographsOption,
     output: OutputOption,
     start: Annotated[
@@ -51,20 +69,28 @@ def encoder(
     steps: StepsOption = 1150,
     learning_rate: RateOption = 2e-3,
     seed: SeedOption = 0,
+    precision: PrecisionOption = None,
+    tracker: TrackerOption = None,
     threads: ThreadsOption = None,
 ) -> None:
     """Teach a FastViTHD the facts of rendered scenes and the words of captions."""
     check_output(output)
     prepare_torch(threads)
     from fastvlm.training.encoder import train_encoder
-    from fastvlm.training.loop import Schedule
+    from fastvlm.training.schedule import Schedule
 
-    schedule = Schedule(steps=steps, learning_rate=learning_rate, seed=seed)
+    schedule = Schedule(
+        steps=steps,
+        learning_rate=learning_rate,
+        seed=seed,
+        precision=precision,
+        trackers=tuple(tracker or ()),
+    )
     train_encoder(photographs, output, schedule, start=start)
 
 
 @app.command()
-def model(
+def model(  # noqa: PLR0913 (a parameter is an option)
     *,
     photographs: PhotographsOption,
     output: OutputOption,
@@ -90,6 +116,16 @@ def model(
         typer.Option(min=0.01, max=100, help="Steps of each stage, as a share of the plan's."),
     ] = 1.0,
     seed: SeedOption = 0,
+    precision: PrecisionOption = None,
+    accumulation: AccumulationOption = 1,
+    gradient_checkpointing: Annotated[
+        bool,
+        typer.Option(
+            "--gradient-checkpointing",
+            help="Compute the decoder's layers again on the way back: less memory, more time.",
+        ),
+    ] = False,
+    tracker: TrackerOption = None,
     threads: ThreadsOption = None,
 ) -> None:
     """Teach a model around a trained encoder to describe scenes and photographs."""
@@ -97,15 +133,29 @@ def model(
     if encoder is None and start is None:
         raise InputError("Give --encoder for a new model, or --start for one to go on from.")
     prepare_torch(threads)
-    from fastvlm.training.model import STAGES, scaled, train_model
+    from fastvlm.training.model import train_model
+    from fastvlm.training.stages import STAGES, scaled
 
     known = [planned.name for planned in STAGES]
     for name in stage or []:
         if name not in known:
             raise InputError(f"The stages are {', '.join(known)}; got --stage {name}.")
     chosen = [planned for planned in STAGES if not stage or planned.name in stage]
+    stages = scaled(
+        chosen,
+        share,
+        seed=seed,
+        precision=precision,
+        accumulation=accumulation,
+        trackers=tuple(tracker or ()),
+    )
     train_model(
-        photographs, output, encoder=encoder, start=start, stages=scaled(chosen, share, seed)
+        photographs,
+        output,
+        encoder=encoder,
+        start=start,
+        stages=stages,
+        gradient_checkpointing=gradient_checkpointing,
     )
 
 
@@ -142,9 +192,19 @@ def draft(  # noqa: PLR0913 (a parameter is an option)
     photographs_limit: Annotated[
         int, typer.Option(min=0, help="The most photographs whose replies it learns from.")
     ] = 700,
+    held_out: Annotated[
+        int,
+        typer.Option(
+            min=0,
+            help="Scenes, and photographs after the limit, whose replies are decoded to validate.",
+        ),
+    ] = 8,
     steps: StepsOption = 400,
     learning_rate: RateOption = 1e-3,
     seed: SeedOption = 0,
+    precision: PrecisionOption = None,
+    accumulation: AccumulationOption = 1,
+    tracker: TrackerOption = None,
     threads: ThreadsOption = None,
 ) -> None:
     """Teach imitation networks to draft for a frozen model, from the model's own replies.
@@ -158,27 +218,44 @@ def draft(  # noqa: PLR0913 (a parameter is an option)
             raise InputError(f"An imitation network is a block or an mlp; got --kind {name}.")
     if not scenes and not photographs_limit:
         raise InputError("A draft learns from replies: give --scenes or --photographs-limit.")
-    vlm = load_quietly(model, threads=threads)
+    from fastvlm.training.processes import process_0_first, this_process
+
+    vlm = load_quietly(model, threads=threads, device=this_process().device)
     if exit_layer >= vlm.decoder.depth:
         raise InputError(
             f"--exit-layer lies between 1 and {vlm.decoder.depth - 1} for this model;"
             f" got {exit_layer}."
         )
     from fastvlm.data.captioned import read_flickr8k
-    from fastvlm.data.questions import about_photographs, about_scenes
+    from fastvlm.data.questions import HELD_OUT_SCENES, about_photographs, about_scenes
     from fastvlm.training.draft import DraftPlan, train_draft
-    from fastvlm.training.loop import Schedule
     from fastvlm.training.replies import own_replies
+    from fastvlm.training.schedule import Schedule
 
-    chosen = read_flickr8k(photographs, "train")[:photographs_limit] if photographs_limit else []
-    asked = about_scenes(range(scenes)) + about_photographs(shown.path for shown in chosen)
+    found = read_flickr8k(photographs, "train") if photographs_limit else []
+    learnt, others = found[:photographs_limit], found[photographs_limit:][:held_out]
+    asked = about_scenes(range(scenes)) + about_photographs(shown.path for shown in learnt)
+    unseen = range(HELD_OUT_SCENES, HELD_OUT_SCENES + held_out if scenes else HELD_OUT_SCENES)
+    validation = about_scenes(unseen) + about_photographs(shown.path for shown in others)
+    with process_0_first():
+        dialogues = own_replies(vlm, asked, output)
+    schedule = Schedule(
+        steps=steps,
+        learning_rate=learning_rate,
+        warmup=20,
+        seed=seed,
+        precision=precision,
+        accumulation=accumulation,
+        trackers=tuple(tracker or ()),
+    )
     train_draft(
         vlm,
         {name: DraftPlan(name, exit_layer, draft_vocabulary) for name in kind},
-        own_replies(vlm, asked, output),
+        dialogues,
         output,
-        Schedule(steps=steps, learning_rate=learning_rate, warmup=20, seed=seed),
+        schedule,
         start,
+        validation,
     )
 
 

@@ -17,12 +17,17 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.nn.utils.rnn import pad_sequence
 
+from fastvlm.data.questions import Question
 from fastvlm.drafting.directory import load_draft
 from fastvlm.drafting.fingerprint import fingerprint
 from fastvlm.drafting.imitation import ImitationConfig, ImitationNetwork, initialise_from
 from fastvlm.functional.placement import moved
-from fastvlm.training.loop import Schedule, train
+from fastvlm.training.loop import train
+from fastvlm.training.processes import this_process
 from fastvlm.training.replies import Dialogue
+from fastvlm.training.schedule import Schedule
+from fastvlm.training.task import Losses, Source
+from fastvlm.training.validation import HeldOut
 from fastvlm.vlm import VisionLanguageModel
 
 
@@ -90,25 +95,30 @@ class DraftLesson:
         vlm.model.requires_grad_(False)
         self.vlm, self.networks = vlm, list(networks)
         self.dialogues, self.batch = dialogues, batch
-        self.module: nn.Module = nn.ModuleList(self.networks)
+        self.module: nn.Module = nn.ModuleList(self.networks).to(vlm.decoder.device)
+        self.unit = "tokens"
+        self.source: Source | None = None
+        self.whole: str | None = None
 
-    def loss(self, step: int) -> tuple[Tensor, dict[str, float]]:
-        """Return the networks' summed losses on one batch, and each one's agreement."""
-        return self.losses(random.sample(self.dialogues, min(self.batch, len(self.dialogues))))
+    def draw(self, step: int) -> list[Dialogue]:
+        """Return the dialogues of a step."""
+        return random.sample(self.dialogues, min(self.batch, len(self.dialogues)))
 
-    def losses(self, dialogues: Sequence[Dialogue]) -> tuple[Tensor, dict[str, float]]:
+    def loss(self, dialogues: Sequence[Dialogue]) -> Losses:
         """Return the networks' summed losses on some dialogues.
 
         KL(p || q) + 0.1 (1 - cos) + 0.1 CE at every position that predicts a token of the reply
-        after its first (which the prefill gives). The report has, for each network, `agree`: how
-        often its best token is the target's, which is the acceptance rate that greedy decoding
-        sees, and `overlap`: the sum of min(p, q), which is the one that sampling sees.
+        after its first (which the prefill gives); CE where that token can be drafted. The report
+        has, for each network, `agree`: how often its best token is the target's, which is the
+        acceptance rate that greedy decoding sees, and `overlap`: the sum of min(p, q), which is the
+        one that sampling sees.
         """
         decoder = self.vlm.decoder
         tokens = pad_sequence([torch.tensor(d.tokens) for d in dialogues], batch_first=True)
-        lengths = torch.tensor([len(d.tokens) for d in dialogues])
-        starts = torch.tensor([d.reply_start for d in dialogues])
-        places = torch.arange(tokens.shape[1])
+        tokens = tokens.to(decoder.device)
+        lengths = tokens.new_tensor([len(d.tokens) for d in dialogues])
+        starts = tokens.new_tensor([d.reply_start for d in dialogues])
+        places = torch.arange(tokens.shape[1], device=tokens.device)
         # Position i predicts token i + 1: those that a draft can hold are after the first.
         learnt = (places >= starts[:, None]) & (places < lengths[:, None] - 1)
         exits = sorted({network.config.exit_layer for network in self.networks})
@@ -116,7 +126,8 @@ class DraftLesson:
             x = decoder.embed(tokens)
             pictures = tokens == self.vlm.model.config.image_token_id
             pictures &= places < starts[:, None]
-            x = x.masked_scatter(pictures[..., None], torch.cat([d.features for d in dialogues]))
+            features = torch.cat([d.features for d in dialogues]).to(x)
+            x = x.masked_scatter(pictures[..., None], features)
             extra = max(network.cache_layers for network in self.networks)
             cache = decoder.cache(len(tokens), tokens.shape[1], extra)
             span = cache.span([0] * len(tokens), tokens.shape[1])
@@ -128,7 +139,7 @@ class DraftLesson:
             p = decoder.head(last).softmax(-1)
             best = p.argmax(-1)
         losses: list[Tensor] = []
-        report: dict[str, float] = {}
+        report: dict[str, tuple[float, float]] = {}
         for network in self.networks:
             # A cache of its own for each step's graph: keys and values carry gradients here.
             own = GradientCache()
@@ -138,25 +149,22 @@ class DraftLesson:
             normed = decoder.norm(guess)
             logits = F.linear(normed, decoder.head_rows(vocabulary))
             log_q, p_seen = logits.log_softmax(-1), p[:, vocabulary]
-            entropy = torch.special.entr(p_seen).sum(-1)
-            kl = (-(p_seen * log_q).sum(-1) - entropy).mean()
-            cosine = 1 - F.cosine_similarity(normed, decoder.norm(last), dim=-1).mean()
-            columns = torch.full((p.shape[-1],), -100).scatter(
-                0, vocabulary, torch.arange(len(vocabulary))
+            kl = (-(p_seen * log_q).sum(-1) - torch.special.entr(p_seen).sum(-1)).sum()
+            cosine = (1 - F.cosine_similarity(normed, decoder.norm(last), dim=-1)).sum()
+            columns = vocabulary.new_full((p.shape[-1],), -100).scatter(
+                0, vocabulary, torch.arange(len(vocabulary), device=vocabulary.device)
             )
-            # A mean over none of the tokens would not be a number.
-            known = (columns[best] >= 0).sum().clamp(min=1)
-            ce = F.cross_entropy(logits, columns[best], ignore_index=-100, reduction="sum") / known
+            ce = F.cross_entropy(logits, columns[best], ignore_index=-100, reduction="sum")
             losses.append(kl + 0.1 * cosine + 0.1 * ce)
-            name = f"{network.config.kind}@{network.config.exit_layer}"
             agree = vocabulary[logits.argmax(-1)] == best
-            overlap = torch.minimum(log_q.exp(), p_seen).sum(-1)
+            overlap = torch.minimum(log_q.exp(), p_seen)
+            name = f"{network.config.kind}@{network.config.exit_layer}"
+            measures = {"kl": kl, "agree": agree, "overlap": overlap}
             report |= {
-                f"{name} kl": float(kl.detach()),
-                f"{name} agree": float(agree.float().mean()),
-                f"{name} overlap": float(overlap.detach().mean()),
+                f"{name} {measure}": (float(value.detach().sum()), len(best))
+                for measure, value in measures.items()
             }
-        return torch.stack(losses).sum(), report
+        return Losses(torch.stack(losses).sum(), len(best), report)
 
 
 class GradientCache:
@@ -180,6 +188,7 @@ def train_draft(
     output: Path,
     schedule: Schedule,
     start: Path | None = None,
+    held_out: Sequence[Question] = (),
 ) -> None:
     """Train networks for a frozen target and save each as `output/<name>`, in bfloat16.
 
@@ -191,6 +200,7 @@ def train_draft(
         schedule: Length and learning rate of the run.
         start: The output of an earlier run, whose networks go on; their exit layers and
             vocabularies stay. None for new ones.
+        held_out: Questions to validate with, by decoding.
 
     Raises:
         CheckpointError: There is no such network to go on from, or it is for another target.
@@ -202,6 +212,8 @@ def train_draft(
         else load_draft(start / name, vlm.model)
         for name, plan in plans.items()
     }
-    train(DraftLesson(vlm, list(networks.values()), dialogues), schedule, output)
-    for name, network in networks.items():
-        moved(network, torch.bfloat16).save_pretrained(output / name)
+    lesson = DraftLesson(vlm, list(networks.values()), dialogues)
+    train(lesson, schedule, output, HeldOut(vlm, networks, held_out) if held_out else None)
+    if this_process().is_main_process:
+        for name, network in networks.items():
+            moved(network, torch.bfloat16).save_pretrained(output / name)

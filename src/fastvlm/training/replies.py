@@ -16,7 +16,7 @@ from torch import Tensor
 from fastvlm.data.questions import Question
 from fastvlm.decoding import Autoregressive, Decoding
 from fastvlm.drafting.fingerprint import fingerprint
-from fastvlm.training.loop import write_checkpoint
+from fastvlm.training.checkpoint import write_checkpoint
 from fastvlm.vlm import VisionLanguageModel
 
 
