@@ -29,8 +29,9 @@ from fastvlm.training.draft import (
     new_network,
     train_draft,
 )
-from fastvlm.training.loop import Schedule, train
+from fastvlm.training.loop import train
 from fastvlm.training.replies import Asked, Example
+from fastvlm.training.schedule import Schedule
 from fastvlm.vision.pictures import prepare
 from fastvlm.vlm import VisionLanguageModel, load
 from tests.models import LIVELY, small_vlm
@@ -89,8 +90,9 @@ def loss_of(
     vlm: VisionLanguageModel, network: ImitationNetwork, examples: Sequence[Example]
 ) -> tuple[float, dict[str, float]]:
     """One network's loss and report, by the names of the measures alone."""
-    loss, report = DraftLesson(vlm, {"it": network}, examples).losses(examples)
-    return float(loss.detach()), {name.split()[-1]: value for name, value in report.items()}
+    losses = DraftLesson(vlm, {"it": network}, examples).loss(examples)
+    report = {name.split()[-1]: total / over for name, (total, over) in losses.report.items()}
+    return float(losses.total.detach()) / losses.weight, report
 
 
 @pytest.fixture(scope="module")
@@ -275,15 +277,20 @@ def test_networks_are_taught_side_by_side(
         "whole": DraftPlan("block", 2, blocks=2, draft_vocabulary=None, cross_entropy=0.3),
     }
     networks = {name: taught(vlm, plan, examples) for name, plan in plans.items()}
-    together, report = DraftLesson(vlm, networks, examples, plans).losses(examples[:3])
+    together = DraftLesson(vlm, networks, examples, plans).loss(examples[:3])
     alone = [
-        DraftLesson(vlm, {name: network}, examples, plans).losses(examples[:3])
+        DraftLesson(vlm, {name: network}, examples, plans).loss(examples[:3])
         for name, network in networks.items()
     ]
-    assert float(together.detach()) == pytest.approx(sum(float(loss.detach()) for loss, _ in alone))
-    assert report == pytest.approx({k: v for _, single in alone for k, v in single.items()})
-    assert {name.split()[0] for name in report} == set(plans)
-    together.backward()
+    summed = sum(float(losses.total.detach()) for losses in alone)
+    assert float(together.total.detach()) == pytest.approx(summed)
+    assert {losses.weight for losses in alone} == {together.weight}
+    single = {name: sums for losses in alone for name, sums in losses.report.items()}
+    assert together.report.keys() == single.keys()
+    for name, sums in together.report.items():
+        assert sums == pytest.approx(single[name])
+    assert {name.split()[0] for name in together.report} == set(plans)
+    together.total.backward()
     for network in networks.values():
         assert all(p.grad is not None and p.grad.any() for p in network.parameters())
     assert all(p.grad is None for p in vlm.model.parameters())

@@ -16,8 +16,8 @@ from fastvlm.drafting.directory import load_draft
 from fastvlm.prompts import question
 from fastvlm.training.draft import DraftLesson, DraftPlan, new_network, train_draft
 from fastvlm.training.held_out import decode_held_out
-from fastvlm.training.loop import Schedule
 from fastvlm.training.replies import Asked, own_replies
+from fastvlm.training.schedule import Schedule
 from tests.families import replies
 from tests.processors import PROCESSORS, asked, saved
 
@@ -42,9 +42,9 @@ def test_a_draft_learns_from_photographs_and_drafts_losslessly(family: str, tmp_
     depth = vlm.decoder.depth
     whole = DraftPlan("block", 1, blocks=depth - 1, draft_vocabulary=None)
     perfect = new_network(vlm, whole, examples).double()
-    _, report = DraftLesson(vlm, {"perfect": perfect}, examples).losses(examples)
-    assert report["perfect agree"] == 1
-    assert report["perfect kl"] == pytest.approx(0, abs=1e-6)
+    losses = DraftLesson(vlm, {"perfect": perfect}, examples).loss(examples)
+    assert losses.report["perfect agree"] == (losses.weight, losses.weight)
+    assert losses.report["perfect kl"][0] == pytest.approx(0, abs=1e-6)
 
     plans = {
         "block": DraftPlan("block", 1, draft_vocabulary=60),

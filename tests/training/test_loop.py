@@ -21,14 +21,10 @@ import torch
 from torch import Tensor, nn
 
 from fastvlm.functional.errors import CheckpointError
-from fastvlm.training.loop import (
-    Schedule,
-    StoppedError,
-    parameter_groups,
-    seed_step,
-    train,
-    write_checkpoint,
-)
+from fastvlm.training.checkpoint import write_checkpoint
+from fastvlm.training.loop import StoppedError, train
+from fastvlm.training.schedule import Schedule, parameter_groups, seed_step
+from fastvlm.training.task import Losses
 from fastvlm.vision.layers import LayerScale
 
 SCHEDULE = Schedule(steps=20, learning_rate=0.05, warmup=5, checkpoint_seconds=0)
@@ -45,14 +41,18 @@ class Fit:
         self.module[0].rate_scale = 0.5
         self.before = before
         self.steps: list[int] = []
+        self.unit, self.source, self.whole = "rows", None, "its batch norm sees all of a step"
 
-    def loss(self, step: int) -> tuple[Tensor, dict[str, float]]:
+    def draw(self, step: int) -> Tensor:
         self.steps.append(step)
         if self.before is not None:
             self.before(step)
-        x = torch.randn(8, 3) * random.uniform(0.5, 2.0)
-        loss = (self.module(x) - x[:, :2]).square().mean()
-        return loss, {"twice": 2 * loss.item()}
+        return torch.randn(8, 3) * random.uniform(0.5, 2.0)
+
+    def loss(self, examples: Tensor) -> Losses:
+        loss = (self.module(examples) - examples[:, :2]).square().mean(1).sum()
+        rows = len(examples)
+        return Losses(loss, rows, {"twice": (2 * loss.item(), rows)})
 
 
 def at(step: int, act: Callable[[], object]) -> Callable[[int], None]:
@@ -307,8 +307,9 @@ def test_a_step_draws_what_its_number_decides() -> None:
 
 
 def test_the_log_holds_every_steps_mean(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    train(Fit(), dataclasses.replace(SCHEDULE, log_seconds=0), tmp_path)
-    train(Fit(), dataclasses.replace(SCHEDULE, log_seconds=1000), tmp_path / "once")
+    seldom = dataclasses.replace(SCHEDULE, checkpoint_seconds=1000)
+    train(Fit(), dataclasses.replace(seldom, log_seconds=0), tmp_path)
+    train(Fit(), dataclasses.replace(seldom, log_seconds=1000), tmp_path / "once")
     each = [json.loads(line) for line in (tmp_path / "log.jsonl").read_text().splitlines()]
     [once] = [json.loads(line) for line in (tmp_path / "once/log.jsonl").read_text().splitlines()]
     assert [line["step"] for line in each] == list(range(1, 21))

@@ -17,8 +17,9 @@ from fastvlm.scenes import describe, render, sample
 from fastvlm.training.architecture import DecoderShape
 from fastvlm.training.consensus import SAMPLES, Consensus, advantages, sample_sentences
 from fastvlm.training.dialogues import Dialogue, encode_dialogue, token_losses
-from fastvlm.training.loop import Schedule
-from fastvlm.training.model import STAGES, train_model
+from fastvlm.training.model import train_model
+from fastvlm.training.schedule import Schedule
+from fastvlm.training.stages import STAGES
 from fastvlm.vision import FastViTHD
 from fastvlm.vlm import load
 from tests.models import VISUAL_TOKENS, small_encoder_config, small_vlm

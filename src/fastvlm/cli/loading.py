@@ -11,6 +11,8 @@ import typer
 from fastvlm.functional.errors import InputError
 
 if TYPE_CHECKING:
+    import torch
+
     from fastvlm.vlm import VisionLanguageModel
 
 ModelOption = Annotated[
@@ -73,6 +75,7 @@ def load_quietly(
     draft: Path | None = None,
     threads: int | None = None,
     dtype: str = "float32",
+    device: str | torch.device = "cpu",
 ) -> VisionLanguageModel:
     """Load a model, and a draft made for it, without progress bars and warnings of others.
 
@@ -95,4 +98,4 @@ def load_quietly(
     if threads is not None:
         torch.set_num_threads(threads)
     # A verb asks once about each picture, or measures what a picture costs.
-    return load(model, draft, dtype=getattr(torch, dtype), prefix_bytes=0)
+    return load(model, draft, dtype=getattr(torch, dtype), device=device, prefix_bytes=0)

@@ -50,8 +50,28 @@ RateOption = Annotated[
 SeedOption = Annotated[int, typer.Option(min=0, help="Decides every draw of the run.")]
 
 
+PrecisionOption = Annotated[
+    Literal["no", "bf16"] | None,
+    typer.Option(help="Mixed precision.", show_default="what accelerate is set to"),
+]
+AccumulationOption = Annotated[
+    int,
+    typer.Option(
+        min=1, max=4096, help="Slices in which a step is computed: more of them need less memory."
+    ),
+]
+TrackerOption = Annotated[
+    list[str] | None,
+    typer.Option(
+        metavar="tensorboard|wandb|trackio",
+        help="Where the figures go, besides the log; give it again for several.",
+    ),
+]
+
+
 @app.command()
-def encoder(
+def encoder(  # noqa: PLR0913 (a parameter is an option)
+    *,
     photographs: PhotographsOption,
     output: OutputOption,
     start: Annotated[
@@ -61,20 +81,28 @@ def encoder(
     steps: StepsOption = 1150,
     learning_rate: RateOption = 2e-3,
     seed: SeedOption = 0,
+    precision: PrecisionOption = None,
+    tracker: TrackerOption = None,
     threads: ThreadsOption = None,
 ) -> None:
     """Teach a FastViTHD the facts of rendered scenes and the words of captions."""
     check_output(output)
     prepare_torch(threads)
     from fastvlm.training.encoder import train_encoder
-    from fastvlm.training.loop import Schedule
+    from fastvlm.training.schedule import Schedule
 
-    schedule = Schedule(steps=steps, learning_rate=learning_rate, seed=seed)
+    schedule = Schedule(
+        steps=steps,
+        learning_rate=learning_rate,
+        seed=seed,
+        precision=precision,
+        trackers=tuple(tracker or ()),
+    )
     train_encoder(photographs, output, schedule, start=start)
 
 
 @app.command()
-def model(
+def model(  # noqa: PLR0913 (a parameter is an option)
     *,
     photographs: PhotographsOption,
     output: OutputOption,
@@ -100,6 +128,16 @@ def model(
         typer.Option(min=0.01, max=100, help="Steps of each stage, as a share of the plan's."),
     ] = 1.0,
     seed: SeedOption = 0,
+    precision: PrecisionOption = None,
+    accumulation: AccumulationOption = 1,
+    gradient_checkpointing: Annotated[
+        bool,
+        typer.Option(
+            "--gradient-checkpointing",
+            help="Compute the decoder's layers again on the way back: less memory, more time.",
+        ),
+    ] = False,
+    tracker: TrackerOption = None,
     threads: ThreadsOption = None,
 ) -> None:
     """Teach a model around a trained encoder to describe scenes and photographs."""
@@ -107,15 +145,29 @@ def model(
     if encoder is None and start is None:
         raise InputError("Give --encoder for a new model, or --start for one to go on from.")
     prepare_torch(threads)
-    from fastvlm.training.model import STAGES, scaled, train_model
+    from fastvlm.training.model import train_model
+    from fastvlm.training.stages import STAGES, scaled
 
     known = [planned.name for planned in STAGES]
     for name in stage or []:
         if name not in known:
             raise InputError(f"The stages are {', '.join(known)}; got --stage {name}.")
     chosen = [planned for planned in STAGES if not stage or planned.name in stage]
+    stages = scaled(
+        chosen,
+        share,
+        seed=seed,
+        precision=precision,
+        accumulation=accumulation,
+        trackers=tuple(tracker or ()),
+    )
     train_model(
-        photographs, output, encoder=encoder, start=start, stages=scaled(chosen, share, seed)
+        photographs,
+        output,
+        encoder=encoder,
+        start=start,
+        stages=stages,
+        gradient_checkpointing=gradient_checkpointing,
     )
 
 
@@ -193,6 +245,9 @@ def draft(  # noqa: PLR0913 (a parameter is an option)
     steps: StepsOption = 400,
     learning_rate: RateOption = 1e-3,
     seed: SeedOption = 0,
+    precision: PrecisionOption = None,
+    accumulation: AccumulationOption = 1,
+    tracker: TrackerOption = None,
     threads: ThreadsOption = None,
 ) -> None:
     """Teach imitation networks to draft for a frozen model.
@@ -206,7 +261,9 @@ def draft(  # noqa: PLR0913 (a parameter is an option)
             raise InputError(f"An imitation network is a block or an mlp; got --kind {name}.")
     if temperature and replies == "data":
         raise InputError("The data's replies are not drawn: leave out --temperature.")
-    vlm = load_quietly(model, threads=threads)
+    from fastvlm.training.processes import process_0_first, this_process
+
+    vlm = load_quietly(model, threads=threads, device=this_process().device)
     depth = vlm.decoder.depth
     if exit_layer != "auto" and not (exit_layer.isdecimal() and 1 <= int(exit_layer) < depth):
         raise InputError(
@@ -218,9 +275,9 @@ def draft(  # noqa: PLR0913 (a parameter is an option)
     from fastvlm.training.draft import DraftPlan, train_draft
     from fastvlm.training.exit_choice import choose_exit_layer
     from fastvlm.training.held_out import decode_held_out
-    from fastvlm.training.loop import Schedule
     from fastvlm.training.model_card import Card
     from fastvlm.training.replies import data_replies, own_replies
+    from fastvlm.training.schedule import Schedule
 
     broken, unread = BrokenRecords(), BrokenRecords()
     asked = questions_in(data, vlm, broken, prompt or [], limit)
@@ -231,11 +288,11 @@ def draft(  # noqa: PLR0913 (a parameter is an option)
         )
     random.Random(seed).shuffle(asked)
     kept, learnt = asked[:held_out], asked[held_out:]
-    examples = (
-        data_replies(vlm, learnt)
-        if replies == "data"
-        else own_replies(vlm, learnt, output, unread, temperature=temperature)
-    )
+    if replies == "data":
+        examples = data_replies(vlm, learnt)
+    else:
+        with process_0_first():
+            examples = own_replies(vlm, learnt, output, unread, temperature=temperature)
     usual = DraftPlan(
         blocks=blocks,
         draft_vocabulary=draft_vocabulary or None,
@@ -243,7 +300,15 @@ def draft(  # noqa: PLR0913 (a parameter is an option)
         cosine=cosine,
         cross_entropy=cross_entropy,
     )
-    schedule = Schedule(steps=steps, learning_rate=learning_rate, warmup=20, seed=seed)
+    schedule = Schedule(
+        steps=steps,
+        learning_rate=learning_rate,
+        warmup=20,
+        seed=seed,
+        precision=precision,
+        accumulation=accumulation,
+        trackers=tuple(tracker or ()),
+    )
     console = Console(highlight=False)
     console.print(f"{len(examples):,} replies. {broken.summary()}.")
     if unread.count:
@@ -262,7 +327,9 @@ def draft(  # noqa: PLR0913 (a parameter is an option)
                     f" {decoded.tokens_per_second:.0f} tokens/s{' (taken)' * (layer == best)}"
                 )
         plans[name] = plan
-    networks = train_draft(vlm, plans, examples, output, schedule, start)
+    networks = train_draft(vlm, plans, examples, output, schedule, start, kept)
+    if not this_process().is_main_process:
+        return
     for name, decoded in decode_held_out(vlm, networks, kept).items():
         where = hardware_line(hardware())
         whose = "the data set's" if replies == "data" else "the model's own"

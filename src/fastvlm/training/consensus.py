@@ -72,7 +72,8 @@ def sample_sentences(
         prompt: What is asked of every picture.
         features: (pictures, visual tokens, d_model).
     """
-    tokens = torch.tensor([encode_prompt(tokenizer, prompt, features.shape[1])] * len(features))
+    asked = encode_prompt(tokenizer, prompt, features.shape[1])
+    tokens = torch.tensor([asked] * len(features), device=features.device)
     end = tokenizer.eos_token_id
     config = GenerationConfig(
         do_sample=True,
@@ -96,8 +97,8 @@ def sample_sentences(
         for reply in row:
             kept = reply[: reply.index(end) + 1] if end in reply else reply
             labels = [IGNORED] * tokens.shape[1] + kept
-            whole = torch.cat((tokens[0], torch.tensor(kept)))
-            dialogues.append(Dialogue("sampled", whole, torch.tensor(labels), seen))
+            whole = torch.cat((tokens[0], tokens.new_tensor(kept)))
+            dialogues.append(Dialogue("sampled", whole, tokens.new_tensor(labels), seen))
         drawn.append(dialogues)
     return drawn
 

@@ -23,8 +23,12 @@ from fastvlm.functional.placement import moved
 from fastvlm.language.cache import Span
 from fastvlm.language.families import text_decoder
 from fastvlm.training.forcing import Forcing, GradientCache
-from fastvlm.training.loop import Schedule, train
-from fastvlm.training.replies import Example
+from fastvlm.training.loop import train
+from fastvlm.training.processes import this_process
+from fastvlm.training.replies import Asked, Example
+from fastvlm.training.schedule import Schedule
+from fastvlm.training.task import Losses, Source
+from fastvlm.training.validation import HeldOut
 from fastvlm.vlm import VisionLanguageModel
 
 IGNORED = -100
@@ -143,12 +147,15 @@ class DraftLesson:
         self.examples, self.batch = examples, batch
         self.forcing = Forcing(vlm)
         self.module: nn.Module = nn.ModuleDict(self.networks)
+        self.unit = "tokens"
+        self.source: Source | None = None
+        self.whole: str | None = None
 
-    def loss(self, step: int) -> tuple[Tensor, dict[str, float]]:
-        """Return the networks' summed losses on one batch, and each one's agreement."""
-        return self.losses(random.sample(self.examples, min(self.batch, len(self.examples))))
+    def draw(self, step: int) -> list[Example]:
+        """Return the examples of a step."""
+        return random.sample(self.examples, min(self.batch, len(self.examples)))
 
-    def losses(self, examples: Sequence[Example]) -> tuple[Tensor, dict[str, float]]:
+    def loss(self, examples: Sequence[Example]) -> Losses:
         """Return the networks' summed losses on some examples.
 
         KL(p || q) + 0.1 (1 - cos) + 0.1 CE, as the plans weigh them, at every position that
@@ -161,7 +168,7 @@ class DraftLesson:
         forced = self.forcing.batch(examples)
         taught = self.taught(forced.x, forced.span, forced.learnt)
         losses: list[Tensor] = []
-        report: dict[str, float] = {}
+        report: dict[str, tuple[float, float]] = {}
         for name, network in self.networks.items():
             plan = self.plans[name]
             with self.precision:
@@ -180,15 +187,15 @@ class DraftLesson:
                 ce = F.cross_entropy(logits, wanted, ignore_index=IGNORED, reduction="sum")
                 loss = loss + plan.cross_entropy * ce
             number = len(taught.best)
-            losses.append(loss / number)
+            losses.append(loss)
             agree = (logits.argmax(-1) == wanted).sum()
             overlap = torch.minimum(log_q.exp(), p).sum()
             report |= {
-                f"{name} kl": float(kl) / number,
-                f"{name} agree": float(agree) / number,
-                f"{name} overlap": float(overlap.detach()) / number,
+                f"{name} kl": (float(kl), number),
+                f"{name} agree": (float(agree), number),
+                f"{name} overlap": (float(overlap.detach()), number),
             }
-        return torch.stack(losses).sum(), report
+        return Losses(torch.stack(losses).sum(), len(taught.best), report)
 
     @property
     def precision(self) -> torch.autocast:
@@ -237,6 +244,7 @@ def train_draft(
     output: Path,
     schedule: Schedule,
     start: Path | None = None,
+    held_out: Sequence[Asked] = (),
 ) -> dict[str, ImitationNetwork]:
     """Train networks for a frozen target and save each as `output/<name>`, in bfloat16.
 
@@ -248,6 +256,7 @@ def train_draft(
         schedule: Length and learning rate of the run.
         start: The output of an earlier run, whose networks go on; their exit layers and
             vocabularies stay. None for new ones.
+        held_out: Questions to validate with, by decoding.
 
     Raises:
         CheckpointError: There is no such network to go on from, or it is for another target.
@@ -259,7 +268,9 @@ def train_draft(
         else moved(load_draft(start / name, vlm.model), master(vlm.decoder.dtype))
         for name, plan in plans.items()
     }
-    train(DraftLesson(vlm, networks, examples, plans), schedule, output)
-    for name, network in networks.items():
-        moved(network, torch.bfloat16).save_pretrained(output / name)
+    lesson = DraftLesson(vlm, networks, examples, plans)
+    train(lesson, schedule, output, HeldOut(vlm, networks, held_out) if held_out else None)
+    if this_process().is_main_process:
+        for name, network in networks.items():
+            moved(network, torch.bfloat16).save_pretrained(output / name)
     return networks

@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import random
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -21,7 +22,10 @@ from fastvlm.functional.placement import moved
 from fastvlm.scenes import BACKGROUNDS, COLOURS, SHAPES, SIZES, Scene, by_place, render, sample
 from fastvlm.training.architecture import read_encoder
 from fastvlm.training.augmentation import mixed, random_views
-from fastvlm.training.loop import Schedule, train
+from fastvlm.training.loop import train
+from fastvlm.training.processes import this_process
+from fastvlm.training.schedule import Schedule
+from fastvlm.training.task import Losses, Source
 from fastvlm.vision.configuration import FastViTHDConfig
 from fastvlm.vision.fastvithd import FastViTHD
 from fastvlm.vision.pictures import to_tensor
@@ -56,6 +60,23 @@ class Heads(nn.Module):
         self.words = nn.Linear(width, words)
 
 
+@dataclass(frozen=True, slots=True)
+class Shown:
+    """What one step of the lesson shows.
+
+    Args:
+        scenes: Scenes, whose facts are read.
+        views: Photographs as (photographs, 3, height, width).
+        targets: How common each word is in their captions: (photographs, words).
+        settled: Whether batch norms keep the statistics that they have.
+    """
+
+    scenes: Sequence[Scene]
+    views: Tensor
+    targets: Tensor
+    settled: bool
+
+
 class EncoderLesson:
     """Teaches a FastViTHD the facts of scenes and the words of photographs' captions.
 
@@ -74,7 +95,11 @@ class EncoderLesson:
         steps: int,
         knows_scenes: bool = False,
     ) -> None:
-        self.encoder = moved(encoder, memory_format=torch.channels_last).train()
+        self.device = this_process().device
+        self.encoder = moved(encoder, self.device, memory_format=torch.channels_last).train()
+        self.unit = "pictures"
+        self.source: Source | None = None
+        self.whole: str | None = "the encoder's batch norms see all of a step"
         self.photographs = photographs
         self.scenes_first = 0 if knows_scenes else steps // 3
         self.settled_from = 7 * steps // 10
@@ -90,23 +115,33 @@ class EncoderLesson:
         # A log-odds start saves the steps that would only learn how common each word is.
         common = self.targets.mean(0).clamp(1e-3, 1 - 1e-3)
         self.heads.words.bias.data = torch.log(common / (1 - common))
+        self.heads.to(self.device)
         self.pixels = decode(photographs, 160)
 
-    def loss(self, step: int) -> tuple[Tensor, dict[str, float]]:
-        """Return the facts' and the words' loss of one step."""
+    def draw(self, step: int) -> list[Shown]:
+        """Return what a step shows."""
+        # Scenes are learnt within a third of the run; after it they are only kept in memory.
+        first = step < self.scenes_first
+        scenes = [sample(random.randrange(HELD_OUT_SCENES)) for _ in range(32 if first else 8)]
+        rows = torch.randint(len(self.photographs), (64 if first else 80,))
+        views = random_views(self.pixels[rows], PHOTOGRAPH_SIZE)
+        views, targets = mixed(views, self.targets[rows])
+        return [Shown(scenes, views, targets, settled=step >= self.settled_from)]
+
+    def loss(self, examples: Sequence[Shown]) -> Losses:
+        """Return the facts' and the words' loss of one step, times its pictures."""
+        [shown] = examples
         # While it learns, a BatchNorm sees scenes or photographs alone, but its statistics are
         # those of both. The last steps are taken with these, as all later use is.
         for part in self.encoder.modules():
             if isinstance(part, nn.BatchNorm2d):
-                part.train(step < self.settled_from)
-        # Scenes are learnt within a third of the run; after it they are only kept in memory.
-        first = step < self.scenes_first
-        scenes = [sample(random.randrange(HELD_OUT_SCENES)) for _ in range(32 if first else 8)]
-        facts, report = self.facts(scenes)
-        rows = torch.randint(len(self.photographs), (64 if first else 80,))
-        views = random_views(self.pixels[rows], PHOTOGRAPH_SIZE)
-        words = self.words(*mixed(views, self.targets[rows]))
-        return facts + words, {**report, "words": float(words.detach())}
+                part.train(not shown.settled)
+        facts, things = self.facts(shown.scenes)
+        words = self.words(shown.views.to(self.device), shown.targets.to(self.device))
+        pictures = len(shown.scenes) + len(shown.views)
+        measures = {"facts": facts, "things": things, "words": words}
+        report = {name: (float(value.detach()), 1.0) for name, value in measures.items()}
+        return Losses((facts + words) * pictures, pictures, report)
 
     def features(self, pixels: Tensor) -> Tensor:
         """Return (batch, positions, width) normalised features."""
@@ -119,15 +154,15 @@ class EncoderLesson:
         losses = F.binary_cross_entropy_with_logits(logits, targets, reduction="none")
         return losses.sum(1).mean() / 10
 
-    def facts(self, scenes: Sequence[Scene]) -> tuple[Tensor, dict[str, float]]:
+    def facts(self, scenes: Sequence[Scene]) -> tuple[Tensor, Tensor]:
         """Return the loss of the scenes' facts, and the share of things read right."""
-        features = self.features(scene_pixels(scenes, SCENE_SIZE))
+        features = self.features(scene_pixels(scenes, SCENE_SIZE).to(self.device))
         things = [thing for scene in scenes for thing in by_place(scene)]
-        shape = torch.tensor([0 if t is None else 1 + SHAPES.index(t.shape) for t in things])
+        shape = self.classes(0 if t is None else 1 + SHAPES.index(t.shape) for t in things)
         there = shape > 0
-        colour = torch.tensor([COLOURS.index(t.colour) for t in things if t is not None])
-        size = torch.tensor([SIZES.index(t.size) for t in things if t is not None])
-        background = torch.tensor([BACKGROUNDS.index(scene.background) for scene in scenes])
+        colour = self.classes(COLOURS.index(t.colour) for t in things if t is not None)
+        size = self.classes(SIZES.index(t.size) for t in things if t is not None)
+        background = self.classes(BACKGROUNDS.index(scene.background) for scene in scenes)
         cells = features.flatten(0, 1)
         guesses = (
             self.heads.shape(cells),
@@ -149,7 +184,11 @@ class EncoderLesson:
             & (guesses[1].argmax(-1) == colour)
             & (guesses[2].argmax(-1) == size)
         )
-        return loss, {"facts": float(loss.detach()), "things": float(exact.float().mean())}
+        return loss, exact.float().mean()
+
+    def classes(self, numbers: Iterable[int]) -> Tensor:
+        """Return what a head should find."""
+        return torch.tensor(list(numbers), device=self.device)
 
 
 def train_encoder(
@@ -178,4 +217,5 @@ def train_encoder(
     pictures = read_flickr8k(photographs, "train")
     lesson = EncoderLesson(encoder, pictures, steps=schedule.steps, knows_scenes=start is not None)
     train(lesson, schedule, output)
-    encoder.save_pretrained(output)
+    if this_process().is_main_process:
+        encoder.save_pretrained(output)

@@ -8,8 +8,8 @@ from pathlib import Path
 
 from fastvlm.training.draft import DraftPlan, train_draft
 from fastvlm.training.held_out import Decoded, decode_held_out
-from fastvlm.training.loop import Schedule
 from fastvlm.training.replies import Asked, Example
+from fastvlm.training.schedule import Schedule
 from fastvlm.vlm import VisionLanguageModel
 
 

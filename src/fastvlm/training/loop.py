@@ -1,224 +1,229 @@
-"""One training loop for every stage: seeded, resumable, with progress.
+"""One training loop for every stage: seeded, resumable, on one process or several.
 
-What a step draws depends on the run's seed and the step's number alone, so a run that is resumed
-goes on exactly where it stopped.
+What a step draws depends on the run's seed and the step's number alone, or on a stream whose
+position is in the checkpoint; so a run that is resumed goes on exactly where it stopped.
 """
 
 from __future__ import annotations
 
-import json
-import math
-import random
 import signal
-import sys
 import time
-from dataclasses import asdict, dataclass
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from types import FrameType
-from typing import Any, Protocol
+from typing import Any
 
 import torch
-from torch import Tensor, nn
+from accelerate import Accelerator
 
-from fastvlm.functional.errors import CheckpointError, FastVlmError
-
-
-@dataclass(frozen=True, slots=True)
-class Schedule:
-    """How a run goes: its length, its learning rate, and how often it is written down.
-
-    Args:
-        steps: Optimiser steps in all.
-        learning_rate: The peak, reached after `warmup` steps, then a cosine down to 2 %.
-        warmup: Steps of linear warm-up.
-        weight_decay: AdamW's, on matrices and kernels only.
-        clip: The largest norm of the gradient.
-        seed: Decides every draw of the run.
-        checkpoint_seconds: Time between two checkpoints.
-        log_seconds: Time between two progress lines.
-    """
-
-    steps: int
-    learning_rate: float
-    warmup: int = 100
-    weight_decay: float = 0.05
-    clip: float = 1.0
-    seed: int = 0
-    checkpoint_seconds: float = 120.0
-    log_seconds: float = 20.0
-
-    def rate(self, step: int) -> float:
-        """Return the learning rate of a step."""
-        if step < self.warmup:
-            return self.learning_rate * (step + 1) / self.warmup
-        done = (step - self.warmup) / max(1, self.steps - self.warmup)
-        return self.learning_rate * (0.02 + 0.49 * (1 + math.cos(math.pi * min(1.0, done))))
-
-
-class Task(Protocol):
-    """What a run trains."""
-
-    module: nn.Module
-    """Everything that a checkpoint must hold; what requires a gradient is trained."""
-
-    def loss(self, step: int) -> tuple[Tensor, dict[str, float]]:
-        """Return a step's loss and what to report of it.
-
-        Torch's and Python's global generators are seeded for the step already.
-        """
-        ...
+from fastvlm.functional.errors import CheckpointError, FastVlmError, InputError
+from fastvlm.training.checkpoint import read_checkpoint, write_checkpoint
+from fastvlm.training.learner import Learner
+from fastvlm.training.processes import Processes
+from fastvlm.training.progress import Progress, check_trackers
+from fastvlm.training.schedule import Schedule, seed_step
+from fastvlm.training.task import Task, Validate
 
 
 class StoppedError(FastVlmError):
     """The run was asked to stop; its checkpoint is written."""
 
 
-def parameter_groups(module: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
-    """Return AdamW's groups: decay for tensors of two or more dimensions, none for the rest.
-
-    A module with an attribute `rate_scale` trains at that multiple of the run's learning rate.
-    """
-    scales: dict[nn.Parameter, float] = {}
-    for part in module.modules():
-        scale: Any = getattr(part, "rate_scale", None)
-        if scale is not None:
-            scales |= dict.fromkeys(part.parameters(), float(scale))
-    groups: dict[tuple[bool, float], list[nn.Parameter]] = {}
-    for parameter in module.parameters():
-        if parameter.requires_grad:
-            key = (parameter.squeeze().dim() > 1, scales.get(parameter, 1.0))
-            groups.setdefault(key, []).append(parameter)
-    return [
-        {"params": group, "weight_decay": weight_decay if decays else 0.0, "rate_scale": scale}
-        for (decays, scale), group in groups.items()
-    ]
-
-
-def seed_step(seed: int, step: int) -> None:
-    """Seed torch's and Python's generators for one step of a run."""
-    torch.manual_seed(seed * 1_000_003 + step)
-    random.seed(f"{seed}/{step}")
-
-
-def write_checkpoint(path: Path, state: object) -> None:
-    """Write beside the file, then rename, so that a kill leaves the old or the new one whole."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    beside = path.with_suffix(".partial")
-    torch.save(state, beside)
-    beside.replace(path)
-
-
-def train(task: Task, schedule: Schedule, output: Path) -> None:
+def train(task: Task, schedule: Schedule, output: Path, validate: Validate | None = None) -> None:
     """Run a task to its last step, resuming from `output/checkpoint.pt` where there is one.
 
-    Progress goes to standard error and, one JSON object a line, to `output/log.jsonl`.
+    Progress goes to standard error and, one JSON object a line, to `output/log.jsonl`; the curves
+    to `output/curves.png`. Process 0 alone writes, to a disk that all of them see.
+
+    Args:
+        task: What is trained.
+        schedule: How the run goes.
+        output: The folder of the checkpoint, the log and the curves.
+        validate: Measures what was learnt; called by every process.
 
     Raises:
-        StoppedError: SIGTERM or Ctrl-C arrived; the checkpoint is written.
+        StoppedError: SIGTERM or Ctrl-C arrived at a process; the checkpoint is written.
+        LostProcessError: Another process ended.
         CheckpointError: The checkpoint belongs to a run with another schedule.
+        InputError: A step can't be cut into as many slices as are asked for, or a tracker or a
+            precision isn't there.
     """
-    output.mkdir(parents=True, exist_ok=True)
-    file = output / "checkpoint.pt"
-    optimiser = torch.optim.AdamW(
-        parameter_groups(task.module, schedule.weight_decay), betas=(0.9, 0.98), eps=1e-7
+    check_trackers(schedule.trackers)
+    processes = Processes()
+    accelerator = Accelerator(
+        mixed_precision=schedule.precision,
+        log_with=list(schedule.trackers) or None,
+        project_dir=output / "trackers",
     )
-    # All that decides the weights; how often they are written down does not.
-    settings = asdict(schedule).items()
-    plan = {name: value for name, value in settings if not name.endswith("_seconds")}
-    first = 0
-    if file.is_file():
-        state = torch.load(file, weights_only=True)
-        if state["plan"] != plan:
-            raise CheckpointError(
-                f"{file} was made by a run with {state['plan']}, but this one has {plan}; resume"
-                " with the same options or choose another output."
-            )
-        task.module.load_state_dict(state["module"])
-        optimiser.load_state_dict(state["optimiser"])
-        first = state["step"]
+    if accelerator.mixed_precision not in ("no", "bf16"):
+        raise InputError(f"A run's precision is no or bf16; got {accelerator.mixed_precision}.")
+    schedule = replace(schedule, precision=accelerator.mixed_precision)
+    Run(task, schedule, output, accelerator, processes).go(validate)
 
-    stop: list[int] = []
+
+class Run:
+    """A run on its way.
+
+    Args:
+        task: What is trained.
+        schedule: How the run goes.
+        output: Where it is written.
+        accelerator: What knows precision and trackers.
+        processes: Those that take each step together.
+    """
+
+    def __init__(
+        self,
+        task: Task,
+        schedule: Schedule,
+        output: Path,
+        accelerator: Accelerator,
+        processes: Processes,
+    ) -> None:
+        self.task, self.schedule, self.processes = task, schedule, processes
+        self.slices = schedule.accumulation * processes.number
+        if self.slices > 1 and task.whole is not None:
+            raise InputError(
+                f"This is trained by one process without accumulation: {task.whole}; got"
+                f" {processes.number} and {schedule.accumulation}."
+            )
+        self.accelerator = accelerator
+        self.learner = Learner(task, schedule, accelerator, processes)
+        output.mkdir(parents=True, exist_ok=True)
+        self.output, self.file = output, output / "checkpoint.pt"
+        self.saved = time.monotonic()
+
+    def go(self, validate: Validate | None) -> None:
+        """Take all steps that are left, and validate along the way."""
+        # The tiny gradients of layer scales and of saturated losses would otherwise be computed as
+        # denormals, which costs a CPU up to 2.5x.
+        torch.set_flush_denormal(True)
+        first = self.resume()
+        progress = None
+        if self.processes.index == 0:
+            progress = Progress(self.schedule, first, self.task.unit, self.output, self.accelerator)
+        settings = {name: value for name, value in self.schedule.plan().items() if value}
+        self.accelerator.init_trackers("fastvlm", config=settings)
+        with asked_to_stop() as asked:
+            for step in range(first, self.schedule.steps):
+                stop, due = self.step(step, progress, asked)
+                done = step + 1
+                last = done == self.schedule.steps
+                if validate is not None and (last or done % self.schedule.validation_steps == 0):
+                    self.validate(validate, done, progress)
+                if stop or due or last:
+                    self.save(done, progress, ended=stop or last)
+                if stop and not last:
+                    raise StoppedError(
+                        f"Stopped after step {done} of {self.schedule.steps}; run the same command"
+                        " again to go on from there."
+                    )
+        for tracker in self.accelerator.trackers:
+            tracker.finish()
+
+    def step(self, step: int, progress: Progress | None, asked: Sequence[int]) -> tuple[bool, bool]:
+        """Take a step; return whether any process was asked to stop, and whether to save."""
+        seed_step(self.schedule.seed, step)
+        weight, sums = 0.0, dict[str, tuple[float, float]]()
+        for number, examples in self.mine(self.task.draw(step)):
+            seed_step(self.schedule.seed, step, 1 + number)
+            losses = self.learner.losses(examples)
+            self.accelerator.backward(losses.total)
+            weight += losses.weight
+            add(sums, {"loss": (float(losses.total.detach()), losses.weight), **losses.report})
+        due = time.monotonic() - self.saved > self.schedule.checkpoint_seconds
+        told = self.processes.tell((weight, sums, bool(asked), due))
+        weight, report = sum(said[0] for said in told), dict[str, tuple[float, float]]()
+        for said in told:
+            add(report, said[1])
+        if not weight:
+            raise InputError(f"There is nothing to learn from in the examples of step {step + 1}.")
+        self.learner.step(step, weight)
+        if progress is not None:
+            progress.add(step, weight, report)
+        # Process 0 has the clock.
+        return any(said[2] for said in told), told[0][3]
+
+    @staticmethod
+    def validate(validate: Validate, step: int, progress: Progress | None) -> None:
+        """Write what a validation finds after so many steps."""
+        if progress is None:
+            validate(step)
+        else:
+            progress.close()
+            progress.validated(validate(step))
+
+    def mine(self, examples: Sequence[Any]) -> Iterator[tuple[int, Sequence[Any]]]:
+        """Yield this process's slices of a step, with their numbers among those of all processes.
+
+        They are the same slices for two processes as for one with twice the accumulation.
+        """
+        accumulation, streams = self.schedule.accumulation, self.task.source is not None
+        slices = accumulation if streams else self.slices
+        if len(examples) < slices:
+            raise InputError(
+                f"A step has {len(examples)} examples, which can't be cut into {slices} slices;"
+                " take fewer processes or less accumulation."
+            )
+        for index in range(accumulation):
+            number = self.processes.index * accumulation + index
+            cut = index if streams else number
+            first, end = len(examples) * cut // slices, len(examples) * (cut + 1) // slices
+            yield number, examples[first:end]
+
+    def resume(self) -> int:
+        """Return the step to begin with, everything restored for it."""
+        source, processes = self.task.source, self.processes
+        state = read_checkpoint(
+            self.file, self.schedule.plan(), processes.number, streams=source is not None
+        )
+        first = 0 if state is None else state["step"]
+        if len(set(processes.tell(first))) > 1:
+            raise CheckpointError(
+                f"The processes don't see the same {self.file}; the output must lie on a disk that"
+                " all of them share."
+            )
+        if state is not None:
+            self.learner.load(state)
+            if source is not None:
+                source.load_state_dict(state["streams"][processes.index])
+        return first
+
+    def save(self, step: int, progress: Progress | None, *, ended: bool) -> None:
+        """Write the checkpoint to go on from with a step; return when it is there."""
+        source = self.task.source
+        streams = self.processes.tell(None if source is None else source.state_dict())
+        state = self.learner.state()
+        if progress is not None:
+            # What is logged after the checkpoint is forgotten on resuming, and told again.
+            progress.close()
+            plan = self.schedule.plan()
+            write_checkpoint(self.file, {"plan": plan, "step": step, "streams": streams, **state})
+            progress.draw(ended=ended)
+        self.processes.tell(step)
+        self.saved = time.monotonic()
+
+
+def add(sums: dict[str, tuple[float, float]], more: Any) -> None:
+    """Add measures and what they are over, by their names."""
+    for name, (value, number) in more.items():
+        before, counted = sums.get(name, (0.0, 0.0))
+        sums[name] = (before + value, counted + number)
+
+
+@contextmanager
+def asked_to_stop() -> Iterator[Sequence[int]]:
+    """Collect the signals that ask a run to stop, instead of stopping at once."""
+    asked: list[int] = []
 
     def ask(signum: int, _: FrameType | None) -> None:
-        stop.append(signum)
+        asked.append(signum)
 
     before = {number: signal.signal(number, ask) for number in (signal.SIGTERM, signal.SIGINT)}
-
-    def save(step: int) -> None:
-        write_checkpoint(
-            file,
-            {
-                "plan": plan,
-                "step": step,
-                "module": task.module.state_dict(),
-                "optimiser": optimiser.state_dict(),
-            },
-        )
-
-    # The tiny gradients of layer scales and of saturated losses would otherwise be computed as
-    # denormals, which costs a CPU up to 2.5x.
-    torch.set_flush_denormal(True)
-    progress = Progress(schedule, first, output / "log.jsonl")
-    saved = time.monotonic()
     try:
-        for step in range(first, schedule.steps):
-            seed_step(schedule.seed, step)
-            for group in optimiser.param_groups:
-                group["lr"] = schedule.rate(step) * group["rate_scale"]
-            loss, report = task.loss(step)
-            loss.backward()
-            clipped = [p for group in optimiser.param_groups for p in group["params"]]
-            nn.utils.clip_grad_norm_(clipped, schedule.clip)
-            optimiser.step()
-            optimiser.zero_grad(set_to_none=True)
-            progress.add(step, {"loss": float(loss.detach()), **report})
-            if stop or time.monotonic() - saved > schedule.checkpoint_seconds:
-                save(step + 1)
-                saved = time.monotonic()
-            if stop:
-                raise StoppedError(
-                    f"Stopped after step {step + 1} of {schedule.steps}; run the same command again"
-                    " to go on from there."
-                )
-        save(schedule.steps)
-        progress.close()
+        yield asked
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
-
-
-class Progress:
-    """Averages what steps report, and writes it every so often with the time left."""
-
-    def __init__(self, schedule: Schedule, first: int, log: Path) -> None:
-        self.schedule, self.first, self.log = schedule, first, log
-        self.started = self.written = time.monotonic()
-        self.sums: dict[str, list[float]] = {}
-        self.step = first
-
-    def add(self, step: int, report: dict[str, float]) -> None:
-        """Take one step's report."""
-        self.step = step + 1
-        for name, value in report.items():
-            self.sums.setdefault(name, []).append(value)
-        if time.monotonic() - self.written > self.schedule.log_seconds:
-            self.close()
-
-    def close(self) -> None:
-        """Write what has been averaged since the last line."""
-        if not self.sums:
-            return
-        now = time.monotonic()
-        means = {name: sum(values) / len(values) for name, values in self.sums.items()}
-        per_step = (now - self.started) / (self.step - self.first)
-        left = int(per_step * (self.schedule.steps - self.step))
-        shown = "  ".join(f"{name} {value:.4g}" for name, value in means.items())
-        print(  # noqa: T201
-            f"step {self.step}/{self.schedule.steps}  {shown}  {per_step * 1e3:.0f} ms/step "
-            f" {left // 60}:{left % 60:02d} left",
-            file=sys.stderr,
-            flush=True,
-        )
-        with self.log.open("a") as file:
-            file.write(json.dumps({"step": self.step, **means}) + "\n")
-        self.sums, self.written = {}, now

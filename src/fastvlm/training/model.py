@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import cast
 
@@ -23,7 +23,10 @@ from fastvlm.training.augmentation import random_views
 from fastvlm.training.consensus import Consensus, advantages, sample_sentences
 from fastvlm.training.dialogues import IGNORED, PROMPTS, Dialogue, encode_dialogue, token_losses
 from fastvlm.training.encoder import scene_pixels
-from fastvlm.training.loop import Schedule, train
+from fastvlm.training.loop import train
+from fastvlm.training.processes import this_process
+from fastvlm.training.stages import STAGES, Stage
+from fastvlm.training.task import Losses, Source
 from fastvlm.training.tokenizer import learn_tokenizer
 from fastvlm.vision.configuration import REDUCTION, FastViTHDConfig
 
@@ -31,75 +34,24 @@ PASS = 11
 """Dialogues in one pass of the decoder; a step has up to three passes."""
 
 
-@dataclass(frozen=True, slots=True)
-class Stage:
-    """A stage of a model's training.
-
-    Args:
-        name: Its name, and the folder of its checkpoint and log.
-        schedule: Its length and learning rate.
-        scenes: Scenes in a step.
-        photographs: Photographs in a step, each with two dialogues.
-        sampled: Photographs in a step of which the model's own sentences are rewarded.
-        shortened: The share of scenes' descriptions that end with the last thing.
-    """
-
-    name: str
-    schedule: Schedule
-    scenes: int = 0
-    photographs: int = 0
-    sampled: int = 0
-    shortened: float = 0.0
-
-
-STAGES = (
-    # Scenes alone. Looking at the place that a sentence names, and repeating what was said before,
-    # are learnt from scenes, where they decide every word; photographs hardly teach them.
-    Stage(
-        "scenes",
-        Schedule(steps=450, learning_rate=1e-3, warmup=50),
-        scenes=8,
-        shortened=0.75,
-    ),
-    Stage(
-        "together",
-        Schedule(steps=1500, learning_rate=1.2e-3, warmup=30),
-        scenes=5,
-        photographs=14,
-    ),
-    Stage(
-        "consensus",
-        Schedule(steps=140, learning_rate=3e-4, warmup=5),
-        scenes=2,
-        photographs=3,
-        sampled=16,
-    ),
-)
-"""The stages of a model's training, in their order.
-
-The encoder is frozen throughout. Trained along with an untrained decoder it forgot what it knew: a
-linear probe read the shapes of scenes with 97 % before and 49 % after 1,100 steps.
-"""
-
-
-def scaled(stages: Sequence[Stage], share: float, seed: int) -> list[Stage]:
-    """Return stages with a share of their steps, and another seed."""
-    return [
-        replace(
-            stage,
-            schedule=replace(
-                stage.schedule, steps=max(1, round(share * stage.schedule.steps)), seed=seed
-            ),
-        )
-        for stage in stages
-    ]
-
-
 def corpus(photographs: Sequence[CaptionedPhotograph]) -> list[str]:
     """Return the texts that the tokenizer learns from."""
     captions = [caption for photograph in photographs for caption in photograph.captions]
     scenes = [describe(sample(seed)) for seed in range(1000)]
     return captions + scenes + [prompt for prompts in PROMPTS.values() for prompt in prompts]
+
+
+@dataclass(frozen=True, slots=True)
+class Shown:
+    """A picture, and what is to be said of it.
+
+    Args:
+        pixels: (3, height, width) in [0, 1].
+        said: Dialogues: a kind, the tokens, and the reply's labels.
+    """
+
+    pixels: Tensor
+    said: list[tuple[str, Tensor, Tensor]]
 
 
 class ModelLesson:
@@ -121,8 +73,16 @@ class ModelLesson:
         pixels: Tensor,
         stage: Stage,
     ) -> None:
-        self.model = model.eval()
+        self.device = this_process().device
+        self.model = moved(model, self.device).eval()
+        # It has no dropout; gradient checkpointing asks for this mode.
+        self.model.model.language_model.train()
         self.module: nn.Module = model
+        self.unit = "tokens"
+        self.source: Source | None = None
+        self.whole: str | None = None
+        if stage.sampled:
+            self.whole = "the rewards of a step are set against one another"
         self.tokenizer = tokenizer
         self.photographs, self.pixels = photographs, pixels
         self.stage = stage
@@ -130,20 +90,24 @@ class ModelLesson:
         self.visual = (self.size // REDUCTION) ** 2
         self.consensus = Consensus(photographs) if stage.sampled else None
 
-    def loss(self, step: int) -> tuple[Tensor, dict[str, float]]:
-        """Return the loss of one step, and what to report: the mean of each kind of dialogue."""
+    def draw(self, step: int) -> list[Shown]:
+        """Return the pictures of a step, with what is to be said of them."""
+        return self.scenes(self.stage.scenes) + self.photos(self.stage.photographs)
+
+    def loss(self, examples: Sequence[Shown]) -> Losses:
+        """Return the loss of some pictures' replies; reported is the mean of each kind."""
         losses: dict[str, list[Tensor]] = {}
-        for kind, part in self.passes(
-            self.scenes(self.stage.scenes) + self.photos(self.stage.photographs)
-        ):
+        for kind, part in self.passes(self.dialogues(examples)):
             losses.setdefault(kind, []).append(part)
         kinds = {kind: torch.cat(parts) for kind, parts in sorted(losses.items())}
-        report = {kind: float(part.detach().mean()) for kind, part in kinds.items()}
-        total = torch.cat(list(kinds.values())).mean()
-        if self.consensus is not None:
-            sampled, reward = self.sampled(self.consensus, self.stage.sampled)
-            return total + sampled, {**report, "reward": reward}
-        return total, report
+        total = torch.cat(list(kinds.values()))
+        report = {kind: (float(part.detach().sum()), len(part)) for kind, part in kinds.items()}
+        if self.consensus is None:
+            return Losses(total.sum(), len(total), report)
+        sampled, reward = self.sampled(self.consensus, self.stage.sampled)
+        return Losses(
+            total.sum() + len(total) * sampled, len(total), {**report, "reward": (reward, 1.0)}
+        )
 
     def passes(self, dialogues: list[Dialogue]) -> Iterator[tuple[str, Tensor]]:
         """Yield each dialogue's kind and the losses of its reply's tokens."""
@@ -153,6 +117,15 @@ class ModelLesson:
             passed = dialogues[start : start + PASS]
             for dialogue, part in zip(passed, token_losses(self.model, passed), strict=True):
                 yield dialogue.kind, part
+
+    def dialogues(self, examples: Sequence[Shown]) -> list[Dialogue]:
+        """Return the dialogues about some pictures, with the pictures' visual tokens."""
+        features = self.visual_tokens(torch.stack([shown.pixels for shown in examples]))
+        return [
+            Dialogue(kind, tokens.to(self.device), labels.to(self.device), seen)
+            for shown, seen in zip(examples, features, strict=True)
+            for kind, tokens, labels in shown.said
+        ]
 
     def sampled(self, consensus: Consensus, number: int) -> tuple[Tensor, float]:
         """Return the self-critical loss of sentences sampled of photographs; their mean reward."""
@@ -178,11 +151,13 @@ class ModelLesson:
         sentence = cast(str, self.tokenizer.decode(reply, skip_special_tokens=True))
         return consensus.reward(row, sentence, ended=reply[-1] == self.tokenizer.eos_token_id)
 
-    def scenes(self, number: int) -> list[Dialogue]:
+    def scenes(self, number: int) -> list[Shown]:
         """Return so many scenes with their exact descriptions."""
         scenes = [sample(random.randrange(HELD_OUT_SCENES)) for _ in range(number)]
-        features = self.visual_tokens(scene_pixels(scenes, self.size))
-        return self.dialogues(features, "scene", [self.described(scene) for scene in scenes])
+        return [
+            Shown(pixels, [self.said("scene", self.described(scene))])
+            for scene, pixels in zip(scenes, scene_pixels(scenes, self.size), strict=True)
+        ]
 
     def described(self, scene: Scene) -> str:
         """Return a scene's description, or now and then its beginning."""
@@ -191,42 +166,33 @@ class ModelLesson:
             return ".".join(text.split(".")[: 1 + len(scene.things)]) + "."
         return text
 
-    def photos(self, number: int) -> list[Dialogue]:
+    def photos(self, number: int) -> list[Shown]:
         """Return so many photographs, each with all of its captions and with one of the best."""
         if not number:
             return []
         rows = torch.randint(len(self.photographs), (number,))
-        captions = [self.photographs[row].captions for row in rows]
-        features = self.visual_tokens(random_views(self.pixels[rows], self.size, smallest=0.7))
-        several = [" ".join(given) for given in captions]
-        # The captions that agree most with the others teach what most people would say.
-        single = [random.choice(given[:3]) for given in captions]
-        return [
-            *self.dialogues(features, "description", several),
-            *self.dialogues(features, "sentence", single),
-        ]
+        views = random_views(self.pixels[rows], self.size, smallest=0.7)
+        shown = []
+        for row, pixels in zip(rows.tolist(), views, strict=True):
+            captions = self.photographs[row].captions
+            several = self.said("description", " ".join(captions))
+            # The captions that agree most with the others teach what most people would say.
+            shown.append(
+                Shown(pixels, [several, self.said("sentence", random.choice(captions[:3]))])
+            )
+        return shown
+
+    def said(self, kind: str, reply: str) -> tuple[str, Tensor, Tensor]:
+        """Return a kind, and the tokens and labels of one of its prompts with a reply."""
+        prompt = random.choice(PROMPTS[kind])
+        return (kind, *encode_dialogue(self.tokenizer, prompt, reply, self.visual))
 
     def visual_tokens(self, pixels: Tensor) -> Tensor:
         """Return the projected features: (pictures, visual tokens, d_model)."""
         tower, project = self.model.model.vision_tower, self.model.model.multi_modal_projector
         with torch.no_grad():
-            states = tower(pixels).last_hidden_state
+            states = tower(pixels.to(self.device)).last_hidden_state
         return project(states.flatten(2).transpose(1, 2))
-
-    def dialogues(self, features: Tensor, kind: str, replies: Sequence[str]) -> list[Dialogue]:
-        """Return a dialogue for each picture: one of its kind's prompts, and its reply.
-
-        Args:
-            features: (pictures, visual tokens, d_model).
-            kind: A key of `PROMPTS`.
-            replies: The reply to each picture.
-        """
-        made = []
-        for reply, seen in zip(replies, features, strict=True):
-            prompt = random.choice(PROMPTS[kind])
-            tokens, labels = encode_dialogue(self.tokenizer, prompt, reply, self.visual)
-            made.append(Dialogue(kind, tokens, labels, seen))
-        return made
 
 
 def train_model(
@@ -237,6 +203,7 @@ def train_model(
     start: Path | None = None,
     stages: Sequence[Stage] = STAGES,
     shape: DecoderShape | None = None,
+    gradient_checkpointing: bool = False,
 ) -> None:
     """Train a model through some stages and save it, fused and in bfloat16, as `output`.
 
@@ -251,6 +218,8 @@ def train_model(
             the model's own is replaced by it.
         stages: The stages, in their order.
         shape: A new decoder's size.
+        gradient_checkpointing: Whether the decoder's layers are computed again on the way back,
+            which needs less memory and more time.
 
     Raises:
         CheckpointError: There is neither an encoder nor a model, or they can't be read.
@@ -267,11 +236,14 @@ def train_model(
         model = new_model(vision, tokenizer, shape)
     else:
         raise CheckpointError("A model needs an encoder, or a model to go on from.")
+    if gradient_checkpointing:
+        model.model.language_model.gradient_checkpointing_enable()
     pixels = decode(pictures, 224)
     for stage in stages:
         lesson = ModelLesson(model, tokenizer, pictures, pixels, stage)
         train(lesson, stage.schedule, output / stage.name)
-    save_model(model, tokenizer, output)
+    if this_process().is_main_process:
+        save_model(model, tokenizer, output)
 
 
 def read_model(path: Path) -> tuple[FastVlmForConditionalGeneration, PreTrainedTokenizerFast]:

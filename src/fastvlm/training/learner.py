@@ -1,0 +1,71 @@
+"""A task's weights and their optimiser: gradients of slices, then one step with all of them."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from torch import nn
+
+from fastvlm.training.checkpoint import State
+from fastvlm.training.processes import Processes
+from fastvlm.training.schedule import Schedule, parameter_groups
+from fastvlm.training.task import Losses, Task
+
+
+class Learner:
+    """Weights that every process holds whole, and their optimiser.
+
+    Args:
+        task: What is trained.
+        schedule: The run's.
+        accelerator: What knows the precision.
+        processes: Those that take each step together.
+    """
+
+    def __init__(
+        self, task: Task, schedule: Schedule, accelerator: Accelerator, processes: Processes
+    ) -> None:
+        self.task, self.schedule = task, schedule
+        self.accelerator, self.processes = accelerator, processes
+        self.optimiser: torch.optim.Optimizer = torch.optim.AdamW(
+            parameter_groups(task.module, schedule.weight_decay), betas=(0.9, 0.98), eps=1e-7
+        )
+
+    @property
+    def parameters(self) -> list[nn.Parameter]:
+        """What is trained."""
+        return [p for group in self.optimiser.param_groups for p in group["params"]]
+
+    def losses(self, examples: Sequence[Any]) -> Losses:
+        """Return what some examples cost, in the run's precision."""
+        with self.accelerator.autocast():
+            return self.task.loss(examples)
+
+    def gather(self) -> None:
+        """Make each gradient the sum of all processes' own."""
+        self.processes.sum_gradients(self.parameters)
+
+    def step(self, step: int, weight: float) -> None:
+        """Take a step with the gradients of losses that were summed over so much weight."""
+        self.gather()
+        parameters = self.parameters
+        for parameter in parameters:
+            if parameter.grad is not None:
+                parameter.grad.div_(weight)
+        nn.utils.clip_grad_norm_(parameters, self.schedule.clip)
+        for group in self.optimiser.param_groups:
+            group["lr"] = self.schedule.rate(step) * group["rate_scale"]
+        self.optimiser.step()
+        self.optimiser.zero_grad(set_to_none=True)
+
+    def state(self) -> State:
+        """Return the weights and the optimiser's state; in process 0 they are whole."""
+        return {"module": self.task.module.state_dict(), "optimiser": self.optimiser.state_dict()}
+
+    def load(self, state: State) -> None:
+        """Go on from what `state` returned."""
+        self.task.module.load_state_dict(state["module"])
+        self.optimiser.load_state_dict(state["optimiser"])

@@ -1,0 +1,114 @@
+"""The processes of a run: what they tell one another after a step, and their gradients' sum."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from datetime import timedelta
+from typing import TypeVar
+
+import torch
+from accelerate import PartialState
+from torch import distributed, nn
+
+from fastvlm.functional.errors import FastVlmError
+
+Said = TypeVar("Said")
+
+PATIENCE = timedelta(minutes=10)
+"""How long a process that has gone silent is waited for; one that ends is noticed at once."""
+PREPARATION = timedelta(days=1)
+"""How long a process may be alone at work before the run, such as one that decodes replies."""
+
+
+class LostProcessError(FastVlmError):
+    """Another process of the run ended, or can't be reached."""
+
+
+def this_process() -> PartialState:
+    """Return this process's place among those that `accelerate launch` started, if it did."""
+    return PartialState(timeout=PREPARATION)
+
+
+@contextmanager
+def process_0_first() -> Iterator[None]:
+    """Let process 0 do something before the others, which then find it done.
+
+    Raises:
+        LostProcessError: Another process ended meanwhile.
+    """
+    state = this_process()
+    if not state.is_main_process:
+        with reached():
+            state.wait_for_everyone()
+    yield
+    if state.is_main_process:
+        with reached():
+            state.wait_for_everyone()
+
+
+@contextmanager
+def reached() -> Iterator[None]:
+    """Turn what torch raises for a lost process into a sentence.
+
+    Raises:
+        LostProcessError: Another process ended, or has been silent for too long.
+    """
+    try:
+        yield
+    except RuntimeError as error:
+        state = this_process()
+        raise LostProcessError(
+            f"Process {state.process_index} of {state.num_processes} has lost another one, which"
+            " ended or has gone silent; see what that one said, and run the same command again to"
+            " go on from the last checkpoint."
+        ) from error
+
+
+class Processes:
+    """This process among those of a run, which take each step together."""
+
+    def __init__(self) -> None:
+        state = this_process()
+        self.index, self.number = state.process_index, state.num_processes
+        self.group: distributed.ProcessGroup | None = None
+        if self.number > 1:
+            # Apart from the gradients' own, so that what is told never waits on a device.
+            with reached():
+                self.group = distributed.new_group(backend="gloo", timeout=PATIENCE)
+
+    def tell(self, mine: Said) -> list[Said]:
+        """Return what each process says, in their order; all of them have to speak.
+
+        Raises:
+            LostProcessError: One of them does not.
+        """
+        if self.group is None:
+            return [mine]
+        said = [mine] * self.number
+        with reached():
+            distributed.all_gather_object(said, mine, group=self.group)
+        return said
+
+    def sum_gradients(self, parameters: Iterable[nn.Parameter]) -> None:
+        """Replace each gradient by the sum of all processes' own.
+
+        Raises:
+            LostProcessError: A process can't be reached.
+        """
+        if self.group is None:
+            return
+        parameters = list(parameters)
+        # What no process has a gradient for keeps none: to AdamW a zero is something else.
+        there = torch.tensor([float(p.grad is not None) for p in parameters])
+        gradients = [torch.zeros_like(p) if p.grad is None else p.grad for p in parameters]
+        # One message; parts of other precisions are sent in the widest.
+        flat = torch.cat([there.to(gradients[0].device), *(g.flatten() for g in gradients)])
+        with reached():
+            distributed.all_reduce(flat)
+        there, *sums = flat.split([len(parameters), *(g.numel() for g in gradients)])
+        for parameter, gradient, total, known in zip(
+            parameters, gradients, sums, there.tolist(), strict=True
+        ):
+            if known:
+                parameter.grad = gradient.copy_(total.view_as(gradient))

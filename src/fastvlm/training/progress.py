@@ -1,0 +1,136 @@
+"""What a run tells of itself: a line on standard error, `log.jsonl`, trackers and curves."""
+
+from __future__ import annotations
+
+import json
+import math
+import sys
+import time
+from collections.abc import Mapping
+from pathlib import Path
+
+from accelerate import Accelerator
+
+from fastvlm.functional.errors import InputError
+from fastvlm.training.curves import draw_curves
+from fastvlm.training.schedule import Schedule
+
+Sums = Mapping[str, tuple[float, float]]
+"""Measures by name: what they add up to, and over how many."""
+
+PACKAGES = {"tensorboard": "tensorboard", "wandb": "wandb", "trackio": "trackio"}
+
+DRAWING = 0.02
+"""The share of a run's time that is given to drawing its curves."""
+
+
+def check_trackers(names: tuple[str, ...]) -> None:
+    """Refuse a tracker that accelerate would pass over in silence.
+
+    Raises:
+        InputError: It is unknown, or its package is not installed.
+    """
+    from accelerate.tracking import get_available_trackers
+
+    available = {str(getattr(name, "value", name)) for name in get_available_trackers()}
+    for name in names:
+        if name not in PACKAGES:
+            raise InputError(f"The trackers are {', '.join(PACKAGES)}; got {name}.")
+        if name not in available:
+            raise InputError(f"The tracker {name} is not installed: pip install {PACKAGES[name]}.")
+
+
+class Progress:
+    """Adds up what steps report, and writes the means every so often with the time left.
+
+    Args:
+        schedule: The run's.
+        first: The step that it begins with; what the log has of later ones is forgotten.
+        unit: What a step's weight counts.
+        output: The folder of `log.jsonl` and `curves.png`.
+        accelerator: What knows the trackers.
+    """
+
+    def __init__(
+        self, schedule: Schedule, first: int, unit: str, output: Path, accelerator: Accelerator
+    ) -> None:
+        self.schedule, self.first, self.unit = schedule, first, unit
+        self.log, self.picture = output / "log.jsonl", output / "curves.png"
+        self.accelerator = accelerator
+        self.started = self.written = time.monotonic()
+        self.sums: dict[str, tuple[float, float]] = {}
+        self.weight = 0.0
+        self.step = first
+        self.drawn, self.drawing = -math.inf, 0.0
+        keep_until(self.log, first)
+
+    def add(self, step: int, weight: float, report: Sums) -> None:
+        """Take one step's report."""
+        self.step = step + 1
+        self.weight += weight
+        for name, (value, number) in report.items():
+            before, counted = self.sums.get(name, (0.0, 0.0))
+            self.sums[name] = (before + value, counted + number)
+        if time.monotonic() - self.written > self.schedule.log_seconds:
+            self.close()
+
+    def close(self) -> None:
+        """Write what has been averaged since the last line."""
+        if not self.sums:
+            return
+        now = time.monotonic()
+        means = {name: value / number for name, (value, number) in self.sums.items() if number}
+        per_step = (now - self.started) / (self.step - self.first)
+        left = int(per_step * (self.schedule.steps - self.step))
+        rate = self.weight / (now - self.written)
+        self.say(
+            f"{shown(means)}  {rate:,.0f} {self.unit}/s  {left // 60}:{left % 60:02d} left",
+            {**means, f"{self.unit}/s": rate},
+        )
+        self.sums, self.weight, self.written = {}, 0.0, now
+
+    def validated(self, measures: Mapping[str, float]) -> None:
+        """Write what a validation found, for which `close` was called before."""
+        self.say(shown(measures), measures)
+        self.written = time.monotonic()
+
+    def say(self, line: str, measures: Mapping[str, float]) -> None:
+        """Write a line, and the measures to the log and the trackers."""
+        print(  # noqa: T201
+            f"step {self.step}/{self.schedule.steps}  {line}", file=sys.stderr, flush=True
+        )
+        with self.log.open("a") as file:
+            file.write(json.dumps({"step": self.step, **measures}) + "\n")
+        self.accelerator.log(dict(measures), step=self.step)
+
+    def draw(self, *, ended: bool) -> None:
+        """Draw the log's curves, if the run has ended or has time for it.
+
+        Where that can't be, the log says why in the end.
+        """
+        started = time.monotonic()
+        if not ended and (started - self.drawn) * DRAWING < self.drawing:
+            return
+        try:
+            draw_curves(self.log, self.picture)
+        except InputError as error:
+            if ended:
+                print(error, file=sys.stderr, flush=True)  # noqa: T201
+        self.drawn = time.monotonic()
+        self.drawing = self.drawn - started
+
+
+def shown(measures: Mapping[str, float]) -> str:
+    """Return measures as they are shown."""
+    return "  ".join(f"{name} {value:.4g}" for name, value in measures.items())
+
+
+def keep_until(log: Path, step: int) -> None:
+    """Take out of a log what was written after a step, and a line that a kill cut short."""
+    if not log.is_file():
+        return
+    lines = log.read_text().splitlines(keepends=True)
+    kept = [line for line in lines if line.endswith("\n") and json.loads(line)["step"] <= step]
+    beside = log.with_suffix(".partial")
+    beside.write_text("".join(kept))
+    beside.replace(log)

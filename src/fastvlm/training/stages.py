@@ -1,0 +1,73 @@
+"""The stages of a model's training."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+from fastvlm.training.schedule import Schedule
+
+
+@dataclass(frozen=True, slots=True)
+class Stage:
+    """A stage of a model's training.
+
+    Args:
+        name: Its name, and the folder of its checkpoint and log.
+        schedule: Its length and learning rate.
+        scenes: Scenes in a step.
+        photographs: Photographs in a step, each with two dialogues.
+        sampled: Photographs in a step of which the model's own sentences are rewarded.
+        shortened: The share of scenes' descriptions that end with the last thing.
+    """
+
+    name: str
+    schedule: Schedule
+    scenes: int = 0
+    photographs: int = 0
+    sampled: int = 0
+    shortened: float = 0.0
+
+
+STAGES = (
+    # Scenes alone. Looking at the place that a sentence names, and repeating what was said before,
+    # are learnt from scenes, where they decide every word; photographs hardly teach them.
+    Stage(
+        "scenes",
+        Schedule(steps=450, learning_rate=1e-3, warmup=50),
+        scenes=8,
+        shortened=0.75,
+    ),
+    Stage(
+        "together",
+        Schedule(steps=1500, learning_rate=1.2e-3, warmup=30),
+        scenes=5,
+        photographs=14,
+    ),
+    Stage(
+        "consensus",
+        Schedule(steps=140, learning_rate=3e-4, warmup=5),
+        scenes=2,
+        photographs=3,
+        sampled=16,
+    ),
+)
+"""The stages of a model's training, in their order.
+
+The encoder is frozen throughout. Trained along with an untrained decoder it forgot what it knew: a
+linear probe read the shapes of scenes with 97 % before and 49 % after 1,100 steps.
+"""
+
+
+def scaled(stages: Sequence[Stage], share: float, **settings: Any) -> list[Stage]:
+    """Return stages with a share of their steps, and other settings of their schedules."""
+    return [
+        replace(
+            stage,
+            schedule=replace(
+                stage.schedule, steps=max(1, round(share * stage.schedule.steps)), **settings
+            ),
+        )
+        for stage in stages
+    ]

@@ -1,0 +1,58 @@
+"""Validation of drafts by decoding held-out pictures: what serving would see."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+from fastvlm.decoding import Decoding
+from fastvlm.drafting import ImitationNetwork
+from fastvlm.training.replies import Asked
+from fastvlm.vlm import VisionLanguageModel
+
+DRAFTED = 4
+"""Tokens of a draft. Its length is fixed, so that figures depend on the network alone."""
+
+
+class HeldOut:
+    """Decodes replies with networks as they are while they learn.
+
+    Args:
+        vlm: The target.
+        networks: The networks, by name.
+        asked: What is asked, of pictures that are never trained on.
+        max_new_tokens: The most tokens of a reply.
+    """
+
+    def __init__(
+        self,
+        vlm: VisionLanguageModel,
+        networks: Mapping[str, ImitationNetwork],
+        asked: Sequence[Asked],
+        *,
+        max_new_tokens: int = 64,
+    ) -> None:
+        self.vlm, self.networks = vlm, networks
+        self.asked = asked
+        self.max_new_tokens = max_new_tokens
+
+    def __call__(self, step: int) -> dict[str, float]:
+        """Return each network's acceptance rate, and its acceptance length: tokens per pass."""
+        measures = {}
+        for name, network in self.networks.items():
+            requests = [
+                self.vlm.request(one.messages, max_new_tokens=self.max_new_tokens)
+                for one in self.asked
+            ]
+            drafter = self.vlm.drafter(
+                network=network, num_speculative_tokens=DRAFTED, confidence=0.0
+            )
+            for _ in Decoding(self.vlm.decoder, drafter, requests):
+                pass
+            cycles = sum(len(request.proposed) for request in requests)
+            proposed = sum(sum(request.proposed) for request in requests)
+            tokens = sum(len(request.reply) - 1 for request in requests)
+            if proposed:
+                accepted = sum(sum(request.accepted) for request in requests)
+                measures[f"held-out {name} acceptance_rate"] = accepted / proposed
+                measures[f"held-out {name} acceptance_length"] = tokens / cycles
+        return measures
