@@ -97,7 +97,7 @@ class VisionLanguageModel:
         prefix_bytes: int = PREFIX_BYTES,
     ) -> None:
         self.model, self.network = model.eval(), network
-        self.tokenizer = tokenizer_of(processor)
+        self.processor, self.tokenizer = processor, tokenizer_of(processor)
         self.decoder = split_decoder(model)
         self.prompts = prompts_for(model, processor, self.decoder)
         self.drafters = Drafters(self.decoder, network)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Sequence
+from collections.abc import Hashable, Iterator, Sequence
 from typing import Any, Unpack, cast
 
 import torch
@@ -62,16 +62,11 @@ class FastViTHDPrompts:
         text = self.tokenizer.apply_chat_template(
             [dict(message) for message in messages], tokenize=False, add_generation_prompt=True
         )
-        image = self.model.config.image_token_id
-        found = self.tokenizer.encode(text, add_special_tokens=False)
-        if found.count(image) != len(visual):
-            raise InputError("The prompt must not contain the picture's placeholder itself.")
         numbers = iter(visual)
-        return [
-            expanded
-            for token in found
-            for expanded in ([token] * next(numbers) if token == image else [token])
-        ]
+        found = with_places(self.tokenizer, text, self.model.config.image_token_id, numbers)
+        if next(numbers, None) is not None:
+            raise InputError("The chat template has no place for a picture.")
+        return found
 
     @torch.inference_mode()
     def encode(
@@ -118,3 +113,26 @@ class FastViTHDPrompts:
             if store is not None:
                 store.keep_features(name, found)
         return found
+
+
+def with_places(
+    tokenizer: PreTrainedTokenizerBase, text: str, image: int, visual: Iterator[int]
+) -> list[int]:
+    """Return the tokens of a text, a picture's placeholder once for each of its visual tokens.
+
+    Args:
+        tokenizer: The model's.
+        text: What the chat template wrote.
+        image: The placeholder.
+        visual: Visual tokens of the pictures that are left; those in the text are taken.
+
+    Raises:
+        InputError: The text has a placeholder more than there are pictures.
+    """
+    found: list[int] = []
+    for token in tokenizer.encode(text, add_special_tokens=False):
+        number = next(visual, None) if token == image else 1
+        if number is None:
+            raise InputError("The prompt must not contain the picture's placeholder itself.")
+        found += [token] * number
+    return found

@@ -25,8 +25,7 @@ class Forced:
     Args:
         x: The decoder's inputs, padded on the right: (batch, length, d_embedding).
         span: All positions.
-        learnt: The positions that predict a token of the reply, (batch, length): those after the
-            first one's, which the prefill gives and no draft holds.
+        learnt: The positions that predict a token of the reply which is not given: (batch, length).
         targets: The tokens that they predict, in the order of `learnt`.
     """
 
@@ -70,8 +69,13 @@ class Forcing:
         return found
 
     @torch.no_grad()
-    def batch(self, examples: Sequence[Example]) -> Forced:
+    def batch(self, examples: Sequence[Example], given: int = 1) -> Forced:
         """Return a batch.
+
+        Args:
+            examples: The dialogues.
+            given: The first tokens of each reply that are not learnt: one for a draft, as the
+                prefill gives it and no draft holds it.
 
         Raises:
             InputError: As `prompt`.
@@ -83,8 +87,8 @@ class Forcing:
             reply = torch.tensor(example.reply, device=decoder.device)
             rows.append(torch.cat((prompt.embeddings, decoder.embed(reply[None, :-1])[0])))
             places = torch.arange(len(rows[-1]), device=decoder.device)
-            learnt.append(places >= len(prompt.tokens))
-            targets.append(reply[1:])
+            learnt.append(places >= len(prompt.tokens) + given - 1)
+            targets.append(reply[given:])
         x = pad_sequence(rows, batch_first=True)
         # A cache of no layer: it is asked for the positions, and nothing is kept in it.
         cache = decoder.cache(len(rows), x.shape[1], -decoder.depth)

@@ -10,12 +10,13 @@ import hashlib
 import json
 import sys
 import time
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
+from transformers import PreTrainedTokenizerBase
 
 from fastvlm.data.broken import BrokenRecords
 from fastvlm.data.conversations import Broken, Message, Record
@@ -128,10 +129,7 @@ def data_replies(vlm: VisionLanguageModel, asked: Sequence[Asked]) -> list[Examp
     Raises:
         InputError: The model has no end token.
     """
-    if not vlm.end_tokens:
-        raise InputError("The model has no end token, so it can't learn where a reply ends.")
-    usual = vlm.tokenizer.eos_token_id
-    end = usual if usual in vlm.end_tokens else min(vlm.end_tokens)
+    end = end_token(vlm.tokenizer, vlm.end_tokens)
     return [
         Example(
             question.messages,
@@ -139,6 +137,22 @@ def data_replies(vlm: VisionLanguageModel, asked: Sequence[Asked]) -> list[Examp
         )
         for question in asked
     ]
+
+
+def end_token(tokenizer: PreTrainedTokenizerBase, ends: Collection[int]) -> int:
+    """Return the token that ends a reply to be learnt: the tokenizer's own, if it is one.
+
+    Args:
+        tokenizer: The model's.
+        ends: The tokens at which the model's replies end.
+
+    Raises:
+        InputError: There is none.
+    """
+    if not ends:
+        raise InputError("The model has no end token, so it can't learn where a reply ends.")
+    usual = tokenizer.eos_token_id
+    return usual if usual in ends else min(ends)
 
 
 @torch.inference_mode()

@@ -1,0 +1,297 @@
+"""`fastvlm train draft`: imitation networks for a model."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Literal
+
+import typer
+from rich.console import Console
+
+from fastvlm.cli.loading import ModelOption, ThreadsOption, load_quietly
+from fastvlm.cli.terminal import hardware_line
+from fastvlm.cli.training_options import (
+    AccumulationOption,
+    OutputOption,
+    PrecisionOption,
+    RateOption,
+    SeedOption,
+    StepsOption,
+    TrackerOption,
+    check_output,
+    conversations_in,
+)
+from fastvlm.functional.errors import InputError
+
+if TYPE_CHECKING:
+    from fastvlm.data.broken import BrokenRecords
+    from fastvlm.training.draft import DraftPlan
+    from fastvlm.training.replies import Asked, Example
+    from fastvlm.training.schedule import Schedule
+    from fastvlm.vlm import VisionLanguageModel
+
+
+def draft(  # noqa: PLR0913 (a parameter is an option)
+    *,
+    data: Annotated[
+        list[str],
+        typer.Option(
+            metavar="SOURCE",
+            help="What it learns from: a folder, file, shards or hub data set of conversations or"
+            " captions, or scenes:N for rendered scenes. Give it again for several.",
+        ),
+    ],
+    output: OutputOption,
+    model: ModelOption = None,
+    prompt: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="TEXT",
+            help="Ask this of each picture, not what the data asks; not of scenes. Give it again"
+            " for several.",
+        ),
+    ] = None,
+    limit: Annotated[
+        int | None, typer.Option(min=1, help="The most questions of each --data.")
+    ] = None,
+    replies: Annotated[
+        Literal["own", "data"], typer.Option(help="Learn the model's own replies, or the data's.")
+    ] = "own",
+    temperature: Annotated[
+        float, typer.Option(min=0, help="Of the model's own replies; 0 for greedy ones.")
+    ] = 0.0,
+    kind: Annotated[
+        list[str],
+        typer.Option(
+            metavar="block|mlp",
+            help="What the imitation network is: decoder layers with their own cache, or the"
+            " paper's gated feed-forward network. Give it again to train both side by side.",
+        ),
+    ] = ["block"],  # noqa: B006 (typer reads it only)
+    exit_layer: Annotated[
+        str,
+        typer.Option(
+            metavar="N|auto",
+            help="Layers of the model that run before the network; auto teaches a few for a short"
+            " while and takes the one that decodes fastest here.",
+        ),
+    ] = "1",
+    blocks: Annotated[int, typer.Option(min=1, help="Decoder layers of a block.")] = 1,
+    draft_vocabulary: Annotated[
+        int,
+        typer.Option(
+            min=0, help="The most tokens that can be drafted, the replies' most frequent; 0: all."
+        ),
+    ] = 1024,
+    random_start: Annotated[
+        bool,
+        typer.Option(
+            "--random-start", help="Start at random, not as the layers that it stands for."
+        ),
+    ] = False,
+    cosine: Annotated[float, typer.Option(min=0, help="Weight of 1 - cos in the loss.")] = 0.1,
+    cross_entropy: Annotated[
+        float, typer.Option(min=0, help="Weight of the cross-entropy in the loss.")
+    ] = 0.1,
+    start: Annotated[
+        Path | None,
+        typer.Option(metavar="DIR", help="The output of an earlier run, whose networks go on."),
+    ] = None,
+    held_out: Annotated[
+        int,
+        typer.Option(min=1, help="Questions that are kept from it, to measure it by decoding."),
+    ] = 8,
+    phases: Annotated[
+        Literal["frozen", "joint,frozen"],
+        typer.Option(help="Whether the model is fine-tuned on the data's replies beforehand."),
+    ] = "frozen",
+    exit_weight: Annotated[
+        float, typer.Option(min=0, help="Weight of the exit's loss in the joint phase.")
+    ] = 1.0,
+    joint_steps: Annotated[int, typer.Option(min=1, help="Steps of the joint phase.")] = 400,
+    joint_learning_rate: Annotated[
+        float, typer.Option(min=1e-8, max=1, help="The peak of the joint phase.")
+    ] = 2e-5,
+    steps: StepsOption = 400,
+    learning_rate: RateOption = 1e-3,
+    seed: SeedOption = 0,
+    precision: PrecisionOption = None,
+    accumulation: AccumulationOption = 1,
+    tracker: TrackerOption = None,
+    threads: ThreadsOption = None,
+) -> None:
+    """Teach imitation networks to draft for a model.
+
+    The model stays as it is, but with --phases joint,frozen: then it is fine-tuned first, with the
+    loss of the exit beside its own, and saved as the folder `model` in the output.
+
+    The model's own replies are decoded first and kept in the output folder. Each network is saved
+    as a folder named after its kind there, with a model card.
+    """
+    check_output(output)
+    check_kinds(kind)
+    if temperature and replies == "data":
+        raise InputError("The data's replies are not drawn: leave out --temperature.")
+    joint = phases == "joint,frozen"
+    if joint and (exit_layer == "auto" or prompt):
+        raise InputError(
+            "The joint phase learns the data's replies and needs an exit: give --exit-layer a"
+            " number, and no --prompt."
+        )
+    from fastvlm.training.processes import process_0_first, this_process
+
+    device = this_process().device
+    vlm = load_quietly(model, threads=threads, device=device)
+    check_exit_layer(exit_layer, vlm.decoder.depth)
+    from fastvlm.data.broken import BrokenRecords
+    from fastvlm.evaluation.benchmark import hardware
+    from fastvlm.training.draft import DraftPlan, train_draft
+    from fastvlm.training.held_out import decode_held_out
+    from fastvlm.training.joint import JointPlan, train_joint
+    from fastvlm.training.model_card import Card
+    from fastvlm.training.replies import data_replies, own_replies
+    from fastvlm.training.schedule import Schedule
+
+    broken, unread = BrokenRecords(), BrokenRecords()
+    asked = questions_in(data, vlm, broken, prompt or [], limit)
+    if len(asked) <= held_out:
+        raise InputError(
+            f"There are {len(asked)} questions, and {held_out} are held out: none is left to learn"
+            " from. Give more --data, or a smaller --held-out."
+        )
+    random.Random(seed).shuffle(asked)
+    kept, learnt = asked[:held_out], asked[held_out:]
+    schedule = Schedule(
+        steps=steps,
+        learning_rate=learning_rate,
+        warmup=20,
+        seed=seed,
+        precision=precision,
+        accumulation=accumulation,
+        trackers=tuple(tracker or ()),
+    )
+    console = Console(highlight=False)
+    target = str(model or "fastvlm's own model")
+    if joint:
+        tuned = output / "model"
+        slower = replace(schedule, steps=joint_steps, learning_rate=joint_learning_rate)
+        plan = JointPlan(int(exit_layer), exit_weight)
+        with process_0_first():
+            train_joint(vlm, data_replies(vlm, learnt), plan, slower, tuned)
+        vlm, target = load_quietly(tuned, device=device), str(tuned)
+        console.print(f"The target, fine-tuned with exit {exit_layer}, is saved in {tuned}.")
+    if replies == "data":
+        examples = data_replies(vlm, learnt)
+    else:
+        with process_0_first():
+            examples = own_replies(vlm, learnt, output, unread, temperature=temperature)
+    console.print(f"{len(examples):,} replies. {broken.summary()}.")
+    if unread.count:
+        console.print(f"{unread.summary()}.")
+    usual = DraftPlan(
+        blocks=blocks,
+        draft_vocabulary=draft_vocabulary or None,
+        initialised=not random_start,
+        cosine=cosine,
+        cross_entropy=cross_entropy,
+    )
+    plans = {
+        name: replace(usual, kind=name, exit_layer=int(exit_layer))
+        if exit_layer != "auto"
+        else best_plan(vlm, replace(usual, kind=name), examples, kept, output, schedule)
+        for name in kind
+    }
+    networks = train_draft(vlm, plans, examples, output, schedule, start, kept)
+    if not this_process().is_main_process:
+        return
+    for name, decoded in decode_held_out(vlm, networks, kept).items():
+        whose = "the data set's" if replies == "data" else "the model's own"
+        card = Card(target, data, whose, plans[name], held_out, hardware_line(hardware()))
+        card.write(output / name, networks[name], decoded)
+        console.print(
+            f"{name}: acceptance rate {decoded.acceptance_rate:.3f},"
+            f" {decoded.acceptance_length:.2f} tokens a pass, {decoded.speedup.median:.2f}x on"
+            f" {held_out} held-out questions; saved in {output / name}."
+        )
+
+
+def check_kinds(kinds: Sequence[str]) -> None:
+    """Refuse what is no kind of imitation network.
+
+    Raises:
+        InputError: One is not.
+    """
+    for kind in kinds:
+        if kind not in ("block", "mlp"):
+            raise InputError(f"An imitation network is a block or an mlp; got --kind {kind}.")
+
+
+def check_exit_layer(exit_layer: str, depth: int) -> None:
+    """Refuse an exit layer that a decoder doesn't have.
+
+    Raises:
+        InputError: It is neither auto nor a layer before the last.
+    """
+    if exit_layer != "auto" and not (exit_layer.isdecimal() and 1 <= int(exit_layer) < depth):
+        raise InputError(
+            f"--exit-layer is auto or lies between 1 and {depth - 1} for this model; got"
+            f" {exit_layer}."
+        )
+
+
+def best_plan(
+    vlm: VisionLanguageModel,
+    plan: DraftPlan,
+    examples: Sequence[Example],
+    kept: Sequence[Asked],
+    output: Path,
+    schedule: Schedule,
+) -> DraftPlan:
+    """Return a plan with the exit layer that decodes fastest, and say how each one did."""
+    from fastvlm.training.exit_choice import choose_exit_layer
+
+    short = replace(schedule, steps=max(1, schedule.steps // 5), warmup=10)
+    tries = output / f"exits-{plan.kind}"
+    best, found = choose_exit_layer(vlm, plan, examples, kept, tries, short)
+    for layer, decoded in found.items():
+        Console(highlight=False).print(
+            f"{plan.kind}, exit layer {layer}: {decoded.acceptance_length:.2f} tokens a pass,"
+            f" {decoded.tokens_per_second:.0f} tokens/s{' (taken)' * (layer == best)}"
+        )
+    return replace(plan, exit_layer=best)
+
+
+def questions_in(
+    sources: Sequence[str],
+    vlm: VisionLanguageModel,
+    broken: BrokenRecords,
+    prompts: Sequence[str],
+    limit: int | None,
+) -> list[Asked]:
+    """Return the questions of data sets.
+
+    Raises:
+        InputError: A source is no data set, has no limit although it is streamed, or too many of
+            its records are broken.
+    """
+    from fastvlm.data.conversations import Records
+    from fastvlm.prompts import FastViTHDPrompts
+    from fastvlm.training.replies import questions_of
+
+    size = vlm.image_size if isinstance(vlm.prompts, FastViTHDPrompts) else None
+    asked = []
+    for source in sources:
+        found = conversations_in(source, size)
+        if isinstance(found, Records):
+            # A scene is asked for its exact description, whatever else is asked.
+            own = () if source.startswith("scenes:") else prompts
+            asked += questions_of(found, broken, prompts=own, limit=limit)
+            continue
+        if limit is None:
+            raise InputError(f"{source} is streamed: say how much of it to learn with --limit.")
+        streamed = (record for shard in range(len(found)) for record in found.read(shard, 0))
+        asked += questions_of(streamed, broken, prompts=prompts, limit=limit)
+    return asked

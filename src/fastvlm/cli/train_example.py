@@ -1,0 +1,118 @@
+"""`fastvlm train example-encoder` and `example-model`: how the model that ships was made."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from fastvlm.cli.loading import ThreadsOption
+from fastvlm.cli.training_options import (
+    AccumulationOption,
+    CheckpointingOption,
+    OutputOption,
+    PhotographsOption,
+    PrecisionOption,
+    RateOption,
+    SeedOption,
+    StepsOption,
+    TrackerOption,
+    check_output,
+    prepare_torch,
+)
+from fastvlm.functional.errors import InputError
+
+
+def example_encoder(  # noqa: PLR0913 (a parameter is an option)
+    *,
+    photographs: PhotographsOption,
+    output: OutputOption,
+    start: Annotated[
+        Path | None,
+        typer.Option(metavar="DIR", help="An encoder to go on from, or a model with one."),
+    ] = None,
+    steps: StepsOption = 1150,
+    learning_rate: RateOption = 2e-3,
+    seed: SeedOption = 0,
+    precision: PrecisionOption = None,
+    tracker: TrackerOption = None,
+    threads: ThreadsOption = None,
+) -> None:
+    """Teach a FastViTHD the facts of rendered scenes and the words of captions."""
+    check_output(output)
+    prepare_torch(threads)
+    from fastvlm.training.encoder import train_encoder
+    from fastvlm.training.schedule import Schedule
+
+    schedule = Schedule(
+        steps=steps,
+        learning_rate=learning_rate,
+        seed=seed,
+        precision=precision,
+        trackers=tuple(tracker or ()),
+    )
+    train_encoder(photographs, output, schedule, start=start)
+
+
+def example_model(  # noqa: PLR0913 (a parameter is an option)
+    *,
+    photographs: PhotographsOption,
+    output: OutputOption,
+    encoder: Annotated[
+        Path | None, typer.Option(metavar="DIR", help="What `fastvlm train example-encoder` made.")
+    ] = None,
+    start: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="DIR",
+            help="A model to go on from, instead of a new one; --encoder then replaces its own.",
+        ),
+    ] = None,
+    stage: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="scenes|together|consensus",
+            help="A stage to train; give it again for several. All of them, if not given.",
+        ),
+    ] = None,
+    share: Annotated[
+        float,
+        typer.Option(min=0.01, max=100, help="Steps of each stage, as a share of the plan's."),
+    ] = 1.0,
+    seed: SeedOption = 0,
+    precision: PrecisionOption = None,
+    accumulation: AccumulationOption = 1,
+    gradient_checkpointing: CheckpointingOption = False,
+    tracker: TrackerOption = None,
+    threads: ThreadsOption = None,
+) -> None:
+    """Teach a model around a trained encoder to describe scenes and photographs."""
+    check_output(output)
+    if encoder is None and start is None:
+        raise InputError("Give --encoder for a new model, or --start for one to go on from.")
+    prepare_torch(threads)
+    from fastvlm.training.model import train_model
+    from fastvlm.training.stages import STAGES, scaled
+
+    known = [planned.name for planned in STAGES]
+    for name in stage or []:
+        if name not in known:
+            raise InputError(f"The stages are {', '.join(known)}; got --stage {name}.")
+    chosen = [planned for planned in STAGES if not stage or planned.name in stage]
+    stages = scaled(
+        chosen,
+        share,
+        seed=seed,
+        precision=precision,
+        accumulation=accumulation,
+        trackers=tuple(tracker or ()),
+    )
+    train_model(
+        photographs,
+        output,
+        encoder=encoder,
+        start=start,
+        stages=stages,
+        gradient_checkpointing=gradient_checkpointing,
+    )

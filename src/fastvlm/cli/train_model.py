@@ -1,0 +1,201 @@
+"""`fastvlm train model`: a model itself, in the paper's stages."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, Literal
+
+import typer
+from rich.console import Console
+
+from fastvlm.cli.loading import ThreadsOption, located
+from fastvlm.cli.training_options import (
+    AccumulationOption,
+    CheckpointingOption,
+    OutputOption,
+    PrecisionOption,
+    SeedOption,
+    TrackerOption,
+    check_output,
+    conversations_in,
+    prepare_torch,
+)
+from fastvlm.functional.errors import InputError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+    from fastvlm.data.conversations import Records, Shards
+    from fastvlm.training.paper_stages import PaperStage
+
+
+def model(  # noqa: PLR0913 (a parameter is an option)
+    *,
+    data: Annotated[
+        str,
+        typer.Option(
+            metavar="SOURCE",
+            help="What it learns from: a folder, file, shards or hub data set of conversations or"
+            " captions, or scenes:N for rendered scenes.",
+        ),
+    ],
+    output: OutputOption,
+    model: Annotated[
+        str | None,
+        typer.Option(metavar="DIR", help="The model to train: a directory, or a name on the hub."),
+    ] = None,
+    encoder: Annotated[
+        Path | None,
+        typer.Option(metavar="DIR", help="For a new model: a FastViTHD, or a model with one."),
+    ] = None,
+    decoder: Annotated[
+        Path | None, typer.Option(metavar="DIR", help="For a new model: a language model.")
+    ] = None,
+    stage: Annotated[
+        Literal["1", "1.5", "2", "3"],
+        typer.Option(help="The paper's stage; 1 trains the projector, the others everything."),
+    ] = "2",
+    learns: Annotated[
+        Literal["projector", "decoder", "everything", "lora"] | None,
+        typer.Option(
+            help="What learns: decoder is all but the encoder, lora an adapter beside each of the"
+            " decoder's linear layers.",
+            show_default="the stage's",
+        ),
+    ] = None,
+    lora_rank: Annotated[int, typer.Option(min=1, help="Rank of the adapters.")] = 64,
+    image_size: Annotated[
+        int | None,
+        typer.Option(
+            min=64, help="Side of the pictures, a multiple of 64.", show_default="the stage's"
+        ),
+    ] = None,
+    batch: Annotated[
+        int | None,
+        typer.Option(min=1, help="Conversations in a step.", show_default="the stage's"),
+    ] = None,
+    epochs: Annotated[
+        float | None,
+        typer.Option(min=0.001, help="Times that the data is shown.", show_default="the stage's"),
+    ] = None,
+    steps: Annotated[
+        int | None,
+        typer.Option(min=1, help="Optimiser steps in all.", show_default="what the epochs make"),
+    ] = None,
+    learning_rate: Annotated[
+        float | None,
+        typer.Option(min=1e-8, max=1, help="The peak.", show_default="the stage's"),
+    ] = None,
+    seed: SeedOption = 0,
+    precision: PrecisionOption = None,
+    accumulation: AccumulationOption = 1,
+    gradient_checkpointing: CheckpointingOption = False,
+    tracker: TrackerOption = None,
+    threads: ThreadsOption = None,
+) -> None:
+    """Teach a model what the assistant says in conversations, in the paper's stages.
+
+    A stage's figures are the paper's; each has an option that overrides it. A new model is made of
+    an encoder and a decoder.
+    """
+    check_output(output)
+    if (model is None) == (decoder is None) or (encoder is None) != (decoder is None):
+        raise InputError("Give --model, or --encoder and --decoder for a new one.")
+    if model is not None and Path(model).resolve() == output.resolve():
+        raise InputError("--output is the model itself, from which the run starts; give another.")
+    prepare_torch(threads)
+    from fastvlm.training.instruction import tune_model
+    from fastvlm.training.paper_stages import PAPER_STAGES
+
+    given = {
+        "learns": learns,
+        "image_size": image_size,
+        "batch": batch,
+        "epochs": epochs,
+        "learning_rate": learning_rate,
+    }
+    target, processor = loaded_or_new(model, encoder, decoder)
+    chosen = fitting(target, PAPER_STAGES[stage], given)
+    source = conversations_in(data, shown_at(target, chosen))
+    schedule = replace(
+        chosen.schedule(steps_of(chosen, source, data, steps)),
+        seed=seed,
+        precision=precision,
+        accumulation=accumulation,
+        trackers=tuple(tracker or ()),
+    )
+    tune_model(
+        target,
+        processor,
+        source,
+        chosen,
+        schedule,
+        output,
+        rank=lora_rank,
+        gradient_checkpointing=gradient_checkpointing,
+    )
+    Console(highlight=False).print(
+        f"Stage {stage} ({chosen.learns}), {schedule.steps:,} steps of {chosen.batch}; saved in"
+        f" {output}."
+    )
+
+
+def loaded_or_new(
+    model: str | None, encoder: Path | None, decoder: Path | None
+) -> tuple[PreTrainedModel, Any]:
+    """Return a model in float32, loaded or new, and its processor.
+
+    Raises:
+        CheckpointError: A part can't be read.
+        InputError: The parts make no model.
+    """
+    import torch
+
+    from fastvlm.checkpoints import load_checkpoint
+    from fastvlm.training.architecture import read_encoder
+    from fastvlm.training.assembly import assemble
+
+    place = located(model)
+    if place is not None:
+        return load_checkpoint(place, torch.float32, "cpu")
+    assert encoder is not None  # what is given was checked
+    assert decoder is not None
+    return assemble(read_encoder(encoder), decoder)
+
+
+def fitting(model: PreTrainedModel, stage: PaperStage, given: dict[str, Any]) -> PaperStage:
+    """Return a stage with what was given instead, and no size for a model that has its own."""
+    if not has_fastvithd(model):
+        stage = replace(stage, image_size=None)
+    return replace(stage, **{name: value for name, value in given.items() if value is not None})
+
+
+def has_fastvithd(model: PreTrainedModel) -> bool:
+    """Say whether a model is one around FastViTHD."""
+    from fastvlm.vision import FastViTHD
+
+    return isinstance(getattr(model.base_model, "vision_tower", None), FastViTHD)
+
+
+def shown_at(model: PreTrainedModel, stage: PaperStage) -> int | None:
+    """Return the side in pixels of the pictures of a stage; None where the processor decides."""
+    if not has_fastvithd(model):
+        return None
+    own: int = model.config.vision_config.image_size
+    return own if stage.image_size is None else stage.image_size
+
+
+def steps_of(stage: PaperStage, source: Records | Shards, name: str, steps: int | None) -> int:
+    """Return the steps of a run.
+
+    Raises:
+        InputError: The data's length is not known, and no number of steps is given.
+    """
+    from fastvlm.data.conversations import Records
+
+    if steps is not None:
+        return steps
+    if not isinstance(source, Records):
+        raise InputError(f"{name} is streamed: say how long to learn with --steps.")
+    return stage.steps(len(source))

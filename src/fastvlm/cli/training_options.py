@@ -1,0 +1,103 @@
+"""What the verbs of `fastvlm train` have in common."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Literal
+
+import typer
+
+from fastvlm.functional.errors import InputError
+
+if TYPE_CHECKING:
+    from fastvlm.data.conversations import Records, Shards
+
+PhotographsOption = Annotated[
+    Path,
+    typer.Option(
+        metavar="DIR",
+        help="Captioned photographs in Flickr8k's layout: captions.tsv, train.txt and images/.",
+    ),
+]
+OutputOption = Annotated[
+    Path,
+    typer.Option(
+        metavar="DIR", help="Where the checkpoint is kept while it runs, and the result in the end."
+    ),
+]
+StepsOption = Annotated[int, typer.Option(min=1, help="Optimiser steps in all.")]
+RateOption = Annotated[
+    float,
+    typer.Option(
+        min=1e-8, max=1, help="The peak of the learning rate: warm-up to it, then a cosine down."
+    ),
+]
+SeedOption = Annotated[int, typer.Option(min=0, help="Decides every draw of the run.")]
+
+
+PrecisionOption = Annotated[
+    Literal["no", "bf16"] | None,
+    typer.Option(help="Mixed precision.", show_default="what accelerate is set to"),
+]
+AccumulationOption = Annotated[
+    int,
+    typer.Option(
+        min=1, max=4096, help="Slices in which a step is computed: more of them need less memory."
+    ),
+]
+CheckpointingOption = Annotated[
+    bool,
+    typer.Option(
+        "--gradient-checkpointing",
+        help="Compute layers again on the way back: less memory, more time.",
+    ),
+]
+TrackerOption = Annotated[
+    list[str] | None,
+    typer.Option(
+        metavar="tensorboard|wandb|trackio",
+        help="Where the figures go, besides the log; give it again for several.",
+    ),
+]
+
+
+def conversations_in(source: str, image_size: int | None) -> Records | Shards:
+    """Return the conversations of a data set, or of `scenes:N`.
+
+    Args:
+        source: The data set.
+        image_size: Side in pixels of rendered scenes; None for a model that shows none.
+
+    Raises:
+        InputError: There is no such data set, or the model shows no scenes.
+    """
+    from fastvlm.data.questions import scene_conversations
+    from fastvlm.data.reading import read_conversations
+
+    name, _, number = source.partition(":")
+    if name != "scenes" or not number.isdecimal():
+        return read_conversations(source)
+    if image_size is None:
+        raise InputError(f"{source} is for models around FastViTHD, whose picture size is known.")
+    return scene_conversations(range(int(number)), image_size)
+
+
+def check_output(output: Path) -> None:
+    """Refuse an output that can't be a folder.
+
+    Raises:
+        InputError: It is a file.
+    """
+    if output.exists() and not output.is_dir():
+        raise InputError(f"{output} is a file; --output needs a folder.")
+
+
+def prepare_torch(threads: int | None) -> None:
+    """Set the number of threads, and keep `transformers` quiet."""
+    import torch
+    from transformers.utils import logging
+
+    logging.disable_progress_bar()
+    logging.set_verbosity_error()
+    if threads is not None:
+        torch.set_num_threads(threads)

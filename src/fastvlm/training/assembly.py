@@ -1,0 +1,105 @@
+"""A new FastVLM: a FastViTHD, a projector that has learnt nothing, and any decoder."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+from transformers import (
+    FastVlmConfig,
+    FastVlmForConditionalGeneration,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
+
+from fastvlm.checkpoints import load_checkpoint
+from fastvlm.checkpoints.layouts import CHATML, IMAGE
+from fastvlm.functional.errors import InputError
+from fastvlm.language.families import family
+from fastvlm.vision.configuration import REDUCTION
+from fastvlm.vision.fastvithd import FastViTHD
+
+TURN_END = "<|im_end|>"
+
+
+def assemble(
+    encoder: FastViTHD, decoder: Path
+) -> tuple[FastVlmForConditionalGeneration, PreTrainedTokenizerBase]:
+    """Return a new model in float32, and its tokenizer with a place for pictures.
+
+    Args:
+        encoder: The encoder, in the form in which it is trained on.
+        decoder: A causal language model of text, with its tokenizer.
+
+    Raises:
+        CheckpointError: The decoder can't be read.
+        InputError: It is no decoder of text, of a family that is not known, or its tokenizer's chat
+            template has no place for pictures.
+    """
+    text, processor = load_checkpoint(decoder, torch.float32, "cpu")
+    if not isinstance(processor, PreTrainedTokenizerBase) or text.base_model is text:
+        raise InputError(f"{decoder} is a {type(text).__name__}; a decoder reads text alone.")
+    if getattr(text.config, "vision_config", None) is not None:
+        raise InputError(f"{decoder} has an encoder of its own; give it as --model.")
+    family(text.config.model_type)
+    ends = prepare_tokenizer(processor, decoder)
+    image = cast(int, processor.convert_tokens_to_ids(IMAGE))
+    rows = text.get_input_embeddings().weight.shape[0]
+    if len(processor) > rows:
+        text.resize_token_embeddings(len(processor))
+    config = FastVlmConfig(
+        vision_config=encoder.config.to_dict(),
+        text_config=text.config.to_dict(),
+        image_token_index=image,
+        image_seq_length=(encoder.config.image_size // REDUCTION) ** 2,
+        tie_word_embeddings=text.config.tie_word_embeddings,
+    )
+    model = FastVlmForConditionalGeneration(config)
+    take_over(model, encoder, text)
+    if ends is not None:
+        model.generation_config.eos_token_id = ends
+    return model, processor
+
+
+def take_over(
+    model: FastVlmForConditionalGeneration, encoder: FastViTHD, text: PreTrainedModel
+) -> None:
+    """Put a trained encoder and a trained decoder into a model."""
+    # Where they were read from is nobody's business later.
+    encoder.config.name_or_path = text.config.name_or_path = ""
+    model.model.vision_tower = encoder
+    model.config.vision_config = encoder.config
+    model.model.language_model.load_state_dict(text.base_model.state_dict())
+    head: Any = text.get_output_embeddings()
+    model.lm_head.load_state_dict(head.state_dict())
+    model.tie_weights()
+    model.generation_config = text.generation_config or model.generation_config
+
+
+def prepare_tokenizer(tokenizer: PreTrainedTokenizerBase, decoder: Path) -> int | None:
+    """Give a tokenizer a token for pictures, and Apple's template if its own shows none.
+
+    Returns:
+        The token that ends a turn of Apple's template; None where the tokenizer's own stays.
+
+    Raises:
+        InputError: Its template has no place for pictures, and it doesn't know Apple's tokens.
+    """
+    tokenizer.add_special_tokens({"additional_special_tokens": [IMAGE]})
+    shown = [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "?"}]}]
+    if tokenizer.chat_template:
+        try:
+            text = str(tokenizer.apply_chat_template(shown, tokenize=False))
+        except Exception:  # noqa: BLE001 (a template may raise anything)
+            text = ""
+        if text.count(IMAGE) == 1 and "'type'" not in text:
+            return None
+    end = tokenizer.get_vocab().get(TURN_END)
+    if end is None:
+        raise InputError(
+            f"The chat template of {decoder} has no place for pictures, and its tokenizer doesn't"
+            " know ChatML's tokens; set a tokenizer.chat_template that writes <image>."
+        )
+    tokenizer.chat_template = CHATML
+    return end

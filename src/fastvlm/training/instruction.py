@@ -1,0 +1,144 @@
+"""The lesson of a model itself: to say what the assistant says in conversations."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from transformers import PreTrainedModel, PreTrainedTokenizerBase, ProcessorMixin
+
+from fastvlm.data.conversations import Broken, Conversation, Records, Shards
+from fastvlm.data.feed import Feed
+from fastvlm.functional.errors import InputError
+from fastvlm.functional.placement import moved
+from fastvlm.language.families import text_decoder
+from fastvlm.training.dialogues import IGNORED
+from fastvlm.training.draft import full_precision
+from fastvlm.training.loop import train
+from fastvlm.training.paper_stages import PaperStage
+from fastvlm.training.parts import learning
+from fastvlm.training.processes import this_process
+from fastvlm.training.rows import Row, Rows, rows_for
+from fastvlm.training.schedule import Schedule
+from fastvlm.training.task import Losses, Source
+from fastvlm.vision.configuration import REDUCTION
+from fastvlm.vision.fastvithd import FastViTHD
+
+
+class InstructionLesson:
+    """Teaches a model the replies of conversations: cross-entropy at each of their tokens.
+
+    BatchNorms keep the statistics that they came with: those of a step's few pictures would be
+    poor ones, and what is trained is then exactly what inference folds.
+
+    Args:
+        model: The model; what of it requires a gradient learns.
+        rows: What makes its rows.
+        feed: The conversations.
+        batch: Conversations that this process takes in a step.
+    """
+
+    def __init__(self, model: PreTrainedModel, rows: Rows, feed: Feed, batch: int) -> None:
+        self.model = model.eval()
+        # Gradient checkpointing asks for this mode.
+        text_decoder(model).train()
+        self.module: nn.Module = model
+        self.unit = "tokens"
+        self.source: Source | None = feed
+        self.whole: str | None = None
+        self.rows, self.feed, self.batch = rows, feed, batch
+        self.conversations: Iterator[Conversation] | None = None
+
+    def draw(self, step: int) -> list[Row]:
+        """Return the rows of a step; conversations that make none are counted as broken.
+
+        Raises:
+            InputError: Too many are.
+        """
+        if self.conversations is None:
+            self.conversations = iter(self.feed)
+        rows: list[Row] = []
+        taken = 0
+        while taken < self.batch:
+            conversation = next(self.conversations)
+            try:
+                rows += self.rows.rows(conversation)
+                taken += 1
+            except InputError as error:
+                self.feed.broken.add(Broken(conversation.name, str(error)))
+        return rows
+
+    def loss(self, examples: Sequence[Row]) -> Losses:
+        """Return the cross-entropy of some rows; reported is how often the best token is right."""
+        losses: list[Tensor] = []
+        right = learnt = 0
+        for inputs, labels in self.rows.batches(examples):
+            states = self.model.base_model(**inputs, use_cache=False).last_hidden_state
+            # Each position predicts the next; logits of the others would fill the memory.
+            targets = labels[:, 1:]
+            places = targets != IGNORED
+            head = self.model.get_output_embeddings()
+            logits = full_precision(head(states[:, :-1][places]))
+            losses.append(F.cross_entropy(logits, targets[places], reduction="sum"))
+            right += int((logits.argmax(-1) == targets[places]).sum())
+            learnt += int(places.sum())
+        return Losses(torch.stack(losses).sum(), learnt, {"right": (right, learnt)})
+
+
+def tune_model(
+    model: PreTrainedModel,
+    processor: PreTrainedTokenizerBase | ProcessorMixin,
+    source: Records | Shards,
+    stage: PaperStage,
+    schedule: Schedule,
+    output: Path,
+    *,
+    rank: int = 64,
+    gradient_checkpointing: bool = False,
+) -> None:
+    """Train a model on conversations and save it, in bfloat16 and ready to load, as `output`.
+
+    An encoder that is not folded stays so, and can be trained on.
+
+    Args:
+        model: The model, in float32.
+        processor: Its processor, or its tokenizer alone.
+        source: The conversations.
+        stage: What learns, and from how large pictures and steps.
+        schedule: Length and learning rate.
+        output: The directory of the model in the end, and of the checkpoint, in `training`.
+        rank: Of LoRA's adapters.
+        gradient_checkpointing: Whether layers are computed again on the way back, to save memory.
+
+    Raises:
+        InputError: The model has no such part or can't be trained, or too many records are broken.
+    """
+    torch.manual_seed(schedule.seed)
+    process = this_process()
+    moved(model, process.device)
+    rows = rows_for(model, processor, stage.image_size)
+    feed = Feed(
+        source, seed=schedule.seed, process=process.process_index, processes=process.num_processes
+    )
+    if gradient_checkpointing:
+        model.gradient_checkpointing_enable({"use_reentrant": False})
+    with learning(model, stage.learns, rank):
+        batch = max(1, stage.batch // process.num_processes)
+        train(InstructionLesson(model, rows, feed, batch), schedule, output / "training")
+    if stage.image_size is not None:
+        show_pictures_of(model, stage.image_size)
+    if process.is_main_process:
+        moved(model, torch.bfloat16).save_pretrained(output)
+        processor.save_pretrained(output)
+
+
+def show_pictures_of(model: PreTrainedModel, image_size: int) -> None:
+    """Make a side in pixels the model's own."""
+    tower = model.base_model.vision_tower
+    assert isinstance(tower, FastViTHD)  # no other model's size is given
+    tower.config.image_size = image_size
+    model.config.vision_config = tower.config
+    model.config.image_seq_length = (image_size // REDUCTION) ** 2

@@ -1,0 +1,123 @@
+"""The joint phase: a target is fine-tuned with the loss of an exit beside the final one.
+
+The frozen phase, in which an imitation network learns from the target as it is, follows
+(`fastvlm.training.draft`); arXiv 2510.22641 trains in both.
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from fastvlm.functional.placement import moved
+from fastvlm.language.families import text_decoder
+from fastvlm.training.draft import full_precision
+from fastvlm.training.forcing import Forced, Forcing, GradientCache
+from fastvlm.training.loop import train
+from fastvlm.training.processes import this_process
+from fastvlm.training.replies import Example
+from fastvlm.training.schedule import Schedule
+from fastvlm.training.task import Losses, Source
+from fastvlm.vlm import VisionLanguageModel
+
+
+@dataclass(frozen=True, slots=True)
+class JointPlan:
+    """How a target is fine-tuned.
+
+    Args:
+        exit_layer: Layers that run before the exit (k).
+        weight: Of the exit's loss beside the final one.
+        batch: Examples in a step.
+    """
+
+    exit_layer: int
+    weight: float = 1.0
+    batch: int = 24
+
+
+class JointLesson:
+    """Teaches a target replies at its last layer and at an exit, through the same norm and head.
+
+    The decoder's layers and its final norm learn. Embeddings, LM head and encoder stay as they are,
+    so that prompts are encoded once.
+
+    Args:
+        vlm: The target, in the precision that its weights are trained in.
+        examples: What it learns from.
+        plan: How.
+    """
+
+    def __init__(
+        self, vlm: VisionLanguageModel, examples: Sequence[Example], plan: JointPlan
+    ) -> None:
+        self.vlm, self.examples, self.plan = vlm, examples, plan
+        vlm.model.requires_grad_(False)
+        text_decoder(vlm.model).requires_grad_(True)
+        fixed = (vlm.model.get_input_embeddings(), vlm.model.get_output_embeddings())
+        for part in fixed:
+            part.requires_grad_(False)
+        self.module: nn.Module = vlm.model
+        self.forcing = Forcing(vlm)
+        self.unit = "tokens"
+        self.source: Source | None = None
+        self.whole: str | None = None
+
+    def draw(self, step: int) -> list[Example]:
+        """Return the examples of a step."""
+        return random.sample(self.examples, min(self.plan.batch, len(self.examples)))
+
+    def loss(self, examples: Sequence[Example]) -> Losses:
+        """Return the cross-entropy at the last layer plus that at the exit, weighed.
+
+        Both are at every token of the replies; the report has each of them.
+        """
+        decoder, cache = self.vlm.decoder, GradientCache()
+        forced = self.forcing.batch(examples, given=0)
+        exit_layer = self.plan.exit_layer
+        x = decoder.run(forced.x, forced.span, cache, range(exit_layer))
+        early = self.cross_entropy(x, forced)
+        x = decoder.run(x, forced.span, cache, range(exit_layer, decoder.depth))
+        final = self.cross_entropy(x, forced)
+        number = len(forced.targets)
+        report = {
+            "final": (float(final.detach()), number),
+            f"exit {exit_layer}": (float(early.detach()), number),
+        }
+        return Losses(final + self.plan.weight * early, number, report)
+
+    def cross_entropy(self, x: Tensor, forced: Forced) -> Tensor:
+        """Return the summed cross-entropy of a layer's states, (batch, length, d_model)."""
+        logits = full_precision(self.vlm.decoder.head(x[forced.learnt]))
+        return F.cross_entropy(logits, forced.targets, reduction="sum")
+
+
+def train_joint(
+    vlm: VisionLanguageModel,
+    examples: Sequence[Example],
+    plan: JointPlan,
+    schedule: Schedule,
+    output: Path,
+) -> None:
+    """Fine-tune a target with the loss of an exit and save it, in bfloat16, as `output`.
+
+    Args:
+        vlm: The target, which changes.
+        examples: What it learns from.
+        plan: How.
+        schedule: Length and learning rate.
+        output: The directory of the target in the end, and of the checkpoint, in `training`.
+
+    Raises:
+        InputError: A picture can't be read.
+    """
+    train(JointLesson(vlm, examples, plan), schedule, output / "training")
+    if this_process().is_main_process:
+        moved(vlm.model, torch.bfloat16).save_pretrained(output)
+        vlm.processor.save_pretrained(output)

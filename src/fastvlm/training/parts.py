@@ -1,0 +1,77 @@
+"""The parts of a model that a stage trains, by name."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+from torch import nn
+from transformers import PreTrainedModel
+
+from fastvlm.functional.errors import InputError
+from fastvlm.language.families import text_decoder
+
+PARTS = ("projector", "decoder", "everything", "lora")
+PROJECTORS = ("multi_modal_projector", "connector")
+"""What the families call the module between encoder and decoder."""
+
+
+def projector_of(model: PreTrainedModel) -> nn.Module:
+    """Return the module between a model's encoder and its decoder.
+
+    Raises:
+        InputError: The model has none of its own.
+    """
+    for name in PROJECTORS:
+        found = getattr(model.base_model, name, None)
+        if isinstance(found, nn.Module):
+            return found
+    raise InputError(
+        f"{type(model).__name__} has no projector of its own; train everything, or lora."
+    )
+
+
+@contextmanager
+def learning(model: PreTrainedModel, part: str, rank: int) -> Iterator[None]:
+    """Let a part of a model learn, and nothing else; what was added is merged in the end.
+
+    Args:
+        model: The model.
+        part: `projector`; `decoder`, the projector and all after it; `everything`; or `lora`, an
+            adapter beside each linear layer of the decoder.
+        rank: Of the adapters, which count twice (alpha = 2 rank).
+
+    Raises:
+        InputError: There is no such part, or peft is missing.
+    """
+    if part == "lora":
+        adapted = with_adapters(model, rank)
+        yield
+        adapted.merge_and_unload()
+        return
+    model.requires_grad_(part == "everything")
+    if part in ("projector", "decoder"):
+        projector_of(model).requires_grad_(True)
+    if part == "decoder":
+        text_decoder(model).requires_grad_(True)
+        model.get_output_embeddings().requires_grad_(True)
+    yield
+
+
+def with_adapters(model: PreTrainedModel, rank: int) -> Any:
+    """Put an adapter beside each linear layer of a model's decoder; all else is frozen.
+
+    Returns:
+        What peft has around the model.
+
+    Raises:
+        InputError: peft is missing.
+    """
+    try:
+        from peft import LoraConfig, get_peft_model
+    except ImportError as error:
+        raise InputError("LoRA needs peft: pip install 'fastvlm[lora]'.") from error
+    linear = {id(part) for part in text_decoder(model).modules() if isinstance(part, nn.Linear)}
+    names = [name for name, part in model.named_modules() if id(part) in linear]
+    return get_peft_model(model, LoraConfig(r=rank, lora_alpha=2 * rank, target_modules=names))

@@ -1,0 +1,232 @@
+"""Conversations as a model's own forward takes them, with the labels of what is learnt."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
+from transformers import PreTrainedModel, PreTrainedTokenizerBase, ProcessorMixin
+
+from fastvlm.checkpoints.processors import tokenizer_of
+from fastvlm.data.conversations import Conversation, Message
+from fastvlm.functional.errors import InputError
+from fastvlm.language import split_decoder
+from fastvlm.language.prompt import end_tokens
+from fastvlm.prompts.fastvithd import with_places
+from fastvlm.prompts.messages import pictures_of
+from fastvlm.prompts.processor import ProcessorPrompts
+from fastvlm.training.dialogues import IGNORED
+from fastvlm.training.replies import end_token, text_of
+from fastvlm.vision.configuration import REDUCTION
+from fastvlm.vision.fastvithd import FastViTHD
+from fastvlm.vision.pictures import prepare
+
+
+@dataclass(frozen=True, slots=True)
+class Row:
+    """What is learnt in one row.
+
+    Args:
+        inputs: What the model's forward takes.
+        labels: What each position should have been predicted as, `IGNORED` where it doesn't
+            matter: (length,).
+    """
+
+    inputs: dict[str, Tensor]
+    labels: Tensor
+
+
+class Rows(Protocol):
+    """Makes rows of conversations, and batches of rows."""
+
+    def rows(self, conversation: Conversation) -> list[Row]:
+        """Return the rows of a conversation.
+
+        Raises:
+            InputError: The model has no use for such a conversation.
+        """
+        ...
+
+    def batches(self, rows: Sequence[Row]) -> Iterator[tuple[dict[str, Tensor], Tensor]]:
+        """Yield what the model's forward takes, and its labels: (batch, length)."""
+        ...
+
+
+class FastViTHDRows:
+    """Rows of a model around a FastViTHD: a whole conversation in each, all replies labelled.
+
+    Args:
+        model: The model.
+        tokenizer: Its tokenizer, with a chat template that has a place for pictures.
+        image_size: Side in pixels of the pictures.
+
+    Raises:
+        InputError: It is no multiple of 64, or the model has no end token.
+    """
+
+    def __init__(
+        self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, image_size: int
+    ) -> None:
+        if image_size % REDUCTION:
+            raise InputError(
+                f"Pictures are shown at a multiple of {REDUCTION} pixels; got {image_size}."
+            )
+        # Which settings a composite model has is its class's matter.
+        config: Any = model.config
+        self.tokenizer, self.image_size = tokenizer, image_size
+        self.device, self.image = model.device, config.image_token_id
+        self.context: int = config.get_text_config().max_position_embeddings
+        self.end = end_token(tokenizer, end_tokens(model))
+
+    def rows(self, conversation: Conversation) -> list[Row]:
+        """Return the one row of a conversation. See `Rows.rows`."""
+        views = [prepare(shown, self.image_size) for shown in pictures_of(conversation.messages)]
+        visual = iter([len(view) * (view.shape[-1] // REDUCTION) ** 2 for view in views])
+        tokens: list[int] = []
+        labels: list[int] = []
+        replied = False
+        for text, learnt in self.pieces(conversation.messages):
+            found = with_places(self.tokenizer, text, self.image, visual)
+            tokens += found
+            labels += found if learnt else [IGNORED] * len(found)
+            if replied and found:
+                # A reply's end is learnt also where the template doesn't write it.
+                labels[-len(found)] = self.end
+            replied = learnt
+        tokens.append(self.end)
+        labels.append(self.end)
+        if next(visual, None) is not None:
+            raise InputError("The chat template has no place for a picture.")
+        if len(tokens) > self.context:
+            raise InputError(f"It has {len(tokens)} tokens; the model's context is {self.context}.")
+        inputs = {"input_ids": torch.tensor(tokens)}
+        if views:
+            inputs["pixel_values"] = torch.cat(views)
+        return [Row(inputs, torch.tensor(labels))]
+
+    def pieces(self, messages: Sequence[Message]) -> Iterator[tuple[str, bool]]:
+        """Yield a conversation's text up to its last reply, and whether each piece is learnt.
+
+        Raises:
+            InputError: The template doesn't write turn after turn.
+        """
+        done = ""
+        for place, turn in enumerate(messages):
+            if turn["role"] != "assistant":
+                continue
+            prompt = self.written(messages[:place], asks=True)
+            answered = self.written(messages[: place + 1], asks=False)
+            reply = text_of(turn).strip()
+            at = answered.find(reply, len(prompt))
+            if not prompt.startswith(done) or not answered.startswith(prompt) or at < 0:
+                raise InputError(
+                    "The chat template rewrites earlier turns, so the replies of a whole"
+                    " conversation can't be told apart; set a template that writes turn after turn."
+                )
+            yield prompt[len(done) :], False
+            done = answered[: at + len(reply)]
+            yield done[len(prompt) :], True
+
+    def written(self, messages: Sequence[Message], *, asks: bool) -> str:
+        """Return a conversation as the template writes it, up to a reply or with it."""
+        turns = [dict(message) for message in messages]
+        return str(
+            self.tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=asks)
+        )
+
+    def batches(self, rows: Sequence[Row]) -> Iterator[tuple[dict[str, Tensor], Tensor]]:
+        """Yield one batch of all rows. See `Rows.batches`."""
+        # Padding stands on the right, where the causal mask alone keeps it out of sight.
+        tokens = [row.inputs["input_ids"] for row in rows]
+        inputs = {"input_ids": pad_sequence(tokens, batch_first=True, padding_value=self.end)}
+        shown = [row.inputs["pixel_values"] for row in rows if "pixel_values" in row.inputs]
+        if shown:
+            inputs["pixel_values"] = torch.cat(shown)
+        labels = [row.labels for row in rows]
+        yield (
+            {name: tensor.to(self.device) for name, tensor in inputs.items()},
+            pad_sequence(labels, batch_first=True, padding_value=IGNORED).to(self.device),
+        )
+
+
+class ProcessorRows:
+    """Rows of a model of any other family, as its own processor makes them: a reply in each.
+
+    Args:
+        model: The model.
+        processor: Its processor, or the tokenizer of a model of text alone.
+
+    Raises:
+        InputError: The model's forward doesn't end in hidden states for the tokens it is given.
+    """
+
+    def __init__(
+        self, model: PreTrainedModel, processor: PreTrainedTokenizerBase | ProcessorMixin
+    ) -> None:
+        if model.base_model is model or model.config.is_encoder_decoder:
+            raise InputError(
+                f"{type(model).__name__} can't be trained here; a draft for it can, and its decoder"
+                " with --phases joint,frozen."
+            )
+        self.prompts = ProcessorPrompts(model, processor, split_decoder(model))
+        self.tokenizer = tokenizer_of(processor)
+        self.end = end_token(self.tokenizer, end_tokens(model))
+
+    def rows(self, conversation: Conversation) -> list[Row]:
+        """Return a row for each reply of a conversation. See `Rows.rows`."""
+        found = []
+        for place, turn in enumerate(conversation.messages):
+            if turn["role"] != "assistant":
+                continue
+            inputs = self.prompts.inputs(conversation.messages[:place])
+            before = inputs["input_ids"]
+            said = self.tokenizer.encode(text_of(turn).strip(), add_special_tokens=False)
+            reply = before.new_tensor([[*said, self.end]])
+            inputs = {
+                name: torch.cat((value, value.new_zeros(reply.shape)), 1)
+                if value.shape == before.shape
+                else value
+                for name, value in inputs.items()
+            }
+            inputs["input_ids"] = torch.cat((before, reply), 1)
+            inputs["attention_mask"] = torch.ones_like(inputs["input_ids"])
+            labels = inputs["input_ids"][0].clone()
+            labels[: before.shape[1]] = IGNORED
+            found.append(Row(inputs, labels))
+        return found
+
+    def batches(self, rows: Sequence[Row]) -> Iterator[tuple[dict[str, Tensor], Tensor]]:
+        """Yield each row alone: pictures' shapes differ. See `Rows.batches`."""
+        for row in rows:
+            yield row.inputs, row.labels[None]
+
+
+def rows_for(
+    model: PreTrainedModel,
+    processor: PreTrainedTokenizerBase | ProcessorMixin,
+    image_size: int | None,
+) -> Rows:
+    """Return what makes a model's rows.
+
+    Args:
+        model: The model.
+        processor: Its processor, or its tokenizer alone.
+        image_size: Side in pixels of the pictures; None for the model's own.
+
+    Raises:
+        InputError: The model can't be trained, or shows pictures in a size of its own.
+    """
+    tower = getattr(model.base_model, "vision_tower", None)
+    if isinstance(tower, FastViTHD):
+        size = tower.config.image_size if image_size is None else image_size
+        return FastViTHDRows(model, tokenizer_of(processor), size)
+    if image_size is not None:
+        raise InputError(
+            f"The processor of {type(model).__name__} decides how a picture is shown; leave out the"
+            " image size."
+        )
+    return ProcessorRows(model, processor)
