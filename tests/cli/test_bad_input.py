@@ -88,7 +88,7 @@ def test_a_prompt_longer_than_the_context(cli: Cli, picture: Path) -> None:
         ("generate", "a.png", "--threads", "0"),
         ("benchmark", "--limit", "-1"),
         ("demo", "--pictures", "0"),
-        ("train", "encoder", "--photographs", "a", "--output", "b", "--learning-rate", "0"),
+        ("train", "example-encoder", "--photographs", "a", "--output", "b", "--learning-rate", "0"),
     ],
 )
 def test_an_option_out_of_range(cli: Cli, words: tuple[str, ...]) -> None:
@@ -153,10 +153,10 @@ def test_a_demo_without_its_pictures(
 @pytest.mark.parametrize(
     ("words", "told"),
     [
-        (("encoder",), "is not laid out like Flickr8k"),
-        (("model",), "Give --encoder for a new model, or --start"),
-        (("model", "--encoder", "e", "--stage", "last"), "got --stage last"),
-        (("model", "--encoder", "/nowhere"), "There is no encoder in /nowhere"),
+        (("example-encoder",), "is not laid out like Flickr8k"),
+        (("example-model",), "Give --encoder for a new model, or --start"),
+        (("example-model", "--encoder", "e", "--stage", "last"), "got --stage last"),
+        (("example-model", "--encoder", "/nowhere"), "There is no encoder in /nowhere"),
     ],
 )
 def test_a_training_that_can_not_start(
@@ -170,6 +170,36 @@ def test_a_training_that_can_not_start(
 @pytest.mark.parametrize(
     ("words", "told"),
     [
+        ((), "Give --model, or --encoder and --decoder"),
+        (("--model", "a", "--encoder", "b", "--decoder", "c"), "Give --model, or --encoder"),
+        (("--encoder", "/nowhere"), "Give --model, or --encoder and --decoder"),
+        (("--encoder", "/nowhere", "--decoder", "c"), "There is no encoder in /nowhere"),
+        (("--model", "/nowhere/a"), "There is no model in /nowhere/a"),
+        (("--model", "SHIPPED", "--data", "/nowhere"), "There is no data set at /nowhere"),
+        (("--model", "SHIPPED", "--image-size", "100"), "a multiple of 64 pixels; got 100"),
+        (("--model", "SHIPPED", "--stage", "2"), "the model's context is 256"),
+        (("--model", "OUTPUT"), "--output is the model itself"),
+    ],
+)
+def test_a_model_that_can_not_be_trained(
+    cli: Cli, shipped: Path, tmp_path: Path, words: tuple[str, ...], told: str
+) -> None:
+    places = {"SHIPPED": shipped / "model", "OUTPUT": tmp_path}
+    output = tmp_path if "OUTPUT" in words else tmp_path / "out"
+    given = [places.get(word, word) for word in words]
+    said = cli("train", "model", "--data", "scenes:2", "--output", output, *given)
+    assert said.code == 1
+    assert told in said.sentence()
+
+
+@pytest.mark.parametrize(
+    ("words", "told"),
+    [
+        (("--data", "scenes:9", "--phases", "joint,frozen", "--prompt", "?"), "no --prompt"),
+        (
+            ("--data", "scenes:9", "--phases", "joint,frozen", "--exit-layer", "auto"),
+            "give --exit-layer a number",
+        ),
         (("--data", "scenes:4", "--kind", "tree"), "got --kind tree"),
         (("--data", "scenes:4", "--exit-layer", "5"), "is auto or lies between 1 and 4"),
         (("--data", "scenes:4", "--exit-layer", "-1"), "is auto or lies between 1 and 4"),

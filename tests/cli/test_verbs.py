@@ -62,7 +62,7 @@ def test_help_lists_the_verbs(cli: Cli) -> None:
 def test_training_lists_its_stages(cli: Cli) -> None:
     said = cli("train", "--help")
     assert said.code == 0
-    for stage in ("encoder", "model", "draft"):
+    for stage in ("model", "draft", "example-encoder", "example-model"):
         assert stage in said.out
 
 
@@ -283,3 +283,42 @@ def test_a_draft_is_trained_and_serves_its_model(cli: Cli, shipped: Path, tmp_pa
     told = cli("generate", picture, "--model", shipped / "model", "--draft", tmp_path / "mlp")
     assert told.code == 0
     assert told.out == cli("generate", picture, "--model", shipped / "model").out
+
+
+def test_a_model_is_trained_stage_after_stage(cli: Cli, shipped: Path, tmp_path: Path) -> None:
+    first, second = tmp_path / "first", tmp_path / "second"
+    words = ("train", "model", "--data", "scenes:6", "--batch", "3", "--image-size", "128")
+    said = cli(*words, "--stage", "1", "--model", shipped / "model", "--output", first)
+    assert said.code == 0, said.err
+    assert "Stage 1 (projector), 2 steps of 3; saved in" in said.out
+    more = ("--learns", "decoder", "--steps", "3", "--gradient-checkpointing")
+    said = cli(*words, "--stage", "2", *more, "--model", first, "--output", second)
+    assert said.code == 0, said.err
+    assert "Stage 2 (decoder), 3 steps of 3; saved in" in said.out
+    told = cli("generate", shipped / "pictures" / "0.png", "--model", second)
+    assert told.code == 0
+    made = (*words, "--stage", "1", "--encoder", second, "--decoder", tmp_path / "text")
+    vlm = fastvlm.load(shipped / "model")
+    config = vlm.model.config.get_text_config()
+    AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path / "text")
+    vlm.tokenizer.save_pretrained(tmp_path / "text")
+    said = cli(*made, "--output", tmp_path / "new")
+    assert said.code == 0, said.err
+    assert fastvlm.load(tmp_path / "new").image_size == 128
+
+
+def test_a_target_is_fine_tuned_before_its_draft(cli: Cli, shipped: Path, tmp_path: Path) -> None:
+    said = cli(
+        "train", "draft", "--model", shipped / "model", "--data", "scenes:5", "--held-out", "2",
+        "--kind", "mlp", "--draft-vocabulary", "50", "--steps", "2", "--output", tmp_path,
+        "--phases", "joint,frozen", "--joint-steps", "2", "--joint-learning-rate", "1e-3",
+    )  # fmt: skip
+    assert said.code == 0, said.err
+    assert "The target, fine-tuned with exit 1, is saved in" in said.out
+    picture = shipped / "pictures" / "0.png"
+    tuned = tmp_path / "model"
+    told = cli("generate", picture, "--model", tuned, "--draft", tmp_path / "mlp")
+    assert told.code == 0, told.err
+    assert told.out == cli("generate", picture, "--model", tuned).out
+    # The draft is for the new target alone.
+    assert cli("generate", picture, "--model", shipped / "model", "--draft", tmp_path / "mlp").code

@@ -136,11 +136,8 @@ def draft(  # noqa: PLR0913 (a parameter is an option)
     if temperature and replies == "data":
         raise InputError("The data's replies are not drawn: leave out --temperature.")
     joint = phases == "joint,frozen"
-    if joint and (exit_layer == "auto" or prompt):
-        raise InputError(
-            "The joint phase learns the data's replies and needs an exit: give --exit-layer a"
-            " number, and no --prompt."
-        )
+    if joint:
+        check_joint(exit_layer, prompt)
     from fastvlm.training.processes import process_0_first, this_process
 
     device = this_process().device
@@ -157,13 +154,7 @@ def draft(  # noqa: PLR0913 (a parameter is an option)
 
     broken, unread = BrokenRecords(), BrokenRecords()
     asked = questions_in(data, vlm, broken, prompt or [], limit)
-    if len(asked) <= held_out:
-        raise InputError(
-            f"There are {len(asked)} questions, and {held_out} are held out: none is left to learn"
-            " from. Give more --data, or a smaller --held-out."
-        )
-    random.Random(seed).shuffle(asked)
-    kept, learnt = asked[:held_out], asked[held_out:]
+    kept, learnt = held_apart(asked, held_out, seed)
     schedule = Schedule(
         steps=steps,
         learning_rate=learning_rate,
@@ -218,6 +209,21 @@ def draft(  # noqa: PLR0913 (a parameter is an option)
         )
 
 
+def held_apart(asked: list[Asked], held_out: int, seed: int) -> tuple[list[Asked], list[Asked]]:
+    """Return the questions that are held out, drawn at random, and those that are learnt.
+
+    Raises:
+        InputError: None is left to learn.
+    """
+    if len(asked) <= held_out:
+        raise InputError(
+            f"There are {len(asked)} questions, and {held_out} are held out: none is left to learn"
+            " from. Give more --data, or a smaller --held-out."
+        )
+    random.Random(seed).shuffle(asked)
+    return asked[:held_out], asked[held_out:]
+
+
 def check_kinds(kinds: Sequence[str]) -> None:
     """Refuse what is no kind of imitation network.
 
@@ -227,6 +233,19 @@ def check_kinds(kinds: Sequence[str]) -> None:
     for kind in kinds:
         if kind not in ("block", "mlp"):
             raise InputError(f"An imitation network is a block or an mlp; got --kind {kind}.")
+
+
+def check_joint(exit_layer: str, prompts: Sequence[str] | None) -> None:
+    """Refuse options that leave the joint phase without an exit or without replies.
+
+    Raises:
+        InputError: They do.
+    """
+    if exit_layer == "auto" or prompts:
+        raise InputError(
+            "The joint phase learns the data's replies and needs an exit: give --exit-layer a"
+            " number, and no --prompt."
+        )
 
 
 def check_exit_layer(exit_layer: str, depth: int) -> None:

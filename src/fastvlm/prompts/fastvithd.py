@@ -59,8 +59,9 @@ class FastViTHDPrompts:
         Raises:
             InputError: The text has a placeholder of its own.
         """
-        text = self.tokenizer.apply_chat_template(
-            [dict(message) for message in messages], tokenize=False, add_generation_prompt=True
+        turns = [dict(message) for message in messages]
+        text = str(
+            self.tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=True)
         )
         numbers = iter(visual)
         found = with_places(self.tokenizer, text, self.model.config.image_token_id, numbers)

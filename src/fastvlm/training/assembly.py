@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any, cast
 
 import torch
+from torch import Tensor
 from transformers import (
     FastVlmConfig,
     FastVlmForConditionalGeneration,
@@ -45,8 +46,8 @@ def assemble(
     family(text.config.model_type)
     ends = prepare_tokenizer(processor, decoder)
     image = cast(int, processor.convert_tokens_to_ids(IMAGE))
-    rows = text.get_input_embeddings().weight.shape[0]
-    if len(processor) > rows:
+    weight = cast(Tensor, text.get_input_embeddings().weight)
+    if image >= weight.shape[0]:
         text.resize_token_embeddings(len(processor))
     config = FastVlmConfig(
         vision_config=encoder.config.to_dict(),
@@ -86,8 +87,9 @@ def prepare_tokenizer(tokenizer: PreTrainedTokenizerBase, decoder: Path) -> int 
     Raises:
         InputError: Its template has no place for pictures, and it doesn't know Apple's tokens.
     """
-    tokenizer.add_special_tokens({"additional_special_tokens": [IMAGE]})
-    shown = [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "?"}]}]
+    if IMAGE not in tokenizer.get_vocab():
+        tokenizer.add_special_tokens({"additional_special_tokens": [IMAGE]})
+    shown: Any = [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "?"}]}]
     if tokenizer.chat_template:
         try:
             text = str(tokenizer.apply_chat_template(shown, tokenize=False))

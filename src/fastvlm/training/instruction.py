@@ -85,7 +85,11 @@ class InstructionLesson:
             losses.append(F.cross_entropy(logits, targets[places], reduction="sum"))
             right += int((logits.argmax(-1) == targets[places]).sum())
             learnt += int(places.sum())
-        return Losses(torch.stack(losses).sum(), learnt, {"right": (right, learnt)})
+        total = torch.stack(losses).sum()
+        if not total.requires_grad:
+            # Text alone reaches no projector; the step goes on without a gradient.
+            total.requires_grad_()
+        return Losses(total, learnt, {"right": (right, learnt)})
 
 
 def tune_model(
