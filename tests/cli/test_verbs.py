@@ -14,6 +14,7 @@ import pytest
 import torch
 from PIL import Image
 from rich.console import Console
+from transformers import AutoModelForCausalLM
 
 import fastvlm
 from fastvlm import embedded
