@@ -10,6 +10,7 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from accelerate import Accelerator
+from accelerate.tracking import get_available_trackers
 
 from fastvlm.functional.errors import InputError
 from fastvlm.training.curves import draw_curves
@@ -30,8 +31,6 @@ def check_trackers(names: tuple[str, ...]) -> None:
     Raises:
         InputError: It is unknown, or its package is not installed.
     """
-    from accelerate.tracking import get_available_trackers
-
     available = {str(getattr(name, "value", name)) for name in get_available_trackers()}
     for name in names:
         if name not in PACKAGES:
