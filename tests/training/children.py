@@ -32,17 +32,24 @@ TURNS = (
 )
 
 
+class Parts(nn.ModuleDict):
+    """A model, which has a way to call it."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self["net"](x)
+
+
 class Rows:
     """Fits drawn rows of unequal weight, with a dropout; a part of it learns from few rows."""
 
-    def __init__(self, *, pause: float = 0.0, feeds: bool = False) -> None:
+    def __init__(self, *, pause: float = 0.0, feeds: bool = False, rare: int = 4) -> None:
         torch.manual_seed(7)
-        self.module: nn.Module = nn.ModuleDict({
+        self.module: nn.Module = Parts({
             "net": nn.Sequential(nn.Linear(3, 6), nn.Dropout(0.3), nn.Linear(6, 2)),
             "seldom": nn.Linear(3, 2),
             "never": nn.Linear(3, 2),
         })  # fmt: skip
-        self.pause, self.feeds = pause, feeds
+        self.pause, self.rare = pause, rare
         self.unit, self.whole = "tokens", None
         state = this_process()
         names = [f"{number}" for number in range(23)]
@@ -66,7 +73,7 @@ class Rows:
         x = torch.stack([row for row, _ in examples])
         weights = torch.tensor([float(weight) for _, weight in examples])
         loss = ((self.module["net"](x) - x[:, :2]).square().mean(1) * weights).sum()
-        rare = x[weights > 3]
+        rare = x[weights >= self.rare]
         if len(rare):
             loss = loss + self.module["seldom"](rare).square().sum()
         return Losses(loss, float(weights.sum()), {"rare": (float(len(rare)), len(examples))})
@@ -98,7 +105,13 @@ class Children:
         self.started: list[BaseProcess] = []
 
     def start(
-        self, output: Path, number: int = 1, *, task: dict[str, Any] | None = None, **settings: Any
+        self,
+        output: Path,
+        number: int = 1,
+        *,
+        task: dict[str, Any] | None = None,
+        environment: dict[str, str] | None = None,
+        **settings: Any,
     ) -> list[BaseProcess]:
         """Start a run's processes."""
         with socket.socket() as free:
@@ -114,6 +127,7 @@ class Children:
                 "MASTER_PORT": port,
                 "ACCELERATE_USE_CPU": "true",
                 "OMP_NUM_THREADS": "1",
+                **(environment or {}),
             }
             arguments = (output, settings, task or {}, place if number > 1 else {}, self.said(rank))
             children.append(self.context.Process(target=work, args=arguments, daemon=True))

@@ -167,3 +167,39 @@ def test_streams_go_on_with_as_many_processes(tmp_path: Path) -> None:
     torch.save({**state, "streams": state["streams"] * 2}, tmp_path / "checkpoint.pt")
     with pytest.raises(CheckpointError, match="made by 2 processes with a stream of data each"):
         train(Rows(feeds=True), schedule, tmp_path)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("layers", ["", "Linear"])
+def test_sharded_weights_are_learnt_and_resumed_as_whole_ones_are(
+    layers: str, children: Children, tmp_path: Path
+) -> None:
+    sharded = {"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2"}
+    if layers:
+        sharded |= {"FSDP_TRANSFORMER_CLS_TO_WRAP": layers}
+    # All processes need all weights in a step.
+    task = {"rare": 1}
+    how = {"steps": 30, "log_seconds": 0, "task": task}
+    children.run(tmp_path / "whole", 2, **how)
+    children.run(tmp_path / "sharded", 2, environment=sharded, **how)
+    for name in ("loss", "rare"):
+        found, expected = curve(tmp_path / "sharded", name), curve(tmp_path / "whole", name)
+        assert found == pytest.approx(expected, rel=1e-4)
+    whole, found = ended(tmp_path / "whole"), ended(tmp_path / "sharded")
+    torch.testing.assert_close(found["module"], whole["module"], rtol=1e-3, atol=1e-5)
+    output = tmp_path / "stopped"
+    processes = children.start(
+        output,
+        2,
+        environment=sharded,
+        checkpoint_seconds=0.05,
+        **{**how, "task": {**task, **SLOWLY}},
+    )
+    wait_for(output, processes)
+    for process in processes:
+        process.kill()
+        process.join()
+    assert 0 < ended(output)["step"] < 30
+    children.run(output, 2, environment=sharded, **how)
+    # Resuming gives weights that never had a gradient a state of zeros.
+    assert_same(ended(output)["module"], found["module"])
