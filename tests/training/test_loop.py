@@ -9,9 +9,6 @@ import math
 import os
 import random
 import signal
-import subprocess
-import sys
-import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -153,44 +150,6 @@ def test_a_finished_run_is_left_alone(whole: Path) -> None:
     assert task.steps == []
     assert_same(task.module.state_dict(), before["module"])
     assert_same(ended(whole), before)
-
-
-PLODDING = dataclasses.replace(SCHEDULE, steps=400)
-CHILD = """
-import time
-from pathlib import Path
-import torch
-from fastvlm.training.loop import train
-from tests.training.test_loop import PLODDING, Fit
-torch.set_num_threads(1)
-train(Fit(lambda step: time.sleep(0.01)), PLODDING, Path({output!r}))
-"""
-
-
-def test_a_killed_process_goes_on_where_it_stopped(tmp_path: Path) -> None:
-    # Every step writes a checkpoint, so that the kill may well strike while one is written.
-    output = tmp_path / "killed"
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
-    child = subprocess.Popen(
-        [sys.executable, "-c", CHILD.format(output=str(output))],
-        env=environment, stderr=subprocess.PIPE,
-    )  # fmt: skip
-    try:
-        while not (output / "checkpoint.pt").exists() and child.poll() is None:
-            time.sleep(0.01)
-        time.sleep(random.SystemRandom().uniform(0, 0.3))
-    finally:
-        child.kill()
-        _, said = child.communicate()
-    assert child.returncode == -signal.SIGKILL, said.decode()
-    reached = ended(output)["step"]
-    assert 1 <= reached < PLODDING.steps
-    seldom = dataclasses.replace(PLODDING, checkpoint_seconds=1000)
-    task = Fit()
-    train(task, seldom, output)
-    assert task.steps == list(range(reached, PLODDING.steps))
-    train(Fit(), seldom, tmp_path / "whole")
-    assert_same(ended(output), ended(tmp_path / "whole"))
 
 
 @pytest.mark.parametrize(

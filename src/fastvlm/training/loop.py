@@ -24,6 +24,7 @@ from fastvlm.training.learner import Learner
 from fastvlm.training.processes import Processes
 from fastvlm.training.progress import Progress, check_trackers
 from fastvlm.training.schedule import Schedule, seed_step
+from fastvlm.training.sharding import ShardedLearner, is_sharded_run
 from fastvlm.training.task import Task, Validate
 
 
@@ -90,7 +91,8 @@ class Run:
                 f" {processes.number} and {schedule.accumulation}."
             )
         self.accelerator = accelerator
-        self.learner = Learner(task, schedule, accelerator, processes)
+        learner = ShardedLearner if is_sharded_run() else Learner
+        self.learner = learner(task, schedule, accelerator, processes)
         output.mkdir(parents=True, exist_ok=True)
         self.output, self.file = output, output / "checkpoint.pt"
         self.saved = time.monotonic()

@@ -25,6 +25,7 @@ from fastvlm.training.dialogues import IGNORED, PROMPTS, Dialogue, encode_dialog
 from fastvlm.training.encoder import scene_pixels
 from fastvlm.training.loop import train
 from fastvlm.training.processes import this_process
+from fastvlm.training.sharding import whole_state
 from fastvlm.training.stages import STAGES, Stage
 from fastvlm.training.task import Losses, Source
 from fastvlm.training.tokenizer import learn_tokenizer
@@ -242,8 +243,7 @@ def train_model(
     for stage in stages:
         lesson = ModelLesson(model, tokenizer, pictures, pixels, stage)
         train(lesson, stage.schedule, output / stage.name)
-    if this_process().is_main_process:
-        save_model(model, tokenizer, output)
+    save_model(model, tokenizer, output)
 
 
 def read_model(path: Path) -> tuple[FastVlmForConditionalGeneration, PreTrainedTokenizerFast]:
@@ -261,6 +261,8 @@ def read_model(path: Path) -> tuple[FastVlmForConditionalGeneration, PreTrainedT
 def save_model(
     model: FastVlmForConditionalGeneration, tokenizer: PreTrainedTokenizerFast, output: Path
 ) -> None:
-    """Save a model in bfloat16."""
-    moved(model, torch.bfloat16).save_pretrained(output)
-    tokenizer.save_pretrained(output)
+    """Save a model in bfloat16; every process calls this, and process 0 writes."""
+    state = whole_state(moved(model, torch.bfloat16))
+    if this_process().is_main_process:
+        model.save_pretrained(output, state_dict=state)
+        tokenizer.save_pretrained(output)

@@ -9,6 +9,7 @@ from typing import TypeVar
 
 import torch
 from accelerate import PartialState
+from accelerate.utils import parse_flag_from_env
 from torch import distributed, nn
 
 from fastvlm.functional.errors import FastVlmError
@@ -26,8 +27,10 @@ class LostProcessError(FastVlmError):
 
 
 def this_process() -> PartialState:
-    """Return this process's place among those that `accelerate launch` started, if it did."""
-    return PartialState(timeout=PREPARATION)
+    """Return this process's place among those that `accelerate launch` or `torchrun` started."""
+    # Accelerate takes processes without an accelerator for a run of their own, unless it is told.
+    cpu = parse_flag_from_env("ACCELERATE_USE_CPU") or not torch.accelerator.is_available()
+    return PartialState(cpu=cpu, timeout=PREPARATION)
 
 
 @contextmanager

@@ -10,6 +10,7 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from accelerate import Accelerator
+from accelerate.tracking import get_available_trackers
 
 from fastvlm.functional.errors import InputError
 from fastvlm.training.curves import draw_curves
@@ -18,7 +19,7 @@ from fastvlm.training.schedule import Schedule
 Sums = Mapping[str, tuple[float, float]]
 """Measures by name: what they add up to, and over how many."""
 
-PACKAGES = {"tensorboard": "tensorboard", "wandb": "wandb", "trackio": "trackio"}
+TRACKERS = ("tensorboard", "wandb", "trackio")
 
 DRAWING = 0.02
 """The share of a run's time that is given to drawing its curves."""
@@ -30,14 +31,12 @@ def check_trackers(names: tuple[str, ...]) -> None:
     Raises:
         InputError: It is unknown, or its package is not installed.
     """
-    from accelerate.tracking import get_available_trackers
-
     available = {str(getattr(name, "value", name)) for name in get_available_trackers()}
     for name in names:
-        if name not in PACKAGES:
-            raise InputError(f"The trackers are {', '.join(PACKAGES)}; got {name}.")
+        if name not in TRACKERS:
+            raise InputError(f"The trackers are {', '.join(TRACKERS)}; got {name}.")
         if name not in available:
-            raise InputError(f"The tracker {name} is not installed: pip install {PACKAGES[name]}.")
+            raise InputError(f"The tracker {name} is not installed: pip install {name}.")
 
 
 class Progress:

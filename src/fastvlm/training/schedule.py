@@ -88,7 +88,8 @@ def parameter_groups(module: nn.Module, weight_decay: float) -> list[dict[str, A
     groups: dict[tuple[bool, float], list[nn.Parameter]] = {}
     for parameter in module.parameters():
         if parameter.requires_grad:
-            key = (parameter.squeeze().dim() > 1, scales.get(parameter, 1.0))
+            dimensions = sum(size > 1 for size in parameter.shape)
+            key = (dimensions > 1, scales.get(parameter, 1.0))
             groups.setdefault(key, []).append(parameter)
     return [
         {"params": group, "weight_decay": weight_decay if decays else 0.0, "rate_scale": scale}

@@ -1,0 +1,113 @@
+"""A run whose weights are shared out among its processes (FSDP), for models too large for one."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, cast
+
+from accelerate import Accelerator
+from accelerate.utils import FullyShardedDataParallelPlugin, parse_flag_from_env
+from torch import Tensor, nn
+from torch.distributed.checkpoint.state_dict import (
+    StateDictOptions,
+    get_model_state_dict,
+    get_optimizer_state_dict,
+    set_model_state_dict,
+    set_optimizer_state_dict,
+)
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import FSDPModule, fully_shard, register_fsdp_forward_method
+
+from fastvlm.functional.errors import InputError
+from fastvlm.training.checkpoint import State
+from fastvlm.training.learner import Learner
+from fastvlm.training.processes import Processes, this_process
+from fastvlm.training.schedule import Schedule
+from fastvlm.training.task import Losses, Task
+
+WHOLE = StateDictOptions(full_state_dict=True, cpu_offload=True)
+# Weights that never had a gradient have no state.
+WITH_GAPS = StateDictOptions(full_state_dict=True, cpu_offload=True, strict=False)
+
+
+def is_sharded_run() -> bool:
+    """Return whether accelerate is set to FSDP, in a run of several processes."""
+    return parse_flag_from_env("ACCELERATE_USE_FSDP") and this_process().num_processes > 1
+
+
+def whole_state(module: nn.Module) -> dict[str, Any]:
+    """Return a module's state; where it is sharded, all of it in process 0 and nothing elsewhere.
+
+    Every process has to call this.
+    """
+    return get_model_state_dict(module, options=WHOLE) if sharded(module) else module.state_dict()
+
+
+def sharded(module: nn.Module) -> bool:
+    """Return whether a module's weights are shared out."""
+    return isinstance(module, FSDPModule)
+
+
+class ShardedLearner(Learner):
+    """Weights of which every process holds a part, and their optimiser.
+
+    Layers of the classes that accelerate's configuration names are gathered one at a time. Every
+    process needs all trained weights in a step, or none of them does: FSDP counts on it.
+
+    Args:
+        task: What is trained.
+        schedule: The run's.
+        accelerator: What knows the precision.
+        processes: Those that take each step together.
+
+    Raises:
+        InputError: What is trained is no model that can be shared out.
+    """
+
+    def __init__(
+        self, task: Task, schedule: Schedule, accelerator: Accelerator, processes: Processes
+    ) -> None:
+        module: Any = task.module
+        if type(module) in (nn.ModuleList, nn.ModuleDict):
+            raise InputError(
+                "FSDP shares out one whole model, and what is trained here is none; launch this"
+                " without FSDP."
+            )
+        if not sharded(module):
+            mesh = init_device_mesh(this_process().device.type, (processes.number,))
+            named = FullyShardedDataParallelPlugin().transformer_cls_names_to_wrap or []
+            for part in list(module.modules()):
+                if type(part).__name__ in named:
+                    fully_shard(part, mesh=mesh)
+            fully_shard(module, mesh=mesh)
+        # A task calls parts of its module: what gathers the rest is this method's hook.
+        module.sliced_losses = self.sliced_losses
+        register_fsdp_forward_method(module, "sliced_losses")
+        super().__init__(task, schedule, accelerator, processes)
+
+    def losses(self, examples: Sequence[Any]) -> Losses:
+        """Return what some examples cost, in the run's precision."""
+        return Losses(*cast(Any, self.task.module).sliced_losses(examples))
+
+    def sliced_losses(self, examples: Sequence[Any]) -> tuple[Tensor, float, Any]:
+        """Return what some examples cost, in a form in which FSDP finds the tensor."""
+        losses = super().losses(examples)
+        return losses.total, losses.weight, losses.report
+
+    def gather(self) -> None:
+        """Make each gradient the sum of all processes' own; FSDP has made it their mean."""
+        for parameter in self.parameters:
+            if parameter.grad is not None:
+                parameter.grad.mul_(self.processes.number)
+
+    def state(self) -> State:
+        """Return the weights and the optimiser's state; in process 0 they are whole."""
+        optimiser = get_optimizer_state_dict(self.task.module, self.optimiser, options=WHOLE)
+        return {"module": whole_state(self.task.module), "optimiser": optimiser}
+
+    def load(self, state: State) -> None:
+        """Go on from what `state` returned."""
+        set_model_state_dict(self.task.module, state["module"], options=WHOLE)
+        set_optimizer_state_dict(
+            self.task.module, self.optimiser, state["optimiser"], options=WITH_GAPS
+        )
