@@ -288,7 +288,12 @@ def test_a_draft_is_trained_and_serves_its_model(cli: Cli, shipped: Path, tmp_pa
 
 def test_a_model_is_trained_stage_after_stage(cli: Cli, shipped: Path, tmp_path: Path) -> None:
     first, second = tmp_path / "first", tmp_path / "second"
-    words = ("train", "model", "--data", "scenes:6", "--batch", "3", "--image-size", "128")
+    data = tmp_path / "data"
+    data.mkdir()
+    for number in range(6):
+        render(sample(number), 64).save(data / f"{number}.png")
+        (data / f"{number}.txt").write_text("a red circle")
+    words = ("train", "model", "--data", data, "--batch", "3", "--image-size", "128")
     said = cli(*words, "--stage", "1", "--model", shipped / "model", "--output", first)
     assert said.code == 0, said.err
     assert "Stage 1 (projector), 2 steps of 3; saved in" in said.out

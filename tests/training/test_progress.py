@@ -14,7 +14,8 @@ import pytest
 import torch
 from PIL import Image
 
-from fastvlm.data.questions import HELD_OUT_SCENES, about_scenes
+from fastvlm.data.broken import BrokenRecords
+from fastvlm.data.questions import HELD_OUT_SCENES, scene_conversations
 from fastvlm.decoding import Autoregressive, Decoding
 from fastvlm.functional.errors import InputError
 from fastvlm.training import progress
@@ -22,7 +23,7 @@ from fastvlm.training.curves import read_curves
 from fastvlm.training.draft import DraftLesson, DraftPlan, new_network
 from fastvlm.training.loop import train
 from fastvlm.training.progress import keep_until
-from fastvlm.training.replies import Dialogue, own_replies
+from fastvlm.training.replies import Asked, Example, own_replies, questions_of
 from fastvlm.training.schedule import Schedule
 from fastvlm.training.validation import HeldOut
 from tests.models import small_vlm
@@ -157,14 +158,18 @@ def test_tensorboard_gets_the_figures(tmp_path: Path) -> None:
     assert b"tokens/s" in events.read_bytes()
 
 
+def asked_of(seeds: range, size: int) -> list[Asked]:
+    return questions_of(scene_conversations(seeds, size), BrokenRecords())
+
+
 def test_held_out_pictures_are_decoded_with_the_network(tmp_path: Path) -> None:
     vlm = small_vlm(torch.float32)
-    asked = about_scenes(range(HELD_OUT_SCENES, HELD_OUT_SCENES + 4))
-    told = own_replies(vlm, asked, tmp_path, max_new_tokens=24)
-    plan = DraftPlan("block", 3, 150)
+    asked = asked_of(range(HELD_OUT_SCENES, HELD_OUT_SCENES + 4), vlm.image_size)
+    told = own_replies(vlm, asked, tmp_path, BrokenRecords(), max_new_tokens=24)
+    plan = DraftPlan("block", 3, draft_vocabulary=150)
     before = new_network(vlm, plan, told)
     measures = HeldOut(vlm, {"block": before}, asked, max_new_tokens=24)(1)
-    requests = [vlm.request(q.prompt, q.open(vlm.image_size), max_new_tokens=24) for q in asked]
+    requests = [vlm.request(one.messages, max_new_tokens=24) for one in asked]
     drafter = vlm.drafter(network=before, num_speculative_tokens=4, confidence=0.0)
     accepted = proposed = cycles = 0
     for request in requests:
@@ -173,7 +178,7 @@ def test_held_out_pictures_are_decoded_with_the_network(tmp_path: Path) -> None:
         accepted += sum(request.accepted)
         proposed += sum(request.proposed)
         cycles += len(request.proposed)
-    plain = [vlm.request(q.prompt, q.open(vlm.image_size), max_new_tokens=24) for q in asked]
+    plain = [vlm.request(one.messages, max_new_tokens=24) for one in asked]
     for _ in Decoding(vlm.decoder, Autoregressive(), plain):
         pass
     tokens = sum(len(request.reply) - 1 for request in plain)
@@ -192,19 +197,19 @@ def resident() -> int:
 @pytest.mark.slow
 def test_memory_does_not_grow_over_a_thousand_steps(tmp_path: Path) -> None:
     vlm = small_vlm(torch.float32)
-    asked = about_scenes(range(8))
-    told: list[Dialogue] = own_replies(vlm, asked, tmp_path, max_new_tokens=12)
-    network = new_network(vlm, DraftPlan("block", 2, 60), told)
+    asked = asked_of(range(8), vlm.image_size)
+    told = own_replies(vlm, asked, tmp_path, BrokenRecords(), max_new_tokens=12)
+    network = new_network(vlm, DraftPlan("block", 2, draft_vocabulary=60), told)
     seen: list[tuple[int, int]] = []
 
     class Watched(DraftLesson):
-        def draw(self, step: int) -> list[Dialogue]:
+        def draw(self, step: int) -> list[Example]:
             if step in (100, 1099):
                 gc.collect()
                 seen.append((tracemalloc.get_traced_memory()[0], resident()))
             return super().draw(step)
 
-    lesson = Watched(vlm, [network], told, batch=4)
+    lesson = Watched(vlm, {"it": network}, told, batch=4)
     tracemalloc.start()
     schedule = Schedule(steps=1100, learning_rate=1e-3, checkpoint_seconds=2, log_seconds=0.5)
     train(lesson, schedule, tmp_path / "run")

@@ -170,8 +170,7 @@ def draft(  # noqa: PLR0913 (a parameter is an option)
         tuned = output / "model"
         slower = replace(schedule, steps=joint_steps, learning_rate=joint_learning_rate)
         plan = JointPlan(int(exit_layer), exit_weight)
-        with process_0_first():
-            train_joint(vlm, data_replies(vlm, learnt), plan, slower, tuned)
+        train_joint(vlm, data_replies(vlm, learnt), plan, slower, tuned)
         vlm, target = load_quietly(tuned, device=device), str(tuned)
         console.print(f"The target, fine-tuned with exit {exit_layer}, is saved in {tuned}.")
     if replies == "data":

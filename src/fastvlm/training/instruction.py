@@ -23,6 +23,7 @@ from fastvlm.training.parts import learning
 from fastvlm.training.processes import this_process
 from fastvlm.training.rows import Row, Rows, rows_for
 from fastvlm.training.schedule import Schedule
+from fastvlm.training.sharding import whole_state
 from fastvlm.training.task import Losses, Source
 from fastvlm.vision.configuration import REDUCTION
 from fastvlm.vision.fastvithd import FastViTHD
@@ -134,8 +135,9 @@ def tune_model(
         train(InstructionLesson(model, rows, feed, batch), schedule, output / "training")
     if stage.image_size is not None:
         show_pictures_of(model, stage.image_size)
+    state = whole_state(moved(model, torch.bfloat16))
     if process.is_main_process:
-        moved(model, torch.bfloat16).save_pretrained(output)
+        model.save_pretrained(output, state_dict=state)
         processor.save_pretrained(output)
 
 

@@ -20,9 +20,10 @@ from fastvlm.language.families import text_decoder
 from fastvlm.training.draft import full_precision
 from fastvlm.training.forcing import Forced, Forcing, GradientCache
 from fastvlm.training.loop import train
-from fastvlm.training.processes import this_process
+from fastvlm.training.processes import reached, this_process
 from fastvlm.training.replies import Example
 from fastvlm.training.schedule import Schedule
+from fastvlm.training.sharding import whole_state
 from fastvlm.training.task import Losses, Source
 from fastvlm.vlm import VisionLanguageModel
 
@@ -118,6 +119,10 @@ def train_joint(
         InputError: A picture can't be read.
     """
     train(JointLesson(vlm, examples, plan), schedule, output / "training")
+    state = whole_state(moved(vlm.model, torch.bfloat16))
     if this_process().is_main_process:
-        moved(vlm.model, torch.bfloat16).save_pretrained(output)
+        vlm.model.save_pretrained(output, state_dict=state)
         vlm.processor.save_pretrained(output)
+    # The others load it next.
+    with reached():
+        this_process().wait_for_everyone()
