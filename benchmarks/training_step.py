@@ -17,32 +17,25 @@ from collections.abc import Callable
 
 import torch
 from accelerate import Accelerator
-from torch.nn.utils.rnn import pad_sequence
 
 import fastvlm
-from fastvlm.data.questions import about_scenes
-from fastvlm.scenes import describe, sample
+from fastvlm.data.broken import BrokenRecords
+from fastvlm.data.questions import scene_conversations
 from fastvlm.training.draft import DraftLesson, DraftPlan, new_network
+from fastvlm.training.forcing import Forcing
 from fastvlm.training.learner import Learner
 from fastvlm.training.processes import Processes
-from fastvlm.training.replies import Dialogue
+from fastvlm.training.replies import Example, data_replies, questions_of
 from fastvlm.training.schedule import Schedule
 
 BATCH = 24
 ROUNDS = 8
 
 
-@torch.no_grad()
-def dialogues(vlm: fastvlm.VisionLanguageModel) -> list[Dialogue]:
+def examples(vlm: fastvlm.VisionLanguageModel) -> list[Example]:
     """Return scenes with their descriptions."""
-    made = []
-    for question in about_scenes(range(BATCH)):
-        request = vlm.request(question.prompt, question.open(vlm.image_size))
-        reply = vlm.tokenizer.encode(describe(sample(int(question.picture))))
-        places = torch.tensor(request.tokens) == vlm.model.config.image_token_id
-        features = request.embeddings[places].clone()
-        made.append(Dialogue(request.tokens + reply, len(request.tokens), features))
-    return made
+    scenes = scene_conversations(range(BATCH), vlm.image_size)
+    return data_replies(vlm, questions_of(scenes, BrokenRecords()))
 
 
 def milliseconds(parts: dict[str, Callable[[], object]]) -> dict[str, float]:
@@ -64,18 +57,18 @@ def main() -> None:
         torch.set_num_threads(threads)
     torch.set_flush_denormal(True)
     vlm = fastvlm.load()
-    learnt = dialogues(vlm)
-    tokens = pad_sequence([torch.tensor(d.tokens) for d in learnt], batch_first=True)
-    least = min(d.reply_start for d in learnt)
+    learnt = examples(vlm)
+    forced = Forcing(vlm).batch(learnt)
+    least = int(forced.learnt.nonzero()[:, 1].min())
 
     @torch.no_grad()
     def forward() -> None:
-        x = vlm.decoder.embed(tokens)
-        vlm.model(inputs_embeds=x, logits_to_keep=tokens.shape[1] - least, use_cache=False)
+        keep = forced.x.shape[1] - least
+        vlm.model(inputs_embeds=forced.x, logits_to_keep=keep, use_cache=False)
 
     for kind in ("block", "mlp"):
         network = new_network(vlm, DraftPlan(kind), learnt)
-        lesson = DraftLesson(vlm, [network], learnt, batch=BATCH)
+        lesson = DraftLesson(vlm, {kind: network}, learnt, batch=BATCH)
         schedule = Schedule(steps=1000, learning_rate=1e-3)
         learner = Learner(lesson, schedule, Accelerator(), Processes())
 
