@@ -18,7 +18,7 @@ from pathlib import Path
 import torch
 from transformers import FastVlmConfig, FastVlmForConditionalGeneration
 
-from fastvlm.evaluation.benchmark import hardware
+from fastvlm.evaluation.measuring import hardware
 from fastvlm.evaluation.contenders import DECODERS
 from fastvlm.language.prefix import PrefixStore
 from fastvlm.scenes import describe, render, sample
