@@ -77,7 +77,8 @@ class Strategy:
         kind = typed if found is None else found["kind"]
         if kind.startswith("imitation") and kind not in known:
             raise InputError(
-                f"The strategy {kind!r} needs a draft of that name; give it with --draft {kind}=DIR."
+                f"The strategy {kind!r} needs a draft of that name; give it with"
+                f" --draft {kind}=DIR."
             )
         if found is None or kind not in known:
             raise InputError(f"The strategies here are {', '.join(known)}; got {typed!r}.")
@@ -85,7 +86,9 @@ class Strategy:
         if layer is not None and kind != EARLY_EXIT:
             raise InputError(f"Only {EARLY_EXIT} takes an exit layer; got {typed!r}.")
         if length is not None and kind == AUTOREGRESSIVE:
-            raise InputError(f"{AUTOREGRESSIVE} drafts nothing, so it has no length; got {typed!r}.")
+            raise InputError(
+                f"{AUTOREGRESSIVE} drafts nothing, so it has no length; got {typed!r}."
+            )
         return cls(typed, kind, layer, length)
 
 
