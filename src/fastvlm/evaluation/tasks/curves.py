@@ -206,46 +206,38 @@ def spread_curve(name: str, points: Mapping[Any, Spread | None]) -> Curve | None
 
 
 def settings_charts(plan: Plan, answers: Sequence[Answer]) -> list[Chart]:
-    """Return the speedup against exit layer and draft length, where there are several of a kind."""
+    """Return the speedup against exit layer and draft length, where a kind has several of one."""
     reference = reference_of(plan, answers)
     own: dict[str, list[Answer]] = {}
     for answer in answers:
         own.setdefault(answer.strategy, []).append(answer)
+    exits: dict[str, dict[int, Spread | None]] = {}
+    lengths: dict[str, dict[int, Spread | None]] = {}
+    for name, what in plan.strategies.items():
+        speed = ratios(own.get(name, []), reference)
+        length, layer, kind = what["draft_length"], what["exit_layer"], what["kind"]
+        if length is not None:
+            lengths.setdefault(name.rpartition(":")[0], {})[length] = speed
+        elif layer is not None:
+            exits.setdefault(kind, {})[layer] = speed
     found = []
-    for setting, other, label in (
-        ("exit_layer", "draft_length", "exit layer (layers that draft)"),
-        ("draft_length", "exit_layer", "draft length (tokens of every draft)"),
+    for name, label, series in (
+        ("exit layer", "exit layer (layers that draft)", exits),
+        ("draft length", "draft length (tokens of every draft)", lengths),
     ):
-        groups: dict[tuple[str, Any], dict[int, Spread | None]] = {}
-        for name, what in plan.strategies.items():
-            if what[setting] is not None:
-                points = groups.setdefault((what["kind"], what[other]), {})
-                points[what[setting]] = ratios(own.get(name, []), reference)
-        curves = [
-            curve
-            for (kind, fixed), points in groups.items()
-            # One point of a kind is no curve, but beside one it is worth seeing.
-            if any(len(its) > 1 for its in groups.values())
-            and (curve := spread_curve(series(kind, setting, fixed), points)) is not None
-        ]
+        several = any(len(points) > 1 for points in series.values())
+        curves = [spread_curve(kind, points) for kind, points in series.items() if several]
         found.append(
             Chart(
-                f"speedup_by_{setting}",
-                f"Speedup against {setting.replace('_', ' ')}",
+                f"speedup_by_{name.replace(' ', '_')}",
+                f"Speedup against {name}",
                 label,
                 "speedup per token after the first",
-                curves,
+                [curve for curve in curves if curve is not None],
                 "Medians and quartiles, all tasks together.",
             )
         )
     return found
-
-
-def series(kind: str, setting: str, fixed: int | None) -> str:
-    """Return what strategies are called that differ in one setting only."""
-    if fixed is None:
-        return kind
-    return f"{kind}, {fixed} drafted" if setting == "exit_layer" else f"{kind}, exit layer {fixed}"
 
 
 def quality_charts(plan: Plan, rows: Sequence[Row]) -> list[Chart]:

@@ -45,8 +45,9 @@ def drawn(chart: Chart, strategies: Sequence[str]) -> str:
     settings = {"svg.hashsalt": chart.name, "axes.spines.top": False, "axes.spines.right": False}
     with plt.rc_context(settings):
         figure, axes = plt.subplots(figsize=SIZE, layout="constrained")
+        named = all(curve.label in strategies for curve in chart.curves)
         for number, curve in enumerate(chart.curves):
-            place = strategies.index(curve.label) if curve.label in strategies else number
+            place = strategies.index(curve.label) if named else number
             colour = plt.get_cmap("tab10")(place % 10)
             errors = None
             if curve.low is not None and curve.high is not None:
@@ -61,6 +62,8 @@ def drawn(chart: Chart, strategies: Sequence[str]) -> str:
                 marker=MARKERS[place % len(MARKERS)], markersize=5, capsize=2, linewidth=1.4,
                 elinewidth=0.8,
             )  # fmt: skip
+        if not chart.doubling and all(x == int(x) for curve in chart.curves for x in curve.x):
+            axes.xaxis.get_major_locator().set_params(integer=True)
         axes.set(xlabel=chart.x, ylabel=chart.y)
         axes.grid(alpha=0.25)
         if chart.doubling:

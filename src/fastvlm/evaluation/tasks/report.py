@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from io import BytesIO
 from pathlib import Path
+from typing import Any
 
 from fastvlm.data.tasks import Item
 from fastvlm.evaluation.tasks.answers import Journal
@@ -109,7 +110,8 @@ def provenance(plan: Plan, journal: Journal) -> list[Part]:
         found.append(
             Paragraph(
                 f"Measured from {session['date']} on"
-                f" {machine['accelerator'] or machine['processor']} ({machine['cores']} cores, {machine['threads']} threads), with fastvlm"
+                f" {machine['accelerator'] or machine['processor']}"
+                f" ({machine['cores']} cores, threads: {machine['threads']}), with fastvlm"
                 f" {session['fastvlm']} (commit {session['commit'] or 'unknown'}), torch"
                 f" {machine['torch']}, transformers {machine['transformers']}, Python"
                 f" {machine['python']}."
@@ -126,7 +128,7 @@ def provenance(plan: Plan, journal: Journal) -> list[Part]:
         [
             name,
             number(what["exit_layer"], 0),
-            "its own rule" if what["draft_length"] is None else str(what["draft_length"]),
+            drafts(what),
             "-" if what["network"] is None else what["network"]["kind"],
             "-" if not what["skipped_layers"] else ", ".join(map(str, what["skipped_layers"])),
         ]
@@ -134,6 +136,13 @@ def provenance(plan: Plan, journal: Journal) -> list[Part]:
     ]
     heading = ["strategy", "exit layer", "draft length", "network", "skipped layers"]
     return [*found, Table(heading, rows)]
+
+
+def drafts(what: Mapping[str, Any]) -> str:
+    """Return how long a strategy's drafts are."""
+    if what["kind"] == "autoregressive":
+        return "-"
+    return "its own rule" if what["draft_length"] is None else str(what["draft_length"])
 
 
 def example(plan: Plan, journal: Journal, task: str, item: Item) -> Example:

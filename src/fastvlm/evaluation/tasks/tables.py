@@ -31,25 +31,44 @@ def lossless(plan: Plan, rows: Sequence[Row]) -> str:
     )
 
 
+COLUMNS: Sequence[Sequence[tuple[str, Callable[[Row, Speed], str]]]] = (
+    (
+        ("tokens", lambda _, speed: spread(speed.tokens, 0)),
+        ("TTFT ms", lambda _, speed: spread(speed.ttft_ms, 0)),
+        ("TPOT ms", lambda _, speed: spread(speed.tpot_ms, 2)),
+        ("tokens/s decoding", lambda _, speed: spread(speed.decode_rate, 0)),
+        ("tokens/s end to end", lambda _, speed: spread(speed.whole_rate, 0)),
+    ),
+    (
+        ("other replies", lambda row, _: str(row.different)),
+        ("calls of the full model", lambda _, speed: spread(speed.passes, 0)),
+        ("acceptance rate", lambda _, speed: spread(speed.acceptance_rate, 2)),
+        ("acceptance length", lambda _, speed: spread(speed.acceptance_length, 2)),
+        ("draft length", lambda _, speed: spread(speed.draft_length, 1)),
+    ),
+)
+"""Two tables of how replies came: times, and what drafts were worth."""
+
+
 def overview(plan: Plan, rows: Sequence[Row], value: Callable[[Row], str]) -> Table:
-    """Return a table of strategies and tasks."""
-    tasks = [name for name in plan.tasks if any(row.task == name for row in rows)]
-    found = {(row.strategy, row.size, row.task): value(row) for row in rows}
-    body = []
-    for strategy in plan.strategies:
-        for size in plan.sizes:
-            cells = [found.get((strategy, size, task), "-") for task in tasks]
-            if any(cell != "-" for cell in cells):
-                body.append([label(strategy, size), *cells])
-    names = [plan.tasks[task].name for task in tasks]
-    if value is quality:
-        names = [f"{name}: {headline(task)}" for name, task in zip(names, tasks, strict=True)]
-    return Table(["strategy", *names], body)
+    """Return a table of strategies, and tasks in every size of their pictures."""
+    found = {(row.strategy, row.task, row.size): value(row) for row in rows}
+    columns = list(dict.fromkeys((row.task, row.size) for row in rows))
+    heading = [
+        label(plan.tasks[task].name, size) + (f": {headline(task)}" if value is quality else "")
+        for task, size in columns
+    ]
+    cells = {
+        strategy: [found.get((strategy, *column), "-") for column in columns]
+        for strategy in plan.strategies
+    }
+    body = [[name, *row] for name, row in cells.items() if set(row) != {"-"}]
+    return Table(["strategy", *heading], body)
 
 
-def label(strategy: str, size: int | None) -> str:
-    """Return a strategy with the size of its pictures."""
-    return strategy if size is None else f"{strategy}, {size} px"
+def label(name: str, size: int | None) -> str:
+    """Return a name with the size of its pictures."""
+    return name if size is None else f"{name}, {size} px"
 
 
 def quality(row: Row) -> str:
@@ -88,44 +107,32 @@ def task_parts(plan: Plan, rows: Sequence[Row]) -> list[Part]:
             )
         )
     if scored:
-        names = list(scored[0].scores or {})
-        found.append(
-            Table(
-                ["strategy", *names],
-                [
-                    [label(row.strategy, row.size), *(score((row.scores or {})[n]) for n in names)]
-                    for row in scored
-                ],
-            )
-        )
+        found.append(score_table(plan, scored))
     written = [(row, row.speed) for row in rows if row.speed is not None]
     if written:
-        heading = [
-            "strategy", "other replies", "tokens", "TTFT ms", "TPOT ms", "tokens/s decoding",
-            "tokens/s in all", "full model's calls", "accepted", "tokens a call", "draft length",
-        ]  # fmt: skip
-        body = [
-            [label(row.strategy, row.size), str(row.different), *speed_cells(speed)]
-            for row, speed in written
-        ]
-        found += [Paragraph("Medians and quartiles over the replies:"), Table(heading, body)]
+        found.append(Paragraph("Medians and quartiles over the replies:"))
+        for columns in COLUMNS:
+            body = [
+                [label(row.strategy, row.size), *(cells(row, speed) for _, cells in columns)]
+                for row, speed in written
+            ]
+            found.append(Table(["strategy", *(name for name, _ in columns)], body))
         found += length_table(plan, [row for row, _ in written])
     return found
 
 
-def speed_cells(speed: Speed) -> list[str]:
-    """Return how replies came, a cell each."""
-    return [
-        spread(speed.tokens, 0),
-        spread(speed.ttft_ms, 0),
-        spread(speed.tpot_ms, 2),
-        spread(speed.decode_rate, 0),
-        spread(speed.whole_rate, 0),
-        spread(speed.passes, 0),
-        spread(speed.acceptance_rate, 2),
-        spread(speed.acceptance_length, 2),
-        spread(speed.draft_length, 1),
+def score_table(plan: Plan, rows: Sequence[Row]) -> Table:
+    """Return all scores of a task; strategies whose scores are equal share a column."""
+    groups: dict[tuple[int | None, tuple[tuple[str, float], ...]], list[str]] = {}
+    for row in rows:
+        groups.setdefault((row.size, tuple((row.scores or {}).items())), []).append(row.strategy)
+    heading = [
+        label("all strategies" if len(names) == len(plan.strategies) else ", ".join(names), size)
+        for (size, _), names in groups.items()
     ]
+    columns = [dict(scores) for _, scores in groups]
+    body = [[name, *(score(column[name]) for column in columns)] for name in columns[0]]
+    return Table(["score", *heading], body)
 
 
 def length_table(plan: Plan, rows: Sequence[Row]) -> list[Part]:
