@@ -146,6 +146,7 @@ def evaluate(  # noqa: PLR0913 (a parameter is an option)
     pyplot()  # what the report needs in the end had better be there at the start
     names = [name.strip() for name in tasks.split(",") if name.strip()]
     asked = read_tasks(names, data, limit, prompts)
+    check_grades(graded_files, asked)
     output.mkdir(parents=True, exist_ok=True)
     file = output / "answers.jsonl"
     vlm = load_quietly(embedded.MODEL if model is None else model, threads=threads, dtype=dtype)
@@ -228,18 +229,27 @@ def searched(vlm: VisionLanguageModel, tasks: Mapping[str, Task[Any]]) -> tuple[
     return vlm.find_skipped_layers(prompts, pictures).skipped
 
 
+def check_grades(files: Mapping[str, str], tasks: Mapping[str, Task[Any]]) -> None:
+    """Refuse files of grades that could not be read after the long work.
+
+    Raises:
+        InputError: One is not there, or its task is not asked or not judged.
+    """
+    for name, file in files.items():
+        if name not in tasks or not tasks[name].judged:
+            raise InputError(f"--grades names {name!r}, which is no judged one of these tasks.")
+        if not Path(file).is_file():
+            raise InputError(f"There is no file of grades at {file}.")
+
+
 def all_grades(plan: Plan, journal: Journal, files: Mapping[str, str], output: Path) -> Graded:
     """Write what a publisher's evaluator takes, and return the grades that it wrote before.
 
     Raises:
-        InputError: A file is not there or not laid out as published, or its task is not asked.
+        InputError: A file is not laid out as published.
     """
     from fastvlm.evaluation.tasks.grades import published, write_submission
 
-    if unknown := [name for name in files if name not in plan.tasks]:
-        raise InputError(
-            f"--grades names {unknown[0]!r}, which is none of {', '.join(plan.tasks)}."
-        )
     first = next(iter(plan.strategies))
     graded: Graded = {}
     for name, task in plan.tasks.items():

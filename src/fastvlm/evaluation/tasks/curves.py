@@ -29,6 +29,7 @@ class Curve:
         y: How high.
         low: The lower end of each point's error bar; None for a curve without them.
         high: The upper end.
+        notes: What is written beside each point; None for nothing.
     """
 
     label: str
@@ -36,6 +37,7 @@ class Curve:
     y: Sequence[float]
     low: Sequence[float] | None = None
     high: Sequence[float] | None = None
+    notes: Sequence[str] | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -250,12 +252,12 @@ def quality_charts(plan: Plan, rows: Sequence[Row]) -> list[Chart]:
             for row in rows
             if row.task == task and row.strategy == first and row.speed and row.scores
         ]
-        points.sort(key=lambda point: point[0].median)
         curves = [
             Curve(
-                ", ".join("own size" if size is None else f"{size} px" for _, _, size in points),
+                headline(task),
                 [ttft.median for ttft, _, _ in points],
                 [score for _, score, _ in points],
+                notes=[f"{size} px" for _, _, size in points],
             )
         ]
         found.append(

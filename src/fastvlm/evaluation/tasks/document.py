@@ -19,7 +19,8 @@ p { max-width: 46rem; }
 table { border-collapse: collapse; font-size: .87rem; font-variant-numeric: tabular-nums; }
 th, td { padding: .28rem .7rem; text-align: right; white-space: nowrap; }
 th:first-child, td:first-child { text-align: left; }
-thead th { border-bottom: 2px solid #8a94a6; vertical-align: bottom; }
+thead th { white-space: normal; max-width: 9rem;
+  border-bottom: 2px solid #8a94a6; vertical-align: bottom; }
 tbody tr:nth-child(even) { background: #f4f6f9; }
 figure { margin: 1.4rem 0; }
 figure img { max-width: 100%; }

@@ -62,6 +62,11 @@ def drawn(chart: Chart, strategies: Sequence[str]) -> str:
                 marker=MARKERS[place % len(MARKERS)], markersize=5, capsize=2, linewidth=1.4,
                 elinewidth=0.8,
             )  # fmt: skip
+            for x, y, note in zip(curve.x, curve.y, curve.notes or (), strict=False):
+                axes.annotate(
+                    note, (x, y), xytext=(6, 5), textcoords="offset points", fontsize=8,
+                    color="dimgrey",
+                )  # fmt: skip
         if not chart.doubling and all(x == int(x) for curve in chart.curves for x in curve.x):
             axes.xaxis.get_major_locator().set_params(integer=True)
         axes.set(xlabel=chart.x, ylabel=chart.y)
@@ -74,7 +79,8 @@ def drawn(chart: Chart, strategies: Sequence[str]) -> str:
             axes.axhline(1, color="dimgrey", linewidth=0.8, linestyle="--")
         if "share" in chart.y:
             axes.set_ylim(0, 1.03)
-        figure.legend(loc="outside right upper", frameon=False, fontsize=9)
+        if any(curve.notes is None for curve in chart.curves):
+            figure.legend(loc="outside right upper", frameon=False, fontsize=9)
         out = StringIO()
         figure.savefig(out, format="svg", metadata={"Date": None})
         plt.close(figure)
