@@ -1,4 +1,4 @@
-"""Whether the model that ships looks: its loss on human captions with the right and a wrong picture.
+"""Whether the model that ships looks: its loss on captions with the right and a wrong picture.
 
 Run `python benchmarks/wrong_picture.py FLICKR8K`; the figures stand in the model's card.
 """

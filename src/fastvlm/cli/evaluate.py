@@ -257,7 +257,7 @@ def all_grades(plan: Plan, journal: Journal, files: Mapping[str, str], output: P
             answers = [journal.answers[name, item.id, plan.sizes[0], first] for item in task.items]
             write_submission(output / "submissions", name, task, answers, plan.model)
             if name in files:
-                graded |= published(name, Path(files[name]), answers)
+                graded |= published(name, task, Path(files[name]), answers)
     return graded
 
 

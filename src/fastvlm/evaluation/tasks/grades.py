@@ -14,37 +14,30 @@ from fastvlm.evaluation.journal import append_line, whole_lines
 from fastvlm.evaluation.measuring import no_progress
 from fastvlm.evaluation.tasks.answers import Answer
 from fastvlm.evaluation.tasks.judge import Judge
-from fastvlm.functional.errors import InputError
 
 Graded = dict[tuple[str, str, str], Any]
 """By task, item and reply, what a task's `score` takes: equal replies have equal grades."""
 
 
-def published(task: str, file: Path, answers: Iterable[Answer]) -> Graded:
+def published(name: str, task: Task[Any], file: Path, answers: Iterable[Answer]) -> Graded:
     """Return grades that a publisher's own evaluator wrote.
 
     Args:
-        task: `mmvet` or `llava-wild`.
+        name: The task's name.
+        task: MM-Vet or LLaVA-Bench.
         file: MM-Vet's file of grades, or LLaVA-Bench's of reviews.
         answers: What was graded, as `write_submission` wrote it.
 
     Raises:
-        InputError: There is no such file, it is not laid out as published, or the task is not
-            judged.
+        InputError: The file is not laid out as published.
     """
-    readers: Mapping[str, Callable[[Path], Mapping[str, Any]]] = {
-        "mmvet": read_grades,
-        "llava-wild": read_reviews,
-    }
-    if task not in readers:
-        raise InputError(f"--grades are for {' and '.join(readers)}; got {task!r}.")
-    if not file.is_file():
-        raise InputError(f"There is no file of grades at {file}.")
-    grades = readers[task](file)
+    read: Callable[[Path], Mapping[str, Any]]
+    read = read_reviews if isinstance(task, LlavaWild) else read_grades
+    grades = read(file)
     return {
-        (task, answer.item, answer.text): grades[answer.item]
+        (name, answer.item, answer.text): grades[answer.item]
         for answer in answers
-        if answer.task == task and answer.item in grades
+        if answer.item in grades
     }
 
 
