@@ -15,7 +15,7 @@ h1 { font-size: 1.6rem; margin-bottom: .3rem; }
 h2 { font-size: 1.2rem; margin-top: 2.2rem; border-bottom: 1px solid #d8dde5; }
 h3 { font-size: 1rem; margin-top: 1.6rem; }
 p { max-width: 46rem; }
-.wide { overflow-x: auto; }
+.wide { overflow-x: auto; margin: 0 0 1.1rem; }
 table { border-collapse: collapse; font-size: .87rem; font-variant-numeric: tabular-nums; }
 th, td { padding: .28rem .7rem; text-align: right; white-space: nowrap; }
 th:first-child, td:first-child { text-align: left; }
