@@ -21,7 +21,7 @@ from fastvlm.data.broken import BrokenRecords
 from fastvlm.data.captioned import read_flickr8k
 from fastvlm.data.questions import HELD_OUT_SCENES, scene_conversations
 from fastvlm.embedded import DESCRIPTION_PROMPT, SENTENCE_PROMPT
-from fastvlm.evaluation.benchmark import hardware
+from fastvlm.evaluation.measuring import hardware
 from fastvlm.prompts import question
 from fastvlm.training.draft import DraftPlan, train_draft
 from fastvlm.training.held_out import Decoded, decode_held_out

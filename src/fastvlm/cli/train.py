@@ -214,7 +214,7 @@ def draft(  # noqa: PLR0913 (a parameter is an option)
             f" {exit_layer}."
         )
     from fastvlm.data.broken import BrokenRecords
-    from fastvlm.evaluation.benchmark import hardware
+    from fastvlm.evaluation.measuring import hardware
     from fastvlm.training.draft import DraftPlan, train_draft
     from fastvlm.training.exit_choice import choose_exit_layer
     from fastvlm.training.held_out import decode_held_out
