@@ -12,7 +12,7 @@ MAKEFLAGS += --no-print-directory
 
 .PHONY: help
 help: ## List the targets
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-10s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-12s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
 
 .PHONY: install
 install: $(INSTALLED) ## Make .venv and install fastvlm into it; the other targets do this too
@@ -29,6 +29,12 @@ test: $(INSTALLED) ## Run the fast tests
 .PHONY: test-slow
 test-slow: $(INSTALLED) ## Run the slow tests
 	@$(BIN)/python -m pytest -m slow
+
+# Where torchao is installed, transformers loads it, and it complains of the CUDA that isn't there.
+.PHONY: test-torchao
+test-torchao: $(INSTALLED) ## Run the tests of int8 weights, for which torchao is put aside
+	@test -d $(VENV)/aside/torchao || $(PIP) install --no-deps --target $(VENV)/aside torchao==0.18.0
+	@PYTHONPATH=$(VENV)/aside $(BIN)/python -m pytest -k torchao tests/language/test_placement.py
 
 .PHONY: check
 check: $(INSTALLED) ## Check format, style and types

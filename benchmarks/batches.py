@@ -19,7 +19,7 @@ import fastvlm
 from fastvlm import embedded
 from fastvlm.data.questions import pictures_in
 from fastvlm.decoding import Decoding, Drafter
-from fastvlm.evaluation.benchmark import hardware
+from fastvlm.evaluation.measuring import hardware
 from fastvlm.functional.statistics import Spread
 
 SIZES = (1, 2, 4, 8)

@@ -33,10 +33,11 @@ from fastvlm.data.questions import (
 )
 from fastvlm.decoding import Drafter
 from fastvlm.drafting import ImitationConfig, ImitationNetwork
-from fastvlm.evaluation.benchmark import Run, hardware, run_strategy
+from fastvlm.evaluation.benchmark import Run, run_strategy
+from fastvlm.evaluation.measuring import hardware
 from fastvlm.functional.statistics import Spread
 
-FIXED = (2, 4, 6, 8, 10, 14, 20)
+FIXED = (1, 2, 4, 6, 8, 10, 14, 24)
 MAX_NEW_TOKENS = 160
 ORDINARY, ADAPTIVE = "ordinary", "adaptive"
 

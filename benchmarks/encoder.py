@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from transformers import AutoModel, TimmWrapperConfig
 
 from fastvlm.checkpoints.keys import from_timm
-from fastvlm.evaluation.benchmark import hardware
+from fastvlm.evaluation.measuring import hardware
 from fastvlm.functional.statistics import Spread
 from fastvlm.vision import FastViTHD, FastViTHDConfig
 

@@ -18,8 +18,8 @@ from pathlib import Path
 import torch
 from transformers import FastVlmConfig, FastVlmForConditionalGeneration
 
-from fastvlm.evaluation.benchmark import hardware
 from fastvlm.evaluation.contenders import DECODERS
+from fastvlm.evaluation.measuring import hardware
 from fastvlm.language.prefix import PrefixStore
 from fastvlm.scenes import describe, render, sample
 from fastvlm.training.tokenizer import IMAGE, learn_tokenizer

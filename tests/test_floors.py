@@ -30,6 +30,7 @@ FLOORS = {
     "training": 5,
     "cli": 6,
     "cluster": 6,
+    "lmms": 6,
     "serving": 6,
 }
 """The floor of each part, which is a folder or a module directly under the package."""

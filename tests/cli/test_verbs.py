@@ -105,7 +105,7 @@ def test_layers_to_skip_are_given(cli: Cli, shipped: Path, tmp_path: Path) -> No
         "--json", figures,
     )  # fmt: skip
     assert said.code == 0
-    assert json.loads(figures.read_text())["skipped_layers"] == [1, 3]
+    assert json.loads(figures.read_text())["strategies"]["skip"]["skipped_layers"] == [1, 3]
 
 
 def test_a_given_model_is_used_without_a_draft(cli: Cli, shipped: Path) -> None:
@@ -157,12 +157,12 @@ def test_the_benchmark_measures_every_strategy(cli: Cli, tmp_path: Path) -> None
         "lookup",
     ]
     # They were searched for: the first and the last of five layers always draft.
-    assert set(figures["skipped_layers"]) <= {1, 2, 3}
+    assert set(figures["strategies"]["skip"]["skipped_layers"]) <= {1, 2, 3}
     for name, result in results.items():
         assert result.keys() >= FIELDS
         assert result["identical"] is True
         assert name in said.out
-    assert figures["drafts"]["imitation-mlp"]["kind"] == "mlp"
+    assert figures["strategies"]["imitation-mlp"]["network"]["kind"] == "mlp"
     assert not list(tmp_path.glob("*.partial"))
 
 

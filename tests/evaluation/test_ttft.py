@@ -10,7 +10,6 @@ from pathlib import Path
 import pytest
 import torch
 from PIL import Image
-from tests.models import LIVELY
 from torch import Tensor
 
 from fastvlm.evaluation import contenders, ttft
@@ -18,6 +17,7 @@ from fastvlm.evaluation.contenders import TEXT_AFTER, TEXT_BEFORE, Contender, Co
 from fastvlm.evaluation.ttft_report import markdown, plot, rows
 from fastvlm.functional.errors import InputError
 from fastvlm.vision.configuration import VARIANTS
+from tests.models import LIVELY
 
 # GFLOP of the encoder, by side in pixels (an architecture's own arithmetic, counted elsewhere).
 FASTVITHD = {256: 29.6, 512: 119.1, 768: 270.4, 1024: 486.7, 1152: 620.6, 1536: 1133.6}

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 
 from fastvlm.decoding import (
@@ -21,7 +23,9 @@ LIMIT = 14
 STRATEGIES = ("autoregressive", "early exit", "lookup", "block", "perfect", "mlp")
 
 
-def network(decoder: SplitDecoder, kind: str, *, perfect: bool = False) -> ImitationNetwork:
+def network(
+    decoder: SplitDecoder, kind: str, *, perfect: bool = False, vocabulary: Sequence[int] = ()
+) -> ImitationNetwork:
     torch.manual_seed(1)
     made = ImitationNetwork(
         ImitationConfig(
@@ -29,8 +33,11 @@ def network(decoder: SplitDecoder, kind: str, *, perfect: bool = False) -> Imita
             exit_layer=1,
             blocks=DEPTH - 1 if perfect else 1,
             text_config=decoder.decoder.config.to_dict(),
+            draft_vocabulary_size=len(vocabulary) or None,
         )
     )
+    if vocabulary:
+        made.draft_vocabulary.copy_(torch.tensor(vocabulary))
     if perfect or kind == "mlp":
         initialise_from(made, decoder.layers)
     return made.to(decoder.dtype).eval()

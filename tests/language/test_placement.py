@@ -7,10 +7,11 @@ import torch
 from accelerate import cpu_offload
 from torch import Tensor, nn
 
+from fastvlm.decoding import SelfSpeculative
 from fastvlm.functional.errors import InputError
 from fastvlm.language import captured, split_decoder
 from tests.families import FAMILIES, replies
-from tests.language.decoding import LIMIT, decode, strategy
+from tests.language.decoding import LIMIT, STRATEGIES, decode, network, strategy
 
 KINDS = ("llama", "qwen2.5-vl", "blip2-opt", "blip2-t5")
 
@@ -91,6 +92,23 @@ def test_quantised_weights(family: str) -> None:
         assert [request.reply for request in found] == expected
     with pytest.raises(InputError, match="quantised"):
         decoder.head_rows(torch.tensor([1]))
+
+
+@pytest.mark.parametrize("family", KINDS)
+def test_int8_weights_of_torchao(family: str) -> None:
+    quantization = pytest.importorskip("torchao.quantization")
+    model, inputs = FAMILIES[family]()
+    given = {
+        name: value.float() if value.is_floating_point() else value
+        for name, value in inputs(2).items()
+    }
+    quantization.quantize_(model.float(), quantization.Int8WeightOnlyConfig())
+    expected = replies(model, given, LIMIT)
+    decoder = split_decoder(model)
+    restricted = SelfSpeculative(decoder, 1, network(decoder, "block", vocabulary=range(3, 60)))
+    for drafter in (*(strategy(name, decoder) for name in STRATEGIES[:4]), restricted):
+        found = decode(decoder, drafter, captured(model, given))
+        assert [request.reply for request in found] == expected
 
 
 def test_weights_that_are_kept_in_float32() -> None:

@@ -12,16 +12,16 @@ from rich.console import Console
 from rich.table import Table
 
 from fastvlm import embedded
-from fastvlm.cli.benchmark import (
-    SCENES,
-    ListingOption,
+from fastvlm.cli.benchmark import SCENES, ListingOption, readable_questions
+from fastvlm.cli.files import write_json
+from fastvlm.cli.loading import DtypeOption, ModelOption, ThreadsOption, load_quietly
+from fastvlm.cli.strategies import (
+    DraftsOption,
+    StrategiesOption,
     chosen_strategies,
     named_drafters,
     named_drafts,
-    readable_questions,
 )
-from fastvlm.cli.files import write_json
-from fastvlm.cli.loading import DtypeOption, ModelOption, ThreadsOption, load_quietly
 from fastvlm.cli.terminal import number, progress
 
 
@@ -35,13 +35,8 @@ def audit(  # noqa: PLR0913 (a parameter is an option)
     ],
     *,
     model: ModelOption = None,
-    draft: Annotated[
-        list[str] | None,
-        typer.Option(metavar="[NAME=]DIR", help="A draft made for this model; as in benchmark."),
-    ] = None,
-    strategies: Annotated[
-        str | None, typer.Option(metavar="LIST", help="What to audit; as in benchmark.")
-    ] = None,
+    draft: DraftsOption = None,
+    strategies: StrategiesOption = None,
     pictures: Annotated[
         str, typer.Option(metavar="scenes|DIR", help="Unseen scenes, or a folder of photographs.")
     ] = SCENES,

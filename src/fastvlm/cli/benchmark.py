@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 from rich.box import SIMPLE_HEAD
@@ -21,22 +21,25 @@ from fastvlm.cli.loading import (
     layers_in,
     load_quietly,
 )
+from fastvlm.cli.strategies import (
+    SEARCHED,
+    DraftsOption,
+    StrategiesOption,
+    chosen_strategies,
+    describe,
+    named_drafters,
+    named_drafts,
+    needs_search,
+)
 from fastvlm.cli.terminal import complain, hardware_line, number, progress
 from fastvlm.cli.ttft import ttft
 from fastvlm.functional.errors import InputError
 
 if TYPE_CHECKING:
     from fastvlm.data.questions import Question
-    from fastvlm.decoding import Drafter
     from fastvlm.evaluation.benchmark import StrategyResult
     from fastvlm.functional.statistics import Spread
-    from fastvlm.vlm import VisionLanguageModel
 
-ALWAYS = ("transformers", "autoregressive")
-SKIP = "skip"
-WITHOUT_DRAFT = ("early-exit", SKIP, "lookup")
-SEARCHED = 2
-"""Pictures, the first ones, on whose replies the layers to skip are searched for."""
 SCENES = "scenes"
 ListingOption = Annotated[
     Path | None,
@@ -62,24 +65,8 @@ def benchmark(  # noqa: PLR0913 (a parameter is an option)
     context: typer.Context,
     *,
     model: ModelOption = None,
-    draft: Annotated[
-        list[str] | None,
-        typer.Option(
-            metavar="[NAME=]DIR",
-            help="A draft made for this model, measured as the strategy NAME (without one:"
-            " imitation). Give it again to compare several.",
-            show_default="those that ship, for the model that ships: imitation and imitation-mlp",
-        ),
-    ] = None,
-    strategies: Annotated[
-        str | None,
-        typer.Option(
-            metavar="LIST",
-            help="What to measure, separated by commas: early-exit, skip, lookup, and the"
-            " drafts' names. transformers and autoregressive are always measured.",
-            show_default="all",
-        ),
-    ] = None,
+    draft: DraftsOption = None,
+    strategies: StrategiesOption = None,
     pictures: Annotated[
         str,
         typer.Option(
@@ -124,11 +111,12 @@ def benchmark(  # noqa: PLR0913 (a parameter is an option)
     skipped = layers_in(skipped_layers)
     chosen = chosen_strategies(strategies, drafts)
     questions, broken = readable_questions(pictures, prompt, limit, listing)
-    from fastvlm.evaluation.benchmark import hardware, measure
+    from fastvlm.evaluation.benchmark import measure
+    from fastvlm.evaluation.measuring import hardware
 
     # The drafts are loaded one by one below, each under its own name.
     vlm = load_quietly(embedded.MODEL if model is None else model, threads=threads)
-    if SKIP in chosen and skipped is None:
+    if needs_search(chosen, skipped):
         searched = questions[:SEARCHED]
         skipped = vlm.find_skipped_layers(
             [question.prompt for question in searched],
@@ -145,8 +133,7 @@ def benchmark(  # noqa: PLR0913 (a parameter is an option)
                 "hardware": machine,
                 "date": datetime.now(UTC).isoformat(timespec="seconds"),
                 "model": model or "the one that ships",
-                "drafts": {name: describe(drafters[name]) for name in drafts if name in drafters},
-                "skipped_layers": skipped,
+                "strategies": {one.name: describe(one, drafters[one.name]) for one in chosen},
                 "pictures": pictures,
                 "prompt": questions[0].prompt,
                 "limit": limit,
@@ -165,54 +152,6 @@ def benchmark(  # noqa: PLR0913 (a parameter is an option)
     )
     if broken:
         raise typer.Exit(1)
-
-
-def named_drafts(given: Sequence[str] | None, model: str | None) -> dict[str, Path]:
-    """Return the drafts' directories by the names of their strategies.
-
-    Raises:
-        InputError: Two drafts have the same name, or one has the name of another strategy.
-    """
-    if not given:
-        if model is not None:
-            return {}
-        mlp = embedded.FOLDER / "draft-mlp"
-        return {"imitation": embedded.DRAFT} | ({"imitation-mlp": mlp} if mlp.is_dir() else {})
-    drafts: dict[str, Path] = {}
-    for draft in given:
-        name, equals, directory = draft.partition("=")
-        if not equals or Path(draft).is_dir():
-            name, directory = "imitation", draft
-        if not name or name in (*ALWAYS, *WITHOUT_DRAFT):
-            raise InputError(f"A draft can't be called {name!r}; got --draft {draft}.")
-        if name in drafts:
-            raise InputError(
-                f"Two drafts are called {name!r}; give each a name of its own, as in"
-                " --draft NAME=DIR."
-            )
-        drafts[name] = Path(directory)
-    return drafts
-
-
-def chosen_strategies(wanted: str | None, drafts: Mapping[str, Path]) -> list[str]:
-    """Return what to measure besides `transformers`, in the order given.
-
-    Raises:
-        InputError: A strategy is unknown, or needs a draft that isn't there.
-    """
-    known = ["autoregressive", *drafts, *WITHOUT_DRAFT]
-    if wanted is None:
-        return known
-    chosen = [name.strip() for name in wanted.split(",") if name.strip()]
-    for name in chosen:
-        if name.startswith("imitation") and name not in drafts:
-            raise InputError(
-                f"The strategy {name!r} needs a draft of that name; give it with"
-                f" --draft {name}=DIR."
-            )
-        if name not in known and name not in ALWAYS:
-            raise InputError(f"The strategies here are {', '.join(known)}; got {name!r}.")
-    return list(dict.fromkeys(["autoregressive", *(n for n in chosen if n not in ALWAYS)]))
 
 
 def readable_questions(
@@ -250,38 +189,6 @@ def readable_questions(
     if not questions:
         raise InputError(f"No picture in {pictures} can be read.")
     return questions, len(questions) < len(found)
-
-
-def named_drafters(
-    vlm: VisionLanguageModel,
-    chosen: Sequence[str],
-    drafts: Mapping[str, Path],
-    skipped: Sequence[int] | None = None,
-) -> dict[str, Drafter]:
-    """Return the strategies to measure, by name.
-
-    Raises:
-        CheckpointError: A draft is missing, broken or made for another model.
-    """
-    from fastvlm.drafting.directory import load_draft
-
-    return {
-        name: vlm.drafter("imitation", network=load_draft(drafts[name], vlm.model))
-        if name in drafts
-        else vlm.drafter(name, skipped_layers=skipped)
-        for name in chosen
-    }
-
-
-def describe(drafter: Drafter) -> dict[str, Any]:
-    """Return what a draft is, for the record."""
-    config = drafter.network.config  # type: ignore[attr-defined]
-    return {
-        "kind": config.kind,
-        "exit_layer": config.exit_layer,
-        "num_speculative_tokens": config.num_speculative_tokens,
-        "confidence": config.confidence,
-    }
 
 
 def table(results: Sequence[StrategyResult], width: int) -> Table:

@@ -105,7 +105,8 @@ def demo(
     vlm = load_quietly(None, threads=threads)
     drafters = {name: vlm.drafter(name) for name in ("autoregressive", "imitation")}
     if as_json:
-        from fastvlm.evaluation.benchmark import hardware, measure
+        from fastvlm.evaluation.benchmark import measure
+        from fastvlm.evaluation.measuring import hardware
 
         with progress("Measuring") as report:
             results = measure(
@@ -159,7 +160,7 @@ def show(
     pictures: Sequence[DemoPicture],
 ) -> None:
     """Show each picture, its reply decoded both ways and what that took; then a table of all."""
-    from fastvlm.evaluation.benchmark import hardware
+    from fastvlm.evaluation.measuring import hardware
 
     legend = Text("Each reply is decoded twice, ordinarily and self-speculatively")
     if console.is_terminal and console.color_system and not console.no_color:

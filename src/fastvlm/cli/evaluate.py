@@ -1,55 +1,275 @@
-"""`fastvlm evaluate`: whether a model sees what photographs show."""
+"""`fastvlm evaluate`: benchmarks with every strategy, quality and speed in one report."""
 
 from __future__ import annotations
 
+import os
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
+from rich.box import SIMPLE_HEAD
 from rich.console import Console
+from rich.table import Table
 
 from fastvlm import embedded
-from fastvlm.cli.files import check_writable, write_json
-from fastvlm.cli.loading import ModelOption, ThreadsOption, load_quietly
+from fastvlm.cli.loading import (
+    DtypeOption,
+    ModelOption,
+    SkippedLayersOption,
+    ThreadsOption,
+    layers_in,
+    load_quietly,
+)
+from fastvlm.cli.strategies import (
+    SEARCHED,
+    SKIP,
+    DraftsOption,
+    StrategiesOption,
+    chosen_strategies,
+    describe,
+    named_drafters,
+    named_drafts,
+    needs_search,
+)
 from fastvlm.cli.terminal import progress
+from fastvlm.functional.errors import InputError
+
+if TYPE_CHECKING:
+    from fastvlm.data.tasks import Task
+    from fastvlm.evaluation.tasks.answers import Journal
+    from fastvlm.evaluation.tasks.grades import Graded
+    from fastvlm.evaluation.tasks.plan import Plan
+    from fastvlm.vlm import VisionLanguageModel
+
+KEY = "OPENAI_API_KEY"
+"""The environment variable with the judge's key."""
 
 
-def evaluate(
-    photographs: Annotated[
-        Path, typer.Option(metavar="DIR", help="Captioned photographs in Flickr8k's layout.")
+def evaluate(  # noqa: PLR0913 (a parameter is an option)
+    tasks: Annotated[
+        str,
+        typer.Option(
+            metavar="LIST",
+            help="Benchmarks, separated by commas: coco, nocaps, flickr8k, visdial, vqav2, textvqa,"
+            " docvqa, mmmu, pope, mmvet, llava-wild. coco and flickr8k have splits: flickr8k:dev.",
+        ),
+    ],
+    data: Annotated[
+        Path,
+        typer.Option(
+            metavar="DIR",
+            help="A folder with one for each benchmark, under its name as above, that holds the"
+            " files as they were published.",
+        ),
+    ],
+    output: Annotated[
+        Path,
+        typer.Option(
+            metavar="DIR",
+            help="Where answers and the report go; a stopped run goes on from there.",
+        ),
     ],
     *,
-    split: Annotated[str, typer.Option(help="Which split: the name of a list of files.")] = "dev",
     model: ModelOption = None,
-    limit: Annotated[int, typer.Option(min=2, help="The most photographs.")] = 1000,
-    batch: Annotated[int, typer.Option(min=1, help="Photographs decoded together.")] = 50,
-    threads: ThreadsOption = None,
-    json_file: Annotated[
-        Path | None,
-        typer.Option("--json", metavar="FILE", help="Write the figures to this file too."),
+    draft: DraftsOption = None,
+    strategies: StrategiesOption = None,
+    limit: Annotated[
+        int | None,
+        typer.Option(
+            min=1,
+            help="The most items of each benchmark, spread evenly over it.",
+            show_default="all",
+        ),
     ] = None,
+    image_sizes: Annotated[
+        str | None,
+        typer.Option(
+            metavar="LIST",
+            help="Show the pictures in each of these sizes, sides in pixels: 256,512,1024.",
+            show_default="the model's own",
+        ),
+    ] = None,
+    max_new_tokens: Annotated[int, typer.Option(min=2, help="The most tokens of a reply.")] = 256,
+    prompt: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="NAME=TEXT",
+            help="What to ask of a captioning benchmark's pictures instead of its usual words, for"
+            " a model that learnt others. Give it again for another benchmark.",
+        ),
+    ] = None,
+    judge: Annotated[
+        str | None,
+        typer.Option(
+            metavar="URL",
+            help="An OpenAI-compatible endpoint that grades mmvet and llava-wild, such as"
+            f" http://localhost:8000/v1; its key is read from {KEY}.",
+        ),
+    ] = None,
+    judge_model: Annotated[
+        str | None, typer.Option(metavar="NAME", help="The judge's name at that endpoint.")
+    ] = None,
+    grades: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="NAME=FILE",
+            help="Grades of mmvet or llava-wild as its publisher's evaluator wrote them, of the"
+            " replies in the output's submissions/.",
+        ),
+    ] = None,
+    skipped_layers: SkippedLayersOption = None,
+    dtype: DtypeOption = "float32",
+    threads: ThreadsOption = None,
 ) -> None:
-    """Score one-sentence captions (BLEU, ROUGE-L, CIDEr), and the loss with a wrong picture."""
-    if json_file is not None:
-        check_writable(json_file)
-    from fastvlm.data.captioned import read_flickr8k
-    from fastvlm.evaluation.quality import caption_losses, score_photographs
+    """Run benchmarks with every strategy on the same pictures, and report quality and speed.
 
-    shown = read_flickr8k(photographs, split)[:limit]
-    vlm = load_quietly(embedded.MODEL if model is None else model, threads=threads)
-    texts: list[str] = []
-    with progress("Captioning") as report:
-        for start in range(0, len(shown), batch):
-            paths = [photograph.path for photograph in shown[start : start + batch]]
-            prompts = [embedded.SENTENCE_PROMPT] * len(paths)
-            texts += [r.text for r in vlm.generate_batch(prompts, paths, max_new_tokens=64)]
-            report(len(texts), len(shown))
-    scores = {**score_photographs(shown, texts), "loss": caption_losses(vlm, shown)}
-    if json_file is not None:
-        write_json(json_file, scores)
-    Console(highlight=False).print(
-        f"{len(shown)} photographs: CIDEr {scores['cider']:.3f}, BLEU-4 {scores['bleu'][3]:.3f},"
-        f" ROUGE-L {scores['rouge_l']:.3f}; {scores['distinct_captions']} different captions.\n"
-        f"Loss per token of a human caption with the right picture"
-        f" {scores['loss']['right']:.3f}, with another one {scores['loss']['wrong']:.3f}."
+    Strategies take turns, an item at a time. The report is report.html, report.md and report.json
+    in the output folder; on a finished folder it is written anew.
+    """
+    if (judge is None) != (judge_model is None):
+        raise InputError("A judge is an address and a name: give both --judge and --judge-model.")
+    if output.exists() and not output.is_dir():
+        raise InputError(f"{output} is a file; --output needs a folder.")
+    drafts = named_drafts(draft, model)
+    chosen = chosen_strategies(strategies, drafts)
+    skipped, sizes = layers_in(skipped_layers), sizes_in(image_sizes)
+    prompts, graded_files = pairs(prompt, "--prompt"), pairs(grades, "--grades")
+    from fastvlm.evaluation.tasks.answers import Journal, recorded_plan
+    from fastvlm.evaluation.tasks.plan import Plan, read_tasks
+    from fastvlm.evaluation.tasks.plots import pyplot
+    from fastvlm.evaluation.tasks.report import write_report
+    from fastvlm.evaluation.tasks.runner import evaluate as run
+    from fastvlm.evaluation.tasks.scores import rows
+    from fastvlm.evaluation.tasks.tables import lossless, overview, quality
+
+    pyplot()  # what the report needs in the end had better be there at the start
+    names = [name.strip() for name in tasks.split(",") if name.strip()]
+    asked = read_tasks(names, data, limit, prompts)
+    check_grades(graded_files, asked)
+    output.mkdir(parents=True, exist_ok=True)
+    file = output / "answers.jsonl"
+    vlm = load_quietly(embedded.MODEL if model is None else model, threads=threads, dtype=dtype)
+    if needs_search(chosen, skipped):
+        # A search measures, and finds others another time.
+        before = recorded_plan(file).get("strategies", {}).get(SKIP, {}).get("skipped_layers")
+        skipped = tuple(before) if before else searched(vlm, asked)
+    drafters = named_drafters(vlm, chosen, drafts, skipped)
+    import torch
+
+    plan = Plan(
+        model=model or "the one that ships with fastvlm",
+        tasks=asked,
+        strategies={one.name: describe(one, drafters[one.name]) for one in chosen},
+        sizes=sizes,
+        max_new_tokens=max_new_tokens,
+        dtype=dtype,
+        threads=torch.get_num_threads(),
     )
+    journal = Journal(file, plan)
+    with progress("Answering") as report:
+        run(vlm, drafters, plan, journal, report)
+    graded = all_grades(plan, journal, graded_files, output)
+    if judge is not None and judge_model is not None:
+        graded |= judged_by(judge, judge_model, plan, journal, output / "grades.jsonl")
+    found = rows(plan, journal, graded)
+    write_report(output, plan, journal, found)
+    console = Console(highlight=False)
+    heading, body = (table := overview(plan, found, quality)).heading, table.rows
+    shown = Table(box=SIMPLE_HEAD, pad_edge=False, show_edge=False)
+    for name in heading:
+        shown.add_column(name, justify="left" if name == heading[0] else "right")
+    for row in body:
+        shown.add_row(*row)
+    console.print(shown)
+    console.print(
+        f"\n{lossless(plan, found)}\nThe report is {output / 'report.html'}.", style="dim"
+    )
+
+
+def sizes_in(listed: str | None) -> list[int | None]:
+    """Return the sizes of a list as it is typed: `256,512`.
+
+    Raises:
+        InputError: There is something else than whole numbers in it.
+    """
+    if listed is None:
+        return [None]
+    try:
+        return list(dict.fromkeys(int(number) for number in listed.split(",") if number.strip()))
+    except ValueError:
+        raise InputError(
+            f"--image-sizes are whole numbers separated by commas; got {listed!r}."
+        ) from None
+
+
+def pairs(given: Sequence[str] | None, option: str) -> dict[str, str]:
+    """Return what an option that is typed `NAME=VALUE` was given, by name.
+
+    Raises:
+        InputError: A name or a value is missing.
+    """
+    found = {}
+    for one in given or ():
+        name, _, value = one.partition("=")
+        if not name or not value:
+            raise InputError(f"{option} takes NAME=VALUE; got {one!r}.")
+        found[name] = value
+    return found
+
+
+def searched(vlm: VisionLanguageModel, tasks: Mapping[str, Task[Any]]) -> tuple[int, ...]:
+    """Return the layers to skip, found on replies to the first items.
+
+    Raises:
+        InputError: No reply is long enough to learn from.
+    """
+    items = next(iter(tasks.values())).items[:SEARCHED]
+    prompts, pictures = [item.prompt for item in items], [item.open() for item in items]
+    return vlm.find_skipped_layers(prompts, pictures).skipped
+
+
+def check_grades(files: Mapping[str, str], tasks: Mapping[str, Task[Any]]) -> None:
+    """Refuse files of grades that could not be read after the long work.
+
+    Raises:
+        InputError: One is not there, or its task is not asked or not judged.
+    """
+    for name, file in files.items():
+        if name not in tasks or not tasks[name].judged:
+            raise InputError(f"--grades names {name!r}, which is no judged one of these tasks.")
+        if not Path(file).is_file():
+            raise InputError(f"There is no file of grades at {file}.")
+
+
+def all_grades(plan: Plan, journal: Journal, files: Mapping[str, str], output: Path) -> Graded:
+    """Write what a publisher's evaluator takes, and return the grades that it wrote before.
+
+    Raises:
+        InputError: A file is not laid out as published.
+    """
+    from fastvlm.evaluation.tasks.grades import published, write_submission
+
+    first = next(iter(plan.strategies))
+    graded: Graded = {}
+    for name, task in plan.tasks.items():
+        if task.judged:
+            answers = [journal.answers[name, item.id, plan.sizes[0], first] for item in task.items]
+            write_submission(output / "submissions", name, task, answers, plan.model)
+            if name in files:
+                graded |= published(name, task, Path(files[name]), answers)
+    return graded
+
+
+def judged_by(url: str, name: str, plan: Plan, journal: Journal, file: Path) -> Graded:
+    """Return a judge's grades of all replies that are judged.
+
+    Raises:
+        InputError: The judge can't be reached, or doesn't answer with grades.
+    """
+    from fastvlm.evaluation.tasks.grades import judged
+    from fastvlm.evaluation.tasks.judge import Judge
+
+    with progress("Judging") as report:
+        grader = Judge(url, name, os.environ.get(KEY))
+        return judged(grader, plan.tasks, journal.answers.values(), file, report)

@@ -144,7 +144,7 @@ def draft(  # noqa: PLR0913 (a parameter is an option)
     vlm = load_quietly(model, threads=threads, device=device)
     check_exit_layer(exit_layer, vlm.decoder.depth)
     from fastvlm.data.broken import BrokenRecords
-    from fastvlm.evaluation.benchmark import hardware
+    from fastvlm.evaluation.measuring import hardware
     from fastvlm.training.draft import DraftPlan, train_draft
     from fastvlm.training.held_out import decode_held_out
     from fastvlm.training.joint import JointPlan, train_joint

@@ -55,7 +55,7 @@ def ttft(
     import torch
     from transformers.utils import logging
 
-    from fastvlm.evaluation.benchmark import hardware
+    from fastvlm.evaluation.measuring import hardware
     from fastvlm.evaluation.ttft import chosen, measure_ttft
     from fastvlm.evaluation.ttft_report import markdown, plot, rows
 

@@ -8,7 +8,6 @@ as those that verify, one request at a time.
 
 from __future__ import annotations
 
-import json
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -20,7 +19,9 @@ import torch
 from fastvlm.data.questions import Question
 from fastvlm.decoding import Decoding, Drafter, Request
 from fastvlm.decoding.strategies import Autoregressive
-from fastvlm.evaluation.benchmark import TIES, best_gap, no_progress
+from fastvlm.evaluation.benchmark import TIES, best_gap
+from fastvlm.evaluation.journal import append_line, whole_lines
+from fastvlm.evaluation.measuring import no_progress
 from fastvlm.functional.errors import InputError
 from fastvlm.vision.pictures import prepare
 from fastvlm.vlm import VisionLanguageModel
@@ -119,21 +120,16 @@ def audit(
         "dtype": str(vlm.decoder.dtype).removeprefix("torch."),
         "width": width,
     }
-    lines = (
-        [json.loads(line) for line in journal.read_text().splitlines()]
-        if (journal.is_file())
-        else []
-    )
+    lines = whole_lines(journal)
     if lines and lines[0] != plan:
         raise InputError(f"{journal} belongs to an audit with {lines[0]}, but this one has {plan}.")
     if not lines:
-        journal.write_text(json.dumps(plan) + "\n")
+        append_line(journal, plan)
     done = lines[1:]
     for start in range(len(done) * batch, len(questions), batch):
         asked = questions[start : start + batch]
         done.append(audit_batch(vlm, drafters, asked, start, max_new_tokens, width))
-        with journal.open("a") as file:
-            file.write(json.dumps(done[-1]) + "\n")
+        append_line(journal, done[-1])
         progress(min(start + batch, len(questions)), len(questions))
     return Audit(
         replies=[reply for part in done for reply in part["replies"]],

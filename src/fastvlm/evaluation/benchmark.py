@@ -3,21 +3,18 @@
 from __future__ import annotations
 
 import copy
-import os
-import platform
 import statistics
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
-import transformers
 from transformers.generation.streamers import BaseStreamer
 
 from fastvlm.data.questions import Question
-from fastvlm.decoding import Decoding, Drafter
+from fastvlm.decoding import Drafter
+from fastvlm.evaluation.measuring import answered, in_turn, no_progress, speedup
 from fastvlm.functional.statistics import DecodingStatistics, Spread
 from fastvlm.vision.pictures import prepare
 from fastvlm.vlm import VisionLanguageModel
@@ -128,15 +125,9 @@ def run_transformers(vlm: VisionLanguageModel, question: Question, limit: int) -
 
 def run_strategy(vlm: VisionLanguageModel, drafter: Drafter, question: Question, limit: int) -> Run:
     """Answer a question with one of our strategies."""
-    # Every strategy pays for its picture.
-    vlm.prefixes.clear()
-    request = vlm.request(question.prompt, question.open(vlm.image_size), max_new_tokens=limit)
-    for _ in Decoding(vlm.decoder, drafter, [request]):
-        pass
-    return Run(
-        tuple(request.reply),
-        DecodingStatistics.of(request.started, request.times, request.proposed, request.accepted),
-    )
+    picture = question.open(vlm.image_size)
+    request = answered(vlm, drafter, question.prompt, picture, max_new_tokens=limit)
+    return Run(tuple(request.reply), vlm.reply(request).statistics)
 
 
 @torch.inference_mode()
@@ -157,11 +148,6 @@ def best_gap(
     logits = exact(input_ids=tokens, pixel_values=pixels.double()).logits[0, -1]
     best, second = logits.topk(2).values.tolist()
     return same, best - second
-
-
-def no_progress(done: int, total: int) -> None:
-    """Show nothing."""
-    del done, total
 
 
 def measure(
@@ -197,8 +183,7 @@ def measure(
         contender(questions[0])
     runs: dict[str, list[Run]] = {name: [] for name in names}
     for number, question in enumerate(questions):
-        turn = number % len(names)
-        for name in names[turn:] + names[:turn]:
+        for name in in_turn(names, number):
             runs[name].append(contenders[name](question))
         progress(number + 1, len(questions))
     return [summarise(vlm, name, runs, questions) for name in names]
@@ -212,6 +197,8 @@ def summarise(
 ) -> StrategyResult:
     """Return one contender's result from everybody's runs."""
     own, reference = runs[name], runs[TRANSFORMERS]
+    mine = [run.statistics for run in own]
+    ordinary = [run.statistics for run in runs[AUTOREGRESSIVE]]
     differing = [
         (question, run.tokens, expected.tokens)
         for question, run, expected in zip(questions, own, reference, strict=True)
@@ -230,50 +217,12 @@ def summarise(
         identical=len(differing) == ties,
         different=len(differing),
         ties=ties,
-        speedup=_ratios(runs[AUTOREGRESSIVE], own),
-        speedup_end_to_end=_ratios(runs[AUTOREGRESSIVE], own, whole=True),
-        speedup_vs_transformers=_ratios(reference, own),
+        speedup=speedup(ordinary, mine),
+        speedup_end_to_end=speedup(ordinary, mine, whole=True),
+        speedup_vs_transformers=speedup([run.statistics for run in reference], mine),
         acceptance_length=tokens_after_first / cycles if cycles else None,
         acceptance_rate=sum(r.statistics.accepted for r in own) / proposed if proposed else None,
         draft_length=proposed / cycles if proposed else None,
         ttft_ms=Spread.of([run.statistics.ttft_ms for run in own]),
         tpot_ms=Spread.of(tpot) if tpot else None,
     )
-
-
-def _ratios(slow: Sequence[Run], fast: Sequence[Run], *, whole: bool = False) -> Spread | None:
-    """Return the spread of the ratios of times per token, or of whole replies' times."""
-    ratios = []
-    for one, other in zip(slow, fast, strict=True):
-        a, b = one.statistics, other.statistics
-        if a.tpot_ms is None or b.tpot_ms is None:
-            continue
-        if whole:
-            ratios.append(
-                (a.ttft_ms + a.tpot_ms * (a.tokens - 1)) / (b.ttft_ms + b.tpot_ms * (b.tokens - 1))
-            )
-        else:
-            ratios.append(a.tpot_ms / b.tpot_ms)
-    return Spread.of(ratios) if ratios else None
-
-
-def hardware() -> dict[str, Any]:
-    """Return what the figures were measured on."""
-    names = [
-        line.partition(":")[2].strip()
-        for line in _lines(Path("/proc/cpuinfo"))
-        if line.startswith("model name")
-    ]
-    return {
-        "processor": names[0] if names else platform.processor() or platform.machine(),
-        "cores": os.cpu_count(),
-        "threads": torch.get_num_threads(),
-        "accelerator": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
-        "python": platform.python_version(),
-        "torch": torch.__version__,
-        "transformers": transformers.__version__,
-    }
-
-
-def _lines(path: Path) -> list[str]:
-    return path.read_text().splitlines() if path.is_file() else []

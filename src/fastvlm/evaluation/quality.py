@@ -1,4 +1,4 @@
-"""Whether the model sees: facts of unseen scenes, captions of unseen photographs."""
+"""Whether the model sees: facts of unseen scenes, losses with a wrong photograph."""
 
 from __future__ import annotations
 
@@ -10,7 +10,6 @@ import torch
 from fastvlm.data.captioned import CaptionedPhotograph
 from fastvlm.data.questions import Question
 from fastvlm.embedded import SENTENCE_PROMPT
-from fastvlm.metrics.captions import score_captions
 from fastvlm.scenes import FactScore, sample, score
 from fastvlm.scenes.facts import KINDS
 from fastvlm.vision.pictures import prepare
@@ -41,23 +40,6 @@ def score_scenes(questions: Sequence[Question], replies: Sequence[str]) -> dict[
         "accuracy": total.accuracy,
         "exact_descriptions": exact,
         "by_kind": {kind: total.of(kind).accuracy for kind in KINDS if total.of(kind).stated},
-    }
-
-
-def score_photographs(
-    photographs: Sequence[CaptionedPhotograph], replies: Sequence[str]
-) -> dict[str, Any]:
-    """Return BLEU, ROUGE-L and CIDEr of one-sentence captions against the human ones."""
-    scores = score_captions(
-        {p.path.name: reply for p, reply in zip(photographs, replies, strict=True)},
-        {p.path.name: p.captions for p in photographs},
-    )
-    return {
-        "photographs": len(photographs),
-        "cider": scores.cider,
-        "bleu": list(scores.bleu),
-        "rouge_l": scores.rouge_l,
-        "distinct_captions": len(set(replies)),
     }
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -13,8 +12,9 @@ import torch
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from fastvlm.evaluation.benchmark import no_progress
 from fastvlm.evaluation.contenders import TEXT_AFTER, TEXT_BEFORE, Contender, Contenders
+from fastvlm.evaluation.journal import append_line, whole_lines
+from fastvlm.evaluation.measuring import no_progress
 from fastvlm.functional.errors import InputError
 from fastvlm.functional.statistics import Spread
 
@@ -156,26 +156,16 @@ def measure_ttft(
                     time_stages(built[name], torch.rand(built[name].pixels, dtype=dtype))
                 times = time_stages(built[name], torch.rand(built[name].pixels, dtype=dtype))
                 taken.setdefault(name, []).append(times)
-                with file.open("a", encoding="utf-8") as log:
-                    log.write(json.dumps({"name": name, **settings, "ms": times}) + "\n")
+                append_line(file, {"name": name, **settings, "ms": times})
             done += 1
             progress(done, total)
     return [{**records[name], **_summary(taken[name][:rounds])} for name in names]
 
 
 def _read(file: Path, settings: dict[str, Any]) -> dict[str, list[list[float]]]:
-    """Return what was measured before, by name; a line that a kill cut off is dropped."""
+    """Return what was measured before, by name."""
     taken: dict[str, list[list[float]]] = {}
-    if not file.is_file():
-        return taken
-    text = file.read_text(encoding="utf-8")
-    whole = text[: text.rfind("\n") + 1]
-    if whole != text:
-        beside = file.with_suffix(".partial")
-        beside.write_text(whole, encoding="utf-8")
-        beside.replace(file)
-    for line in whole.splitlines():
-        entry = json.loads(line)
+    for entry in whole_lines(file):
         if {name: entry[name] for name in settings} != settings:
             raise InputError(
                 f"{file} was measured with {entry['threads']} threads in {entry['dtype']};"

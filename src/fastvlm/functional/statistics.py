@@ -28,6 +28,11 @@ class DecodingStatistics:
     accepted: int
 
     @property
+    def total_ms(self) -> float:
+        """Time to the last token, in milliseconds."""
+        return self.ttft_ms + (self.tpot_ms or 0.0) * (self.tokens - 1)
+
+    @property
     def acceptance_rate(self) -> float | None:
         """Accepted tokens per drafted one; None where nothing was drafted."""
         return self.accepted / self.proposed if self.proposed else None

@@ -1,0 +1,131 @@
+"""What makes a good draft: every choice of the training, one at a time, on the model that ships.
+
+The networks that learn from the same replies are taught side by side, from one pass of the model
+for all of them, and measured by decoding scenes and photographs that none has seen, interleaved in
+one run. A stopped run goes on; a finished one is measured again. Run `python benchmarks/ablation.py
+--photographs FLICKR8K --output DIR [--steps N] [--threads N] [--markdown FILE]`.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from collections.abc import Sequence
+from dataclasses import asdict, replace
+from pathlib import Path
+
+import torch
+
+import fastvlm
+from fastvlm.data.broken import BrokenRecords
+from fastvlm.data.captioned import read_flickr8k
+from fastvlm.data.questions import HELD_OUT_SCENES, scene_conversations
+from fastvlm.embedded import DESCRIPTION_PROMPT, SENTENCE_PROMPT
+from fastvlm.evaluation.measuring import hardware
+from fastvlm.prompts import question
+from fastvlm.training.draft import DraftPlan, train_draft
+from fastvlm.training.held_out import Decoded, decode_held_out
+from fastvlm.training.loop import Schedule
+from fastvlm.training.replies import Asked, data_replies, own_replies, questions_of
+
+USUAL = DraftPlan()
+OWN = {
+    "usual: block, exit layer 1, as layer 1, KL + cos + CE, own replies, 1,024 tokens": USUAL,
+    "mlp": replace(USUAL, kind="mlp"),
+    "mlp, exit layer 2": replace(USUAL, kind="mlp", exit_layer=2),
+    "mlp, exit layer 4": replace(USUAL, kind="mlp", exit_layer=4),
+    "mlp, random start": replace(USUAL, kind="mlp", initialised=False),
+    "random start": replace(USUAL, initialised=False),
+    "exit layer 2": replace(USUAL, exit_layer=2),
+    "exit layer 4": replace(USUAL, exit_layer=4),
+    "exit layer 6": replace(USUAL, exit_layer=6),
+    "KL alone": replace(USUAL, cosine=0, cross_entropy=0),
+    "KL + cos": replace(USUAL, cross_entropy=0),
+    "KL + CE": replace(USUAL, cosine=0),
+    "64 tokens": replace(USUAL, draft_vocabulary=64),
+    "all tokens": replace(USUAL, draft_vocabulary=None),
+}
+DATA = {"the data set's replies": USUAL}
+
+
+def about(photographs: Sequence[Path], captions: Sequence[str]) -> list[Asked]:
+    """Return a question for a sentence about each photograph, with a person's sentence."""
+    return [
+        Asked(path.name, tuple(question(SENTENCE_PROMPT, path)), caption)
+        for path, caption in zip(photographs, captions, strict=True)
+    ]
+
+
+def described(photographs: Sequence[Path]) -> list[Asked]:
+    """Return a question for a description of each photograph, which nobody has written."""
+    return [Asked(path.name, tuple(question(DESCRIPTION_PROMPT, path)), "") for path in photographs]
+
+
+def table(found: dict[str, dict[str, Decoded]]) -> str:
+    """Return the figures as Markdown."""
+    lines = [
+        "| draft | acceptance | tokens a pass | speedup, scenes | speedup, photographs |",
+        "|---|---|---|---|---|",
+    ]
+    for name, parts in found.items():
+        scenes, photographs = parts["scenes"], parts["photographs"]
+        rate = (scenes.acceptance_rate + photographs.acceptance_rate) / 2
+        length = (scenes.acceptance_length + photographs.acceptance_length) / 2
+        speeds = [
+            f"{part.speedup.median:.2f} ({part.speedup.low:.2f}-{part.speedup.high:.2f})"
+            for part in (scenes, photographs)
+        ]
+        lines.append(f"| {name} | {rate:.3f} | {length:.2f} | {speeds[0]} | {speeds[1]} |")
+    return "\n".join(lines) + "\n"
+
+
+def main() -> None:
+    """Train what is not trained yet, and measure all of it."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--photographs", type=Path, required=True, help="in Flickr8k's layout")
+    parser.add_argument("--output", type=Path, required=True)
+    parser.add_argument("--scenes", type=int, default=400)
+    parser.add_argument("--limit", type=int, default=250, help="photographs to learn from")
+    parser.add_argument("--held-out", type=int, default=10, help="of scenes and of photographs")
+    parser.add_argument("--steps", type=int, default=250)
+    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
+    parser.add_argument("--markdown", type=Path)
+    options = parser.parse_args()
+    torch.set_num_threads(options.threads)
+    vlm = fastvlm.load(prefix_bytes=0)
+    broken = BrokenRecords()
+    scenes = questions_of(scene_conversations(range(options.scenes), vlm.image_size), broken)
+    shown = read_flickr8k(options.photographs, "train")[: options.limit]
+    paths = [photograph.path for photograph in shown]
+    asked = [*scenes, *about(paths, [photograph.captions[0] for photograph in shown])]
+    schedule = Schedule(steps=options.steps, learning_rate=1e-3, warmup=20)
+    networks = {}
+    for plans, examples, name in (
+        (OWN, own_replies(vlm, asked + described(paths), options.output, broken), "own"),
+        (DATA, data_replies(vlm, asked), "data"),
+    ):
+        numbered = {f"{name}-{number}": plan for number, plan in enumerate(plans.values())}
+        made = train_draft(vlm, numbered, examples, options.output / name, schedule)
+        networks |= dict(zip(plans, made.values(), strict=True))
+    seeds = range(HELD_OUT_SCENES, HELD_OUT_SCENES + options.held_out)
+    unseen = read_flickr8k(options.photographs, "dev")[: options.held_out]
+    held_out = {
+        "scenes": questions_of(scene_conversations(seeds, vlm.image_size), broken),
+        "photographs": described([photograph.path for photograph in unseen]),
+    }
+    measured = {part: decode_held_out(vlm, networks, of) for part, of in held_out.items()}
+    found = {name: {part: measured[part][name] for part in measured} for name in networks}
+    print(table(found))  # noqa: T201
+    if options.markdown is not None:
+        options.markdown.write_text(table(found), encoding="utf-8")
+    record = {
+        "hardware": hardware(),
+        "drafts": {
+            name: {part: asdict(of) for part, of in parts.items()} for name, parts in found.items()
+        },
+    }
+    (options.output / "ablation.json").write_text(json.dumps(record, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()

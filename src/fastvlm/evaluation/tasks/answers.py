@@ -1,0 +1,153 @@
+"""What an evaluation finds out: answers, ratings of options, and the journal of both."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from fastvlm.evaluation.journal import append_line, whole_lines
+from fastvlm.evaluation.tasks.plan import Plan
+from fastvlm.functional.errors import InputError
+from fastvlm.functional.statistics import DecodingStatistics
+
+
+@dataclass(frozen=True, slots=True)
+class Answer:
+    """What one strategy replied to one item.
+
+    Args:
+        task: The task's name.
+        item: The item's id.
+        size: Side of the picture in pixels; None for the model's own.
+        strategy: The strategy's name.
+        text: The reply.
+        tokens: Its tokens, the end token included.
+        prompt_tokens: Tokens of the prompt with its picture.
+        ttft_ms: Time to first token, from the picture on.
+        tpot_ms: Time per output token after the first; None for one token.
+        proposed: Drafted tokens of each cycle.
+        accepted: Accepted tokens of each cycle.
+    """
+
+    task: str
+    item: str
+    size: int | None
+    strategy: str
+    text: str
+    tokens: Sequence[int]
+    prompt_tokens: int
+    ttft_ms: float
+    tpot_ms: float | None
+    proposed: Sequence[int]
+    accepted: Sequence[int]
+
+    @property
+    def statistics(self) -> DecodingStatistics:
+        """How it was decoded."""
+        return DecodingStatistics(
+            len(self.tokens),
+            self.ttft_ms,
+            self.tpot_ms,
+            len(self.proposed),
+            sum(self.proposed),
+            sum(self.accepted),
+        )
+
+    def cycles(self) -> Iterator[tuple[int, int, int]]:
+        """Yield, for each cycle, the context's length before it, and what it drafted and accepted.
+
+        The context is what the model has read: prompt, picture and the reply so far.
+        """
+        context = self.prompt_tokens + 1
+        for proposed, accepted in zip(self.proposed, self.accepted, strict=True):
+            yield context, proposed, accepted
+            context += accepted + 1
+
+
+@dataclass(frozen=True, slots=True)
+class Ratings:
+    """The log-likelihoods of an item's options, which are the model's, whatever the strategy.
+
+    Args:
+        task: The task's name.
+        item: The item's id.
+        size: Side of the picture in pixels; None for the model's own.
+        ratings: One for each option.
+    """
+
+    task: str
+    item: str
+    size: int | None
+    ratings: Sequence[float]
+
+
+class Journal:
+    """Everything that an evaluation has found out, in a file as well as here.
+
+    Args:
+        file: The file; a stopped evaluation goes on from it.
+        plan: The evaluation.
+
+    Raises:
+        InputError: The file belongs to another evaluation, or a line of it is broken.
+    """
+
+    def __init__(self, file: Path, plan: Plan) -> None:
+        self.file = file
+        self.sessions: list[dict[str, Any]] = []
+        """When, on what and by what version the answers were measured."""
+        self.answers: dict[tuple[str, str, int | None, str], Answer] = {}
+        self.ratings: dict[tuple[str, str, int | None], Ratings] = {}
+        header = {"plan": plan.to_json()}
+        lines = whole_lines(file)
+        if not lines:
+            append_line(file, header)
+        elif lines[0] != header:
+            raise InputError(
+                f"{file} belongs to another evaluation ({difference(lines[0], header)});"
+                " choose another --output."
+            )
+        for number, line in enumerate(lines[1:], 2):
+            try:
+                self._take(line)
+            except (KeyError, TypeError) as error:
+                raise InputError(
+                    f"Line {number} of {file} is no entry of an evaluation."
+                ) from error
+
+    def _take(self, line: dict[str, Any]) -> None:
+        if "session" in line:
+            self.sessions.append(line["session"])
+        elif "ratings" in line:
+            found = Ratings(**line)
+            self.ratings[found.task, found.item, found.size] = found
+        else:
+            answer = Answer(**line)
+            self.answers[answer.task, answer.item, answer.size, answer.strategy] = answer
+
+    def add(self, found: Answer | Ratings) -> None:
+        """Keep a finding."""
+        self._write(asdict(found))
+
+    def begin(self, session: dict[str, Any]) -> None:
+        """Note on what the findings from here on are measured."""
+        self._write({"session": session})
+
+    def _write(self, line: dict[str, Any]) -> None:
+        append_line(self.file, line)
+        self._take(line)
+
+
+def recorded_plan(file: Path) -> dict[str, Any]:
+    """Return the plan that a journal begins with; nothing where there is no journal."""
+    lines = whole_lines(file)
+    return lines[0].get("plan", {}) if lines and isinstance(lines[0], dict) else {}
+
+
+def difference(found: Any, wanted: Any) -> str:
+    """Return in words which parts of two plans differ."""
+    ours, theirs = wanted["plan"], found.get("plan", {}) if isinstance(found, dict) else {}
+    names = [name for name in ours if ours[name] != theirs.get(name)]
+    return f"other {', '.join(name.replace('_', ' ') for name in names)}"

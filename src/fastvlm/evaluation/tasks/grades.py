@@ -1,0 +1,114 @@
+"""Grades of judged replies: a judge's, kept as they come, or those that others published."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from fastvlm.data.tasks import Task
+from fastvlm.data.tasks.llava_wild import LlavaWild, read_reviews
+from fastvlm.data.tasks.mmvet import read_grades
+from fastvlm.evaluation.journal import append_line, whole_lines
+from fastvlm.evaluation.measuring import no_progress
+from fastvlm.evaluation.tasks.answers import Answer
+from fastvlm.evaluation.tasks.judge import Judge
+
+Graded = dict[tuple[str, str, str], Any]
+"""By task, item and reply, what a task's `score` takes: equal replies have equal grades."""
+
+
+def published(name: str, task: Task[Any], file: Path, answers: Iterable[Answer]) -> Graded:
+    """Return grades that a publisher's own evaluator wrote.
+
+    Args:
+        name: The task's name.
+        task: MM-Vet or LLaVA-Bench.
+        file: MM-Vet's file of grades, or LLaVA-Bench's of reviews.
+        answers: What was graded, as `write_submission` wrote it.
+
+    Raises:
+        InputError: The file is not laid out as published.
+    """
+    read: Callable[[Path], Mapping[str, Any]]
+    read = read_reviews if isinstance(task, LlavaWild) else read_grades
+    grades = read(file)
+    return {
+        (name, answer.item, answer.text): grades[answer.item]
+        for answer in answers
+        if answer.item in grades
+    }
+
+
+def judged(
+    judge: Judge,
+    tasks: Mapping[str, Task[Any]],
+    answers: Iterable[Answer],
+    journal: Path,
+    progress: Callable[[int, int], None] = no_progress,
+) -> Graded:
+    """Have every reply to a judged task graded that the journal has no grade of.
+
+    Args:
+        judge: Who grades.
+        tasks: All tasks by name.
+        answers: All answers.
+        journal: A file of JSON lines; another judge's grades in it don't count.
+        progress: Called with the replies graded and their number, of those that are left.
+
+    Raises:
+        InputError: The judge can't be reached, or doesn't answer with grades.
+    """
+    known: Graded = {
+        (line["task"], line["item"], line["reply"]): line["grades"]
+        for line in whole_lines(journal)
+        if line["judge"] == judge.model
+    }
+    wanted = dict.fromkeys(
+        (answer.task, answer.item, answer.text) for answer in answers if tasks[answer.task].judged
+    )
+    left = [key for key in wanted if key not in known]
+    for done, (task, item, reply) in enumerate(left, 1):
+        grades = judge.grade(tasks[task], item, reply)
+        known[task, item, reply] = grades
+        line = {"judge": judge.model, "task": task, "item": item, "reply": reply, "grades": grades}
+        append_line(journal, line)
+        progress(done, len(left))
+    return known
+
+
+def write_submission(
+    folder: Path, name: str, task: Task[Any], answers: Sequence[Answer], model: str
+) -> Path:
+    """Write replies as a judged benchmark's own evaluator takes them; return the file.
+
+    Args:
+        folder: Where to.
+        name: The task's name.
+        task: MM-Vet, whose evaluator takes a JSON of replies by item, or LLaVA-Bench, whose
+            evaluator takes a line a reply.
+        answers: The replies.
+        model: What the model is called.
+    """
+    folder.mkdir(exist_ok=True)
+    if isinstance(task, LlavaWild):
+        prompts = {item.id: item.prompt for item in task.items}
+        lines: list[dict[str, Any]] = [
+            {
+                "question_id": int(answer.item) if answer.item.isdigit() else answer.item,
+                "prompt": prompts[answer.item],
+                "text": answer.text,
+                "answer_id": f"{name}-{answer.item}",
+                "model_id": model,
+                "metadata": {},
+            }
+            for answer in answers
+        ]
+        file = folder / f"{name}.jsonl"
+        file.write_text("".join(f"{json.dumps(line)}\n" for line in lines), encoding="utf-8")
+        return file
+    file = folder / f"{name}.json"
+    replies = {answer.item: answer.text for answer in answers}
+    file.write_text(json.dumps(replies, indent=2) + "\n", encoding="utf-8")
+    return file

@@ -1,0 +1,152 @@
+"""Replies judged by a language model behind an endpoint that speaks OpenAI's protocol.
+
+The questions to the judge are our own words, so that its grades are not those of the papers, whose
+judges were asked otherwise.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import time
+from collections.abc import Callable
+from typing import Any
+from urllib.error import HTTPError, URLError
+from urllib.request import Request, urlopen
+
+from fastvlm.data.tasks import Task
+from fastvlm.data.tasks.llava_wild import LlavaWild
+from fastvlm.data.tasks.mmvet import MmVet
+from fastvlm.functional.errors import InputError
+
+ATTEMPTS, PAUSE, TIMEOUT = 4, 2.0, 120.0
+"""Tries of one question; seconds after the first that failed, doubled each time; seconds a try."""
+TOO_MANY, BROKEN = 429, 500
+"""Status of a server that is asked too much; from here on the server's own failures."""
+NUMBER = re.compile(r"\d+(?:\.\d+)?")
+
+CORRECTNESS = """\
+Grade a reply to a question about a picture that you can't see. You are given the right answer, in \
+which <AND> joins parts that are all needed and <OR> separates answers that are each right. Give a \
+number from 0.0 (nothing of it is right) to 1.0 (all of it is right) in steps of 0.1; more detail \
+than the right answer has is no mistake. Answer with the number alone.
+
+Question: {question}
+Right answer: {answer}
+Reply: {reply}
+Grade:"""
+
+COMPARISON = """\
+Two assistants were asked about a picture. You can't see it; this is what it shows:
+{context}
+
+The question: {question}
+
+What the first assistant replied:
+{reference}
+
+What the second assistant replied:
+{reply}
+
+Grade how helpful, relevant, accurate and detailed each reply is, from 1 to 10. Their order means \
+nothing. Answer with two numbers alone: the first assistant's grade, a space, the second's."""
+
+
+class Judge:
+    """A language model that grades.
+
+    Args:
+        url: The endpoint up to its version, such as `http://localhost:8000/v1`.
+        model: The model's name there.
+        key: What the endpoint wants to be shown; None for nothing.
+        sleep: Waits some seconds.
+    """
+
+    def __init__(
+        self,
+        url: str,
+        model: str,
+        key: str | None = None,
+        sleep: Callable[[float], None] = time.sleep,
+    ) -> None:
+        if not url.startswith(("http://", "https://")):
+            raise InputError(f"A judge's address starts with http:// or https://; got {url!r}.")
+        self.url, self.model, self.key, self.sleep = url.rstrip("/"), model, key, sleep
+
+    def grade(self, task: Task[Any], item: str, reply: str) -> Any:
+        """Return what a judged task's `score` takes for a reply.
+
+        Args:
+            task: MM-Vet or LLaVA-Bench.
+            item: The item's id.
+            reply: The model's.
+
+        Raises:
+            InputError: The judge can't be reached, or doesn't answer with grades.
+        """
+        question = next(one.prompt for one in task.items if one.id == item)
+        if isinstance(task, MmVet):
+            text = CORRECTNESS.format(question=question, answer=task.answers[item], reply=reply)
+            return self.numbers(text, 1, 0.0, 1.0)
+        if isinstance(task, LlavaWild):
+            text = COMPARISON.format(
+                context=task.contexts[item],
+                question=question,
+                reference=task.references[item],
+                reply=reply,
+            )
+            return self.numbers(text, 2, 1.0, 10.0)
+        raise InputError(f"fastvlm doesn't know how {task.name} is judged.")
+
+    def numbers(self, text: str, count: int, low: float, high: float) -> list[float]:
+        """Return the numbers that the judge answers with.
+
+        Raises:
+            InputError: There are not as many as asked for, or one is out of range.
+        """
+        said = self.ask(text)
+        found = [float(number) for number in NUMBER.findall(said)]
+        if len(found) < count or not all(low <= grade <= high for grade in found[:count]):
+            raise InputError(
+                f"The judge {self.model} was asked for {count} number{'s' * (count > 1)} from"
+                f" {low:g} to {high:g}, but said {said[:80]!r}."
+            )
+        return found[:count]
+
+    def ask(self, text: str) -> str:
+        """Return what the judge says to a text.
+
+        Raises:
+            InputError: It can't be reached, or refuses.
+        """
+        body = {
+            "model": self.model,
+            "messages": [{"role": "user", "content": text}],
+            "temperature": 0,
+        }
+        headers = {"Content-Type": "application/json"}
+        if self.key is not None:
+            headers["Authorization"] = f"Bearer {self.key}"
+        address = f"{self.url}/chat/completions"
+        # The scheme was looked at above: no file is opened by this.
+        request = Request(address, json.dumps(body).encode(), headers)
+        for attempt in range(ATTEMPTS):
+            last = attempt == ATTEMPTS - 1
+            try:
+                with urlopen(request, timeout=TIMEOUT) as response:
+                    said = json.load(response)
+                return str(said["choices"][0]["message"]["content"])
+            except HTTPError as error:
+                if last or (error.code != TOO_MANY and error.code < BROKEN):
+                    raise InputError(f"The judge at {address} refuses: {error}.") from error
+            except (URLError, TimeoutError) as error:
+                if last:
+                    raise InputError(
+                        f"The judge at {address} can't be reached: {error}."
+                    ) from error
+            except (ValueError, KeyError, IndexError, TypeError) as error:
+                raise InputError(
+                    f"What the judge at {address} sends is not as OpenAI's protocol has it."
+                ) from error
+            self.sleep(PAUSE * 2**attempt)
+        raise AssertionError  # the last attempt returns or raises

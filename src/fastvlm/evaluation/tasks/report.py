@@ -1,0 +1,168 @@
+"""The report of an evaluation: tables, plots and examples, as JSON, Markdown and HTML."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from io import BytesIO
+from pathlib import Path
+from typing import Any
+
+from fastvlm.data.tasks import Item
+from fastvlm.evaluation.tasks.answers import Journal
+from fastvlm.evaluation.tasks.curves import charts
+from fastvlm.evaluation.tasks.document import (
+    Example,
+    Heading,
+    Paragraph,
+    Part,
+    Plot,
+    Table,
+    html,
+    markdown,
+)
+from fastvlm.evaluation.tasks.plan import Plan
+from fastvlm.evaluation.tasks.plots import drawn
+from fastvlm.evaluation.tasks.scores import Row
+from fastvlm.evaluation.tasks.tables import (
+    acceptance,
+    lossless,
+    number,
+    overview,
+    quality,
+    reference,
+    speedup,
+    speedup_end_to_end,
+    task_parts,
+)
+from fastvlm.vision.pictures import open_picture
+
+EXAMPLES = 2
+"""Items of each task that are shown."""
+SIDE = 440
+"""Pixels of the longer side of a picture that is shown."""
+TITLE = "Quality and speed on the same pictures"
+
+
+def write_report(folder: Path, plan: Plan, journal: Journal, rows: Sequence[Row]) -> None:
+    """Write `report.json`, `report.md`, `report.html` and `figures/`.
+
+    Raises:
+        InputError: matplotlib is not installed.
+    """
+    plots = [
+        Plot(chart.name, chart.title, drawn(chart, list(plan.strategies)), chart.caption)
+        for chart in charts(plan, journal, rows)
+    ]
+    figures = folder / "figures"
+    figures.mkdir(exist_ok=True)
+    for plot in plots:
+        (figures / f"{plot.name}.svg").write_text(plot.svg, encoding="utf-8")
+    content = {
+        "plan": plan.to_json(),
+        "sessions": journal.sessions,
+        "results": [row.to_json() for row in rows],
+    }
+    (folder / "report.json").write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+    found = parts(plan, journal, rows, plots)
+    (folder / "report.md").write_text(markdown(TITLE, found), encoding="utf-8")
+    (folder / "report.html").write_text(html(TITLE, found), encoding="utf-8")
+
+
+def parts(plan: Plan, journal: Journal, rows: Sequence[Row], plots: Sequence[Plot]) -> list[Part]:
+    """Return all that the report holds."""
+    written = [row for row in rows if row.speed is not None]
+    found: list[Part] = [*provenance(plan, journal)]
+    found += [Heading("Quality"), Paragraph(lossless(plan, rows)), overview(plan, rows, quality)]
+    if written:
+        found += [
+            Heading("Speedup"),
+            Paragraph(
+                f"Time per output token after the first, against {reference(plan)}: medians over"
+                " the replies, and quartiles."
+            ),
+            overview(plan, written, speedup),
+            Paragraph("Whole replies, picture and prefill included:"),
+            overview(plan, written, speedup_end_to_end),
+            Heading("Acceptance"),
+            Paragraph(
+                "Accepted share of drafted tokens, and tokens per call of the full model: medians"
+                " over the replies."
+            ),
+            overview(plan, written, acceptance),
+        ]
+    if plots:
+        found.append(Heading("Plots"))
+        for plot in plots:
+            found += [Heading(plot.title, 3), plot]
+    for name, task in plan.tasks.items():
+        found += [Heading(f"{task.name} ({len(task.items)} items)")]
+        found += task_parts(plan, [row for row in rows if row.task == name])
+        found += [example(plan, journal, name, item) for item in task.items[:EXAMPLES]]
+    return found
+
+
+def provenance(plan: Plan, journal: Journal) -> list[Part]:
+    """Return what was measured, when and on what."""
+    found: list[Part] = []
+    for session in journal.sessions:
+        machine = session["hardware"]
+        found.append(
+            Paragraph(
+                f"Measured from {session['date']} on"
+                f" {machine['accelerator'] or machine['processor']}"
+                f" ({machine['cores']} cores, threads: {machine['threads']}), with fastvlm"
+                f" {session['fastvlm']} (commit {session['commit'] or 'unknown'}), torch"
+                f" {machine['torch']}, transformers {machine['transformers']}, Python"
+                f" {machine['python']}."
+            )
+        )
+    found.append(
+        Paragraph(
+            f"Model: {plan.model}, {plan.dtype}, greedy, one reply at a time of at most"
+            f" {plan.max_new_tokens} tokens. Every strategy answers a question before the next one"
+            " is asked, in turns of being first, and pays for its picture."
+        )
+    )
+    rows = [
+        [
+            name,
+            number(what["exit_layer"], 0),
+            drafts(what),
+            "-" if what["network"] is None else what["network"]["kind"],
+            "-" if not what["skipped_layers"] else ", ".join(map(str, what["skipped_layers"])),
+        ]
+        for name, what in plan.strategies.items()
+    ]
+    heading = ["strategy", "exit layer", "draft length", "network", "skipped layers"]
+    return [*found, Table(heading, rows)]
+
+
+def drafts(what: Mapping[str, Any]) -> str:
+    """Return how long a strategy's drafts are."""
+    if what["kind"] == "autoregressive":
+        return "-"
+    return "its own rule" if what["draft_length"] is None else str(what["draft_length"])
+
+
+def example(plan: Plan, journal: Journal, task: str, item: Item) -> Example:
+    """Return an item with its picture and what was replied."""
+    size = plan.sizes[0]
+    if item.options:
+        ratings = journal.ratings[task, item.id, size].ratings
+        best = max(range(len(ratings)), key=lambda option: ratings[option])
+        replies = [("rated highest", item.options[best])]
+    else:
+        by_text: dict[str, list[str]] = {}
+        for name in plan.strategies:
+            by_text.setdefault(journal.answers[task, item.id, size, name].text, []).append(name)
+        everybody = len(by_text) == 1
+        replies = [
+            ("all strategies" if everybody else ", ".join(names), text)
+            for text, names in by_text.items()
+        ]
+    picture = open_picture(item.open())
+    picture.thumbnail((SIDE, SIDE))
+    out = BytesIO()
+    picture.save(out, "JPEG", quality=80)
+    return Example(out.getvalue(), item.prompt, replies)

@@ -1,0 +1,136 @@
+"""An evaluation's pass over its pictures: every strategy answers before the next picture."""
+
+from __future__ import annotations
+
+import subprocess
+from collections.abc import Callable, Mapping
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import fastvlm
+from fastvlm.decoding import Drafter
+from fastvlm.evaluation.likelihood import likelihoods
+from fastvlm.evaluation.measuring import answered, hardware, in_turn, no_progress
+from fastvlm.evaluation.tasks.answers import Answer, Journal, Ratings
+from fastvlm.evaluation.tasks.plan import Asked, Plan
+from fastvlm.functional.errors import InputError
+from fastvlm.vision.pictures import PictureOptions
+from fastvlm.vlm import VisionLanguageModel
+
+
+def evaluate(
+    vlm: VisionLanguageModel,
+    drafters: Mapping[str, Drafter],
+    plan: Plan,
+    journal: Journal,
+    progress: Callable[[int, int], None] = no_progress,
+) -> None:
+    """Ask all that the journal does not know yet.
+
+    Strategies take turns in being first. Options are rated by the model once, as no strategy has a
+    part in that. The first item is answered once more beforehand, unmeasured.
+
+    Args:
+        vlm: The model.
+        drafters: The plan's strategies by name.
+        plan: What to ask.
+        journal: Where the findings go, one by one.
+        progress: Called with the questions done and their number, of those that are left.
+
+    Raises:
+        InputError: A picture can't be read or a prompt doesn't fit the model; it names the item.
+    """
+    names = list(drafters)
+    left = [
+        (number, asked, missing)
+        for number, asked in enumerate(plan)
+        if (missing := unknown(journal, asked, in_turn(names, number)))
+    ]
+    if not left:
+        return
+    journal.begin(session())
+    warm: set[int | None] = set()
+    for done, (_, asked, missing) in enumerate(left, 1):
+        try:
+            if asked.item.options:
+                journal.add(rated(vlm, asked))
+            else:
+                if asked.size not in warm:
+                    for drafter in drafters.values():
+                        answer(vlm, "", drafter, asked, plan.max_new_tokens)
+                    warm.add(asked.size)
+                for name in missing:
+                    journal.add(answer(vlm, name, drafters[name], asked, plan.max_new_tokens))
+        except InputError as error:
+            raise InputError(f"{asked.task}, item {asked.item.id}: {error}") from error
+        progress(done, len(left))
+
+
+def unknown(journal: Journal, asked: Asked, names: list[str]) -> list[str]:
+    """Return whose answers to a question are not known yet; options are the model's to rate."""
+    key = (asked.task, asked.item.id, asked.size)
+    if asked.item.options:
+        return [] if key in journal.ratings else ["the model"]
+    return [name for name in names if (*key, name) not in journal.answers]
+
+
+def shown(asked: Asked) -> PictureOptions:
+    """Return how a question's picture is shown."""
+    return {} if asked.size is None else {"image_size": asked.size}
+
+
+def answer(
+    vlm: VisionLanguageModel, name: str, drafter: Drafter, asked: Asked, limit: int
+) -> Answer:
+    """Return one strategy's answer."""
+    item = asked.item
+    request = answered(vlm, drafter, item.prompt, item.open(), max_new_tokens=limit, **shown(asked))
+    reply = vlm.reply(request)
+    return Answer(
+        asked.task,
+        item.id,
+        asked.size,
+        name,
+        reply.text,
+        reply.tokens,
+        len(request.tokens),
+        reply.statistics.ttft_ms,
+        reply.statistics.tpot_ms,
+        request.proposed,
+        request.accepted,
+    )
+
+
+def rated(vlm: VisionLanguageModel, asked: Asked) -> Ratings:
+    """Return how likely the model finds each option as the whole of its reply."""
+    item = asked.item
+    request = vlm.request(item.prompt, item.open(), **shown(asked))
+    found = likelihoods(vlm, request, item.options)
+    return Ratings(asked.task, item.id, asked.size, [one.whole for one in found])
+
+
+def session() -> dict[str, Any]:
+    """Return when and on what this is measured."""
+    return {
+        "date": datetime.now(UTC).isoformat(timespec="seconds"),
+        "fastvlm": fastvlm.__version__,
+        "commit": commit(),
+        "hardware": hardware(),
+    }
+
+
+def commit() -> str | None:
+    """Return the commit that runs; None where fastvlm is installed without its repository."""
+    here = Path(__file__).parent
+    command = ["git", "-C", str(here), "describe", "--always", "--dirty", "--abbrev=12"]
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, check=True)
+        tracked = subprocess.run(
+            ["git", "-C", str(here), "ls-files", "--error-unmatch", __file__],
+            capture_output=True,
+            check=False,
+        )
+    except (OSError, subprocess.CalledProcessError):
+        return None
+    return done.stdout.strip() if tracked.returncode == 0 else None

@@ -1,0 +1,18 @@
+"""fastvlm as a model of lmms-eval, so that its tasks run on this engine.
+
+    lmms-eval --model fastvlm --model_args pretrained=DIR,draft=DIR --tasks mme --batch_size 1
+
+lmms-eval finds it by the entry point `lmms_eval.models`. It was written to lmms-eval's published
+interface and tested with stand-ins for its classes, not with lmms-eval itself.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+
+def manifest() -> Any:
+    """Return what lmms-eval wants to know of a model; it imports the class when it is chosen."""
+    from lmms_eval.models.registry_v2 import ModelManifest
+
+    return ModelManifest(model_id="fastvlm", simple_class_path="fastvlm.lmms.model.FastVlm")

@@ -1,0 +1,134 @@
+"""The model that lmms-eval is given; importing this needs lmms-eval."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+import torch
+from lmms_eval.api.model import lmms
+from PIL import Image
+
+from fastvlm.data.conversations import Message
+from fastvlm.evaluation.likelihood import likelihoods
+from fastvlm.functional.errors import InputError
+from fastvlm.vlm import RequestOptions, load
+
+PLACEHOLDER = "<image>"
+"""What some tasks write where a picture stands; our pictures stand before the text."""
+MOST_TOKENS = 1024
+"""Tokens of a reply, where a task doesn't say."""
+
+
+class FastVlm(lmms):
+    """A model and its draft, one request at a time.
+
+    Args:
+        pretrained: The model: a directory, or a name on the Hugging Face hub; None for the one that
+            ships.
+        draft: Its draft's directory; None for none.
+        strategy: How drafts are made; None for the model's best.
+        device: Where to compute.
+        dtype: The precision.
+        batch_size: 1, the only one.
+
+    Raises:
+        CheckpointError: The model or the draft is missing or broken.
+        InputError: An argument is out of range.
+    """
+
+    is_simple = True
+
+    def __init__(
+        self,
+        pretrained: str | None = None,
+        draft: str | None = None,
+        *,
+        strategy: str | None = None,
+        device: str = "cpu",
+        dtype: str = "float32",
+        batch_size: int | str = 1,
+    ) -> None:
+        super().__init__()
+        if int(batch_size) != 1:
+            raise InputError(f"fastvlm answers one request at a time; got batch_size={batch_size}.")
+        self.vlm = load(pretrained, draft, dtype=getattr(torch, dtype), device=device)
+        self.drafter = self.vlm.drafter(strategy)
+
+    def generate_until(self, requests: Sequence[Any]) -> list[str]:
+        """Return a reply to each request.
+
+        Args:
+            requests: lmms-eval's instances, whose `args` are the text, how to generate, what gives
+                a document's pictures, the document's number, the task and its split.
+
+        Raises:
+            InputError: A request has something else than pictures, or asks for beams.
+        """
+        replies = []
+        for request in requests:
+            context, options, visual, document, task, split = request.args
+            messages = self.messages(context, visual(self.task_dict[task][split][document]))
+            reply = self.vlm.generate(messages, drafter=self.drafter, **generation(options))
+            replies.append(reply.text)
+            self.cache_hook.add_partial("generate_until", (context, options), reply.text)
+        return replies
+
+    def loglikelihood(self, requests: Sequence[Any]) -> list[tuple[float, bool]]:
+        """Return the log-likelihood of each target, and whether greedy decoding writes it.
+
+        Args:
+            requests: As for `generate_until`, the target in the place of how to generate: a text,
+                or what gives a document's.
+        """
+        found = []
+        for request in requests:
+            context, target, visual, document, task, split = request.args
+            content = self.task_dict[task][split][document]
+            prompt = self.vlm.request(self.messages(context, visual(content)))
+            text = target if isinstance(target, str) else target(content)
+            [one] = likelihoods(self.vlm, prompt, [text])
+            found.append((one.text, one.greedy))
+        return found
+
+    def generate_until_multi_round(self, requests: Sequence[Any]) -> list[str]:
+        """Refuse: tasks of several rounds are not asked of this model."""
+        raise InputError(f"fastvlm answers tasks of one round; got {len(requests)} of several.")
+
+    def messages(self, context: str, visuals: Iterable[Any] | None) -> list[Message]:
+        """Return a request as a dialogue of one turn.
+
+        Raises:
+            InputError: There is something else than pictures.
+        """
+        shown = list(visuals or ())
+        for one in shown:
+            if not isinstance(one, Image.Image):
+                raise InputError(f"fastvlm is shown pictures; got {type(one).__name__}.")
+        text = context.replace(PLACEHOLDER, "").strip()
+        pictures = [{"type": "image", "image": picture} for picture in shown]
+        return [{"role": "user", "content": [*pictures, {"type": "text", "text": text}]}]
+
+
+def generation(options: dict[str, Any]) -> RequestOptions:
+    """Return how to generate, in our words.
+
+    Args:
+        options: As lmms-eval's tasks have them: `max_new_tokens`, `until`, `do_sample`,
+            `temperature`, `top_p`, `num_beams`.
+
+    Raises:
+        InputError: Several beams are asked for.
+    """
+    if options.get("num_beams") not in (None, 1):
+        raise InputError(f"fastvlm decodes without beams; got num_beams={options['num_beams']}.")
+    until = options.get("until") or ()
+    found: RequestOptions = {
+        "max_new_tokens": options.get("max_new_tokens") or MOST_TOKENS,
+        "stop": [until] if isinstance(until, str) else list(until),
+    }
+    if options.get("do_sample") and options.get("temperature"):
+        found["temperature"] = options["temperature"]
+        if options.get("top_p") is not None:
+            found["top_p"] = options["top_p"]
+    return found

@@ -1,0 +1,86 @@
+"""A tiny model, its strategies, and tasks over rendered scenes."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from fastvlm.cli.strategies import Strategy, describe
+from fastvlm.data.tasks import Item, Task
+from fastvlm.data.tasks.captioning import Captioning
+from fastvlm.data.tasks.visdial import VisDial
+from fastvlm.decoding import Drafter
+from fastvlm.evaluation.tasks.plan import Plan
+from fastvlm.scenes import render, sample
+from fastvlm.vlm import VisionLanguageModel
+from tests.models import small_vlm
+
+NAMES = ("autoregressive", "early-exit@2:3", "lookup:4")
+
+
+@pytest.fixture(scope="session")
+def vlm() -> VisionLanguageModel:
+    return small_vlm()
+
+
+@pytest.fixture
+def drafters(vlm: VisionLanguageModel) -> dict[str, Drafter]:
+    """Strategies whose drafts depend on nothing measured."""
+    return {
+        "autoregressive": vlm.drafter("autoregressive"),
+        "early-exit@2:3": vlm.drafter(
+            "early-exit", exit_layer=2, num_speculative_tokens=3, confidence=0.0
+        ),
+        "lookup:4": vlm.drafter("lookup", num_speculative_tokens=4),
+    }
+
+
+@pytest.fixture
+def pictures(tmp_path: Path) -> list[Path]:
+    folder = tmp_path / "pictures"
+    folder.mkdir()
+    paths = [folder / f"{seed}.png" for seed in range(3)]
+    for seed, path in enumerate(paths):
+        render(sample(seed), 128).save(path)
+    return paths
+
+
+@pytest.fixture
+def captions(pictures: list[Path]) -> Captioning:
+    items = tuple(Item(path.stem, "Describe the picture.", path) for path in pictures)
+    said = ["a small red square", "a large blue circle", "a square above a circle"]
+    return Captioning(
+        "Scenes", items, {item.id: [text] for item, text in zip(items, said, strict=True)}
+    )
+
+
+@pytest.fixture
+def dialogue(pictures: list[Path]) -> VisDial:
+    options = ("red", "a large blue circle", "a small square")
+    items = (
+        Item("0/1", "What is it?", pictures[0], options),
+        Item("1/1", "And that?", pictures[1], options),
+    )
+    return VisDial(items, {"0/1": 1, "1/1": 0}, {"1/1": [1.0, 0.5, 0.0]})
+
+
+@pytest.fixture
+def planned(drafters: dict[str, Drafter]) -> Callable[..., Plan]:
+    """Return a function that plans tasks with these strategies."""
+
+    def plan(tasks: dict[str, Task[Any]], sizes: tuple[int | None, ...] = (None,)) -> Plan:
+        known = ["autoregressive", "early-exit", "lookup"]
+        strategies = {
+            name: describe(Strategy.of(name, known), drafter) for name, drafter in drafters.items()
+        }
+        return Plan("tiny", tasks, strategies, sizes, 10, "float32", 1)
+
+    return plan
+
+
+def lines(file: Path) -> list[Any]:
+    return [json.loads(line) for line in file.read_text().splitlines()]

@@ -1,0 +1,67 @@
+"""Likelihoods of given replies against a naive pass of the whole model for each."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+
+from fastvlm.evaluation.likelihood import likelihoods
+from fastvlm.functional.errors import InputError
+from fastvlm.scenes import render, sample
+from fastvlm.vision.pictures import prepare
+from fastvlm.vlm import VisionLanguageModel
+from tests.models import small_vlm
+
+REPLIES = ["red", "a large blue circle", "Red!", "a square is above a circle", "a"]
+
+
+@pytest.fixture(scope="module")
+def vlm() -> VisionLanguageModel:
+    return small_vlm()
+
+
+def naive(
+    vlm: VisionLanguageModel, prompt: str, picture: object, reply: str
+) -> tuple[float, float]:
+    """Return the log-likelihoods of a reply's tokens and of its end, in float64."""
+    before = vlm.tokens(prompt, pictures=1)
+    tokens = vlm.tokenizer.encode(reply, add_special_tokens=False)
+    pixels = prepare(picture, vlm.image_size).double()
+    row = torch.tensor([[*before, *tokens]])
+    logits = vlm.model(input_ids=row, pixel_values=pixels).logits[0].double()
+    total = 0.0
+    for place, token in enumerate(tokens, len(before) - 1):
+        total += float(logits[place, token] - torch.logsumexp(logits[place], 0))
+    end = sum(math.exp(float(logits[-1].log_softmax(0)[one])) for one in vlm.end_tokens)
+    return total, math.log(end)
+
+
+@pytest.mark.parametrize("batch", [1, 2, 20])
+@torch.inference_mode()
+def test_against_a_pass_for_each(vlm: VisionLanguageModel, batch: int) -> None:
+    picture = render(sample(5), 128)
+    request = vlm.request("What is it?", picture)
+    found = likelihoods(vlm, request, REPLIES, batch)
+    for reply, one in zip(REPLIES, found, strict=True):
+        text, end = naive(vlm, "What is it?", picture, reply)
+        assert one.text == pytest.approx(text, abs=1e-9)
+        assert one.end == pytest.approx(end, abs=1e-9)
+        assert one.whole == pytest.approx(text + end, abs=1e-9)
+
+
+def test_the_greedy_reply_is_greedy(vlm: VisionLanguageModel) -> None:
+    picture = render(sample(5), 128)
+    reply = vlm.generate("What is it?", picture, max_new_tokens=1)
+    text = vlm.tokenizer.decode(reply.tokens)
+    assert vlm.tokenizer.encode(text, add_special_tokens=False) == reply.tokens
+    found = likelihoods(vlm, vlm.request("What is it?", picture), [text, "red"])
+    assert [one.greedy for one in found] == [True, False]
+
+
+@pytest.mark.parametrize(("reply", "said"), [("", "An empty reply"), ("red " * 300, "context is")])
+def test_replies_that_have_none(vlm: VisionLanguageModel, reply: str, said: str) -> None:
+    request = vlm.request("What is it?", render(sample(5), 128))
+    with pytest.raises(InputError, match=said):
+        likelihoods(vlm, request, ["red", reply])
