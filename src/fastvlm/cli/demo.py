@@ -25,12 +25,12 @@ from fastvlm.cli.terminal import (
     progress,
     thumbnail,
 )
-from fastvlm.data.questions import Question
 from fastvlm.functional.errors import CheckpointError
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
+    from fastvlm.data.questions import Question
     from fastvlm.decoding import Drafter
     from fastvlm.functional.statistics import DecodingStatistics
     from fastvlm.vlm import VisionLanguageModel
@@ -62,6 +62,8 @@ class DemoPicture:
     @property
     def question(self) -> Question:
         """What the model is asked about it."""
+        from fastvlm.data.questions import Question
+
         return Question(PROMPTS[self.kind], str(self.file))
 
 
