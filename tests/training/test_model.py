@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 from PIL import Image
+from torch.nn.modules.module import register_module_forward_hook
 
 from fastvlm.data.captioned import CaptionedPhotograph
 from fastvlm.embedded import SCENE_PROMPT
@@ -154,3 +155,28 @@ def test_sampled_sentences_are_the_models_own() -> None:
             assert not any(ends[:-1])
     # Sampled, not the best one five times.
     assert len({tuple(dialogue.tokens.tolist()) for dialogue in drawn[0]}) > 1
+
+
+def test_gradient_checkpointing_learns_the_same(tmp_path: Path, photographs: Path) -> None:
+    torch.manual_seed(2)
+    FastViTHD(small_encoder_config(image_size=192)).save_pretrained(tmp_path / "encoder")
+    shape = DecoderShape(layers=2, width=32, hidden=32, heads=4, kv_heads=2, vocabulary=300)
+    schedule = Schedule(steps=2, learning_rate=1e-3, warmup=1, log_seconds=0)
+    curves, passes = [], []
+    for again in (False, True):
+        output = tmp_path / str(again)
+        seen: list[str] = []
+        hook = register_module_forward_hook(
+            lambda module, *_, seen=seen: seen.append(type(module).__name__)
+        )
+        train_model(
+            photographs, output, encoder=tmp_path / "encoder", shape=shape,
+            stages=[replace(STAGES[1], schedule=schedule)], gradient_checkpointing=again,
+        )  # fmt: skip
+        hook.remove()
+        passes.append(seen.count("Qwen2Attention"))
+        lines = (output / "together" / "log.jsonl").read_text().splitlines()
+        curves.append([json.loads(line)["loss"] for line in lines])
+    assert curves[1] == pytest.approx(curves[0], rel=1e-5)
+    # Each layer's attention is computed a second time on the way back.
+    assert passes[1] == 2 * passes[0] > 0

@@ -238,7 +238,7 @@ def train_model(
     else:
         raise CheckpointError("A model needs an encoder, or a model to go on from.")
     if gradient_checkpointing:
-        model.model.language_model.gradient_checkpointing_enable()
+        model.model.language_model.activation_checkpointing_enable()
     pixels = decode(pictures, 224)
     for stage in stages:
         lesson = ModelLesson(model, tokenizer, pictures, pixels, stage)
