@@ -16,11 +16,11 @@ EDGES = (0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 0.95, 0.98, 0.995)
 FORGET = 0.98
 """A bin remembers about its last fifty tokens."""
 PRIOR_WEIGHT = 3.0
-FOLLOWING = 0.7
+FOLLOWING = 0.85
 """Acceptance of the token after an accepted one, until it is measured."""
 PACE_DECAY = 0.9
 """The rate of drafting is that of about the last ten cycles: of one reply, more or less."""
-GRANT = 8.0
+GRANT = 6.0
 """Ordinary steps that drafting may lose at first, to show what it brings."""
 MOST_CREDIT = 32.0
 """The most of what drafting has saved, in ordinary steps, that it may lose again,"""
@@ -123,7 +123,9 @@ class AdaptiveLength:
         check_maximum(maximum)
         self.maximum = maximum
         bounds = (0.0, *EDGES, 1.0)
-        self.sure = Rates([(a + b) / 2 for a, b in pairwise(bounds)])
+        # A drafter that gives a token half of its probability has the same favourite as the target
+        # more often than half of the time.
+        self.sure = Rates([1 - (1 - (a + b) / 2) ** 2 for a, b in pairwise(bounds)])
         """Acceptance of a token by the drafter's confidence in it."""
         self.following = Rates([FOLLOWING] * (len(EDGES) + 1))
         """Acceptance of the token after an accepted one, by the confidence in that one."""
