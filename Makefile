@@ -22,9 +22,11 @@ install: $(INSTALLED) ## Make .venv and install fastvlm into it; the other targe
 demo: $(INSTALLED) ## See fastvlm at work on a small model that comes with it
 	@$(BIN)/fastvlm demo
 
+# A process for each core, with one thread: models this small gain nothing from a second one. A file's
+# tests stay together, for the models that they share.
 .PHONY: test
 test: $(INSTALLED) ## Run the fast tests
-	@$(BIN)/python -m pytest -m "not slow"
+	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "not slow" --numprocesses auto --dist loadfile
 
 .PHONY: test-slow
 test-slow: $(INSTALLED) ## Run the slow tests
