@@ -16,11 +16,11 @@ from typing import Any
 
 import torch
 
+from fastvlm.data.journal import append_line, whole_lines
 from fastvlm.data.questions import Question
 from fastvlm.decoding import Decoding, Drafter, Request
 from fastvlm.decoding.strategies import Autoregressive
 from fastvlm.evaluation.benchmark import TIES, best_gap
-from fastvlm.evaluation.journal import append_line, whole_lines
 from fastvlm.evaluation.measuring import no_progress
 from fastvlm.functional.errors import InputError
 from fastvlm.vision.pictures import prepare

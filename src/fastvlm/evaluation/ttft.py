@@ -12,8 +12,8 @@ import torch
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
+from fastvlm.data.journal import append_line, whole_lines
 from fastvlm.evaluation.contenders import TEXT_AFTER, TEXT_BEFORE, Contender, Contenders
-from fastvlm.evaluation.journal import append_line, whole_lines
 from fastvlm.evaluation.measuring import no_progress
 from fastvlm.functional.errors import InputError
 from fastvlm.functional.statistics import Spread

@@ -10,7 +10,7 @@ import hashlib
 import json
 import sys
 import time
-from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,6 +20,7 @@ from transformers import PreTrainedTokenizerBase
 
 from fastvlm.data.broken import BrokenRecords
 from fastvlm.data.conversations import Broken, Message, Record
+from fastvlm.data.journal import append_line, whole_lines
 from fastvlm.decoding import Decoding, Drafter, Request
 from fastvlm.drafting.fingerprint import fingerprint
 from fastvlm.functional.errors import InputError
@@ -185,7 +186,8 @@ def own_replies(
     plan = [fingerprint(vlm.model), max_new_tokens, temperature, [_named(one) for one in asked]]
     key = hashlib.sha256(json.dumps(plan).encode()).hexdigest()[:16]
     file = cache / f"replies-{key}.jsonl"
-    rows = list(read_whole_lines(file))
+    rows = whole_lines(file)
+    cache.mkdir(parents=True, exist_ok=True)
     drafter = vlm.drafter()
     started, first = time.monotonic(), len(rows)
     for index in range(first, len(asked), batch):
@@ -197,8 +199,8 @@ def own_replies(
             max_new_tokens,
             temperature,
         )
-        with file.open("a") as out:
-            out.writelines(json.dumps(row) + "\n" for row in rows[index:])
+        for row in rows[index:]:
+            append_line(file, row)
         left = (time.monotonic() - started) / (len(rows) - first) * (len(asked) - len(rows))
         print(  # noqa: T201
             f"replies {len(rows)}/{len(asked)}  {left:.0f} s left", file=sys.stderr, flush=True
@@ -235,24 +237,6 @@ def answers(
         for _ in Decoding(vlm.decoder, drafter, requests):
             pass
     return [one if isinstance(one, str) else one.reply for one in found.values()]
-
-
-def read_whole_lines(file: Path) -> Iterator[Any]:
-    """Yield what the lines of a JSON-lines file hold; a line that was cut off is cut away.
-
-    Args:
-        file: The file; one that is not there holds nothing.
-    """
-    if not file.is_file():
-        file.parent.mkdir(parents=True, exist_ok=True)
-        return
-    written = file.read_bytes()
-    whole = written[: written.rfind(b"\n") + 1]
-    if whole != written:
-        with file.open("r+b") as out:
-            out.truncate(len(whole))
-    for line in whole.splitlines():
-        yield json.loads(line)
 
 
 def _named(asked: Asked) -> list[Any]:

@@ -7,7 +7,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from fastvlm.evaluation.journal import append_line, whole_lines
+from fastvlm.data.journal import append_line, whole_lines
 from fastvlm.evaluation.tasks.plan import Plan
 from fastvlm.functional.errors import InputError
 from fastvlm.functional.statistics import DecodingStatistics

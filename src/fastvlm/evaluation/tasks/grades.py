@@ -7,10 +7,10 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from fastvlm.data.journal import append_line, whole_lines
 from fastvlm.data.tasks import Task
 from fastvlm.data.tasks.llava_wild import LlavaWild, read_reviews
 from fastvlm.data.tasks.mmvet import read_grades
-from fastvlm.evaluation.journal import append_line, whole_lines
 from fastvlm.evaluation.measuring import no_progress
 from fastvlm.evaluation.tasks.answers import Answer
 from fastvlm.evaluation.tasks.judge import Judge
