@@ -155,6 +155,7 @@ def test_a_demo_without_its_pictures(
     [
         (("example-encoder",), "is not laid out like Flickr8k"),
         (("example-model",), "Give --encoder for a new model, or --start"),
+        (("example-model", "--encoder", "e", "--layers", "24"), "need a model to grow"),
         (("example-model", "--encoder", "e", "--stage", "last"), "got --stage last"),
         (("example-model", "--encoder", "/nowhere"), "There is no encoder in /nowhere"),
     ],

@@ -80,6 +80,25 @@ def example_model(  # noqa: PLR0913 (a parameter is an option)
         float,
         typer.Option(min=0.01, max=100, help="Steps of each stage, as a share of the plan's."),
     ] = 1.0,
+    learning_rate: Annotated[
+        float | None,
+        typer.Option(min=1e-8, max=1, help="The peak, in every stage.", show_default="the stage's"),
+    ] = None,
+    widen: Annotated[
+        int,
+        typer.Option(
+            min=1,
+            help="Make the decoder of --start so many times as wide first; it computes the same.",
+        ),
+    ] = 1,
+    layers: Annotated[
+        int | None,
+        typer.Option(
+            min=1,
+            help="Make the decoder of --start so deep first; it computes the same.",
+            show_default="as it is",
+        ),
+    ] = None,
     seed: SeedOption = 0,
     precision: PrecisionOption = None,
     accumulation: AccumulationOption = 1,
@@ -91,7 +110,10 @@ def example_model(  # noqa: PLR0913 (a parameter is an option)
     check_output(output)
     if encoder is None and start is None:
         raise InputError("Give --encoder for a new model, or --start for one to go on from.")
+    if start is None and (widen > 1 or layers is not None):
+        raise InputError("--widen and --layers need a model to grow: give it as --start.")
     prepare_torch(threads)
+    from fastvlm.training.growth import Size
     from fastvlm.training.model import train_model
     from fastvlm.training.stages import STAGES, scaled
 
@@ -107,6 +129,7 @@ def example_model(  # noqa: PLR0913 (a parameter is an option)
         precision=precision,
         accumulation=accumulation,
         trackers=tuple(tracker or ()),
+        **({} if learning_rate is None else {"learning_rate": learning_rate}),
     )
     train_model(
         photographs,
@@ -114,5 +137,6 @@ def example_model(  # noqa: PLR0913 (a parameter is an option)
         encoder=encoder,
         start=start,
         stages=stages,
+        size=Size(widen, layers),
         gradient_checkpointing=gradient_checkpointing,
     )

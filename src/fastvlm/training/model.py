@@ -23,6 +23,7 @@ from fastvlm.training.augmentation import random_views
 from fastvlm.training.consensus import Consensus, advantages, sample_sentences
 from fastvlm.training.dialogues import IGNORED, PROMPTS, Dialogue, encode_dialogue, token_losses
 from fastvlm.training.encoder import scene_pixels
+from fastvlm.training.growth import AS_IT_IS, Size, grown
 from fastvlm.training.loop import train
 from fastvlm.training.processes import this_process
 from fastvlm.training.sharding import whole_state
@@ -204,6 +205,7 @@ def train_model(
     start: Path | None = None,
     stages: Sequence[Stage] = STAGES,
     shape: DecoderShape | None = None,
+    size: Size = AS_IT_IS,
     gradient_checkpointing: bool = False,
 ) -> None:
     """Train a model through some stages and save it, fused and in bfloat16, as `output`.
@@ -219,17 +221,20 @@ def train_model(
             the model's own is replaced by it.
         stages: The stages, in their order.
         shape: A new decoder's size.
+        size: How large the decoder of `start` is made first.
         gradient_checkpointing: Whether the decoder's layers are computed again on the way back,
             which needs less memory and more time.
 
     Raises:
         CheckpointError: There is neither an encoder nor a model, or they can't be read.
+        InputError: The decoder can't be grown to that size.
     """
     torch.manual_seed(stages[0].schedule.seed)
     vision = None if encoder is None else read_encoder(encoder)
     pictures = typical_first(read_flickr8k(photographs, "train"))
     if start is not None:
         model, tokenizer = read_model(start)
+        model = grown(model, size)
         use_encoder(model, vision or model.model.vision_tower)
     elif vision is not None:
         shape = shape or DecoderShape()
