@@ -168,8 +168,8 @@ def test_rows_stop_together() -> None:
 
 def test_batches_of_other_sizes_are_measured_for_themselves() -> None:
     length = taught(1, 0.1, 0.01, accepted=True)
-    assert length.pace(1).costs.step.values
-    assert not length.pace(4).costs.step.values
+    assert length.pace(1).costs.step.of(0)
+    assert not length.pace(4).costs.step.of(0)
 
 
 def test_a_draft_has_at_most_its_maximum() -> None:
@@ -231,7 +231,28 @@ def test_catching_up_costs_what_it_did_or_in_proportion() -> None:
     costs = CycleCosts()
     costs.add([1.0, 1.0], 1, 3, 5.0)
     costs.add([3.0, 1.0], 20, 3, 5.0)
-    assert costs.step.median == 1.0
+    assert costs.step.of(0) == costs.step.of(1) == 1.0
     assert costs.catch_up(40) == pytest.approx(4.0)
     assert costs.catch_up(10) == pytest.approx(2.0)
     assert costs.catch_up(1) == 0
+
+
+def test_the_first_steps_of_a_draft_are_dearer_than_the_next() -> None:
+    costs = CycleCosts()
+    for _ in range(20):
+        costs.add([3.0, 2.0, 1.5, 1.0, 1.0, 1.0], 1, 7, 20.0)
+    assert [costs.step.of(place) for place in range(6)] == [3.0, 2.0, 1.5, 1.0, 1.0, 1.0]
+    assert costs.step.of_all(1.5) == 4.0
+    assert costs.step.of_all(5) == 8.5
+
+
+def test_a_load_that_changes_does_not_bend_the_slope() -> None:
+    chance = random.Random(4)
+    cost = VerifyCost()
+    for turn in range(400):
+        # The machine is half as fast for a while, and then long drafts are the usual ones.
+        busy = turn // 40 % 2
+        width = chance.choice((9, 10, 12) if busy else (3, 5, 6))
+        cost.add(width, (20.0 + 0.3 * width) * (2 if busy else 1))
+        if turn > 60:
+            assert 0.2 < cost.slope < 0.7

@@ -67,27 +67,22 @@ class Pace:
         """Ordinary steps that drafting may still lose."""
         self.since_ordinary = 0
         self.tokens = self.cycles = self.steps = 0.0
+        self.drafting = 0.0
+        """Tokens per second of cycles with a draft, at what their parts usually take; 0 before the
+        first."""
 
     def add(self, tokens: float, steps: int) -> None:
         """Count a cycle with a draft: tokens that a row gained on average, and draft steps."""
         self.tokens = PACE_DECAY * self.tokens + tokens
         self.steps = PACE_DECAY * self.steps + steps
         self.cycles = PACE_DECAY * self.cycles + 1
+        usual = self.steps / self.cycles
+        seconds = self.costs.step.of_all(usual) + self.costs.verify.of(usual + 1)
+        self.drafting = self.tokens / self.cycles / seconds
 
     def earn(self, steps: float) -> None:
         """Add to drafting's credit, which neither grows nor falls without end."""
         self.credit = max(-MOST_DEBT, min(self.credit + steps, MOST_CREDIT))
-
-    @property
-    def cycle_seconds(self) -> float:
-        """Seconds of a cycle with a draft, at what its parts usually take."""
-        steps = self.steps / self.cycles
-        return steps * self.costs.step.median + self.costs.verify.of(steps + 1)
-
-    @property
-    def drafting(self) -> float:
-        """Tokens per second of cycles with a draft; 0 before the first."""
-        return self.tokens / self.cycles / self.cycle_seconds if self.cycles else 0.0
 
     @property
     def ordinary(self) -> float:
@@ -200,7 +195,7 @@ class AdaptiveLength:
         costs = pace.costs
         return (
             costs.catch_up(progress.behind)
-            + costs.step.median
+            + costs.step.of(0)
             + costs.verify.of(2)
             - costs.verify.of(1)
         )
@@ -219,7 +214,7 @@ class AdaptiveLength:
             # Nothing is known of costs yet.
             return gain > EVEN
         rate = max(pace.drafting, pace.ordinary)
-        return gain > rate * (pace.costs.step.median + pace.costs.verify.slope)
+        return gain > rate * (pace.costs.step.of(progress.steps) + pace.costs.verify.slope)
 
     def learn(self, progress: Progress, accepted: Sequence[int], timings: Timings) -> None:
         """Learn from a cycle: what was accepted, and what it took."""

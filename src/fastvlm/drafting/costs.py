@@ -4,81 +4,121 @@ from __future__ import annotations
 
 import statistics
 from collections import deque
+from itertools import chain, islice
 
 WINDOW = 15
 """Measurements of which the median is taken: one that something else disturbed does not count."""
 ORDINARY_WINDOW = 7
 """Ordinary steps are rare while drafting pays, and must not be out of date."""
-DECAY = 0.96
-ENOUGH = 3.0
-"""Passes after which one that takes much longer than the others is taken for disturbed."""
-PRIOR = 4.0
-"""Weight of what is assumed of the slope before it is measured, in squared tokens' width."""
+SETTLED = 3
+"""Draft steps after which another takes no longer and no less: the first ones find caches that the
+verify has emptied."""
+NEIGHBOURS = 4
+"""Earlier passes that a pass is held against for the slope: further back the machine's load was
+another."""
+SLOPES = 60
+"""Pairs of passes of which the slope is the median,"""
+PRIOR = 12.0
+"""beside what is assumed of it, with the weight of a pair so many tokens apart."""
 TYPICAL_SLOPE = 0.03
-"""What another token adds to a verify, in ordinary steps, until it is measured."""
+"""What another token adds to a verify, in ordinary steps, while either was not measured."""
 
 
 class Recent:
-    """The median of the last measurements."""
+    """The median of the last measurements; 0 where nothing was measured."""
 
     def __init__(self, window: int = WINDOW) -> None:
         self.values: deque[float] = deque(maxlen=window)
+        self.median = 0.0
 
     def add(self, value: float) -> None:
         """Take another measurement."""
         self.values.append(value)
+        # It is asked for much more often, in the middle of drafts.
+        self.median = statistics.median(self.values)
 
-    @property
-    def median(self) -> float:
-        """The median, or 0 where nothing was measured."""
-        return statistics.median(self.values) if self.values else 0.0
+
+class StepCost:
+    """Seconds of a draft step by its place in the draft, from 0 on."""
+
+    def __init__(self) -> None:
+        self.places = [Recent() for _ in range(SETTLED + 1)]
+
+    def add(self, place: int, seconds: float) -> None:
+        """Take a step's measurement."""
+        self.places[min(place, SETTLED)].add(seconds)
+
+    def of(self, place: int) -> float:
+        """Return the seconds of a step: of the last one before it, if none was measured."""
+        place = min(place, SETTLED)
+        while place and not self.places[place].values:
+            place -= 1
+        return self.places[place].median
+
+    def of_all(self, steps: float) -> float:
+        """Return the seconds of the first steps, so many on average."""
+        early = sum(self.of(place) * min(max(steps - place, 0.0), 1.0) for place in range(SETTLED))
+        return early + self.of(SETTLED) * max(steps - SETTLED, 0.0)
 
 
 class VerifyCost:
     """Seconds of a pass of the full model by its width.
 
     An ordinary step (width 1) stands alone: it is bound by reading the weights, and is computed by
-    other routines. From width 2 on the seconds are a straight line, a decayed least-squares fit.
+    other routines. From width 2 on the seconds are a straight line. Its slope is the median of
+    those between passes that followed one another (after Theil and Sen), each counted by how far
+    apart their widths are, so that neither single passes nor a change of the load bend it.
     """
 
     def __init__(self) -> None:
         self.ordinary = Recent(ORDINARY_WINDOW)
-        self._weight = self._width = self._seconds = 0.0
-        self._variance = self._covariance = 0.0
+        self.slope = 0.0
+        """Seconds that another token adds to a pass of two and more."""
+        self._at_nothing = 0.0
+        """The line's seconds at width 0."""
+        self._passes: deque[tuple[int, float]] = deque(maxlen=WINDOW)
+        self._slopes: deque[tuple[float, int]] = deque(maxlen=SLOPES)
 
     def add(self, width: int, seconds: float) -> None:
         """Take a pass's measurement."""
         if width == 1:
             self.ordinary.add(seconds)
-            return
-        if self._weight > ENOUGH:
-            # What disturbs a pass must not bend the line; what lasts moves it all the same.
-            seconds = min(seconds, 1.5 * self.of(width))
-        # Welford's update of a weighted mean and of the products about it, with forgetting.
-        self._weight = DECAY * self._weight + 1
-        share = 1 / self._weight
-        off = width - self._width
-        self._width += share * off
-        self._variance = DECAY * self._variance + (1 - share) * off * off
-        late = seconds - self._seconds
-        self._seconds += share * late
-        self._covariance = DECAY * self._covariance + (1 - share) * off * late
-
-    @property
-    def slope(self) -> float:
-        """Seconds that another token adds to a pass of two and more."""
-        base = self.ordinary.median or self._seconds
-        found = (self._covariance + PRIOR * TYPICAL_SLOPE * base) / (self._variance + PRIOR)
+        else:
+            for other, taken in islice(reversed(self._passes), NEIGHBOURS):
+                if apart := width - other:
+                    self._slopes.append(((seconds - taken) / apart, abs(apart)))
+            self._passes.append((width, seconds))
+        base = self.ordinary.median or self._passes[-1][1]
         # A token beside others never costs more than a pass of its own.
-        return min(max(found, 0.0), base)
+        self.slope = min(max(self._middle_slope(base), 0.0), base)
+        if self._passes:
+            self._at_nothing = statistics.median(
+                taken - self.slope * other for other, taken in self._passes
+            )
+        else:
+            self._at_nothing = base - self.slope
 
     def of(self, width: float) -> float:
         """Return the seconds of a pass."""
         if width <= 1:
             return self.ordinary.median
-        if not self._weight:
-            return self.ordinary.median * (1 + TYPICAL_SLOPE * (width - 1))
-        return max(self._seconds + self.slope * (width - self._width), 0.0)
+        return max(self._at_nothing + self.slope * width, 0.0)
+
+    def _middle_slope(self, base: float) -> float:
+        """Return the median of the slopes and what is assumed, by their weights."""
+        pairs = sorted(chain(self._slopes, [(self._assumed(base), PRIOR)]))
+        half = sum(weight for _, weight in pairs) / 2
+        for slope, weight in pairs:
+            half -= weight
+            if half <= 0:
+                return slope
+        return pairs[-1][0]
+
+    def _assumed(self, base: float) -> float:
+        """Return the slope to assume: that from an ordinary step on, which is rather too steep."""
+        if not self._passes or not self.ordinary.values:
+            return TYPICAL_SLOPE * base
+        return statistics.median((taken - base) / (width - 1) for width, taken in self._passes)
 
 
 class CycleCosts:
@@ -86,7 +126,7 @@ class CycleCosts:
 
     def __init__(self) -> None:
         self.verify = VerifyCost()
-        self.step = Recent()
+        self.step = StepCost()
         self._extra = Recent()
         self._behind = Recent()
 
@@ -100,12 +140,12 @@ class CycleCosts:
             verify: The verify's seconds.
         """
         self.verify.add(width, verify)
-        for number, seconds in enumerate(steps):
+        for place, seconds in enumerate(steps):
             # The first step of a draft always looks one position back.
-            if number or behind <= 1:
-                self.step.add(seconds)
-            elif self.step.values:
-                self._extra.add(max(seconds - self.step.median, 0.0))
+            if place or behind <= 1:
+                self.step.add(place, seconds)
+            elif usual := self.step.of(0):
+                self._extra.add(max(seconds - usual, 0.0))
                 self._behind.add(behind)
 
     def catch_up(self, behind: int) -> float:
