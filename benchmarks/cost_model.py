@@ -1,4 +1,4 @@
-"""What the cost model predicts for the model that ships, beside what was measured.
+"""What the cost model predicts for a model, beside what was measured of it.
 
     S = E * (L*l + h) / (g * (k*l + c + h_d) + k*l + (L-k)*l*(1+e) + h + o)
 
@@ -8,7 +8,8 @@ here, on a cache as long as a reply's; E (acceptance length), g (draft length) a
 speedup are those of `benchmarks/results`. Overhead of the cycle itself (o) is left out, so the
 prediction is an upper bound.
 
-Run `python benchmarks/cost_model.py [--threads N]`.
+Run `python benchmarks/cost_model.py [RESULT ...] [--model DIR --draft DIR] [--threads N]`; the
+results are files of `fastvlm benchmark --json`.
 """
 
 from __future__ import annotations
@@ -24,7 +25,7 @@ import torch
 
 import fastvlm
 from fastvlm.decoding.batch import Batch
-from fastvlm.drafting import FixedLength
+from fastvlm.decoding.selection import Selection
 
 RESULTS = Path(__file__).parent / "results"
 CONTEXT = 90
@@ -37,10 +38,9 @@ def costs(vlm: fastvlm.VisionLanguageModel, draft_length: int) -> tuple[float, f
     """Return the milliseconds of an ordinary step, of a drafted token and of a verify."""
     decoder = vlm.decoder
     drafter = vlm.drafter("imitation", num_speculative_tokens=draft_length, confidence=0.0)
-    assert isinstance(drafter.length, FixedLength)
     cache = decoder.cache(1, CONTEXT + draft_length + 1, drafter.cache_layers)
     cache.lengths = [CONTEXT]
-    batch = Batch(decoder, cache, [1], [[1] * CONTEXT], [True], frozenset())
+    batch = Batch(decoder, cache, [1], [[1] * CONTEXT], [[1]], [Selection()], frozenset())
 
     def whole_pass(width: int) -> None:
         x = decoder.embed(torch.ones(1, width, dtype=torch.long))
@@ -63,13 +63,18 @@ def costs(vlm: fastvlm.VisionLanguageModel, draft_length: int) -> tuple[float, f
 
 
 def main() -> None:
-    """Print one paragraph for each committed run."""
-    options = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    options.add_argument("--threads", type=int, help="CPU threads to compute with")
-    if (threads := options.parse_args().threads) is not None:
-        torch.set_num_threads(threads)
-    vlm = fastvlm.load()
-    for file in sorted(RESULTS.glob("*.json")):
+    """Print one paragraph for each result."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    usual = [RESULTS / "scenes.json", RESULTS / "photographs.json"]
+    parser.add_argument("results", type=Path, nargs="*", default=usual)
+    parser.add_argument("--model", help="the model of the results, if not the one that ships")
+    parser.add_argument("--draft")
+    parser.add_argument("--threads", type=int, help="CPU threads to compute with")
+    options = parser.parse_args()
+    if options.threads is not None:
+        torch.set_num_threads(options.threads)
+    vlm = fastvlm.load(options.model, draft=options.draft)
+    for file in options.results:
         rows = {row["strategy"]: row for row in json.loads(file.read_text())["results"]}
         row = rows["imitation"]
         g, e = row["draft_length"], row["acceptance_length"]
