@@ -302,9 +302,7 @@ class VisionLanguageModel:
             text.final.strip(),
             request.reply,
             request.drafted,
-            DecodingStatistics.of(
-                request.started, request.times, request.proposed, request.accepted
-            ),
+            request.statistics,
         )
 
 

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from fastvlm.decoding.selection import Selection
 from fastvlm.decoding.text import ReplyText
+from fastvlm.functional.statistics import DecodingStatistics
 from fastvlm.language.prefix import PrefixStore
 
 
@@ -59,6 +60,11 @@ class Request:
     finished: bool = False
     exits: Tensor | None = None
     """The exit layer's states of the prompt, (length, d_model), where they are kept."""
+
+    @property
+    def statistics(self) -> DecodingStatistics:
+        """How the reply was decoded."""
+        return DecodingStatistics.of(self.started, self.times, self.proposed, self.accepted)
 
     def take(self, tokens: Sequence[int], accepted: int, now: float) -> int:
         """Add a cycle's tokens, cut where the reply ends; return how many stayed."""

@@ -15,7 +15,7 @@ from transformers.generation.streamers import BaseStreamer
 from fastvlm.data.questions import Question
 from fastvlm.decoding import Drafter
 from fastvlm.evaluation.measuring import answered, in_turn, no_progress, speedup
-from fastvlm.functional.statistics import DecodingStatistics, Spread
+from fastvlm.functional.statistics import Acceptance, DecodingStatistics, Spread
 from fastvlm.vision.pictures import prepare
 from fastvlm.vlm import VisionLanguageModel
 
@@ -206,23 +206,21 @@ def summarise(
     ]
     tie = TIES[vlm.decoder.dtype]
     ties = sum(best_gap(vlm, *difference)[1] < tie for difference in differing)
-    proposed = sum(run.statistics.proposed for run in own)
-    cycles = sum(run.statistics.cycles for run in own)
-    tokens_after_first = sum(run.statistics.tokens - 1 for run in own)
-    tpot = [run.statistics.tpot_ms for run in own if run.statistics.tpot_ms is not None]
+    worth = Acceptance.over(mine)
+    tpot = [one.tpot_ms for one in mine if one.tpot_ms is not None]
     return StrategyResult(
         strategy=name,
         replies=len(own),
-        tokens=statistics.median(run.statistics.tokens for run in own),
+        tokens=statistics.median(one.tokens for one in mine),
         identical=len(differing) == ties,
         different=len(differing),
         ties=ties,
         speedup=speedup(ordinary, mine),
         speedup_end_to_end=speedup(ordinary, mine, whole=True),
         speedup_vs_transformers=speedup([run.statistics for run in reference], mine),
-        acceptance_length=tokens_after_first / cycles if cycles else None,
-        acceptance_rate=sum(r.statistics.accepted for r in own) / proposed if proposed else None,
-        draft_length=proposed / cycles if proposed else None,
-        ttft_ms=Spread.of([run.statistics.ttft_ms for run in own]),
+        acceptance_length=worth.length,
+        acceptance_rate=worth.rate,
+        draft_length=worth.draft_length,
+        ttft_ms=Spread.of([one.ttft_ms for one in mine]),
         tpot_ms=Spread.of(tpot) if tpot else None,
     )

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import statistics
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 
 
@@ -66,6 +66,33 @@ class DecodingStatistics:
             cycles=len(proposed),
             proposed=sum(proposed),
             accepted=sum(accepted),
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class Acceptance:
+    """What drafts were worth, over some replies together.
+
+    Args:
+        rate: Accepted tokens per drafted one; None where nothing was drafted.
+        length: Tokens per pass of the full model, the target's own counted; None where there was no
+            pass after the prefills.
+        draft_length: Drafted tokens per such pass; None where nothing was drafted.
+    """
+
+    rate: float | None
+    length: float | None
+    draft_length: float | None
+
+    @classmethod
+    def over(cls, replies: Collection[DecodingStatistics]) -> Acceptance:
+        """Return what drafts were worth over replies, long ones counting for more."""
+        cycles = sum(reply.cycles for reply in replies)
+        proposed = sum(reply.proposed for reply in replies)
+        return cls(
+            sum(reply.accepted for reply in replies) / proposed if proposed else None,
+            sum(reply.tokens - 1 for reply in replies) / cycles if cycles else None,
+            proposed / cycles if proposed else None,
         )
 
 

@@ -8,8 +8,9 @@ from dataclasses import dataclass
 
 from fastvlm.decoding import Autoregressive, Decoding, Drafter
 from fastvlm.drafting import ImitationNetwork
+from fastvlm.functional.errors import InputError
 from fastvlm.functional.placement import moved
-from fastvlm.functional.statistics import Spread
+from fastvlm.functional.statistics import Acceptance, DecodingStatistics, Spread
 from fastvlm.training.replies import Asked
 from fastvlm.vlm import VisionLanguageModel
 
@@ -50,7 +51,7 @@ def decode_held_out(
         max_new_tokens: The most tokens of a reply.
 
     Raises:
-        InputError: A picture can't be read.
+        InputError: A picture can't be read, or all replies are one token long.
     """
     drafters: dict[str, Drafter] = {ORDINARY: Autoregressive()}
     for name, network in networks.items():
@@ -58,10 +59,7 @@ def decode_held_out(
         own = moved(copy.deepcopy(network), vlm.decoder.dtype).eval()
         drafters[name] = vlm.drafter("imitation", network=own)
     names = list(drafters)
-    seconds: dict[str, list[float]] = {name: [] for name in names}
-    tokens: dict[str, int] = dict.fromkeys(names, 0)
-    proposed: dict[str, int] = dict.fromkeys(names, 0)
-    cycles: dict[str, int] = dict.fromkeys(names, 0)
+    replies: dict[str, list[DecodingStatistics]] = {name: [] for name in names}
     for number, one in enumerate([asked[0], *asked]):
         turn = number % len(names)
         for name in names[turn:] + names[:turn]:
@@ -69,16 +67,28 @@ def decode_held_out(
             for _ in Decoding(vlm.decoder, drafters[name], [request]):
                 pass
             if number and len(request.reply) > 1:
-                seconds[name].append(request.times[-1] - request.times[0])
-                tokens[name] += len(request.reply) - 1
-                proposed[name] += sum(request.proposed)
-                cycles[name] += len(request.proposed)
-    return {
-        name: Decoded(
-            (tokens[name] - cycles[name]) / max(1, proposed[name]),
-            tokens[name] / max(1, cycles[name]),
-            tokens[name] / sum(seconds[name]),
-            Spread.of([a / b for a, b in zip(seconds[ORDINARY], seconds[name], strict=True)]),
-        )
-        for name in networks
-    }
+                replies[name].append(request.statistics)
+    return {name: compared(replies[name], replies[ORDINARY]) for name in networks}
+
+
+def compared(own: Sequence[DecodingStatistics], ordinary: Sequence[DecodingStatistics]) -> Decoded:
+    """Return how a draft did against ordinary decoding of the same replies.
+
+    Raises:
+        InputError: No reply has a second token, which is the first that can be drafted.
+    """
+    taken, usual = ([decode_ms(reply) for reply in replies] for replies in (own, ordinary))
+    if not taken:
+        raise InputError("Every held-out reply is one token long; drafts have nothing to do.")
+    worth = Acceptance.over(own)
+    return Decoded(
+        worth.rate or 0.0,
+        worth.length or 0.0,
+        1e3 * sum(reply.tokens - 1 for reply in own) / sum(taken),
+        Spread.of([a / b for a, b in zip(usual, taken, strict=True)]),
+    )
+
+
+def decode_ms(reply: DecodingStatistics) -> float:
+    """Return the milliseconds from a reply's first token to its last."""
+    return (reply.tpot_ms or 0.0) * (reply.tokens - 1)

@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 
 from fastvlm.decoding import Decoding
 from fastvlm.drafting import ImitationNetwork
+from fastvlm.functional.statistics import Acceptance
 from fastvlm.training.replies import Asked
 from fastvlm.vlm import VisionLanguageModel
 
@@ -48,11 +49,8 @@ class HeldOut:
             )
             for _ in Decoding(self.vlm.decoder, drafter, requests):
                 pass
-            cycles = sum(len(request.proposed) for request in requests)
-            proposed = sum(sum(request.proposed) for request in requests)
-            tokens = sum(len(request.reply) - 1 for request in requests)
-            if proposed:
-                accepted = sum(sum(request.accepted) for request in requests)
-                measures[f"held-out {name} acceptance_rate"] = accepted / proposed
-                measures[f"held-out {name} acceptance_length"] = tokens / cycles
+            worth = Acceptance.over([request.statistics for request in requests])
+            if worth.rate is not None and worth.length is not None:
+                measures[f"held-out {name} acceptance_rate"] = worth.rate
+                measures[f"held-out {name} acceptance_length"] = worth.length
         return measures
