@@ -8,8 +8,8 @@ here, on a cache as long as a reply's; E (acceptance length), g (draft length) a
 speedup are those of `benchmarks/results`. Overhead of the cycle itself (o) is left out, so the
 prediction is an upper bound.
 
-Run `python benchmarks/cost_model.py [RESULT ...] [--model DIR --draft DIR] [--threads N]`; the
-results are files of `fastvlm benchmark --json`.
+Run `python benchmarks/cost_model.py [RESULT ...] [--model DIR --draft DIR] [--threads N]
+[--json FILE]`; the results are files of `fastvlm benchmark --json`.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ import json
 import statistics
 import time
 from collections.abc import Callable
+from datetime import UTC, datetime
 from pathlib import Path
 
 import torch
@@ -26,6 +27,7 @@ import torch
 import fastvlm
 from fastvlm.decoding.batch import Batch
 from fastvlm.decoding.selection import Selection
+from fastvlm.evaluation.measuring import hardware
 
 RESULTS = Path(__file__).parent / "results"
 CONTEXT = 90
@@ -70,10 +72,12 @@ def main() -> None:
     parser.add_argument("--model", help="the model of the results, if not the one that ships")
     parser.add_argument("--draft")
     parser.add_argument("--threads", type=int, help="CPU threads to compute with")
+    parser.add_argument("--json", type=Path)
     options = parser.parse_args()
     if options.threads is not None:
         torch.set_num_threads(options.threads)
     vlm = fastvlm.load(options.model, draft=options.draft)
+    runs = []
     for file in options.results:
         rows = {row["strategy"]: row for row in json.loads(file.read_text())["results"]}
         row = rows["imitation"]
@@ -83,8 +87,31 @@ def main() -> None:
             f"{file.stem}: an ordinary step {ordinary:.2f} ms, a drafted token {draft:.2f} ms, the"
             f" verify of {round(g) + 1} tokens {verify:.2f} ms. With the acceptance length {e:.2f}"
             f" at draft length {g:.1f} the model predicts"
-            f" {e * ordinary / (g * draft + verify):.2f}x; measured: {row['speedup']:.2f}x."
+            f" {(predicted := e * ordinary / (g * draft + verify)):.2f}x; measured:"
+            f" {row['speedup']:.2f}x."
         )
+        low, high = row["speedup_iqr"]
+        runs.append(
+            {
+                "pictures": "photographs" if "photographs" in file.stem else "scenes",
+                "ordinary_ms": ordinary,
+                "drafted_ms": draft,
+                "verify_ms": verify,
+                "draft_length": g,
+                "acceptance_length": e,
+                "predicted": predicted,
+                "speedup": {"median": row["speedup"], "low": low, "high": high},
+            }
+        )
+    record = {
+        "hardware": hardware(),
+        "date": datetime.now(UTC).isoformat(timespec="seconds"),
+        "parameters": sum(parameter.numel() for parameter in vlm.model.parameters()),
+        "layers": vlm.decoder.depth,
+        "runs": runs,
+    }
+    if options.json is not None:
+        options.json.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
 
 
 if __name__ == "__main__":

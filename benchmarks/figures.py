@@ -1,0 +1,224 @@
+"""Write the figures of README and docs from the committed results, so that none is ever typed.
+
+Run `python benchmarks/figures.py` after new results are committed; a test holds them together.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).parent.parent
+RESULTS = ROOT / "benchmarks" / "results"
+RUNS = {"scenes": "rendered scenes", "photographs": "photographs"}
+
+
+def read(name: str) -> Any:
+    """Return a committed result."""
+    return json.loads((RESULTS / f"{name}.json").read_text())
+
+
+def decoding() -> str:
+    """Return the figures of decoding as Markdown."""
+    runs = {name: read(name) for name in RUNS}
+    rows = {name: {row["strategy"]: row for row in run["results"]} for name, run in runs.items()}
+    titles = " | ".join(f"{title}: ms a token | speedup | tokens a pass" for title in RUNS.values())
+    lines = [f"| strategy | {titles} |", f"|---|{'---:|' * 3 * len(RUNS)}"]
+    for strategy in rows["scenes"]:
+        cells = " | ".join(cell for name in RUNS for cell in _cells(rows[name][strategy]))
+        lines.append(f"| {strategy} | {cells} |")
+    hardware = runs["scenes"]["hardware"]
+    replies = " and ".join(
+        f"{found['autoregressive']['replies']} descriptions of {RUNS[name]} of"
+        f" {found['autoregressive']['tokens']:.0f} tokens"
+        for name, found in rows.items()
+    )
+    lines += [
+        "",
+        (
+            f"Medians (quartiles) over {replies}; batch of one, greedy, float32,"
+            f" {hardware['threads']} threads of {hardware['processor']}. Speedup is against our own"
+            " autoregressive decoding in the same run, and every reply has the same tokens as"
+            " `transformers`' own `generate`."
+        ),
+    ]
+    return "\n".join(lines)
+
+
+def _cells(row: dict[str, Any]) -> tuple[str, str, str]:
+    low, high = row["speedup_iqr"]
+    return (
+        f"{row['tpot_ms']:.2f}",
+        f"{row['speedup']:.2f}x ({low:.2f}-{high:.2f})",
+        f"{row['acceptance_length'] or 1:.2f}",
+    )
+
+
+def first_token() -> str:
+    """Return the times to first token as Markdown."""
+    run, encoders = read("ttft"), read("encoder")
+    records = {(record["name"], record["side"]): record for record in run["results"]}
+    slowest = records["LLaVA-OneVision-0.5B", 1152]["ttft_ms"][0]
+    lines = [
+        (
+            "| model | px | visual tokens | encoder ms | prefill ms | TTFT ms"
+            " | sooner than LLaVA-OneVision |"
+        ),
+        "|---|---:|---:|---:|---:|---:|---:|",
+    ]
+    for (name, side), record in records.items():
+        if name.startswith(("FastVLM-1.5B", "ConvNeXt")):
+            continue
+        ms = {stage: f"{times[0]:,.0f}" for stage, times in record["ms"].items()}
+        median = record["ttft_ms"][0]
+        lines.append(
+            f"| {name} | {side} | {record['visual_tokens']:,} | {ms['vision']} | {ms['prefill']}"
+            f" | {median:,.0f} | {slowest / median:.1f}x |"
+        )
+    machine = run["hardware"]
+    ratios = ", ".join(
+        f"{found['ratio'][0]:.2f}x at {found['size']} px" for found in encoders["results"]
+    )
+    lines += [
+        "",
+        (
+            f"Medians of {run['results'][0]['rounds']} rounds, the models in turns, at full size"
+            f" with random weights, {run['dtype']}, {machine['threads']} threads of"
+            f" {machine['processor']}; FastVLM through our engine, the others through"
+            " `transformers`. FastViTHD alone encodes sooner than timm's fused one as"
+            f" `transformers` runs it: {ratios}. All of them, and the arithmetic:"
+            " [benchmarks/results/ttft.md](benchmarks/results/ttft.md)."
+        ),
+    ]
+    return "\n".join(lines)
+
+
+def tables() -> str:
+    """Return what `fastvlm evaluate` found, strategies by benchmarks, as Markdown."""
+    folder = sorted(RESULTS.glob("20??-??-??"))[-1]
+    report = json.loads((folder / "report.json").read_text())
+    plan, rows = report["plan"], report["results"]
+    tasks = plan["tasks"]
+    heading = " | ".join(
+        f"{task['name']}: CIDEr | speedup | whole reply | accepted | tokens a pass"
+        for task in tasks.values()
+    )
+    lines = [f"| strategy | {heading} |", f"|---|{'---:|' * 5 * len(tasks)}"]
+    for strategy in plan["strategies"]:
+        own = {row["task"]: row for row in rows if row["strategy"] == strategy}
+        cells = " | ".join(cell for task in tasks for cell in _task_cells(own[task]))
+        lines.append(f"| {strategy} | {cells} |")
+    different = sum(row["different"] for row in rows)
+    replies = sum(row["speed"]["replies"] for row in rows)
+    asked = " and ".join(
+        f"{task['items']:,} photographs of {task['name']}"
+        f" (replies of {_median(rows, name, 'tokens'):.0f} tokens)"
+        for name, task in tasks.items()
+    )
+    session = report["sessions"][0]
+    machine = session["hardware"]
+    where = f"benchmarks/results/{folder.name}/report.md"
+    lines += [
+        "",
+        (
+            f"{asked}, medians (quartiles); {different or 'none'} of {replies:,} replies has other"
+            f" tokens than ordinary decoding. {plan['dtype']}, {plan['threads']} thread of"
+            f" {machine['processor']}, {session['date'][:10]}, commit {session['commit']}, torch"
+            f" {machine['torch']}, transformers {machine['transformers']}. All of it, with plots:"
+            f" [{where}]({where})."
+        ),
+    ]
+    return "\n".join(lines)
+
+
+def _task_cells(row: dict[str, Any]) -> list[str]:
+    speed = row["speed"]
+    rate, length = speed["acceptance_rate"], speed["acceptance_length"]
+    return [
+        f"{row['scores']['CIDEr']:.4f}",
+        _times(speed["speedup"]),
+        f"{speed['speedup_end_to_end']['median']:.2f}x",
+        "-" if rate is None else f"{rate['median']:.0%}",
+        f"{length['median']:.2f}",
+    ]
+
+
+def _times(spread: dict[str, float]) -> str:
+    return f"{spread['median']:.2f}x ({spread['low']:.2f}-{spread['high']:.2f})"
+
+
+def _median(rows: list[dict[str, Any]], task: str, figure: str) -> float:
+    found: float = next(row["speed"][figure]["median"] for row in rows if row["task"] == task)
+    return found
+
+
+def sizes() -> str:
+    """Return how the speedup grows with the model, beside what the cost model says, as Markdown."""
+    lines = [
+        (
+            "| model | replies about | a step, ms | a drafted token, ms | a verify, ms"
+            " | tokens a pass | predicted | measured |"
+        ),
+        f"|---|---|{'---:|' * 6}",
+    ]
+    for name in ("small", "large"):
+        costs = read(f"costs-{name}")
+        size = f"{costs['parameters'] / 1e6:.0f} M, {costs['layers']} layers"
+        lines += [
+            f"| {size} | {run['pictures']} | {run['ordinary_ms']:.2f} | {run['drafted_ms']:.2f}"
+            f" | {run['verify_ms']:.2f} | {run['acceptance_length']:.2f}"
+            f" | {run['predicted']:.2f}x | {_times(run['speedup'])} |"
+            for run in costs["runs"]
+        ]
+    machine = costs["hardware"]
+    lines += ["", f"float32, {machine['threads']} threads of {machine['processor']}."]
+    return "\n".join(lines)
+
+
+def ablation(record: dict[str, Any]) -> str:
+    """Return the figures of drafts that were taught otherwise, as Markdown."""
+    titles = " | ".join(f"{part}: accepted | tokens a pass | speedup" for part in RUNS)
+    lines = [f"| draft | {titles} |", f"|---|{'---:|' * 3 * len(RUNS)}"]
+    for name, parts in record["drafts"].items():
+        cells = " | ".join(
+            f"{parts[part]['acceptance_of_4']:.3f} | {parts[part]['acceptance_length']:.2f}"
+            f" | {_times(parts[part]['speedup'])}"
+            for part in RUNS
+        )
+        lines.append(f"| {name} | {cells} |")
+    machine = record["hardware"]
+    lines += [
+        "",
+        (
+            f"{record['steps']} steps on {record['replies']:,} replies; measured on"
+            f" {record['held_out']} unseen scenes and as many photographs, interleaved, float32,"
+            f" {machine['threads']} thread of {machine['processor']}, {record['date'][:10]}, commit"
+            f" {record['commit']}."
+        ),
+    ]
+    return "\n".join(lines)
+
+
+DOCUMENTS: dict[str, dict[str, Callable[[], str]]] = {
+    "README.md": {"figures": decoding, "tables": tables, "ttft": first_token},
+    "docs/drafts.md": {"ablation": lambda: ablation(read("ablation")), "sizes": sizes},
+}
+"""The sections of each document that are written from results."""
+
+
+def rewritten(name: str) -> str:
+    """Return a document with its figures renewed."""
+    document = (ROOT / name).read_text(encoding="utf-8")
+    for section, text in DOCUMENTS[name].items():
+        begin, end = f"<!-- {section} -->", f"<!-- /{section} -->"
+        before, rest = document.split(begin)
+        _, after = rest.split(end)
+        document = f"{before}{begin}\n{text()}\n{end}{after}"
+    return document
+
+
+if __name__ == "__main__":
+    for document in DOCUMENTS:
+        (ROOT / document).write_text(rewritten(document), encoding="utf-8")
