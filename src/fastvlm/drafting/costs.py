@@ -83,6 +83,9 @@ class VerifyCost:
         """Take a pass's measurement."""
         if width == 1:
             self.ordinary.add(seconds)
+            if len(self.ordinary.values) > 1:
+                # It bears on what is assumed only; where nothing pays, all passes are such.
+                return
         else:
             for other, taken in islice(reversed(self._passes), NEIGHBOURS):
                 if apart := width - other:
