@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import pytest
 
 from fastvlm.drafting import AdaptiveLength, DraftLength, FixedLength
-from fastvlm.drafting.adaptive import PROBE_SHARE
+from fastvlm.drafting.adaptive import MOST_DEBT, PROBE_SHARE
 from fastvlm.drafting.costs import CycleCosts, Recent, VerifyCost
 from fastvlm.drafting.draft_length import Progress, Timings
 from fastvlm.functional.errors import InputError
@@ -256,3 +256,31 @@ def test_a_load_that_changes_does_not_bend_the_slope() -> None:
         cost.add(width, (20.0 + 0.3 * width) * (2 if busy else 1))
         if turn > 60:
             assert 0.2 < cost.slope < 0.7
+
+
+def test_dear_short_drafts_are_no_trap() -> None:
+    # The first drafts have one token, on a machine where two tokens are much dearer than one.
+    cost = VerifyCost()
+    cost.add(2, 26.0)
+    for _ in range(20):
+        cost.add(1, 16.0)
+        cost.add(2, 23.0)
+    assert cost.slope < 1.0
+    # Wide passes that are dear are believed at once.
+    cost.add(12, 130.0)
+    assert cost.slope > 5.0
+
+
+def test_a_good_draft_that_lost_its_credit_to_the_load_is_soon_tried_again() -> None:
+    world = WORLDS["processor, sure"]
+    length = AdaptiveLength(24)
+    for reply in replies(world, 5):
+        decoded(length, world, reply)
+    length.pace(1).credit = -MOST_DEBT
+    taken = sum(decoded(length, world, reply) for reply in replies(world, 5))
+    known = AdaptiveLength(24)
+    for reply in replies(world, 5):
+        decoded(known, world, reply)
+    # It owes four ordinary steps, which come back in some forty.
+    usual = sum(decoded(known, world, reply) for reply in replies(world, 5))
+    assert taken < usual + 60 * world.ordinary

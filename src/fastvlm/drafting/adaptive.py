@@ -28,6 +28,9 @@ MOST_DEBT = 4.0
 """and the most that it may owe."""
 PROBE_SHARE = 0.01
 """What ordinary steps add to the credit of a draft that loses: the share of time it may cost."""
+BELIEVED_SHARE = 0.1
+"""What they add if the estimates say that drafting pays: a good draft that lost its credit to a
+load that came and went is soon tried again."""
 ORDINARY_EVERY = 64
 """Cycles with a draft after which an ordinary step is measured again."""
 CLOSE = 1.3
@@ -224,7 +227,7 @@ class AdaptiveLength:
         ordinary = pace.costs.verify.of(1)
         if not steps:
             pace.since_ordinary = 0
-            pace.earn(PROBE_SHARE)
+            pace.earn(BELIEVED_SHARE if pace.drafting > pace.ordinary else PROBE_SHARE)
             return
         tokens = rows = 0
         for confidences, count in zip(progress.confidences, accepted, strict=True):

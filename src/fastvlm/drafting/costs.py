@@ -21,7 +21,9 @@ SLOPES = 60
 PRIOR = 12.0
 """beside what is assumed of it, with the weight of a pair so many tokens apart."""
 TYPICAL_SLOPE = 0.03
-"""What another token adds to a verify, in ordinary steps, while either was not measured."""
+"""What another token adds to a verify, in ordinary steps, until it is measured."""
+WIDE = 6
+"""Passes from this width on tell of the slope, beside an ordinary step."""
 
 
 class Recent:
@@ -118,10 +120,13 @@ class VerifyCost:
         return pairs[-1][0]
 
     def _assumed(self, base: float) -> float:
-        """Return the slope to assume: that from an ordinary step on, which is rather too steep."""
-        if not self._passes or not self.ordinary.values:
-            return TYPICAL_SLOPE * base
-        return statistics.median((taken - base) / (width - 1) for width, taken in self._passes)
+        """Return the slope to assume: that from an ordinary step to wide passes, or a typical one.
+
+        From the ordinary step to a narrow pass it is much too steep: other routines compute it.
+        Who believed it would draft a token at a time, and never see another slope.
+        """
+        wide = [(taken - base) / (width - 1) for width, taken in self._passes if width >= WIDE]
+        return statistics.median(wide) if wide and self.ordinary.values else TYPICAL_SLOPE * base
 
 
 class CycleCosts:
