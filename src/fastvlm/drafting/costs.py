@@ -51,11 +51,12 @@ class StepCost:
         self.places[min(place, SETTLED)].add(seconds)
 
     def of(self, place: int) -> float:
-        """Return the seconds of a step: of the last one before it, if none was measured."""
-        place = min(place, SETTLED)
-        while place and not self.places[place].values:
-            place -= 1
-        return self.places[place].median
+        """Return the seconds of a step: no more than those of any before it.
+
+        Short drafts measure the first steps only, and what is known of later ones gets out of date.
+        """
+        known = [recent.median for recent in self.places[: place + 1] if recent.values]
+        return min(known, default=0.0)
 
     def of_all(self, steps: float) -> float:
         """Return the seconds of the first steps, so many on average."""
