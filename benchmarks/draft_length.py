@@ -2,14 +2,14 @@
 
 Three questions, each answered interleaved in one run on the model that ships:
 
-- `lengths`: adaptive drafts against fixed lengths on scenes, on photographs and on a mix of both
-  (a scene, then a photograph, with the estimates of one reply carried to the next);
+- `scenes`, `photographs` and `mix`: adaptive drafts against fixed lengths, on a mix a scene, then a
+  photograph, with the estimates of one reply carried to the next;
 - `untrained`: a draft of random weights, block and mlp, against ordinary decoding;
 - `short`: whole replies of one word (a token, and another that ends the reply, which nothing
   announces), picture and prefill included.
 
 Every reply must have the tokens of ordinary decoding. Run `python benchmarks/draft_length.py
-[--photographs DIR] [--listing FILE] [--pictures N] [--threads N] [--json FILE]`.
+[--photographs DIR] [--listing FILE] [--pictures N] [--threads N] [--only PART,...] [--json FILE]`.
 """
 
 from __future__ import annotations
@@ -136,7 +136,7 @@ def main() -> None:
     parser.add_argument("--listing", type=Path, help="names of the photographs to take")
     parser.add_argument("--pictures", type=int, default=20, help="pictures of each kind")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
-    parser.add_argument("--only", default="lengths,untrained,short")
+    parser.add_argument("--only", default="scenes,photographs,mix,untrained,short")
     parser.add_argument("--json", type=Path)
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
@@ -157,8 +157,8 @@ def main() -> None:
         if options.json is not None:
             options.json.write_text(json.dumps(out, indent=1) + "\n")
 
-    if "lengths" in wanted:
-        for title, questions in (("scenes", scenes), ("photographs", photographs), ("mix", mix)):
+    for title, questions in (("scenes", scenes), ("photographs", photographs), ("mix", mix)):
+        if title in wanted:
             fixed = {
                 f"fixed {g}": vlm.drafter("imitation", num_speculative_tokens=g, confidence=0)
                 for g in FIXED

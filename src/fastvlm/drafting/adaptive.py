@@ -106,7 +106,8 @@ class AdaptiveLength:
     a row's on average. (The marginal value theorem: what brings less than the average rate is not
     worth its time.) Whether there is a draft at all is a matter of credit: what drafting saves, it
     may lose again later, and where it saves nothing it loses `PROBE_SHARE` of the time and the
-    grant it starts with, however wrong the estimates are.
+    grant it starts with. While the estimates say that it pays, it is tried again sooner, at
+    `BELIEVED_SHARE`; each try mends estimates that are wrong.
 
     The estimates belong to one drafter and one target, and serve all their requests, so they are
     kept from one to the next. Rejected or accepted, no token depends on them.
