@@ -296,6 +296,41 @@ def test_networks_are_taught_side_by_side(
     assert all(p.grad is None for p in vlm.model.parameters())
 
 
+def test_an_example_goes_through_the_target_once(
+    vlm: VisionLanguageModel, examples: list[Example], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    plans = {"deep": DraftPlan("block", 3), "shallow": DraftPlan("mlp", 1)}
+    networks = {name: taught(vlm, plan, examples) for name, plan in plans.items()}
+    ran: list[range] = []
+    run = vlm.decoder.run
+
+    def counted(x: Tensor, span: Any, cache: Any, layers: range) -> Tensor:
+        ran.append(layers)
+        return run(x, span, cache, layers)
+
+    monkeypatch.setattr(vlm.decoder, "run", counted)
+    forgetful = DraftLesson(vlm, networks, examples, plans, kept_bytes=0)
+    lesson = DraftLesson(vlm, networks, examples, plans)
+    expected = [forgetful.loss(drawn).total for drawn in (examples[:3], examples[2:5])]
+    assert len(ran) == 6 * 3
+    # The third is met again, among others.
+    assert torch.equal(lesson.loss(examples[:3]).total, expected[0])
+    assert torch.equal(lesson.loss(examples[2:5]).total, expected[1])
+    assert len(ran) == 6 * 3 + 5 * 3
+
+
+def test_what_is_kept_is_bounded(vlm: VisionLanguageModel, examples: list[Example]) -> None:
+    plan = DraftPlan("mlp", 2)
+    lesson = DraftLesson(vlm, {"it": taught(vlm, plan, examples)}, examples, {"it": plan})
+    before = lesson.kept.left
+    expected = lesson.loss(examples).total
+    room = (before - lesson.kept.left) // 2
+    tight = DraftLesson(vlm, dict(lesson.networks), examples, {"it": plan}, kept_bytes=room)
+    for _ in range(3):
+        assert torch.equal(tight.loss(examples).total, expected)
+    assert 0 <= tight.kept.left < room // 4
+
+
 @pytest.mark.parametrize("exit_layer", [1, 3])
 def test_a_perfect_network_agrees_everywhere(
     exit_layer: int, vlm: VisionLanguageModel, examples: list[Example]

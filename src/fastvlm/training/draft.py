@@ -15,14 +15,14 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.nn.utils.rnn import pad_sequence
 
 from fastvlm.drafting.directory import load_draft
 from fastvlm.drafting.fingerprint import fingerprint
 from fastvlm.drafting.imitation import ImitationConfig, ImitationNetwork, initialise_from
 from fastvlm.functional.placement import moved
-from fastvlm.language.cache import Span
 from fastvlm.language.families import text_decoder
-from fastvlm.training.forcing import Forcing, GradientCache
+from fastvlm.training.forcing import KEPT_BYTES, Forcing, GradientCache, Kept
 from fastvlm.training.loop import train
 from fastvlm.training.processes import this_process
 from fastvlm.training.replies import Asked, Example
@@ -92,11 +92,24 @@ def new_network(
 
 
 @dataclass(frozen=True, slots=True)
+class Passed:
+    """What the target makes of one example.
+
+    Args:
+        states: The hidden states of each exit layer: (length, d_model).
+        last: The last layer's, at the positions that are learnt: (learnt, d_model).
+    """
+
+    states: Mapping[int, Tensor]
+    last: Tensor
+
+
+@dataclass(frozen=True, slots=True)
 class Taught:
     """The target's side of a batch, at the positions that are learnt.
 
     Args:
-        states: The hidden states of each exit layer: (batch, length, d_model).
+        states: The hidden states of each exit layer, padded: (batch, length, d_model).
         normed: The last layer's, normed: (learnt, d_model).
         p: The target's distribution: (learnt, vocabulary).
         best: Its best tokens: (learnt,).
@@ -123,12 +136,16 @@ class Taught:
 class DraftLesson:
     """Teaches imitation networks side by side, from one pass of the target for all of them.
 
+    The target is frozen, so an example whose states fit into memory goes through it once; after
+    that, a step costs no more than the networks' own passes.
+
     Args:
         vlm: The target, frozen.
         networks: The networks to train, by name.
         examples: What they learn from.
         plans: How, by the same names; as `DraftPlan` has it, for those that are not named.
         batch: Examples in a step.
+        kept_bytes: The most memory for examples' prompts and the target's states.
     """
 
     def __init__(
@@ -139,13 +156,15 @@ class DraftLesson:
         plans: Mapping[str, DraftPlan] | None = None,
         *,
         batch: int = 24,
+        kept_bytes: int = KEPT_BYTES,
     ) -> None:
         vlm.model.requires_grad_(False)
         # Dropout, which OPT and T5 have, would hide part of what is to be imitated.
         self.vlm, self.networks = vlm, {name: net.eval() for name, net in networks.items()}
         self.plans = {name: (plans or {}).get(name, DraftPlan()) for name in networks}
         self.examples, self.batch = examples, batch
-        self.forcing = Forcing(vlm)
+        self.kept = Kept(kept_bytes)
+        self.forcing = Forcing(vlm, self.kept)
         self.module: nn.Module = nn.ModuleDict(self.networks)
         self.unit = "tokens"
         self.source: Source | None = None
@@ -166,7 +185,7 @@ class DraftLesson:
         """
         decoder = self.vlm.decoder
         forced = self.forcing.batch(examples)
-        taught = self.taught(forced.x, forced.span, forced.learnt)
+        taught = self.taught(examples)
         losses: list[Tensor] = []
         report: dict[str, tuple[float, float]] = {}
         for name, network in self.networks.items():
@@ -212,16 +231,38 @@ class DraftLesson:
         return full_precision(F.linear(decoder.norm(guess), decoder.head_rows(vocabulary)))
 
     @torch.no_grad()
-    def taught(self, x: Tensor, span: Span, learnt: Tensor) -> Taught:
-        """Run the target over a batch."""
-        decoder, cache = self.vlm.decoder, GradientCache()
-        states, before = {}, 0
-        for exit_layer in sorted({n.config.exit_layer for n in self.networks.values()}):
-            x = states[exit_layer] = decoder.run(x, span, cache, range(before, exit_layer))
-            before = exit_layer
-        last = decoder.run(x, span, cache, range(before, decoder.depth))[learnt]
+    def taught(self, examples: Sequence[Example]) -> Taught:
+        """Return the target's side of a batch."""
+        decoder = self.vlm.decoder
+        passed = [self.passed(example) for example in examples]
+        states = {
+            exit_layer: pad_sequence([one.states[exit_layer] for one in passed], batch_first=True)
+            for exit_layer in passed[0].states
+        }
+        last = torch.cat([one.last for one in passed])
         logits = full_precision(decoder.head(last))
         return Taught(states, decoder.norm(last), logits.softmax(-1), logits.argmax(-1))
+
+    @torch.no_grad()
+    def passed(self, example: Example) -> Passed:
+        """Return what the target makes of an example, now or before."""
+        return self.kept.get(
+            "states",
+            example,
+            lambda: self.run(example),
+            lambda made: (*made.states.values(), made.last),
+        )
+
+    def run(self, example: Example) -> Passed:
+        """Run the target over an example."""
+        decoder, cache = self.vlm.decoder, GradientCache()
+        forced = self.forcing.batch([example])
+        x, states, before = forced.x, dict[int, Tensor](), 0
+        for exit_layer in sorted({n.config.exit_layer for n in self.networks.values()}):
+            x = decoder.run(x, forced.span, cache, range(before, exit_layer))
+            states[exit_layer], before = x[0], exit_layer
+        last = decoder.run(x, forced.span, cache, range(before, decoder.depth))
+        return Passed(states, last[forced.learnt])
 
 
 def master(dtype: torch.dtype) -> torch.dtype:

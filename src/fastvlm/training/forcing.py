@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -14,8 +15,48 @@ from fastvlm.prompts import Encoded
 from fastvlm.training.replies import Example
 from fastvlm.vlm import VisionLanguageModel
 
+T = TypeVar("T")
+
 KEPT_BYTES = 2 * 2**30
-"""Memory for prompts that need not be encoded again."""
+"""Memory for what a frozen model makes of examples, so that it need not be made again."""
+
+
+class Kept:
+    """What was made of examples, as much of it as fits into memory.
+
+    What fits is kept for good: a step draws at random, and would find as little of what was used
+    last as of anything else. Whatever is kept has to be made of its example alone, not of those
+    that are drawn with it, so that a run that is resumed computes the same.
+
+    Args:
+        most_bytes: The most memory.
+    """
+
+    def __init__(self, most_bytes: int = KEPT_BYTES) -> None:
+        self.left = most_bytes
+        # With what it was made of, which stays alive so that its id stays its own.
+        self._found: dict[tuple[str, int], tuple[object, Any]] = {}
+
+    def get(
+        self, kind: str, of: object, make: Callable[[], T], parts: Callable[[T], Iterable[Tensor]]
+    ) -> T:
+        """Return what is kept, or make it.
+
+        Args:
+            kind: What is made.
+            of: What it is made of; the same object stands for the same.
+            make: Makes it.
+            parts: The tensors that it consists of.
+        """
+        key = kind, id(of)
+        if key in self._found:
+            return self._found[key][1]
+        made = make()
+        size = sum(tensor.nbytes for tensor in parts(made))
+        if size <= self.left:
+            self.left -= size
+            self._found[key] = of, made
+        return made
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,19 +77,15 @@ class Forced:
 
 
 class Forcing:
-    """Makes batches of examples, and keeps the prompts that fit into memory.
-
-    What fits is kept for good: a step draws at random, and would find as little of what was used
-    last as of anything else.
+    """Makes batches of examples, and keeps their prompts.
 
     Args:
         vlm: The model whose prompts and decoder are used; its pictures' encoder doesn't learn.
-        kept_bytes: The most memory for prompts.
+        kept: Where prompts are kept.
     """
 
-    def __init__(self, vlm: VisionLanguageModel, kept_bytes: int = KEPT_BYTES) -> None:
-        self.vlm, self.left = vlm, kept_bytes
-        self._kept: dict[Hashable, Encoded] = {}
+    def __init__(self, vlm: VisionLanguageModel, kept: Kept) -> None:
+        self.vlm, self.kept = vlm, kept
 
     @torch.no_grad()
     def prompt(self, example: Example) -> Encoded:
@@ -57,16 +94,16 @@ class Forcing:
         Raises:
             InputError: A picture can't be read, or the prompt doesn't suit the model.
         """
-        name = id(example.messages)
-        found = self._kept.get(name)
-        if found is None:
-            found = self.vlm.prompts.encode(example.messages)
-            held = [found.embeddings, found.positions, found.memory]
-            size = sum(tensor.nbytes for tensor in held if tensor is not None)
-            if size <= self.left:
-                self.left -= size
-                self._kept[name] = found
-        return found
+        return self.kept.get(
+            "prompt",
+            example.messages,
+            lambda: self.vlm.prompts.encode(example.messages),
+            lambda made: (
+                tensor
+                for tensor in (made.embeddings, made.positions, made.memory)
+                if tensor is not None
+            ),
+        )
 
     @torch.no_grad()
     def batch(self, examples: Sequence[Example], given: int = 1) -> Forced:

@@ -18,7 +18,7 @@ from torch.nn import functional as F
 from fastvlm.functional.placement import moved
 from fastvlm.language.families import text_decoder
 from fastvlm.training.draft import full_precision
-from fastvlm.training.forcing import Forced, Forcing, GradientCache
+from fastvlm.training.forcing import Forced, Forcing, GradientCache, Kept
 from fastvlm.training.loop import train
 from fastvlm.training.processes import reached, this_process
 from fastvlm.training.replies import Example
@@ -65,7 +65,7 @@ class JointLesson:
         for part in fixed:
             part.requires_grad_(False)
         self.module: nn.Module = vlm.model
-        self.forcing = Forcing(vlm)
+        self.forcing = Forcing(vlm, Kept())
         self.unit = "tokens"
         self.source: Source | None = None
         self.whole: str | None = None

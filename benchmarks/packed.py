@@ -1,0 +1,110 @@
+"""What a pass over a few positions costs, with packed weights and without.
+
+A verify is such a pass, as wide as the draft and one more; ordinary decoding's passes are one
+position wide. Two decoders are measured: that of a model, and four layers of the shape of
+Qwen2-7B's, with random weights, which are enough for the cost of a layer.
+
+Run `python benchmarks/packed.py [--model DIR] [--threads N] [--json FILE]`.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import time
+from collections.abc import Callable
+from datetime import UTC, datetime
+from pathlib import Path
+
+import torch
+from transformers import Qwen2Config, Qwen2ForCausalLM
+
+import fastvlm
+from fastvlm.evaluation.measuring import hardware
+from fastvlm.language import SplitDecoder, split_decoder
+from fastvlm.language.packed import pack
+from fastvlm.vlm import PACKED_BYTES
+
+WIDTHS = (1, 2, 3, 4, 6, 8, 11, 16, 24, 32)
+CONTEXT = 90
+"""Positions in the cache: a prompt and half a reply."""
+ROUNDS = 15
+LAYERS = 4
+
+
+def like_qwen2_7b(packed_bytes: int) -> SplitDecoder:
+    """Return a few layers of the shape of Qwen2-7B's, and a small LM head."""
+    torch.manual_seed(0)
+    config = Qwen2Config(
+        hidden_size=3584,
+        intermediate_size=18944,
+        num_hidden_layers=LAYERS,
+        num_attention_heads=28,
+        num_key_value_heads=4,
+        vocab_size=256,
+    )
+    model = Qwen2ForCausalLM(config).eval()
+    pack([model], packed_bytes)
+    return split_decoder(model)
+
+
+@torch.inference_mode()
+def milliseconds(
+    decoders: dict[str, SplitDecoder], width: int
+) -> dict[str, tuple[float, float, float]]:
+    """Return the median and the quartiles of a pass of each decoder, measured in turns."""
+    taken: dict[str, list[float]] = {name: [] for name in decoders}
+    caches = {name: decoder.cache(1, CONTEXT + width) for name, decoder in decoders.items()}
+    tokens = torch.ones(1, width, dtype=torch.long)
+    for _ in range(ROUNDS + 1):
+        for name, decoder in decoders.items():
+            cache = caches[name]
+            started = time.perf_counter()
+            x = decoder.embed(tokens)
+            x = decoder.run(x, cache.span([CONTEXT], width), cache, range(decoder.depth))
+            decoder.head(x).argmax(-1).tolist()
+            taken[name].append(1e3 * (time.perf_counter() - started))
+    found = {}
+    for name, times in taken.items():
+        low, median, high = statistics.quantiles(times[1:], n=4)
+        found[name] = median, low, high
+    return found
+
+
+def main() -> None:
+    """Print a table for each decoder."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--model", help="the model; the one that ships, if not given")
+    parser.add_argument("--threads", type=int, help="CPU threads to compute with")
+    parser.add_argument("--json", type=Path)
+    options = parser.parse_args()
+    if options.threads is not None:
+        torch.set_num_threads(options.threads)
+
+    def of_the_model(packed_bytes: int) -> SplitDecoder:
+        return fastvlm.load(options.model, packed_bytes=packed_bytes).decoder
+
+    makers: dict[str, Callable[[int], SplitDecoder]] = {
+        options.model or "the model that ships": of_the_model,
+        f"{LAYERS} layers like Qwen2-7B's": like_qwen2_7b,
+    }
+    record = {"hardware": hardware(), "date": datetime.now(UTC).isoformat(timespec="seconds")}
+    tables: dict[str, list[dict[str, object]]] = {}
+    for name, make in makers.items():
+        print(f"\n{name}\n positions  plain ms  packed ms")  # noqa: T201
+        decoders = {"plain": make(0), "packed": make(PACKED_BYTES)}
+        rows = tables[name] = []
+        for width in WIDTHS:
+            found = milliseconds(decoders, width)
+            plain, packed = found["plain"][0], found["packed"][0]
+            ratio = plain / packed
+            print(f"{width:10} {plain:9.1f} {packed:10.1f}  {ratio:.2f}x")  # noqa: T201
+            rows.append({"positions": width, **found})
+    if options.json is not None:
+        text = json.dumps({**record, "decoders": tables}, indent=1)
+        options.json.write_text(text + "\n", encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()
