@@ -23,8 +23,7 @@ from transformers import Qwen2Config, Qwen2ForCausalLM
 import fastvlm
 from fastvlm.evaluation.measuring import hardware
 from fastvlm.language import SplitDecoder, split_decoder
-from fastvlm.language.packed import pack
-from fastvlm.vlm import PACKED_BYTES
+from fastvlm.language.packed import PACKED_BYTES, pack_decoder
 
 WIDTHS = (1, 2, 3, 4, 6, 8, 11, 16, 24, 32)
 CONTEXT = 90
@@ -45,7 +44,7 @@ def like_qwen2_7b(packed_bytes: int) -> SplitDecoder:
         vocab_size=256,
     )
     model = Qwen2ForCausalLM(config).eval()
-    pack([model], packed_bytes)
+    pack_decoder(model, packed_bytes)
     return split_decoder(model)
 
 

@@ -10,6 +10,7 @@ from fastvlm.functional.errors import CheckpointError, FastVlmError, InputError
 
 if TYPE_CHECKING:
     from fastvlm.custom_generate import speculative
+    from fastvlm.language.packed import pack_decoder
     from fastvlm.vlm import Piece, Reply, VisionLanguageModel, load
 
 __version__ = "0.1.0"
@@ -22,6 +23,7 @@ __all__ = [
     "Reply",
     "VisionLanguageModel",
     "load",
+    "pack_decoder",
     "speculative",
 ]
 
@@ -34,6 +36,10 @@ def __getattr__(name: str) -> Any:
         from fastvlm.custom_generate import speculative
 
         return speculative
+    if name == "pack_decoder":
+        from fastvlm.language.packed import pack_decoder
+
+        return pack_decoder
     from fastvlm import vlm
 
     return getattr(vlm, name)

@@ -24,8 +24,7 @@ from fastvlm.drafting.directory import load_draft
 from fastvlm.functional.errors import InputError
 from fastvlm.functional.statistics import DecodingStatistics
 from fastvlm.language import split_decoder
-from fastvlm.language.families import text_decoder
-from fastvlm.language.packed import pack
+from fastvlm.language.packed import PACKED_BYTES, pack, pack_decoder
 from fastvlm.language.prefix import PrefixStore
 from fastvlm.language.prompt import end_tokens
 from fastvlm.prompts import FastViTHDPrompts, Message, prompts_for, question
@@ -34,8 +33,6 @@ from fastvlm.vision.pictures import Picture, PictureOptions
 
 PREFIX_BYTES = 256 * 2**20
 """Memory for what is kept of pictures: a dozen and more at 1024 px, of FastVLM-0.5B in bfloat16."""
-PACKED_BYTES = 4 * 2**30
-"""Memory for packed weights: those of a decoder with a billion parameters in float32."""
 
 
 class RequestOptions(PictureOptions, SamplingOptions, total=False):
@@ -368,8 +365,7 @@ def load(
         prefix_bytes: The most memory for what is kept of pictures, so that a second question about
             one costs its own text only; 0 keeps nothing.
         packed_bytes: The most memory for a second copy of the decoder's weights, with which a CPU
-            verifies faster in float32 (see `fastvlm.language.packed`); 0 makes none. Weights that
-            are then changed through their `data`, as merging an adapter does, need 0.
+            verifies faster in float32 (see `pack_decoder`); 0 makes none.
 
     Raises:
         CheckpointError: The model or the draft is missing or broken, or the draft was made for
@@ -380,6 +376,7 @@ def load(
         model, draft = embedded.MODEL, embedded.DRAFT if draft is None else draft
     target, processor = load_checkpoint(model, dtype, device)
     network = None if draft is None else load_draft(draft, target)
-    parts = [text_decoder(target), target.get_output_embeddings(), network]
-    pack([part for part in parts if part is not None], packed_bytes)
+    taken = pack_decoder(target, packed_bytes)
+    if network is not None:
+        pack([network], packed_bytes - taken)
     return VisionLanguageModel(target, processor, network, prefix_bytes=prefix_bytes)

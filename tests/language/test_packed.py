@@ -11,6 +11,7 @@ from accelerate import cpu_offload
 from torch import nn
 from torch.nn.utils import parametrize
 
+import fastvlm
 from fastvlm.decoding import Autoregressive
 from fastvlm.language import captured, split_decoder
 from fastvlm.language.packed import SMALLEST, PackedLinear, available, pack
@@ -129,8 +130,19 @@ def test_tokens_are_those_of_generate(
     prompts = captured(model, given)
     # The models of the tests are small.
     monkeypatch.setattr("fastvlm.language.packed.SMALLEST", 1)
-    assert pack([model], PLENTY) > 0
+    assert fastvlm.pack_decoder(model) > 0
     decoder = split_decoder(model)
     found = decode(decoder, strategy(name, decoder), prompts)
     assert [request.reply for request in found] == expected
     assert decode(decoder, Autoregressive(), prompts)[0].reply == expected[0]
+
+
+def test_load_packs_as_much_as_it_is_told() -> None:
+    vlm = fastvlm.load()
+    head = vlm.decoder.lm_head
+    assert isinstance(head, PackedLinear)
+    most = head.weight.nbytes - 1
+    for packed_bytes in (0, most):
+        parts = fastvlm.load(packed_bytes=packed_bytes).model.modules()
+        packed = [part for part in parts if isinstance(part, PackedLinear)]
+        assert sum(part.weight.nbytes for part in packed) <= packed_bytes
