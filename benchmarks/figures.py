@@ -177,6 +177,30 @@ def sizes() -> str:
     return "\n".join(lines)
 
 
+def packed() -> str:
+    """Return what passes cost with packed weights and without, in steps, as Markdown."""
+    record = read("packed")
+    decoders = record["decoders"]
+    titles = " | ".join(f"{found['name']}: plain | packed" for found in decoders)
+    lines = [f"| positions | {titles} |", f"|---:|{'---:|' * 2 * len(decoders)}"]
+    for row in zip(*(found["passes"] for found in decoders), strict=True):
+        cells = " | ".join(
+            f"{one[kind][0]:,.1f} ms, {one[kind][0] / found['passes'][0][kind][0]:.2f}x"
+            for one, found in zip(row, decoders, strict=True)
+            for kind in ("plain", "packed")
+        )
+        lines.append(f"| {row[0]['positions']} | {cells} |")
+    machine = record["hardware"]
+    lines += [
+        "",
+        (
+            "Medians, plain and packed in turns; the ratio is to a pass over one position. float32,"
+            f" {machine['threads']} threads of {machine['processor']}, {record['date'][:10]}."
+        ),
+    ]
+    return "\n".join(lines)
+
+
 def ablation(record: dict[str, Any]) -> str:
     """Return the figures of drafts that were taught otherwise, as Markdown."""
     titles = " | ".join(f"{part}: accepted | tokens a pass | speedup" for part in RUNS)
@@ -203,7 +227,11 @@ def ablation(record: dict[str, Any]) -> str:
 
 DOCUMENTS: dict[str, dict[str, Callable[[], str]]] = {
     "README.md": {"figures": decoding, "tables": tables, "ttft": first_token},
-    "docs/drafts.md": {"ablation": lambda: ablation(read("ablation")), "sizes": sizes},
+    "docs/drafts.md": {
+        "ablation": lambda: ablation(read("ablation")),
+        "packed": packed,
+        "sizes": sizes,
+    },
 }
 """The sections of each document that are written from results."""
 

@@ -32,8 +32,11 @@ ROUNDS = 15
 LAYERS = 4
 
 
-def like_qwen2_7b(packed_bytes: int) -> SplitDecoder:
-    """Return a few layers of the shape of Qwen2-7B's, and a small LM head."""
+Named = tuple[str, SplitDecoder]
+
+
+def like_qwen2_7b(packed_bytes: int) -> Named:
+    """Return a few layers of the shape of Qwen2-7B's, and a small LM head, with their name."""
     torch.manual_seed(0)
     config = Qwen2Config(
         hidden_size=3584,
@@ -45,7 +48,7 @@ def like_qwen2_7b(packed_bytes: int) -> SplitDecoder:
     )
     model = Qwen2ForCausalLM(config).eval()
     pack_decoder(model, packed_bytes)
-    return split_decoder(model)
+    return f"{LAYERS} layers like Qwen2-7B's", split_decoder(model)
 
 
 @torch.inference_mode()
@@ -81,28 +84,32 @@ def main() -> None:
     if options.threads is not None:
         torch.set_num_threads(options.threads)
 
-    def of_the_model(packed_bytes: int) -> SplitDecoder:
-        return fastvlm.load(options.model, packed_bytes=packed_bytes).decoder
+    def of_the_model(packed_bytes: int) -> Named:
+        vlm = fastvlm.load(options.model, packed_bytes=packed_bytes)
+        size = sum(parameter.numel() for parameter in vlm.model.parameters())
+        return f"{size / 1e6:.0f} M, {vlm.decoder.depth} layers", vlm.decoder
 
-    makers: dict[str, Callable[[int], SplitDecoder]] = {
-        options.model or "the model that ships": of_the_model,
-        f"{LAYERS} layers like Qwen2-7B's": like_qwen2_7b,
-    }
-    record = {"hardware": hardware(), "date": datetime.now(UTC).isoformat(timespec="seconds")}
-    tables: dict[str, list[dict[str, object]]] = {}
-    for name, make in makers.items():
+    makers: list[Callable[[int], Named]] = [of_the_model, like_qwen2_7b]
+    tables = []
+    for make in makers:
+        (name, plain_decoder), (_, packed_decoder) = make(0), make(PACKED_BYTES)
         print(f"\n{name}\n positions  plain ms  packed ms")  # noqa: T201
-        decoders = {"plain": make(0), "packed": make(PACKED_BYTES)}
-        rows = tables[name] = []
+        decoders = {"plain": plain_decoder, "packed": packed_decoder}
+        passes: list[dict[str, object]] = []
         for width in WIDTHS:
             found = milliseconds(decoders, width)
             plain, packed = found["plain"][0], found["packed"][0]
             ratio = plain / packed
             print(f"{width:10} {plain:9.1f} {packed:10.1f}  {ratio:.2f}x")  # noqa: T201
-            rows.append({"positions": width, **found})
+            passes.append({"positions": width, **found})
+        tables.append({"name": name, "layers": decoders["plain"].depth, "passes": passes})
     if options.json is not None:
-        text = json.dumps({**record, "decoders": tables}, indent=1)
-        options.json.write_text(text + "\n", encoding="utf-8")
+        record = {
+            "hardware": hardware(),
+            "date": datetime.now(UTC).isoformat(timespec="seconds"),
+            "decoders": tables,
+        }
+        options.json.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
 
 
 if __name__ == "__main__":
