@@ -3,8 +3,8 @@
 The same dialogues go through both: rendered scenes with their exact descriptions as replies, of
 which a step learns. The pass is the target's own, of `transformers`, with logits at the reply's
 positions only, which makes it as cheap as it can be; a step is the loop's: that pass, the draft's
-forward and backward passes, and AdamW. A first step is one whose examples have not been through the
-target yet; a later one finds their states in memory.
+forward and backward passes, and AdamW. Where the target's states are kept, a first step is one
+whose examples have not been through the target yet, and a later one finds their states in memory.
 
 Run `python benchmarks/training_step.py [--threads N]`.
 """
@@ -23,7 +23,7 @@ import fastvlm
 from fastvlm.data.broken import BrokenRecords
 from fastvlm.data.questions import scene_conversations
 from fastvlm.training.draft import DraftLesson, DraftPlan, new_network
-from fastvlm.training.forcing import KEPT_BYTES, Forcing, Kept
+from fastvlm.training.forcing import Forcing, Kept
 from fastvlm.training.learner import Learner
 from fastvlm.training.processes import Processes
 from fastvlm.training.replies import Example, data_replies, questions_of
@@ -70,8 +70,9 @@ def main() -> None:
     for kind in ("block", "mlp"):
         parts: dict[str, Callable[[], object]] = {
             "forward": forward,
-            "first step": step(vlm, kind, learnt, kept_bytes=0),
-            "later step": step(vlm, kind, learnt, kept_bytes=KEPT_BYTES),
+            "step that keeps nothing": step(vlm, kind, learnt, keeps=False),
+            "first step": step(vlm, kind, learnt, keeps=True, forgets=True),
+            "later step": step(vlm, kind, learnt, keeps=True),
         }
         for part in parts.values():
             part()
@@ -84,16 +85,22 @@ def main() -> None:
 
 
 def step(
-    vlm: fastvlm.VisionLanguageModel, kind: str, learnt: list[Example], *, kept_bytes: int
+    vlm: fastvlm.VisionLanguageModel,
+    kind: str,
+    learnt: list[Example],
+    *,
+    keeps: bool,
+    forgets: bool = False,
 ) -> Callable[[], None]:
     """Return what takes a step with a new network of a kind."""
     network = new_network(vlm, DraftPlan(kind), learnt)
-    # Prompts are kept in both: what is measured is the target.
-    lesson = DraftLesson(vlm, {kind: network}, learnt, batch=BATCH, kept_bytes=kept_bytes)
-    lesson.forcing = Forcing(vlm, Kept())
+    lesson = DraftLesson(vlm, {kind: network}, learnt, batch=BATCH)
+    lesson.target.keeps = keeps
     learner = Learner(lesson, Schedule(steps=1000, learning_rate=1e-3), Accelerator(), Processes())
 
     def take() -> None:
+        if forgets:
+            lesson.target.kept = Kept()
         losses = learner.losses(lesson.draw(0))
         losses.total.backward()
         learner.step(0, losses.weight)

@@ -15,7 +15,6 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
-from torch.nn.utils.rnn import pad_sequence
 
 from fastvlm.drafting.directory import load_draft
 from fastvlm.drafting.fingerprint import fingerprint
@@ -27,6 +26,7 @@ from fastvlm.training.loop import train
 from fastvlm.training.processes import this_process
 from fastvlm.training.replies import Asked, Example
 from fastvlm.training.schedule import Schedule
+from fastvlm.training.target import FrozenTarget, Passed
 from fastvlm.training.task import Losses, Source
 from fastvlm.training.validation import HeldOut
 from fastvlm.vlm import VisionLanguageModel
@@ -92,19 +92,6 @@ def new_network(
 
 
 @dataclass(frozen=True, slots=True)
-class Passed:
-    """What the target makes of one example.
-
-    Args:
-        states: The hidden states of each exit layer: (length, d_model).
-        last: The last layer's, at the positions that are learnt: (learnt, d_model).
-    """
-
-    states: Mapping[int, Tensor]
-    last: Tensor
-
-
-@dataclass(frozen=True, slots=True)
 class Taught:
     """The target's side of a batch, at the positions that are learnt.
 
@@ -136,8 +123,8 @@ class Taught:
 class DraftLesson:
     """Teaches imitation networks side by side, from one pass of the target for all of them.
 
-    The target is frozen, so an example whose states fit into memory goes through it once; after
-    that, a step costs no more than the networks' own passes.
+    Where there is memory for the target's states, an example goes through it once (see
+    `FrozenTarget`); after that, a step costs no more than the networks' own passes.
 
     Args:
         vlm: The target, frozen.
@@ -145,7 +132,7 @@ class DraftLesson:
         examples: What they learn from.
         plans: How, by the same names; as `DraftPlan` has it, for those that are not named.
         batch: Examples in a step.
-        kept_bytes: The most memory for examples' prompts and the target's states.
+        kept_bytes: The most memory for examples' prompts, and again for the target's states.
     """
 
     def __init__(
@@ -163,8 +150,9 @@ class DraftLesson:
         self.vlm, self.networks = vlm, {name: net.eval() for name, net in networks.items()}
         self.plans = {name: (plans or {}).get(name, DraftPlan()) for name in networks}
         self.examples, self.batch = examples, batch
-        self.kept = Kept(kept_bytes)
-        self.forcing = Forcing(vlm, self.kept)
+        self.forcing = Forcing(vlm, Kept(kept_bytes))
+        exits = [network.config.exit_layer for network in networks.values()]
+        self.target = FrozenTarget(self.forcing, exits, examples, kept_bytes)
         self.module: nn.Module = nn.ModuleDict(self.networks)
         self.unit = "tokens"
         self.source: Source | None = None
@@ -185,7 +173,7 @@ class DraftLesson:
         """
         decoder = self.vlm.decoder
         forced = self.forcing.batch(examples)
-        taught = self.taught(examples)
+        taught = self.taught(self.target.passed(examples, forced))
         losses: list[Tensor] = []
         report: dict[str, tuple[float, float]] = {}
         for name, network in self.networks.items():
@@ -231,38 +219,13 @@ class DraftLesson:
         return full_precision(F.linear(decoder.norm(guess), decoder.head_rows(vocabulary)))
 
     @torch.no_grad()
-    def taught(self, examples: Sequence[Example]) -> Taught:
-        """Return the target's side of a batch."""
+    def taught(self, passed: Passed) -> Taught:
+        """Return the target's side of a batch, from its pass over it."""
         decoder = self.vlm.decoder
-        passed = [self.passed(example) for example in examples]
-        states = {
-            exit_layer: pad_sequence([one.states[exit_layer] for one in passed], batch_first=True)
-            for exit_layer in passed[0].states
-        }
-        last = torch.cat([one.last for one in passed])
-        logits = full_precision(decoder.head(last))
-        return Taught(states, decoder.norm(last), logits.softmax(-1), logits.argmax(-1))
-
-    @torch.no_grad()
-    def passed(self, example: Example) -> Passed:
-        """Return what the target makes of an example, now or before."""
-        return self.kept.get(
-            "states",
-            example,
-            lambda: self.run(example),
-            lambda made: (*made.states.values(), made.last),
+        logits = full_precision(decoder.head(passed.last))
+        return Taught(
+            passed.states, decoder.norm(passed.last), logits.softmax(-1), logits.argmax(-1)
         )
-
-    def run(self, example: Example) -> Passed:
-        """Run the target over an example."""
-        decoder, cache = self.vlm.decoder, GradientCache()
-        forced = self.forcing.batch([example])
-        x, states, before = forced.x, dict[int, Tensor](), 0
-        for exit_layer in sorted({n.config.exit_layer for n in self.networks.values()}):
-            x = decoder.run(x, forced.span, cache, range(before, exit_layer))
-            states[exit_layer], before = x[0], exit_layer
-        last = decoder.run(x, forced.span, cache, range(before, decoder.depth))
-        return Passed(states, last[forced.learnt])
 
 
 def master(dtype: torch.dtype) -> torch.dtype:

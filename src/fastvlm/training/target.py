@@ -1,0 +1,107 @@
+"""What a frozen target makes of examples, kept where there is memory for all of it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from statistics import mean
+
+import torch
+from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
+
+from fastvlm.training.forcing import Forced, Forcing, GradientCache, Kept
+from fastvlm.training.replies import Example
+
+LOOKED_AT = 16
+"""Examples whose prompts are measured, to say how much memory all of them need."""
+
+
+@dataclass(frozen=True, slots=True)
+class Passed:
+    """A target's pass over examples.
+
+    Args:
+        states: The hidden states of each exit layer, padded: (batch, length, d_model).
+        last: The last layer's, at the positions that are learnt: (learnt, d_model).
+    """
+
+    states: Mapping[int, Tensor]
+    last: Tensor
+
+
+class FrozenTarget:
+    """A target that doesn't learn, so that an example need not go through it twice.
+
+    If the states of all examples fit into memory, as it seems from the first few, each example goes
+    through the target alone when it is drawn first, and its states are kept. So what is kept
+    doesn't depend on what was drawn with it, and a run that is resumed computes the same. If they
+    don't fit, a step's examples go through it together, and nothing is kept.
+
+    Args:
+        forcing: Makes the batches.
+        exit_layers: Whose states are wanted.
+        examples: All that will be drawn.
+        kept_bytes: The most memory for states.
+    """
+
+    def __init__(
+        self,
+        forcing: Forcing,
+        exit_layers: Sequence[int],
+        examples: Sequence[Example],
+        kept_bytes: int,
+    ) -> None:
+        self.forcing, self.exit_layers = forcing, sorted(set(exit_layers))
+        self.examples, self.kept = examples, Kept(kept_bytes)
+
+    @cached_property
+    def keeps(self) -> bool:
+        """Whether states are kept."""
+        decoder = self.forcing.vlm.decoder
+        looked_at = self.examples[:LOOKED_AT]
+        prompt = mean(len(self.forcing.prompt(example).tokens) for example in looked_at)
+        positions = sum(
+            (prompt + len(example.reply)) * len(self.exit_layers) + len(example.reply)
+            for example in self.examples
+        )
+        return positions * decoder.width * decoder.dtype.itemsize <= self.kept.left
+
+    @torch.no_grad()
+    def passed(self, examples: Sequence[Example], forced: Forced) -> Passed:
+        """Return the target's pass over a step's examples.
+
+        Args:
+            examples: The examples.
+            forced: The batch that they make.
+        """
+        if not self.keeps:
+            return self.run(forced)
+        alone = [self.known(example) for example in examples]
+        return Passed(
+            {
+                layer: pad_sequence([one.states[layer][0] for one in alone], batch_first=True)
+                for layer in self.exit_layers
+            },
+            torch.cat([one.last for one in alone]),
+        )
+
+    def known(self, example: Example) -> Passed:
+        """Return the pass over one example, which may have been made before."""
+        return self.kept.get(
+            "states",
+            example,
+            lambda: self.run(self.forcing.batch([example])),
+            lambda made: (*made.states.values(), made.last),
+        )
+
+    def run(self, forced: Forced) -> Passed:
+        """Run the target over a batch."""
+        decoder, cache = self.forcing.vlm.decoder, GradientCache()
+        x, states, before = forced.x, dict[int, Tensor](), 0
+        for layer in self.exit_layers:
+            x = states[layer] = decoder.run(x, forced.span, cache, range(before, layer))
+            before = layer
+        last = decoder.run(x, forced.span, cache, range(before, decoder.depth))
+        return Passed(states, last[forced.learnt])
