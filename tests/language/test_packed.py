@@ -79,6 +79,15 @@ def test_only_what_gains_is_packed() -> None:
     assert pack([short, double, small, offloaded, changed], PLENTY) == 0
 
 
+def test_elsewhere_nothing_is_packed(monkeypatch: pytest.MonkeyPatch) -> None:
+    layer = linear()
+    for capability, onednn in (("DEFAULT", True), ("SVE256", True), ("AVX2", False)):
+        monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda it=capability: it)
+        monkeypatch.setattr(torch.backends.mkldnn, "is_available", lambda it=onednn: it)
+        assert pack([layer], PLENTY) == 0
+    assert type(layer) is nn.Linear
+
+
 def test_memory_is_bounded_and_nothing_is_packed_twice() -> None:
     layers = [linear() for _ in range(4)]
     size = layers[0].weight.nbytes

@@ -1,7 +1,7 @@
 """Linear layers whose weights are laid out for products of a few rows, on a CPU in float32.
 
 A verify multiplies every weight by as many rows as there are tokens in the draft. A plain matrix
-product of 2 to 16 rows takes the CPU up to four times as long as the product of one row, of which
+product of 2 to 32 rows takes the CPU up to six times as long as the product of one row, of which
 drafting has nothing left; with weights in oneDNN's own layout it takes hardly longer than reading
 them once. Products of one row stay as they were, and so do all of them in autocast or while
 gradients are recorded.

@@ -35,20 +35,17 @@ class Kept:
     def __init__(self, most_bytes: int = KEPT_BYTES) -> None:
         self.left = most_bytes
         # With what it was made of, which stays alive so that its id stays its own.
-        self._found: dict[tuple[str, int], tuple[object, Any]] = {}
+        self._found: dict[int, tuple[object, Any]] = {}
 
-    def get(
-        self, kind: str, of: object, make: Callable[[], T], parts: Callable[[T], Iterable[Tensor]]
-    ) -> T:
+    def get(self, of: object, make: Callable[[], T], parts: Callable[[T], Iterable[Tensor]]) -> T:
         """Return what is kept, or make it.
 
         Args:
-            kind: What is made.
             of: What it is made of; the same object stands for the same.
             make: Makes it.
             parts: The tensors that it consists of.
         """
-        key = kind, id(of)
+        key = id(of)
         if key in self._found:
             return self._found[key][1]
         made = make()
@@ -95,7 +92,6 @@ class Forcing:
             InputError: A picture can't be read, or the prompt doesn't suit the model.
         """
         return self.kept.get(
-            "prompt",
             example.messages,
             lambda: self.vlm.prompts.encode(example.messages),
             lambda made: (

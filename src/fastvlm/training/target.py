@@ -90,7 +90,6 @@ class FrozenTarget:
     def known(self, example: Example) -> Passed:
         """Return the pass over one example, which may have been made before."""
         return self.kept.get(
-            "states",
             example,
             lambda: self.run(self.forcing.batch([example])),
             lambda made: (*made.states.values(), made.last),
