@@ -10,9 +10,9 @@ from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
 from fastvlm.decoding.batch import Batch
+from fastvlm.decoding.prefix_cache import PrefixEntry
 from fastvlm.decoding.request import Request
 from fastvlm.decoding.strategies import Drafter
-from fastvlm.language.prefix import Kept
 
 
 @dataclass(slots=True)
@@ -26,7 +26,7 @@ class Beginning:
             a strategy reads the exit layer's states and fewer of them are kept.
     """
 
-    kept: Kept | None = None
+    kept: PrefixEntry | None = None
     length: int = 0
     seen: int = 0
 
@@ -42,7 +42,8 @@ def prefill(batch: Batch, requests: Sequence[Request], drafter: Drafter) -> Tens
     known = beginnings(requests, cache.capacity, observed)
     for row, beginning in enumerate(known):
         if beginning.kept is not None:
-            cache.restore(row, beginning.kept.state[..., : beginning.length, :])
+            state = torch.stack(beginning.kept.state)
+            cache.restore(row, state[..., : beginning.length, :])
     lengths = [len(request.tokens) for request in requests]
     seen, starts = [found.seen for found in known], [found.length for found in known]
     x = _side_by_side(
@@ -94,11 +95,11 @@ def beginnings(requests: Sequence[Request], capacity: int, observed: int | None)
     """
     known = []
     for request in requests:
-        found = None if request.store is None else request.store.longest(request.keys)
+        found = None if request.store is None else request.store.match(request.keys)
         if found is None:
             known.append(Beginning())
             continue
-        kept, shared = found
+        kept, shared = found.entry, found.length
         length = min(shared, len(request.tokens) - 1)
         seen = length
         if observed is not None:
@@ -117,10 +118,11 @@ def remember(batch: Batch, row: int, request: Request, drafter: Drafter) -> None
         return
     # The last token's keys and values were never computed.
     keys = [*request.keys, *request.reply[:-1]]
-    state = batch.cache.read(row, len(keys), batch.decoder.depth)
     observed = observed_layer(drafter)
     exits = {} if observed is None or request.exits is None else {observed: request.exits.clone()}
-    request.store.keep(Kept(keys, state, exits))
+    state = batch.cache.read(row, len(keys), batch.decoder.depth)
+    entry = PrefixEntry(keys, list(state), exits)
+    request.store.put(keys, entry.nbytes, lambda: entry)
     request.exits = None
 
 

@@ -8,10 +8,10 @@ from dataclasses import dataclass, field
 
 from torch import Tensor
 
+from fastvlm.decoding.prefix_cache import PrefixCache
 from fastvlm.decoding.selection import Selection
 from fastvlm.decoding.text import ReplyText
 from fastvlm.functional.statistics import DecodingStatistics
-from fastvlm.language.prefix import PrefixStore
 
 
 @dataclass(slots=True)
@@ -23,7 +23,7 @@ class Request:
         embeddings: The prompt's embeddings, the picture's in their places: (length, d_embedding).
         max_new_tokens: The most tokens of the reply.
         end_tokens: Tokens that end a reply.
-        keys: What tells each position of the prompt from others, see `Kept`; read with a store.
+        keys: What tells each position of the prompt from others, see `PrefixEntry`.
         store: Where what was computed before is found, and what is computed here is kept.
         started: When its work began (`time.perf_counter`), for the time to first token.
         selection: How its tokens are chosen.
@@ -40,7 +40,7 @@ class Request:
     max_new_tokens: int
     end_tokens: frozenset[int] = frozenset()
     keys: list[Hashable] = field(default_factory=list)
-    store: PrefixStore | None = None
+    store: PrefixCache | None = None
     started: float = field(default_factory=time.perf_counter)
     selection: Selection = field(default_factory=Selection)
     stops: Callable[[list[int]], bool] | None = None

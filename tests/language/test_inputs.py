@@ -10,20 +10,25 @@ from torch import Tensor
 from transformers import DynamicCache, PreTrainedModel
 
 from fastvlm.functional.errors import InputError
-from fastvlm.language import Prompt, captured
-from fastvlm.language.prompt import UNKNOWN, end_tokens
+from fastvlm.language import DecoderInputs, capture_decoder_inputs
+from fastvlm.language.inputs import UNKNOWN_TOKEN, end_tokens
 from tests.families import END, FAMILIES, IMAGE, QUERIES, START, Inputs, replies
 
 COMPOSITE = [name for name in FAMILIES if name.startswith(("blip2", "instructblip"))]
 
 
-def assert_same(found: list[Prompt], expected: list[Prompt], *, tokens: bool = True) -> None:
+def assert_same(
+    found: list[DecoderInputs], expected: list[DecoderInputs], *, tokens: bool = True
+) -> None:
     assert len(found) == len(expected)
     for ours, other in zip(found, expected, strict=True):
         if tokens:
-            assert ours.tokens == other.tokens
+            assert ours.token_ids == other.token_ids
         torch.testing.assert_close(ours.embeddings, other.embeddings)
-        for mine, its in ((ours.positions, other.positions), (ours.memory, other.memory)):
+        for mine, its in (
+            (ours.position_ids, other.position_ids),
+            (ours.encoder_states, other.encoder_states),
+        ):
             assert (mine is None) == (its is None)
             if mine is not None:
                 torch.testing.assert_close(mine, its)
@@ -41,7 +46,7 @@ def padded_right(inputs: Inputs) -> Inputs:
     }
 
 
-def caught_in_generate(model: PreTrainedModel, inputs: Inputs) -> list[Prompt]:
+def caught_in_generate(model: PreTrainedModel, inputs: Inputs) -> list[DecoderInputs]:
     """Return what is captured where a custom decoding method of `generate` is called."""
     found = []
 
@@ -49,7 +54,7 @@ def caught_in_generate(model: PreTrainedModel, inputs: Inputs) -> list[Prompt]:
         for name in ("logits_processor", "stopping_criteria", "generation_config"):
             named.pop(name, None)
         first = model.prepare_inputs_for_generation(input_ids, is_first_iteration=True, **named)
-        found.extend(captured(model, first))
+        found.extend(capture_decoder_inputs(model, first))
         return input_ids
 
     model.generate(**inputs, custom_generate=decoding, max_new_tokens=3, do_sample=False)
@@ -70,7 +75,7 @@ def test_a_model_is_left_as_it_was(family: str) -> None:
     before, values = replies(model, given, 6), {n: v.clone() for n, v in given.items()}
     attached, state = hooks(model), {n: list(vars(m)) for n, m in model.named_modules()}
     offsets = getattr(model.base_model, "rope_deltas", None)
-    first, second = captured(model, given), captured(model, given)
+    first, second = capture_decoder_inputs(model, given), capture_decoder_inputs(model, given)
     assert_same(first, second)
     assert hooks(model) == attached
     assert {n: list(vars(m)) for n, m in model.named_modules()} == state
@@ -83,20 +88,20 @@ def test_a_model_is_left_as_it_was(family: str) -> None:
 @pytest.mark.parametrize("family", FAMILIES)
 def test_rows_of_a_batch_are_what_they_are_alone(family: str) -> None:
     model, inputs = FAMILIES[family]()
-    [alone] = captured(model, inputs(1))
+    [alone] = capture_decoder_inputs(model, inputs(1))
     given = inputs(4)
-    together = captured(model, given)
+    together = capture_decoder_inputs(model, given)
     assert len(together) == 4
     assert_same(together[:1], [alone])
-    assert_same(captured(model, padded_right(given)), together)
-    if alone.memory is None:
+    assert_same(capture_decoder_inputs(model, padded_right(given)), together)
+    if alone.encoder_states is None:
         lengths = given["attention_mask"].sum(1).tolist()
-        assert [len(prompt.tokens) for prompt in together] == lengths
+        assert [len(prompt.token_ids) for prompt in together] == lengths
         assert [len(prompt.embeddings) for prompt in together] == lengths
     else:
-        assert all(prompt.tokens == [0] for prompt in together)
+        assert all(prompt.token_ids == [0] for prompt in together)
         lengths = given["attention_mask"].sum(1).tolist()
-        assert [len(prompt.memory) for prompt in together] == lengths
+        assert [len(prompt.encoder_states) for prompt in together] == lengths
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -105,14 +110,16 @@ def test_the_prompt_is_the_one_of_generate(family: str) -> None:
     given = inputs(3)
     # BLIP-2 calls `generate` of the language model in it, with embeddings.
     assert_same(
-        caught_in_generate(model, given), captured(model, given), tokens=family not in COMPOSITE
+        caught_in_generate(model, given),
+        capture_decoder_inputs(model, given),
+        tokens=family not in COMPOSITE,
     )
 
 
 def test_tokens_of_embeddings_are_unknown() -> None:
     model, inputs = FAMILIES["blip2-opt"]()
     [prompt] = caught_in_generate(model, inputs(1))
-    assert prompt.tokens == [UNKNOWN] * len(prompt.embeddings)
+    assert prompt.token_ids == [UNKNOWN_TOKEN] * len(prompt.embeddings)
 
 
 @pytest.mark.parametrize("family", ["blip2-opt", "blip2-t5"])
@@ -120,10 +127,10 @@ def test_blip2_describes_a_picture_without_being_asked(family: str) -> None:
     model, inputs = FAMILIES[family]()
     model.config.text_config.bos_token_id = START
     given = {"pixel_values": inputs(2)["pixel_values"]}
-    found = captured(model, given)
+    found = capture_decoder_inputs(model, given)
     assert_same(caught_in_generate(model, given), found, tokens=False)
     if family == "blip2-opt":
-        assert [prompt.tokens for prompt in found] == [[IMAGE] * QUERIES + [START]] * 2
+        assert [prompt.token_ids for prompt in found] == [[IMAGE] * QUERIES + [START]] * 2
 
 
 def test_positions_in_three_axes() -> None:
@@ -132,19 +139,21 @@ def test_positions_in_three_axes() -> None:
     table, _ = model.model.get_rope_index(
         **{name: given[name] for name in given if name != "pixel_values"}
     )
-    for row, prompt in enumerate(captured(model, given)):
+    for row, prompt in enumerate(capture_decoder_inputs(model, given)):
         own = given["attention_mask"][row].bool()
-        assert torch.equal(prompt.positions, table[:, row, own])
-        assert not torch.equal(prompt.positions[1], prompt.positions[2])
+        assert torch.equal(prompt.position_ids, table[:, row, own])
+        assert not torch.equal(prompt.position_ids[1], prompt.position_ids[2])
 
 
 def test_a_question_without_a_picture_has_ordinary_positions() -> None:
     model, inputs = FAMILIES["qwen2.5-vl"]()
     asked = inputs(2)
-    captured(model, asked)
+    capture_decoder_inputs(model, asked)
     tokens = torch.tensor([[5, 6, 7, 8], [0, 9, 10, 11]])
-    found = captured(model, {"input_ids": tokens, "attention_mask": (tokens > 0).long()})
-    assert [prompt.positions for prompt in found] == [None, None]
+    found = capture_decoder_inputs(
+        model, {"input_ids": tokens, "attention_mask": (tokens > 0).long()}
+    )
+    assert [prompt.position_ids for prompt in found] == [None, None]
 
 
 def test_a_filled_cache_is_refused() -> None:
@@ -152,25 +161,25 @@ def test_a_filled_cache_is_refused() -> None:
     given = inputs(1)
     filled = model(**given, past_key_values=DynamicCache()).past_key_values
     with pytest.raises(InputError, match="from 5 positions"):
-        captured(model, {**given, "past_key_values": filled})
-    assert captured(model, {**given, "past_key_values": DynamicCache()})
+        capture_decoder_inputs(model, {**given, "past_key_values": filled})
+    assert capture_decoder_inputs(model, {**given, "past_key_values": DynamicCache()})
 
 
 def test_other_positions_are_refused() -> None:
     model, inputs = FAMILIES["llama"]()
     with pytest.raises(InputError, match="3, 4, 5"):
-        captured(model, {**inputs(1), "position_ids": torch.arange(3, 8)[None]})
+        capture_decoder_inputs(model, {**inputs(1), "position_ids": torch.arange(3, 8)[None]})
 
 
 def test_an_error_of_the_model_leaves_no_hook() -> None:
     model, inputs = FAMILIES["llava"]()
     given = inputs(1)
     # transformers attaches hooks of its own when a model first asks its tower for hidden states.
-    captured(model, given)
+    capture_decoder_inputs(model, given)
     before = hooks(model)
     given["pixel_values"] = given["pixel_values"][:, :1]
     with pytest.raises(RuntimeError):
-        captured(model, given)
+        capture_decoder_inputs(model, given)
     assert hooks(model) == before
 
 
@@ -179,7 +188,7 @@ def test_a_mask_of_more_than_padding_is_refused() -> None:
     given = inputs(1)
     given["attention_mask"] = torch.ones(1, 1, 5, 5, dtype=torch.bool)
     with pytest.raises(InputError, match=r"\(1, 5\) tokens are padding; got \(1, 1, 5, 5\)"):
-        captured(model, given)
+        capture_decoder_inputs(model, given)
 
 
 @pytest.mark.parametrize(
