@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import functools
+import threading
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import pytest
@@ -11,6 +15,7 @@ from transformers import DynamicCache, PreTrainedModel
 
 from fastvlm.functional.errors import InputError
 from fastvlm.language import DecoderInputs, capture_decoder_inputs
+from fastvlm.language.families import text_decoder
 from fastvlm.language.inputs import UNKNOWN_TOKEN, end_tokens
 from tests.families import END, FAMILIES, IMAGE, QUERIES, START, Inputs, replies
 
@@ -85,6 +90,7 @@ def test_a_model_is_left_as_it_was(family: str) -> None:
     assert replies(model, given, 6) == before
 
 
+@pytest.mark.filterwarnings("ignore:The rows are padded on the right")
 @pytest.mark.parametrize("family", FAMILIES)
 def test_rows_of_a_batch_are_what_they_are_alone(family: str) -> None:
     model, inputs = FAMILIES[family]()
@@ -123,7 +129,7 @@ def test_tokens_of_embeddings_are_unknown() -> None:
 
 
 @pytest.mark.parametrize("family", ["blip2-opt", "blip2-t5"])
-def test_blip2_describes_a_picture_without_being_asked(family: str) -> None:
+def test_blip2_describes_an_image_without_being_asked(family: str) -> None:
     model, inputs = FAMILIES[family]()
     model.config.text_config.bos_token_id = START
     given = {"pixel_values": inputs(2)["pixel_values"]}
@@ -145,7 +151,7 @@ def test_positions_in_three_axes() -> None:
         assert not torch.equal(prompt.position_ids[1], prompt.position_ids[2])
 
 
-def test_a_question_without_a_picture_has_ordinary_positions() -> None:
+def test_a_question_without_an_image_has_ordinary_positions() -> None:
     model, inputs = FAMILIES["qwen2.5-vl"]()
     asked = inputs(2)
     capture_decoder_inputs(model, asked)
@@ -171,7 +177,7 @@ def test_other_positions_are_refused() -> None:
         capture_decoder_inputs(model, {**inputs(1), "position_ids": torch.arange(3, 8)[None]})
 
 
-def test_an_error_of_the_model_leaves_no_hook() -> None:
+def test_an_error_of_the_model_leaves_nothing_behind() -> None:
     model, inputs = FAMILIES["llava"]()
     given = inputs(1)
     # transformers attaches hooks of its own when a model first asks its tower for hidden states.
@@ -181,6 +187,7 @@ def test_an_error_of_the_model_leaves_no_hook() -> None:
     with pytest.raises(RuntimeError):
         capture_decoder_inputs(model, given)
     assert hooks(model) == before
+    assert "forward" not in vars(text_decoder(model))
 
 
 def test_a_mask_of_more_than_padding_is_refused() -> None:
@@ -189,6 +196,171 @@ def test_a_mask_of_more_than_padding_is_refused() -> None:
     given["attention_mask"] = torch.ones(1, 1, 5, 5, dtype=torch.bool)
     with pytest.raises(InputError, match=r"\(1, 5\) tokens are padding; got \(1, 1, 5, 5\)"):
         capture_decoder_inputs(model, given)
+
+
+def test_padding_on_the_right_is_warned_of() -> None:
+    model, inputs = FAMILIES["llava"]()
+    with pytest.warns(UserWarning, match="padded on the right"):
+        capture_decoder_inputs(model, padded_right(inputs(4)))
+
+
+def handing(model: PreTrainedModel, monkeypatch: pytest.MonkeyPatch, **more: Any) -> None:
+    """Make a model hand its decoder more arguments."""
+    decoder = text_decoder(model)
+    call = type(decoder).__call__
+
+    def extended(module: Any, *args: Any, **kwargs: Any) -> Any:
+        return call(module, *args, **{**kwargs, **(more if module is decoder else {})})
+
+    monkeypatch.setattr(type(decoder), "__call__", extended)
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("token_type_ids", torch.zeros(1, 5, dtype=torch.long)),
+        ("deepstack_visual_embeds", [torch.zeros(3, 32)]),
+        ("is_causal", False),
+        ("something", "new"),
+        ("cache_position", torch.arange(1, 6)),
+    ],
+)
+def test_what_is_not_known_is_refused_by_name(
+    name: str, value: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model, inputs = FAMILIES["llava"]()
+    handing(model, monkeypatch, **{name: value})
+    with pytest.raises(InputError, match=f"hands its decoder {name}, which"):
+        capture_decoder_inputs(model, inputs(1))
+
+
+def test_what_changes_nothing_is_passed_over(monkeypatch: pytest.MonkeyPatch) -> None:
+    model, inputs = FAMILIES["llava"]()
+    expected = capture_decoder_inputs(model, inputs(1))
+    handing(
+        model,
+        monkeypatch,
+        token_type_ids=None,
+        use_cache=True,
+        return_dict=True,
+        output_attentions=False,
+        output_hidden_states=True,
+        cache_position=torch.arange(21),
+        past_key_values=DynamicCache(),
+    )
+    assert_same(capture_decoder_inputs(model, inputs(1)), expected)
+
+
+@pytest.mark.parametrize("mask", [torch.ones(1, 1, 21, 21), {"full_attention": torch.ones(1)}])
+def test_a_mask_of_the_models_own_is_refused(mask: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    model, inputs = FAMILIES["llava"]()
+    handing(model, monkeypatch, attention_mask=mask)
+    with pytest.raises(InputError, match=r"\(1, 21\) tokens are padding; got"):
+        capture_decoder_inputs(model, inputs(1))
+
+
+def test_what_a_model_puts_before_a_prompt_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    model, inputs = FAMILIES["llama"]()
+    filled = model(**inputs(1), past_key_values=DynamicCache()).past_key_values
+    # Prefix tuning does so.
+    handing(model, monkeypatch, past_key_values=filled)
+    with pytest.raises(InputError, match="from 5 positions"):
+        capture_decoder_inputs(model, inputs(1))
+
+
+def test_arguments_by_their_places(monkeypatch: pytest.MonkeyPatch) -> None:
+    model, inputs = FAMILIES["llava"]()
+    expected = capture_decoder_inputs(model, inputs(1))
+    decoder = text_decoder(model)
+    call = type(decoder).__call__
+    order = ("input_ids", "attention_mask", "position_ids", "past_key_values", "inputs_embeds")
+
+    def placed(module: Any, *args: Any, **kwargs: Any) -> Any:
+        assert not args
+        return call(module, *[kwargs.pop(name, None) for name in order], **kwargs)
+
+    monkeypatch.setattr(type(decoder), "__call__", placed)
+    assert_same(capture_decoder_inputs(model, inputs(1)), expected)
+
+
+def test_a_forward_that_was_replaced_before_is_put_back() -> None:
+    model, inputs = FAMILIES["llava"]()
+    decoder = text_decoder(model)
+    expected = capture_decoder_inputs(model, inputs(1))
+    # As accelerate's hooks do.
+    decoder.forward = replaced = functools.partial(decoder.forward)
+    assert_same(capture_decoder_inputs(model, inputs(1)), expected)
+    assert vars(decoder)["forward"] is replaced
+
+
+@pytest.mark.parametrize("family", ["qwen2-vl", "qwen2.5-vl"])
+def test_what_generate_remembers_is_neither_read_nor_written(family: str) -> None:
+    model, inputs = FAMILIES[family]()
+    given = inputs(2)
+    base = model.base_model
+    fresh = capture_decoder_inputs(model, given)
+    assert base.rope_deltas is None
+    embedded = {
+        "inputs_embeds": model.get_input_embeddings()(given["input_ids"]),
+        "attention_mask": given["attention_mask"],
+    }
+    plain = {"input_ids": given["input_ids"], "attention_mask": given["attention_mask"]}
+    base.rope_deltas = another = torch.tensor([[5], [9]])
+    assert_same(capture_decoder_inputs(model, given), fresh)
+    for asked in (embedded, plain, {"input_ids": given["input_ids"][1:]}):
+        assert all(row.position_ids is None for row in capture_decoder_inputs(model, asked))
+    assert base.rope_deltas is another
+    assert another.tolist() == [[5], [9]]
+
+
+def together(tasks: list[Callable[[], None]]) -> None:
+    """Run tasks in threads of their own, which begin at the same time."""
+    begin = threading.Barrier(len(tasks))
+
+    def run(task: Callable[[], None]) -> None:
+        begin.wait(timeout=60)
+        task()
+
+    with ThreadPoolExecutor(len(tasks)) as pool:
+        for done in [pool.submit(run, task) for task in tasks]:
+            done.result(timeout=120)
+
+
+@pytest.mark.parametrize("family", ["llava", "qwen2.5-vl", "blip2-opt", "blip2-t5"])
+def test_threads_that_capture_beside_threads_that_generate(family: str) -> None:
+    model, inputs = FAMILIES[family]()
+    rows = {number: inputs(number) for number in (1, 2, 3)}
+    expected = {number: capture_decoder_inputs(model, given) for number, given in rows.items()}
+    generated = {number: replies(model, given, 6) for number, given in rows.items()}
+    attached, state = hooks(model), {n: list(vars(m)) for n, m in model.named_modules()}
+    deltas = getattr(model.base_model, "rope_deltas", None)
+    # Qwen2.5-VL's own state admits one `generate` at a time.
+    turn = threading.Lock()
+
+    def capturing(number: int) -> None:
+        for _ in range(8):
+            assert_same(capture_decoder_inputs(model, rows[number]), expected[number])
+
+    def generating(number: int) -> None:
+        for _ in range(3):
+            if deltas is None:
+                assert replies(model, rows[number], 6) == generated[number]
+            else:
+                with turn:
+                    assert replies(model, rows[number], 6) == generated[number]
+
+    together(
+        [
+            *(lambda n=number: capturing(n) for number in (1, 2, 3)),
+            *(lambda n=number: generating(n) for number in (2, 3)),
+        ]
+    )
+    assert hooks(model) == attached
+    assert {n: list(vars(m)) for n, m in model.named_modules()} == state
+    if deltas is not None:
+        with turn:
+            replies(model, rows[3], 6)
+        assert torch.equal(model.base_model.rope_deltas, deltas)
 
 
 @pytest.mark.parametrize(

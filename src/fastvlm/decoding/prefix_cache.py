@@ -60,9 +60,10 @@ class PrefixCache:
         Args:
             keys: The prompt's, see `DecoderInputs.keys`.
         """
+        wanted = list(keys)
         best: tuple[int, _Key] | None = None
         for key, entry in self._entries():
-            length = shared_length(entry.keys, keys)
+            length = shared_length(entry.keys, wanted)
             # Of equals, the most recently used: a token that all prompts begin with should not
             # keep an old entry alive.
             if length and (best is None or length >= best[0]):
@@ -88,10 +89,11 @@ class PrefixCache:
         if not keys or not self.lru.fits(nbytes):
             return False
         entry = make()
+        own = entry.keys
         continued = [
             key
             for key, older in self._entries()
-            if shared_length(older.keys, keys) == len(older.keys)
+            if shared_length(older.keys, own) == len(older.keys)
         ]
         return self.lru.put(_Key(self), entry, entry.nbytes, continued)
 
@@ -108,8 +110,8 @@ class _Key:
     cache: PrefixCache
 
 
-def shared_length(one: Sequence[Hashable], other: Sequence[Hashable]) -> int:
-    """Return how many elements at the beginning of two sequences are the same."""
+def shared_length(one: list[Hashable], other: list[Hashable]) -> int:
+    """Return how many elements at the beginning of two lists are the same."""
     # Slices compare many times faster than a loop does, so the first difference is found by
     # halving.
     high = min(len(one), len(other))
