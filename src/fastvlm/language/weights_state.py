@@ -30,8 +30,8 @@ def weights_state(model: Any) -> Hashable:
     else tells. It takes less than a millisecond for 300 parameters on a CPU; on another device the
     values come in one transfer, for which the device must have finished what it was given before.
 
-    Not noticed are an edit through `weight.data` that leaves most of a matrix as it was, and one of
-    offloaded weights where they are kept.
+    Not noticed are an edit through `weight.data` that leaves most of a matrix as it was, and edits
+    of offloaded weights, which only visit the modules.
 
     Args:
         model: A causal, an encoder-decoder or a vision-language model of `transformers`, with
@@ -45,17 +45,17 @@ def weights_state(model: Any) -> Hashable:
         if root is not None:
             modules.append(root)
             _collect(root, modules)
-    found: list[Hashable] = []
     tensors: list[Tensor] = []
     for module in modules:
-        found.append(id(module))
-        if hasattr(type(module), "merged_adapters"):
-            found += adapter_flags(module)
+        if "_hf_hook" in vars(module) and _is_offloaded(module):
+            continue
         tensors += [tensor for tensor in module._parameters.values() if tensor is not None]
         if module._buffers:
             tensors += _persistent_buffers(module)
-    found += [_identity(tensor) for tensor in tensors]
-    identity = tuple(found)
+    # A few kinds of modules, and hardly any with adapters: their attributes are looked up apart.
+    adapted = {kind for kind in set(map(type, modules)) if hasattr(kind, "merged_adapters")}
+    flags = tuple(adapter_flags(module) for module in modules if type(module) in adapted)
+    identity = tuple(map(id, modules)), flags, _identities(tensors)
     before = _samples.get(model)
     if before is None or before[0] != identity:
         before = _samples[model] = identity, _sample(tensors)
@@ -66,11 +66,9 @@ _samples: WeakKeyDictionary[nn.Module, tuple[Hashable, list[list[Tensor]]]] = We
 """The views of the values that were compared last, which take longer to make than to read."""
 
 
-def adapter_flags(module: nn.Module) -> Iterator[Hashable]:
-    """Yield which adapters of one of PEFT's layers act, and how much."""
-    attributes = vars(module)
-    for name in ADAPTER_FLAGS:
-        yield repr(attributes.get(name))
+def adapter_flags(module: nn.Module) -> tuple[str, ...]:
+    """Return which adapters of one of PEFT's layers act, and how much."""
+    return tuple(repr(vars(module).get(name)) for name in ADAPTER_FLAGS)
 
 
 def _collect(module: nn.Module, found: list[nn.Module]) -> None:
@@ -79,6 +77,12 @@ def _collect(module: nn.Module, found: list[nn.Module]) -> None:
         if child is not None:
             found.append(child)
             _collect(child, found)
+
+
+def _is_offloaded(module: nn.Module) -> bool:
+    """Return whether accelerate fetches a module's weights for each pass, of any thread."""
+    hook: Any = vars(module)["_hf_hook"]
+    return any(getattr(one, "offload", False) for one in getattr(hook, "hooks", [hook]))
 
 
 def _persistent_buffers(module: nn.Module) -> Iterator[Tensor]:
@@ -91,17 +95,20 @@ def _persistent_buffers(module: nn.Module) -> Iterator[Tensor]:
             yield tensor
 
 
-def _identity(tensor: Tensor) -> tuple[Hashable, ...]:
-    """Return what tells a tensor from another, and whether it was written to."""
-    device = tensor.device
-    if device.type == "meta":
-        # Offloaded: accelerate puts another one here at every pass.
-        return tensor.shape, tensor.dtype
+def _identities(tensors: list[Tensor]) -> tuple[Hashable, ...]:
+    """Return what tells tensors from others, and whether they were written to."""
     try:
-        return id(tensor), tensor.data_ptr(), tensor._version, tensor.dtype, device
+        found = [(id(one), one.data_ptr(), one._version, one.dtype, one.device) for one in tensors]
     except (RuntimeError, NotImplementedError):
         # Inference tensors count no versions, and some subclasses lie nowhere themselves.
-        return id(tensor), tensor.dtype, device, *map(_address, _plain_parts(tensor))
+        return tuple(map(_identity, tensors))
+    # What lies nowhere may be made of parts that lie somewhere.
+    return tuple(found) if all(one[1] for one in found) else tuple(map(_identity, tensors))
+
+
+def _identity(tensor: Tensor) -> tuple[Hashable, ...]:
+    version = None if tensor.is_inference() else tensor._version
+    return id(tensor), version, tensor.dtype, tensor.device, *map(_address, _plain_parts(tensor))
 
 
 def _address(tensor: Tensor) -> int | None:
@@ -123,7 +130,7 @@ def _plain_parts(tensor: Any) -> Iterator[Tensor]:
 
 
 def _sample(tensors: list[Tensor]) -> list[list[Tensor]]:
-    """Return views of a few values of each tensor, as far as they can be read, by device and type."""
+    """Return views of a few values of each tensor, together by device and type."""
     found: dict[tuple[torch.device, torch.dtype], list[Tensor]] = {}
     for tensor in tensors:
         for part in _plain_parts(tensor):
@@ -133,6 +140,7 @@ def _sample(tensors: list[Tensor]) -> list[list[Tensor]]:
 
 
 def _view(tensor: Tensor) -> Tensor | None:
+    """Return a view of a few values; None where they can't be read."""
     if tensor.is_meta or tensor.dtype.itemsize not in BITS:
         return None
     try:
