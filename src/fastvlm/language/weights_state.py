@@ -108,7 +108,7 @@ def _identities(tensors: list[Tensor]) -> tuple[Hashable, ...]:
 
 def _identity(tensor: Tensor) -> tuple[Hashable, ...]:
     version = None if tensor.is_inference() else tensor._version
-    return id(tensor), version, tensor.dtype, tensor.device, *map(_address, _plain_parts(tensor))
+    return id(tensor), version, tensor.dtype, tensor.device, *map(_address, plain_parts(tensor))
 
 
 def _address(tensor: Tensor) -> int | None:
@@ -118,13 +118,13 @@ def _address(tensor: Tensor) -> int | None:
         return None
 
 
-def _plain_parts(tensor: Any) -> Iterator[Tensor]:
+def plain_parts(tensor: Any) -> Iterator[Tensor]:
     """Yield a tensor, or those that a tensor subclass, such as a quantised one, is made of."""
     if type(tensor) in {nn.Parameter, Tensor}:
         yield tensor
     elif hasattr(tensor, "__tensor_flatten__"):
         for name in tensor.__tensor_flatten__()[0]:
-            yield from _plain_parts(getattr(tensor, name))
+            yield from plain_parts(getattr(tensor, name))
     else:
         yield tensor
 
@@ -133,7 +133,7 @@ def _sample(tensors: list[Tensor]) -> list[list[Tensor]]:
     """Return views of a few values of each tensor, together by device and type."""
     found: dict[tuple[torch.device, torch.dtype], list[Tensor]] = {}
     for tensor in tensors:
-        for part in _plain_parts(tensor):
+        for part in plain_parts(tensor):
             if (view := _view(part)) is not None:
                 found.setdefault((view.device, view.dtype), []).append(view)
     return list(found.values())
