@@ -163,7 +163,7 @@ class VisionLanguageModel:
         """
         started = time.perf_counter()
         if not isinstance(prompt, str) and picture is not None:
-            raise InputError("A dialogue's pictures stand in its messages; leave out the picture.")
+            raise InputError("A dialogue's images stand in its messages; leave out the image.")
         messages = question(prompt, picture) if isinstance(prompt, str) else prompt
         shown = among(PictureOptions, options)
         cache = self.features if self.lru.limit else None
