@@ -142,8 +142,9 @@ class FastViTHDPromptBuilder:
         """
         found: Any = None if cache is None or name is None else cache.get(name)
         if found is None:
-            encoded = self.model.get_image_features(self._placed(tiles))
-            found = encoded.pooler_output.flatten(0, 1)
+            # One tensor, or one for each tile: releases of transformers differ.
+            encoded = self.model.get_image_features(self._placed(tiles)).pooler_output
+            found = torch.cat([*encoded])
             if cache is not None and name is not None:
                 cache.put(name, found)
         return found
