@@ -384,8 +384,14 @@ def single_requests(pairs: Sequence[Pair]) -> Answer:
     }
 
 
-def many_requests(pairs: Sequence[Pair]) -> Answer:
-    """Return the throughput of jobs of several requests, as milliseconds a token of all of them."""
+def many_requests(pairs: Sequence[Pair], *, one_batch: bool) -> Answer:
+    """Return the throughput of jobs of several requests, as milliseconds a token of all of them.
+
+    Args:
+        pairs: The answers.
+        one_batch: Whether all requests of a job are decoded together, so that there is a time when
+            all have their first token.
+    """
 
     def per_token(side: Answer, seconds: float) -> float:
         return 1e3 * seconds / sum(map(len, tokens(side)))
@@ -397,8 +403,9 @@ def many_requests(pairs: Sequence[Pair]) -> Answer:
     measures: dict[str, Callable[[Answer], float | None]] = {
         "decoding": lambda side: per_token(side, side["decoding"]),
         "in_all": lambda side: per_token(side, side["preparing"] + side["decoding"]),
-        "after_first_tokens": after_first,
     }
+    if one_batch:
+        measures["after_first_tokens"] = after_first
     found = {name: compared(pairs, measure) for name, measure in measures.items()}
     return {
         "jobs": len(pairs),
@@ -477,7 +484,11 @@ def measure_batch(workers: Sequence[Worker], asked: Questions) -> Iterator[tuple
             )
             for tree in TREES
         }
-        row = {**many_requests(pairs), "different": differences(pairs), "other_than_alone": other}
+        row = {
+            **many_requests(pairs, one_batch=True),
+            "different": differences(pairs),
+            "other_than_alone": other,
+        }
         yield f"batch of {SLOTS}, {strategy}", row
 
 
@@ -501,7 +512,7 @@ def measure_uneven(workers: Sequence[Worker], asked: Questions) -> Iterator[tupl
         pairs = interleaved(workers, jobs)
         yield (
             f"uneven, {UNEVEN_REQUESTS} requests, {strategy}",
-            {**many_requests(pairs), "different": differences(pairs)},
+            {**many_requests(pairs, one_batch=False), "different": differences(pairs)},
         )
 
 
