@@ -1,4 +1,4 @@
-"""The script for a machine with a GPU goes its whole way on the CPU, without what may lack there."""
+"""The script for a machine with a GPU goes its whole way on the CPU, without rich."""
 
 from __future__ import annotations
 
