@@ -20,7 +20,6 @@ from transformers import FastVlmConfig, FastVlmForConditionalGeneration
 
 from fastvlm.evaluation.contenders import DECODERS
 from fastvlm.evaluation.measuring import hardware
-from fastvlm.language.prefix import PrefixStore
 from fastvlm.scenes import describe, render, sample
 from fastvlm.training.tokenizer import IMAGE, learn_tokenizer
 from fastvlm.vision import FastViTHDConfig
@@ -65,9 +64,9 @@ def main() -> None:
             file = Path(folder) / f"{number}.png"
             render(sample(number), 576).save(file)
             replies = [vlm.generate(text, file, max_new_tokens=8) for text in (FIRST, SECOND)]
-            vlm.prefixes = PrefixStore(0)
+            vlm.lru.clear()
             alone = vlm.generate(SECOND, file, max_new_tokens=8)
-            vlm.prefixes = PrefixStore(PREFIX_BYTES)
+            vlm.lru.clear()
             if number:
                 first.append(replies[0].statistics.ttft_ms)
                 second.append(replies[1].statistics.ttft_ms)

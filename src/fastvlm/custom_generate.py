@@ -29,7 +29,7 @@ from fastvlm.decoding.selection import LogitsProcessor, Selection
 from fastvlm.drafting import ImitationNetwork
 from fastvlm.drafting.directory import load_draft
 from fastvlm.functional.errors import InputError
-from fastvlm.language import captured, split_decoder
+from fastvlm.language import capture_decoder_inputs, split_decoder
 
 STATEFUL = (
     processing.AlternatingCodebooksLogitsProcessor,
@@ -104,18 +104,18 @@ class Speculative:
         )
         self.requests = [
             Request(
-                prompt.tokens,
+                prompt.token_ids,
                 prompt.embeddings,
                 limit,
                 frozenset() if ends is None else frozenset(ends.tolist()),
-                positions=prompt.positions,
-                memory=prompt.memory,
+                positions=prompt.position_ids,
+                memory=prompt.encoder_states,
                 selection=Selection(for_row(logits_processor, row), config.do_sample, prompt=seen),
                 stops=stopper(stopping_criteria, seen, input_ids.device),
                 logits=[] if keeps else None,
             )
             for row, (prompt, seen) in enumerate(
-                zip(captured(model, inputs), input_ids.tolist(), strict=True)
+                zip(capture_decoder_inputs(model, inputs), input_ids.tolist(), strict=True)
             )
         ]
         decoding = Decoding(

@@ -17,18 +17,26 @@ from fastvlm.checkpoints.processors import tokenizer_of
 from fastvlm.decoding import Decoding, Drafter, Request
 from fastvlm.decoding.drafters import Drafters, DraftOptions
 from fastvlm.decoding.layer_search import LayerChoice, find_skipped_layers
+from fastvlm.decoding.prefix_cache import PrefixCache
 from fastvlm.decoding.sampling import SamplingOptions, selection_of
 from fastvlm.decoding.text import ReplyText
 from fastvlm.drafting import ImitationNetwork
 from fastvlm.drafting.directory import load_draft
 from fastvlm.functional.errors import InputError
+from fastvlm.functional.lru import LruBytes
 from fastvlm.functional.statistics import DecodingStatistics
 from fastvlm.language import split_decoder
+from fastvlm.language.inputs import end_tokens
 from fastvlm.language.packed import PACKED_BYTES, pack, pack_decoder
-from fastvlm.language.prefix import PrefixStore
-from fastvlm.language.prompt import end_tokens
-from fastvlm.prompts import FastViTHDPrompts, Message, prompts_for, question
+from fastvlm.prompts import (
+    FastViTHDPromptBuilder,
+    ImageFeatureCache,
+    Message,
+    prompt_builder,
+    question,
+)
 from fastvlm.vision.configuration import REDUCTION
+from fastvlm.vision.fastvithd import FastViTHD
 from fastvlm.vision.pictures import Picture, PictureOptions
 
 PREFIX_BYTES = 256 * 2**20
@@ -100,19 +108,20 @@ class VisionLanguageModel:
         self.model, self.network = model.eval(), network
         self.processor, self.tokenizer = processor, tokenizer_of(processor)
         self.decoder = split_decoder(model)
-        self.prompts = prompts_for(model, processor, self.decoder)
+        self.prompts = prompt_builder(model, processor, self.decoder)
         self.drafters = Drafters(self.decoder, network)
-        self.prefixes = PrefixStore(prefix_bytes)
+        self.lru = LruBytes(prefix_bytes)
+        self.prefixes, self.features = PrefixCache(self.lru), ImageFeatureCache(self.lru)
         self.end_tokens = end_tokens(model)
 
     @property
-    def fastvithd(self) -> FastViTHDPrompts:
+    def fastvithd(self) -> FastViTHDPromptBuilder:
         """What makes the prompts of a model around FastViTHD, and knows their length beforehand.
 
         Raises:
             InputError: The model has another encoder, or none.
         """
-        if not isinstance(self.prompts, FastViTHDPrompts):
+        if not isinstance(self.prompts, FastViTHDPromptBuilder):
             raise InputError(
                 f"{type(self.model).__name__} has no FastViTHD encoder, which this needs: how a"
                 " picture is shown is its own processor's matter."
@@ -157,19 +166,19 @@ class VisionLanguageModel:
             raise InputError("A dialogue's pictures stand in its messages; leave out the picture.")
         messages = question(prompt, picture) if isinstance(prompt, str) else prompt
         shown = among(PictureOptions, options)
-        store = self.prefixes if self.prefixes.limit else None
-        encoded = self.prompts.encode(messages, store, **shown)
+        cache = self.features if self.lru.limit else None
+        encoded = self.prompts.decoder_inputs(messages, cache, **shown)
         return Request(
-            encoded.tokens,
+            encoded.token_ids,
             encoded.embeddings,
             options.get("max_new_tokens", 256),
             self.end_tokens,
             keys=encoded.keys or [],
-            store=store if encoded.keys is not None else None,
-            positions=encoded.positions,
-            memory=encoded.memory,
+            store=self.prefixes if cache is not None and encoded.keys is not None else None,
+            positions=encoded.position_ids,
+            memory=encoded.encoder_states,
             started=started,
-            selection=selection_of(encoded.tokens, **among(SamplingOptions, options)),
+            selection=selection_of(encoded.token_ids, **among(SamplingOptions, options)),
             text=ReplyText(self.tokenizer, options.get("stop", ())),
         )
 
@@ -375,6 +384,10 @@ def load(
     if model is None:
         model, draft = embedded.MODEL, embedded.DRAFT if draft is None else draft
     target, processor = load_checkpoint(model, dtype, device)
+    tower = getattr(target.base_model, "vision_tower", None)
+    if isinstance(tower, FastViTHD):
+        # Fusing is exact, so nobody who loads a model for inference wants the branches.
+        tower.fuse()
     network = None if draft is None else load_draft(draft, target)
     taken = pack_decoder(target, packed_bytes)
     if network is not None:

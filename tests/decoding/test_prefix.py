@@ -11,7 +11,6 @@ from torch import nn
 
 from fastvlm.decoding import Autoregressive, Drafter, PromptLookup, SelfSpeculative
 from fastvlm.functional.errors import InputError
-from fastvlm.language.prefix import PrefixStore
 from fastvlm.scenes import render, sample
 from fastvlm.vision.pictures import prepare
 from fastvlm.vlm import VisionLanguageModel
@@ -26,7 +25,7 @@ DRAFTERS = ("autoregressive", "lookup", "early exit", "block", "mlp")
 def fresh() -> VisionLanguageModel:
     """A model that keeps nothing."""
     vlm = small_vlm()
-    vlm.prefixes = PrefixStore(0)
+    vlm.lru.limit = 0
     return vlm
 
 
@@ -188,21 +187,23 @@ def test_what_is_kept_is_bounded_in_bytes() -> None:
     vlm = small_vlm()
     pictures = [render(sample(seed), 192) for seed in range(4)]
     vlm.generate(QUESTIONS[0], pictures[0], max_new_tokens=2)
-    one = vlm.prefixes.size
+    one = vlm.lru.nbytes
     layers, heads, size = 5, 2, 16
     # The prompt, and the first of the reply's two tokens.
     length = len(vlm.tokens(QUESTIONS[0], pictures=1)) + 1
     assert one == 8 * (2 * layers * heads * size * length + VISUAL_TOKENS * vlm.decoder.width)
-    vlm.prefixes = PrefixStore(2 * one)
+    vlm.lru.clear()
+    vlm.lru.limit = 2 * one
     with counted(vlm.model.model.vision_tower) as encoded:
         for shown in (0, 1, 0, 2, 0, 1):
             vlm.generate(QUESTIONS[0], pictures[shown], max_new_tokens=2)
-            assert vlm.prefixes.size <= 2 * one
+            assert vlm.lru.nbytes <= 2 * one
     # The second was used longest ago when the third came.
     assert len(encoded) == 4
-    vlm.prefixes = PrefixStore(1000)
+    vlm.lru.clear()
+    vlm.lru.limit = 1000
     vlm.generate(QUESTIONS[0], pictures[0], max_new_tokens=2)
-    assert vlm.prefixes.size == 0
+    assert vlm.lru.nbytes == 0
 
 
 @pytest.mark.parametrize(

@@ -16,7 +16,7 @@ from fastvlm.decoding import (
 )
 from fastvlm.drafting import FixedLength, ImitationConfig, ImitationNetwork
 from fastvlm.drafting.imitation import initialise_from
-from fastvlm.language import Prompt, SplitDecoder
+from fastvlm.language import DecoderInputs, SplitDecoder
 from tests.families import DEPTH, END
 
 LIMIT = 14
@@ -57,15 +57,15 @@ def strategy(name: str, decoder: SplitDecoder) -> Drafter:
     return SelfSpeculative(decoder, 1, made, FixedLength(3))
 
 
-def decode(decoder: SplitDecoder, drafter: Drafter, prompts: list[Prompt]) -> list[Request]:
+def decode(decoder: SplitDecoder, drafter: Drafter, prompts: list[DecoderInputs]) -> list[Request]:
     requests = [
         Request(
-            prompt.tokens,
+            prompt.token_ids,
             prompt.embeddings,
             LIMIT,
             frozenset({END}),
-            positions=prompt.positions,
-            memory=prompt.memory,
+            positions=prompt.position_ids,
+            memory=prompt.encoder_states,
         )
         for prompt in prompts
     ]

@@ -9,7 +9,7 @@ import pytest
 import torch
 from transformers import PreTrainedModel
 
-from fastvlm.language import captured, split_decoder
+from fastvlm.language import capture_decoder_inputs, split_decoder
 from tests.families import FAMILIES, Inputs, replies, text
 from tests.language.decoding import LIMIT, STRATEGIES, decode, strategy
 
@@ -43,7 +43,9 @@ def test_replies_are_not_one_token_repeated(family: str) -> None:
 def test_greedy_tokens_equal_generates(family: str, name: str, rows: int) -> None:
     known = case(family)
     decoder = split_decoder(known.model)
-    found = decode(decoder, strategy(name, decoder), captured(known.model, known.inputs[rows]))
+    found = decode(
+        decoder, strategy(name, decoder), capture_decoder_inputs(known.model, known.inputs[rows])
+    )
     assert [request.reply for request in found] == known.expected[rows]
     if name == "perfect":
         assert all(request.accepted == request.proposed for request in found)
@@ -55,11 +57,15 @@ def test_logits_of_a_prompt_equal_transformers(family: str) -> None:
     """Greedy tokens don't show a factor that all logits have; sampling does."""
     known = case(family)
     decoder = split_decoder(known.model)
-    [prompt] = captured(known.model, known.inputs[1])
-    start = {} if prompt.memory is None else {"decoder_input_ids": torch.tensor([prompt.tokens])}
-    empty = decoder.cache(1, len(prompt.tokens))
-    empty.seat(0, prompt.positions, prompt.memory)
-    span = empty.span([0], len(prompt.tokens))
+    [prompt] = capture_decoder_inputs(known.model, known.inputs[1])
+    start = (
+        {}
+        if prompt.encoder_states is None
+        else {"decoder_input_ids": torch.tensor([prompt.token_ids])}
+    )
+    empty = decoder.cache(1, len(prompt.token_ids))
+    empty.seat(0, prompt.position_ids, prompt.encoder_states)
+    span = empty.span([0], len(prompt.token_ids))
     some = torch.tensor([3, 50, 7])
     with torch.inference_mode():
         expected = known.model(**known.inputs[1], **start).logits
@@ -74,10 +80,10 @@ def test_a_reply_ends_at_the_last_learnt_position(name: str) -> None:
     """Rows that are longer than others draft past it, in a table without such positions."""
     context = 16
     model, inputs = text("opt", max_position_embeddings=context)
-    prompts = captured(model, inputs(4))
+    prompts = capture_decoder_inputs(model, inputs(4))
     expected = [
         replies(model, {"input_ids": torch.tensor([tokens])}, min(LIMIT, context - len(tokens)))[0]
-        for tokens in (prompt.tokens for prompt in prompts)
+        for tokens in (prompt.token_ids for prompt in prompts)
     ]
     decoder = split_decoder(model)
     found = decode(decoder, strategy(name, decoder), prompts)

@@ -13,7 +13,7 @@ from torch.nn.utils import parametrize
 
 import fastvlm
 from fastvlm.decoding import Autoregressive
-from fastvlm.language import captured, split_decoder
+from fastvlm.language import capture_decoder_inputs, split_decoder
 from fastvlm.language.packed import SMALLEST, PackedLinear, available, pack
 from tests.families import FAMILIES, replies
 from tests.language.decoding import LIMIT, decode, strategy
@@ -136,7 +136,7 @@ def test_tokens_are_those_of_generate(
         for key, value in inputs(4).items()
     }
     expected = replies(model, given, LIMIT)
-    prompts = captured(model, given)
+    prompts = capture_decoder_inputs(model, given)
     # The models of the tests are small.
     monkeypatch.setattr("fastvlm.language.packed.SMALLEST", 1)
     assert fastvlm.pack_decoder(model) > 0

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from fastvlm.decoding import SelfSpeculative
 from fastvlm.functional.errors import InputError
-from fastvlm.language import captured, split_decoder
+from fastvlm.language import capture_decoder_inputs, split_decoder
 from tests.families import FAMILIES, replies
 from tests.language.decoding import LIMIT, STRATEGIES, decode, network, strategy
 
@@ -25,13 +25,13 @@ def test_eager_attention(family: str, name: str) -> None:
     expected = replies(model, given, LIMIT)
     model.set_attn_implementation("eager")
     decoder = split_decoder(model)
-    found = decode(decoder, strategy(name, decoder), captured(model, given))
+    found = decode(decoder, strategy(name, decoder), capture_decoder_inputs(model, given))
     assert [request.reply for request in found] == expected
 
 
 def test_another_attention_is_refused() -> None:
     model, inputs = FAMILIES["llama"]()
-    prompts = captured(model, inputs(1))
+    prompts = capture_decoder_inputs(model, inputs(1))
     decoder = split_decoder(model)
     model.config._attn_implementation = "flex_attention"
     with pytest.raises(InputError, match="flex_attention"):
@@ -49,7 +49,7 @@ def test_weights_that_are_fetched_when_they_are_needed(family: str) -> None:
     assert decoder.lm_head.weight.is_meta
     assert (decoder.device, decoder.dtype) == (torch.device("cpu"), torch.float64)
     for name in ("autoregressive", "early exit", "block"):
-        found = decode(decoder, strategy(name, decoder), captured(model, given))
+        found = decode(decoder, strategy(name, decoder), capture_decoder_inputs(model, given))
         assert [request.reply for request in found] == expected
     with pytest.raises(InputError, match="offloaded"):
         decoder.head_rows(torch.tensor([1]))
@@ -88,7 +88,7 @@ def test_quantised_weights(family: str) -> None:
     decoder = split_decoder(model)
     assert (decoder.device, decoder.dtype) == (torch.device("cpu"), torch.float64)
     for name in ("autoregressive", "early exit", "block"):
-        found = decode(decoder, strategy(name, decoder), captured(model, given))
+        found = decode(decoder, strategy(name, decoder), capture_decoder_inputs(model, given))
         assert [request.reply for request in found] == expected
     with pytest.raises(InputError, match="quantised"):
         decoder.head_rows(torch.tensor([1]))
@@ -107,7 +107,7 @@ def test_int8_weights_of_torchao(family: str) -> None:
     decoder = split_decoder(model)
     restricted = SelfSpeculative(decoder, 1, network(decoder, "block", vocabulary=range(3, 60)))
     for drafter in (*(strategy(name, decoder) for name in STRATEGIES[:4]), restricted):
-        found = decode(decoder, drafter, captured(model, given))
+        found = decode(decoder, drafter, capture_decoder_inputs(model, given))
         assert [request.reply for request in found] == expected
 
 
@@ -122,6 +122,10 @@ def test_weights_that_are_kept_in_float32() -> None:
         for name, value in inputs(1).items()
     }
     expected = replies(model, given, LIMIT)
-    found = decode(decoder, strategy("autoregressive", decoder), captured(model, given))
+    found = decode(
+        decoder, strategy("autoregressive", decoder), capture_decoder_inputs(model, given)
+    )
     assert [request.reply for request in found] == expected
-    assert decode(decoder, strategy("early exit", decoder), captured(model, given))[0].reply
+    assert decode(decoder, strategy("early exit", decoder), capture_decoder_inputs(model, given))[
+        0
+    ].reply

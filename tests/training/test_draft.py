@@ -229,13 +229,13 @@ def naive_loss(
     mlp, vocabulary, zero = network.mlp, network.draft_vocabulary, torch.zeros(()).double()
     parts: dict[str, list[Tensor]] = {"kl": [], "cos": [], "ce": [], "agree": [], "overlap": []}
     for example in examples:
-        prompt = vlm.prompts.encode(example.messages)
-        tokens = torch.tensor([*prompt.tokens, *example.reply])
+        prompt = vlm.prompts.decoder_inputs(example.messages)
+        tokens = torch.tensor([*prompt.token_ids, *example.reply])
         x = decoder.embed_tokens(tokens)
-        x[: len(prompt.tokens)] = prompt.embeddings
+        x[: len(prompt.token_ids)] = prompt.embeddings
         out = decoder(inputs_embeds=x[None], output_hidden_states=True)
         # Position i predicts token i + 1; the prefill gives the reply's first.
-        for i in range(len(prompt.tokens), len(tokens) - 1):
+        for i in range(len(prompt.token_ids), len(tokens) - 1):
             state, last = out.hidden_states[network.config.exit_layer][0, i], out.last_hidden_state
             scaled = state / (state.square().mean() + mlp.norm.eps).sqrt() * mlp.norm.weight
             gate, up = mlp.gate_proj.weight @ scaled, mlp.up_proj.weight @ scaled

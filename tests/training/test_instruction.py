@@ -83,7 +83,7 @@ def test_every_reply_is_learnt_with_its_end_and_nothing_else() -> None:
     assert labels[learnt].equal(tokens[learnt])
     assert vlm.tokenizer.decode(labels[learnt]) == "A red square.<|end|>No.<|end|>"
     # What comes before the first reply is what serving asks.
-    asked = vlm.prompts.encode(conversations()[0].messages[:1]).tokens
+    asked = vlm.prompts.decoder_inputs(conversations()[0].messages[:1]).token_ids
     assert tokens[: len(asked)].tolist() == asked
     assert not learnt[: len(asked)].any()
     assert learnt[len(asked)]

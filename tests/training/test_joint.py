@@ -38,12 +38,12 @@ def examples(vlm: VisionLanguageModel) -> list[Example]:
 
 def naive(vlm: VisionLanguageModel, example: Example) -> tuple[float, float]:
     """The cross-entropy of a reply at the last layer and at the exit, by transformers alone."""
-    prompt = vlm.prompts.encode(example.messages)
+    prompt = vlm.prompts.decoder_inputs(example.messages)
     reply = torch.tensor(example.reply)
     embedded = vlm.model.get_input_embeddings()(reply)
     x = torch.cat((prompt.embeddings, embedded))[None]
     out = vlm.model(inputs_embeds=x, output_hidden_states=True)
-    places = range(len(prompt.tokens) - 1, x.shape[1] - 1)
+    places = range(len(prompt.token_ids) - 1, x.shape[1] - 1)
     early = vlm.model.lm_head(vlm.model.model.language_model.norm(out.hidden_states[EXIT]))
     return tuple(
         float(-logits[0, places].log_softmax(-1)[range(len(reply)), reply].sum().detach())

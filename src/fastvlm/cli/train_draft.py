@@ -296,10 +296,10 @@ def questions_in(
             its records are broken.
     """
     from fastvlm.data.conversations import Records
-    from fastvlm.prompts import FastViTHDPrompts
+    from fastvlm.prompts import FastViTHDPromptBuilder
     from fastvlm.training.replies import questions_of
 
-    size = vlm.image_size if isinstance(vlm.prompts, FastViTHDPrompts) else None
+    size = vlm.image_size if isinstance(vlm.prompts, FastViTHDPromptBuilder) else None
     asked = []
     for source in sources:
         found = conversations_in(source, size)

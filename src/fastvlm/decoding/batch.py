@@ -1,47 +1,65 @@
-"""The rows being decoded."""
+"""The slots that go through a cycle together, as strategies see them."""
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
-from fastvlm.decoding.selection import Selection
-from fastvlm.language.cache import DecoderCache
+import torch
+from torch import Tensor
+
+from fastvlm.decoding.sampler import Sampler
+from fastvlm.decoding.slot import Slot
+from fastvlm.language.cache import DecoderCache, Positions
 from fastvlm.language.decoder import SplitDecoder
 
 
-@dataclass(slots=True)
+@dataclass(frozen=True, slots=True)
 class Batch:
-    """The rows being decoded, as drafters see them.
+    """Slots that decode with one strategy.
 
     Args:
         decoder: The target.
-        cache: Its cache, whose `lengths` are the positions already committed.
-        last: Each row's last committed token, which the cache doesn't hold yet.
-        history: All of each row's tokens, its prompt's and the last one included.
-        replies: The reply in each of them.
-        selections: How each row chooses its tokens.
-        end_tokens: Tokens that end a reply.
-        vocabulary_size: Logits of the target.
+        cache: Its cache.
+        slots: The slots, a row each.
+        clock: Seconds, from any point on.
+        verify_width: Positions that every verify computes, however few are asked for; None for
+            those that are. A product of matrices rounds otherwise when it has other rows beside it,
+            and in bfloat16 that changes tokens. With one width for all, and the same exit layer,
+            drafting changes nothing to the last bit of a single request.
     """
 
     decoder: SplitDecoder
     cache: DecoderCache
-    last: list[int]
-    history: list[list[int]]
-    replies: list[list[int]]
-    selections: list[Selection]
-    end_tokens: frozenset[int]
-    vocabulary_size: int = 0
+    slots: Sequence[Slot]
+    clock: Callable[[], float]
+    verify_width: int | None = None
 
     @property
-    def plain(self) -> bool:
-        """Whether all rows take the likeliest token, and nothing else plays a part."""
-        return all(selection.plain for selection in self.selections)
+    def last(self) -> list[int]:
+        """Each row's last committed token, which the cache doesn't hold yet."""
+        return [slot.last for slot in self.slots]
 
-    def keep(self, rows: list[int]) -> None:
-        """Drop all other rows, which have ended."""
-        self.cache.keep(rows)
-        self.last = [self.last[row] for row in rows]
-        self.history = [self.history[row] for row in rows]
-        self.replies = [self.replies[row] for row in rows]
-        self.selections = [self.selections[row] for row in rows]
+    @property
+    def replies(self) -> list[list[int]]:
+        """Each row's reply so far."""
+        return [slot.request.output_token_ids for slot in self.slots]
+
+    @property
+    def samplers(self) -> list[Sampler]:
+        """How each row chooses its tokens."""
+        return [slot.request.sampler for slot in self.slots]
+
+    @property
+    def lengths(self) -> list[int]:
+        """Each row's committed positions."""
+        return [slot.length for slot in self.slots]
+
+    def positions(self, starts: Sequence[int], width: int, *, to_the_end: bool = False) -> Positions:
+        """Return the positions of a pass over these rows. See `DecoderCache.positions`."""
+        rows = [slot.index for slot in self.slots]
+        return self.cache.positions(starts, width, rows, to_the_end=to_the_end)
+
+    def embed(self, token_ids: Sequence[Sequence[int]]) -> Tensor:
+        """Return the embeddings of rows of tokens: (batch, new, d_embedding)."""
+        return self.decoder.embed(torch.tensor(token_ids, device=self.cache.device))

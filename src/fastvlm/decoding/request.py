@@ -3,52 +3,72 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Hashable, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Literal
 
+import torch
 from torch import Tensor
 
-from fastvlm.decoding.selection import Selection
+from fastvlm.decoding.prefix_cache import PrefixCache
+from fastvlm.decoding.sampler import Sampler
 from fastvlm.decoding.text import ReplyText
 from fastvlm.functional.statistics import DecodingStatistics
-from fastvlm.language.prefix import PrefixStore
+from fastvlm.language.inputs import DecoderInputs
+
+if TYPE_CHECKING:
+    from fastvlm.decoding.strategies import Strategy
+
+FinishReason = Literal["stop", "length", "cancelled", "error"]
 
 
-@dataclass(slots=True)
+@dataclass(frozen=True, slots=True)
+class TokenLogprob:
+    """The log-probability of a reply's token, by the target's own logits.
+
+    Args:
+        token_id: The token.
+        logprob: Its natural logarithm.
+        top: The likeliest tokens at its position, by token.
+    """
+
+    token_id: int
+    logprob: float
+    top: dict[int, float]
+
+
+@dataclass(slots=True, eq=False)
 class Request:
     """One reply to decode, and in the end what was decoded and how.
 
     Args:
-        tokens: The prompt's tokens, a placeholder for each visual token.
-        embeddings: The prompt's embeddings, the picture's in their places: (length, d_embedding).
+        inputs: The prompt.
+        strategy: How drafts are made; a strategy may serve any number of requests at once.
         max_new_tokens: The most tokens of the reply.
-        end_tokens: Tokens that end a reply.
-        keys: What tells each position of the prompt from others, see `Kept`; read with a store.
-        store: Where what was computed before is found, and what is computed here is kept.
+        sampler: How its tokens are chosen.
+        end_token_ids: Tokens that end the reply.
+        prefix_cache: Where what was computed before is found, and what is computed here is kept.
         started: When its work began (`time.perf_counter`), for the time to first token.
-        selection: How its tokens are chosen.
-        stops: Asked after each token whether the reply, of which it is the last, ends there.
-        text: The reply's text, whose stop strings end the reply.
-        logits: Where the target's logits of each token are kept, (vocabulary,); None for nowhere.
-        positions: Time, height and width of the prompt's positions, (3, length), for a model that
-            tells them apart; None for 0, 1, 2 ...
-        memory: The encoder's states of the source, (source, d_model), for an encoder-decoder.
+        stops: Asked after each token whether the reply, of which it is the last, ends there; it is
+            given the reply and the logits of each of its tokens, where these are kept.
+        stop_text: The reply's text, whose stop strings end the reply.
+        keeps_logits: Whether the target's logits of each token are kept.
+        logprobs: Tokens whose log-probabilities are wanted at each position, beside that of the
+            chosen one; None for none at all.
     """
 
-    tokens: list[int]
-    embeddings: Tensor
+    inputs: DecoderInputs
+    strategy: Strategy
     max_new_tokens: int
-    end_tokens: frozenset[int] = frozenset()
-    keys: list[Hashable] = field(default_factory=list)
-    store: PrefixStore | None = None
+    sampler: Sampler = field(default_factory=Sampler)
+    end_token_ids: frozenset[int] = frozenset()
+    prefix_cache: PrefixCache | None = None
     started: float = field(default_factory=time.perf_counter)
-    selection: Selection = field(default_factory=Selection)
-    stops: Callable[[list[int]], bool] | None = None
-    text: ReplyText | None = None
-    logits: list[Tensor] | None = None
-    positions: Tensor | None = None
-    memory: Tensor | None = None
-    reply: list[int] = field(default_factory=list)
+    stops: Callable[[list[int], list[Tensor]], bool] | None = None
+    stop_text: ReplyText | None = None
+    keeps_logits: bool = False
+    logprobs: int | None = None
+    output_token_ids: list[int] = field(default_factory=list)
     drafted: list[bool] = field(default_factory=list)
     """Whether each token of the reply was drafted and accepted."""
     times: list[float] = field(default_factory=list)
@@ -57,27 +77,69 @@ class Request:
     """Drafted tokens of each cycle."""
     accepted: list[int] = field(default_factory=list)
     """Accepted tokens of each cycle."""
-    finished: bool = False
-    exits: Tensor | None = None
-    """The exit layer's states of the prompt, (length, d_model), where they are kept."""
+    logits: list[Tensor] = field(default_factory=list)
+    """The target's logits of each token, (vocabulary,), where they are kept."""
+    token_logprobs: list[TokenLogprob] = field(default_factory=list)
+    added: bool = False
+    """Whether an engine has it, or had it."""
+    autocast: tuple[bool, torch.dtype] = (False, torch.float32)
+    """Whether it computes in mixed precision, and in which: as the thread that added it."""
+    finish_reason: FinishReason | None = None
+    error: Exception | None = None
+    """Why the request failed, where `finish_reason` is "error"."""
+
+    @property
+    def prompt_token_ids(self) -> list[int]:
+        """The prompt's tokens, a placeholder for each visual token."""
+        return self.inputs.token_ids
+
+    @property
+    def finished(self) -> bool:
+        """Whether nothing more will come."""
+        return self.finish_reason is not None
 
     @property
     def statistics(self) -> DecodingStatistics:
         """How the reply was decoded."""
         return DecodingStatistics.of(self.started, self.times, self.proposed, self.accepted)
 
-    def take(self, tokens: Sequence[int], accepted: int, now: float) -> int:
-        """Add a cycle's tokens, cut where the reply ends; return how many stayed."""
-        for index, token in enumerate(tokens):
-            self.reply.append(token)
-            self.drafted.append(index < accepted)
+    def fail(self, error: Exception) -> None:
+        """End the request with an error."""
+        self.error, self.finish_reason = error, "error"
+
+    def deliver(self, token_ids: Sequence[int], logits: Tensor, now: float) -> int:
+        """Add a cycle's tokens, cut where the reply ends; return how many stayed.
+
+        Args:
+            token_ids: The tokens; all but the last one were drafted.
+            logits: The target's: (tokens or more, vocabulary).
+            now: When they were known.
+        """
+        for index, token in enumerate(token_ids):
+            self._keep(token, logits[index])
+            self.output_token_ids.append(token)
+            self.drafted.append(index < len(token_ids) - 1)
             self.times.append(now)
-            if (
-                token in self.end_tokens
-                or len(self.reply) >= self.max_new_tokens
-                or (self.stops is not None and self.stops(self.reply))
-                or (self.text is not None and self.text.stop and self.text.follow(self.reply))
-            ):
-                self.finished = True
+            if token in self.end_token_ids or self._stopped():
+                self.finish_reason = "stop"
+            elif len(self.output_token_ids) >= self.max_new_tokens:
+                self.finish_reason = "length"
+            if self.finished:
                 return index + 1
-        return len(tokens)
+        return len(token_ids)
+
+    def _stopped(self) -> bool:
+        reply = self.output_token_ids
+        if self.stops is not None and self.stops(reply, self.logits):
+            return True
+        return self.stop_text is not None and self.stop_text.follow(reply)
+
+    def _keep(self, token: int, logits: Tensor) -> None:
+        if self.keeps_logits:
+            self.logits.append(logits.clone())
+        if self.logprobs is None:
+            return
+        values = logits.float().log_softmax(-1)
+        top = values.topk(self.logprobs)
+        best = dict(zip(top.indices.tolist(), top.values.tolist(), strict=True))
+        self.token_logprobs.append(TokenLogprob(token, float(values[token]), best))

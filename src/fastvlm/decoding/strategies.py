@@ -1,47 +1,31 @@
-"""The strategies: ways of drafting that share one engine."""
+"""The strategies: ways of drafting that share one engine. None holds a request's state."""
 
 from __future__ import annotations
 
-import time
-from collections.abc import Callable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.nn.utils.rnn import pad_sequence
 
 from fastvlm.decoding.batch import Batch
-from fastvlm.decoding.selection import Drawn
-from fastvlm.decoding.token_by_token import TokenByToken
+from fastvlm.decoding.draft_loop import Draft, draft_loop
 from fastvlm.drafting.draft_length import DraftLength, FixedLength
 from fastvlm.drafting.imitation import ImitationNetwork
 from fastvlm.functional.errors import InputError
-from fastvlm.language.cache import Span
+from fastvlm.functional.placement import moved
+from fastvlm.language.cache import Positions
 from fastvlm.language.decoder import SplitDecoder
 
 
-@dataclass(slots=True)
-class Draft:
-    """What one cycle proposes.
+class Strategy(Protocol):
+    """What the engine needs of a way of drafting.
 
-    Args:
-        drawn: A draft for each row; rows may differ in length.
-        hidden: The exit layer's hidden states of each row's last committed token and of all
-            drafted ones but the last, (batch, g, d_model); None where no layer ran.
+    It may serve any number of requests at once, so whatever belongs to one of them is in its slot.
     """
-
-    drawn: list[list[Drawn]]
-    hidden: Tensor | None = None
-
-    @property
-    def tokens(self) -> list[list[int]]:
-        """The drafted tokens."""
-        return [[drawn.token for drawn in row] for row in self.drawn]
-
-
-class Drafter(Protocol):
-    """What the cycle needs of a strategy."""
 
     @property
     def name(self) -> str:
@@ -59,95 +43,99 @@ class Drafter(Protocol):
         ...
 
     @property
-    def margin(self) -> int:
+    def max_draft_tokens(self) -> int:
         """The most tokens of a draft."""
         ...
 
-    def observe(self, hidden: Tensor) -> None:
-        """Take the exit layer's hidden states of the prompts: (batch, longest prompt, d_model).
-
-        Only a strategy that adds layers to the cache is given them. What lies beyond a shorter
-        prompt means nothing.
-        """
-        ...
-
-    def draft(self, batch: Batch, limits: list[int]) -> Draft:
+    def draft(self, batch: Batch, limits: Sequence[int]) -> Draft:
         """Propose tokens to follow each row's last one, at most `limits` of them."""
         ...
 
-    def commit(self, hidden: Tensor | None, accepted: list[int]) -> None:
-        """Learn what was accepted.
-
-        Args:
-            hidden: The exit layer's hidden states of the last committed token and of the whole
-                draft, (batch, g + 1, d_model); None for a strategy without an exit layer.
-            accepted: Drafted tokens that each row accepted.
-        """
+    def on_verified(self, draft: Draft, accepted: Sequence[int], now: float) -> None:
+        """Learn how many tokens of a draft each row accepted, and when that was known."""
         ...
 
-    def finish(self, tokens: int) -> None:
+    def on_finish(self, tokens: int) -> None:
         """Learn that a reply has ended with so many tokens."""
         ...
 
-    def keep(self, rows: list[int]) -> None:
-        """Forget all other rows, which have ended."""
-        ...
+
+class Drafting:
+    """A strategy that learns nothing."""
+
+    def on_verified(self, draft: Draft, accepted: Sequence[int], now: float) -> None:
+        """Nothing to learn."""
+
+    def on_finish(self, tokens: int) -> None:
+        """Nothing to learn."""
 
 
-@dataclass(frozen=True, slots=True)
-class Autoregressive:
+class RuledDrafting:
+    """A strategy whose drafts end by a rule, which learns what came of them."""
+
+    length: DraftLength
+
+    def on_verified(self, draft: Draft, accepted: Sequence[int], now: float) -> None:
+        """Tell the rule for the draft's length what was accepted, and what it took."""
+        if draft.progress is not None:
+            self.length.update(draft.progress, accepted, draft.timings(now))
+
+    def on_finish(self, tokens: int) -> None:
+        """Tell the rule for the draft's length how long a reply was."""
+        self.length.on_finish(tokens)
+
+
+@dataclass(frozen=True, eq=False)
+class Autoregressive(Drafting):
     """No draft: one pass of the whole model for each token.
 
     Args:
-        exit_layer: Layers that run apart from the others, as they do for a drafter.
+        exit_layer: Layers that run apart from the others, as they do where something drafts.
     """
 
     exit_layer: int = 0
     name: str = "autoregressive"
     cache_layers: int = 0
-    margin: int = 0
+    max_draft_tokens: int = 0
 
-    def observe(self, hidden: Tensor) -> None:
-        """Nothing to learn."""
-
-    def draft(self, batch: Batch, limits: list[int]) -> Draft:  # noqa: ARG002
+    def draft(self, batch: Batch, limits: Sequence[int]) -> Draft:  # noqa: ARG002
         """Propose nothing."""
-        return Draft([[] for _ in batch.last])
-
-    def commit(self, hidden: Tensor | None, accepted: list[int]) -> None:
-        """Nothing to learn."""
-
-    def finish(self, tokens: int) -> None:
-        """Nothing to learn."""
-
-    def keep(self, rows: list[int]) -> None:
-        """Nothing to forget."""
+        return Draft([[] for _ in batch.slots])
 
 
-@dataclass(slots=True)
-class PromptLookup:
+@dataclass(frozen=True, eq=False)
+class PromptLookup(Drafting):
     """Propose what followed the last tokens where they stood before (Saxena 2023).
 
     Args:
-        margin: The most tokens of a draft.
+        max_draft_tokens: The most tokens of a draft.
         ngram: The longest run of last tokens to look for.
     """
 
-    margin: int = 10
+    max_draft_tokens: int = 10
     ngram: int = 3
-    name: str = "lookup"
+    name: str = "prompt-lookup"
     exit_layer: int = 0
     cache_layers: int = 0
 
-    def observe(self, hidden: Tensor) -> None:
-        """Nothing to learn."""
+    def __post_init__(self) -> None:
+        """Check the length.
 
-    def draft(self, batch: Batch, limits: list[int]) -> Draft:
+        Raises:
+            InputError: Drafts would have no token.
+        """
+        # The other strategies' rules check theirs.
+        FixedLength(self.max_draft_tokens)
+
+    def draft(self, batch: Batch, limits: Sequence[int]) -> Draft:
         """Propose what followed the longest and latest earlier occurrence."""
+        histories = [
+            [*slot.request.prompt_token_ids, *slot.request.output_token_ids] for slot in batch.slots
+        ]
         return Draft(
             [
-                [Drawn(token) for token in self.look_up(history, min(self.margin, limit))]
-                for history, limit in zip(batch.history, limits, strict=True)
+                self.look_up(history, min(self.max_draft_tokens, limit))
+                for history, limit in zip(histories, limits, strict=True)
             ]
         )
 
@@ -162,21 +150,13 @@ class PromptLookup:
                     return history[start + size : start + size + most]
         return []
 
-    def commit(self, hidden: Tensor | None, accepted: list[int]) -> None:
-        """Nothing to learn."""
 
-    def finish(self, tokens: int) -> None:
-        """Nothing to learn."""
-
-    def keep(self, rows: list[int]) -> None:
-        """Nothing to forget."""
-
-
-@dataclass(slots=True)
-class SelfSpeculative:
+@dataclass(eq=False)
+class SelfSpeculative(RuledDrafting):
     """Draft with the target's first layers, an imitation network and the shared LM head.
 
-    Without a network this is early exit: the final norm and LM head on the exit layer's states.
+    (FastVLM, Bajpai and Hanawal, arXiv 2510.22641, section 3.) Without a network this is early
+    exit: the final norm and LM head on the exit layer's states.
 
     Args:
         decoder: The target.
@@ -184,6 +164,9 @@ class SelfSpeculative:
         network: The imitation network, or None for early exit.
         length: How long a draft goes on.
         name: The strategy's name in tables.
+
+    Raises:
+        InputError: The exit layer is not one of the target's.
     """
 
     decoder: SplitDecoder
@@ -191,103 +174,192 @@ class SelfSpeculative:
     network: ImitationNetwork | None = None
     length: DraftLength = field(default_factory=FixedLength)
     name: str = "imitation"
-    margin: int = field(init=False)
-    cache_layers: int = field(init=False)
-    clock: Callable[[], float] = time.perf_counter
-    _head: Tensor | None = field(init=False, default=None)
-    _loop: TokenByToken = field(init=False)
-    _prompts: Tensor | None = field(init=False, default=None)
-    """States of the prompts that the network has not seen."""
-    _pending: list[Tensor] = field(init=False, default_factory=list)
-    """States of the positions before the last token that the network has not seen."""
+    _rows: tuple[Any, Tensor, Tensor] | None = field(init=False, default=None)
+    """The LM head's rows of the draft's vocabulary, and that: for the weights that stand first."""
 
     def __post_init__(self) -> None:
-        """Cut the head to the draft's vocabulary.
-
-        Raises:
-            InputError: The exit layer is not one of the target's.
-        """
+        """Check the exit layer."""
         if not 1 <= self.exit_layer < self.decoder.depth:
             raise InputError(
                 f"The exit layer lies between 1 and {self.decoder.depth - 1} for this model;"
                 f" got {self.exit_layer}."
             )
-        self.margin = self.length.maximum
-        self.cache_layers = 0 if self.network is None else self.network.cache_layers
-        self._loop = TokenByToken(self.length, self.clock, self.vocabulary)
-        if self.vocabulary is not None:
-            self._head = self.decoder.head_rows(self.vocabulary).detach().contiguous()
 
     @property
-    def vocabulary(self) -> Tensor | None:
-        """The tokens that can be drafted, or None for all."""
-        return None if self.network is None else self.network.draft_vocabulary
+    def max_draft_tokens(self) -> int:
+        """The most tokens of a draft."""
+        return self.length.maximum
 
-    def observe(self, hidden: Tensor) -> None:
-        """Keep the prompts' states for the first draft; a short reply may never ask for one."""
-        self._prompts, self._pending = hidden, []
+    @property
+    def cache_layers(self) -> int:
+        """Layers that the strategy adds to the cache."""
+        return 0 if self.network is None else self.network.cache_layers
 
-    def draft(self, batch: Batch, limits: list[int]) -> Draft:
+    def draft(self, batch: Batch, limits: Sequence[int]) -> Draft:
         """Draft token by token, until the rule for the draft's length ends it."""
-        starts = batch.cache.lengths
+        starts = batch.lengths
         states: list[Tensor] = []
+        network = self._placed_network()
+        vocabulary = None if network is None else network.draft_vocabulary
+        rows = None
+        if vocabulary is not None:
+            rows, vocabulary = self._vocabulary_rows(vocabulary)
 
-        def guess(last: list[int], step: int) -> Tensor:
-            span = batch.cache.span([start + step for start in starts], 1)
-            x = self.decoder.embed(torch.tensor(last, device=self.decoder.device)[:, None])
-            x = self.decoder.run(x, span, batch.cache, range(self.exit_layer))
+        def step(last: list[int], number: int) -> Tensor:
+            positions = batch.positions([start + number for start in starts], 1)
+            x = batch.embed([[token] for token in last])
+            x = self.decoder.forward_layers(x, positions, batch.cache, range(self.exit_layer))
             states.append(x)
-            return self.head(self.imitate(x, span, batch))[:, -1]
+            if network is not None:
+                x = self._imitated(network, batch, x, positions, first=not number)
+            if rows is not None:
+                return F.linear(self.decoder.norm(x), rows)[:, -1]
+            logits = self.decoder.head(x)[:, -1]
+            return logits if vocabulary is None else logits[:, vocabulary]
 
-        behind = len(self._pending) + (0 if self._prompts is None else self._prompts.shape[1])
-        drafts = self._loop.draft(batch, limits, behind, guess)
-        return Draft(drafts, torch.cat(states, 1) if states else None)
+        size = self.decoder.vocabulary_size
+        draft = draft_loop(batch, self.length, limits, step, vocabulary, size)
+        draft.hidden = torch.cat(states, 1) if states else None
+        return draft
 
-    def imitate(self, x: Tensor, span: Span, batch: Batch) -> Tensor:
-        """Return the network's guess of the last layer's states: (batch, 1 or more, d_model)."""
-        if self.network is None:
-            return x
-        cache, decoder = batch.cache, self.decoder
-        if self._prompts is not None:
-            whole = cache.span([0] * len(x), self._prompts.shape[1])
-            self.network.run(self._prompts, whole, cache, decoder)
-            self._prompts = None
-        if self._pending:
-            before = len(self._pending)
-            span = cache.span([start - before for start in span.starts], before + 1)
-            x = torch.cat((*self._pending, x), 1)
-            self._pending = []
-        return self.network.run(x, span, cache, decoder)
+    def _imitated(
+        self, network: ImitationNetwork, batch: Batch, x: Tensor, positions: Positions, *, first: bool
+    ) -> Tensor:
+        """Return the network's guess of the last layer's states: (batch, 1, d_model)."""
+        cache, decoder, slots = batch.cache, self.decoder, batch.slots
+        if not first or not self.cache_layers:
+            return network.imitate(x, positions, cache, decoder)
+        self._catch_up(network, batch)
+        lags = [slot.lag for slot in slots]
+        if not any(lags):
+            return network.imitate(x, positions, cache, decoder)
+        # Where a whole draft was accepted, its last token goes through the network only now.
+        seen = [
+            torch.cat((slot.exits.since(slot.drafted_length), x[row]))
+            if slot.exits is not None and slot.lag
+            else x[row]
+            for row, slot in enumerate(slots)
+        ]
+        ragged = pad_sequence(seen, batch_first=True)
+        starts = [slot.drafted_length for slot in slots]
+        places = batch.positions(starts, ragged.shape[1])
+        found = network.imitate(ragged, places, cache, decoder)
+        if len(slots) == 1:
+            return found[:, -1:]
+        rows = torch.arange(len(slots), device=found.device)
+        return found[rows, torch.tensor(lags, device=found.device)][:, None]
 
-    def head(self, x: Tensor) -> Tensor:
-        """Return the logits of the last position: (batch, 1, draft vocabulary)."""
-        x = x[:, -1:]
-        if self._head is None:
-            return self.decoder.head(x)
-        return F.linear(self.decoder.norm(x), self._head)
+    def _catch_up(self, network: ImitationNetwork, batch: Batch) -> None:
+        """Show the network what slots have computed since it last drafted for them.
 
-    def commit(self, hidden: Tensor | None, accepted: list[int]) -> None:
-        """Keep the hidden state before the new last token, which the network may not have seen.
-
-        It has not, where there was no draft or the whole of it was accepted. Where it has, it
-        computes the same again.
+        Slots that are equally far behind go through it together; one position is left to the first
+        draft step, which has room for it.
         """
-        self._loop.commit(accepted)
-        if not self.cache_layers or hidden is None:
-            return
-        if len(accepted) == 1:
-            state = hidden[:, accepted[0] : accepted[0] + 1]
+        behind: dict[int, list[Any]] = {}
+        for slot in batch.slots:
+            if slot.lag > 1:
+                behind.setdefault(slot.lag, []).append(slot)
+        for lag, slots in behind.items():
+            part = Batch(batch.decoder, batch.cache, slots, batch.clock)
+            x = torch.stack([slot.exits.since(slot.drafted_length) for slot in slots])
+            positions = part.positions([slot.drafted_length for slot in slots], lag)
+            network.imitate(x, positions, batch.cache, self.decoder)
+            for slot in slots:
+                slot.drafted_length = slot.length
+                slot.exits.forget(slot.length)
+
+    def _placed_network(self) -> ImitationNetwork | None:
+        """Return the network where and in the precision that hidden states are."""
+        if self.network is None:
+            return None
+        device, dtype = self.decoder.device_and_dtype()
+        parameter: nn.Parameter = next(self.network.parameters())
+        if (parameter.device, parameter.dtype) != (device, dtype):
+            moved(self.network, device, dtype)
+        return self.network
+
+    def _vocabulary_rows(self, vocabulary: Tensor) -> tuple[Tensor | None, Tensor]:
+        """Return the LM head's rows that draft, if it has rows, and the tokens that they are for."""
+        weight: Any = getattr(self.decoder.lm_head, "weight", None)
+        if type(weight) is not nn.Parameter or weight.is_inference():
+            state = None
         else:
-            rows = torch.arange(len(accepted), device=hidden.device)
-            state = hidden[rows, torch.tensor(accepted, device=hidden.device)][:, None]
-        self._pending.append(state)
+            state = (weight, weight._version, weight.data_ptr(), weight.dtype, vocabulary)
+        if state is None or self._rows is None or not _same(self._rows[0], state):
+            size = self.decoder.vocabulary_size
+            kept = vocabulary[vocabulary < size]
+            rows = self.decoder.lm_head_rows(kept)
+            if rows is None:
+                return None, kept
+            self._rows = state, rows.contiguous(), kept
+        return self._rows[1], self._rows[2]
 
-    def finish(self, tokens: int) -> None:
-        """Tell the rule for the draft's length how long a reply was."""
-        self.length.finish(tokens)
 
-    def keep(self, rows: list[int]) -> None:
-        """Forget the states of all other rows."""
-        self._pending = [states[rows] for states in self._pending]
-        if self._prompts is not None:
-            self._prompts = self._prompts[rows]
+def _same(one: tuple[Any, ...] | None, other: tuple[Any, ...]) -> bool:
+    """Return whether two states of an LM head are the same; their tensors are compared by id."""
+    return one is not None and all(
+        a is b if isinstance(a, Tensor) else a == b for a, b in zip(one, other, strict=True)
+    )
+
+
+@dataclass(eq=False)
+class LayerSkip(RuledDrafting):
+    """Draft with the target's own layers but for some (Draft & Verify, arXiv 2309.08168).
+
+    Nothing of a draft is used again: drafted tokens write keys and values of the layers that are
+    kept, and the verify, which runs all layers at the same positions, overwrites them.
+
+    Args:
+        decoder: The target.
+        skipped: The layers that drafting leaves out.
+        length: How long a draft goes on.
+        name: The strategy's name in tables.
+
+    Raises:
+        InputError: There is no such layer, or none would be left.
+    """
+
+    decoder: SplitDecoder
+    skipped: Iterable[int]
+    length: DraftLength = field(default_factory=FixedLength)
+    name: str = "layer-skip"
+    exit_layer: int = field(init=False, default=0)
+    cache_layers: int = field(init=False, default=0)
+    kept: tuple[int, ...] = field(init=False)
+    """The layers that draft."""
+
+    def __post_init__(self) -> None:
+        """Check the layers."""
+        self.skipped = tuple(sorted(set(self.skipped)))
+        depth = self.decoder.depth
+        if any(not 0 <= layer < depth for layer in self.skipped):
+            raise InputError(
+                f"The layers of this model are 0 to {depth - 1}; got"
+                f" {', '.join(map(str, self.skipped))} to skip."
+            )
+        self.kept = tuple(layer for layer in range(depth) if layer not in self.skipped)
+        if not self.kept:
+            raise InputError(f"All {depth} layers were to be skipped, and none would draft.")
+
+    @property
+    def max_draft_tokens(self) -> int:
+        """The most tokens of a draft."""
+        return self.length.maximum
+
+    def draft(self, batch: Batch, limits: Sequence[int]) -> Draft:
+        """Draft token by token, until the rule for the draft's length ends it."""
+        starts = batch.lengths
+
+        def step(last: list[int], number: int) -> Tensor:
+            positions = batch.positions([start + number for start in starts], 1)
+            x = batch.embed([[token] for token in last])
+            x = self.decoder.forward_layers(x, positions, batch.cache, self.kept)
+            return self.decoder.head(x)[:, -1]
+
+        return draft_loop(batch, self.length, limits, step)
+
+
+def default_skipped_layers(depth: int) -> tuple[int, ...]:
+    """Return every second layer of the middle half, which is a start where nothing was searched."""
+    outer = max(1, depth // 4)
+    return tuple(range(outer, depth - outer, 2))

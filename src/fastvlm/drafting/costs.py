@@ -137,30 +137,30 @@ class CycleCosts:
         self.verify = VerifyCost()
         self.step = StepCost()
         self._extra = Recent()
-        self._behind = Recent()
+        self._lag = Recent()
 
-    def add(self, steps: list[float], behind: int, width: int, verify: float) -> None:
+    def add(self, steps: list[float], lag: int, width: int, verify: float) -> None:
         """Take a cycle's measurements, in seconds.
 
         Args:
             steps: Each draft step.
-            behind: Positions on which the first step caught up.
+            lag: Positions on which the first step caught up.
             width: The verify's width.
             verify: The verify's seconds.
         """
         self.verify.add(width, verify)
         for place, seconds in enumerate(steps):
             # The first step of a draft always looks one position back.
-            if place or behind <= 1:
+            if place or lag <= 1:
                 self.step.add(place, seconds)
             elif usual := self.step.of(0):
                 self._extra.add(max(seconds - usual, 0.0))
-                self._behind.add(behind)
+                self._lag.add(lag)
 
-    def catch_up(self, behind: int) -> float:
+    def catch_up(self, lag: int) -> float:
         """Return the seconds of seeing positions that were not seen yet.
 
         Fewer than usual take as long as usual, more in proportion.
         """
-        usual = self._behind.median
-        return self._extra.median * max(behind / usual, 1.0) if behind > 1 and usual else 0.0
+        usual = self._lag.median
+        return self._extra.median * max(lag / usual, 1.0) if lag > 1 and usual else 0.0

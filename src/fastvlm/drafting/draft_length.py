@@ -14,21 +14,21 @@ class Progress:
     """How far one cycle's drafts have come: a value for each row of the batch.
 
     Args:
-        open: Whether the row can have another token: it decodes, its limit is not reached, and
+        active: Whether the row can have another token: it decodes, its limit is not reached, and
             what it drafted last does not end the reply.
         confidences: The drafter's own probability of each token drafted so far (1 where the rule
             does not read it).
         remaining: The most tokens that the reply can still have.
-        replied: Tokens of the reply so far.
-        behind: Positions before the last committed token that a drafter has not seen yet and has to
+        generated: Tokens of the reply so far.
+        lag: Positions before the last committed token that a drafter has not seen yet and has to
             catch up on before its first guess.
     """
 
-    open: list[bool]
+    active: list[bool]
     confidences: list[list[float]]
     remaining: list[int]
-    replied: list[int]
-    behind: int = 0
+    generated: list[int]
+    lag: int = 0
 
     @property
     def steps(self) -> int:
@@ -62,15 +62,15 @@ class DraftLength(Protocol):
         """Whether the rule needs the drafter's probability; computing it costs a little."""
         ...
 
-    def goes_on(self, progress: Progress) -> list[bool]:
+    def should_continue(self, progress: Progress) -> list[bool]:
         """Return whether each row drafts another token; it is asked before the first one too."""
         ...
 
-    def learn(self, progress: Progress, accepted: Sequence[int], timings: Timings) -> None:
+    def update(self, progress: Progress, accepted: Sequence[int], timings: Timings) -> None:
         """Learn from a cycle: its drafts, how many tokens each row accepted, and what it took."""
         ...
 
-    def finish(self, tokens: int) -> None:
+    def on_finish(self, tokens: int) -> None:
         """Learn that a reply has ended with so many tokens."""
         ...
 
@@ -84,17 +84,17 @@ class RowByRow:
         """Return whether a row goes on after tokens of these probabilities: up to the maximum."""
         return len(confidences) < self.maximum
 
-    def goes_on(self, progress: Progress) -> list[bool]:
+    def should_continue(self, progress: Progress) -> list[bool]:
         """Return whether each row drafts another token."""
         return [
-            is_open and self.continues(confidences)
-            for is_open, confidences in zip(progress.open, progress.confidences, strict=True)
+            is_active and self.continues(confidences)
+            for is_active, confidences in zip(progress.active, progress.confidences, strict=True)
         ]
 
-    def learn(self, progress: Progress, accepted: Sequence[int], timings: Timings) -> None:
+    def update(self, progress: Progress, accepted: Sequence[int], timings: Timings) -> None:
         """Nothing to learn."""
 
-    def finish(self, tokens: int) -> None:
+    def on_finish(self, tokens: int) -> None:
         """Nothing to learn."""
 
 

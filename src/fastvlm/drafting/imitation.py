@@ -16,7 +16,7 @@ from torch.nn import functional as F
 from transformers import AutoConfig, AutoModel, PreTrainedConfig, PreTrainedModel
 
 from fastvlm.functional.errors import InputError
-from fastvlm.language.cache import KeyValueCache, Span
+from fastvlm.language.cache import KeyValueCache, Positions
 from fastvlm.language.decoder import SplitDecoder
 from fastvlm.language.families import family
 
@@ -124,11 +124,13 @@ class ImitationNetwork(PreTrainedModel):
         """Layers that the network adds to the decoder's cache."""
         return len(self.layers)
 
-    def run(self, x: Tensor, span: Span, cache: KeyValueCache, decoder: SplitDecoder) -> Tensor:
+    def imitate(
+        self, x: Tensor, positions: Positions, cache: KeyValueCache, decoder: SplitDecoder
+    ) -> Tensor:
         """Imitate the last layer's hidden states from the exit layer's: (batch, new, d_model)."""
         if self.mlp is not None:
             return self.mlp(x)
-        return decoder.run_blocks(x, span, cache, self.layers)
+        return decoder.forward_blocks(x, positions, cache, self.layers)
 
 
 def initialise_from(network: ImitationNetwork, layers: Sequence[nn.Module]) -> None:

@@ -41,7 +41,7 @@ def answered(
         InputError: As `VisionLanguageModel.request`.
     """
     # Every strategy pays for its picture.
-    vlm.prefixes.clear()
+    vlm.lru.clear()
     request = vlm.request(prompt, picture, **options)
     for _ in Decoding(vlm.decoder, drafter, [request]):
         pass

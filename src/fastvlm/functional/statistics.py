@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import statistics
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
@@ -13,7 +14,7 @@ class DecodingStatistics:
 
     Args:
         tokens: Tokens of the reply, its end token counted.
-        ttft_ms: Time to first token, in milliseconds, from the picture on.
+        ttft_ms: Time to first token, in milliseconds, from the image on; nan before there is one.
         tpot_ms: Time per output token after the first, in milliseconds; None for one token.
         cycles: Passes of the full model after the prefill.
         proposed: Drafted tokens.
@@ -58,10 +59,10 @@ class DecodingStatistics:
             proposed: Drafted tokens of each cycle.
             accepted: Accepted tokens of each cycle.
         """
-        span = times[-1] - times[0]
+        span = times[-1] - times[0] if times else 0.0
         return cls(
             tokens=len(times),
-            ttft_ms=1e3 * (times[0] - started),
+            ttft_ms=1e3 * (times[0] - started) if times else math.nan,
             tpot_ms=1e3 * span / (len(times) - 1) if len(times) > 1 else None,
             cycles=len(proposed),
             proposed=sum(proposed),

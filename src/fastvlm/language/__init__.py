@@ -3,6 +3,13 @@
 from fastvlm.language.cache import DecoderCache, Span
 from fastvlm.language.decoder import SplitDecoder
 from fastvlm.language.families import split_decoder
-from fastvlm.language.prompt import Prompt, captured
+from fastvlm.language.inputs import DecoderInputs, capture_decoder_inputs
 
-__all__ = ["DecoderCache", "Prompt", "Span", "SplitDecoder", "captured", "split_decoder"]
+__all__ = [
+    "DecoderCache",
+    "DecoderInputs",
+    "Span",
+    "SplitDecoder",
+    "capture_decoder_inputs",
+    "split_decoder",
+]

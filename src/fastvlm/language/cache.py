@@ -1,76 +1,130 @@
-"""The preallocated key/value cache, with a length for each row.
+"""The key/value cache: slots that requests enter and leave, each with a length of its own.
 
-Rows write at their own positions and attend to the keys at positions up to their own. What lies
-beyond a row's length is never attended to, so rolling back a rejected draft is setting a length.
+Slots write at their own positions and attend to the keys at positions up to their own. What lies
+beyond a slot's length is never attended to, so rolling back a rejected draft is setting a length.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
+from torch.nn.utils.rnn import pad_sequence
 
 from fastvlm.functional.errors import InputError
 
+BLOCK_POSITIONS = 64
+"""The cache grows, and is cleared, in blocks of so many positions."""
 
-class Projection(NamedTuple):
-    """A layer's keys and values of a source: (batch, heads, source, head_dim) each."""
+
+class CrossKeyValues(NamedTuple):
+    """A layer's keys and values of an encoder's states: (batch, heads, source, head_dim) each."""
 
     keys: Tensor
     values: Tensor
 
 
 @dataclass(slots=True)
-class Source:
-    """What the rows of an encoder-decoder model attend to beside themselves.
+class EncoderContext:
+    """What a pass of an encoder-decoder attends to beside its own positions.
 
     Args:
         states: The encoder's last states, padded: (batch, source, d_model).
-        seen: Which of them are a row's own: (batch, source).
-        projections: Each layer's keys and values of them, from its first pass on.
+        visible: Which of them are a row's own: (batch, source).
+        cross: Each layer's keys and values of them, from its first pass on.
+        on_cross: Told of a layer's new keys and values.
     """
 
     states: Tensor
-    seen: Tensor
-    projections: dict[int, Projection] = field(default_factory=dict)
+    visible: Tensor
+    cross: dict[int, CrossKeyValues] = field(default_factory=dict)
+    on_cross: Callable[[int, CrossKeyValues], None] | None = None
 
-    def keep(self, rows: list[int]) -> Source:
-        """Return what some of the rows attend to."""
-        kept = {
-            layer: Projection(keys[rows], values[rows])
-            for layer, (keys, values) in self.projections.items()
-        }
-        return Source(self.states[rows], self.seen[rows], kept)
+    @classmethod
+    def of(cls, rows: Sequence[Tensor | None]) -> EncoderContext | None:
+        """Return the context of rows, (source, d_model) each; None where no row has any."""
+        known = [row for row in rows if row is not None]
+        if not known:
+            return None
+        padded = [known[0].new_zeros(0, known[0].shape[1]) if row is None else row for row in rows]
+        lengths = torch.tensor([len(row) for row in padded], device=known[0].device)
+        states = pad_sequence(padded, batch_first=True)
+        counted = torch.arange(states.shape[1], device=states.device)
+        return cls(states, counted < lengths[:, None])
+
+    def put(self, layer: int, found: CrossKeyValues) -> None:
+        """Keep a layer's keys and values."""
+        self.cross[layer] = found
+        if self.on_cross is not None:
+            self.on_cross(layer, found)
 
 
 @dataclass(slots=True)
-class Span:
+class Positions:
     """The positions that one pass computes: `width` of them in each row, from `starts` on.
 
     Args:
+        slots: The slot of the cache that each row is.
         starts: The first position of each row.
         width: Positions in each row.
         end: Keys from this position on are not read; none of them is a row's own.
-        positions: (batch, width).
+        indices: The positions as a tensor: (batch, width).
         aligned: Whether all rows start at the same position.
-        table: Time, height and width of every position of the cache, (3, batch, capacity), where
-            a row has such; None where all three are the position itself.
-        source: What an encoder-decoder model attends to; None for any other.
+        position_ids: Time, height and width of the positions, (3, batch, width), where a row has
+            such; None where all three are the position itself.
+        prompt_lengths: Positions of each row's prompt, on which some rotations depend.
+        encoder: What an encoder-decoder attends to; None for any other model.
+        tables: What a decoder keeps from pass to pass, by its own names; it belongs to the cache.
     """
 
+    slots: list[int]
     starts: list[int]
     width: int
     end: int
-    positions: Tensor
+    indices: Tensor
     aligned: bool
-    table: Tensor | None = None
-    source: Source | None = None
+    position_ids: Tensor | None = None
+    prompt_lengths: Sequence[int] = ()
+    encoder: EncoderContext | None = None
+    tables: dict[str, Any] | None = None
+    _masks: dict[int | None, Tensor | None] = field(default_factory=dict)
+
+    @classmethod
+    def whole(
+        cls,
+        lengths: Sequence[int],
+        device: torch.device,
+        position_ids: Sequence[Tensor | None] = (),
+        encoder_states: Sequence[Tensor | None] = (),
+    ) -> Positions:
+        """Return all positions of rows that are computed in one pass, padded on the right.
+
+        Args:
+            lengths: Of each row.
+            device: Where to.
+            position_ids: Of each row's prompt, see `DecoderInputs`; what follows counts on.
+            encoder_states: Of each row: (source, d_model).
+        """
+        rows, width = len(lengths), max(lengths)
+        indices = torch.arange(width, device=device).expand(rows, width)
+        return cls(
+            slots=list(range(rows)),
+            starts=[0] * rows,
+            width=width,
+            end=width,
+            indices=indices,
+            aligned=True,
+            position_ids=own_position_ids(position_ids, indices),
+            prompt_lengths=lengths,
+            encoder=EncoderContext.of(encoder_states),
+        )
 
     def mask(self, window: int | None = None) -> Tensor | None:
-        """Return which keys each position sees, as `seen`, or None for causal.
+        """Return which keys each position sees, as `visible`, or None for causal.
 
         None means that the usual causal rule is right: a pass from position 0, or one position at
         the end of equally long rows.
@@ -78,20 +132,21 @@ class Span:
         Args:
             window: Positions that a sliding-window layer sees, its own included; None for all.
         """
-        within = window is None or self.end <= window
-        last = self.end == self.starts[0] + self.width
-        if self.aligned and within and last and (self.width == 1 or self.starts[0] == 0):
-            return None
-        return self.seen(None if within else window)
+        if window not in self._masks:
+            within = window is None or self.end <= window
+            last = self.end == self.starts[0] + self.width
+            causal = self.aligned and within and last and (self.width == 1 or self.starts[0] == 0)
+            self._masks[window] = None if causal else self.visible(None if within else window)
+        return self._masks[window]
 
-    def seen(self, window: int | None = None) -> Tensor:
+    def visible(self, window: int | None = None) -> Tensor:
         """Return which keys each position sees: (batch, 1, width, end).
 
         Args:
             window: Positions that a sliding-window layer sees, its own included; None for all.
         """
-        keys = torch.arange(self.end, device=self.positions.device)
-        here = self.positions[:, None, :, None]
+        keys = torch.arange(self.end, device=self.indices.device)
+        here = self.indices[:, None, :, None]
         seen = keys <= here
         return seen if window is None else seen & (keys > here - window)
 
@@ -99,7 +154,7 @@ class Span:
 class KeyValueCache(Protocol):
     """What running layers needs of a cache."""
 
-    def write_at(self, span: Span) -> None:
+    def begin_pass(self, positions: Positions) -> None:
         """Say where the layers of the next pass write."""
         ...
 
@@ -110,93 +165,184 @@ class KeyValueCache(Protocol):
         ...
 
 
-class DecoderCache:
-    """Keys and values of every layer: (batch, kv_heads, capacity, head_dim) each.
+class LayerStorage:
+    """One layer's keys and values: (slots, kv_heads, capacity, head_dim) each.
 
-    Decoder layers of `transformers` call `update`, as they would on its own caches. Layers past the
-    target's own number belong to the imitation network.
+    What lies beyond a slot's written positions is not initialised until a pass may read it: a key
+    that a mask hides still enters a product with zero, and must be finite.
     """
 
-    def __init__(
-        self,
-        *,
-        layers: int,
-        batch: int,
-        kv_heads: int,
-        head_dim: int,
-        capacity: int,
-        dtype: torch.dtype,
-        device: torch.device,
-    ) -> None:
-        shape = (layers, 2, batch, kv_heads, capacity, head_dim)
-        # Zeros: a key that a mask hides still enters a product with zero, and must be finite.
-        self._hold(torch.zeros(shape, dtype=dtype, device=device))
-        self.capacity = capacity
-        self.lengths = [0] * batch
-        self.device = device
-        self._counts = torch.arange(capacity, device=device)
-        self._span: Span | None = None
-        self._positions: list[Tensor | None] = [None] * batch
-        self._memories: list[Tensor | None] = [None] * batch
-        self._table: Tensor | None = None
-        self._source: Source | None = None
-        self._laid_out = True
+    def __init__(self, keys: Tensor, values: Tensor, slots: int, capacity: int) -> None:
+        self.keys, self.values = (self._empty(given, slots, capacity) for given in (keys, values))
+        self.finite = [0] * slots
+        """Positions of each slot, from the first on, that hold numbers."""
 
-    def seat(self, row: int, positions: Tensor | None = None, memory: Tensor | None = None) -> None:
-        """Give a row to a request whose positions are not 0, 1, 2 ..., or which has a source.
+    @staticmethod
+    def _empty(like: Tensor, slots: int, capacity: int) -> Tensor:
+        return like.new_empty(slots, like.shape[1], capacity, like.shape[3])
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes that it takes."""
+        return self.keys.nbytes + self.values.nbytes
+
+    def grow(self, slots: int, capacity: int) -> None:
+        """Make room for more slots, or longer ones; what is written stays."""
+        used, old = max(self.finite), len(self.finite)
+        grown = []
+        for tensor in (self.keys, self.values):
+            larger = self._empty(tensor, slots, capacity)
+            larger[:old, :, :used] = tensor[:, :, :used]
+            grown.append(larger)
+        self.keys, self.values = grown
+        self.finite += [0] * (slots - old)
+
+    def write(self, positions: Positions, rows: slice | Tensor, keys: Tensor, values: Tensor) -> None:
+        """Write a pass's keys and values: (batch, kv_heads, width, head_dim) each."""
+        first, width = positions.starts[0], positions.width
+        if positions.aligned and isinstance(rows, slice):
+            self.keys[rows, :, first : first + width] = keys
+            self.values[rows, :, first : first + width] = values
+        else:
+            index = torch.tensor(positions.slots, device=keys.device)[:, None]
+            here = positions.indices.to(keys.device)
+            self.keys[index, :, here] = keys.transpose(1, 2).to(self.keys.dtype)
+            self.values[index, :, here] = values.transpose(1, 2).to(self.values.dtype)
+        finite, end = self.finite, positions.end
+        for slot, start in zip(positions.slots, positions.starts, strict=True):
+            if finite[slot] < start:
+                self._clear(slot, finite[slot], start)
+            finite[slot] = max(finite[slot], start + width)
+            if finite[slot] < end:
+                block_end = -(-end // BLOCK_POSITIONS) * BLOCK_POSITIONS
+                upto = min(block_end, self.keys.shape[2])
+                self._clear(slot, finite[slot], upto)
+                finite[slot] = upto
+
+    def read(self, rows: slice | Tensor, end: int) -> tuple[Tensor, Tensor]:
+        """Return some slots' beginnings: (batch, kv_heads, end, head_dim) each."""
+        # Slots that lie side by side are read where they are; others are gathered.
+        index = rows if isinstance(rows, slice) else rows.to(self.keys.device)
+        return self.keys[:, :, :end][index], self.values[:, :, :end][index]
+
+    def _clear(self, slot: int, start: int, end: int) -> None:
+        self.keys[slot, :, start:end] = 0
+        self.values[slot, :, start:end] = 0
+
+
+class DecoderCache:
+    """Keys and values of every layer, in slots.
+
+    Decoder layers of `transformers` call `update`, as they would on its own caches. A layer's
+    memory is taken when it first writes, as its keys are: on its own device, in its own precision.
+    Layers past the target's own number belong to an imitation network.
+
+    Args:
+        device: Where positions are.
+        slots: Slots at first.
+        capacity: Positions of each slot at first.
+    """
+
+    def __init__(self, device: torch.device, slots: int = 0, capacity: int = 0) -> None:
+        self.device = device
+        self.clear()
+        self.reserve(slots, capacity)
+
+    @property
+    def slots(self) -> int:
+        """Slots that there are."""
+        return len(self._prompt_lengths)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all keys and values."""
+        return sum(layer.nbytes for layer in self.layers.values())
+
+    def reserve(self, slots: int, capacity: int) -> None:
+        """Make room for so many slots of so many positions; there is never less room than before.
 
         Args:
-            row: The row.
-            positions: Time, height and width of the prompt's positions, (3, length); those of the
-                reply follow the greatest of them. None for ordinary ones.
-            memory: The encoder's states of the row's source: (source, d_model). None for none.
+            slots: Slots in all.
+            capacity: Positions of each.
         """
-        self._positions[row], self._memories[row] = positions, memory
-        self._laid_out = False
+        more = max(slots - self.slots, 0)
+        blocks = -(-capacity // BLOCK_POSITIONS)
+        capacity = max(self.capacity, blocks * BLOCK_POSITIONS)
+        if not more and capacity == self.capacity:
+            return
+        self._position_ids += [None] * more
+        self._prompt_lengths += [0] * more
+        self._encoder_states += [None] * more
+        self._cross += [{} for _ in range(more)]
+        self.capacity = capacity
+        for layer in self.layers.values():
+            layer.grow(self.slots, capacity)
 
-    def _lay_out(self) -> None:
-        """Put what `seat` was given into tensors for all rows."""
-        self._table = self._source = None
-        if any(positions is not None for positions in self._positions):
-            self._table = self._counts.expand(3, len(self._positions), -1).clone()
-            for row, positions in enumerate(self._positions):
-                if positions is not None:
-                    length = positions.shape[1]
-                    rest = self._counts[: self.capacity - length]
-                    self._table[:, row, :length] = positions
-                    self._table[:, row, length:] = positions.max() + 1 + rest
-        known = [memory for memory in self._memories if memory is not None]
-        if known:
-            longest = max(len(memory) for memory in known)
-            states = known[0].new_zeros(len(self._memories), longest, known[0].shape[1])
-            seen = torch.zeros(states.shape[:2], dtype=torch.bool, device=states.device)
-            for row, memory in enumerate(self._memories):
-                if memory is not None:
-                    states[row, : len(memory)] = memory
-                    seen[row, : len(memory)] = True
-            self._source = Source(states, seen)
-        self._laid_out = True
+    def assign(
+        self,
+        slot: int,
+        prompt_length: int,
+        position_ids: Tensor | None = None,
+        encoder_states: Tensor | None = None,
+    ) -> None:
+        """Give a slot to a request.
 
-    def _hold(self, storage: Tensor) -> None:
-        self.storage = storage
-        self.keys = [layer[0] for layer in storage]
-        self.values = [layer[1] for layer in storage]
-        self._rows = torch.arange(storage.shape[2], device=storage.device)[:, None]
+        Args:
+            slot: The slot.
+            prompt_length: Positions of the prompt.
+            position_ids: Time, height and width of the prompt's positions, (3, length); those of
+                the reply follow the greatest of them. None for 0, 1, 2 ...
+            encoder_states: The encoder's states of the request's source: (source, d_model).
+        """
+        self.release(slot)
+        self._prompt_lengths[slot] = prompt_length
+        self._position_ids[slot] = position_ids
+        self._encoder_states[slot] = encoder_states
 
-    def span(self, starts: Sequence[int], width: int, *, to_the_end: bool = False) -> Span:
-        """Return the span of a pass over `width` positions from each row's start.
+    def release(self, slot: int) -> None:
+        """Forget what a slot holds; nothing of it is ever read again."""
+        self._prompt_lengths[slot] = 0
+        self._position_ids[slot] = self._encoder_states[slot] = None
+        self._cross[slot] = {}
+        self._contexts.clear()
+        for layer in self.layers.values():
+            layer.finite[slot] = 0
+
+    def clear(self) -> None:
+        """Give all memory back: no slot is left."""
+        self.capacity = 0
+        self.layers: dict[int, LayerStorage] = {}
+        self.tables: dict[str, Any] = {}
+        """What a decoder keeps from pass to pass, see `Positions`."""
+        self._prompt_lengths: list[int] = []
+        self._position_ids: list[Tensor | None] = []
+        self._encoder_states: list[Tensor | None] = []
+        self._cross: list[dict[int, CrossKeyValues]] = []
+        self._contexts: dict[tuple[int, ...], EncoderContext | None] = {}
+        self._positions: Positions | None = None
+        self._rows: slice | Tensor = slice(0)
+
+    def positions(
+        self,
+        starts: Sequence[int],
+        width: int,
+        slots: Sequence[int] | None = None,
+        *,
+        to_the_end: bool = False,
+    ) -> Positions:
+        """Return the positions of a pass over `width` of them from each row's start.
 
         Args:
             starts: The first position of each row.
             width: Positions in each row.
+            slots: The slot that each row is; None for all slots.
             to_the_end: Read the whole cache, so that the order in which keys are summed, and with
                 it the rounding, does not depend on how far the rows have come.
 
         Raises:
-            InputError: The span doesn't fit into the cache.
+            InputError: The positions don't fit into the cache.
         """
-        if not self._laid_out:
-            self._lay_out()
+        rows = list(range(self.slots)) if slots is None else list(slots)
         first = starts[0]
         aligned = all(start == first for start in starts)
         end = max(starts) + width
@@ -205,33 +351,33 @@ class DecoderCache:
                 f"{end} positions are needed, but the cache was made for {self.capacity}."
             )
         if aligned:
-            positions = self._counts[first:end].expand(len(starts), width)
+            indices = self._counted()[first:end].expand(len(rows), width)
         else:
-            positions = torch.tensor(starts, device=self.device)[:, None] + self._counts[:width]
-        if to_the_end:
-            end = self.capacity
-        return Span(list(starts), width, end, positions, aligned, self._table, self._source)
+            begun = torch.tensor(starts, device=self.device)[:, None]
+            indices = begun + self._counted()[:width]
+        return Positions(
+            slots=rows,
+            starts=list(starts),
+            width=width,
+            end=self.capacity if to_the_end else end,
+            indices=indices,
+            aligned=aligned,
+            position_ids=own_position_ids([self._position_ids[slot] for slot in rows], indices),
+            prompt_lengths=[self._prompt_lengths[slot] for slot in rows],
+            encoder=self._encoder(tuple(rows)),
+            tables=self.tables,
+        )
 
-    def read(self, row: int, length: int, layers: int) -> Tensor:
-        """Return a copy of a row's beginning: (layers, 2, kv_heads, length, head_dim)."""
-        return self.storage[:layers, :, row, :, :length].clone()
-
-    def restore(self, row: int, state: Tensor) -> None:
-        """Write what `read` returned to the beginning of a row."""
-        self.storage[: len(state), :, row, :, : state.shape[3]] = state
-
-    def keep(self, rows: list[int]) -> None:
-        """Drop all other rows."""
-        self._hold(self.storage[:, :, rows])
-        self.lengths = [self.lengths[row] for row in rows]
-        self._positions = [self._positions[row] for row in rows]
-        self._memories = [self._memories[row] for row in rows]
-        self._table = None if self._table is None else self._table[:, rows]
-        self._source = None if self._source is None else self._source.keep(rows)
-
-    def write_at(self, span: Span) -> None:
+    def begin_pass(self, positions: Positions) -> None:
         """Say where the layers of the next pass write."""
-        self._span = span
+        if positions is self._positions:
+            return
+        self._positions = positions
+        first, count = positions.slots[0], len(positions.slots)
+        if positions.slots == list(range(first, first + count)):
+            self._rows = slice(first, first + count)
+        else:
+            self._rows = torch.tensor(positions.slots, device=self.device)
 
     def update(
         self, keys: Tensor, values: Tensor, layer_idx: int, *_: Any, **__: Any
@@ -246,14 +392,98 @@ class DecoderCache:
         Returns:
             Two of (batch, kv_heads, end, head_dim).
         """
-        span = self._span
-        assert span is not None  # `write_at` comes first
-        all_keys, all_values = self.keys[layer_idx], self.values[layer_idx]
-        if span.aligned:
-            first = span.starts[0]
-            all_keys[:, :, first : first + span.width] = keys
-            all_values[:, :, first : first + span.width] = values
-        else:
-            all_keys[self._rows, :, span.positions] = keys.transpose(1, 2)
-            all_values[self._rows, :, span.positions] = values.transpose(1, 2)
-        return all_keys[:, :, : span.end], all_values[:, :, : span.end]
+        positions = self._positions
+        assert positions is not None  # `begin_pass` comes first
+        layer = self.layers.get(layer_idx)
+        if layer is None:
+            layer = LayerStorage(keys, values, self.slots, self.capacity)
+            self.layers[layer_idx] = layer
+        layer.write(positions, self._rows, keys, values)
+        return layer.read(self._rows, positions.end)
+
+    def export_slot(self, slot: int, length: int, layers: int) -> list[Tensor]:
+        """Return a copy of a slot's beginning.
+
+        Args:
+            slot: The slot.
+            length: Positions to copy.
+            layers: The layers to copy, from the first on.
+
+        Returns:
+            Keys and values of each layer: (2, kv_heads, length, head_dim).
+        """
+        found = [self.layers[index] for index in range(layers)]
+        return [
+            torch.stack((layer.keys[slot, :, :length], layer.values[slot, :, :length]))
+            for layer in found
+        ]
+
+    def exported_bytes(self, length: int, layers: int) -> int:
+        """Return the bytes that `export_slot` would copy."""
+        each = self.slots * self.capacity
+        return sum(self.layers[index].nbytes // each * length for index in range(layers))
+
+    def import_slot(self, slot: int, state: Sequence[Tensor], length: int) -> None:
+        """Write the beginning of what `export_slot` returned to the beginning of a slot."""
+        for index, (keys, values) in enumerate(state):
+            layer = self.layers.get(index)
+            if layer is None:
+                layer = LayerStorage(keys[None], values[None], self.slots, self.capacity)
+                self.layers[index] = layer
+            layer.keys[slot, :, :length] = keys[:, :length]
+            layer.values[slot, :, :length] = values[:, :length]
+            layer.finite[slot] = length
+
+    def _counted(self) -> Tensor:
+        counted: Tensor | None = self.tables.get("counted")
+        if counted is None or len(counted) < self.capacity:
+            counted = torch.arange(self.capacity, device=self.device)
+            self.tables["counted"] = counted
+        return counted
+
+    def _encoder(self, rows: tuple[int, ...]) -> EncoderContext | None:
+        """Return what rows attend to of their sources; it serves until a slot changes hands."""
+        if rows not in self._contexts:
+            context = EncoderContext.of([self._encoder_states[slot] for slot in rows])
+            self._contexts[rows] = context
+            if context is not None:
+                self._fill_cross(context, rows)
+        return self._contexts[rows]
+
+    def _fill_cross(self, context: EncoderContext, rows: tuple[int, ...]) -> None:
+        """Give a context what its slots' layers have computed, and keep what they will compute."""
+        lengths = context.visible.sum(1).tolist()
+        known = set.intersection(*(set(self._cross[slot]) for slot in rows))
+        size = context.states.shape[1]
+        for layer in known:
+            each = [self._cross[slot][layer] for slot in rows]
+            context.cross[layer] = CrossKeyValues(
+                *(torch.cat([F.pad(t, (0, 0, 0, size - t.shape[2])) for t in both]) for both in zip(*each, strict=True))
+            )  # fmt: skip
+
+        def keep(layer: int, found: CrossKeyValues) -> None:
+            for row, (slot, length) in enumerate(zip(rows, lengths, strict=True)):
+                own = (tensor[row : row + 1, :, :length].clone() for tensor in found)
+                self._cross[slot][layer] = CrossKeyValues(*own)
+
+        context.on_cross = keep
+
+
+def own_position_ids(prompts: Sequence[Tensor | None], indices: Tensor) -> Tensor | None:
+    """Return time, height and width of positions, (3, batch, width); None for the positions alone.
+
+    Args:
+        prompts: Of each row's prompt, (3, length); None for 0, 1, 2 ... A reply's positions count
+            on from the greatest of its prompt's.
+        indices: The positions: (batch, width).
+    """
+    if not any(prompt is not None for prompt in prompts):
+        return None
+    found = indices.expand(3, *indices.shape).clone()
+    for row, prompt in enumerate(prompts):
+        if prompt is not None:
+            length, here = prompt.shape[1], indices[row]
+            after = here - length + prompt.max() + 1
+            inside = prompt[:, here.clamp(max=length - 1)]
+            found[:, row] = torch.where(here < length, inside, after)
+    return found

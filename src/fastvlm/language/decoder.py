@@ -2,72 +2,18 @@
 
 from __future__ import annotations
 
+import weakref
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Sequence
+from collections.abc import Hashable, Iterable, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import PreTrainedConfig
+from transformers import PreTrainedConfig, PreTrainedModel
 
 from fastvlm.functional.errors import InputError
-from fastvlm.language.cache import DecoderCache, KeyValueCache, Span
-
-
-class SplitDecoder(Protocol):
-    """What the cycle needs of a decoder; every family of models gives it."""
-
-    depth: int
-    """Layers of the target (L)."""
-    width: int
-    """Size of the hidden states (d_model)."""
-    context: int
-    """The most positions that the model was made for."""
-    device: torch.device
-    dtype: torch.dtype
-    layers: Sequence[nn.Module]
-    """The target's own layers."""
-
-    def cache(self, batch: int, capacity: int, extra_layers: int = 0) -> DecoderCache:
-        """Return an empty cache, with `extra_layers` for an imitation network."""
-        ...
-
-    def embed(self, tokens: Tensor) -> Tensor:
-        """Return the embeddings of tokens: (batch, new) to (batch, new, d_embedding).
-
-        They are d_model wide but where a model projects them first, which `run` does.
-        """
-        ...
-
-    def run(self, x: Tensor, span: Span, cache: KeyValueCache, layers: Iterable[int]) -> Tensor:
-        """Run some of the target's layers on (batch, new, d_model) hidden states.
-
-        Before layer 0 the states are embeddings, as `embed` gives them.
-        """
-        ...
-
-    def run_blocks(
-        self, x: Tensor, span: Span, cache: KeyValueCache, blocks: Iterable[nn.Module]
-    ) -> Tensor:
-        """Run layers of the target's own kind that are not the target's."""
-        ...
-
-    def norm(self, x: Tensor) -> Tensor:
-        """Return what the LM head is given: the final norm of hidden states, and what follows."""
-        ...
-
-    def head(self, x: Tensor) -> Tensor:
-        """Return the logits of (batch, new, d_model): `norm`, then LM head."""
-        ...
-
-    def head_rows(self, tokens: Tensor) -> Tensor:
-        """Return the LM head's rows of some tokens: (tokens, its inputs).
-
-        Raises:
-            InputError: The LM head's weights can't be read: they are quantised or elsewhere.
-        """
-        ...
+from fastvlm.language.cache import DecoderCache, KeyValueCache, Positions
 
 
 @dataclass(frozen=True, slots=True)
@@ -104,26 +50,28 @@ class FeedForward:
     down: Tensor
 
 
-class LayeredDecoder(ABC):
-    """What the families share: the checkpoint's own layers, our loop over them.
+class SplitDecoder(ABC):
+    """A checkpoint's decoder: its own modules, our loop over its layers. One class for each family.
+
+    What a user may exchange between two requests (the LM head, the embedding, device and precision)
+    is read from the model each time, so that a model that was resized, cast or adapted is decoded
+    as it is.
 
     Args:
+        model: The model that the decoder is part of. It is not kept alive.
         decoder: The decoder, as `transformers` made it.
-        lm_head: The LM head.
-        layers: The decoder's layers.
     """
 
     width: int
+    """Size of the hidden states (d_model)."""
     context: int
-    kv_heads: int
-    head_dim: int
+    """Positions that the model was made for."""
+    max_positions: int | None = None
+    """Positions that there are, where a table ends; None where a reply may go beyond `context`."""
 
-    def __init__(self, decoder: Any, lm_head: nn.Linear, layers: Iterable[nn.Module]) -> None:
-        self.decoder, self.lm_head = decoder, lm_head
-        self.layers: list[nn.Module] = list(layers)
-        self.depth = len(self.layers)
-        self.embedding: nn.Module = decoder.embed_tokens
-        self.device, self.dtype = placement(self.embedding)
+    def __init__(self, model: PreTrainedModel, decoder: Any) -> None:
+        self.decoder = decoder
+        self._model = weakref.ref(model)
 
     @staticmethod
     @abstractmethod
@@ -140,29 +88,91 @@ class LayeredDecoder(ABC):
     def feed_forward(layer: Any) -> FeedForward | None:
         """Return a layer's gated feed-forward part; None where the family has none."""
 
-    def cache(self, batch: int, capacity: int, extra_layers: int = 0) -> DecoderCache:
-        """Return an empty cache, with `extra_layers` for an imitation network."""
-        return DecoderCache(
-            layers=self.depth + extra_layers,
-            batch=batch,
-            kv_heads=self.kv_heads,
-            head_dim=self.head_dim,
-            capacity=capacity,
-            dtype=self.dtype,
-            device=self.device,
-        )
+    @property
+    def model(self) -> PreTrainedModel:
+        """The model that the decoder is part of.
 
-    def embed(self, tokens: Tensor) -> Tensor:
-        """Return the embeddings of tokens: (batch, new) to (batch, new, d_embedding)."""
-        return self.embedding(tokens)
+        Raises:
+            ReferenceError: Nobody holds it any more.
+        """
+        model = self._model()
+        if model is None:
+            raise ReferenceError("The model of this decoder is gone; keep a reference to it.")
+        return model
+
+    @property
+    def layers(self) -> Any:
+        """The target's own layers."""
+        return self.decoder.layers
+
+    @property
+    def depth(self) -> int:
+        """Layers of the target (L)."""
+        return len(self.layers)
+
+    @property
+    def embedding(self) -> Any:
+        """The module that embeds tokens."""
+        return self.decoder.embed_tokens
+
+    @property
+    def lm_head(self) -> Any:
+        """The module that makes logits of normed hidden states."""
+        return self.model.get_output_embeddings()
+
+    @property
+    def vocabulary_size(self) -> int:
+        """Logits that there are."""
+        size: int | None = getattr(self.lm_head, "out_features", None)
+        return self.decoder.config.vocab_size if size is None else size
+
+    @property
+    def device(self) -> torch.device:
+        """Where hidden states are computed."""
+        return self.device_and_dtype()[0]
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The precision of hidden states."""
+        return self.device_and_dtype()[1]
+
+    @torch.no_grad()
+    def device_and_dtype(self) -> tuple[torch.device, torch.dtype]:
+        """Return the device and the precision that hidden states have.
+
+        They are what comes out of the embedding: its weights may lie elsewhere until they are
+        needed, or be quantised.
+        """
+        weight: Tensor = next(self.embedding.parameters())
+        if type(self.embedding) is nn.Embedding and not weight.is_meta:
+            return weight.device, weight.dtype
+        start = torch.device("cpu") if weight.is_meta else weight.device
+        found: Tensor = self.embedding(torch.zeros(1, 1, dtype=torch.long, device=start))
+        return found.device, found.dtype
+
+    def cache(self, slots: int = 0, capacity: int = 0) -> DecoderCache:
+        """Return an empty cache."""
+        return DecoderCache(self.device, slots, capacity)
+
+    def embed(self, token_ids: Tensor) -> Tensor:
+        """Return the embeddings of tokens: (batch, new) to (batch, new, d_embedding).
+
+        They are d_model wide but where a model projects them first, which `forward_layers` does.
+        """
+        return self.embedding(token_ids)
 
     @abstractmethod
-    def run(self, x: Tensor, span: Span, cache: KeyValueCache, layers: Iterable[int]) -> Tensor:
-        """Run some of the target's layers on (batch, new, d_model) hidden states."""
+    def forward_layers(
+        self, x: Tensor, positions: Positions, cache: KeyValueCache, layers: Iterable[int]
+    ) -> Tensor:
+        """Run some of the target's layers on (batch, new, d_model) hidden states.
+
+        Before layer 0 the states are embeddings, as `embed` gives them.
+        """
 
     @abstractmethod
-    def run_blocks(
-        self, x: Tensor, span: Span, cache: KeyValueCache, blocks: Iterable[nn.Module]
+    def forward_blocks(
+        self, x: Tensor, positions: Positions, cache: KeyValueCache, blocks: Iterable[nn.Module]
     ) -> Tensor:
         """Run layers of the target's own kind that are not the target's."""
 
@@ -174,24 +184,34 @@ class LayeredDecoder(ABC):
         """Return the logits of (batch, new, d_model): `norm`, then LM head."""
         return self.lm_head(self.norm(x))
 
-    def head_rows(self, tokens: Tensor) -> Tensor:
+    def lm_head_rows(self, token_ids: Tensor) -> Tensor | None:
         """Return the LM head's rows of some tokens: (tokens, its inputs).
 
-        Raises:
-            InputError: The LM head's weights can't be read: they are quantised or elsewhere.
+        None where they are not all there is to it: quantised, adapted or offloaded.
         """
-        weight: Any = self.lm_head.weight
-        # Quantised modules have integers for weights, or a function that unpacks them.
-        quantised = not isinstance(weight, Tensor) or not weight.is_floating_point()
-        if quantised or weight.is_meta:
-            raise InputError(
-                "A draft with a vocabulary of its own needs the rows of the target's LM head, but"
-                f" they are {'quantised' if quantised else 'offloaded'} here; leave the LM head on"
-                " the device and in floating point."
-            )
-        return weight[tokens]
+        head = self.lm_head
+        weight = getattr(head, "weight", None)
+        # Quantised weights are of other classes, adapters are modules around the head.
+        if not isinstance(head, nn.Linear) or type(weight) is not nn.Parameter:
+            return None
+        elsewhere = weight.is_meta or hasattr(head, "_hf_hook")
+        if elsewhere or not weight.is_floating_point() or head.bias is not None:
+            return None
+        return weight.detach()[token_ids]
 
-    def mask(self, x: Tensor, span: Span, window: int | None = None) -> Tensor | None:
+    def position_keys(self, keys: Sequence[Hashable], prompt_length: int) -> Sequence[Hashable]:  # noqa: ARG002
+        """Return what tells states of positions from others, by what tells their tokens.
+
+        Where rotations depend on more than the position, so do the keys, and states serve another
+        prompt only where it is the same.
+
+        Args:
+            keys: Of the positions from the first on.
+            prompt_length: Positions of the prompt that they begin with.
+        """
+        return keys
+
+    def mask(self, x: Tensor, positions: Positions, window: int | None = None) -> Tensor | None:
         """Return the mask that the layers' implementation of attention takes.
 
         Raises:
@@ -199,10 +219,10 @@ class LayeredDecoder(ABC):
         """
         implementation = self.decoder.config._attn_implementation
         if implementation == "sdpa":
-            return span.mask(window)
+            return positions.mask(window)
         if implementation == "eager":
             # Its attention knows no causal rule and adds what it is given.
-            return additive(span.seen(window), x.dtype)
+            return additive(positions.visible(window), x.dtype)
         raise InputError(
             f"fastvlm decodes with the attention implementations sdpa and eager; this model was"
             f" loaded with {implementation!r}. Load it with attn_implementation='sdpa'."
@@ -213,19 +233,6 @@ def additive(seen: Tensor, dtype: torch.dtype) -> Tensor:
     """Return a mask to add to attention scores: 0 where something is seen."""
     # The least number rather than minus infinity: a row that sees nothing stays finite.
     return torch.zeros_like(seen, dtype=dtype).masked_fill(~seen, torch.finfo(dtype).min)
-
-
-@torch.no_grad()
-def placement(embedding: nn.Module) -> tuple[torch.device, torch.dtype]:
-    """Return the device and the precision that hidden states have in a model.
-
-    They are what comes out of the embedding: its weights may lie elsewhere until they are needed,
-    or be quantised.
-    """
-    weight: Tensor = next(embedding.parameters())
-    start = torch.device("cpu") if weight.is_meta else weight.device
-    found: Tensor = embedding(torch.zeros(1, 1, dtype=torch.long, device=start))
-    return found.device, found.dtype
 
 
 def layers_of(config: PreTrainedConfig) -> Any:

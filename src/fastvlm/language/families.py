@@ -7,12 +7,12 @@ from typing import Any
 from transformers import PreTrainedModel
 
 from fastvlm.functional.errors import InputError
-from fastvlm.language.decoder import LayeredDecoder, SplitDecoder
+from fastvlm.language.decoder import SplitDecoder
 from fastvlm.language.opt import OptDecoder
 from fastvlm.language.rotary import RotaryDecoder
 from fastvlm.language.t5 import T5Decoder
 
-FAMILIES: dict[str, type[LayeredDecoder]] = {
+FAMILIES: dict[str, type[SplitDecoder]] = {
     "llama": RotaryDecoder,
     "mistral": RotaryDecoder,
     "opt": OptDecoder,
@@ -24,7 +24,7 @@ FAMILIES: dict[str, type[LayeredDecoder]] = {
 }
 
 
-def family(model_type: str) -> type[LayeredDecoder]:
+def family(model_type: str) -> type[SplitDecoder]:
     """Return the adapter of a family, by the `model_type` of its decoder's configuration.
 
     Raises:
@@ -58,5 +58,4 @@ def split_decoder(model: PreTrainedModel) -> SplitDecoder:
         InputError: The family of the model's decoder is not known.
     """
     decoder = text_decoder(model)
-    adapter: Any = family(decoder.config.model_type)
-    return adapter(decoder, model.get_output_embeddings())
+    return family(decoder.config.model_type)(model, decoder)

@@ -6,26 +6,27 @@ from collections.abc import Iterable, Sequence
 from typing import Any
 
 from torch import Tensor, nn
+from transformers import PreTrainedModel
 
-from fastvlm.language.cache import KeyValueCache, Span
-from fastvlm.language.decoder import DecoderShape, LayeredDecoder, layers_of
+from fastvlm.language.cache import KeyValueCache, Positions
+from fastvlm.language.decoder import DecoderShape, SplitDecoder, layers_of
 
 
-class OptDecoder(LayeredDecoder):
+class OptDecoder(SplitDecoder):
     """The decoder of OPT.
 
     Args:
+        model: The model that the decoder is part of.
         decoder: An `OPTDecoder`.
-        lm_head: The LM head.
     """
 
-    def __init__(self, decoder: Any, lm_head: nn.Linear) -> None:
-        super().__init__(decoder, lm_head, decoder.layers)
-        config: Any = decoder.config
-        self.width = config.hidden_size
-        self.context = config.max_position_embeddings
-        self.kv_heads = config.num_attention_heads
-        self.head_dim = config.hidden_size // config.num_attention_heads
+    max_positions: int
+
+    def __init__(self, model: PreTrainedModel, decoder: Any) -> None:
+        super().__init__(model, decoder)
+        self.width = decoder.config.hidden_size
+        # Positions are learnt, so there are no others.
+        self.context = self.max_positions = decoder.config.max_position_embeddings
 
     @staticmethod
     def shape(config: Any) -> DecoderShape:
@@ -47,21 +48,23 @@ class OptDecoder(LayeredDecoder):
         """Return None: OPT's feed-forward part has no gate."""
         return
 
-    def run(self, x: Tensor, span: Span, cache: KeyValueCache, layers: Iterable[int]) -> Tensor:
+    def forward_layers(
+        self, x: Tensor, positions: Positions, cache: KeyValueCache, layers: Iterable[int]
+    ) -> Tensor:
         """Run some of the target's layers on (batch, new, d_model) hidden states.
 
         Before layer 0, embeddings are projected to d_model and their positions are added.
         """
         indices = list(layers)
         if indices and indices[0] == 0:
-            x = self._placed(x, span)
-        return self._run(x, span, cache, [self.layers[index] for index in indices])
+            x = self._placed(x, positions)
+        return self._run(x, positions, cache, [self.layers[index] for index in indices])
 
-    def run_blocks(
-        self, x: Tensor, span: Span, cache: KeyValueCache, blocks: Iterable[nn.Module]
+    def forward_blocks(
+        self, x: Tensor, positions: Positions, cache: KeyValueCache, blocks: Iterable[nn.Module]
     ) -> Tensor:
         """Run layers of the target's own kind that are not the target's."""
-        return self._run(x, span, cache, list(blocks))
+        return self._run(x, positions, cache, list(blocks))
 
     def norm(self, x: Tensor) -> Tensor:
         """Return the final norm of hidden states, projected to the embeddings' size."""
@@ -69,19 +72,19 @@ class OptDecoder(LayeredDecoder):
             x = self.decoder.final_layer_norm(x)
         return x if self.decoder.project_out is None else self.decoder.project_out(x)
 
-    def _placed(self, x: Tensor, span: Span) -> Tensor:
+    def _placed(self, x: Tensor, positions: Positions) -> Tensor:
         """Return embeddings as hidden states that know their positions."""
         if self.decoder.project_in is not None:
             x = self.decoder.project_in(x)
         # What is drafted past a row's limit is never accepted, but is computed beside other rows.
-        positions = span.positions.clamp(max=self.context - 1)
-        return x + self.decoder.embed_positions(None, position_ids=positions)
+        learnt = positions.indices.clamp(max=self.max_positions - 1)
+        return x + self.decoder.embed_positions(None, position_ids=learnt)
 
     def _run(
-        self, x: Tensor, span: Span, cache: KeyValueCache, layers: Sequence[nn.Module]
+        self, x: Tensor, positions: Positions, cache: KeyValueCache, layers: Sequence[nn.Module]
     ) -> Tensor:
-        cache.write_at(span)
-        mask = self.mask(x, span)
+        cache.begin_pass(positions)
+        mask = self.mask(x, positions)
         for layer in layers:
             x = layer(x, attention_mask=mask, past_key_values=cache, use_cache=True)
         return x

@@ -2,45 +2,44 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+import copy
+from collections.abc import Hashable, Iterable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from transformers import PreTrainedModel
+from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
-from fastvlm.language.cache import KeyValueCache, Span
-from fastvlm.language.decoder import DecoderShape, FeedForward, LayeredDecoder, layers_of
+from fastvlm.language.cache import KeyValueCache, Positions
+from fastvlm.language.decoder import DecoderShape, FeedForward, SplitDecoder, layers_of
+
+TABLE_BLOCK = 256
+"""Positions that a table of rotations has beyond those that are asked for."""
 
 
-class RotaryDecoder(LayeredDecoder):
+class RotaryDecoder(SplitDecoder):
     """A decoder whose layers rotate queries and keys by their positions.
 
     Args:
+        model: The model that the decoder is part of.
         decoder: A `LlamaModel` or one of the same parts: `embed_tokens`, `layers`, `norm` and
             `rotary_emb`.
-        lm_head: The LM head.
     """
 
-    def __init__(self, decoder: Any, lm_head: nn.Linear) -> None:
-        super().__init__(decoder, lm_head, decoder.layers)
+    def __init__(self, model: PreTrainedModel, decoder: Any) -> None:
+        super().__init__(model, decoder)
         # Which fields a configuration has is its family's matter.
         config: Any = decoder.config
         self.width = config.hidden_size
-        self.context = config.max_position_embeddings
-        self.kv_heads = config.num_key_value_heads
-        self.head_dim = (
-            getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-        )
+        self.context = scaled_context(config)
         self.window: int | None = getattr(config, "sliding_window", None)
         kinds = getattr(config, "layer_types", None)
         self.slides = [
             self.window is not None and (kinds is None or kinds[index] == "sliding_attention")
             for index in range(self.depth)
         ]
-        # Frequencies that change with the length (dynamic NTK, LongRoPE) can't be tabulated.
-        self.tabulates = config.rope_parameters["rope_type"] not in {"dynamic", "longrope"}
-        self._rotations: tuple[Tensor, Tensor] | None = None
-        self._own_rotations: tuple[Tensor, Tensor, Tensor] | None = None
+        self.rotary = Rotary(decoder.rotary_emb)
 
     @staticmethod
     def shape(config: Any) -> DecoderShape:
@@ -71,73 +70,158 @@ class RotaryDecoder(LayeredDecoder):
             layer.mlp.down_proj.weight,
         )
 
-    def run(self, x: Tensor, span: Span, cache: KeyValueCache, layers: Iterable[int]) -> Tensor:
+    def forward_layers(
+        self, x: Tensor, positions: Positions, cache: KeyValueCache, layers: Iterable[int]
+    ) -> Tensor:
         """Run some of the target's layers on (batch, new, d_model) hidden states."""
-        return self._run(
-            x, span, cache, [(self.layers[index], self.slides[index]) for index in layers]
-        )
+        own = self.layers
+        return self._run(x, positions, cache, [(own[index], self.slides[index]) for index in layers])
 
-    def run_blocks(
-        self, x: Tensor, span: Span, cache: KeyValueCache, blocks: Iterable[nn.Module]
+    def forward_blocks(
+        self, x: Tensor, positions: Positions, cache: KeyValueCache, blocks: Iterable[nn.Module]
     ) -> Tensor:
         """Run layers of the target's own kind that are not the target's."""
-        return self._run(x, span, cache, [(block, self.slides[-1]) for block in blocks])
+        return self._run(x, positions, cache, [(block, self.slides[-1]) for block in blocks])
 
     def norm(self, x: Tensor) -> Tensor:
         """Return the final norm of hidden states."""
         return self.decoder.norm(x)
 
+    def position_keys(self, keys: Sequence[Hashable], prompt_length: int) -> Sequence[Hashable]:
+        """Return what tells states of positions from others. See `SplitDecoder.position_keys`."""
+        if self.rotary.is_static:
+            return keys
+        regime = self.rotary.regime
+        return [(regime(place, prompt_length), key) for place, key in enumerate(keys)]
+
     def _run(
-        self, x: Tensor, span: Span, cache: KeyValueCache, layers: Sequence[tuple[nn.Module, bool]]
+        self,
+        x: Tensor,
+        positions: Positions,
+        cache: KeyValueCache,
+        layers: Sequence[tuple[nn.Module, bool]],
     ) -> Tensor:
-        cache.write_at(span)
-        rotary = self._rotary(x, span)
+        cache.begin_pass(positions)
+        rotations = self.rotary(x, positions)
         slides = any(slides for _, slides in layers)
-        masks = self.mask(x, span), self.mask(x, span, self.window) if slides else None
+        masks = self.mask(x, positions), self.mask(x, positions, self.window) if slides else None
         for layer, sliding in layers:
             x = layer(
                 x,
                 attention_mask=masks[sliding],
-                position_ids=span.positions,
+                position_ids=positions.indices,
                 past_key_values=cache,
-                position_embeddings=rotary,
+                position_embeddings=rotations,
                 use_cache=True,
             )
         return x
 
-    def _rotary(self, x: Tensor, span: Span) -> tuple[Tensor, Tensor]:
-        """Return the cosines and sines of a span: (batch, width, head_dim) each."""
-        if span.table is not None:
-            return self._own_rotary(x, span, span.table)
-        if not self.tabulates:
-            return self.decoder.rotary_emb(x, span.positions)
-        if self._rotations is None or len(self._rotations[0]) < span.end:
-            size = max(span.end, min(self.context, 2048))
-            cos, sin = self._rotate(x, torch.arange(size, device=self.device)[None])
-            self._rotations = cos[0], sin[0]
-        cos, sin = self._rotations
-        if span.aligned:
-            first = span.starts[0]
-            return cos[None, first : first + span.width], sin[None, first : first + span.width]
-        return cos[span.positions], sin[span.positions]
 
-    def _own_rotary(self, x: Tensor, span: Span, table: Tensor) -> tuple[Tensor, Tensor]:
-        """Return the cosines and sines of rows with positions of their own."""
-        rows = torch.arange(len(span.starts), device=self.device)[:, None]
-        if not self.tabulates:
-            return self.decoder.rotary_emb(x, table[:, rows, span.positions])
-        # A cache has one table as long as its rows have the same requests.
-        if self._own_rotations is None or self._own_rotations[0] is not table:
-            self._own_rotations = table, *self._rotate(x, table)
-        _, cos, sin = self._own_rotations
-        if span.aligned:
-            first = span.starts[0]
-            return cos[:, first : first + span.width], sin[:, first : first + span.width]
-        return cos[rows, span.positions], sin[rows, span.positions]
+class Rotary:
+    """The cosines and sines of positions, as a model's own module gives them to `generate`.
 
-    def _rotate(self, x: Tensor, positions: Tensor) -> tuple[Tensor, Tensor]:
-        """Return the cosines and sines of positions: (batch, positions, head_dim) each."""
-        # Decoding fills the tables, and training reads them too.
-        with torch.inference_mode(mode=False), torch.no_grad():
-            like = torch.empty(0, dtype=x.dtype, device=self.device)
-            return self.decoder.rotary_emb(like, positions)
+    The module itself is never changed: with some kinds of scaling it keeps the frequencies of what
+    it saw last, which is no other request's business.
+
+    Args:
+        module: The model's `rotary_emb`.
+    """
+
+    def __init__(self, module: Any) -> None:
+        self.module = module
+        parameters: Any = module.config.rope_parameters
+        self.kind: str = parameters["rope_type"]
+        own: int = module.config.max_position_embeddings
+        longrope = self.kind == "longrope"
+        self.original = parameters["original_max_position_embeddings"] if longrope else own
+
+    @property
+    def is_static(self) -> bool:
+        """Whether a position's rotation depends on the position alone."""
+        return self.kind != "longrope" and "dynamic" not in self.kind
+
+    def __call__(self, x: Tensor, positions: Positions) -> tuple[Tensor, Tensor]:
+        """Return cosines and sines, (batch, width, head_dim) each, in the precision of `x`."""
+        if self.is_static and positions.position_ids is None:
+            return self._from_table(x, positions)
+        if self.is_static:
+            return self.module(x, positions.position_ids)
+        return self._scaled(x, positions)
+
+    def regime(self, position: int, prompt_length: int) -> int:
+        """Return the length that a position's frequencies are for; 0 for the original ones.
+
+        `generate` computes a prompt with the frequencies of the whole prompt's length, and then
+        each position with those of the length so far.
+        """
+        length = max(position + 1, prompt_length)
+        if self.is_static or length <= self.original:
+            return 0
+        # LongRoPE has two sets of frequencies, dynamic scaling has one for each length.
+        return self.original + 1 if self.kind == "longrope" else length
+
+    def _from_table(self, x: Tensor, positions: Positions) -> tuple[Tensor, Tensor]:
+        tables = positions.tables
+        if tables is None:
+            return self.module(x, positions.indices)
+        key = f"rotations {x.dtype}"
+        if key not in tables or len(tables[key][0]) < positions.end:
+            counted = torch.arange(positions.end + TABLE_BLOCK, device=positions.indices.device)
+            cos, sin = self.module(x, counted[None])
+            tables[key] = cos[0], sin[0]
+        cos, sin = tables[key]
+        if positions.aligned:
+            first = positions.starts[0]
+            here = slice(first, first + positions.width)
+            return cos[None, here], sin[None, here]
+        return cos[positions.indices], sin[positions.indices]
+
+    def _scaled(self, x: Tensor, positions: Positions) -> tuple[Tensor, Tensor]:
+        """Return the rotations of a pass whose positions may have frequencies of their own."""
+        ids = positions.indices if positions.position_ids is None else positions.position_ids
+        regimes = torch.tensor(
+            [
+                [self.regime(start + offset, length) for offset in range(positions.width)]
+                for start, length in zip(positions.starts, positions.prompt_lengths, strict=True)
+            ],
+            device=x.device,
+        )
+        found: tuple[Tensor, Tensor] | None = None
+        for regime in regimes.unique().tolist():
+            one = self._with_frequencies(x, regime)(x, ids)
+            if found is None:
+                found = one
+                continue
+            chosen = (regimes == regime)[..., None]
+            found = torch.where(chosen, one[0], found[0]), torch.where(chosen, one[1], found[1])
+        assert found is not None  # a pass has a position
+        return found
+
+    def _with_frequencies(self, x: Tensor, regime: int) -> Any:
+        """Return a copy of the module whose frequencies are fixed: those for a length."""
+        fixed: Any = copy.copy(self.module)
+        fixed._buffers = {name: buffer.clone() for name, buffer in self.module._buffers.items()}
+        frequencies = self.module.original_inv_freq.to(x.device)
+        if regime:
+            initialise = ROPE_INIT_FUNCTIONS[self.kind]
+            frequencies, scaling = initialise(self.module.config, x.device, seq_len=regime)
+            if self.kind != "longrope":
+                fixed.attention_scaling = scaling
+        fixed._buffers["inv_freq"] = frequencies
+        # The module's own rule would choose frequencies by the greatest position of the pass.
+        fixed.rope_type = "default"
+        return fixed
+
+
+def scaled_context(config: Any) -> int:
+    """Return the positions that a model was made for, its scaling of rotations included.
+
+    Some configurations name the length before scaling, as `max_position_embeddings` and nowhere
+    else.
+    """
+    parameters = config.rope_parameters
+    length: int = config.max_position_embeddings
+    scales = parameters["rope_type"] in {"yarn", "dynamic", "linear", "llama3", "longrope"}
+    if not scales or parameters.get("original_max_position_embeddings", length) != length:
+        return length
+    return int(length * (parameters.get("factor") or 1))

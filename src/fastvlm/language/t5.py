@@ -8,37 +8,45 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import EncoderDecoderCache
+from transformers import EncoderDecoderCache, PreTrainedModel
 
-from fastvlm.language.cache import DecoderCache, KeyValueCache, Projection, Source, Span
+from fastvlm.language.cache import (
+    CrossKeyValues,
+    DecoderCache,
+    EncoderContext,
+    KeyValueCache,
+    Positions,
+)
 from fastvlm.language.decoder import (
     DecoderShape,
     FeedForward,
-    LayeredDecoder,
+    SplitDecoder,
     additive,
     layers_of,
 )
 
 
-class T5Decoder(LayeredDecoder):
-    """The decoder of T5; what its encoder made of a row's source comes with the row's span.
+class T5Decoder(SplitDecoder):
+    """The decoder of T5; what its encoder made of a row's source comes with the row's positions.
 
     Args:
+        model: The model that the decoder is part of.
         decoder: A `T5Stack` with `is_decoder`.
-        lm_head: The LM head.
     """
 
     # Distances, not positions, are learnt, and the greatest of them share one bias.
     context = sys.maxsize
 
-    def __init__(self, decoder: Any, lm_head: nn.Linear) -> None:
-        super().__init__(decoder, lm_head, decoder.block)
+    def __init__(self, model: PreTrainedModel, decoder: Any) -> None:
+        super().__init__(model, decoder)
         config: Any = decoder.config
         self.width = config.d_model
-        self.kv_heads = config.num_heads
-        self.head_dim = config.d_kv
         self.scale: float | None = config.d_model**-0.5 if config.scale_decoder_outputs else None
-        self._buckets = torch.empty(0, dtype=torch.long, device=self.device)
+
+    @property
+    def layers(self) -> Any:
+        """The target's own layers."""
+        return self.decoder.block
 
     @staticmethod
     def shape(config: Any) -> DecoderShape:
@@ -69,15 +77,17 @@ class T5Decoder(LayeredDecoder):
             part.layer_norm.weight, inner.wi_0.weight, inner.wi_1.weight, inner.wo.weight
         )
 
-    def run(self, x: Tensor, span: Span, cache: KeyValueCache, layers: Iterable[int]) -> Tensor:
+    def forward_layers(
+        self, x: Tensor, positions: Positions, cache: KeyValueCache, layers: Iterable[int]
+    ) -> Tensor:
         """Run some of the target's layers on (batch, new, d_model) hidden states."""
-        return self._run(x, span, cache, [self.layers[index] for index in layers])
+        return self._run(x, positions, cache, [self.layers[index] for index in layers])
 
-    def run_blocks(
-        self, x: Tensor, span: Span, cache: KeyValueCache, blocks: Iterable[nn.Module]
+    def forward_blocks(
+        self, x: Tensor, positions: Positions, cache: KeyValueCache, blocks: Iterable[nn.Module]
     ) -> Tensor:
         """Run layers of the target's own kind that are not the target's."""
-        return self._run(x, span, cache, list(blocks))
+        return self._run(x, positions, cache, list(blocks))
 
     def norm(self, x: Tensor) -> Tensor:
         """Return the final norm of hidden states, scaled where the LM head is the embeddings'."""
@@ -85,18 +95,18 @@ class T5Decoder(LayeredDecoder):
         return x if self.scale is None else x * self.scale
 
     def _run(
-        self, x: Tensor, span: Span, cache: KeyValueCache, layers: Sequence[nn.Module]
+        self, x: Tensor, positions: Positions, cache: KeyValueCache, layers: Sequence[nn.Module]
     ) -> Tensor:
         if not layers:
             return x
-        cache.write_at(span)
-        source = span.source
-        mask = self._biased_mask(span)
+        cache.begin_pass(positions)
+        source = positions.encoder
+        mask = self._biased_mask(positions)
         # Attention computes a bias of its own unless it is given one; ours is in the mask. Hidden
         # states may be wider than what attention computes in: T5 keeps some weights in float32.
-        none = torch.zeros(1, 1, 1, 1, dtype=self.dtype, device=x.device)
+        none = torch.zeros(1, 1, 1, 1, dtype=mask.dtype, device=x.device)
         states = None if source is None else source.states
-        seen = None if source is None else additive(source.seen[:, None, None], self.dtype)
+        seen = None if source is None else additive(source.visible[:, None, None], mask.dtype)
         both = CrossCache(cache, source)
         for layer in layers:
             x, _, _ = layer(
@@ -110,28 +120,24 @@ class T5Decoder(LayeredDecoder):
             )
         return x
 
-    def _biased_mask(self, span: Span) -> Tensor:
+    def _biased_mask(self, positions: Positions) -> Tensor:
         """Return what to add to scores: (batch or 1, heads, width, end).
 
         It is the bias of each distance, and the least number for what is not seen.
         """
         first: Any = self.layers[0]
         attention = first.layer[0].SelfAttention
-        if len(self._buckets) < span.end:
-            # Decoding fills the table, and training reads it too.
-            with torch.inference_mode(mode=False):
-                distances = torch.arange(max(span.end, 512), device=self.device)
-                self._buckets = attention._relative_position_bucket(
-                    -distances,
-                    bidirectional=False,
-                    num_buckets=attention.relative_attention_num_buckets,
-                    max_distance=attention.relative_attention_max_distance,
-                )
-        here = span.positions[:1] if span.aligned else span.positions
-        away = here[..., None] - torch.arange(span.end, device=here.device)
-        bias = attention.relative_attention_bias(self._buckets[away.clamp(min=0)])
+        here = positions.indices[:1] if positions.aligned else positions.indices
+        away = here[..., None] - torch.arange(positions.end, device=here.device)
+        buckets = attention._relative_position_bucket(
+            -away.clamp(min=0),
+            bidirectional=False,
+            num_buckets=attention.relative_attention_num_buckets,
+            max_distance=attention.relative_attention_max_distance,
+        )
+        bias = attention.relative_attention_bias(buckets)
         mask: Tensor = bias.permute(0, 3, 1, 2).to(self.dtype)
-        return mask.masked_fill(away[:, None] < 0, torch.finfo(self.dtype).min)
+        return mask.masked_fill(away[:, None] < 0, torch.finfo(mask.dtype).min)
 
 
 class CrossCache(EncoderDecoderCache):
@@ -143,19 +149,20 @@ class CrossCache(EncoderDecoderCache):
             keeps anything, by each layer when it first runs.
     """
 
-    def __init__(self, cache: KeyValueCache, source: Source | None) -> None:
+    def __init__(self, cache: KeyValueCache, source: EncoderContext | None) -> None:
         # The base class wants caches of its own kind, which are what ours stands for.
         self.self_attention_cache: Any = cache
         self.cross_attention_cache: Any = self
-        keeps = source is not None and isinstance(cache, DecoderCache)
-        self.layers: Any = source.projections if source is not None and keeps else {}
+        self.source = source if isinstance(cache, DecoderCache) else None
+        self.layers: Any = {} if self.source is None else self.source.cross
         self.is_updated = dict.fromkeys(self.layers, True)
 
     def update(
         self, key_states: Tensor, value_states: Tensor, layer_idx: int, *_: Any, **__: Any
     ) -> tuple[Tensor, Tensor]:
         """Keep a layer's keys and values of the source: (batch, heads, source, head_dim)."""
-        self.layers[layer_idx] = Projection(key_states, value_states)
+        if self.source is not None:
+            self.source.put(layer_idx, CrossKeyValues(key_states, value_states))
         return key_states, value_states
 
     def get_seq_length(self, layer_idx: int = 0) -> int:  # noqa: ARG002

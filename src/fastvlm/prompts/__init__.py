@@ -1,28 +1,37 @@
-"""Prompts and dialogues with pictures: their tokens, and the embeddings that a decoder is given."""
+"""Prompts and dialogues with images: their tokens, and the embeddings that a decoder is given."""
 
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, ProcessorMixin
 
 from fastvlm.checkpoints.processors import tokenizer_of
 from fastvlm.data.conversations import Message
 from fastvlm.language import SplitDecoder
-from fastvlm.prompts.encoded import Encoded, Prompts
-from fastvlm.prompts.fastvithd import FastViTHDPrompts
+from fastvlm.prompts.builder import PromptBuilder
+from fastvlm.prompts.fastvithd import FastViTHDPromptBuilder
+from fastvlm.prompts.features import ImageFeatureCache
 from fastvlm.prompts.messages import question
-from fastvlm.prompts.processor import ProcessorPrompts
+from fastvlm.prompts.processor import ProcessorPromptBuilder
 from fastvlm.vision.fastvithd import FastViTHD
 
-__all__ = ["Encoded", "FastViTHDPrompts", "Message", "Prompts", "prompts_for", "question"]
+__all__ = [
+    "FastViTHDPromptBuilder",
+    "ImageFeatureCache",
+    "Message",
+    "ProcessorPromptBuilder",
+    "PromptBuilder",
+    "prompt_builder",
+    "question",
+]
 
 
-def prompts_for(
+def prompt_builder(
     model: PreTrainedModel,
     processor: PreTrainedTokenizerBase | ProcessorMixin,
     decoder: SplitDecoder,
-) -> Prompts:
+) -> PromptBuilder:
     """Return what makes a model's prompts.
 
     Args:
-        model: The model.
+        model: The model, which is left as it is.
         processor: Its processor, or its tokenizer alone.
         decoder: The model's decoder, split.
 
@@ -30,5 +39,5 @@ def prompts_for(
         InputError: There is no chat template, and the model needs one.
     """
     if isinstance(getattr(model.base_model, "vision_tower", None), FastViTHD):
-        return FastViTHDPrompts(model, tokenizer_of(processor), decoder)
-    return ProcessorPrompts(model, processor, decoder)
+        return FastViTHDPromptBuilder(model, tokenizer_of(processor), decoder)
+    return ProcessorPromptBuilder(model, processor, decoder)

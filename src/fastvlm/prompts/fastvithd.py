@@ -1,4 +1,4 @@
-"""Prompts of models around a FastViTHD encoder, whose pictures are prepared here."""
+"""Prompts of models around a FastViTHD encoder, whose images are prepared here."""
 
 from __future__ import annotations
 
@@ -11,21 +11,19 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from fastvlm.data.conversations import Message
 from fastvlm.functional.errors import InputError
-from fastvlm.language import SplitDecoder
-from fastvlm.language.prefix import PrefixStore
-from fastvlm.prompts.encoded import Encoded
-from fastvlm.prompts.features import digest
-from fastvlm.prompts.messages import pictures_of
+from fastvlm.language import DecoderInputs, SplitDecoder
+from fastvlm.prompts.features import ImageFeatureCache, digest
+from fastvlm.prompts.messages import images_of
 from fastvlm.vision.configuration import REDUCTION
 from fastvlm.vision.fastvithd import FastViTHD
 from fastvlm.vision.pictures import PictureOptions, prepare
 
 
-class FastViTHDPrompts:
-    """Makes prompts for a model around a FastViTHD encoder.
+class FastViTHDPromptBuilder:
+    """Makes prompts for a model around a FastViTHD encoder. See `PromptBuilder`.
 
     Args:
-        model: The model; its encoder is folded for inference.
+        model: The model, whose encoder is used as it is, fused or not.
         tokenizer: Its tokenizer, with a chat template.
         decoder: The model's decoder, split.
 
@@ -44,17 +42,18 @@ class FastViTHDPrompts:
         # Which methods and settings a composite model has is its class's matter.
         self.model: Any = model
         self.tokenizer, self.decoder = tokenizer, decoder
-        tower = cast(FastViTHD, model.base_model.vision_tower)
-        # Folding is exact, so nobody who loads a model for inference wants the branches.
-        tower.fuse()
-        self.image_size: int = tower.config.image_size
+
+    @property
+    def image_size(self) -> int:
+        """Side in pixels of the images that the model was made for."""
+        return cast(FastViTHD, self.model.base_model.vision_tower).config.image_size
 
     def tokens(self, messages: Sequence[Message], visual: Sequence[int]) -> list[int]:
         """Return a dialogue's tokens, with a placeholder for every visual token.
 
         Args:
             messages: The dialogue; what an image is does not matter.
-            visual: Visual tokens of each picture, in their order.
+            visual: Visual tokens of each image, in their order.
 
         Raises:
             InputError: The text has a placeholder of its own.
@@ -64,76 +63,105 @@ class FastViTHDPrompts:
             self.tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=True)
         )
         numbers = iter(visual)
-        found = with_places(self.tokenizer, text, self.model.config.image_token_id, numbers)
+        found = expand_image_tokens(self.tokenizer, text, self.model.config.image_token_id, numbers)
         if next(numbers, None) is not None:
-            raise InputError("The chat template has no place for a picture.")
+            raise InputError("The chat template has no place for an image.")
         return found
 
-    @torch.inference_mode()
-    def encode(
+    def inputs(
+        self, messages: Sequence[Message], **options: Unpack[PictureOptions]
+    ) -> dict[str, Tensor]:
+        """Return what the model's `generate` takes, of one row. See `PromptBuilder.inputs`.
+
+        Returns:
+            `input_ids` and `attention_mask`, (1, length); with images also `pixel_values`, (tiles
+            of all images, 3, size, size) in [0, 1].
+        """
+        tokens, tiles = self._tokens_and_tiles(messages, options)
+        row = torch.tensor([tokens], device=self.decoder.device)
+        found = {"input_ids": row, "attention_mask": torch.ones_like(row)}
+        if tiles:
+            found["pixel_values"] = self._placed(torch.cat(tiles))
+        return found
+
+    @torch.no_grad()
+    def decoder_inputs(
         self,
         messages: Sequence[Message],
-        store: PrefixStore | None = None,
+        cache: ImageFeatureCache | None = None,
         **options: Unpack[PictureOptions],
-    ) -> Encoded:
-        """Return a dialogue as the decoder takes it. See `Prompts.encode`."""
-        shown: PictureOptions = {"image_size": self.image_size, **options}
-        views = [prepare(picture, **shown) for picture in pictures_of(messages)]
-        visual = [len(view) * (view.shape[-1] // REDUCTION) ** 2 for view in views]
-        tokens = self.tokens(messages, visual)
+    ) -> DecoderInputs:
+        """Return a dialogue as the decoder takes it. See `PromptBuilder.decoder_inputs`."""
+        tokens, tiles = self._tokens_and_tiles(messages, options)
         row = torch.tensor(tokens, device=self.decoder.device)
         embeddings = self.decoder.embed(row)
-        keys: list[Hashable] = [*tokens]
-        if views:
-            places = row == self.model.config.image_token_id
-            # What is kept nowhere needs no name, and hashing a picture takes milliseconds.
-            digests = ["" if store is None else digest(view) for view in views]
-            features = [
-                self.features(view, name, store) for view, name in zip(views, digests, strict=True)
-            ]
-            embeddings = embeddings.masked_scatter(places[:, None], torch.cat(features))
-            seen = [
-                (name, n) for name, size in zip(digests, visual, strict=True) for n in range(size)
-            ]
-            for place, key in zip(places.nonzero()[:, 0].tolist(), seen, strict=True):
-                keys[place] = key
-        return Encoded(tokens, embeddings, keys)
+        if not tiles:
+            return DecoderInputs(tokens, embeddings, keys=[*tokens])
+        places = row == self.model.config.image_token_id
+        # What is kept nowhere needs no digest, and hashing an image takes milliseconds.
+        digests = [None if cache is None else digest(shown) for shown in tiles]
+        features = [
+            self._features(shown, name, cache) for shown, name in zip(tiles, digests, strict=True)
+        ]
+        embeddings = embeddings.masked_scatter(places[:, None], torch.cat(features))
+        if cache is None:
+            return DecoderInputs(tokens, embeddings)
+        seen: Iterator[Hashable] = (
+            (name, number)
+            for name, image in zip(digests, features, strict=True)
+            for number in range(len(image))
+        )
+        image_token = self.model.config.image_token_id
+        keys = [next(seen) if token == image_token else token for token in tokens]
+        return DecoderInputs(tokens, embeddings, keys=keys)
 
-    def features(self, views: Tensor, name: str, store: PrefixStore | None) -> Tensor:
-        """Return a picture's visual tokens, (visual tokens, d_model), encoded if they aren't kept.
+    def _tokens_and_tiles(
+        self, messages: Sequence[Message], options: PictureOptions
+    ) -> tuple[list[int], list[Tensor]]:
+        """Return a dialogue's tokens, and of each image its (tiles, 3, size, size) in [0, 1]."""
+        shown: PictureOptions = {"image_size": self.image_size, **options}
+        tiles = [prepare(image, **shown) for image in images_of(messages)]
+        visual = [len(image) * (image.shape[-1] // REDUCTION) ** 2 for image in tiles]
+        return self.tokens(messages, visual), tiles
+
+    def _placed(self, tiles: Tensor) -> Tensor:
+        return tiles.to(self.decoder.device, self.decoder.dtype)
+
+    def _features(self, tiles: Tensor, name: str | None, cache: ImageFeatureCache | None) -> Tensor:
+        """Return an image's visual tokens, (visual tokens, d_model), encoded if they aren't kept.
 
         Args:
-            views: What `prepare` made of it: (views, 3, size, size) in [0, 1].
-            name: Its digest.
-            store: Where they are kept; None for nowhere.
+            tiles: What `prepare` made of it: (tiles, 3, size, size) in [0, 1].
+            name: Its digest; None without a cache.
+            cache: Where they are kept; None for nowhere.
         """
-        found: Any = None if store is None else store.features(name)
+        found: Any = None if cache is None or name is None else cache.get(name)
         if found is None:
-            pixels = views.to(self.decoder.device, self.decoder.dtype)
-            found = self.model.get_image_features(pixels).pooler_output.flatten(0, 1)
-            if store is not None:
-                store.keep_features(name, found)
+            encoded = self.model.get_image_features(self._placed(tiles))
+            found = encoded.pooler_output.flatten(0, 1)
+            if cache is not None and name is not None:
+                cache.put(name, found)
         return found
 
 
-def with_places(
+def expand_image_tokens(
     tokenizer: PreTrainedTokenizerBase, text: str, image: int, visual: Iterator[int]
 ) -> list[int]:
-    """Return the tokens of a text, a picture's placeholder once for each of its visual tokens.
+    """Return the tokens of a text, an image's placeholder once for each of its visual tokens.
 
     Args:
         tokenizer: The model's.
         text: What the chat template wrote.
         image: The placeholder.
-        visual: Visual tokens of the pictures that are left; those in the text are taken.
+        visual: Visual tokens of the images that are left; those in the text are taken.
 
     Raises:
-        InputError: The text has a placeholder more than there are pictures.
+        InputError: The text has a placeholder more than there are images.
     """
     found: list[int] = []
     for token in tokenizer.encode(text, add_special_tokens=False):
         number = next(visual, None) if token == image else 1
         if number is None:
-            raise InputError("The prompt must not contain the picture's placeholder itself.")
+            raise InputError("The prompt must not contain the image's placeholder itself.")
         found += [token] * number
     return found

@@ -1,66 +1,103 @@
-"""Pictures' features, kept for the next prompt about the same pictures."""
+"""Images' features, kept for the next prompt about the same images."""
 
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 from transformers import PreTrainedModel
+from transformers.modeling_outputs import BaseModelOutputWithPooling
 
-from fastvlm.language.prefix import PrefixStore
+from fastvlm.functional.lru import LruBytes
+from fastvlm.functional.overrides import override_method
+
+Features = Tensor | Sequence[Tensor]
+"""Images' visual tokens, (visual tokens, d_model), in one tensor or in one for each image."""
 
 
-class FeatureMemory:
-    """Answers a model's `get_image_features` from a store, where the answer is known.
+class ImageFeatureCache:
+    """Keeps a model's features of images by their digests. It may be used from any thread.
 
     Args:
-        model: The model; one without pictures is never asked.
+        lru: Where they are kept, beside whatever else shares its limit.
     """
 
-    def __init__(self, model: PreTrainedModel) -> None:
-        # Where both have the method, the outer model's asks the inner one's.
-        self.owner: Any = model.base_model
-        self.kind: Any = None
-        """The class of what the model itself answers."""
+    def __init__(self, lru: LruBytes) -> None:
+        self.lru = lru
 
-    @contextmanager
-    def answering(self, store: PrefixStore | None) -> Iterator[list[str]]:
-        """Answer while the context lasts, which leaves the model as it was.
+    def get(self, digest: str) -> Features | None:
+        """Return what is kept of an image, by its digest; None if nothing is."""
+        found = self._get(digest)
+        return None if found is None else found.features
+
+    def put(
+        self, digest: str, features: Features, output_type: type = BaseModelOutputWithPooling
+    ) -> bool:
+        """Keep an image's features; return whether there is room for them.
 
         Args:
-            store: Where features are found and kept; None for nowhere.
+            digest: Of the image, and of all that its features depend on.
+            features: Its visual tokens, to which nobody writes.
+            output_type: The class of what `get_image_features` returned with them.
+        """
+        tensors = [features] if isinstance(features, Tensor) else features
+        nbytes = sum(tensor.nbytes for tensor in tensors)
+        return self.lru.put(_Key(self, digest), _Kept(features, output_type), nbytes)
+
+    @contextmanager
+    def patched(self, model: PreTrainedModel) -> Iterator[list[str]]:
+        """Answer a model's `get_image_features` from here in this thread, while the context lasts.
+
+        Args:
+            model: The model; one that never asks for features is left alone.
 
         Yields:
-            The digests of what has been asked: they differ where any input does, the question that
-            InstructBLIP's Q-Former reads included.
+            The digests of what has been asked so far: they differ where any argument does, the
+            question that InstructBLIP's Q-Former reads included.
         """
         asked: list[str] = []
-        if store is None or not hasattr(self.owner, "get_image_features"):
+        # Where both have the method, the outer model's asks the inner one's.
+        owner: Any = model.base_model
+        if not hasattr(owner, "get_image_features"):
             yield asked
             return
-        compute = self.owner.get_image_features
 
-        def answer(*given: Any, **named: Any) -> Any:
-            name = digest([*given, *sorted(named.items())])
+        def answer(original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+            name = digest([*args, *sorted(kwargs.items())])
             asked.append(name)
-            found = store.features(name)
+            found = self._get(name)
             if found is not None:
-                return self.kind(pooler_output=found)
-            output = compute(*given, **named)
-            self.kind = type(output)
-            store.keep_features(name, output.pooler_output)
+                return found.output_type(pooler_output=found.features)
+            output = original(*args, **kwargs)
+            self.put(name, output.pooler_output, type(output))
             return output
 
-        # An attribute of the object hides its class's method until it is deleted.
-        self.owner.get_image_features = answer
-        try:
+        with override_method(owner, "get_image_features", answer):
             yield asked
-        finally:
-            del self.owner.get_image_features
+
+    def _get(self, digest: str) -> _Kept | None:
+        return self.lru.get(_Key(self, digest))
+
+
+@dataclass(frozen=True, slots=True)
+class _Key:
+    """The key of an image's features, which can't be that of anything else in the same cache."""
+
+    cache: ImageFeatureCache
+    digest: str
+
+
+@dataclass(frozen=True, slots=True)
+class _Kept:
+    """An image's features, and the class of what the model returned with them."""
+
+    features: Features
+    output_type: type
 
 
 def digest(value: Any) -> str:

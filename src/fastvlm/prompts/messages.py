@@ -1,6 +1,4 @@
-"""Dialogues: turns of text and pictures."""
-
-from __future__ import annotations
+"""Dialogues: turns of texts and images."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -10,13 +8,13 @@ from fastvlm.functional.errors import InputError
 from fastvlm.vision.pictures import Picture
 
 
-def question(prompt: str, picture: Picture | None) -> list[Message]:
-    """Return a question about a picture as a dialogue of one turn."""
+def question(prompt: str, image: Picture | None) -> list[Message]:
+    """Return a question about an image as a dialogue of one turn."""
     return [
         {
             "role": "user",
             "content": [
-                *([] if picture is None else [{"type": "image", "image": picture}]),
+                *([] if image is None else [{"type": "image", "image": image}]),
                 {"type": "text", "text": prompt},
             ],
         }
@@ -44,8 +42,8 @@ def parts_of(message: Message) -> list[Mapping[str, Any]]:
     return list(content)
 
 
-def pictures_of(messages: Sequence[Message]) -> list[Picture]:
-    """Return the pictures of a dialogue, in their order.
+def images_of(messages: Sequence[Message]) -> list[Picture]:
+    """Return the images of a dialogue, in their order.
 
     Raises:
         InputError: A part of a turn is neither a text nor an image.

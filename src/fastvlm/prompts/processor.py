@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Hashable, Sequence
+from dataclasses import replace
 from itertools import count
 from typing import Any, Unpack
 
@@ -14,19 +15,19 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase, ProcessorMixi
 from fastvlm.checkpoints.processors import tokenizer_of
 from fastvlm.data.conversations import Message
 from fastvlm.functional.errors import InputError, first_line
-from fastvlm.language import SplitDecoder, captured
-from fastvlm.language.prefix import PrefixStore
-from fastvlm.prompts.encoded import Encoded
-from fastvlm.prompts.features import FeatureMemory
-from fastvlm.prompts.messages import parts_of, pictures_of
+from fastvlm.language import DecoderInputs, SplitDecoder, capture_decoder_inputs
+from fastvlm.prompts.features import ImageFeatureCache
+from fastvlm.prompts.messages import images_of, parts_of
 from fastvlm.vision.pictures import PictureOptions, open_picture
 
 
-class ProcessorPrompts:
+class ProcessorPromptBuilder:
     """Makes prompts as `transformers` does: chat template, processor, the model up to its decoder.
 
+    See `PromptBuilder`.
+
     Args:
-        model: The model.
+        model: The model, which is left as it is.
         processor: Its processor, or the tokenizer of a model of text alone.
         decoder: The model's decoder, split.
 
@@ -44,72 +45,36 @@ class ProcessorPrompts:
         self.model, self.decoder = model, decoder
         self.processor: Any = processor
         self.name = type(model).__name__
-        self.shows_pictures = isinstance(processor, ProcessorMixin)
-        self.features = FeatureMemory(model)
+        self.shows_images = isinstance(processor, ProcessorMixin)
         # BLIP-2 and InstructBLIP learnt from texts without turns, and their processors take no
         # template; a decoder of text alone may have none either.
         takes_template = "chat_template" in inspect.signature(type(processor).__init__).parameters
-        if self.shows_pictures and takes_template and not processor.chat_template:
+        if self.shows_images and takes_template and not processor.chat_template:
             raise InputError(
                 f"The processor of {self.name} has no chat template, so fastvlm can't tell how a"
                 " prompt is put to the model; set processor.chat_template and save it again."
             )
 
-    def encode(
-        self,
-        messages: Sequence[Message],
-        store: PrefixStore | None = None,
-        **options: Unpack[PictureOptions],
-    ) -> Encoded:
-        """Return a dialogue as the decoder takes it. See `Prompts.encode`."""
-        if options:
-            raise InputError(
-                f"The processor of {self.name} decides how a picture is shown; leave out"
-                f" {', '.join(options)}."
-            )
-        inputs = self.inputs(messages)
-        with self.features.answering(store) as asked:
-            try:
-                [prompt] = captured(self.model, inputs)
-            except ValueError as error:
-                raise InputError(
-                    f"{self.name} refuses what its processor made of the prompt:"
-                    f" {first_line(error)}"
-                ) from error
-        return Encoded(
-            prompt.tokens,
-            prompt.embeddings,
-            # An encoder reads the whole source before the decoder's first position.
-            self.keys(prompt.tokens, "".join(asked)) if prompt.memory is None else None,
-            prompt.positions,
-            prompt.memory,
-        )
-
-    def keys(self, tokens: Sequence[int], pictures: str) -> list[Hashable]:
-        """Return what tells each position from others.
-
-        Args:
-            tokens: The prompt's tokens.
-            pictures: Digest of all its pictures; a processor may show one differently beside
-                another, so that none has a name of its own.
-        """
-        image = getattr(self.model.config, "image_token_id", None)
-        number = count()
-        return [(pictures, next(number)) if token == image else token for token in tokens]
-
-    def inputs(self, messages: Sequence[Message]) -> dict[str, Tensor]:
-        """Return what a model's `generate` takes, of one row.
+    def inputs(
+        self, messages: Sequence[Message], **options: Unpack[PictureOptions]
+    ) -> dict[str, Tensor]:
+        """Return what the model's `generate` takes, of one row. See `PromptBuilder.inputs`.
 
         Raises:
-            InputError: A picture can't be read, the text has a placeholder of its own, or the
-                model, its template or its processor has no use for such a dialogue.
+            InputError: An image can't be read, the text has a placeholder of its own, an option is
+                given, or the model, its template or its processor has no use for such a dialogue.
         """
-        pictures = [open_picture(picture) for picture in pictures_of(messages)]
-        if pictures and not self.shows_pictures:
-            raise InputError(f"{self.name} reads text alone; leave out the picture.")
-        text = self.text(messages, len(pictures))
+        if options:
+            raise InputError(
+                f"The processor of {self.name} decides how an image is shown; leave out"
+                f" {', '.join(options)}."
+            )
+        images = [open_picture(image) for image in images_of(messages)]
+        if images and not self.shows_images:
+            raise InputError(f"{self.name} reads text alone; leave out the image.")
+        text = self.text(messages, len(images))
         try:
-            found = self.processed(text, pictures)
+            found = self.processed(text, images)
         except (TypeError, ValueError) as error:
             # A setting that older checkpoints lack is None here, and can't be computed with.
             raise InputError(
@@ -121,28 +86,82 @@ class ProcessorPrompts:
             for name, value in found.items()
         }
 
+    def decoder_inputs(
+        self,
+        messages: Sequence[Message],
+        cache: ImageFeatureCache | None = None,
+        **options: Unpack[PictureOptions],
+    ) -> DecoderInputs:
+        """Return a dialogue as the decoder takes it. See `PromptBuilder.decoder_inputs`."""
+        inputs = self.inputs(messages, **options)
+        if cache is None:
+            found, digests = self.captured(inputs), []
+        else:
+            with cache.patched(self.model) as digests:
+                found = self.captured(inputs)
+        if found.encoder_states is not None:
+            # An encoder reads the whole source before the decoder's first position.
+            return found
+        shows = bool(images_of(messages))
+        return replace(found, keys=self.keys(found.token_ids, digests if shows else None))
+
+    def captured(self, inputs: dict[str, Tensor]) -> DecoderInputs:
+        """Return what the decoder is given for one row of inputs.
+
+        Raises:
+            InputError: The model refuses them, or hands its decoder what fastvlm doesn't know.
+        """
+        try:
+            [found] = capture_decoder_inputs(self.model, inputs)
+        except ValueError as error:
+            raise InputError(
+                f"{self.name} refuses what its processor made of the prompt: {first_line(error)}"
+            ) from error
+        return found
+
+    def keys(
+        self, token_ids: Sequence[int], digests: Sequence[str] | None
+    ) -> list[Hashable] | None:
+        """Return what tells each position from others; None if nothing does for certain.
+
+        Args:
+            token_ids: The prompt's tokens.
+            digests: Of what the model asked of its encoder for the images; None for a prompt
+                without images. Together they name each of them, as a processor may show one image
+                differently beside another.
+        """
+        if digests is None:
+            return [*token_ids]
+        config: Any = self.model.config
+        image = getattr(config, "image_token_id", None)
+        # Without a digest or without a place, other images would have the same keys.
+        if not digests or image not in token_ids:
+            return None
+        images, number = "".join(digests), count()
+        return [(images, next(number)) if token == image else token for token in token_ids]
+
     @property
     def has_template(self) -> bool:
         """Whether there is a chat template."""
         return bool(getattr(self.processor, "chat_template", None))
 
-    def text(self, messages: Sequence[Message], pictures: int) -> str:
-        """Return a dialogue as one text, with a placeholder for each of its pictures.
+    def text(self, messages: Sequence[Message], images: int) -> str:
+        """Return a dialogue as one text, with a placeholder for each of its images.
 
         Raises:
             InputError: The text has a placeholder of its own, or the model or its template has no
                 use for such a dialogue.
         """
         if self.has_template:
-            text, places = self.templated(messages), pictures
+            text, places = self.templated(messages), images
         else:
-            check_plain(self.name, messages, pictures if self.shows_pictures else None)
-            # The processor puts the picture before the text itself.
+            check_plain(self.name, messages, images if self.shows_images else None)
+            # The processor puts the image before the text itself.
             text, places = plain_text(messages[0]), 0
         for name, number in (("image_token", places), ("video_token", 0)):
             token = getattr(self.processor, name, None)
             if token is not None and text.count(str(token)) != number:
-                raise InputError("The prompt must not contain the picture's placeholder itself.")
+                raise InputError("The prompt must not contain the image's placeholder itself.")
         return text
 
     def templated(self, messages: Sequence[Message]) -> str:
@@ -154,7 +173,7 @@ class ProcessorPrompts:
         turns: list[dict[str, Any]] = [
             # Templates of processors read lists of parts, and pass over texts; those of tokenizers
             # the other way round.
-            {**message, "content": bare(message) if self.shows_pictures else plain_text(message)}
+            {**message, "content": bare(message) if self.shows_images else plain_text(message)}
             for message in messages
         ]
         try:
@@ -167,25 +186,25 @@ class ProcessorPrompts:
             ) from error
         return written
 
-    def processed(self, text: str, pictures: Sequence[Image.Image]) -> dict[str, Tensor]:
-        """Return what the processor makes of a text and the pictures in it."""
+    def processed(self, text: str, images: Sequence[Image.Image]) -> dict[str, Tensor]:
+        """Return what the processor makes of a text and the images in it."""
         options: dict[str, Any] = {"text": text, "return_tensors": "pt"}
         start = tokenizer_of(self.processor).bos_token
         begun = start is not None and text.startswith(start)
-        if self.has_template and (begun or not self.shows_pictures):
+        if self.has_template and (begun or not self.shows_images):
             # As transformers' own apply_chat_template has it.
             options["add_special_tokens"] = False
-        if not self.shows_pictures:
+        if not self.shows_images:
             options["return_token_type_ids"] = False
-        elif pictures:
-            # The pictures of one row: beside others a picture may be shown differently.
-            options["images"] = [list(pictures)]
+        elif images:
+            # The images of one row: beside others an image may be shown differently.
+            options["images"] = [list(images)]
         found: dict[str, Tensor] = dict(self.processor(**options))
         return found
 
 
 def bare(message: Message) -> list[dict[str, Any]]:
-    """Return the parts of a turn without the pictures themselves."""
+    """Return the parts of a turn without the images themselves."""
     return [
         {"type": "image"} if part["type"] == "image" else dict(part) for part in parts_of(message)
     ]
@@ -196,21 +215,21 @@ def plain_text(message: Message) -> str:
     return "".join(part["text"] for part in parts_of(message) if part["type"] == "text")
 
 
-def check_plain(name: str, messages: Sequence[Message], pictures: int | None) -> None:
+def check_plain(name: str, messages: Sequence[Message], images: int | None) -> None:
     """Refuse what a model without a chat template can't be given.
 
     Args:
         name: The model's.
         messages: The dialogue.
-        pictures: How many pictures it has; None for a model of text alone.
+        images: How many images it has; None for a model of text alone.
 
     Raises:
-        InputError: It is not one turn of the user's, or the pictures are not one.
+        InputError: It is not one turn of the user's, or the images are not one.
     """
     if [message.get("role") for message in messages] != ["user"]:
         raise InputError(
             f"{name} has no chat template and takes a single prompt, so a dialogue is one turn of"
             f" the user's; got {len(messages)} turns."
         )
-    if pictures not in (None, 1):
-        raise InputError(f"{name} takes one picture with each prompt; got {pictures}.")
+    if images not in (None, 1):
+        raise InputError(f"{name} takes one image with each prompt; got {images}.")

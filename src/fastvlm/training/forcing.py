@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
 from fastvlm.language.cache import Span
-from fastvlm.prompts import Encoded
+from fastvlm.language.inputs import DecoderInputs
 from fastvlm.training.replies import Example
 from fastvlm.vlm import VisionLanguageModel
 
@@ -85,7 +85,7 @@ class Forcing:
         self.vlm, self.kept = vlm, kept
 
     @torch.no_grad()
-    def prompt(self, example: Example) -> Encoded:
+    def prompt(self, example: Example) -> DecoderInputs:
         """Return an example's prompt, encoded now or before.
 
         Raises:
@@ -93,10 +93,10 @@ class Forcing:
         """
         return self.kept.get(
             example.messages,
-            lambda: self.vlm.prompts.encode(example.messages),
+            lambda: self.vlm.prompts.decoder_inputs(example.messages),
             lambda made: (
                 tensor
-                for tensor in (made.embeddings, made.positions, made.memory)
+                for tensor in (made.embeddings, made.position_ids, made.encoder_states)
                 if tensor is not None
             ),
         )
@@ -120,13 +120,13 @@ class Forcing:
             reply = torch.tensor(example.reply, device=decoder.device)
             rows.append(torch.cat((prompt.embeddings, decoder.embed(reply[None, :-1])[0])))
             places = torch.arange(len(rows[-1]), device=decoder.device)
-            learnt.append(places >= len(prompt.tokens) + given - 1)
+            learnt.append(places >= len(prompt.token_ids) + given - 1)
             targets.append(reply[given:])
         x = pad_sequence(rows, batch_first=True)
         # A cache of no layer: it is asked for the positions, and nothing is kept in it.
         cache = decoder.cache(len(rows), x.shape[1], -decoder.depth)
         for row, prompt in enumerate(prompts):
-            cache.seat(row, prompt.positions, prompt.memory)
+            cache.seat(row, prompt.position_ids, prompt.encoder_states)
         return Forced(
             x,
             cache.span([0] * len(rows), x.shape[1]),

@@ -15,10 +15,10 @@ from fastvlm.checkpoints.processors import tokenizer_of
 from fastvlm.data.conversations import Conversation, Message
 from fastvlm.functional.errors import InputError
 from fastvlm.language import split_decoder
-from fastvlm.language.prompt import end_tokens
-from fastvlm.prompts.fastvithd import with_places
-from fastvlm.prompts.messages import pictures_of
-from fastvlm.prompts.processor import ProcessorPrompts
+from fastvlm.language.inputs import end_tokens
+from fastvlm.prompts.fastvithd import expand_image_tokens
+from fastvlm.prompts.messages import images_of
+from fastvlm.prompts.processor import ProcessorPromptBuilder
 from fastvlm.training.dialogues import IGNORED
 from fastvlm.training.replies import end_token, text_of
 from fastvlm.vision.configuration import REDUCTION
@@ -84,13 +84,13 @@ class FastViTHDRows:
 
     def rows(self, conversation: Conversation) -> list[Row]:
         """Return the one row of a conversation. See `Rows.rows`."""
-        views = [prepare(shown, self.image_size) for shown in pictures_of(conversation.messages)]
+        views = [prepare(shown, self.image_size) for shown in images_of(conversation.messages)]
         visual = iter([len(view) * (view.shape[-1] // REDUCTION) ** 2 for view in views])
         tokens: list[int] = []
         labels: list[int] = []
         replied = False
         for text, learnt in self.pieces(conversation.messages):
-            found = with_places(self.tokenizer, text, self.image, visual)
+            found = expand_image_tokens(self.tokenizer, text, self.image, visual)
             tokens += found
             labels += found if learnt else [IGNORED] * len(found)
             if replied and found:
@@ -172,7 +172,7 @@ class ProcessorRows:
                 f"{type(model).__name__} can't be trained here; a draft for it can, and its decoder"
                 " with --phases joint,frozen."
             )
-        self.prompts = ProcessorPrompts(model, processor, split_decoder(model))
+        self.prompts = ProcessorPromptBuilder(model, processor, split_decoder(model))
         self.tokenizer = tokenizer_of(processor)
         self.end = end_token(self.tokenizer, end_tokens(model))
 

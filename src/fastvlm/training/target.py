@@ -61,7 +61,7 @@ class FrozenTarget:
         """Whether states are kept."""
         decoder = self.forcing.vlm.decoder
         looked_at = self.examples[:LOOKED_AT]
-        prompt = mean(len(self.forcing.prompt(example).tokens) for example in looked_at)
+        prompt = mean(len(self.forcing.prompt(example).token_ids) for example in looked_at)
         positions = sum(
             (prompt + len(example.reply)) * len(self.exit_layers) + len(example.reply)
             for example in self.examples

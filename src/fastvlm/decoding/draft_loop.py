@@ -1,0 +1,93 @@
+"""Drafting token by token, for as long as a rule says."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from itertools import pairwise
+
+from torch import Tensor
+
+from fastvlm.decoding.batch import Batch
+from fastvlm.decoding.sampler import draft_tokens
+from fastvlm.drafting.draft_length import DraftLength, Progress, Timings
+
+DraftStep = Callable[[list[int], int], Tensor]
+"""From each row's last token and the number of drafted ones: logits, (batch, draft vocabulary)."""
+
+
+@dataclass(slots=True)
+class Draft:
+    """What one cycle proposes, and what its rule for the length will want to know of it.
+
+    Args:
+        rows: Each row's drafted tokens; rows may differ in number.
+        hidden: The exit layer's hidden states of each row's last committed token and of all
+            drafted ones but the last, (batch, g, d_model); None where no layer ran.
+        progress: How far the drafts came; None where no rule decided.
+        times: When each step began, and the last one ended.
+    """
+
+    rows: list[list[int]]
+    hidden: Tensor | None = None
+    progress: Progress | None = None
+    times: list[float] = field(default_factory=list)
+
+    @property
+    def width(self) -> int:
+        """Tokens of the longest row."""
+        return max(map(len, self.rows), default=0)
+
+    def timings(self, verified: float) -> Timings:
+        """Return what the cycle took, by when its tokens were verified."""
+        steps = [end - begin for begin, end in pairwise(self.times)]
+        return Timings(steps, verified - self.times[-1])
+
+
+def draft_loop(
+    batch: Batch,
+    length: DraftLength,
+    limits: Sequence[int],
+    step: DraftStep,
+    vocabulary: Tensor | None = None,
+    vocabulary_size: int | None = None,
+) -> Draft:
+    """Draft as long as a rule says.
+
+    Args:
+        batch: The rows.
+        length: The rule.
+        limits: The most tokens of each row's draft.
+        step: The drafter.
+        vocabulary: The tokens that can be drafted, (draft vocabulary,); None for all.
+        vocabulary_size: Of the target, where there is a `vocabulary`.
+    """
+    rows: list[list[int]] = [[] for _ in batch.slots]
+    progress = Progress(
+        active=[limit > 0 for limit in limits],
+        confidences=[[] for _ in rows],
+        remaining=[limit + 1 for limit in limits],
+        generated=[len(reply) for reply in batch.replies],
+        lag=max(slot.lag for slot in batch.slots),
+    )
+    times = [batch.clock()]
+    last, samplers, replies = batch.last, batch.samplers, batch.replies
+    ends = [slot.request.end_token_ids for slot in batch.slots]
+    while any(going := length.should_continue(progress)):
+        logits = step(last, progress.steps)
+        last, confidences = draft_tokens(
+            samplers,
+            [[*reply, *drafted] for reply, drafted in zip(replies, rows, strict=True)],
+            logits,
+            vocabulary,
+            vocabulary_size,
+            confident=length.reads_confidence,
+        )
+        for row, drafted in enumerate(rows):
+            if going[row]:
+                drafted.append(last[row])
+                progress.confidences[row].append(confidences[row])
+                more = len(drafted) < limits[row]
+                progress.active[row] = more and last[row] not in ends[row]
+        times.append(batch.clock())
+    return Draft(rows, progress=progress, times=times)

@@ -1,0 +1,386 @@
+"""The engine: requests enter and leave its slots between steps."""
+
+from __future__ import annotations
+
+import time
+import warnings
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from itertools import groupby
+from threading import Condition, Lock
+
+import torch
+
+from fastvlm.decoding.batch import Batch
+from fastvlm.decoding.cycle import cycle, prefill
+from fastvlm.decoding.prefix_cache import PrefixEntry
+from fastvlm.decoding.request import Request
+from fastvlm.decoding.slot import ExitStates, Slot
+from fastvlm.functional.errors import InputError
+from fastvlm.language.cache import DecoderCache
+from fastvlm.language.decoder import SplitDecoder
+
+MAX_SLOTS = 16
+"""Requests that decode together, if nothing else is said."""
+PREFILL_POSITIONS = 1024
+"""Positions of prompts that a step computes beside replies that go on."""
+
+
+class Engine:
+    """Decodes requests together, each with its own strategy, sampler and limit.
+
+    It may be called from any thread. There is no thread of its own: whoever needs tokens next makes
+    the step for all. A request's failure is its own result, `Request.error`, and its neighbours go
+    on.
+
+    Args:
+        decoder: The target.
+        max_slots: The most requests that decode together; others wait.
+        prefill_positions: The most positions of prompts that a step computes beside replies that go
+            on: a longer prompt is computed in chunks, a step each.
+        verify_width: Positions that every verify computes, see `Batch`; None for those it needs.
+        clock: Seconds, from any point on, by which drafts adapt.
+
+    Raises:
+        InputError: There would be no slot, or no position of a prompt in a step.
+    """
+
+    def __init__(
+        self,
+        decoder: SplitDecoder,
+        *,
+        max_slots: int = MAX_SLOTS,
+        prefill_positions: int = PREFILL_POSITIONS,
+        verify_width: int | None = None,
+        clock: Callable[[], float] = time.perf_counter,
+    ) -> None:
+        if max_slots < 1 or prefill_positions < 1:
+            raise InputError(
+                "An engine has at least one slot and computes at least one position of a prompt in"
+                f" a step; got max_slots={max_slots} and prefill_positions={prefill_positions}."
+            )
+        self.decoder = decoder
+        self.max_slots, self.prefill_positions = max_slots, prefill_positions
+        self.verify_width, self.clock = verify_width, clock
+        self.cache = DecoderCache(torch.device("cpu"))
+        self.slots: list[Slot] = []
+        """The requests that decode, in the order in which they came."""
+        self.waiting: deque[Request] = deque()
+        self._dtype: torch.dtype | None = None
+        # A plain lock: a stream that is forgotten cancels its request wherever the interpreter
+        # happens to be, also inside a block that holds it, and must neither wait nor enter.
+        self._turn = Condition(Lock())
+        self._stepping = False
+        self._cancelled: deque[Request] = deque()
+
+    def add(self, request: Request) -> None:
+        """Let a request wait for a slot. What is wrong with it ends it at once.
+
+        Raises:
+            InputError: The request was added before.
+        """
+        if request.finished:
+            return
+        if request.added:
+            raise InputError("A request decodes once; make another of the same inputs.")
+        request.added, request.autocast = True, _autocast(self.decoder.device.type)
+        error = self._fitted(request)
+        if error is not None:
+            request.fail(error)
+            return
+        with self._turn:
+            self.waiting.append(request)
+        self._settle()
+
+    def cancel(self, request: Request) -> None:
+        """End a request: its slot is free before the next step. Nothing happens to one that ended.
+
+        It never waits, so that a finalizer may call it.
+        """
+        if not request.finished:
+            self._cancelled.append(request)
+            self._settle()
+
+    def step(self) -> dict[Request, int]:
+        """Make one cycle of all slots; return how many tokens each request gained.
+
+        Waiting requests are admitted first. While another thread makes a step, wait for it.
+        """
+        self._begin_step(lambda: False)
+        return self._finish_step()
+
+    def wait(self, condition: Callable[[], bool]) -> None:
+        """Return when a condition of some requests holds; make the steps that this takes."""
+        while not condition():
+            if self._begin_step(condition):
+                self._finish_step()
+        self._settle()
+
+    def run(self, requests: Iterable[Request]) -> Iterator[Request]:
+        """Decode requests, and yield each when it has finished.
+
+        Args:
+            requests: Read as slots become free. Those that are not done when the iterator is closed
+                are cancelled.
+        """
+        source, decoding = iter(requests), list[Request]()
+        try:
+            while True:
+                while len(decoding) < self.max_slots:
+                    request = next(source, None)
+                    if request is None:
+                        break
+                    decoding.append(request)
+                    self.add(request)
+                if not decoding:
+                    return
+                self.wait(lambda: any(request.finished for request in decoding))
+                for request in [request for request in decoding if request.finished]:
+                    decoding.remove(request)
+                    yield request
+        finally:
+            for request in decoding:
+                self.cancel(request)
+
+    def _begin_step(self, condition: Callable[[], bool]) -> bool:
+        """Take the turn to step, unless a condition comes to hold first; return whether it did."""
+        with self._turn:
+            while self._stepping:
+                if condition():
+                    return False
+                self._turn.wait()
+            if condition():
+                return False
+            self._stepping = True
+            return True
+
+    def _finish_step(self) -> dict[Request, int]:
+        """Make a step and give the turn back."""
+        try:
+            return self._step()
+        finally:
+            with self._turn:
+                self._stepping = False
+                self._turn.notify_all()
+            self._settle()
+
+    def _settle(self) -> None:
+        """Free the slots of cancelled requests, unless a step is under way, which will."""
+        while self._cancelled and self._turn.acquire(blocking=False):
+            try:
+                if self._stepping:
+                    return
+                self._free_cancelled()
+                self.waiting = deque(request for request in self.waiting if not request.finished)
+                self._turn.notify_all()
+            finally:
+                self._turn.release()
+
+    @torch.inference_mode()
+    def _step(self) -> dict[Request, int]:
+        """Admit, compute prompts, and make a cycle with each strategy."""
+        self._free_cancelled()
+        self._admit()
+        before = {slot.request: len(slot.request.output_token_ids) for slot in self.slots}
+        decoding = [slot for slot in self.slots if slot.decodes]
+        for slots, width in self._chunks(bool(decoding)):
+            exit_layer = slots[0].request.strategy.exit_layer if slots[0].exits else 0
+            self._guard(slots, lambda batch, w=width, k=exit_layer: prefill(batch, w, k))
+        by_strategy = sorted(decoding, key=lambda slot: (*_group(slot), slot.index))
+        for _, group in groupby(by_strategy, key=_group):
+            slots = list(group)
+            strategy = slots[0].request.strategy
+            self._guard(slots, lambda batch, strategy=strategy: cycle(batch, strategy))
+        for slot in [slot for slot in self.slots if slot.request.finished]:
+            if slot.request.error is None:
+                self._remember(slot)
+                slot.request.strategy.on_finish(len(slot.request.output_token_ids))
+            self._free(slot)
+        return {
+            request: len(request.output_token_ids) - known for request, known in before.items()
+        }
+
+    def _guard(self, slots: Sequence[Slot], work: Callable[[Batch], None]) -> None:
+        """Do a pass for some slots; what one of them can't do fails that one."""
+        batch = Batch(self.decoder, self.cache, slots, self.clock, self.verify_width)
+        try:
+            with _as_autocast(self.cache.device.type, slots[0].request.autocast):
+                work(batch)
+        except Exception as error:  # noqa: BLE001 (whatever it is, its request is told)
+            if len(slots) == 1:
+                slots[0].request.fail(error)
+                return
+            # Nothing of a pass that fails has been committed.
+            for slot in slots:
+                self._guard([slot], work)
+
+    def _chunks(self, others_go_on: bool) -> Iterator[tuple[list[Slot], int]]:
+        """Yield the slots whose prompts are computed next, and how many positions of them.
+
+        Those of the same width go through the layers together, so nothing is ever padded. A prompt
+        is cut only where somebody would wait for it.
+        """
+        left = self.prefill_positions if others_go_on else None
+        groups: dict[tuple[int, int, object], list[Slot]] = {}
+        for slot in self.slots:
+            if slot.decodes:
+                continue
+            width = len(slot.request.inputs.token_ids) - slot.prefilled
+            if left is not None:
+                width = min(width, left)
+                left -= width
+            if width:
+                exit_layer = slot.request.strategy.exit_layer if slot.exits else 0
+                key = width, exit_layer, slot.request.autocast
+                groups.setdefault(key, []).append(slot)
+        for (width, _, _), slots in groups.items():
+            yield sorted(slots, key=lambda slot: slot.index), width
+
+    def _admit(self) -> None:
+        """Give free slots to waiting requests, in the order in which they came."""
+        admitted: list[Request] = []
+        while self.waiting and len(self.slots) + len(admitted) < self.max_slots:
+            request = self.waiting.popleft()
+            if not request.finished:
+                admitted.append(request)
+        if not admitted:
+            return
+        self._follow_model()
+        taken = {slot.index for slot in self.slots}
+        free = [index for index in range(self.max_slots) if index not in taken]
+        indices = free[: len(admitted)]
+        needed = max(indices) + 1
+        if self.cache.layers and needed > self.cache.slots:
+            # Room for more at once: making room copies those that decode.
+            needed = min(max(needed, 2 * self.cache.slots), self.max_slots)
+        self.cache.reserve(needed, max(self._capacity(request) for request in admitted))
+        for index, request in zip(indices, admitted, strict=True):
+            self.slots.append(self._seated(index, request))
+
+    def _seated(self, index: int, request: Request) -> Slot:
+        """Return a request's slot, with what is known of its prompt's beginning."""
+        inputs, cache_layers = request.inputs, request.strategy.cache_layers
+        length = len(inputs.token_ids)
+        self.cache.assign(index, length, inputs.position_ids, inputs.encoder_states)
+        kept = request.prefix_cache is not None and inputs.keys is not None
+        slot = Slot(index, request, ExitStates(kept=kept) if cache_layers else None)
+        if not kept or request.prefix_cache is None or inputs.keys is None:
+            return slot
+        hit = request.prefix_cache.match(self.decoder.position_keys(inputs.keys, length))
+        if hit is None:
+            return slot
+        # The last position is computed anyway, for its logits.
+        known = min(hit.length, length - 1)
+        if slot.exits is not None:
+            states = hit.entry.exits.get(request.strategy.exit_layer)
+            known = 0 if states is None else min(known, len(states))
+            if states is not None and known:
+                slot.exits.append(states[:known])
+        if known:
+            self.cache.import_slot(index, hit.entry.state, known)
+            slot.prefilled = slot.length = known
+        return slot
+
+    def _remember(self, slot: Slot) -> None:
+        """Keep what was computed of a request that has ended, for those that begin as it does."""
+        request = slot.request
+        keys = request.inputs.keys
+        if request.prefix_cache is None or keys is None:
+            return
+        # The last token's keys and values were never computed.
+        keys = [*keys, *request.output_token_ids[:-1]]
+        keys = self.decoder.position_keys(keys, len(request.inputs.token_ids))
+        length, depth = len(keys), self.decoder.depth
+        exit_layer = request.strategy.exit_layer
+
+        def make() -> PrefixEntry:
+            exits = {} if slot.exits is None else {exit_layer: slot.exits.since(0)[:length].clone()}
+            return PrefixEntry(keys, self.cache.export_slot(slot.index, length, depth), exits)
+
+        nbytes = self.cache.exported_bytes(length, depth)
+        if slot.exits is not None:
+            states = slot.exits.since(0)[:1]
+            nbytes += states.nbytes * length
+        request.prefix_cache.put(keys, nbytes, make)
+
+    def _follow_model(self) -> None:
+        """Take over where and in what precision the model computes now."""
+        device, dtype = self.decoder.device_and_dtype()
+        if self.slots and (device, dtype) != (self.cache.device, self._dtype):
+            for slot in list(self.slots):
+                slot.request.fail(InputError("The model was moved or cast while this was decoded."))
+                self._free(slot)
+        if not self.slots:
+            self.cache, self._dtype = DecoderCache(device), dtype
+
+    def _capacity(self, request: Request) -> int:
+        """Return the positions that a request may write to."""
+        # The last token is never written, but a draft's tokens are before they are rejected.
+        spare = request.strategy.max_draft_tokens
+        if self.verify_width is not None:
+            spare = self.verify_width - 1
+        return len(request.inputs.token_ids) + request.max_new_tokens + spare
+
+    def _fitted(self, request: Request) -> InputError | None:
+        """Fit a request's limit to the positions that there are; return what is wrong with it."""
+        length, decoder = len(request.inputs.token_ids), self.decoder
+        if request.max_new_tokens < 1:
+            return InputError(f"max_new_tokens must be at least 1; got {request.max_new_tokens}.")
+        drafted = request.strategy.max_draft_tokens
+        if self.verify_width is not None and self.verify_width <= drafted:
+            return InputError(
+                f"Drafts of up to {drafted} tokens are verified {drafted + 1} wide, but the width"
+                f" is {self.verify_width}."
+            )
+        if length >= decoder.context:
+            return InputError(
+                f"The prompt has {length} tokens with its images, but the model's context is"
+                f" {decoder.context}."
+            )
+        left = decoder.context - length
+        if decoder.max_positions is not None and request.max_new_tokens > left:
+            warnings.warn(
+                f"The reply ends after {left} tokens, where the model's {decoder.context} positions"
+                f" end; {request.max_new_tokens} were asked for.",
+                stacklevel=3,
+            )
+            request.max_new_tokens = left
+        return None
+
+    def _free_cancelled(self) -> None:
+        """End the requests that were cancelled, wherever they are."""
+        while self._cancelled:
+            request = self._cancelled.popleft()
+            if request.finished:
+                continue
+            request.finish_reason = "cancelled"
+            for slot in [slot for slot in self.slots if slot.request is request]:
+                self._free(slot)
+
+    def _free(self, slot: Slot) -> None:
+        """Free a slot; the last one gives the cache's memory back."""
+        self.slots.remove(slot)
+        if self.slots:
+            self.cache.release(slot.index)
+        else:
+            self.cache.clear()
+
+
+def _group(slot: Slot) -> tuple[int, str]:
+    """Return what slots have in common that go through a cycle together."""
+    return id(slot.request.strategy), str(slot.request.autocast)
+
+
+def _autocast(device: str) -> tuple[bool, torch.dtype]:
+    """Return whether the calling thread computes in mixed precision, and in which."""
+    return torch.is_autocast_enabled(device), torch.get_autocast_dtype(device)
+
+
+def _as_autocast(device: str, wanted: tuple[bool, torch.dtype]) -> AbstractContextManager[object]:
+    """Compute as the thread would that added a request, whichever makes the step."""
+    if _autocast(device) == wanted or not (wanted[0] or torch.is_autocast_enabled(device)):
+        return nullcontext()
+    return torch.autocast(device, wanted[1], enabled=wanted[0])
+
+

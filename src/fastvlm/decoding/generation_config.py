@@ -1,0 +1,159 @@
+"""What `transformers` says of generating: a checkpoint's own settings, processors, criteria."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import GenerationConfig, PreTrainedModel
+from transformers.generation import logits_process as processing
+from transformers.generation.stopping_criteria import (
+    EosTokenCriteria,
+    MaxLengthCriteria,
+    StoppingCriteriaList,
+)
+
+from fastvlm.decoding.sampler import LogitsProcessor
+from fastvlm.decoding.sampling_params import SamplingParams
+from fastvlm.functional.errors import InputError, first_line
+
+STATEFUL = (
+    processing.AlternatingCodebooksLogitsProcessor,
+    processing.BarkEosPrioritizerLogitsProcessor,
+    processing.ClassifierFreeGuidanceLogitsProcessor,
+    processing.DiaClassifierFreeGuidanceLogitsProcessor,
+    processing.DiaEOSChannelFilterLogitsProcessor,
+    processing.DiaEOSDelayPatternLogitsProcessor,
+    processing.SynthIDTextWatermarkLogitsProcessor,
+    processing.UnbatchedClassifierFreeGuidanceLogitsProcessor,
+    processing.WhisperNoSpeechDetection,
+    processing.WhisperTimeStampLogitsProcessor,
+)
+"""Processors of `transformers` that remember what they saw, or don't work on text."""
+BY_ROW = (
+    processing.EncoderNoRepeatNGramLogitsProcessor,
+    processing.EncoderRepetitionPenaltyLogitsProcessor,
+    processing.PrefixConstrainedLogitsProcessor,
+)
+"""Processors that treat each row of a batch in its own way."""
+SAMPLED = ("temperature", "top_p", "top_k", "min_p")
+"""What only a reply that is drawn is told."""
+
+
+def is_stateless(processor: LogitsProcessor) -> bool:
+    """Return whether a processor gives the same scores for the same tokens, however it is called.
+
+    `transformers`' own do, but for those that remember; any other says so with an attribute
+    `stateless = True`. Whether a user's object remembers something can't be found out by trying.
+    """
+    if type(processor).__module__ == processing.__name__:
+        return not isinstance(processor, STATEFUL)
+    return getattr(processor, "stateless", False) is True
+
+
+def settings_of(model: PreTrainedModel, params: SamplingParams) -> GenerationConfig:
+    """Return a checkpoint's generation settings, and in their places what the caller says.
+
+    Raises:
+        InputError: They ask for what can't be done here: beams, guidance by another prompt.
+    """
+    config: Any = copy.deepcopy(generator_of(model).generation_config)
+    config.do_sample = bool(params.temperature)
+    for name in SAMPLED if config.do_sample else ():
+        value = getattr(params, name)
+        if value is not None:
+            setattr(config, name, value)
+    if params.repetition_penalty is not None:
+        config.repetition_penalty = params.repetition_penalty
+    if params.max_new_tokens is not None:
+        config.max_new_tokens = params.max_new_tokens
+    for name, usual in (("num_beams", 1), ("guidance_scale", 1), ("num_return_sequences", 1)):
+        value = getattr(config, name, None)
+        if value not in (None, usual):
+            raise InputError(
+                f"The checkpoint's generation_config has {name}={value}, which fastvlm can't do;"
+                f" set model.generation_config.{name} = {usual}."
+            )
+    return config
+
+
+def generator_of(model: PreTrainedModel) -> Any:
+    """Return the model whose `generate` runs: a whole language model inside another, or itself.
+
+    BLIP-2 hands its prompt to the `generate` of the language model in it, which goes by its own
+    settings.
+    """
+    inner = model.get_decoder()
+    return inner if getattr(inner, "generation_config", None) is not None else model
+
+
+def processors_of(
+    model: PreTrainedModel, config: GenerationConfig, prompt: Sequence[int], device: torch.device
+) -> list[LogitsProcessor]:
+    """Return the logits processors of generation settings for one prompt, as `generate` has them.
+
+    Args:
+        model: The model.
+        config: The settings.
+        prompt: The tokens that processors see before the reply.
+        device: Of the logits.
+
+    Raises:
+        InputError: A setting is out of range, or needs a processor that can't judge drafts.
+    """
+    generator = generator_of(model)
+    row = torch.tensor([list(prompt)], device=device)
+    try:
+        generator._prepare_special_tokens(config, True, device=device)
+        found: list[LogitsProcessor] = generator._get_logits_processor(
+            config, row.shape[1], encoder_input_ids=row, device=device
+        )
+    except (TypeError, ValueError) as error:
+        raise InputError(f"The sampling options are refused: {first_line(error)}") from error
+    for processor in found:
+        if not is_stateless(processor):
+            raise InputError(
+                f"The checkpoint's generation_config needs {type(processor).__name__}, which"
+                " remembers what it has seen and can't judge drafted tokens; take it out of"
+                " model.generation_config."
+            )
+    return found
+
+
+def end_tokens(model: PreTrainedModel) -> frozenset[int]:
+    """Return the tokens that end a model's reply."""
+    for owner in (generator_of(model), model):
+        ends = getattr(owner.generation_config, "eos_token_id", None)
+        if ends is not None:
+            return frozenset([ends] if isinstance(ends, int) else ends)
+    return frozenset()
+
+
+def stopper(
+    criteria: StoppingCriteriaList, prompt: Sequence[int], device: torch.device, scores: bool = False
+) -> Callable[[list[int], list[Tensor]], bool] | None:
+    """Return what asks stopping criteria of `transformers` after each token of a row.
+
+    The token limit and end tokens are the engine's own matter. None, where there are no others.
+
+    Args:
+        criteria: As `generate` has them.
+        prompt: The tokens before the reply.
+        device: Of the tokens.
+        scores: Whether criteria are given scores, as `generate` does where it returns them.
+    """
+    others = StoppingCriteriaList(
+        one for one in criteria if type(one) not in (MaxLengthCriteria, EosTokenCriteria)
+    )
+    if not others:
+        return None
+
+    def stops(reply: list[int], logits: list[Tensor]) -> bool:
+        tokens = torch.tensor([[*prompt, *reply]], device=device)
+        known: Any = tuple(row[None] for row in logits) if scores else None
+        return bool(others(tokens, known)[0])
+
+    return stops

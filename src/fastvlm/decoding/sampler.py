@@ -1,0 +1,193 @@
+"""How a reply's tokens are chosen from logits: greedy or sampled, after logits processors."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+from transformers.generation import logits_process as processing
+
+from fastvlm.functional.noise import gumbel
+
+LogitsProcessor = Callable[[Tensor, Tensor], Tensor]
+"""What `transformers` calls so: (batch, length) tokens and (batch, vocabulary) scores to scores."""
+
+PREFIX_FREE = (
+    processing.TemperatureLogitsWarper,
+    processing.TopKLogitsWarper,
+    processing.TopPLogitsWarper,
+    processing.MinPLogitsWarper,
+    processing.TypicalLogitsWarper,
+    processing.EpsilonLogitsWarper,
+    processing.EtaLogitsWarper,
+    processing.SuppressTokensLogitsProcessor,
+)
+"""Processors that look at scores alone, so that all positions of a draft go through at once."""
+
+
+@dataclass(frozen=True, slots=True)
+class Sampler:
+    """How one request chooses its tokens: x_i = argmax(log p_i + G_i).
+
+    Processors are applied to the target's and to the drafter's logits alike, at each position with
+    that position's own prefix, as if every token had been decoded by itself. G is 0 for greedy
+    decoding; for sampling it is noise that follows from the seed, the position in the reply and the
+    token, so that a reply is a function of model, prompt and seed (see `functional.noise`).
+
+    Args:
+        processors: Applied in this order. They must be stateless.
+        seed: Of the noise; None for greedy decoding.
+        prompt_token_ids: The tokens that processors see before the reply.
+    """
+
+    processors: Sequence[LogitsProcessor] = ()
+    seed: int | None = None
+    prompt_token_ids: Sequence[int] = field(default=(), repr=False)
+
+    @property
+    def is_greedy(self) -> bool:
+        """Whether the likeliest token is taken, and nothing else plays a part."""
+        return self.seed is None and not self.processors
+
+    @property
+    def needs_prefix(self) -> bool:
+        """Whether a processor looks at the tokens before a position."""
+        return any(type(processor) not in PREFIX_FREE for processor in self.processors)
+
+    def apply_processors(self, reply: Sequence[int], logits: Tensor) -> Tensor:
+        """Return the processed logits after a reply so far, in at least float32: (vocabulary,)."""
+        return self._processed([*self.prompt_token_ids, *reply], logits[None])[0]
+
+    def sample(self, reply: Sequence[int], drafted: Sequence[int], logits: Tensor) -> list[int]:
+        """Return the target's choices up to the first that a draft doesn't have.
+
+        Args:
+            reply: The reply before the draft.
+            drafted: The draft, g tokens.
+            logits: The target's: (g + 1 or more, vocabulary).
+        """
+        count = len(drafted) + 1
+        if not self.needs_prefix:
+            scores = self._processed([], logits[:count])
+            return self._best(scores, range(len(reply), len(reply) + count))
+        chosen: list[int] = []
+        for index in range(count):
+            scores = self.apply_processors([*reply, *drafted[:index]], logits[index])
+            chosen += self._best(scores[None], [len(reply) + index])
+            if index < len(drafted) and chosen[-1] != drafted[index]:
+                break
+        return chosen
+
+    def _processed(self, prefix: Sequence[int], logits: Tensor) -> Tensor:
+        scores = logits if logits.dtype == torch.float64 else logits.float()
+        if not self.processors:
+            return scores
+        tokens = torch.tensor([list(prefix)], dtype=torch.long, device=logits.device)
+        # Some processors write into what they are given.
+        scores = scores.clone()
+        for processor in self.processors:
+            scores = processor(tokens, scores)
+        return scores
+
+    def _best(self, scores: Tensor, positions: Sequence[int]) -> list[int]:
+        return noisy(scores, [self.seed] * len(positions), positions).argmax(-1).tolist()
+
+
+def noisy(
+    scores: Tensor,
+    seeds: Sequence[int | None],
+    positions: Sequence[int],
+    token_ids: Tensor | None = None,
+) -> Tensor:
+    """Return log p + G for some tokens: (rows, tokens). Without a seed, G is 0.
+
+    Args:
+        scores: Processed logits, in at least float32: (rows, tokens).
+        seeds: Of each row.
+        positions: In the reply, of each row.
+        token_ids: What the columns stand for; None for the whole vocabulary.
+    """
+    drawn = [row for row, seed in enumerate(seeds) if seed is not None]
+    if not drawn:
+        return scores
+    if token_ids is None:
+        token_ids = torch.arange(scores.shape[-1], device=scores.device)
+    noise = gumbel(
+        [seed for seed in seeds if seed is not None],
+        [positions[row] for row in drawn],
+        token_ids,
+        scores.dtype,
+    )
+    if len(drawn) == len(seeds):
+        return scores + noise
+    return scores.index_add(0, torch.tensor(drawn, device=scores.device), noise)
+
+
+def target_tokens(
+    samplers: Sequence[Sampler],
+    replies: Sequence[Sequence[int]],
+    drafts: Sequence[Sequence[int]],
+    logits: Tensor,
+) -> list[list[int]]:
+    """Return the target's choices for each row, as `Sampler.sample` gives them.
+
+    Args:
+        samplers: Of each row.
+        replies: Of each row, before its draft.
+        drafts: Of each row.
+        logits: The target's: (rows, longest draft + 1 or more, vocabulary).
+    """
+    if all(sampler.is_greedy for sampler in samplers):
+        chosen: list[list[int]] = logits.argmax(-1).tolist()
+        return chosen
+    return [
+        sampler.sample(reply, drafted, row)
+        for sampler, reply, drafted, row in zip(samplers, replies, drafts, logits, strict=True)
+    ]
+
+
+def draft_tokens(
+    samplers: Sequence[Sampler],
+    replies: Sequence[Sequence[int]],
+    logits: Tensor,
+    vocabulary: Tensor | None = None,
+    vocabulary_size: int | None = None,
+    *,
+    confident: bool = True,
+) -> tuple[list[int], list[float]]:
+    """Return each row's next drafted token, and the drafter's probability of it.
+
+    Where processors leave nothing that can be drafted, it is any token: a wrong draft is lossless.
+
+    Args:
+        samplers: Of each row.
+        replies: Of each row, what is drafted included.
+        logits: The drafter's: (rows, draft vocabulary).
+        vocabulary: What the columns stand for; None for the whole vocabulary.
+        vocabulary_size: Of the target, where there is a `vocabulary`.
+        confident: Whether the probability is wanted; computing it costs a little.
+    """
+    if all(sampler.is_greedy for sampler in samplers):
+        scores, shifted = logits, logits
+    else:
+        if vocabulary is not None and any(sampler.needs_prefix for sampler in samplers):
+            whole = logits.new_full((len(logits), vocabulary_size or 0), -torch.inf)
+            logits, vocabulary = whole.index_copy(1, vocabulary, logits), None
+        scores = torch.stack(
+            [
+                sampler.apply_processors(reply, row)
+                for sampler, reply, row in zip(samplers, replies, logits, strict=True)
+            ]
+        )
+        seeds = [sampler.seed for sampler in samplers]
+        shifted = noisy(scores, seeds, [len(reply) for reply in replies], vocabulary)
+    if confident and shifted is scores:
+        top, best = scores.softmax(-1).max(-1)
+    else:
+        best = shifted.argmax(-1)
+        top = scores.softmax(-1).gather(1, best[:, None])[:, 0] if confident else None
+    token_ids = best if vocabulary is None else vocabulary[best]
+    confidences = [1.0] * len(best) if top is None else top.nan_to_num(0.0).tolist()
+    return token_ids.tolist(), confidences

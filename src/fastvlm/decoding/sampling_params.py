@@ -1,0 +1,112 @@
+"""How tokens are drawn and where a reply ends, by the names that users know."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+
+from fastvlm.functional.errors import InputError
+from fastvlm.functional.noise import MAX_SEED
+
+MAX_NEW_TOKENS = 256
+"""Tokens of a reply, where neither the caller nor the checkpoint says another number."""
+MAX_LOGPROBS = 20
+
+
+@dataclass(frozen=True, slots=True)
+class SamplingParams:
+    """How a reply's tokens are chosen, and where it ends.
+
+    What is None is what the checkpoint's `generation_config` says, and what that doesn't say is not
+    done. Replies are greedy unless a temperature is given here.
+
+    Args:
+        temperature: What logits are divided by before a token is drawn; 0 for greedy decoding.
+        top_p: Draw from the likeliest tokens that together have this probability.
+        top_k: Draw from so many of the likeliest tokens.
+        min_p: Draw from tokens that have at least this share of the likeliest one's probability.
+        repetition_penalty: What the logits of tokens that stand in the prompt or the reply are
+            divided by (multiplied, where negative); greedy decoding honours it, too.
+        seed: A sampled reply is a function of model, prompt and seed, whatever is drafted and
+            whatever it is decoded with. None for one that torch's own generator gives, which
+            `torch.manual_seed` and `transformers.set_seed` set.
+        stop: A string, or several, that end the reply, which they are no part of.
+        max_new_tokens: The most tokens of the reply; 256, where nothing says another number.
+        logprobs: Likeliest tokens whose log-probabilities are wanted at each position, up to 20,
+            beside that of the chosen one; 0 for that alone, None for none.
+
+    Raises:
+        InputError: One is out of range, or needs a temperature.
+    """
+
+    temperature: float = 0.0
+    top_p: float | None = None
+    top_k: int | None = None
+    min_p: float | None = None
+    repetition_penalty: float | None = None
+    seed: int | None = None
+    stop: str | Sequence[str] | None = None
+    max_new_tokens: int | None = None
+    logprobs: int | None = None
+
+    def __post_init__(self) -> None:
+        """Check the ranges."""
+        for name, low, high in (
+            ("temperature", 0.0, math.inf),
+            ("top_p", 0.0, 1.0),
+            ("min_p", 0.0, 1.0),
+            ("repetition_penalty", 0.0, math.inf),
+        ):
+            value: Any = getattr(self, name)
+            if value is not None and not (_is_number(value) and low <= value <= high):
+                upper = "" if high == math.inf else f" and at most {high:g}"
+                raise InputError(f"{name} is a number of at least {low:g}{upper}; got {value!r}.")
+        if self.temperature and self.temperature < torch.finfo(torch.float32).tiny:
+            raise InputError(f"temperature is 0, or one that float32 holds; got {self.temperature}.")
+        if self.repetition_penalty == 0 or self.top_p == 0:
+            name = "top_p" if self.top_p == 0 else "repetition_penalty"
+            raise InputError(f"{name} is above 0; got 0.")
+        for name, low, high in (
+            ("top_k", 1, math.inf),
+            ("seed", 0, MAX_SEED - 1),
+            ("max_new_tokens", 1, math.inf),
+            ("logprobs", 0, MAX_LOGPROBS),
+        ):
+            value = getattr(self, name)
+            whole = isinstance(value, int) and not isinstance(value, bool)
+            if value is not None and not (whole and low <= value <= high):
+                upper = "" if high == math.inf else f" and at most {high}"
+                raise InputError(
+                    f"{name} is a whole number of at least {low}{upper}; got {value!r}."
+                )
+        drawing = [n for n in ("top_k", "top_p", "min_p", "seed") if getattr(self, n) is not None]
+        if not self.temperature and drawing:
+            raise InputError(
+                f"{drawing[0]} needs a temperature above 0: without one nothing is drawn."
+            )
+        if any(not isinstance(one, str) or not one for one in self.stop_strings):
+            raise InputError(f"A stop string has at least one character; got {self.stop!r}.")
+
+    @property
+    def stop_strings(self) -> list[str]:
+        """The strings that end the reply."""
+        return [self.stop] if isinstance(self.stop, str) else list(self.stop or ())
+
+    def for_row(self, row: int) -> SamplingParams:
+        """Return what a row of a batch is drawn with: row r with the seed + r."""
+        if self.seed is None or not row:
+            return self
+        return replace(self, seed=(self.seed + row) % MAX_SEED)
+
+
+def new_seed() -> int:
+    """Return a seed that torch's own generator gives."""
+    return int(torch.randint(2**63 - 1, ()))
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and not math.isnan(value)

@@ -1,0 +1,58 @@
+"""What makes a model's prompts."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Protocol, Unpack
+
+from torch import Tensor
+
+from fastvlm.data.conversations import Message
+from fastvlm.language import DecoderInputs
+from fastvlm.prompts.features import ImageFeatureCache
+from fastvlm.vision.pictures import PictureOptions
+
+
+class PromptBuilder(Protocol):
+    """Makes a model's prompts of dialogues, from any thread; it leaves the model as it is."""
+
+    def inputs(
+        self, messages: Sequence[Message], **options: Unpack[PictureOptions]
+    ) -> dict[str, Tensor]:
+        """Return what the model's own `generate` takes, of one row: `model.generate(**inputs)`.
+
+        Args:
+            messages: The dialogue, the last turn the user's.
+            options: How the images are shown, see `PictureOptions`.
+
+        Returns:
+            `input_ids` and `attention_mask`, (1, length), and with images what the model takes for
+            them, such as `pixel_values`; on the model's device, in its precision.
+
+        Raises:
+            InputError: An image can't be read, the text has a placeholder of its own, the model
+                has no use for such a dialogue, or an option is out of range.
+        """
+        ...
+
+    def decoder_inputs(
+        self,
+        messages: Sequence[Message],
+        cache: ImageFeatureCache | None = None,
+        **options: Unpack[PictureOptions],
+    ) -> DecoderInputs:
+        """Return a dialogue as the model's decoder takes it.
+
+        Args:
+            messages: The dialogue, the last turn the user's.
+            cache: Where images' features are found and kept; None for nowhere.
+            options: How the images are shown, see `PictureOptions`.
+
+        Returns:
+            The decoder's inputs. `keys` are None for an encoder-decoder, and for images that have
+            no digest: without a cache, or where a model takes another way to their features.
+
+        Raises:
+            InputError: As `inputs`, or the model hands its decoder what fastvlm doesn't know.
+        """
+        ...
