@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+import warnings
+from collections.abc import Iterator, Sequence
+from dataclasses import fields, replace
 from pathlib import Path
-from typing import Any, Unpack
+from typing import Any
 
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, ProcessorMixin
@@ -14,20 +15,24 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase, ProcessorMixi
 from fastvlm import embedded
 from fastvlm.checkpoints import load_checkpoint
 from fastvlm.checkpoints.processors import tokenizer_of
-from fastvlm.decoding import Decoding, Drafter, Request
-from fastvlm.decoding.drafters import Drafters, DraftOptions
+from fastvlm.decoding import Engine, Request, Sampler, SamplingParams, Strategy
+from fastvlm.decoding.engine import MAX_SLOTS
+from fastvlm.decoding.generation_config import processors_of, settings_of, stopper
 from fastvlm.decoding.layer_search import LayerChoice, find_skipped_layers
 from fastvlm.decoding.prefix_cache import PrefixCache
-from fastvlm.decoding.sampling import SamplingOptions, selection_of
+from fastvlm.decoding.reply import Piece, Reply, ReplyStream
+from fastvlm.decoding.sampling_params import MAX_NEW_TOKENS, new_seed
+from fastvlm.decoding.strategy_factory import StrategyFactory
 from fastvlm.decoding.text import ReplyText
 from fastvlm.drafting import ImitationNetwork
 from fastvlm.drafting.directory import load_draft
-from fastvlm.functional.errors import InputError
+from fastvlm.functional.errors import FastVlmError, InputError
 from fastvlm.functional.lru import LruBytes
-from fastvlm.functional.statistics import DecodingStatistics
-from fastvlm.language import split_decoder
+from fastvlm.functional.options import refuse_unknown
+from fastvlm.language import DecoderInputs, split_decoder
 from fastvlm.language.inputs import end_tokens
 from fastvlm.language.packed import PACKED_BYTES, pack, pack_decoder
+from fastvlm.language.weights_state import weights_state
 from fastvlm.prompts import (
     FastViTHDPromptBuilder,
     ImageFeatureCache,
@@ -39,62 +44,28 @@ from fastvlm.vision.configuration import REDUCTION
 from fastvlm.vision.fastvithd import FastViTHD
 from fastvlm.vision.pictures import Picture, PictureOptions
 
+__all__ = ["Piece", "Reply", "ReplyStream", "VisionLanguageModel", "load"]
+
 PREFIX_BYTES = 256 * 2**20
-"""Memory for what is kept of pictures: a dozen and more at 1024 px, of FastVLM-0.5B in bfloat16."""
-
-
-class RequestOptions(PictureOptions, SamplingOptions, total=False):
-    """How a picture is shown, how tokens are drawn, and where the reply ends.
-
-    Args:
-        max_new_tokens: The most tokens of the reply; 256, if not given.
-        stop: Strings that end the reply, which they are no part of.
-    """
-
-    max_new_tokens: int
-    stop: Sequence[str]
-
-
-@dataclass(frozen=True, slots=True)
-class Piece:
-    """A piece of a reply as it streams.
-
-    Args:
-        text: Text that is final; never half a character.
-        tokens: The tokens that it is made of.
-        drafted: Whether each of them was drafted and accepted.
-    """
-
-    text: str
-    tokens: tuple[int, ...]
-    drafted: tuple[bool, ...]
-
-
-@dataclass(frozen=True, slots=True)
-class Reply:
-    """A whole reply.
-
-    Args:
-        text: Its text, without special tokens.
-        tokens: Its tokens, the end token included.
-        drafted: Whether each token was drafted and accepted.
-        statistics: How it was decoded.
-    """
-
-    text: str
-    tokens: list[int]
-    drafted: list[bool]
-    statistics: DecodingStatistics
+"""Memory for what is kept of images: a dozen and more at 1024 px, of FastVLM-0.5B in bfloat16."""
+SAMPLING = tuple(field.name for field in fields(SamplingParams))
+SHOWING = tuple(PictureOptions.__annotations__)
 
 
 class VisionLanguageModel:
-    """A vision-language model, split for self-speculative decoding.
+    """A vision-language model with an engine that decodes its replies self-speculatively.
+
+    It may be called from any number of threads: their requests share the engine's batch. The model
+    stays as it is, and what is changed of it in between (weights, adapters, precision, size) is
+    decoded as it is then.
 
     Args:
-        model: The target, as `transformers` loads it.
+        model: The target, as `transformers` loads it, in evaluation mode.
         processor: Its processor; its tokenizer, for a model of text alone or one around FastViTHD.
         network: The imitation network that drafts, if there is one.
-        prefix_bytes: The most memory for what is kept of pictures for the next question.
+        prefix_bytes: The most memory for what is kept of images for the next question; 0 keeps
+            nothing.
+        max_slots: The most requests that decode together; others wait.
     """
 
     def __init__(
@@ -104,15 +75,28 @@ class VisionLanguageModel:
         network: ImitationNetwork | None = None,
         *,
         prefix_bytes: int = PREFIX_BYTES,
+        max_slots: int = MAX_SLOTS,
     ) -> None:
-        self.model, self.network = model.eval(), network
+        if model.training:
+            warnings.warn(
+                f"{type(model).__name__} is in training mode, and decodes as it is; call"
+                " model.eval() for its usual replies.",
+                stacklevel=2,
+            )
+        self.model, self.network = model, network
         self.processor, self.tokenizer = processor, tokenizer_of(processor)
         self.decoder = split_decoder(model)
         self.prompts = prompt_builder(model, processor, self.decoder)
-        self.drafters = Drafters(self.decoder, network)
+        self.engine = Engine(self.decoder, max_slots=max_slots)
+        self.strategies = StrategyFactory(self.decoder, network)
         self.lru = LruBytes(prefix_bytes)
         self.prefixes, self.features = PrefixCache(self.lru), ImageFeatureCache(self.lru)
-        self.end_tokens = end_tokens(model)
+        self._weights_state: Any = None
+
+    @property
+    def end_tokens(self) -> frozenset[int]:
+        """The tokens that end a reply."""
+        return end_tokens(self.model)
 
     @property
     def fastvithd(self) -> FastViTHDPromptBuilder:
@@ -123,235 +107,264 @@ class VisionLanguageModel:
         """
         if not isinstance(self.prompts, FastViTHDPromptBuilder):
             raise InputError(
-                f"{type(self.model).__name__} has no FastViTHD encoder, which this needs: how a"
-                " picture is shown is its own processor's matter."
+                f"{type(self.model).__name__} has no FastViTHD encoder, which this needs: how an"
+                " image is shown is its own processor's matter."
             )
         return self.prompts
 
     @property
     def image_size(self) -> int:
-        """Side in pixels of the pictures that a model around FastViTHD was made for."""
+        """Side in pixels of the images that a model around FastViTHD was made for."""
         return self.fastvithd.image_size
 
-    def tokens(self, prompt: str, pictures: int, visual: int | None = None) -> list[int]:
+    def tokens(self, prompt: str, images: int, visual: int | None = None) -> list[int]:
         """Return the tokens of a question, with a placeholder for every visual token.
 
         Args:
             prompt: The text.
-            pictures: Pictures that stand before it.
-            visual: Visual tokens of each; None for those of a picture as the model takes it.
+            images: Images that stand before it.
+            visual: Visual tokens of each; None for those of an image as the model takes it.
 
         Raises:
             InputError: The model is not one around FastViTHD.
         """
         visual = (self.image_size // REDUCTION) ** 2 if visual is None else visual
-        shown = [{"type": "image"}] * pictures
+        shown = [{"type": "image"}] * images
         content = [*shown, {"type": "text", "text": prompt}]
-        return self.fastvithd.tokens([{"role": "user", "content": content}], [visual] * pictures)
+        return self.fastvithd.tokens([{"role": "user", "content": content}], [visual] * images)
+
+    def strategy(
+        self, name: str | None = None, *, network: ImitationNetwork | None = None, **options: Any
+    ) -> Strategy:
+        """Return a way of drafting; the same one, when the same is asked for again.
+
+        Args:
+            name: `autoregressive`, `imitation`, `early-exit`, `layer-skip` or `prompt-lookup`; None
+                for the model's best.
+            network: The network to draft with, if not the model's own draft.
+            options: How drafts are made, see `StrategyFactory.make`.
+
+        Raises:
+            InputError: The strategy is unknown, needs a draft that isn't there, doesn't take an
+                option, or an option is out of range.
+        """
+        return self.strategies.make(name, network=network, **options)
 
     def request(
         self,
         prompt: str | Sequence[Message],
-        picture: Picture | None = None,
-        **options: Unpack[RequestOptions],
+        image: Picture | None = None,
+        *,
+        strategy: Strategy | str | None = None,
+        **options: Any,
     ) -> Request:
-        """Return a request whose pictures are encoded, unless they are still known from another.
+        """Return a request whose images are encoded, unless they are still known from another.
+
+        Args:
+            prompt: What is asked of the image, or a whole dialogue with its images, see `Message`.
+            image: A path or a Pillow image; None for a question without one, or a dialogue.
+            strategy: How to draft: what `strategy` returned, or its name; None for the model's
+                best.
+            options: Fields of `SamplingParams`, and how images are shown, see `PictureOptions`.
 
         Raises:
-            InputError: A picture can't be read, the prompt has a placeholder of its own, or an
-                option is out of range.
+            InputError: An image can't be read, the prompt has a placeholder of its own, or an
+                option is unknown or out of range.
         """
         started = time.perf_counter()
-        if not isinstance(prompt, str) and picture is not None:
-            raise InputError("A dialogue's pictures stand in its messages; leave out the picture.")
-        messages = question(prompt, picture) if isinstance(prompt, str) else prompt
-        shown = among(PictureOptions, options)
-        cache = self.features if self.lru.limit else None
-        encoded = self.prompts.decoder_inputs(messages, cache, **shown)
+        # What can be refused is refused before the long work.
+        params, shown = split_options(options)
+        chosen = self._chosen(strategy)
+        if isinstance(prompt, str):
+            prompt = question(prompt, image)
+        elif image is not None:
+            raise InputError("A dialogue's images stand in its messages; leave out the image.")
+        return self._request(prompt, params, shown, chosen, started)
+
+    def _chosen(self, strategy: Strategy | str | None) -> Strategy:
+        named = strategy is None or isinstance(strategy, str)
+        return self.strategy(strategy) if named else strategy
+
+    def _request(
+        self,
+        messages: Sequence[Message],
+        params: SamplingParams,
+        shown: PictureOptions,
+        strategy: Strategy,
+        started: float,
+    ) -> Request:
+        settings: Any = settings_of(self.model, params)
+        stop = params.stop_strings or list(settings.stop_strings or ())
+        settings.stop_strings = None
+        inputs, keeps = self._inputs(messages, shown)
+        device = self.decoder.device
+        processors = processors_of(self.model, settings, inputs.token_ids, device)
+        seed = None
+        if params.temperature:
+            seed = new_seed() if params.seed is None else params.seed
+        # Its type knows the method of the mixin alone.
+        model: Any = self.model
+        criteria = model._get_stopping_criteria(settings, None)
         return Request(
-            encoded.token_ids,
-            encoded.embeddings,
-            options.get("max_new_tokens", 256),
+            inputs,
+            strategy,
+            settings.max_new_tokens or MAX_NEW_TOKENS,
+            Sampler(processors, seed, inputs.token_ids if processors else ()),
             self.end_tokens,
-            keys=encoded.keys or [],
-            store=self.prefixes if cache is not None and encoded.keys is not None else None,
-            positions=encoded.position_ids,
-            memory=encoded.encoder_states,
-            started=started,
-            selection=selection_of(encoded.token_ids, **among(SamplingOptions, options)),
-            text=ReplyText(self.tokenizer, options.get("stop", ())),
+            self.prefixes if keeps else None,
+            started,
+            stopper(criteria, inputs.token_ids, device),
+            ReplyText(self.tokenizer, stop) if stop else None,
+            logprobs=params.logprobs,
         )
 
-    def drafter(
-        self,
-        strategy: str | None = None,
-        *,
-        network: ImitationNetwork | None = None,
-        **options: Unpack[DraftOptions],
-    ) -> Drafter:
-        """Return a way of drafting. See `Drafters.make`.
-
-        Args:
-            strategy: One of `STRATEGIES`; None for the model's best.
-            network: The network to draft with, if not the model's own draft.
-            options: How drafts are made, see `DraftOptions`.
-        """
-        return self.drafters.make(strategy, network=network, **options)
-
-    def find_skipped_layers(
-        self,
-        prompts: Sequence[str],
-        pictures: Sequence[Picture | None],
-        **options: Unpack[RequestOptions],
-    ) -> LayerChoice:
-        """Search for the layers that the strategy `skip` leaves out, on samples.
-
-        Args:
-            prompts: What is asked, as later on; a few are enough.
-            pictures: Of what, one for each prompt.
-            options: As for `generate_batch`; 64 tokens of each reply, if no other number is given.
-
-        Raises:
-            InputError: As `generate_batch`, or no reply is long enough to learn from.
-        """
-        shorter: RequestOptions = {"max_new_tokens": 64, **options}
-        requests = self.requests(prompts, pictures, **shorter)
-        return find_skipped_layers(self.decoder, requests)
+    def _inputs(
+        self, messages: Sequence[Message], shown: PictureOptions
+    ) -> tuple[DecoderInputs, bool]:
+        """Return a prompt, and whether its states are looked up and kept."""
+        if not self.lru.limit:
+            return self.prompts.decoder_inputs(messages, **shown), False
+        state = weights_state(self.model)
+        if state != self._weights_state:
+            # What other weights have computed serves nobody any more.
+            self._weights_state = state
+            self.lru.clear()
+        inputs = self.prompts.decoder_inputs(messages, self.features, **shown)
+        if inputs.keys is None:
+            return inputs, False
+        first, *rest = inputs.keys
+        return replace(inputs, keys=[(state, first), *rest]), True
 
     def stream(
         self,
         prompt: str | Sequence[Message],
-        picture: Picture | None = None,
+        image: Picture | None = None,
         *,
-        drafter: Drafter | None = None,
-        **options: Unpack[RequestOptions],
+        strategy: Strategy | str | None = None,
+        **options: Any,
     ) -> ReplyStream:
-        """Return a reply as a stream of pieces; its `reply` is there when it has ended.
+        """Return a reply as a stream of pieces; its `reply` is what there is of it.
 
-        Args:
-            prompt: What is asked of the picture, or a whole dialogue with its pictures, see
-                `Message`. What an earlier turn has computed is not computed again.
-            picture: A path or a Pillow image; None for a question without a picture, or a dialogue.
-            drafter: What `drafter` returned; None for the model's best.
-            options: How the picture is shown, how tokens are drawn, and where the reply ends; see
-                `RequestOptions`.
-
-        Raises:
-            InputError: The picture can't be read, the prompt is longer than the context, or an
-                option is out of range.
+        What an earlier turn of a dialogue has computed is not computed again. For the arguments and
+        errors see `request`.
         """
-        request = self.request(prompt, picture, **options)
-        return ReplyStream(self, request, drafter or self.drafter())
+        request = self.request(prompt, image, strategy=strategy, **options)
+        return ReplyStream(self.engine, request, self.tokenizer)
 
     def generate(
         self,
         prompt: str | Sequence[Message],
-        picture: Picture | None = None,
+        image: Picture | None = None,
         *,
-        drafter: Drafter | None = None,
-        **options: Unpack[RequestOptions],
+        strategy: Strategy | str | None = None,
+        **options: Any,
     ) -> Reply:
-        """Return a whole reply. See `stream`."""
-        stream = self.stream(prompt, picture, drafter=drafter, **options)
-        for _ in stream:
+        """Return a whole reply. For the arguments and errors see `request`."""
+        request = self.request(prompt, image, strategy=strategy, **options)
+        for _ in self.engine.run([request]):
             pass
-        return stream.reply
+        if request.error is not None:
+            raise request.error
+        return self.reply(request)
 
     def generate_batch(
         self,
         prompts: Sequence[str],
-        pictures: Sequence[Picture | None],
+        images: Sequence[Picture | None],
         *,
-        drafter: Drafter | None = None,
-        **options: Unpack[RequestOptions],
+        strategy: Strategy | str | None = None,
+        **options: Any,
     ) -> list[Reply]:
-        """Return a reply to each prompt about its picture, decoded together.
+        """Return a reply to each prompt about its image, decoded together.
+
+        What is wrong with one of them, such as an image that can't be read, is that reply's
+        `error`. Row r of a sampled batch is drawn with the seed + r.
+
+        Args:
+            prompts: What is asked.
+            images: Of what, one for each prompt, or None.
+            strategy: As for `request`.
+            options: As for `request`.
 
         Raises:
-            InputError: As `stream`, or the prompts and the pictures differ in number.
+            InputError: The prompts and the images differ in number, or an option is unknown or out
+                of range.
         """
-        requests = self.requests(prompts, pictures, **options)
-        for _ in Decoding(self.decoder, drafter or self.drafter(), requests):
+        requests: list[Request] = []
+        made = self.requests(prompts, images, strategy=strategy, **options)
+
+        def noted() -> Iterator[Request]:
+            for request in made:
+                requests.append(request)
+                yield request
+
+        for _ in self.engine.run(noted()):
             pass
         return [self.reply(request) for request in requests]
 
     def requests(
         self,
-        prompts: Sequence[str],
-        pictures: Sequence[Picture | None],
-        **options: Unpack[RequestOptions],
-    ) -> list[Request]:
-        """Return a request for each prompt about its picture.
+        prompts: Sequence[str | Sequence[Message]],
+        images: Sequence[Picture | None],
+        *,
+        strategy: Strategy | str | None = None,
+        **options: Any,
+    ) -> Iterator[Request]:
+        """Return an iterator over the requests of a batch; each is made when it is asked for.
+
+        For the arguments and errors see `generate_batch`.
+        """
+        if len(prompts) != len(images):
+            raise InputError(
+                f"A batch has an image for each prompt; got {len(prompts)} prompts and"
+                f" {len(images)} images."
+            )
+        params, shown = split_options(options)
+        chosen = self._chosen(strategy)
+
+        def made() -> Iterator[Request]:
+            for row, (prompt, image) in enumerate(zip(prompts, images, strict=True)):
+                started = time.perf_counter()
+                messages = question(prompt, image) if isinstance(prompt, str) else prompt
+                try:
+                    yield self._request(messages, params.for_row(row), shown, chosen, started)
+                except FastVlmError as error:
+                    yield Request.failed(error, chosen)
+
+        return made()
+
+    def find_skipped_layers(
+        self, prompts: Sequence[str], images: Sequence[Picture | None], **options: Any
+    ) -> LayerChoice:
+        """Search for the layers that the strategy `layer-skip` leaves out, on samples.
+
+        Args:
+            prompts: What is asked, as later on; a few are enough.
+            images: Of what, one for each prompt.
+            options: As for `generate_batch`; 64 tokens of each reply, if no other number is given.
 
         Raises:
-            InputError: As `request`, or the prompts and the pictures differ in number.
+            InputError: As `generate_batch`, or no reply is long enough to learn from.
         """
-        if len(prompts) != len(pictures):
-            raise InputError(
-                f"A batch has a picture for each prompt; got {len(prompts)} prompts and"
-                f" {len(pictures)} pictures."
-            )
-        return [
-            self.request(prompt, picture, **options)
-            for prompt, picture in zip(prompts, pictures, strict=True)
-        ]
-
-    def text(self, request: Request) -> ReplyText:
-        """Return a request's text, up to its last token."""
-        if request.text is None:
-            request.text = ReplyText(self.tokenizer)
-        request.text.follow(request.reply)
-        return request.text
+        options = {"max_new_tokens": 64, **options}
+        samples = list(self.requests(prompts, images, strategy="autoregressive", **options))
+        return find_skipped_layers(self.decoder, samples)
 
     def reply(self, request: Request) -> Reply:
-        """Return what a finished request decoded."""
-        text = self.text(request)
-        if request.finished:
-            text.end()
-        return Reply(
-            text.final.strip(),
-            request.reply,
-            request.drafted,
-            request.statistics,
-        )
+        """Return what a request has decoded."""
+        return Reply.of(request, self.tokenizer)
 
 
-class ReplyStream:
-    """A reply that is being decoded: iterate over its pieces, then read `reply`.
+def split_options(options: dict[str, Any]) -> tuple[SamplingParams, PictureOptions]:
+    """Return the sampling options and those of images among options.
 
-    Whoever stops iterating cancels the rest; nothing more is computed.
+    Raises:
+        InputError: One is unknown or out of range.
     """
-
-    def __init__(self, vlm: VisionLanguageModel, request: Request, drafter: Drafter) -> None:
-        self.vlm, self.request = vlm, request
-        self.decoding = Decoding(vlm.decoder, drafter, [request])
-
-    def __iter__(self) -> Iterator[Piece]:
-        """Yield a piece whenever text has become final, and at last one for what is left."""
-        request, text = self.request, self.vlm.text(self.request)
-        shown = start = 0
-        for [gained] in self.decoding:
-            known = len(request.reply)
-            # Text that is searched for stop strings has been followed to the end of the cycle.
-            for end in [known] if text.stop else range(known - gained + 1, known + 1):
-                text.follow(request.reply[:end])
-                if request.finished and end == known:
-                    text.end()
-                elif len(text.final) == shown:
-                    continue
-                tokens, drafted = request.reply[start:end], request.drafted[start:end]
-                yield Piece(text.final[shown:], tuple(tokens), tuple(drafted))
-                shown, start = len(text.final), end
-
-    @property
-    def reply(self) -> Reply:
-        """The whole reply; what is decoded so far, while the stream goes on."""
-        return self.vlm.reply(self.request)
-
-
-def among(options: Any, given: Mapping[str, Any]) -> Any:
-    """Return those of the given options that a `TypedDict` names."""
-    return {name: given[name] for name in options.__annotations__ if name in given}
+    refuse_unknown(options, (*SAMPLING, *SHOWING), "there are")
+    sampling = {name: options[name] for name in SAMPLING if name in options}
+    shown: Any = {name: options[name] for name in SHOWING if name in options}
+    return SamplingParams(**sampling), shown
 
 
 def load(
@@ -362,6 +375,7 @@ def load(
     device: str | torch.device = "cpu",
     prefix_bytes: int = PREFIX_BYTES,
     packed_bytes: int = PACKED_BYTES,
+    max_slots: int = MAX_SLOTS,
 ) -> VisionLanguageModel:
     """Load a model, and a draft that was made for it.
 
@@ -371,14 +385,15 @@ def load(
         draft: A draft's directory; None to decode without one.
         dtype: The precision to compute in.
         device: Where to compute.
-        prefix_bytes: The most memory for what is kept of pictures, so that a second question about
+        prefix_bytes: The most memory for what is kept of images, so that a second question about
             one costs its own text only; 0 keeps nothing.
         packed_bytes: The most memory for a second copy of the decoder's weights, with which a CPU
             verifies faster in float32 (see `pack_decoder`); 0 makes none.
+        max_slots: The most requests that decode together; others wait.
 
     Raises:
-        CheckpointError: The model or the draft is missing or broken, or the draft was made for
-            another model.
+        CheckpointError: The model or the draft is missing or broken, or the draft can't draft for
+            the model.
         InputError: The model's family is not known, or its processor has no chat template.
     """
     if model is None:
@@ -386,10 +401,12 @@ def load(
     target, processor = load_checkpoint(model, dtype, device)
     tower = getattr(target.base_model, "vision_tower", None)
     if isinstance(tower, FastViTHD):
-        # Fusing is exact, so nobody who loads a model for inference wants the branches.
+        # Folding is exact, so nobody who loads a model for inference wants the branches.
         tower.fuse()
     network = None if draft is None else load_draft(draft, target)
     taken = pack_decoder(target, packed_bytes)
     if network is not None:
         pack([network], packed_bytes - taken)
-    return VisionLanguageModel(target, processor, network, prefix_bytes=prefix_bytes)
+    return VisionLanguageModel(
+        target.eval(), processor, network, prefix_bytes=prefix_bytes, max_slots=max_slots
+    )

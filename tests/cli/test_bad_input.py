@@ -68,9 +68,9 @@ def test_a_broken_model(cli: Cli, picture: Path, tmp_path: Path) -> None:
 
 
 def test_a_draft_for_another_model(cli: Cli, picture: Path, shipped: Path) -> None:
-    said = cli("generate", picture, "--model", shipped / "other", "--draft", shipped / "draft")
-    assert said.code == 1
-    assert "was made for another model" in said.sentence()
+    words = ("generate", picture, "--model", shipped / "other", "--draft", shipped / "draft")
+    with pytest.warns(UserWarning, match="other weights"):
+        assert cli(*words).code == 0
 
 
 def test_a_prompt_longer_than_the_context(cli: Cli, picture: Path) -> None:

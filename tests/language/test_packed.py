@@ -4,17 +4,22 @@ from __future__ import annotations
 
 import copy
 import pickle
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from threading import Event
+from typing import Any
 
 import pytest
 import torch
 from accelerate import cpu_offload
-from torch import nn
+from torch import Tensor, nn
 from torch.nn.utils import parametrize
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel
 
 import fastvlm
 from fastvlm.decoding import Autoregressive
 from fastvlm.language import capture_decoder_inputs, split_decoder
-from fastvlm.language.packed import SMALLEST, PackedLinear, available, pack
+from fastvlm.language.packed import SMALLEST, PackedLinear, available, pack, pack_decoder
 from tests.families import FAMILIES, replies
 from tests.language.decoding import LIMIT, decode, strategy
 
@@ -74,9 +79,10 @@ def test_only_what_gains_is_packed() -> None:
     short, double = linear(dtype=torch.bfloat16), linear(dtype=torch.float64)
     small, offloaded = linear(SMALLEST // WIDTH - 1), linear()
     cpu_offload(offloaded, execution_device=torch.device("cpu"))
-    changed = linear()
+    changed, turned = linear(), linear()
     parametrize.register_parametrization(changed, "weight", nn.Identity())
-    assert pack([short, double, small, offloaded, changed], PLENTY) == 0
+    turned.weight = nn.Parameter(turned.weight.detach().T)
+    assert pack([short, double, small, offloaded, changed, turned], PLENTY) == 0
 
 
 def test_elsewhere_nothing_is_packed(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -106,22 +112,160 @@ def test_copies_are_ordinary_layers() -> None:
     assert layer.state_dict().keys() == linear().state_dict().keys()
 
 
-@pytest.mark.parametrize("way", ["in place", "replaced", "loaded", "moved"])
-def test_changed_weights_are_seen(way: str) -> None:
-    layer, x = packed(linear()), torch.randn(4, WIDTH)
-    weight = 2 * layer.weight.detach()
-    with torch.no_grad():
-        if way == "in place":
-            layer.weight.mul_(2)
-        elif way == "replaced":
-            layer.weight.data = weight
-        elif way == "loaded":
-            layer.load_state_dict({"weight": weight, "bias": layer.bias})
-        else:
-            weight = layer.to(torch.bfloat16).weight
-            x = x.bfloat16()
-        assert torch.equal(layer(x), nn.functional.linear(x, weight, layer.bias))
+WAYS: dict[str, Callable[[nn.Linear], Any]] = {
+    "in place": lambda layer: layer.weight.mul_(2),
+    "replaced": lambda layer: setattr(layer, "weight", nn.Parameter(2 * layer.weight)),
+    "its data replaced": lambda layer: setattr(layer.weight, "data", 2 * layer.weight),
+    "its data in place": lambda layer: layer.weight.data.mul_(2),
+    "its data overwritten": lambda layer: layer.weight.data.copy_(layer.weight + 1),
+    "one low rank": lambda layer: layer.weight.data.add_(
+        torch.randn(layer.out_features, 1) @ torch.randn(1, WIDTH), alpha=1e-4
+    ),
+    "half of its rows": lambda layer: layer.weight.data[::2].add_(1e-3),
+    "half of its columns": lambda layer: layer.weight.data[:, 1::2].add_(1e-3),
+    "its last quarter": lambda layer: layer.weight.data[-layer.out_features // 4 :].zero_(),
+    "loaded": lambda layer: layer.load_state_dict(linear(layer.out_features).state_dict()),
+    "loaded in place of it": lambda layer: layer.load_state_dict(
+        linear(layer.out_features).state_dict(), assign=True
+    ),
+    "moved": lambda layer: layer.to(torch.bfloat16),
+}
+
+
+@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize("out", [WIDTH, 700, 2048])
+@pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
+def test_changed_weights_are_seen(way: str, out: int, mode: Any) -> None:
+    torch.manual_seed(3)
+    other = nn.Linear(WIDTH, out)
+    layer, x = packed(other), torch.randn(4, WIDTH)
+    with mode():
+        layer(x)
+        assert isinstance(layer, PackedLinear)
+        WAYS[way](layer)
+        x = x.to(layer.weight.dtype)
+        for _ in range(2):
+            assert torch.equal(layer(x), nn.functional.linear(x, layer.weight, layer.bias))
     assert type(layer) is nn.Linear
+
+
+def small_llama() -> PreTrainedModel:
+    torch.manual_seed(5)
+    config = LlamaConfig(
+        vocab_size=96,
+        hidden_size=64,
+        intermediate_size=96,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        initializer_range=0.2,
+    )
+    return LlamaForCausalLM(config).eval()
+
+
+def with_adapter(model: PreTrainedModel) -> Any:
+    peft = pytest.importorskip("peft")
+    torch.manual_seed(6)
+    config = peft.LoraConfig(r=4, target_modules=["q_proj", "v_proj", "gate_proj", "down_proj"])
+    config.init_lora_weights = False
+    return peft.get_peft_model(model, config).eval()
+
+
+@pytest.fixture
+def pair(monkeypatch: pytest.MonkeyPatch) -> tuple[PreTrainedModel, PreTrainedModel]:
+    """A packed model, and the same one as it was."""
+    monkeypatch.setattr("fastvlm.language.packed.SMALLEST", 1)
+    model = small_llama()
+    plain = copy.deepcopy(model)
+    assert pack_decoder(model) > 0
+    return model, plain
+
+
+@torch.no_grad()
+def logits(model: Any) -> Tensor:
+    return model(torch.arange(24).reshape(2, 12)).logits
+
+
+def test_merged_adapters_are_seen(pair: tuple[PreTrainedModel, PreTrainedModel]) -> None:
+    model, plain = pair
+    before = logits(plain)
+    torch.testing.assert_close(logits(model), before)
+    adapted, same = map(with_adapter, pair)
+    for step in ("attach", "merge_adapter", "unmerge_adapter"):
+        if step != "attach":
+            getattr(adapted, step)()
+            getattr(same, step)()
+        torch.testing.assert_close(logits(adapted), logits(same), atol=1e-4, rtol=1e-4)
+    assert (logits(same) - before).abs().max() > 0.1
+    merged, other = adapted.merge_and_unload(), same.merge_and_unload()
+    torch.testing.assert_close(logits(merged), logits(other), atol=1e-4, rtol=1e-4)
+    tokens = torch.tensor([[1, 2, 3]])
+    found, expected = (
+        one.generate(tokens, max_new_tokens=12, do_sample=False) for one in (merged, other)
+    )
+    assert torch.equal(found, expected)
+
+
+def test_an_adapter_is_merged_at_once(pair: tuple[PreTrainedModel, PreTrainedModel]) -> None:
+    merged, same = (with_adapter(model).merge_and_unload() for model in pair)
+    torch.testing.assert_close(logits(merged), logits(same), atol=1e-4, rtol=1e-4)
+    assert isinstance(merged.model.layers[0].self_attn.o_proj, PackedLinear)
+    assert type(merged.model.layers[0].self_attn.q_proj) is nn.Linear
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_threads_may_call_while_weights_change(
+    seed: int, pair: tuple[PreTrainedModel, PreTrainedModel]
+) -> None:
+    model, plain = pair
+    adapted, same = with_adapter(model), with_adapter(plain)
+    expected, stop = [logits(same)], Event()
+    same.merge_adapter()
+    expected.append(logits(same))
+
+    def call(_: int) -> list[Tensor]:
+        found = []
+        while not stop.is_set():
+            found.append(logits(adapted))
+        return [*found, logits(adapted)]
+
+    with ThreadPoolExecutor(4) as pool:
+        calls = [pool.submit(call, number) for number in range(4)]
+        stop.wait(0.02 * seed)
+        with torch.no_grad():
+            for layer in adapted.modules():
+                if isinstance(layer, PackedLinear):
+                    # Found changed, though its values stay.
+                    layer.weight.mul_(1)
+        stop.wait(0.05)
+        stop.set()
+        for one in calls:
+            for found in one.result():
+                torch.testing.assert_close(found, expected[0], atol=1e-4, rtol=1e-4)
+    adapted.merge_adapter()
+    torch.testing.assert_close(logits(adapted), expected[1], atol=1e-4, rtol=1e-4)
+
+
+def test_threads_may_call_while_a_layer_becomes_an_ordinary_one() -> None:
+    plain, x = linear(), torch.randn(4, WIDTH)
+    with torch.inference_mode():
+        expected = plain(x)
+
+    def call(layer: nn.Linear) -> None:
+        with torch.inference_mode():
+            for _ in range(20):
+                torch.testing.assert_close(layer(x), expected)
+
+    with ThreadPoolExecutor(4) as pool:
+        for _ in range(20):
+            layer = packed(copy.deepcopy(plain))
+            calls = [pool.submit(call, layer) for _ in range(4)]
+            with torch.no_grad():
+                layer.weight.mul_(1)
+            for one in calls:
+                one.result()
+            call(layer)
+            assert type(layer) is nn.Linear
 
 
 @pytest.mark.parametrize("family", ["llama", "qwen2.5-vl", "blip2-opt", "blip2-t5"])

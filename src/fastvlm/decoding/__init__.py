@@ -1,21 +1,26 @@
-"""Decoding: the cycle of drafting, verifying, accepting and committing, and its strategies."""
+"""Decoding: the engine, its cycle of draft, verify, accept and commit, and the strategies."""
 
-from fastvlm.decoding.cycle import Decoding
-from fastvlm.decoding.request import Request
-from fastvlm.decoding.skipping import SkippedLayers
+from fastvlm.decoding.engine import Engine
+from fastvlm.decoding.request import Request, TokenLogprob
+from fastvlm.decoding.sampler import Sampler
+from fastvlm.decoding.sampling_params import SamplingParams
 from fastvlm.decoding.strategies import (
     Autoregressive,
-    Drafter,
+    LayerSkip,
     PromptLookup,
     SelfSpeculative,
+    Strategy,
 )
 
 __all__ = [
     "Autoregressive",
-    "Decoding",
-    "Drafter",
+    "Engine",
+    "LayerSkip",
     "PromptLookup",
     "Request",
+    "Sampler",
+    "SamplingParams",
     "SelfSpeculative",
-    "SkippedLayers",
+    "Strategy",
+    "TokenLogprob",
 ]

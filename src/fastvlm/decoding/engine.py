@@ -7,7 +7,8 @@ import warnings
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from itertools import groupby
+from functools import partial
+from itertools import groupby, islice
 from threading import Condition, Lock
 
 import torch
@@ -84,7 +85,9 @@ class Engine:
             return
         if request.added:
             raise InputError("A request decodes once; make another of the same inputs.")
-        request.added, request.autocast = True, _autocast(self.decoder.device.type)
+        device = self.decoder.device.type
+        request.added = True
+        request.autocast = torch.is_autocast_enabled(device), torch.get_autocast_dtype(device)
         error = self._fitted(request)
         if error is not None:
             request.fail(error)
@@ -102,20 +105,35 @@ class Engine:
             self._cancelled.append(request)
             self._settle()
 
-    def step(self) -> dict[Request, int]:
-        """Make one cycle of all slots; return how many tokens each request gained.
+    def step(self, unless: Callable[[], bool] | None = None) -> dict[Request, int]:
+        """Admit who waits, compute prompts, and make one cycle of all slots.
 
-        Waiting requests are admitted first. While another thread makes a step, wait for it.
+        While another thread makes a step, wait for it.
+
+        Args:
+            unless: A condition under which no step is needed, asked when it could begin.
+
+        Returns:
+            How many tokens each request in a slot gained; nothing, where no step was needed.
         """
-        self._begin_step(lambda: False)
-        return self._finish_step()
-
-    def wait(self, condition: Callable[[], bool]) -> None:
-        """Return when a condition of some requests holds; make the steps that this takes."""
-        while not condition():
-            if self._begin_step(condition):
-                self._finish_step()
-        self._settle()
+        if not self._take_turn(unless):
+            return {}
+        try:
+            self._free_cancelled()
+            self._admit()
+            before = {slot.request: len(slot.request.output_token_ids) for slot in self.slots}
+            for slots, work in self._passes():
+                try:
+                    with torch.inference_mode(), self._autocast(slots):
+                        work(self._batch(slots))
+                except Exception as error:  # noqa: BLE001 (whatever it is, its request is told)
+                    self._isolate(slots, work, error)
+            self._free_finished()
+            return {
+                request: len(request.output_token_ids) - known for request, known in before.items()
+            }
+        finally:
+            self._give_turn()
 
     def run(self, requests: Iterable[Request]) -> Iterator[Request]:
         """Decode requests, and yield each when it has finished.
@@ -127,43 +145,37 @@ class Engine:
         source, decoding = iter(requests), list[Request]()
         try:
             while True:
-                while len(decoding) < self.max_slots:
-                    request = next(source, None)
-                    if request is None:
-                        break
+                for request in islice(source, self.max_slots - len(decoding)):
                     decoding.append(request)
                     self.add(request)
                 if not decoding:
                     return
-                self.wait(lambda: any(request.finished for request in decoding))
-                for request in [request for request in decoding if request.finished]:
+                while not (finished := [request for request in decoding if request.finished]):
+                    self.step(unless=lambda: any(request.finished for request in decoding))
+                for request in finished:
                     decoding.remove(request)
                     yield request
         finally:
             for request in decoding:
                 self.cancel(request)
 
-    def _begin_step(self, condition: Callable[[], bool]) -> bool:
-        """Take the turn to step, unless a condition comes to hold first; return whether it did."""
+    def _take_turn(self, unless: Callable[[], bool] | None) -> bool:
+        """Take the turn to step; return False where it turned out that no step is needed."""
         with self._turn:
-            while self._stepping:
-                if condition():
+            while True:
+                if unless is not None and unless():
                     return False
+                if not self._stepping:
+                    self._stepping = True
+                    return True
                 self._turn.wait()
-            if condition():
-                return False
-            self._stepping = True
-            return True
 
-    def _finish_step(self) -> dict[Request, int]:
-        """Make a step and give the turn back."""
-        try:
-            return self._step()
-        finally:
-            with self._turn:
-                self._stepping = False
-                self._turn.notify_all()
-            self._settle()
+    def _give_turn(self) -> None:
+        """Let others step, and free what was cancelled meanwhile."""
+        with self._turn:
+            self._stepping = False
+            self._turn.notify_all()
+        self._settle()
 
     def _settle(self) -> None:
         """Free the slots of cancelled requests, unless a step is under way, which will."""
@@ -177,51 +189,62 @@ class Engine:
             finally:
                 self._turn.release()
 
-    @torch.inference_mode()
-    def _step(self) -> dict[Request, int]:
-        """Admit, compute prompts, and make a cycle with each strategy."""
-        self._free_cancelled()
-        self._admit()
-        before = {slot.request: len(slot.request.output_token_ids) for slot in self.slots}
-        decoding = [slot for slot in self.slots if slot.decodes]
-        for slots, width in self._chunks(bool(decoding)):
+    def _passes(self) -> list[tuple[list[Slot], Callable[[Batch], None]]]:
+        """Return what this step does: the slots of each pass, by their numbers, and the pass."""
+        found: list[tuple[list[Slot], Callable[[Batch], None]]] = []
+        for slots, width in self._chunks():
             exit_layer = slots[0].request.strategy.exit_layer if slots[0].exits else 0
-            self._guard(slots, lambda batch, w=width, k=exit_layer: prefill(batch, w, k))
-        by_strategy = sorted(decoding, key=lambda slot: (*_group(slot), slot.index))
-        for _, group in groupby(by_strategy, key=_group):
+            found.append((slots, partial(prefill, width=width, exit_layer=exit_layer)))
+        decoding = sorted(
+            (slot for slot in self.slots if slot.decodes), key=lambda slot: (*_kind(slot), slot.index)
+        )
+        for _, group in groupby(decoding, key=_kind):
             slots = list(group)
-            strategy = slots[0].request.strategy
-            self._guard(slots, lambda batch, strategy=strategy: cycle(batch, strategy))
+            found.append((slots, partial(cycle, strategy=slots[0].request.strategy)))
+        return found
+
+    def _batch(self, slots: Sequence[Slot]) -> Batch:
+        return Batch(self.decoder, self.cache, slots, self.clock, self.verify_width)
+
+    def _autocast(self, slots: Sequence[Slot]) -> AbstractContextManager[object]:
+        """Compute as the thread would that added these slots' requests, whichever steps."""
+        device, (enabled, dtype) = self.cache.device.type, slots[0].request.autocast
+        if not enabled and not torch.is_autocast_enabled(device):
+            return nullcontext()
+        return torch.autocast(device, dtype, enabled=enabled)
+
+    def _isolate(
+        self, slots: Sequence[Slot], work: Callable[[Batch], None], error: Exception
+    ) -> None:
+        """Make a pass that failed again, slot by slot: what one of them can't do fails that one.
+
+        Nothing of a pass that fails has been committed.
+        """
+        if len(slots) == 1:
+            slots[0].request.fail(error)
+            return
+        for slot in slots:
+            try:
+                with torch.inference_mode(), self._autocast([slot]):
+                    work(self._batch([slot]))
+            except Exception as own:  # noqa: BLE001 (as in `step`)
+                slot.request.fail(own)
+
+    def _free_finished(self) -> None:
+        """Free the slots of requests that have ended, and keep what was computed for them."""
         for slot in [slot for slot in self.slots if slot.request.finished]:
             if slot.request.error is None:
                 self._remember(slot)
                 slot.request.strategy.on_finish(len(slot.request.output_token_ids))
             self._free(slot)
-        return {
-            request: len(request.output_token_ids) - known for request, known in before.items()
-        }
 
-    def _guard(self, slots: Sequence[Slot], work: Callable[[Batch], None]) -> None:
-        """Do a pass for some slots; what one of them can't do fails that one."""
-        batch = Batch(self.decoder, self.cache, slots, self.clock, self.verify_width)
-        try:
-            with _as_autocast(self.cache.device.type, slots[0].request.autocast):
-                work(batch)
-        except Exception as error:  # noqa: BLE001 (whatever it is, its request is told)
-            if len(slots) == 1:
-                slots[0].request.fail(error)
-                return
-            # Nothing of a pass that fails has been committed.
-            for slot in slots:
-                self._guard([slot], work)
-
-    def _chunks(self, others_go_on: bool) -> Iterator[tuple[list[Slot], int]]:
+    def _chunks(self) -> Iterator[tuple[list[Slot], int]]:
         """Yield the slots whose prompts are computed next, and how many positions of them.
 
         Those of the same width go through the layers together, so nothing is ever padded. A prompt
         is cut only where somebody would wait for it.
         """
-        left = self.prefill_positions if others_go_on else None
+        left = self.prefill_positions if any(slot.decodes for slot in self.slots) else None
         groups: dict[tuple[int, int, object], list[Slot]] = {}
         for slot in self.slots:
             if slot.decodes:
@@ -367,20 +390,6 @@ class Engine:
             self.cache.clear()
 
 
-def _group(slot: Slot) -> tuple[int, str]:
+def _kind(slot: Slot) -> tuple[int, str]:
     """Return what slots have in common that go through a cycle together."""
     return id(slot.request.strategy), str(slot.request.autocast)
-
-
-def _autocast(device: str) -> tuple[bool, torch.dtype]:
-    """Return whether the calling thread computes in mixed precision, and in which."""
-    return torch.is_autocast_enabled(device), torch.get_autocast_dtype(device)
-
-
-def _as_autocast(device: str, wanted: tuple[bool, torch.dtype]) -> AbstractContextManager[object]:
-    """Compute as the thread would that added a request, whichever makes the step."""
-    if _autocast(device) == wanted or not (wanted[0] or torch.is_autocast_enabled(device)):
-        return nullcontext()
-    return torch.autocast(device, wanted[1], enabled=wanted[0])
-
-

@@ -123,15 +123,6 @@ def processors_of(
     return found
 
 
-def end_tokens(model: PreTrainedModel) -> frozenset[int]:
-    """Return the tokens that end a model's reply."""
-    for owner in (generator_of(model), model):
-        ends = getattr(owner.generation_config, "eos_token_id", None)
-        if ends is not None:
-            return frozenset([ends] if isinstance(ends, int) else ends)
-    return frozenset()
-
-
 def stopper(
     criteria: StoppingCriteriaList, prompt: Sequence[int], device: torch.device, scores: bool = False
 ) -> Callable[[list[int], list[Tensor]], bool] | None:

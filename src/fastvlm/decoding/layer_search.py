@@ -10,11 +10,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastvlm.decoding.cycle import Decoding
+from fastvlm.decoding.engine import Engine
 from fastvlm.decoding.request import Request
-from fastvlm.decoding.strategies import Autoregressive
 from fastvlm.functional.errors import InputError
-from fastvlm.language.cache import DecoderCache, Span
+from fastvlm.language.cache import DecoderCache, Positions
 from fastvlm.language.decoder import SplitDecoder
 
 LONGEST_DRAFT = 24
@@ -58,15 +57,16 @@ class ContextCache:
     """The target's keys and values of a whole reply, and beside them each position's own.
 
     Args:
-        cache: What decoding one request left.
+        cache: What computing it once left, in its only slot.
         length: Positions in it.
     """
 
     def __init__(self, cache: DecoderCache, length: int) -> None:
-        self.keys = [keys[:, :, :length] for keys in cache.keys]
-        self.values = [values[:, :, :length] for values in cache.values]
+        layers = [cache.layers[index] for index in range(len(cache.layers))]
+        self.keys = [layer.keys[:, :, :length] for layer in layers]
+        self.values = [layer.values[:, :, :length] for layer in layers]
 
-    def write_at(self, span: Span) -> None:
+    def begin_pass(self, positions: Positions) -> None:
         """Nothing is written."""
 
     def update(
@@ -79,12 +79,16 @@ class ContextCache:
         )
 
 
-class FirstDraftSpan(Span):
+class FirstDraftPositions(Positions):
     """Positions that each see the target's keys before them and their own new one."""
 
     def mask(self, window: int | None = None) -> Tensor:
         """Return which keys each position sees: (1, 1, width, end + width)."""
-        here = self.positions[:, None, :, None]
+        return self.visible(window)
+
+    def visible(self, window: int | None = None) -> Tensor:
+        """Return which keys each position sees: (1, 1, width, end + width)."""
+        here = self.indices[:, None, :, None]
         keys = torch.arange(self.end, device=here.device)
         seen = keys < here
         if window is not None:
@@ -106,30 +110,37 @@ class SampleReplies:
         requests: The sample; they are decoded here.
     """
 
+    @torch.inference_mode()
     def __init__(self, decoder: SplitDecoder, requests: Sequence[Request]) -> None:
         self.decoder = decoder
-        self.samples: list[tuple[ContextCache, FirstDraftSpan, Tensor, Tensor]] = []
-        for request in requests:
-            decoding = Decoding(decoder, Autoregressive(), [request])
-            for _ in decoding:
-                pass
-            start, reply = len(request.tokens), request.reply
-            width = len(reply) - 1
-            if not width:
-                continue
-            end = start + width
-            positions = torch.arange(start, end, device=decoder.device)[None]
-            tokens = torch.tensor([reply], device=decoder.device)
-            self.samples.append(
-                (
-                    ContextCache(decoding.batch.cache, end),
-                    FirstDraftSpan([start], width, end, positions, aligned=True),
-                    tokens[:, :-1],
-                    tokens[:, 1:],
-                )
-            )
+        self.samples: list[tuple[ContextCache, FirstDraftPositions, Tensor, Tensor]] = []
+        for request in Engine(decoder).run(requests):
+            if request.error is not None:
+                raise request.error
+            self._add(request)
         if not self.samples:
             raise InputError("No sample has a reply of two tokens or more; give it other prompts.")
+
+    def _add(self, request: Request) -> None:
+        """Take a finished request, whose positions are computed once more, all in one pass."""
+        decoder, inputs = self.decoder, request.inputs
+        start, reply = len(inputs.token_ids), request.output_token_ids
+        width = len(reply) - 1
+        if not width:
+            return
+        end = start + width
+        tokens = torch.tensor([reply], device=decoder.device)
+        cache = decoder.cache(1, end)
+        cache.assign(0, start, inputs.position_ids, inputs.encoder_states)
+        x = torch.cat((inputs.embeddings[None], decoder.embed(tokens[:, :-1])), 1)
+        decoder.forward_layers(x, cache.positions([0], end), cache, range(decoder.depth))
+        places = cache.positions([start], width)
+        drafts = FirstDraftPositions(
+            places.slots, [start], width, end, places.indices, aligned=True,
+            position_ids=places.position_ids, prompt_lengths=[start], encoder=places.encoder,
+        )  # fmt: skip
+        context = ContextCache(cache, end)
+        self.samples.append((context, drafts, tokens[:, :-1], tokens[:, 1:]))
 
     @torch.inference_mode()
     def acceptance(self, skipped: Iterable[int]) -> float:
@@ -137,8 +148,8 @@ class SampleReplies:
         left_out = frozenset(skipped)
         kept = [layer for layer in range(self.decoder.depth) if layer not in left_out]
         right = total = 0
-        for cache, span, tokens, following in self.samples:
-            x = self.decoder.run(self.decoder.embed(tokens), span, cache, kept)
+        for cache, positions, tokens, following in self.samples:
+            x = self.decoder.forward_layers(self.decoder.embed(tokens), positions, cache, kept)
             right += int((self.decoder.head(x).argmax(-1) == following).sum())
             total += following.numel()
         return right / total
@@ -154,7 +165,8 @@ def measured_costs(decoder: SplitDecoder, context: int) -> StepCosts:
     def taken(width: int, layers: range) -> float:
         started = time.perf_counter()
         x = decoder.embed(torch.zeros(1, width, dtype=torch.long, device=decoder.device))
-        x = decoder.run(x, cache.span([context], width), cache, layers) if layers else x
+        if layers:
+            x = decoder.forward_layers(x, cache.positions([context], width), cache, layers)
         # What is read from a device has been computed.
         decoder.head(x).argmax(-1).tolist()
         return time.perf_counter() - started
@@ -219,7 +231,7 @@ def find_skipped_layers(
     if evaluations < inner:
         raise InputError(f"The first round alone tries {inner} sets of layers; got {evaluations}.")
     samples = SampleReplies(decoder, requests)
-    costs = costs or measured_costs(decoder, max(span.end for _, span, _, _ in samples.samples))
+    costs = costs or measured_costs(decoder, max(positions.end for _, positions, _, _ in samples.samples))
     candidates = list(range(1, decoder.depth - 1))
     skipped: tuple[int, ...] = ()
     choices: list[LayerChoice] = []

@@ -103,6 +103,18 @@ class Request:
         """How the reply was decoded."""
         return DecodingStatistics.of(self.started, self.times, self.proposed, self.accepted)
 
+    @property
+    def stop_strings(self) -> tuple[str, ...]:
+        """Strings that end the reply."""
+        return () if self.stop_text is None else self.stop_text.stop
+
+    @classmethod
+    def failed(cls, error: Exception, strategy: Strategy) -> Request:
+        """Return a request that has failed before there was a prompt."""
+        request = cls(DecoderInputs([], torch.empty(0, 0)), strategy, 1)
+        request.fail(error)
+        return request
+
     def fail(self, error: Exception) -> None:
         """End the request with an error."""
         self.error, self.finish_reason = error, "error"
@@ -117,9 +129,10 @@ class Request:
         """
         for index, token in enumerate(token_ids):
             self._keep(token, logits[index])
-            self.output_token_ids.append(token)
             self.drafted.append(index < len(token_ids) - 1)
             self.times.append(now)
+            # The token last: another thread that sees it finds the rest.
+            self.output_token_ids.append(token)
             if token in self.end_token_ids or self._stopped():
                 self.finish_reason = "stop"
             elif len(self.output_token_ids) >= self.max_new_tokens:

@@ -29,7 +29,7 @@ class ReplyText:
             raise InputError("A stop string has at least one character.")
         self.tokenizer, self.stop = tokenizer, tuple(stop)
         self.whole = ""
-        self.tokens: list[int] = []
+        self.token_ids: list[int] = []
         self.stopped = self.ended = False
         # A token's text depends on the one before it, so the last ones whose text is known are
         # decoded once more with the new one: those from `_before` on are decoded, of which the
@@ -38,16 +38,16 @@ class ReplyText:
 
     def follow(self, reply: Sequence[int]) -> bool:
         """Take the tokens of a reply that are new; return whether a stop string has ended it."""
-        for token in reply[len(self.tokens) :]:
-            self.tokens.append(token)
-            text = self._decode(self.tokens[self._before :])
+        for token in reply[len(self.token_ids) :]:
+            self.token_ids.append(token)
+            text = self._decode(self.token_ids[self._before :])
             if not text.endswith(HALF):
                 self._take(text)
         return self.stopped
 
     def end(self) -> None:
         """Take what was kept back, for no other token will follow."""
-        self._take(self._decode(self.tokens[self._before :]))
+        self._take(self._decode(self.token_ids[self._before :]))
         self.ended = True
 
     @property
@@ -62,9 +62,9 @@ class ReplyText:
         return self.whole
 
     def _take(self, text: str) -> None:
-        taken = self._decode(self.tokens[self._before : self._known])
+        taken = self._decode(self.token_ids[self._before : self._known])
         added = text[len(taken) :]
-        self._before, self._known = self._known, len(self.tokens)
+        self._before, self._known = self._known, len(self.token_ids)
         if self.stopped:
             return
         # A stop string that ends in the new text began at most its own length before.

@@ -2,24 +2,37 @@
 
 from __future__ import annotations
 
+import warnings
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import PreTrainedModel
+from transformers import AutoConfig, PreTrainedModel
 
-from fastvlm.drafting.fingerprint import fingerprint
+from fastvlm.drafting.fingerprint import difference
 from fastvlm.drafting.imitation import ImitationNetwork
 from fastvlm.functional.errors import CheckpointError, first_line
 from fastvlm.functional.placement import moved
+from fastvlm.language.families import family, split_decoder, text_decoder
 
 
 def load_draft(directory: str | Path, target: PreTrainedModel) -> ImitationNetwork:
-    """Load an imitation network for a target, in the target's precision and on its device.
+    """Load an imitation network for a target, where its hidden states are and as precise as they.
+
+    A draft that was made for other weights is only slow, so it is loaded with a warning.
+
+    Args:
+        directory: The draft's directory.
+        target: The model that verifies; its weights may be quantised, offloaded or adapted.
+
+    Returns:
+        The network, in evaluation mode.
 
     Raises:
-        CheckpointError: There is no draft in the directory, it is broken, or it was made for
-            another target.
+        CheckpointError: There is no draft in the directory, it is broken, or it was made for a
+            decoder of another family, shape or vocabulary.
+        InputError: The family of the target's decoder is not known.
     """
     path = Path(directory)
     if not (path / "config.json").is_file():
@@ -40,10 +53,60 @@ def load_draft(directory: str | Path, target: PreTrainedModel) -> ImitationNetwo
                 f"The draft in {path} can't be read: {', '.join(sorted(keys))}"
                 f" {'is' if len(keys) == 1 else 'are'} {what}."
             )
-    made_for, is_for = network.config.target, fingerprint(target)
-    if made_for != is_for:
+    for what, drafted, own in unfit(network, target):
         raise CheckpointError(
-            f"The draft in {path} was made for another model: its target's fingerprint is"
-            f" {made_for}, this model's is {is_for}."
+            f"The draft in {path} doesn't fit this model: {what} is {drafted} for the draft and"
+            f" {own} in the model."
         )
-    return moved(network, target.device, target.dtype).eval()
+    if reason := difference(network.config.target, target):
+        warnings.warn(
+            f"The draft in {path} may have been made for other weights, and then drafts worse:"
+            f" {reason}.",
+            stacklevel=2,
+        )
+    return moved(network, *split_decoder(target).device_and_dtype()).eval()
+
+
+def unfit(network: ImitationNetwork, target: PreTrainedModel) -> Iterator[tuple[str, Any, Any]]:
+    """Yield what of a network's decoder makes it useless for a target's: its name and both values.
+
+    Raises:
+        InputError: The family of the target's decoder is not known.
+    """
+    own = text_decoder(target).config
+    made_for = AutoConfig.for_model(**(network.config.text_config or {}))
+    name, own_name = (config.model_type.removesuffix("_text") for config in (made_for, own))
+    if name != own_name:
+        yield "the decoder's family", name, own_name
+        return
+    shape, own_shape = network.family.shape(made_for), family(own_name).shape(own)
+    compared: list[tuple[str, Any, Any]] = [
+        ("the number of layers", shape.depth, own_shape.depth),
+        ("the hidden states' size", shape.width, own_shape.width),
+    ]
+    if network.cache_layers:
+        # A block's states lie in the target's cache.
+        (heads, size), (own_heads, own_size) = cached_heads(made_for), cached_heads(own)
+        compared += [
+            ("the number of key-value heads", heads, own_heads),
+            ("the heads' size", size, own_size),
+        ]
+    yield from (row for row in compared if row[1] != row[2])
+    if network.draft_vocabulary is not None:
+        needed, size = int(network.draft_vocabulary.max()) + 1, vocabulary_size(target)
+        if needed > size:
+            yield "the vocabulary's size", f"{needed} or more", size
+
+
+def cached_heads(config: Any) -> tuple[int, int]:
+    """Return number and size of the heads that a decoder of a configuration caches."""
+    heads = config.num_attention_heads
+    size = getattr(config, "head_dim", None) or config.hidden_size // heads
+    return getattr(config, "num_key_value_heads", None) or heads, size
+
+
+def vocabulary_size(target: PreTrainedModel) -> int:
+    """Return how many tokens a model's LM head knows."""
+    head: Any = target.get_output_embeddings()
+    size = getattr(head, "out_features", None)
+    return text_decoder(target).config.vocab_size if size is None else size

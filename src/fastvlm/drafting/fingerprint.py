@@ -1,26 +1,192 @@
-"""A target's fingerprint: which decoder a draft was made for."""
+"""A target's fingerprint: which weights a draft was made for, or replies came from."""
 
 from __future__ import annotations
 
+import base64
+import binascii
 import hashlib
+import math
+import struct
+from collections.abc import Iterable, Iterator
+from typing import Any
 
 import torch
-from transformers import PreTrainedModel
+from torch import Tensor, nn
 
 from fastvlm.language.families import text_decoder
+from fastvlm.language.weights_state import adapter_flags, plain_parts
 
-SAMPLE = 64
+DECODER_VALUES = 128
+LM_HEAD_VALUES = 32
+"""Values of a decoder and of an LM head that a fingerprint holds."""
+REACH = 2**18
+"""Values at a weight's beginning that are sampled: those of a vocabulary that grows later stay."""
+STEP = 100_003
+"""Distance of successive samples, a prime number."""
+RELATIVE, ABSOLUTE = 2**-7, 1e-6
+"""What values may differ by: twice what two roundings, to bfloat16 and to float16, make of them."""
+UNREAD = "as they are quantised or offloaded"
+HASHED_VALUES = 64
+"""Values at the beginning of each parameter that a hash is made of."""
+HASH_DIGITS = 16
 
 
-def fingerprint(model: PreTrainedModel) -> str:
-    """Return 16 hexadecimal digits that tell a decoder's weights from another's.
+@torch.no_grad()
+def fingerprint(model: Any) -> str:
+    """Return what a draft records of its target's decoder and LM head.
 
-    Every parameter's name and shape and some of its values count, rounded to bfloat16, so that the
-    same checkpoint has the same fingerprint in bfloat16 and in float32.
+    It is a hash of the parameters' names, and some of their values in bfloat16, in base64. Values
+    rather than a hash of them, so that the same checkpoint in another precision is known again: see
+    `difference`. Adapters are passed over, and what can't be read is no number.
+    """
+    decoder, head = sorted(base_parameters(text_decoder(model))), _head(model)
+    values = *_sampled(decoder, DECODER_VALUES), *_sampled(head, LM_HEAD_VALUES)
+    rounded = torch.tensor(values).to(torch.bfloat16).view(torch.int16).tolist()
+    stored = base64.b64encode(struct.pack(f"<{len(rounded)}h", *rounded)).decode()
+    return f"{_names(decoder)}:{stored}"
+
+
+def difference(recorded: str | None, model: Any) -> str | None:
+    """Return why a draft's weights may be made for others than a model's; None if nothing says so.
+
+    Weights that differ by no more than a change of precision does are taken for the same. A decoder
+    that was quantised, or has an adapter, is known by what it has in floating point, without the
+    adapter.
+
+    Args:
+        recorded: The fingerprint that the draft recorded; or the 16 digits of earlier drafts, which
+            knew nothing of the LM head, and of float32 and bfloat16 alone.
+        model: The model.
+
+    Returns:
+        The reason, as the end of a sentence.
+    """
+    if recorded is None:
+        return "it doesn't record for which"
+    if ":" not in recorded:
+        return _difference_of_digits(recorded, model)
+    (names, before), (names_now, now) = _parsed(recorded), _parsed(fingerprint(model))
+    if names != names_now or len(before) != len(now):
+        return "the parameters of this model's decoder have other names"
+    pairs = list(zip(before, now, strict=True))
+    compared = [(old, new) for old, new in pairs if math.isfinite(old) and math.isfinite(new)]
+    other = sum(not _is_close(old, new) for old, new in compared)
+    unread = sum(math.isfinite(old) and math.isnan(new) for old, new in pairs)
+    if other:
+        return f"{other} of {len(compared)} compared values differ"
+    if unread:
+        return f"{unread} of {len(pairs)} values of this model can't be read, {UNREAD}"
+    return None if compared else f"its target's values could not be read, {UNREAD}"
+
+
+def _difference_of_digits(recorded: str, model: Any) -> str | None:
+    if not all(_is_readable(one) for _, one in base_parameters(text_decoder(model))):
+        return f"some of this model's values can't be read, {UNREAD}"
+    digits = decoder_hash(model)
+    return None if recorded == digits else f"its fingerprint is {recorded}, this model's {digits}"
+
+
+@torch.no_grad()
+def weights_hash(model: Any) -> str:
+    """Return 16 hexadecimal digits that stand for all that a model's tokens follow from.
+
+    The decoder and the LM head count with their adapters and what these have switched on, by the
+    first values of each parameter, rounded to bfloat16. Of quantised weights the parts that they
+    are made of count, of offloaded ones the model's name.
     """
     digest = hashlib.sha256()
-    for name, parameter in sorted(text_decoder(model).named_parameters()):
-        digest.update(f"{name}{tuple(parameter.shape)}".encode())
-        values = parameter.detach().flatten()[:SAMPLE].to("cpu", torch.bfloat16)
-        digest.update(bytes(values.view(torch.uint8).tolist()))
-    return digest.hexdigest()[:16]
+    for root in (text_decoder(model), model.get_output_embeddings()):
+        if root is None:
+            continue
+        for module in root.modules():
+            if hasattr(type(module), "merged_adapters"):
+                digest.update(repr(adapter_flags(module)).encode())
+        for name, parameter in sorted(root.named_parameters()):
+            for part in plain_parts(parameter):
+                _add(digest, name, part, str(model.name_or_path))
+    return digest.hexdigest()[:HASH_DIGITS]
+
+
+@torch.no_grad()
+def decoder_hash(model: Any) -> str:
+    """Return the 16 hexadecimal digits that earlier drafts recorded of their target's decoder."""
+    digest = hashlib.sha256()
+    for name, parameter in sorted(base_parameters(text_decoder(model))):
+        _add(digest, name, parameter)
+    return digest.hexdigest()[:HASH_DIGITS]
+
+
+def base_parameters(module: nn.Module, prefix: str = "") -> Iterator[tuple[str, nn.Parameter]]:
+    """Yield a module's parameters under the names that they have without PEFT's adapters."""
+    if hasattr(type(module), "merged_adapters"):
+        parts = module._modules
+        if inner := parts.get("base_layer") or parts.get("original_module"):
+            yield from base_parameters(inner, prefix)
+        return
+    for name, parameter in module._parameters.items():
+        if parameter is not None:
+            yield prefix + name, parameter
+    for name, child in module.named_children():
+        yield from base_parameters(child, f"{prefix}{name}.")
+
+
+def _head(model: Any) -> list[tuple[str, nn.Parameter]]:
+    head = model.get_output_embeddings()
+    return [] if head is None else sorted(base_parameters(head))
+
+
+def _names(parameters: Iterable[tuple[str, nn.Parameter]]) -> str:
+    return hashlib.sha256(" ".join(name for name, _ in parameters).encode()).hexdigest()[:8]
+
+
+def _sampled(parameters: list[tuple[str, nn.Parameter]], number: int) -> list[float]:
+    """Return values of parameters in turns, as evenly as they go; without any, no numbers."""
+    if not parameters:
+        return [math.nan] * number
+    chosen = (parameters[place * len(parameters) // number][1] for place in range(number))
+    return [_value(one, (place + 1) * STEP) for place, one in enumerate(chosen)]
+
+
+def _value(parameter: Tensor, place: int) -> float:
+    """Return a value of a parameter; no number where it can't be read."""
+    if not _is_readable(parameter):
+        return math.nan
+    place %= min(parameter.numel(), REACH)
+    where = []
+    for size in reversed(parameter.shape):
+        place, index = divmod(place, size)
+        where.append(index)
+    return float(parameter[tuple(reversed(where))])
+
+
+def _is_readable(parameter: Tensor) -> bool:
+    """Return whether a parameter's values are numbers that lie somewhere."""
+    plain = type(parameter) in {nn.Parameter, Tensor} and not parameter.is_meta
+    return plain and parameter.is_floating_point() and parameter.numel() > 0
+
+
+def _is_close(one: float, other: float) -> bool:
+    return math.isclose(one, other, rel_tol=RELATIVE, abs_tol=ABSOLUTE)
+
+
+def _parsed(recorded: str) -> tuple[str, list[float]]:
+    """Return the names' hash and the values of a fingerprint; no values of one that is broken."""
+    names, _, stored = recorded.partition(":")
+    try:
+        data = base64.b64decode(stored, validate=True)
+        rounded = struct.unpack(f"<{len(data) // 2}h", data)
+    except (binascii.Error, struct.error):
+        return names, []
+    return names, torch.tensor(rounded, dtype=torch.int16).view(torch.bfloat16).tolist()
+
+
+def _add(digest: Any, name: str, parameter: Tensor, otherwise: str = "") -> None:
+    """Add a parameter's name, its shape and its first values, or what stands for them."""
+    digest.update(f"{name}{tuple(parameter.shape)}".encode())
+    if parameter.is_meta:
+        digest.update(otherwise.encode())
+        return
+    values = parameter.detach().flatten()[:HASHED_VALUES].cpu()
+    if values.is_floating_point():
+        values = values.to(torch.bfloat16)
+    digest.update(bytes(values.view(torch.uint8).tolist()))

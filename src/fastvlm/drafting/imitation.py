@@ -32,7 +32,7 @@ class ImitationConfig(PreTrainedConfig):
         exit_layer: Layers of the target that run before the network (k).
         blocks: Decoder layers in a network of kind `block`.
         text_config: The configuration of the target's decoder.
-        target: The target's fingerprint.
+        target: The target's fingerprint; see `fastvlm.drafting.fingerprint`.
         num_speculative_tokens: The most tokens in a draft; None for the usual maximum.
         confidence: The drafter's own probability below which a draft ends, 0 for drafts of fixed
             length; None for a length that adapts to the machine and to what is accepted.

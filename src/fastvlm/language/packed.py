@@ -10,13 +10,17 @@ gradients are recorded.
 from __future__ import annotations
 
 from collections.abc import Iterable
+from dataclasses import dataclass
+from threading import Lock
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 from transformers import PreTrainedModel
 
 from fastvlm.language.families import text_decoder
+from fastvlm.language.sampled import sampled
 
 SMALLEST = 2**18
 """Weights of a matrix that is worth packing: of fewer, the call costs more than is saved."""
@@ -24,41 +28,92 @@ ROWS = 16
 """Rows of the products that the layout is made for."""
 PACKED_BYTES = 4 * 2**30
 """Memory for packed weights: those of a decoder with a billion parameters."""
+SAMPLED_WEIGHTS = 32
+"""Weights of a matrix that are compared at each product: 1 to 5 microseconds."""
+
+
+@dataclass(frozen=True, slots=True)
+class PackedWeight:
+    """A weight in oneDNN's layout, and what tells whether it is still the layer's.
+
+    Args:
+        packed: The weight, packed.
+        weight: The parameter that was packed.
+        version: Its version, which counts what is written to it.
+        address: Where its values lie.
+        sample: A strided view of some of its values, over all of its rows and columns.
+        values: Those values as they were.
+    """
+
+    packed: Tensor
+    weight: Tensor
+    version: int
+    address: int
+    sample: Tensor
+    values: Tensor
+
+    @classmethod
+    def of(cls, weight: Tensor) -> PackedWeight:
+        """Pack a weight: (out_features, in_features)."""
+        values = weight.detach()
+        sample = sampled(values, SAMPLED_WEIGHTS)
+        return cls(
+            torch.ops.mkldnn._reorder_linear_weight(values, ROWS),
+            weight,
+            weight._version,
+            weight.data_ptr(),
+            sample,
+            sample.clone(),
+        )
+
+    def is_of(self, weight: Tensor) -> bool:
+        """Return whether a weight is the one that was packed, and unchanged as far as can be told.
+
+        Its version tells what is written to it and its address what replaces it. Neither tells
+        what is written through `weight.data`, as PEFT merges adapters: the sampled values do.
+        """
+        return (
+            weight is self.weight
+            and weight._version == self.version
+            and weight.data_ptr() == self.address
+            and torch.equal(self.sample, self.values)
+        )
 
 
 class PackedLinear(nn.Linear):
     """A linear layer that holds its weights twice: as they are, and packed.
 
     A layer becomes one by `pack`, and is an ordinary one again as soon as its weights are found to
-    have changed or moved. Copies and pickles of it are ordinary ones too.
+    have changed or moved. Copies and pickles of it are ordinary ones too. Any number of threads may
+    call it while that happens.
     """
 
-    packed: Tensor
-    packed_state: tuple[int, int]
+    packed: PackedWeight
 
     def forward(self, input: Tensor) -> Tensor:  # noqa: A002 - as the base class has it
         """Return the product: (..., in_features) to (..., out_features)."""
+        # Another thread may make this layer an ordinary one at any time, of which `super()` and
+        # `self.packed` know nothing.
+        held: PackedWeight | None = vars(self).get("packed")
+        weight, bias = self.weight, self.bias
         if (
-            input.numel() == self.in_features
+            held is None
+            or input.numel() == self.in_features
             or torch.is_grad_enabled()
             or torch.is_autocast_enabled("cpu")
         ):
-            return super().forward(input)
-        if _state(self.weight) != self.packed_state:
-            _unpack(self)
-            return self(input)
-        return torch.ops.mkldnn._linear_pointwise.default(
-            input, self.packed, self.bias, "none", [], ""
-        )
+            return F.linear(input, weight, bias)
+        if not held.is_of(weight):
+            _unpack(self, held)
+            return F.linear(input, weight, bias)
+        return torch.ops.mkldnn._linear_pointwise.default(input, held.packed, bias, "none", [], "")
 
     def __reduce_ex__(self, protocol: Any) -> Any:
         """Copy and pickle as the ordinary layer, whose weights are all there is to it."""
         del protocol
-        state = {name: value for name, value in vars(self).items() if name not in PACKED}
+        state = vars(self).copy()
+        state.pop("packed", None)
         return _ordinary, (), state
-
-
-PACKED = frozenset(PackedLinear.__annotations__)
 
 
 def pack_decoder(model: PreTrainedModel, most_bytes: int = PACKED_BYTES) -> int:
@@ -66,9 +121,12 @@ def pack_decoder(model: PreTrainedModel, most_bytes: int = PACKED_BYTES) -> int:
 
     On an x86 CPU in float32, passes over a few positions are then faster, and so is every way of
     speculative decoding; elsewhere nothing is done. Parameters, state and gradients stay as they
-    are. A layer whose weights change afterwards is an ordinary one again, but changes that are
-    made through `weight.data` in place, as some libraries merge adapters, can't be seen: pack after
-    them.
+    are.
+
+    A layer whose weights change afterwards is an ordinary one again from its next call on, however
+    they were changed: written to, replaced, or edited through `weight.data`, as PEFT merges
+    adapters. What can't be noticed is an edit through `weight.data` that leaves most of a matrix as
+    it was, such as of single weights or rows: write to the weight itself, under `torch.no_grad()`.
 
     Args:
         model: A causal, an encoder-decoder or a vision-language model of a family that is known.
@@ -83,8 +141,8 @@ def pack_decoder(model: PreTrainedModel, most_bytes: int = PACKED_BYTES) -> int:
 def pack(modules: Iterable[nn.Module], most_bytes: int) -> int:
     """Pack the linear layers of some modules, as far as they gain from it and fit into memory.
 
-    Those gain that are float32 on an x86 CPU, and large. Layers of other classes, such as quantised
-    ones, and layers whose weights come and go, stay as they are.
+    Those gain that are float32 on an x86 CPU, contiguous, and large. Layers of other classes, such
+    as quantised ones, and layers whose weights come and go, stay as they are.
 
     Args:
         modules: Whose linear layers; what is met again is passed over.
@@ -116,27 +174,29 @@ def gains(layer: nn.Linear) -> bool:
     weight = layer.weight
     plain = type(layer) is nn.Linear and type(weight) is nn.Parameter and not weight.is_inference()
     ordinary = plain and weight.device.type == "cpu" and weight.dtype == torch.float32
-    return ordinary and weight.numel() >= SMALLEST and not hasattr(layer, "_hf_hook")
+    large = ordinary and weight.numel() >= SMALLEST and weight.is_contiguous()
+    return large and not hasattr(layer, "_hf_hook")
 
 
 def _pack(layer: nn.Linear) -> None:
     held: Any = layer
-    held.packed = torch.ops.mkldnn._reorder_linear_weight(layer.weight.detach(), ROWS)
-    held.packed_state = _state(layer.weight)
-    held.__class__ = PackedLinear
+    packed = PackedWeight.of(layer.weight)
+    with _changing:
+        held.packed = packed
+        held.__class__ = PackedLinear
 
 
-def _unpack(layer: PackedLinear) -> None:
+def _unpack(layer: PackedLinear, stale: PackedWeight) -> None:
     held: Any = layer
-    for name in PACKED:
-        delattr(held, name)
-    held.__class__ = nn.Linear
+    with _changing:
+        if vars(layer).get("packed") is stale:
+            held.__class__ = nn.Linear
+            del vars(layer)["packed"]
+
+
+_changing = Lock()
+"""Held while a layer becomes packed or ordinary."""
 
 
 def _ordinary() -> nn.Linear:
     return nn.Linear.__new__(nn.Linear)
-
-
-def _state(weight: Tensor) -> tuple[int, int]:
-    """Return what changes when weights are written to or replaced."""
-    return weight._version, weight.data_ptr()

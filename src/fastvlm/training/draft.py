@@ -272,6 +272,9 @@ def train_draft(
         else moved(load_draft(start / name, vlm.model), master(vlm.decoder.dtype))
         for name, plan in plans.items()
     }
+    for network in networks.values():
+        # A network that goes on may have begun with the target as it was then.
+        network.config.target = fingerprint(vlm.model)
     lesson = DraftLesson(vlm, networks, examples, plans)
     train(lesson, schedule, output, HeldOut(vlm, networks, held_out) if held_out else None)
     if this_process().is_main_process:

@@ -25,8 +25,7 @@ tags:
 # A draft for {card.model}
 
 An imitation network ({config.kind}, exit layer {config.exit_layer}, {parameters:,} parameters)
-that drafts tokens for {card.model} (fingerprint `{config.target}`), which verifies them: the tokens
-stay the model's own.
+that drafts tokens for {card.model}, which verifies them: the tokens stay the model's own.
 
 ```python
 import fastvlm

@@ -22,7 +22,7 @@ from fastvlm.data.broken import BrokenRecords
 from fastvlm.data.conversations import Broken, Message, Record
 from fastvlm.data.journal import append_line, whole_lines
 from fastvlm.decoding import Decoding, Drafter, Request
-from fastvlm.drafting.fingerprint import fingerprint
+from fastvlm.drafting.fingerprint import weights_hash
 from fastvlm.functional.errors import InputError
 from fastvlm.vlm import VisionLanguageModel
 
@@ -183,7 +183,7 @@ def own_replies(
     Raises:
         InputError: Too many pictures can't be read.
     """
-    plan = [fingerprint(vlm.model), max_new_tokens, temperature, [_named(one) for one in asked]]
+    plan = [weights_hash(vlm.model), max_new_tokens, temperature, [_named(one) for one in asked]]
     key = hashlib.sha256(json.dumps(plan).encode()).hexdigest()[:16]
     file = cache / f"replies-{key}.jsonl"
     rows = whole_lines(file)

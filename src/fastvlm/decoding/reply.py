@@ -1,0 +1,176 @@
+"""A request's reply: as a whole, or in pieces as it is decoded."""
+
+from __future__ import annotations
+
+import weakref
+from collections import deque
+from dataclasses import dataclass
+from types import TracebackType
+
+from transformers import PreTrainedTokenizerBase
+
+from fastvlm.decoding.engine import Engine
+from fastvlm.decoding.request import FinishReason, Request, TokenLogprob
+from fastvlm.decoding.text import ReplyText
+from fastvlm.functional.statistics import DecodingStatistics
+
+
+@dataclass(frozen=True, slots=True)
+class Piece:
+    """A piece of a reply as it streams.
+
+    Args:
+        text: Text that is final; never half a character.
+        token_ids: The tokens that it is made of.
+        drafted: Whether each of them was drafted and accepted.
+    """
+
+    text: str
+    token_ids: tuple[int, ...]
+    drafted: tuple[bool, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Reply:
+    """A reply: what there is of it.
+
+    Args:
+        text: Its text, without special tokens; all pieces of a stream together.
+        token_ids: Its tokens, the end token included.
+        drafted: Whether each token was drafted and accepted.
+        prompt_token_ids: The prompt's tokens, a placeholder for each visual token.
+        finish_reason: `stop` for an end token or a stop string, `length` for the token limit,
+            `cancelled`, or `error`; None while it goes on.
+        error: Why there is no reply, in a sentence, where the reason is `error`.
+        logprobs: The log-probability of each token, where they were asked for.
+        statistics: How it was decoded.
+    """
+
+    text: str
+    token_ids: list[int]
+    drafted: list[bool]
+    prompt_token_ids: list[int]
+    finish_reason: FinishReason | None
+    error: str | None
+    logprobs: list[TokenLogprob] | None
+    statistics: DecodingStatistics
+
+    @classmethod
+    def of(cls, request: Request, tokenizer: PreTrainedTokenizerBase) -> Reply:
+        """Return what a request has decoded so far."""
+        text = ReplyText(tokenizer, request.stop_strings)
+        text.follow(request.output_token_ids)
+        if request.finished:
+            text.end()
+        return cls(
+            text.final,
+            list(request.output_token_ids),
+            list(request.drafted),
+            list(request.prompt_token_ids),
+            request.finish_reason,
+            None if request.error is None else str(request.error),
+            None if request.logprobs is None else list(request.token_logprobs),
+            request.statistics,
+        )
+
+
+class ReplyStream:
+    """A reply that is being decoded: an iterator over its pieces.
+
+    It has a state. Who peeks and goes on, or breaks off and goes on, goes on where it stood; a
+    finished one yields nothing more. Its request waits for a slot from the first piece that is
+    asked for; `close`, the end of a `with` block, or forgetting the stream frees the slot. One
+    thread at a time may iterate over a stream.
+
+    Args:
+        engine: What decodes it.
+        request: What is decoded.
+        tokenizer: The model's.
+    """
+
+    def __init__(
+        self, engine: Engine, request: Request, tokenizer: PreTrainedTokenizerBase
+    ) -> None:
+        self.engine, self.request, self.tokenizer = engine, request, tokenizer
+        self._text = ReplyText(tokenizer, request.stop_strings)
+        self._shown = self._taken = 0
+        """Characters and tokens that pieces have shown."""
+        self._pieces: deque[Piece] = deque()
+        self._ended = False
+        self._cancel = weakref.finalize(self, engine.cancel, request)
+
+    def __iter__(self) -> ReplyStream:
+        """Return the stream itself."""
+        return self
+
+    def __next__(self) -> Piece:
+        """Return the next piece: what text has become final, or at last what is left.
+
+        Raises:
+            StopIteration: The reply has ended.
+            Exception: What made the request fail.
+        """
+        request = self.request
+        while not self._pieces:
+            if self._ended:
+                raise StopIteration
+            if not request.added:
+                self.engine.add(request)
+            known = len(self._text.token_ids)
+            while len(request.output_token_ids) == known and not request.finished:
+                self.engine.step(
+                    unless=lambda: len(request.output_token_ids) > known or request.finished
+                )
+            # The reason first: what it ends has all its tokens by then.
+            finished = request.finished
+            self._take(request.output_token_ids[:], finished)
+            if finished:
+                self._ended = True
+                self._cancel.detach()
+                if request.error is not None and not self._pieces:
+                    raise request.error
+        return self._pieces.popleft()
+
+    def __enter__(self) -> ReplyStream:
+        """Return the stream itself."""
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        """Close it."""
+        self.close()
+
+    def close(self) -> None:
+        """End the reply where it stands; nothing more is computed or yielded."""
+        self._cancel()
+        self._pieces.clear()
+        self._ended = True
+
+    @property
+    def reply(self) -> Reply:
+        """The whole reply; what is decoded so far, while the stream goes on."""
+        return Reply.of(self.request, self.tokenizer)
+
+    def _take(self, token_ids: list[int], finished: bool) -> None:
+        """Make pieces of the tokens that have come."""
+        text = self._text
+        for end in range(len(text.token_ids) + 1, len(token_ids) + 1):
+            text.follow(token_ids[:end])
+            if len(text.final) > self._shown and end < len(token_ids):
+                self._show(token_ids, end)
+        if finished:
+            text.end()
+        if len(text.final) > self._shown or (finished and self._taken < len(token_ids)):
+            self._show(token_ids, len(token_ids))
+
+    def _show(self, token_ids: list[int], end: int) -> None:
+        shown = slice(self._taken, end)
+        final = self._text.final
+        self._pieces.append(
+            Piece(final[self._shown :], tuple(token_ids[shown]), tuple(self.request.drafted[shown]))
+        )
+        self._shown, self._taken = len(final), end

@@ -1,0 +1,176 @@
+"""The strategies by name, for a model and its draft."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Hashable, Iterable
+from threading import Lock
+from typing import Any, NamedTuple
+
+from fastvlm.decoding.strategies import (
+    Autoregressive,
+    LayerSkip,
+    PromptLookup,
+    SelfSpeculative,
+    Strategy,
+    default_skipped_layers,
+)
+from fastvlm.drafting.adaptive import AdaptiveLength
+from fastvlm.drafting.draft_length import ConfidenceLength, DraftLength, FixedLength
+from fastvlm.drafting.imitation import ImitationNetwork
+from fastvlm.functional.errors import InputError
+from fastvlm.functional.options import refuse_unknown
+from fastvlm.language.decoder import SplitDecoder
+
+MAX_DRAFT_TOKENS = 24
+"""The most tokens in a draft, where neither the caller nor the draft says another number."""
+MAX_LOOKUP_TOKENS = 10
+"""The same for `prompt-lookup`."""
+OPTIONS = {
+    "autoregressive": (),
+    "imitation": ("num_speculative_tokens", "confidence"),
+    "early-exit": ("num_speculative_tokens", "confidence", "exit_layer"),
+    "layer-skip": ("num_speculative_tokens", "confidence", "skipped_layers"),
+    "prompt-lookup": ("num_speculative_tokens",),
+}
+"""The strategies, and the options that each of them takes."""
+
+
+class StrategyFactory:
+    """Makes the strategies for a model, and returns the same one when it is asked for again.
+
+    So requests of equal options are decoded together, and what adaptive drafts have learnt serves
+    them all. It may be used from any thread.
+
+    Args:
+        decoder: The target.
+        network: Its imitation network, if there is one.
+    """
+
+    def __init__(self, decoder: SplitDecoder, network: ImitationNetwork | None = None) -> None:
+        self.decoder, self.network = decoder, network
+        self._made: dict[Hashable, Strategy] = {}
+        self._lock = Lock()
+
+    def make(
+        self, name: str | None = None, *, network: ImitationNetwork | None = None, **options: Any
+    ) -> Strategy:
+        """Return a strategy.
+
+        Args:
+            name: One of `OPTIONS`; None for `imitation` where there is a draft, and for
+                `autoregressive` where there is none.
+            network: The network to draft with, if not the model's own draft.
+            options: Those of `OPTIONS` that the strategy takes; None is as if it were not given.
+
+                num_speculative_tokens: The most tokens in a draft; if not given, what the draft
+                    records, and where it records nothing, 24 (`prompt-lookup`: 10).
+                confidence: The drafter's own probability below which a draft ends; 0 for drafts of
+                    fixed length. If not given, what the draft records; where it records nothing,
+                    drafts adapt to what is accepted and to what this machine takes, see
+                    `AdaptiveLength`.
+                exit_layer: The layers that draft; a quarter of them, if not given.
+                skipped_layers: The layers that don't draft, counted from 0, as
+                    `find_skipped_layers` finds them; if not given, every second one of the middle
+                    half.
+
+        Raises:
+            InputError: The strategy is unknown, needs a draft that isn't there, doesn't take an
+                option, or an option is out of range.
+        """
+        network = network or self.network
+        name = name or ("autoregressive" if network is None else "imitation")
+        if name not in OPTIONS:
+            raise InputError(f"The strategies are {', '.join(OPTIONS)}; got {name!r}.")
+        given = {option: value for option, value in options.items() if value is not None}
+        refuse_unknown(given, OPTIONS[name], f"{name!r} takes")
+        recipe = _RECIPES[name](self.decoder, network, given)
+        with self._lock:
+            if recipe.key not in self._made:
+                self._made[recipe.key] = recipe.build()
+            return self._made[recipe.key]
+
+
+class _Recipe(NamedTuple):
+    """What tells a strategy from others, and what builds it."""
+
+    key: Hashable
+    build: Callable[[], Strategy]
+
+
+def _autoregressive(*_: Any) -> _Recipe:
+    return _Recipe("autoregressive", Autoregressive)
+
+
+def _lookup(_: SplitDecoder, __: ImitationNetwork | None, given: dict[str, Any]) -> _Recipe:
+    most: int = given.get("num_speculative_tokens", MAX_LOOKUP_TOKENS)
+    return _Recipe(("prompt-lookup", most), lambda: PromptLookup(most))
+
+
+def _early_exit(
+    decoder: SplitDecoder, _: ImitationNetwork | None, given: dict[str, Any]
+) -> _Recipe:
+    layer: int = given.get("exit_layer", max(1, decoder.depth // 4))
+    most, confidence = given.get("num_speculative_tokens"), given.get("confidence")
+    return _Recipe(
+        ("early-exit", layer, most, confidence),
+        lambda: SelfSpeculative(
+            decoder, layer, None, draft_length(most, confidence), name="early-exit"
+        ),
+    )
+
+
+def _layer_skip(
+    decoder: SplitDecoder, _: ImitationNetwork | None, given: dict[str, Any]
+) -> _Recipe:
+    listed: Iterable[int] = given.get("skipped_layers", default_skipped_layers(decoder.depth))
+    skipped = tuple(sorted(set(listed)))
+    most, confidence = given.get("num_speculative_tokens"), given.get("confidence")
+    return _Recipe(
+        ("layer-skip", skipped, most, confidence),
+        lambda: LayerSkip(decoder, skipped, draft_length(most, confidence)),
+    )
+
+
+def _imitation(
+    decoder: SplitDecoder, network: ImitationNetwork | None, given: dict[str, Any]
+) -> _Recipe:
+    if network is None:
+        raise InputError("The strategy 'imitation' needs a draft; load the model with one.")
+    config = network.config
+    most = given.get("num_speculative_tokens", config.num_speculative_tokens)
+    confidence = given.get("confidence", config.confidence)
+    name = "imitation" if config.kind == "block" else f"imitation-{config.kind}"
+    return _Recipe(
+        ("imitation", network, config.exit_layer, most, confidence),
+        lambda: SelfSpeculative(
+            decoder, config.exit_layer, network, draft_length(most, confidence), name=name
+        ),
+    )
+
+
+_RECIPES: dict[
+    str, Callable[[SplitDecoder, ImitationNetwork | None, dict[str, Any]], _Recipe]
+] = {
+    "autoregressive": _autoregressive,
+    "imitation": _imitation,
+    "early-exit": _early_exit,
+    "layer-skip": _layer_skip,
+    "prompt-lookup": _lookup,
+}
+
+
+def draft_length(maximum: int | None, confidence: float | None) -> DraftLength:
+    """Return how long drafts go on.
+
+    Args:
+        maximum: The most tokens in a draft; None for the usual maximum.
+        confidence: The probability below which a draft ends, 0 for drafts of fixed length; None for
+            drafts that adapt.
+
+    Raises:
+        InputError: One is out of range.
+    """
+    maximum = MAX_DRAFT_TOKENS if maximum is None else maximum
+    if confidence is None:
+        return AdaptiveLength(maximum)
+    return ConfidenceLength(maximum, confidence) if confidence else FixedLength(maximum)
