@@ -170,18 +170,23 @@ def answer(vlm: Any, job: Job) -> Answer:
     }
 
 
-def describe_worker(vlm: Any) -> Answer:
-    """Return what a worker computes with, and the prompts that the model was trained on."""
+def describe_machine() -> Answer:
+    """Return what a worker computes on, and the instructions that its torch uses."""
     import torch
 
+    from fastvlm.evaluation.measuring import hardware
+
+    return {**hardware(), "torch_uses": torch.backends.cpu.get_cpu_capability()}
+
+
+def describe_tree(vlm: Any) -> Answer:
+    """Return what a worker's tree is, and the prompts that the model was trained on."""
     import fastvlm
     from fastvlm import embedded
-    from fastvlm.evaluation.measuring import hardware
 
     return {
         "source": str(Path(fastvlm.__file__).parents[1]),
         "engine": hasattr(vlm, "engine"),
-        "hardware": {**hardware(), "instructions": torch.backends.cpu.get_cpu_capability()},
         "prompts": {"scenes": embedded.SCENE_PROMPT, "photographs": embedded.DESCRIPTION_PROMPT},
         "images": [str(path) for path in sorted(embedded.PICTURES.glob("*.jpg"))],
     }
@@ -208,7 +213,8 @@ def work(threads: int) -> None:
     torch.set_num_threads(threads)
     vlm = loaded()
     actions: dict[str, Callable[..., Any]] = {
-        "describe": lambda: describe_worker(vlm),
+        "describe": lambda: describe_tree(vlm),
+        "machine": describe_machine,
         "render": lambda folder, number: render_scenes(vlm, folder, number),
         "job": lambda **fields: answer(vlm, Job(**fields)),
     }
@@ -660,8 +666,7 @@ def main() -> None:
     workers = [Worker(name, getattr(options, name), options.threads) for name in TREES]
     about = workers[-1].about
     record: dict[str, Any] = {
-        "hardware": {**about["hardware"], "instructions": instructions()},
-        "torch_uses": about["hardware"]["instructions"],
+        "hardware": {**workers[0].ask("machine"), "instructions": instructions()},
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
         "trees": {
             worker.name: {"commit": commit_of(worker.source), "engine": worker.about["engine"]}
