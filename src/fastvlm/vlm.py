@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, ProcessorMixin
+from transformers.generation.stopping_criteria import StoppingCriteriaList
 
 from fastvlm import embedded
 from fastvlm.checkpoints import load_checkpoint
@@ -204,7 +205,7 @@ class VisionLanguageModel:
             seed = new_seed() if params.seed is None else params.seed
         # Its type knows the method of the mixin alone.
         model: Any = self.model
-        criteria = model._get_stopping_criteria(settings, None)
+        criteria = model._get_stopping_criteria(settings, StoppingCriteriaList())
         return Request(
             inputs,
             strategy,
