@@ -24,7 +24,7 @@ IMAGES = [render(sample(number), IMAGE_SIZE) for number in range(6)]
 
 def vlm_on(device: torch.device, **options: Any) -> VisionLanguageModel:
     made = small_vlm()
-    return VisionLanguageModel(made.model.to(device), made.tokenizer, **options)
+    return VisionLanguageModel(made.model.to(device).eval(), made.tokenizer, **options)
 
 
 @pytest.mark.parametrize("name", ["autoregressive", "early-exit", "layer-skip", "prompt-lookup"])
