@@ -39,7 +39,7 @@ ROOT = Path(__file__).resolve().parents[1]
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 sys.path.insert(0, str(ROOT / "src"))
 
-TESTS_SECONDS = 150
+TESTS_SECONDS = 180
 """After so many seconds the tests are stopped."""
 TIES = {torch.float32: 1e-5, torch.bfloat16: 2**-6}
 """Two best logits that lie closer than this share of the best one may change places by rounding
@@ -80,6 +80,7 @@ class Scale:
         rounds: The most batches of a case, after one that warms up.
         dtypes: The precisions.
         batches: Requests decoded together.
+        drafting: Options of drafting; drafts adapt where there are none.
     """
 
     text: Mapping[str, Any]
@@ -88,10 +89,12 @@ class Scale:
     rounds: int
     dtypes: tuple[torch.dtype, ...]
     batches: tuple[int, ...]
+    drafting: Mapping[str, Any]
 
 
-WHOLE = Scale(LARGE, 512, 100, 12, (torch.float32, torch.bfloat16), (1, 8))
-QUICK = Scale(SMALL, 128, 12, 1, (torch.float32, torch.bfloat16), (1, 2))
+DTYPES = (torch.float32, torch.bfloat16)
+WHOLE = Scale(LARGE, 512, 100, 12, DTYPES, (1, 8), {})
+QUICK = Scale(SMALL, 128, 12, 1, DTYPES, (1, 2), {"num_speculative_tokens": 3, "confidence": 0.0})
 
 
 @dataclass(frozen=True, slots=True)
@@ -228,8 +231,11 @@ def shipped(device: torch.device, dtype: torch.dtype, scale: Scale) -> Contest:
     vlm = fastvlm.load(device=device, dtype=dtype, prefix_bytes=0)
     seeds = range(HELD_OUT_SCENES, HELD_OUT_SCENES + 16)
     images = [render(sample(seed), vlm.image_size) for seed in seeds]
-    names = ("autoregressive", "imitation", "prompt-lookup")
-    strategies = {name: vlm.strategy(name) for name in names}
+    strategies = {
+        "autoregressive": vlm.strategy("autoregressive"),
+        "imitation": vlm.strategy("imitation", **scale.drafting),
+        "prompt-lookup": vlm.strategy("prompt-lookup"),
+    }
     return Contest("shipped", vlm, embedded.SCENE_PROMPT, images, strategies, scale.tokens)
 
 
@@ -269,7 +275,7 @@ def random_weights(device: torch.device, dtype: torch.dtype, scale: Scale) -> Co
     images = [render(sample(number), scale.image_size) for number in range(16)]
     strategies = {
         "autoregressive": vlm.strategy("autoregressive"),
-        "early-exit": vlm.strategy("early-exit", exit_layer=EXIT_LAYER),
+        "early-exit": vlm.strategy("early-exit", exit_layer=EXIT_LAYER, **scale.drafting),
     }
     return Contest("random weights", vlm, SCENE_PROMPT, images, strategies, scale.tokens)
 

@@ -42,11 +42,14 @@ def expected(
     return given, reference(model, given, LIMIT, frozenset({END}))
 
 
-def decode(model: PreTrainedModel, given: Inputs, name: str, **options: Any) -> list[list[int]]:
+def decode(
+    model: PreTrainedModel, given: Inputs, name: str, *, seed: int = 0, **options: Any
+) -> list[list[int]]:
     draft = draft_for(model, perfect=True) if name == "imitation" else None
     method = fastvlm.speculative(draft, strategy=name, **STRATEGIES[name])
     start = 1 if model.get_decoder().config.is_encoder_decoder else given["input_ids"].shape[1]
     options = {"do_sample": False, **options}
+    torch.manual_seed(seed)
     out = model.generate(**given, max_new_tokens=LIMIT, custom_generate=method, **options)
     return replies_in(out, out.shape[1] - start, frozenset({END}))
 
@@ -85,8 +88,8 @@ def test_sampled_tokens_are_the_same_for_every_strategy(rows: int, device: torch
     given = placed(inputs(rows), device, torch.float64)
     found = []
     for name in STRATEGIES:
-        torch.manual_seed(5)
-        found.append(decode(model, given, name, do_sample=True, temperature=0.8, top_p=0.95))
+        options = {"do_sample": True, "temperature": 0.8, "top_p": 0.95}
+        found.append(decode(model, given, name, seed=5, **options))
     assert all(replies == found[0] for replies in found)
 
 
@@ -97,8 +100,8 @@ def test_sampled_tokens_are_the_cpus(device: torch.device) -> None:
         model, inputs = FAMILIES["llama"]()
         model.to(where)
         given = placed(inputs(4), where, torch.float64)
-        torch.manual_seed(5)
-        found.append(decode(model, given, "early-exit", do_sample=True, temperature=0.9))
+        options = {"do_sample": True, "temperature": 0.9}
+        found.append(decode(model, given, "early-exit", seed=5, **options))
     assert found[0] == found[1]
 
 
