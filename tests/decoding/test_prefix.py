@@ -141,7 +141,7 @@ def test_pictures_in_any_turn() -> None:
     with counted(vlm.model.model.vision_tower) as pictures:
         assert vlm.generate(messages, max_new_tokens=9).tokens == expected
     assert pictures == [1, 1]
-    with pytest.raises(InputError, match="leave out the picture"):
+    with pytest.raises(InputError, match="leave out the image"):
         vlm.generate(messages, render(sample(1), 192))
     with pytest.raises(InputError, match="A part of a message is"):
         vlm.generate([{"role": "user", "content": [{"type": "video"}]}])
