@@ -44,7 +44,7 @@ def whole_model(dtype: torch.dtype, size: int) -> VisionLanguageModel:
     model = FastVlmForConditionalGeneration(config)
     torch.set_default_dtype(torch.float32)
     model.generation_config.eos_token_id = None
-    return VisionLanguageModel(model, tokenizer)
+    return VisionLanguageModel(model.eval(), tokenizer)
 
 
 def main() -> None:
