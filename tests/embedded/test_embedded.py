@@ -15,7 +15,7 @@ from fastvlm.drafting.directory import load_draft
 from fastvlm.evaluation.audit import audit
 from fastvlm.evaluation.quality import score_scenes
 from fastvlm.prompts import question
-from fastvlm.training.draft import DraftLesson
+from fastvlm.training.draft import DraftTask
 from fastvlm.training.replies import Asked, own_replies
 from fastvlm.vlm import VisionLanguageModel, load
 from tests.decoding.conftest import decoding_acceptance
@@ -63,7 +63,7 @@ def test_acceptance_in_training_is_acceptance_in_decoding(
     asked = [Asked("", tuple(question(q.prompt, q.open(vlm.image_size))), "") for q in questions]
     examples = own_replies(vlm, asked, tmp_path, BrokenRecords())
     assert vlm.network is not None
-    report = DraftLesson(vlm, {"it": vlm.network}, examples).loss(examples).report
+    report = DraftTask(vlm, {"it": vlm.network}, examples).loss(examples).report
     accepted = decoding_acceptance(vlm, questions, FixedLength(4))
     agree, over = report["it agree"]
     assert accepted == pytest.approx(agree / over, abs=0.02)

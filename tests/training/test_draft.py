@@ -23,8 +23,8 @@ from fastvlm.functional.errors import CheckpointError
 from fastvlm.prompts import question as asking
 from fastvlm.training import replies
 from fastvlm.training.draft import (
-    DraftLesson,
     DraftPlan,
+    DraftTask,
     frequent_tokens,
     new_network,
     train_draft,
@@ -90,7 +90,7 @@ def loss_of(
     vlm: VisionLanguageModel, network: ImitationNetwork, examples: Sequence[Example]
 ) -> tuple[float, dict[str, float]]:
     """One network's loss and report, by the names of the measures alone."""
-    losses = DraftLesson(vlm, {"it": network}, examples).loss(examples)
+    losses = DraftTask(vlm, {"it": network}, examples).loss(examples)
     report = {name.split()[-1]: total / over for name, (total, over) in losses.report.items()}
     return float(losses.total.detach()) / losses.weight, report
 
@@ -106,7 +106,7 @@ def network(
     network = taught(vlm, DraftPlan("block", 3, draft_vocabulary=150), examples)
     schedule = Schedule(steps=30, learning_rate=2e-3, warmup=5)
     train(
-        DraftLesson(vlm, {"it": network}, examples[:6]), schedule, tmp_path_factory.mktemp("draft")
+        DraftTask(vlm, {"it": network}, examples[:6]), schedule, tmp_path_factory.mktemp("draft")
     )
     return network
 
@@ -277,9 +277,9 @@ def test_networks_are_taught_side_by_side(
         "whole": DraftPlan("block", 2, blocks=2, draft_vocabulary=None, cross_entropy=0.3),
     }
     networks = {name: taught(vlm, plan, examples) for name, plan in plans.items()}
-    together = DraftLesson(vlm, networks, examples, plans).loss(examples[:3])
+    together = DraftTask(vlm, networks, examples, plans).loss(examples[:3])
     alone = [
-        DraftLesson(vlm, {name: network}, examples, plans).loss(examples[:3])
+        DraftTask(vlm, {name: network}, examples, plans).loss(examples[:3])
         for name, network in networks.items()
     ]
     summed = sum(float(losses.total.detach()) for losses in alone)
@@ -309,30 +309,30 @@ def test_an_example_goes_through_the_target_once(
         return run(x, span, cache, layers)
 
     monkeypatch.setattr(vlm.decoder, "run", counted)
-    together = DraftLesson(vlm, networks, examples, plans, kept_bytes=0)
+    together = DraftTask(vlm, networks, examples, plans, kept_bytes=0)
     expected = [
         float(together.loss(drawn).total.detach()) for drawn in (examples[:3], examples[2:5])
     ]
     assert len(ran) == 2 * 3
-    lesson = DraftLesson(vlm, networks, examples, plans)
+    lesson = DraftTask(vlm, networks, examples, plans)
     # The third is met again, among others.
     found = [lesson.loss(drawn).total for drawn in (examples[:3], examples[2:5])]
     assert len(ran) == 2 * 3 + 5 * 3
     assert [float(total.detach()) for total in found] == pytest.approx(expected)
     # And to the bit, whatever it was drawn with first: as when a run is resumed.
-    resumed = DraftLesson(vlm, networks, examples, plans)
+    resumed = DraftTask(vlm, networks, examples, plans)
     assert torch.equal(resumed.loss(examples[2:5]).total, found[1])
     assert torch.equal(lesson.loss(examples[2:5]).total, found[1])
 
 
 def test_states_are_kept_where_all_fit(vlm: VisionLanguageModel, examples: list[Example]) -> None:
     network = {"it": taught(vlm, DraftPlan("mlp", 2), examples)}
-    roomy = DraftLesson(vlm, network, examples, kept_bytes=2**30)
+    roomy = DraftTask(vlm, network, examples, kept_bytes=2**30)
     expected = float(roomy.loss(examples).total.detach())
     needed = 2**30 - roomy.target.kept.left
     assert needed > 0
     for room, keeps in ((2 * needed, True), (needed // 2, False)):
-        lesson = DraftLesson(vlm, network, examples, kept_bytes=room)
+        lesson = DraftTask(vlm, network, examples, kept_bytes=room)
         for _ in range(2):
             assert float(lesson.loss(examples).total.detach()) == pytest.approx(expected)
         assert lesson.target.keeps == keeps

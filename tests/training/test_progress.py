@@ -20,7 +20,7 @@ from fastvlm.decoding import Autoregressive, Decoding
 from fastvlm.functional.errors import InputError
 from fastvlm.training import progress
 from fastvlm.training.curves import read_curves
-from fastvlm.training.draft import DraftLesson, DraftPlan, new_network
+from fastvlm.training.draft import DraftPlan, DraftTask, new_network
 from fastvlm.training.loop import train
 from fastvlm.training.progress import keep_until
 from fastvlm.training.replies import Asked, Example, own_replies, questions_of
@@ -202,7 +202,7 @@ def test_memory_does_not_grow_over_a_thousand_steps(tmp_path: Path) -> None:
     network = new_network(vlm, DraftPlan("block", 2, draft_vocabulary=60), told)
     seen: list[tuple[int, int]] = []
 
-    class Watched(DraftLesson):
+    class Watched(DraftTask):
         def draw(self, step: int) -> list[Example]:
             if step in (100, 1099):
                 gc.collect()
