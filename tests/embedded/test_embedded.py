@@ -36,16 +36,16 @@ def test_every_strategys_tokens_are_transformers_own(
     vlm: VisionLanguageModel, questions: list, tmp_path: Path
 ) -> None:
     mlp = load_draft(embedded.FOLDER / "draft-mlp", vlm.model)
-    drafters = {
-        "autoregressive": vlm.drafter("autoregressive"),
-        "imitation": vlm.drafter("imitation"),
-        "imitation-mlp": vlm.drafter("imitation", network=mlp),
-        "early-exit": vlm.drafter("early-exit"),
-        "skip": vlm.drafter("skip"),
-        "lookup": vlm.drafter("lookup"),
+    strategies = {
+        "autoregressive": vlm.strategy("autoregressive"),
+        "imitation": vlm.strategy("imitation"),
+        "imitation-mlp": vlm.strategy("imitation", network=mlp),
+        "early-exit": vlm.strategy("early-exit"),
+        "layer-skip": vlm.strategy("layer-skip"),
+        "prompt-lookup": vlm.strategy("prompt-lookup"),
     }
-    found = audit(vlm, drafters, questions, tmp_path / "audit.jsonl", batch=6, max_new_tokens=140)
-    for name in drafters:
+    found = audit(vlm, strategies, questions, tmp_path / "audit.jsonl", batch=6, max_new_tokens=140)
+    for name in strategies:
         assert found.identical(name) + found.ties(name) == len(questions)
 
 

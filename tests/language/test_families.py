@@ -46,7 +46,7 @@ def test_greedy_tokens_equal_generates(family: str, name: str, rows: int) -> Non
     found = decode(
         decoder, strategy(name, decoder), capture_decoder_inputs(known.model, known.inputs[rows])
     )
-    assert [request.reply for request in found] == known.expected[rows]
+    assert [request.output_token_ids for request in found] == known.expected[rows]
     if name == "perfect":
         assert all(request.accepted == request.proposed for request in found)
         assert sum(map(sum, (request.accepted for request in found))) > 3 * rows
@@ -64,14 +64,14 @@ def test_logits_of_a_prompt_equal_transformers(family: str) -> None:
         else {"decoder_input_ids": torch.tensor([prompt.token_ids])}
     )
     empty = decoder.cache(1, len(prompt.token_ids))
-    empty.seat(0, prompt.position_ids, prompt.encoder_states)
-    span = empty.span([0], len(prompt.token_ids))
+    empty.assign(0, len(prompt.token_ids), prompt.position_ids, prompt.encoder_states)
+    positions = empty.positions([0], len(prompt.token_ids))
     some = torch.tensor([3, 50, 7])
     with torch.inference_mode():
         expected = known.model(**known.inputs[1], **start).logits
-        x = decoder.run(prompt.embeddings[None], span, empty, range(decoder.depth))
+        x = decoder.forward_layers(prompt.embeddings[None], positions, empty, range(decoder.depth))
         torch.testing.assert_close(decoder.head(x), expected)
-        restricted = torch.nn.functional.linear(decoder.norm(x), decoder.head_rows(some))
+        restricted = torch.nn.functional.linear(decoder.norm(x), decoder.lm_head_rows(some))
     torch.testing.assert_close(restricted, expected[..., some])
 
 
@@ -87,4 +87,4 @@ def test_a_reply_ends_at_the_last_learnt_position(name: str) -> None:
     ]
     decoder = split_decoder(model)
     found = decode(decoder, strategy(name, decoder), prompts)
-    assert [request.reply for request in found] == expected
+    assert [request.output_token_ids for request in found] == expected

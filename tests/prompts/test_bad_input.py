@@ -91,7 +91,7 @@ def test_what_only_fastvithd_knows_beforehand(folders: dict[str, Path]) -> None:
     with pytest.raises(InputError, match="LlavaForConditionalGeneration has no FastViTHD"):
         _ = vlm.image_size
     with pytest.raises(InputError, match="LlavaForConditionalGeneration has no FastViTHD"):
-        vlm.tokens("What?", pictures=1)
+        vlm.tokens("What?", images=1)
 
 
 def test_a_processor_without_its_template(tmp_path: Path) -> None:

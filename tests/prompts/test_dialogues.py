@@ -71,8 +71,8 @@ def test_ten_rounds_encode_a_picture_once(family: str, tmp_path: Path) -> None:
             messages.append({"role": "user", "content": [text] if number else [show, text]})
             positions.clear()
             found = vlm.generate(messages, max_new_tokens=3)
-            assert found.tokens == fresh.generate(messages, max_new_tokens=3).tokens
-            tokens = vlm.prompts.encode(messages).tokens
+            assert found.token_ids == fresh.generate(messages, max_new_tokens=3).token_ids
+            tokens = vlm.prompts.decoder_inputs(messages).token_ids
             shared = next(
                 (n for n, pair in enumerate(zip(tokens, before, strict=False)) if len({*pair}) > 1),
                 len(before),
@@ -80,10 +80,10 @@ def test_ten_rounds_encode_a_picture_once(family: str, tmp_path: Path) -> None:
             # All of the earlier rounds but for what the tokenizer makes of a reply's text.
             assert shared >= len(before) - 3
             assert positions[0] == len(tokens) - shared
-            before = tokens + found.tokens[:-1]
+            before = tokens + found.token_ids[:-1]
             # A turn as a text is the same as a list of one text.
             messages.append({"role": "assistant", "content": found.text})
-    # What `encode` itself asks for above is kept nowhere.
+    # What `decoder_inputs` itself asks for above is kept nowhere.
     assert len(pictures) == 1 + 10
 
 
@@ -103,7 +103,7 @@ def test_pictures_in_any_turn(family: str, tmp_path: Path) -> None:
     expected = replies(vlm.model, dict(inputs.to(torch.float64)), 9)
     for _ in range(2):
         with counted_features(vlm) as pictures:
-            assert [vlm.generate(messages, max_new_tokens=9).tokens] == expected
+            assert [vlm.generate(messages, max_new_tokens=9).token_ids] == expected
         # A turn as a text is the same as a list of one text.
         messages[1]["content"] = "A word."
     assert not pictures
@@ -119,14 +119,15 @@ def test_a_second_question_about_a_picture(family: str, tmp_path: Path) -> None:
         expected = fresh.generate(question, picture(shown), max_new_tokens=9)
         with counted_features(vlm) as pictures:
             found = vlm.generate(question, picture(shown), max_new_tokens=9)
-        assert found.tokens == expected.tokens
+        assert found.token_ids == expected.token_ids
         encoded.append(len(pictures))
     # InstructBLIP's Q-Former reads the question: another one makes other features of a picture.
     assert encoded == [1, int(family.startswith("instructblip")), 0, 1, 0]
     # What an encoder reads is read anew.
-    shares = vlm.prefixes.longest(vlm.request("Who?", picture(0)).keys) is not None
+    keys = vlm.request("Who?", picture(0)).inputs.keys
+    shares = keys is not None and vlm.prefixes.match(keys) is not None
     assert shares == (not family.endswith("t5"))
-    assert fresh.prefixes.size == 0
+    assert fresh.lru.size == 0
 
 
 def test_features_are_kept_within_the_limit(tmp_path: Path) -> None:
@@ -135,7 +136,7 @@ def test_features_are_kept_within_the_limit(tmp_path: Path) -> None:
         with counted_features(vlm) as pictures:
             vlm.generate("What?", picture(0), max_new_tokens=2)
         assert len(pictures) == 1
-        assert vlm.prefixes.size == 0
+        assert vlm.lru.size == 0
 
 
 def test_an_error_leaves_the_model_as_it_was(tmp_path: Path) -> None:
@@ -170,8 +171,8 @@ def test_a_model_of_text_alone(template: str | None, tmp_path: Path) -> None:
         )[0]
         for text in asked
     ]
-    assert [vlm.generate(text, max_new_tokens=9).tokens for text in asked] == expected
+    assert [vlm.generate(text, max_new_tokens=9).token_ids for text in asked] == expected
     together = vlm.generate_batch(asked, [None, None], max_new_tokens=9)
-    assert [reply.tokens for reply in together] == expected
+    assert [reply.token_ids for reply in together] == expected
     with pytest.raises(InputError, match="LlamaForCausalLM reads text alone; leave out the pic"):
         vlm.generate("What?", picture(0))

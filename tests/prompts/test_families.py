@@ -12,7 +12,7 @@ from tests.families import replies
 from tests.processors import PROCESSORS, asked, picture, saved
 
 QUESTIONS = ["What is it?", "Where is A?", "How many b?", "Say a word."]
-STRATEGIES = ["autoregressive", "lookup", "early-exit", "skip"]
+STRATEGIES = ["autoregressive", "prompt-lookup", "early-exit", "layer-skip"]
 
 
 @pytest.mark.parametrize("family", PROCESSORS)
@@ -28,9 +28,8 @@ def test_the_tokens_are_those_of_generate(family: str, tmp_path: Path) -> None:
         alone = replies(model, asked(processor, [question], [shown]), 12)
         assert alone == [row]
     for strategy in STRATEGIES:
-        drafter = vlm.drafter(strategy)
-        together = vlm.generate_batch(QUESTIONS, pictures, drafter=drafter, max_new_tokens=12)
-        assert [reply.tokens for reply in together] == expected
-        vlm.prefixes.clear()
-        alone = vlm.generate(QUESTIONS[2], pictures[2], drafter=drafter, max_new_tokens=12)
-        assert alone.tokens == expected[2]
+        together = vlm.generate_batch(QUESTIONS, pictures, strategy=strategy, max_new_tokens=12)
+        assert [reply.token_ids for reply in together] == expected
+        vlm.lru.clear()
+        alone = vlm.generate(QUESTIONS[2], pictures[2], strategy=strategy, max_new_tokens=12)
+        assert alone.token_ids == expected[2]

@@ -59,10 +59,10 @@ def test_a_draft_learns_from_photographs_and_drafts_losslessly(family: str, tmp_
         for text, path in zip(QUESTIONS, PHOTOGRAPHS, strict=True)
     ]
     for name in plans:
-        drafter = vlm.drafter(
+        strategy = vlm.strategy(
             network=load_draft(tmp_path / "drafts" / name, vlm.model),
             num_speculative_tokens=3,
             confidence=0,
         )
-        together = vlm.generate_batch(QUESTIONS, PHOTOGRAPHS, drafter=drafter, max_new_tokens=12)
-        assert [reply.tokens for reply in together] == expected
+        together = vlm.generate_batch(QUESTIONS, PHOTOGRAPHS, strategy=strategy, max_new_tokens=12)
+        assert [reply.token_ids for reply in together] == expected

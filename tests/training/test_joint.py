@@ -67,8 +67,8 @@ def test_the_loss_is_that_of_the_last_layer_and_of_the_exit(
 def test_layers_and_norm_learn_and_nothing_else(
     vlm: VisionLanguageModel, examples: list[Example]
 ) -> None:
-    lesson = JointTask(vlm, examples, JointPlan(EXIT, batch=2))
-    lesson.loss(lesson.draw(0)).total.backward()
+    task = JointTask(vlm, examples, JointPlan(EXIT, batch=2))
+    task.loss(task.draw(0)).total.backward()
     learnt = {name for name, p in vlm.model.named_parameters() if p.grad is not None}
     decoder = "model.language_model."
     assert learnt == {
@@ -97,10 +97,10 @@ def test_the_exit_learns_and_a_draft_for_the_new_target_is_lossless(tmp_path: Pa
     plans = {"block": DraftPlan("block", EXIT, draft_vocabulary=60)}
     train_draft(tuned, plans, replies, tmp_path / "drafts", short)
     network = load_draft(tmp_path / "drafts" / "block", tuned.model)
-    drafter = tuned.drafter(network=network, num_speculative_tokens=3, confidence=0)
+    strategy = tuned.strategy(network=network, num_speculative_tokens=3, confidence=0)
     for one, example in zip(asked, replies, strict=True):
-        found = tuned.generate(one.messages, drafter=drafter, max_new_tokens=16)
-        assert tuple(found.tokens) == example.reply
+        found = tuned.generate(one.messages, strategy=strategy, max_new_tokens=16)
+        assert tuple(found.token_ids) == example.reply
 
 
 @pytest.mark.parametrize("family", ["llava", "blip2-t5"])
