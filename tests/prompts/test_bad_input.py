@@ -43,20 +43,20 @@ def turn(role: str, *parts: Any) -> dict[str, Any]:
 @pytest.mark.parametrize(
     ("family", "given", "told"),
     [
-        ("llava", ("<image> What?", picture(0)), "must not contain the picture's placeholder"),
-        ("llava", ("<image> What?",), "must not contain the picture's placeholder"),
-        ("qwen2-vl", ("<|video_pad|> What?",), "must not contain the picture's placeholder"),
+        ("llava", ("<image> What?", picture(0)), "must not contain the image's placeholder"),
+        ("llava", ("<image> What?",), "must not contain the image's placeholder"),
+        ("qwen2-vl", ("<|video_pad|> What?",), "must not contain the image's placeholder"),
         ("llava", ("What?", "no/such.png"), "There is no picture at no/such.png"),
         ("llava", ([{"role": "user", "content": [{"type": "video"}]}],), "A part of a message is"),
-        ("llava", ([turn("user", "What?")], picture(0)), "leave out the picture"),
-        ("blip2-opt", ("What?",), "takes one picture with each prompt; got 0"),
-        ("blip2-opt", ([turn("user", picture(0), picture(1), "?")],), "one picture .* got 2"),
+        ("llava", ([turn("user", "What?")], picture(0)), "leave out the image"),
+        ("blip2-opt", ("What?",), "takes one image with each prompt; got 0"),
+        ("blip2-opt", ([turn("user", picture(0), picture(1), "?")],), "one image .* got 2"),
         (
             "blip2-opt",
             ([turn("user", picture(0), "?"), turn("assistant", "a"), turn("user", "b")],),
             "Blip2ForConditionalGeneration has no chat template .* got 3 turns",
         ),
-        ("blip2-opt", ("<image>?", picture(0)), "must not contain the picture's placeholder"),
+        ("blip2-opt", ("<image>?", picture(0)), "must not contain the image's placeholder"),
     ],
 )
 def test_a_dialogue_that_can_not_be(

@@ -127,7 +127,7 @@ def test_a_second_question_about_a_picture(family: str, tmp_path: Path) -> None:
     keys = vlm.request("Who?", picture(0)).inputs.keys
     shares = keys is not None and vlm.prefixes.match(keys) is not None
     assert shares == (not family.endswith("t5"))
-    assert fresh.lru.size == 0
+    assert fresh.lru.nbytes == 0
 
 
 def test_features_are_kept_within_the_limit(tmp_path: Path) -> None:
@@ -136,7 +136,7 @@ def test_features_are_kept_within_the_limit(tmp_path: Path) -> None:
         with counted_features(vlm) as pictures:
             vlm.generate("What?", picture(0), max_new_tokens=2)
         assert len(pictures) == 1
-        assert vlm.lru.size == 0
+        assert vlm.lru.nbytes == 0
 
 
 def test_an_error_leaves_the_model_as_it_was(tmp_path: Path) -> None:
@@ -174,5 +174,5 @@ def test_a_model_of_text_alone(template: str | None, tmp_path: Path) -> None:
     assert [vlm.generate(text, max_new_tokens=9).token_ids for text in asked] == expected
     together = vlm.generate_batch(asked, [None, None], max_new_tokens=9)
     assert [reply.token_ids for reply in together] == expected
-    with pytest.raises(InputError, match="LlamaForCausalLM reads text alone; leave out the pic"):
+    with pytest.raises(InputError, match="LlamaForCausalLM reads text alone; leave out the image"):
         vlm.generate("What?", picture(0))

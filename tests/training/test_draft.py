@@ -230,7 +230,7 @@ def test_a_question_that_fails_is_its_own_failure(
     asked[1] = Asked("1", tuple(asking("What?", tmp_path / "nowhere.png")), "")
     asked[2] = Asked("2", tuple(asking("What? " * 300, None)), "")
     for _ in range(2):
-        broken = BrokenRecords()
+        broken = BrokenRecords(share=0.5)
         told = replies.own_replies(vlm, asked, tmp_path, broken, max_new_tokens=6)
         whole = own_replies(vlm, [questions[0], questions[3]], tmp_path, max_new_tokens=6)
         assert said(told) == said(whole)
