@@ -23,7 +23,7 @@ from fastvlm.evaluation.measuring import hardware
 from fastvlm.scenes import describe, render, sample
 from fastvlm.training.tokenizer import IMAGE, learn_tokenizer
 from fastvlm.vision import FastViTHDConfig
-from fastvlm.vlm import PREFIX_BYTES, VisionLanguageModel
+from fastvlm.vlm import VisionLanguageModel
 
 FIRST = "Describe the picture in several sentences."
 SECOND = "What is at the top left, and what is at the bottom right?"

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 
 import torch
 
@@ -63,11 +63,14 @@ def strategy(name: str, decoder: SplitDecoder) -> Strategy:
 
 
 def decode(
-    decoder: SplitDecoder, strategy: Strategy, prompts: Sequence[DecoderInputs], limit: int = LIMIT
+    decoder: SplitDecoder,
+    drafts: Strategy,
+    prompts: Sequence[DecoderInputs],
+    limit: int = LIMIT,
+    ends: Collection[int] = (END,),
 ) -> list[Request]:
     """Decode prompts together, each in a slot of one engine; a failure is raised."""
-    ends = frozenset({END})
-    requests = [Request(prompt, strategy, limit, end_token_ids=ends) for prompt in prompts]
+    requests = [Request(one, drafts, limit, end_token_ids=frozenset(ends)) for one in prompts]
     for request in Engine(decoder).run(requests):
         if request.error is not None:
             raise request.error

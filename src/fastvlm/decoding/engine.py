@@ -196,7 +196,8 @@ class Engine:
             exit_layer = slots[0].request.strategy.exit_layer if slots[0].exits else 0
             found.append((slots, partial(prefill, width=width, exit_layer=exit_layer)))
         decoding = sorted(
-            (slot for slot in self.slots if slot.decodes), key=lambda slot: (*_kind(slot), slot.index)
+            (slot for slot in self.slots if slot.decodes),
+            key=lambda slot: (*_kind(slot), slot.index),
         )
         for _, group in groupby(decoding, key=_kind):
             slots = list(group)
