@@ -161,9 +161,18 @@ def taught(rows: int, step: float, slope: float, accepted: bool) -> AdaptiveLeng
 def test_rows_stop_together() -> None:
     length = taught(2, 0.1, 0.01, accepted=True)
     sure, unsure = [0.85], [0.05]
-    assert length.should_continue(Progress([True, True], [sure, unsure], [9, 9], [1, 1])) == [True, True]
-    assert length.should_continue(Progress([False, True], [sure, unsure], [9, 9], [1, 1])) == [False, False]
-    assert length.should_continue(Progress([True, False], [sure, unsure], [9, 9], [1, 1])) == [True, False]
+    assert length.should_continue(Progress([True, True], [sure, unsure], [9, 9], [1, 1])) == [
+        True,
+        True,
+    ]
+    assert length.should_continue(Progress([False, True], [sure, unsure], [9, 9], [1, 1])) == [
+        False,
+        False,
+    ]
+    assert length.should_continue(Progress([True, False], [sure, unsure], [9, 9], [1, 1])) == [
+        True,
+        False,
+    ]
 
 
 def test_batches_of_other_sizes_are_measured_for_themselves() -> None:
