@@ -10,6 +10,7 @@ import pytest
 from fastvlm import embedded
 from fastvlm.data.broken import BrokenRecords
 from fastvlm.data.questions import HELD_OUT_SCENES, about_photographs, about_scenes
+from fastvlm.decoding import SamplingParams
 from fastvlm.drafting import FixedLength
 from fastvlm.drafting.directory import load_draft
 from fastvlm.evaluation.audit import audit
@@ -44,7 +45,8 @@ def test_every_strategys_tokens_are_transformers_own(
         "layer-skip": vlm.strategy("layer-skip"),
         "prompt-lookup": vlm.strategy("prompt-lookup"),
     }
-    found = audit(vlm, strategies, questions, tmp_path / "audit.jsonl", batch=6, max_new_tokens=140)
+    params = SamplingParams(max_new_tokens=140)
+    found = audit(vlm, strategies, questions, tmp_path / "audit.jsonl", params=params, batch=6)
     for name in strategies:
         assert found.identical(name) + found.ties(name) == len(questions)
 
