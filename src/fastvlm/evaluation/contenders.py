@@ -174,9 +174,9 @@ class Contenders:
 
         def logits(embeddings: Tensor) -> Tensor:
             length = embeddings.shape[1]
-            cache = decoder.cache(1, length + 1, 0)
-            span = cache.span([0], length)
-            x = decoder.run(embeddings, span, cache, range(decoder.depth))
+            cache = decoder.cache(1, length + 1)
+            positions = cache.positions([0], length)
+            x = decoder.forward_layers(embeddings, positions, cache, range(decoder.depth))
             return decoder.head(x[:, -1:])
 
         return logits

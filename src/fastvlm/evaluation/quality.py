@@ -51,7 +51,7 @@ def caption_losses(
 
     The wrong picture is the next photograph's. One caption of each photograph is taken.
     """
-    prompt = vlm.tokens(SENTENCE_PROMPT, pictures=1)
+    prompt = vlm.tokens(SENTENCE_PROMPT, images=1)
     sums = {"right": 0.0, "wrong": 0.0}
     count = 0
     for start in range(0, len(photographs), batch):
