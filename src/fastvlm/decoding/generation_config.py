@@ -87,7 +87,7 @@ def generator_of(model: PreTrainedModel) -> Any:
     settings.
     """
     inner = model.get_decoder()
-    return inner if getattr(inner, "generation_config", None) is not None else model
+    return inner if inner.can_generate() else model
 
 
 def processors_of(
