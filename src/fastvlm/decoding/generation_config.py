@@ -83,11 +83,11 @@ def settings_of(model: PreTrainedModel, params: SamplingParams) -> GenerationCon
 def generator_of(model: PreTrainedModel) -> Any:
     """Return the model whose `generate` runs: a whole language model inside another, or itself.
 
-    BLIP-2 hands its prompt to the `generate` of the language model in it, which goes by its own
-    settings.
+    BLIP-2 and InstructBLIP hand their prompts to the `generate` of the language model in them,
+    which goes by its own settings.
     """
-    inner = model.get_decoder()
-    return inner if inner.can_generate() else model
+    inner = getattr(model, "language_model", None)
+    return inner if isinstance(inner, PreTrainedModel) and inner.can_generate() else model
 
 
 def processors_of(

@@ -13,7 +13,6 @@ from transformers.generation.streamers import BaseStreamer
 
 from fastvlm.data.conversations import Message
 from fastvlm.data.questions import Question
-from fastvlm.decoding.generation_config import generator_of
 from fastvlm.decoding.sampler import noisy
 from fastvlm.language.inputs import start_token
 from fastvlm.prompts import FastViTHDPromptBuilder, question
@@ -66,7 +65,8 @@ def generate_greedily(
 
 def is_encoder_decoder(model: PreTrainedModel) -> bool:
     """Return whether a prompt goes through an encoder of text, and the reply through a decoder."""
-    return bool(generator_of(model).config.is_encoder_decoder)
+    config: Any = model.config
+    return bool(config.is_encoder_decoder or config.get_text_config().is_encoder_decoder)
 
 
 def reference_replies(
