@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +29,9 @@ from fastvlm.evaluation.reference import (
 )
 from fastvlm.functional.errors import InputError
 from fastvlm.vlm import VisionLanguageModel
+
+GREEDY = SamplingParams(max_new_tokens=160)
+"""How replies are decoded, if nothing else is said."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -92,10 +95,8 @@ def audit(
     questions: Sequence[Question],
     journal: Path,
     *,
+    params: SamplingParams = GREEDY,
     batch: int = 50,
-    max_new_tokens: int = 160,
-    temperature: float = 0.0,
-    seed: int = 0,
     wide: bool = False,
     progress: Callable[[int, int], None] = no_progress,
 ) -> Audit:
@@ -106,31 +107,29 @@ def audit(
         strategies: By name.
         questions: At least one question.
         journal: A JSON-lines file of finished batches; a stopped audit goes on from it.
+        params: How replies are decoded: question i with the seed + i. What it doesn't say is as
+            `GREEDY` and a seed of 0.
         batch: Questions that the engine is given at a time.
-        max_new_tokens: The most tokens of a reply.
-        temperature: What replies are drawn at; 0 for greedy ones.
-        seed: Question i is drawn with the seed + i.
         wide: Whether ordinary decoding is ours, with passes as wide as those that verify, one
             question at a time: then there is no difference in any precision.
         progress: Called with the questions done and their number.
 
     Raises:
-        InputError: A question can't be asked, the sampling is out of range, or the journal belongs
-            to another audit.
+        InputError: A question can't be asked, or the journal belongs to another audit.
     """
     batch = 1 if wide else batch
     width = 1 + max(one.max_draft_tokens for one in strategies.values()) if wide else None
-    params = SamplingParams(
-        temperature, seed=seed if temperature else None, max_new_tokens=max_new_tokens
-    )
+    if params.temperature and params.seed is None:
+        params = replace(params, seed=0)
+    if params.max_new_tokens is None:
+        params = replace(params, max_new_tokens=GREEDY.max_new_tokens)
     plan = {
         "names": sorted(strategies),
         "questions": len(questions),
         "batch": batch,
         "dtype": str(vlm.decoder.dtype).removeprefix("torch."),
         "width": width,
-        "temperature": params.temperature,
-        "seed": params.seed,
+        "sampling": asdict(params),
     }
     lines = whole_lines(journal)
     if lines and lines[0] != plan:
@@ -184,7 +183,8 @@ def audit_batch(
     engine = vlm.engine
     if width is not None:
         engine = Engine(vlm.decoder, max_slots=1, verify_width=width)
-    options = {number: options_of(params.for_row(number)) for number in dialogues}
+    options = {number: asdict(params.for_row(number)) for number in dialogues}
+    ordinary = params == SamplingParams(max_new_tokens=params.max_new_tokens)
 
     def requests(strategy: Strategy) -> Iterator[Request]:
         for number, messages in dialogues.items():
@@ -198,7 +198,7 @@ def audit_batch(
         return run_requests(engine, requests(strategy))
 
     def replies(exit_layer: int) -> list[list[int]]:
-        if width is None and not params.temperature:
+        if width is None and ordinary:
             return reference_replies(vlm, list(dialogues.values()), params.max_new_tokens or 0)
         return [request.output_token_ids for request in decoded(Autoregressive(exit_layer))]
 
@@ -232,12 +232,3 @@ def audit_batch(
             "seconds": time.perf_counter() - started,
         }
     return found
-
-
-def options_of(params: SamplingParams) -> dict[str, Any]:
-    """Return sampling parameters as the options that `VisionLanguageModel.request` takes."""
-    return {
-        "temperature": params.temperature,
-        "seed": params.seed,
-        "max_new_tokens": params.max_new_tokens,
-    }
