@@ -26,7 +26,7 @@ def naive(
     vlm: VisionLanguageModel, prompt: str, picture: object, reply: str
 ) -> tuple[float, float]:
     """Return the log-likelihoods of a reply's tokens and of its end, in float64."""
-    before = vlm.tokens(prompt, pictures=1)
+    before = vlm.tokens(prompt, images=1)
     tokens = vlm.tokenizer.encode(reply, add_special_tokens=False)
     pixels = prepare(picture, vlm.image_size).double()
     row = torch.tensor([[*before, *tokens]])
@@ -54,8 +54,8 @@ def test_against_a_pass_for_each(vlm: VisionLanguageModel, batch: int) -> None:
 def test_the_greedy_reply_is_greedy(vlm: VisionLanguageModel) -> None:
     picture = render(sample(5), 128)
     reply = vlm.generate("What is it?", picture, max_new_tokens=1)
-    text = vlm.tokenizer.decode(reply.tokens)
-    assert vlm.tokenizer.encode(text, add_special_tokens=False) == reply.tokens
+    text = vlm.tokenizer.decode(reply.token_ids)
+    assert vlm.tokenizer.encode(text, add_special_tokens=False) == reply.token_ids
     found = likelihoods(vlm, vlm.request("What is it?", picture), [text, "red"])
     assert [one.greedy for one in found] == [True, False]
 

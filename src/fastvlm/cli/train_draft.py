@@ -140,9 +140,7 @@ def draft(  # noqa: PLR0913 (a parameter is an option)
         raise InputError("The data's replies are not drawn: leave out --temperature.")
     joint = phases == "joint,frozen"
     if joint:
-        check_joint(exit_layer, prompt)
-    if joint and dtype != "float32":
-        raise InputError("The joint phase trains the model itself, which needs --dtype float32.")
+        check_joint(exit_layer, prompt, dtype)
     from fastvlm.training.processes import compute_on, process_0_first, this_process
 
     compute_on(device)
@@ -241,8 +239,8 @@ def check_kinds(kinds: Sequence[str]) -> None:
             raise InputError(f"An imitation network is a block or an mlp; got --kind {kind}.")
 
 
-def check_joint(exit_layer: str, prompts: Sequence[str] | None) -> None:
-    """Refuse options that leave the joint phase without an exit or without replies.
+def check_joint(exit_layer: str, prompts: Sequence[str] | None, dtype: str) -> None:
+    """Refuse options that leave the joint phase without an exit, replies or exact weights.
 
     Raises:
         InputError: They do.
@@ -252,6 +250,8 @@ def check_joint(exit_layer: str, prompts: Sequence[str] | None) -> None:
             "The joint phase learns the data's replies and needs an exit: give --exit-layer a"
             " number, and no --prompt."
         )
+    if dtype != "float32":
+        raise InputError("The joint phase trains the model itself, which needs --dtype float32.")
 
 
 def check_exit_layer(exit_layer: str, depth: int) -> None:
