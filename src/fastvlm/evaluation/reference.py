@@ -14,7 +14,7 @@ from transformers.generation.streamers import BaseStreamer
 from fastvlm.data.conversations import Message
 from fastvlm.data.questions import Question
 from fastvlm.decoding.sampler import noisy
-from fastvlm.language.inputs import start_token
+from fastvlm.language import capture_decoder_inputs, split_decoder
 from fastvlm.prompts import FastViTHDPromptBuilder, question
 from fastvlm.vlm import VisionLanguageModel
 
@@ -107,7 +107,7 @@ class ExactModel:
 
     def __init__(self, vlm: VisionLanguageModel) -> None:
         self.vlm = vlm
-        self._copy: Any = None
+        self._copy: PreTrainedModel | None = None
 
     def __enter__(self) -> ExactModel:
         """Return the model itself."""
@@ -123,32 +123,25 @@ class ExactModel:
 
         Args:
             inputs: The prompt, one row as `PromptBuilder.inputs` returns it.
-            reply: The reply's tokens.
+            reply: The reply's tokens; one that is an image's placeholder is a token here, as it is
+                while a model writes it.
         """
         if self._copy is None:
             self._copy = copy.deepcopy(self.vlm.model).double()
-        extended = {
+        exact = {
             name: value.double() if value.is_floating_point() else value
             for name, value in inputs.items()
         }
-        prompt = inputs["input_ids"]
-        if is_encoder_decoder(self.vlm.model):
-            begun = [start_token(self.vlm.model), *reply]
-            extended["decoder_input_ids"] = prompt.new_tensor([begun])
-        else:
-            tokens = prompt.new_tensor([list(reply)])
-            # The reply is text, of which a model is told that it is no padding and no image.
-            following = {
-                "input_ids": tokens,
-                "attention_mask": torch.ones_like(tokens),
-                "mm_token_type_ids": torch.zeros_like(tokens),
-                "token_type_ids": torch.zeros_like(tokens),
-            }
-            for name in following.keys() & extended.keys():
-                added = following[name].to(extended[name].dtype)
-                extended[name] = torch.cat((extended[name], added), 1)
-        logits: Tensor = self._copy(**extended).logits
-        return logits[0, -1]
+        [prompt] = capture_decoder_inputs(self._copy, exact)
+        decoder = split_decoder(self._copy)
+        length = len(prompt.token_ids)
+        tokens = torch.tensor([list(reply)], dtype=torch.long, device=decoder.device)
+        x = torch.cat((prompt.embeddings[None], decoder.embed(tokens)), 1)
+        cache = decoder.cache(1, x.shape[1])
+        cache.assign(0, length, prompt.position_ids, prompt.encoder_states)
+        positions = cache.positions([0], x.shape[1])
+        x = decoder.forward_layers(x, positions, cache, range(decoder.depth))
+        return decoder.head(x[:, -1:])[0, 0]
 
 
 @torch.inference_mode()
