@@ -122,14 +122,17 @@ def benchmark(  # noqa: PLR0913 (a parameter is an option)
     questions, broken = readable_questions(images, prompt, limit, listing)
     from fastvlm.evaluation.benchmark import measure
     from fastvlm.evaluation.measuring import hardware
-    from fastvlm.evaluation.reference import dialogue_of
+    from fastvlm.evaluation.reference import image_of
 
     # The drafts are loaded one by one below, each under its own name.
     where = embedded.MODEL if model is None else model
     vlm = load_quietly(where, threads=threads, dtype=dtype, device=device)
     if search:
-        searched = [dialogue_of(vlm, question) for question in questions[:SEARCHED]]
-        skipped = vlm.find_skipped_layers(searched, [None] * len(searched)).skipped
+        searched = questions[:SEARCHED]
+        skipped = vlm.find_skipped_layers(
+            [question.prompt for question in searched],
+            [image_of(vlm, question) for question in searched],
+        ).skipped
     measured = named_strategies(vlm, chosen, drafts, skipped)
     with progress("Measuring") as report:
         results = measure(vlm, measured, questions, max_new_tokens=max_new_tokens, progress=report)

@@ -16,6 +16,7 @@ from fastvlm.data.questions import Question
 from fastvlm.decoding.sampler import noisy
 from fastvlm.language import capture_decoder_inputs, split_decoder
 from fastvlm.prompts import FastViTHDPromptBuilder, question
+from fastvlm.vision.pictures import Picture
 from fastvlm.vlm import VisionLanguageModel
 
 SCENE_PIXELS = 512
@@ -26,12 +27,17 @@ precisions it is two steps of a number between 16 and 32, where the best logits 
 often lie."""
 
 
-def dialogue_of(vlm: VisionLanguageModel, asked: Question) -> list[Message]:
-    """Return a question as a dialogue, a scene drawn in the size that the model was made for."""
+def image_of(vlm: VisionLanguageModel, asked: Question) -> Picture | None:
+    """Return a question's image, a scene drawn in the size that the model was made for."""
     if asked.picture is None:
-        return question(asked.prompt, None)
+        return None
     own = isinstance(vlm.prompts, FastViTHDPromptBuilder)
-    return question(asked.prompt, asked.open(vlm.image_size if own else SCENE_PIXELS))
+    return asked.open(vlm.image_size if own else SCENE_PIXELS)
+
+
+def dialogue_of(vlm: VisionLanguageModel, asked: Question) -> list[Message]:
+    """Return a question with its image as a dialogue."""
+    return question(asked.prompt, image_of(vlm, asked))
 
 
 @torch.inference_mode()
