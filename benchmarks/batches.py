@@ -1,4 +1,4 @@
-"""Batches of different photographs: tokens as alone, throughput with drafts and without.
+"""Batches of different images: tokens as alone, throughput with drafts and without.
 
 Batches of each size are decoded by every contender before the next batch, in an order that turns.
 Run `python benchmarks/batches.py [--photographs DIR] [--listing FILE] [--batches N] [--threads N]
@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import time
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +17,7 @@ import torch
 import fastvlm
 from fastvlm import embedded
 from fastvlm.data.questions import pictures_in
-from fastvlm.decoding import Decoding, Drafter
+from fastvlm.decoding import Strategy
 from fastvlm.evaluation.measuring import hardware
 from fastvlm.functional.statistics import Spread
 
@@ -26,18 +25,22 @@ SIZES = (1, 2, 4, 8)
 MAX_NEW_TOKENS = 160
 
 
-def decoded(
-    vlm: fastvlm.VisionLanguageModel, drafter: Drafter, pictures: list[Path]
+def decode(
+    vlm: fastvlm.VisionLanguageModel, strategy: Strategy, images: list[Path]
 ) -> tuple[list[list[int]], float]:
     """Return the replies, and the seconds after their first tokens."""
-    prompt = embedded.DESCRIPTION_PROMPT
-    requests = [vlm.request(prompt, path, max_new_tokens=MAX_NEW_TOKENS) for path in pictures]
-    steps = iter(Decoding(vlm.decoder, drafter, requests))
-    next(steps)
-    started = time.perf_counter()
-    for _ in steps:
-        pass
-    return [request.reply for request in requests], time.perf_counter() - started
+    requests = [
+        vlm.request(
+            embedded.DESCRIPTION_PROMPT, path, strategy=strategy, max_new_tokens=MAX_NEW_TOKENS
+        )
+        for path in images
+    ]
+    for request in vlm.engine.run(requests):
+        if request.error is not None:
+            raise request.error
+    started = max(request.times[0] for request in requests)
+    ended = max(request.times[-1] for request in requests)
+    return [request.output_token_ids for request in requests], ended - started
 
 
 def main() -> None:
@@ -55,22 +58,22 @@ def main() -> None:
         paths = [p for p in pictures_in(options.photographs) if p.suffix == ".jpg"]
     else:
         paths = [options.photographs / name for name in options.listing.read_text().split()]
-    drafters = {"ordinary": vlm.drafter("autoregressive"), "drafts": vlm.drafter("imitation")}
+    strategies = {"ordinary": vlm.strategy("autoregressive"), "drafts": vlm.strategy("imitation")}
     alone = {
-        path: decoded(vlm, drafters["ordinary"], [path])[0][0]
+        path: decode(vlm, strategies["ordinary"], [path])[0][0]
         for path in paths[: max(SIZES) * options.batches]
     }
     out: dict[str, Any] = {"hardware": hardware(), "sizes": {}}
     for size in SIZES:
-        rates: dict[str, list[float]] = {name: [] for name in drafters}
-        for drafter in drafters.values():
-            decoded(vlm, drafter, paths[:size])
+        rates: dict[str, list[float]] = {name: [] for name in strategies}
+        for strategy in strategies.values():
+            decode(vlm, strategy, paths[:size])
         for number in range(options.batches):
-            pictures = paths[number * size : (number + 1) * size]
-            for name in list(drafters)[:: 1 if number % 2 else -1]:
-                replies, seconds = decoded(vlm, drafters[name], pictures)
-                if replies != [alone[path] for path in pictures]:
-                    raise SystemExit(f"A batch of {size} has other tokens than its pictures alone.")
+            images = paths[number * size : (number + 1) * size]
+            for name in list(strategies)[:: 1 if number % 2 else -1]:
+                replies, seconds = decode(vlm, strategies[name], images)
+                if replies != [alone[path] for path in images]:
+                    raise SystemExit(f"A batch of {size} has other tokens than its images alone.")
                 rates[name].append(sum(len(reply) - 1 for reply in replies) / seconds)
         ratio = Spread.of([b / a for a, b in zip(*rates.values(), strict=True)])
         row = {name: Spread.of(values).median for name, values in rates.items()}

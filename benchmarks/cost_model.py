@@ -25,9 +25,11 @@ from pathlib import Path
 import torch
 
 import fastvlm
+from fastvlm.decoding import Request
 from fastvlm.decoding.batch import Batch
-from fastvlm.decoding.selection import Selection
+from fastvlm.decoding.slot import ExitStates, Slot
 from fastvlm.evaluation.measuring import hardware
+from fastvlm.language import DecoderInputs
 
 RESULTS = Path(__file__).parent / "results"
 CONTEXT = 90
@@ -39,19 +41,26 @@ ROUNDS = 60
 def costs(vlm: fastvlm.VisionLanguageModel, draft_length: int) -> tuple[float, float, float]:
     """Return the milliseconds of an ordinary step, of a drafted token and of a verify."""
     decoder = vlm.decoder
-    drafter = vlm.drafter("imitation", num_speculative_tokens=draft_length, confidence=0.0)
-    cache = decoder.cache(1, CONTEXT + draft_length + 1, drafter.cache_layers)
-    cache.lengths = [CONTEXT]
-    batch = Batch(decoder, cache, [1], [[1] * CONTEXT], [[1]], [Selection()], frozenset())
+    strategy = vlm.strategy("imitation", num_speculative_tokens=draft_length, confidence=0.0)
+    cache = decoder.cache(1, CONTEXT + draft_length + 1)
+    cache.assign(0, CONTEXT)
+    prompt = torch.ones(CONTEXT, dtype=torch.long, device=decoder.device)
+    inputs = DecoderInputs(prompt.tolist(), decoder.embed(prompt))
+    request = Request(inputs, strategy, CONTEXT + draft_length, output_token_ids=[1])
+    # As if a prompt had been computed, and the network had seen all of it.
+    exits = ExitStates(kept=False) if strategy.cache_layers else None
+    slot = Slot(0, request, exits, prefilled=CONTEXT, length=CONTEXT, drafted_length=CONTEXT)
+    batch = Batch(decoder, cache, [slot], time.perf_counter)
 
     def whole_pass(width: int) -> None:
-        x = decoder.embed(torch.ones(1, width, dtype=torch.long))
-        x = decoder.run(x, cache.span([CONTEXT], width), cache, range(decoder.depth))
+        x = decoder.embed(torch.ones(1, width, dtype=torch.long, device=decoder.device))
+        positions = cache.positions([CONTEXT], width)
+        x = decoder.forward_layers(x, positions, cache, range(decoder.depth))
         decoder.head(x).argmax(-1).tolist()
 
     parts: dict[str, Callable[[], object]] = {
         "ordinary": lambda: whole_pass(1),
-        "draft": lambda: drafter.draft(batch, [draft_length]),
+        "draft": lambda: strategy.draft(batch, [draft_length]),
         "verify": lambda: whole_pass(draft_length + 1),
     }
     taken: dict[str, list[float]] = {name: [] for name in parts}

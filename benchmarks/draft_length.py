@@ -6,10 +6,10 @@ Three questions, each answered interleaved in one run on the model that ships:
   photograph, with the estimates of one reply carried to the next;
 - `untrained`: a draft of random weights, block and mlp, against ordinary decoding;
 - `short`: whole replies of one word (a token, and another that ends the reply, which nothing
-  announces), picture and prefill included.
+  announces), image and prefill included.
 
 Every reply must have the tokens of ordinary decoding. Run `python benchmarks/draft_length.py
-[--photographs DIR] [--listing FILE] [--pictures N] [--threads N] [--only PART,...] [--json FILE]`.
+[--photographs DIR] [--listing FILE] [--images N] [--threads N] [--only PART,...] [--json FILE]`.
 """
 
 from __future__ import annotations
@@ -31,9 +31,8 @@ from fastvlm.data.questions import (
     about_scenes,
     pictures_in,
 )
-from fastvlm.decoding import Drafter
+from fastvlm.decoding import Request, Strategy
 from fastvlm.drafting import ImitationConfig, ImitationNetwork
-from fastvlm.evaluation.benchmark import Run, run_strategy
 from fastvlm.evaluation.measuring import hardware
 from fastvlm.functional.statistics import Spread
 
@@ -42,52 +41,81 @@ MAX_NEW_TOKENS = 160
 ORDINARY, ADAPTIVE = "ordinary", "adaptive"
 
 
-def interleaved(
+def run_request(
     vlm: fastvlm.VisionLanguageModel,
-    drafters: Mapping[str, Drafter],
-    questions: Sequence[Question],
+    strategy: Strategy,
+    question: Question,
     *,
-    short: bool = False,
-) -> dict[str, list[Run]]:
-    """Answer each question with every drafter before the next one, in an order that turns.
+    max_new_tokens: int = MAX_NEW_TOKENS,
+    end_token_ids: frozenset[int] | None = None,
+) -> Request:
+    """Return a finished request for one question.
 
     Args:
         vlm: The model.
-        drafters: The contenders.
+        strategy: How drafts are made.
+        question: What is asked.
+        max_new_tokens: The most tokens of the reply.
+        end_token_ids: Tokens that end it, if not the model's own.
+
+    Raises:
+        Exception: What the request failed with.
+    """
+    image = question.open(vlm.image_size)
+    request = vlm.request(question.prompt, image, strategy=strategy, max_new_tokens=max_new_tokens)
+    if end_token_ids is not None:
+        request.end_token_ids = end_token_ids
+    for finished in vlm.engine.run([request]):
+        if finished.error is not None:
+            raise finished.error
+    return request
+
+
+def interleaved(
+    vlm: fastvlm.VisionLanguageModel,
+    strategies: Mapping[str, Strategy],
+    questions: Sequence[Question],
+    *,
+    short: bool = False,
+) -> dict[str, list[Request]]:
+    """Answer each question with every strategy before the next one, in an order that turns.
+
+    Args:
+        vlm: The model.
+        strategies: The contenders.
         questions: What is asked.
         short: Whether replies end with their second token.
 
     Raises:
         SystemExit: A reply has other tokens than ordinary decoding.
     """
-    names = list(drafters)
-    runs: dict[str, list[Run]] = {name: [] for name in names}
-    usual = vlm.end_tokens
-    for drafter in drafters.values():
-        run_strategy(vlm, drafter, questions[0], MAX_NEW_TOKENS)
+    names = list(strategies)
+    runs: dict[str, list[Request]] = {name: [] for name in names}
+    for strategy in strategies.values():
+        run_request(vlm, strategy, questions[0])
     for number, question in enumerate(questions):
         turn = number % len(names)
+        ends: frozenset[int] | None = None
         if short:
-            _, second = run_strategy(vlm, drafters[names[0]], question, 2).tokens
-            vlm.end_tokens = frozenset({second})
+            known = run_request(vlm, strategies[names[0]], question, max_new_tokens=2)
+            ends = frozenset(known.output_token_ids[1:])
         for name in names[turn:] + names[:turn]:
-            runs[name].append(run_strategy(vlm, drafters[name], question, MAX_NEW_TOKENS))
+            runs[name].append(run_request(vlm, strategies[name], question, end_token_ids=ends))
         for name in names:
-            if runs[name][-1].tokens != runs[names[0]][-1].tokens:
+            if runs[name][-1].output_token_ids != runs[names[0]][-1].output_token_ids:
                 raise SystemExit(f"{name} and {names[0]} differ on {question}.")
-        vlm.end_tokens = usual
     return runs
 
 
-def seconds(run: Run, *, whole: bool) -> float:
-    """Return what a reply took after its first token, or from the picture on."""
+def seconds(run: Request, *, whole: bool) -> float:
+    """Return what a reply took after its first token, or from the image on."""
     found = run.statistics
     decode = (found.tpot_ms or 0.0) * (found.tokens - 1) / 1e3
     return decode + found.ttft_ms / 1e3 if whole else decode
 
 
 def compared(
-    runs: Mapping[str, Sequence[Run]], reference: str, *, whole: bool = False
+    runs: Mapping[str, Sequence[Request]], reference: str, *, whole: bool = False
 ) -> dict[str, dict[str, Any]]:
     """Return, for each contender, its time over the reference's: median of replies, and in all."""
     base = [seconds(run, whole=whole) for run in runs[reference]]
@@ -121,12 +149,12 @@ def report(title: str, reference: str, rows: Mapping[str, Mapping[str, Any]]) ->
         )
 
 
-def untrained(vlm: fastvlm.VisionLanguageModel, kind: str) -> Drafter:
+def untrained(vlm: fastvlm.VisionLanguageModel, kind: str) -> Strategy:
     """Return a draft of random weights, which is right about once in a vocabulary."""
     text = vlm.model.config.get_text_config().to_dict()
     torch.manual_seed(0)
     network = ImitationNetwork(ImitationConfig(kind=kind, text_config=text)).eval()
-    return vlm.drafter("imitation", network=network.to(vlm.decoder.dtype))
+    return vlm.strategy("imitation", network=network.to(vlm.decoder.dtype))
 
 
 def main() -> None:
@@ -134,21 +162,21 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--photographs", type=Path, default=embedded.PICTURES)
     parser.add_argument("--listing", type=Path, help="names of the photographs to take")
-    parser.add_argument("--pictures", type=int, default=20, help="pictures of each kind")
+    parser.add_argument("--images", type=int, default=20, help="images of each kind")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--only", default="scenes,photographs,mix,untrained,short")
     parser.add_argument("--json", type=Path)
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
-    vlm = fastvlm.load()
+    vlm = fastvlm.load(prefix_bytes=0)
     if options.listing is None:
         paths = [p for p in pictures_in(options.photographs) if p.suffix == ".jpg"]
     else:
         paths = [options.photographs / name for name in options.listing.read_text().split()]
-    scenes = about_scenes(range(HELD_OUT_SCENES, HELD_OUT_SCENES + options.pictures))
-    photographs = about_photographs(paths[: options.pictures], (embedded.DESCRIPTION_PROMPT,))
+    scenes = about_scenes(range(HELD_OUT_SCENES, HELD_OUT_SCENES + options.images))
+    photographs = about_photographs(paths[: options.images], (embedded.DESCRIPTION_PROMPT,))
     mix = [q for pair in zip(scenes, photographs, strict=False) for q in pair]
-    out: dict[str, Any] = {"hardware": hardware(), "pictures": options.pictures}
+    out: dict[str, Any] = {"hardware": hardware(), "images": options.images}
     wanted = options.only.split(",")
 
     def measured(title: str, reference: str, rows: dict[str, dict[str, Any]]) -> None:
@@ -160,26 +188,26 @@ def main() -> None:
     for title, questions in (("scenes", scenes), ("photographs", photographs), ("mix", mix)):
         if title in wanted:
             fixed = {
-                f"fixed {g}": vlm.drafter("imitation", num_speculative_tokens=g, confidence=0)
+                f"fixed {g}": vlm.strategy("imitation", num_speculative_tokens=g, confidence=0)
                 for g in FIXED
             }
-            drafters = {ADAPTIVE: vlm.drafter("imitation"), **fixed}
-            ordinary = {ORDINARY: vlm.drafter("autoregressive")}
-            runs = interleaved(vlm, {**ordinary, **drafters}, questions)
+            strategies = {ADAPTIVE: vlm.strategy("imitation"), **fixed}
+            ordinary = {ORDINARY: vlm.strategy("autoregressive")}
+            runs = interleaved(vlm, {**ordinary, **strategies}, questions)
             measured(title, ADAPTIVE, compared(runs, ADAPTIVE))
     if "untrained" in wanted:
-        drafters = {
-            ORDINARY: vlm.drafter("autoregressive"),
+        strategies = {
+            ORDINARY: vlm.strategy("autoregressive"),
             "block": untrained(vlm, "block"),
             "mlp": untrained(vlm, "mlp"),
         }
-        runs = interleaved(vlm, drafters, mix[: options.pictures])
+        runs = interleaved(vlm, strategies, mix[: options.images])
         measured("untrained drafts", ORDINARY, compared(runs, ORDINARY))
     if "short" in wanted:
         # What was learnt from longer replies must not help here.
-        vlm = fastvlm.load()
-        drafters = {ORDINARY: vlm.drafter("autoregressive"), ADAPTIVE: vlm.drafter("imitation")}
-        runs = interleaved(vlm, drafters, mix, short=True)
+        vlm = fastvlm.load(prefix_bytes=0)
+        strategies = {ORDINARY: vlm.strategy("autoregressive"), ADAPTIVE: vlm.strategy("imitation")}
+        runs = interleaved(vlm, strategies, mix, short=True)
         measured("one-word answers", ORDINARY, compared(runs, ORDINARY, whole=True))
 
 

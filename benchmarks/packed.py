@@ -14,11 +14,12 @@ import json
 import statistics
 import time
 from collections.abc import Callable
+from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
 
 import torch
-from transformers import Qwen2Config, Qwen2ForCausalLM
+from transformers import PreTrainedModel, Qwen2Config, Qwen2ForCausalLM
 
 import fastvlm
 from fastvlm.evaluation.measuring import hardware
@@ -32,7 +33,19 @@ ROUNDS = 15
 LAYERS = 4
 
 
-Named = tuple[str, SplitDecoder]
+@dataclass(frozen=True, slots=True)
+class Named:
+    """A decoder, and the model that holds its weights.
+
+    Args:
+        name: What it is.
+        model: The model, which its decoder does not keep alive.
+        decoder: The decoder.
+    """
+
+    name: str
+    model: PreTrainedModel
+    decoder: SplitDecoder
 
 
 def like_qwen2_7b(packed_bytes: int) -> Named:
@@ -48,7 +61,7 @@ def like_qwen2_7b(packed_bytes: int) -> Named:
     )
     model = Qwen2ForCausalLM(config).eval()
     pack_decoder(model, packed_bytes)
-    return f"{LAYERS} layers like Qwen2-7B's", split_decoder(model)
+    return Named(f"{LAYERS} layers like Qwen2-7B's", model, split_decoder(model))
 
 
 @torch.inference_mode()
@@ -64,7 +77,8 @@ def milliseconds(
             cache = caches[name]
             started = time.perf_counter()
             x = decoder.embed(tokens)
-            x = decoder.run(x, cache.span([CONTEXT], width), cache, range(decoder.depth))
+            positions = cache.positions([CONTEXT], width)
+            x = decoder.forward_layers(x, positions, cache, range(decoder.depth))
             decoder.head(x).argmax(-1).tolist()
             taken[name].append(1e3 * (time.perf_counter() - started))
     found = {}
@@ -87,14 +101,15 @@ def main() -> None:
     def of_the_model(packed_bytes: int) -> Named:
         vlm = fastvlm.load(options.model, packed_bytes=packed_bytes)
         size = sum(parameter.numel() for parameter in vlm.model.parameters())
-        return f"{size / 1e6:.0f} M, {vlm.decoder.depth} layers", vlm.decoder
+        return Named(f"{size / 1e6:.0f} M, {vlm.decoder.depth} layers", vlm.model, vlm.decoder)
 
     makers: list[Callable[[int], Named]] = [of_the_model, like_qwen2_7b]
     tables = []
     for make in makers:
-        (name, plain_decoder), (_, packed_decoder) = make(0), make(PACKED_BYTES)
+        named = {"plain": make(0), "packed": make(PACKED_BYTES)}
+        name = named["plain"].name
         print(f"\n{name}\n positions  plain ms  packed ms")  # noqa: T201
-        decoders = {"plain": plain_decoder, "packed": packed_decoder}
+        decoders = {kind: one.decoder for kind, one in named.items()}
         passes: list[dict[str, object]] = []
         for width in WIDTHS:
             found = milliseconds(decoders, width)

@@ -84,4 +84,4 @@ def small_vlm(dtype: torch.dtype = torch.float64) -> VisionLanguageModel:
     randomise(model.model.vision_tower, shift=0.1)
     model.generation_config.eos_token_id = tokenizer.eos_token_id
     model.generation_config.pad_token_id = tokenizer.pad_token_id
-    return VisionLanguageModel(model.to(dtype), tokenizer)
+    return VisionLanguageModel(model.to(dtype).eval(), tokenizer)

@@ -79,6 +79,10 @@ def test_a_draft_is_loaded_from_its_directory(
     ordinary, sooner = both(model, inputs, fastvlm.speculative(tmp_path / "draft"))
     assert torch.equal(ordinary, sooner)
     other, given = FAMILIES["llama"]()
+    with pytest.warns(UserWarning, match="other weights"):
+        ordinary, sooner = both(other, given(1), fastvlm.speculative(tmp_path / "draft"))
+    assert torch.equal(ordinary, sooner)
+    other, given = FAMILIES["qwen2.5-vl"]()
     with pytest.raises(CheckpointError, match="doesn't fit this model"):
         both(other, given(1), fastvlm.speculative(tmp_path / "draft"))
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import pytest
@@ -16,10 +16,10 @@ from transformers import (
 )
 
 from fastvlm.data.questions import Question
-from fastvlm.decoding import Decoding, Drafter, Request, SelfSpeculative
+from fastvlm.decoding import Engine, Request, SelfSpeculative, Strategy
 from fastvlm.drafting import DraftLength, FixedLength, ImitationConfig, ImitationNetwork
 from fastvlm.drafting.imitation import initialise_from
-from fastvlm.language import split_decoder
+from fastvlm.language import DecoderInputs, split_decoder
 from fastvlm.vision import FastViTHDConfig
 from fastvlm.vlm import VisionLanguageModel
 from tests.models import LIVELY
@@ -77,19 +77,24 @@ def vision_model() -> FastVlmForConditionalGeneration:
 
 
 def decode(
-    model: PreTrainedModel, drafter: Drafter, prompts: list[list[int]], limit: int, **options: Any
+    model: PreTrainedModel, strategy: Strategy, prompts: list[list[int]], limit: int, **options: Any
 ) -> list[Request]:
     """Decode prompts of text with the engine, as one batch."""
-    decoder = split_decoder(model)
-    embed = model.get_input_embeddings()
-    requests = [
-        Request(prompt, embed(torch.tensor(prompt)).detach(), limit, **options)
-        for prompt in prompts
-    ]
-    decoding = Decoding(decoder, drafter, requests)
-    for _ in decoding:
-        pass
+    requests = [Request(inputs_of(model, p), strategy, limit, **options) for p in prompts]
+    finish(Engine(split_decoder(model)), requests)
     return requests
+
+
+def inputs_of(model: PreTrainedModel, prompt: list[int]) -> DecoderInputs:
+    """Return a prompt of text as the decoder takes it."""
+    return DecoderInputs(prompt, model.get_input_embeddings()(torch.tensor(prompt)).detach())
+
+
+def finish(engine: Engine, requests: Iterable[Request]) -> None:
+    """Decode requests to their ends; what one of them failed with is raised."""
+    for request in engine.run(requests):
+        if request.error is not None:
+            raise request.error
 
 
 def generate(model: PreTrainedModel, prompt: list[int], limit: int, **options: Any) -> list[int]:
@@ -114,7 +119,7 @@ def imitation(
     length: DraftLength | None = None,
     perfect: bool = False,
 ) -> SelfSpeculative:
-    """Return a self-speculative drafter; a perfect one holds all of the target's other layers."""
+    """Return self-speculative drafting; a perfect one holds all of the target's other layers."""
     decoder = split_decoder(model)
     config = model.get_decoder().config
     network = ImitationNetwork(
@@ -138,12 +143,13 @@ def decoding_acceptance(
     What follows a rejected token in its draft was never compared, and does not count.
     """
     assert vlm.network is not None
-    drafter = SelfSpeculative(vlm.decoder, vlm.network.config.exit_layer, vlm.network, length)
+    exit_layer = vlm.network.config.exit_layer
+    strategy = SelfSpeculative(vlm.decoder, exit_layer, vlm.network, length)
     accepted = rejected = 0
     for question in questions:
-        request = vlm.request(question.prompt, question.open(vlm.image_size), max_new_tokens=160)
-        for _ in Decoding(vlm.decoder, drafter, [request]):
-            pass
+        image = question.open(vlm.image_size)
+        request = vlm.request(question.prompt, image, strategy=strategy, max_new_tokens=160)
+        finish(vlm.engine, [request])
         accepted += sum(request.accepted)
         rejected += sum(
             count < proposed

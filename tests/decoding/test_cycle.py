@@ -6,11 +6,26 @@ import pytest
 import torch
 from transformers import FastVlmForConditionalGeneration, PreTrainedModel
 
-from fastvlm.decoding import Autoregressive, Decoding, Drafter, PromptLookup, SelfSpeculative
+from fastvlm.decoding import (
+    Autoregressive,
+    Engine,
+    PromptLookup,
+    Request,
+    SelfSpeculative,
+    Strategy,
+)
 from fastvlm.drafting import ConfidenceLength, FixedLength
 from fastvlm.functional.errors import InputError
-from fastvlm.language import split_decoder
-from tests.decoding.conftest import FAMILIES, decode, generate, imitation, text_model
+from fastvlm.language import DecoderInputs, split_decoder
+from tests.decoding.conftest import (
+    FAMILIES,
+    decode,
+    finish,
+    generate,
+    imitation,
+    inputs_of,
+    text_model,
+)
 
 PROMPTS = [[5, 9, 33, 7], [11, 12, 11, 12, 11], [40, 3, 8, 60, 21, 22, 23, 50, 51], [6]]
 STRATEGIES = (
@@ -25,11 +40,11 @@ STRATEGIES = (
 )
 
 
-def strategy(name: str, model: PreTrainedModel) -> Drafter:
+def strategy(name: str, model: PreTrainedModel) -> Strategy:
     decoder = split_decoder(model)
-    drafters = {
+    made = {
         "autoregressive": Autoregressive,
-        "lookup": lambda: PromptLookup(margin=5),
+        "lookup": lambda: PromptLookup(max_draft_tokens=5),
         "early exit": lambda: SelfSpeculative(decoder, 2, length=FixedLength(3)),
         "block": lambda: imitation(model, length=FixedLength(4)),
         "two blocks": lambda: imitation(model, blocks=2, exit_layer=2, length=FixedLength(1)),
@@ -37,7 +52,7 @@ def strategy(name: str, model: PreTrainedModel) -> Drafter:
         "confidence": lambda: imitation(model, length=ConfidenceLength(6, 0.3)),
         "perfect": lambda: imitation(model, exit_layer=2, perfect=True, length=FixedLength(6)),
     }
-    return drafters[name]()
+    return made[name]()
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -47,20 +62,20 @@ def test_greedy_tokens_equal_generates(family: str, name: str) -> None:
     expected = [generate(model, prompt, 24) for prompt in PROMPTS]
     ends = frozenset({1})
     alone = [
-        decode(model, strategy(name, model), [prompt], 24, end_tokens=ends)[0].reply
+        decode(model, strategy(name, model), [prompt], 24, end_token_ids=ends)[0].output_token_ids
         for prompt in PROMPTS
     ]
     assert alone == expected
     # Rows of different prompts, which accept different numbers and end at different times.
-    together = decode(model, strategy(name, model), PROMPTS, 24, end_tokens=ends)
-    assert [request.reply for request in together] == expected
+    together = decode(model, strategy(name, model), PROMPTS, 24, end_token_ids=ends)
+    assert [request.output_token_ids for request in together] == expected
 
 
 def test_permuting_rows_changes_nothing() -> None:
     model = text_model("qwen2")
     straight = decode(model, strategy("block", model), PROMPTS, 20)
     turned = decode(model, strategy("block", model), PROMPTS[::-1], 20)
-    assert [r.reply for r in straight] == [r.reply for r in turned][::-1]
+    assert [r.output_token_ids for r in straight] == [r.output_token_ids for r in turned][::-1]
     assert [r.accepted for r in straight] == [r.accepted for r in turned][::-1]
 
 
@@ -75,24 +90,21 @@ def test_a_perfect_draft_is_accepted_whole(family: str) -> None:
 @pytest.mark.parametrize("name", STRATEGIES)
 def test_after_every_commit_the_cache_is_what_recomputing_gives(name: str) -> None:
     model = text_model("qwen2")
-    decoder = split_decoder(model)
-    drafter = strategy(name, model)
-    embed = model.get_input_embeddings()
-    from fastvlm.decoding import Request
-
-    requests = [Request(p, embed(torch.tensor(p)).detach(), 18) for p in PROMPTS]
-    decoding = Decoding(decoder, drafter, requests)
-    for _ in decoding:
-        for row in range(len(decoding.rows)):
-            history = decoding.batch.history[row]
-            length = decoding.batch.cache.lengths[row]
-            assert length == len(history) - 1
+    engine = Engine(split_decoder(model))
+    for prompt in PROMPTS:
+        engine.add(Request(inputs_of(model, prompt), strategy(name, model), 18))
+    steps = 0
+    while engine.step():
+        steps += bool(engine.slots)
+        for slot in engine.slots:
+            history = [*slot.request.prompt_token_ids, *slot.request.output_token_ids]
+            assert slot.length == len(history) - 1
             whole = model(torch.tensor([history[:-1]]), use_cache=True).past_key_values
-            for layer in range(decoder.depth):
-                keys, values = whole.layers[layer].keys[0], whole.layers[layer].values[0]
-                ours = decoding.batch.cache
-                torch.testing.assert_close(ours.keys[layer][row, :, :length], keys)
-                torch.testing.assert_close(ours.values[layer][row, :, :length], values)
+            for layer in range(engine.decoder.depth):
+                expected, found = whole.layers[layer], engine.cache.layers[layer]
+                for tensor, ours in ((expected.keys, found.keys), (expected.values, found.values)):
+                    torch.testing.assert_close(ours[slot.index, :, : slot.length], tensor[0])
+    assert steps > 2
 
 
 def test_an_imitation_block_sees_what_teacher_forcing_shows_it() -> None:
@@ -102,15 +114,15 @@ def test_an_imitation_block_sees_what_teacher_forcing_shows_it() -> None:
     drafter = strategy("block", model)
     requests = decode(model, drafter, PROMPTS[:1], 25)
     network = drafter.network
-    tokens = torch.tensor([PROMPTS[0] + requests[0].reply[:-1]])
-    cache = decoder.cache(1, tokens.shape[1], 1)
-    span = cache.span([0], tokens.shape[1])
+    tokens = torch.tensor([PROMPTS[0] + requests[0].output_token_ids[:-1]])
+    cache = decoder.cache(1, tokens.shape[1])
+    positions = cache.positions([0], tokens.shape[1])
     with torch.inference_mode():
-        x = decoder.run(decoder.embed(tokens), span, cache, range(1))
-        guesses = decoder.head(network.run(x, span, cache, decoder)).argmax(-1)[0].tolist()
+        x = decoder.forward_layers(decoder.embed(tokens), positions, cache, range(1))
+        guesses = decoder.head(network.imitate(x, positions, cache, decoder)).argmax(-1)[0].tolist()
     # Replay: wherever a draft's first token was proposed, teacher forcing proposes the same.
     position = len(PROMPTS[0])
-    reply = requests[0].reply
+    reply = requests[0].output_token_ids
     for proposed, accepted in zip(requests[0].proposed, requests[0].accepted, strict=True):
         for offset in range(accepted):
             assert guesses[position + offset] == reply[position + offset - len(PROMPTS[0]) + 1]
@@ -125,7 +137,7 @@ def test_an_imitation_block_sees_what_teacher_forcing_shows_it() -> None:
 def test_the_token_limit_cuts_inside_a_draft(name: str, limit: int) -> None:
     model = text_model("llama")
     for request in decode(model, strategy(name, model), PROMPTS, limit):
-        assert len(request.reply) == limit
+        assert len(request.output_token_ids) == limit
 
 
 @pytest.mark.parametrize("name", STRATEGIES)
@@ -134,9 +146,9 @@ def test_an_end_token_inside_a_draft_ends_the_reply(name: str) -> None:
     free = generate(model, PROMPTS[0], 20, eos_token_id=None)
     for end in set(free):
         [request] = decode(
-            model, strategy(name, model), PROMPTS[:1], 20, end_tokens=frozenset({end})
+            model, strategy(name, model), PROMPTS[:1], 20, end_token_ids=frozenset({end})
         )
-        assert request.reply == free[: free.index(end) + 1]
+        assert request.output_token_ids == free[: free.index(end) + 1]
 
 
 @pytest.mark.parametrize("name", STRATEGIES)
@@ -144,21 +156,18 @@ def test_a_picture_in_the_prompt(name: str, vision_model: FastVlmForConditionalG
     model = vision_model
     pixels = torch.rand(3, 3, 128, 128, dtype=torch.float64)
     prompts = [[4, *[96] * 4, 7, 8], [4, *[96] * 4, 9], [5, 6, *[96] * 4, 30, 31, 32]]
-    decoder = split_decoder(model)
-    drafter = strategy(name, model)
-    from fastvlm.decoding import Request
-
+    drafting = strategy(name, model)
     with torch.inference_mode():
         features = model.get_image_features(pixels).pooler_output
     requests, expected = [], []
     for row, prompt in enumerate(prompts):
         embeddings = model.get_input_embeddings()(torch.tensor(prompt)).detach()
         embeddings[torch.tensor(prompt) == 96] = features[row]
-        requests.append(Request(prompt, embeddings, 16, frozenset({1})))
+        inputs = DecoderInputs(prompt, embeddings)
+        requests.append(Request(inputs, drafting, 16, end_token_ids=frozenset({1})))
         expected.append(generate(model, prompt, 16, pixel_values=pixels[row : row + 1]))
-    for _ in Decoding(decoder, drafter, requests):
-        pass
-    assert [request.reply for request in requests] == expected
+    finish(Engine(split_decoder(model)), requests)
+    assert [request.output_token_ids for request in requests] == expected
     if name == "perfect":
         assert all(request.accepted == request.proposed for request in requests)
 
@@ -169,10 +178,10 @@ def test_a_prompt_beyond_the_context_is_refused() -> None:
         decode(model, Autoregressive(), [[5] * 256], 4)
 
 
-def test_a_reply_stops_at_the_context() -> None:
+def test_a_reply_goes_beyond_the_context_as_generates_does() -> None:
     model = text_model("llama")
     [request] = decode(model, imitation(model), [[5] * 250], 50)
-    assert len(request.reply) == 6
+    assert request.output_token_ids == generate(model, [5] * 250, 50, eos_token_id=None)
 
 
 def test_an_unknown_family_is_named() -> None:

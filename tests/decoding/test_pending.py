@@ -8,13 +8,13 @@ import pytest
 import torch
 from transformers import PreTrainedModel
 
-from fastvlm.decoding import Autoregressive, Decoding, Request, SelfSpeculative
+from fastvlm.decoding import Autoregressive, Engine, Request, SelfSpeculative
 from fastvlm.decoding.batch import Batch
-from fastvlm.decoding.strategies import Draft
+from fastvlm.decoding.draft_loop import Draft
 from fastvlm.drafting import AdaptiveLength, adaptive
 from fastvlm.drafting.draft_length import Progress, Timings
 from fastvlm.language import split_decoder
-from tests.decoding.conftest import decode, imitation, text_model
+from tests.decoding.conftest import decode, finish, imitation, inputs_of, text_model
 
 PROMPTS = [[5, 9, 33, 7], [11, 12, 11, 12, 11], [40, 3, 8, 60, 21, 22, 23, 50, 51], [6]]
 SCRIPT = (0, 0, 3, 0, 2, 2, 0, 0, 0, 0, 4, 1, 0, 6)
@@ -30,16 +30,16 @@ class Scripted:
         self.script, self.cycle = script, 0
         self.finished: list[int] = []
 
-    def goes_on(self, progress: Progress) -> list[bool]:
+    def should_continue(self, progress: Progress) -> list[bool]:
         wanted = self.script[self.cycle % len(self.script)]
-        return [is_open and progress.steps < wanted for is_open in progress.open]
+        return [is_active and progress.steps < wanted for is_active in progress.active]
 
-    def learn(self, progress: Progress, accepted: Sequence[int], timings: Timings) -> None:
+    def update(self, progress: Progress, accepted: Sequence[int], timings: Timings) -> None:
         assert len(timings.steps) == progress.steps
-        assert len(accepted) == len(progress.open)
+        assert len(accepted) == len(progress.active)
         self.cycle += 1
 
-    def finish(self, tokens: int) -> None:
+    def on_finish(self, tokens: int) -> None:
         self.finished.append(tokens)
 
 
@@ -48,14 +48,13 @@ class Recorded(SelfSpeculative):
 
     seen: list[tuple[list[int], list[int]]]
 
-    def draft(self, batch: Batch, limits: list[int]) -> Draft:
-        before = [list(tokens) for tokens in batch.history]
+    def draft(self, batch: Batch, limits: Sequence[int]) -> Draft:
         draft = super().draft(batch, limits)
-        self.seen += [
-            (tokens, drafted)
-            for tokens, drafted in zip(before, draft.tokens, strict=True)
-            if drafted
-        ]
+        for slot, drafted in zip(batch.slots, draft.rows, strict=True):
+            if drafted:
+                request = slot.request
+                before = [*request.prompt_token_ids, *request.output_token_ids]
+                self.seen.append((before, drafted))
         return draft
 
 
@@ -74,10 +73,11 @@ def drafted_from_scratch(drafter: SelfSpeculative, tokens: list[int], number: in
     out: list[int] = []
     while len(out) < number:
         row = torch.tensor([tokens + out])
-        cache = decoder.cache(1, row.shape[1], network.cache_layers)
-        span = cache.span([0], row.shape[1])
-        x = decoder.run(decoder.embed(row), span, cache, range(drafter.exit_layer))
-        scores = decoder.head(network.run(x, span, cache, decoder))
+        cache = decoder.cache(1, row.shape[1])
+        positions = cache.positions([0], row.shape[1])
+        layers = range(drafter.exit_layer)
+        x = decoder.forward_layers(decoder.embed(row), positions, cache, layers)
+        scores = decoder.head(network.imitate(x, positions, cache, decoder))
         out.append(int(scores[0, -1].argmax()))
     return out
 
@@ -89,12 +89,12 @@ def test_a_late_draft_is_that_of_a_network_that_saw_everything(
     family: str, kind: str, blocks: int, rows: int
 ) -> None:
     model = text_model(family)
-    expected = [r.reply for r in decode(model, Autoregressive(), PROMPTS[:rows], 40)]
+    expected = [r.output_token_ids for r in decode(model, Autoregressive(), PROMPTS[:rows], 40)]
     drafter = recorded(model, Scripted(), kind, blocks)
     # A second batch begins where the script, and the drafter, have been before.
     for _ in range(2):
         replies = decode(model, drafter, PROMPTS[:rows], 40)
-        assert [request.reply for request in replies] == expected
+        assert [request.output_token_ids for request in replies] == expected
     assert len(drafter.seen) > 8
     for tokens, draft in drafter.seen:
         assert draft == drafted_from_scratch(drafter, tokens, len(draft))
@@ -102,18 +102,16 @@ def test_a_late_draft_is_that_of_a_network_that_saw_everything(
 
 def test_rows_that_ended_early_are_not_in_the_way() -> None:
     model = text_model("qwen2")
-    decoder, embed = split_decoder(model), model.get_input_embeddings()
     drafter = recorded(model, Scripted((0,) * 25 + (4,)), "block")
     limits = (2, 60, 9, 1)
     requests = [
-        Request(prompt, embed(torch.tensor(prompt)).detach(), limit)
+        Request(inputs_of(model, prompt), drafter, limit)
         for prompt, limit in zip(PROMPTS[::-1], limits, strict=True)
     ]
-    for _ in Decoding(decoder, drafter, requests):
-        pass
+    finish(Engine(split_decoder(model)), requests)
     for request, prompt, limit in zip(requests, PROMPTS[::-1], limits, strict=True):
         [alone] = decode(model, Autoregressive(), [prompt], limit)
-        assert request.reply == alone.reply
+        assert request.output_token_ids == alone.output_token_ids
     assert sorted(drafter.length.finished) == sorted(limits)
     assert drafter.seen
     for tokens, draft in drafter.seen:
@@ -124,11 +122,11 @@ def test_rows_that_ended_early_are_not_in_the_way() -> None:
 def test_a_reply_of_one_token_runs_no_network(kind: str) -> None:
     model = text_model("qwen2")
     drafter = imitation(model, kind=kind, length=AdaptiveLength())
-    drafter.network.run = None  # type: ignore[method-assign,assignment,union-attr]
+    drafter.network.imitate = None  # type: ignore[method-assign,assignment,union-attr]
     [request] = decode(model, drafter, PROMPTS[:1], 1)
-    assert len(request.reply) == 1
+    assert len(request.output_token_ids) == 1
     # After a reply of two tokens, the next is not expected to be longer.
-    drafter.length.finish(2)
+    drafter.length.on_finish(2)
     [request] = decode(model, drafter, PROMPTS[:1], 2)
     assert request.proposed == [0]
 
@@ -139,18 +137,18 @@ class WorkClock:
     def __init__(self, drafter: SelfSpeculative) -> None:
         self.now, self.network_price = 0.0, 0.0
         decoder = drafter.decoder
-        run, run_blocks = decoder.run, decoder.run_blocks
+        forward_layers, forward_blocks = decoder.forward_layers, decoder.forward_blocks
 
-        def run_at_a_price(x, span, cache, layers):
+        def layers_at_a_price(x, positions, cache, layers):
             # A wide pass costs little more than a narrow one.
-            self.now += len(layers) * (1 + 0.02 * (span.width - 1))
-            return run(x, span, cache, layers)
+            self.now += len(layers) * (1 + 0.02 * (positions.width - 1))
+            return forward_layers(x, positions, cache, layers)
 
-        def run_blocks_at_a_price(x, span, cache, blocks):
+        def blocks_at_a_price(x, positions, cache, blocks):
             self.now += self.network_price
-            return run_blocks(x, span, cache, blocks)
+            return forward_blocks(x, positions, cache, blocks)
 
-        decoder.run, decoder.run_blocks = run_at_a_price, run_blocks_at_a_price
+        decoder.forward_layers, decoder.forward_blocks = layers_at_a_price, blocks_at_a_price
 
     def __call__(self) -> float:
         return self.now
@@ -161,23 +159,20 @@ def test_it_drafts_while_that_pays_and_no_token_tells(
     rows: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     # Few cycles are decoded here, so it may probe more often.
-    monkeypatch.setattr(adaptive, "PROBE_SHARE", 0.5)
+    monkeypatch.setattr(adaptive, "PROBE_TIME_SHARE", 0.5)
     model = text_model("qwen2")
-    expected = [r.reply for r in decode(model, Autoregressive(), PROMPTS[:rows], 200)]
+    expected = [r.output_token_ids for r in decode(model, Autoregressive(), PROMPTS[:rows], 200)]
     made = imitation(model, perfect=True)
     length = AdaptiveLength(6)
     drafter = SelfSpeculative(made.decoder, 1, made.network, length)
-    clock, embed = WorkClock(drafter), model.get_input_embeddings()
-    drafter = SelfSpeculative(made.decoder, 1, made.network, length, clock=clock)
+    clock = WorkClock(drafter)
+    # The decoder whose work the clock counts.
+    engine = Engine(drafter.decoder, clock=clock)
 
     def decoded() -> list[int]:
-        # The decoder whose work the clock counts.
-        replies = [
-            Request(prompt, embed(torch.tensor(prompt)).detach(), 200) for prompt in PROMPTS[:rows]
-        ]
-        for _ in Decoding(drafter.decoder, drafter, replies):
-            pass
-        assert [request.reply for request in replies] == expected
+        replies = [Request(inputs_of(model, prompt), drafter, 200) for prompt in PROMPTS[:rows]]
+        finish(engine, replies)
+        assert [request.output_token_ids for request in replies] == expected
         return replies[0].proposed
 
     dear, cheap = 30.0, 0.1

@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import nn
 
-from fastvlm.decoding import Autoregressive, Drafter, PromptLookup, SelfSpeculative
+from fastvlm.decoding import Autoregressive, PromptLookup, SelfSpeculative, Strategy
 from fastvlm.functional.errors import InputError
 from fastvlm.scenes import render, sample
 from fastvlm.vision.pictures import prepare
@@ -18,7 +18,7 @@ from tests.decoding.conftest import imitation
 from tests.models import IMAGE_SIZE, VISUAL_TOKENS, small_vlm
 
 QUESTIONS = ("Describe the scene.", "What is at the top left? Say it.", "The?")
-DRAFTERS = ("autoregressive", "lookup", "early exit", "block", "mlp")
+DRAFTERS = ("autoregressive", "prompt-lookup", "early exit", "block", "mlp")
 
 
 @pytest.fixture(scope="module")
@@ -29,10 +29,10 @@ def fresh() -> VisionLanguageModel:
     return vlm
 
 
-def drafter(name: str, vlm: VisionLanguageModel) -> Drafter:
+def drafter(name: str, vlm: VisionLanguageModel) -> Strategy:
     return {
         "autoregressive": Autoregressive,
-        "lookup": PromptLookup,
+        "prompt-lookup": PromptLookup,
         "early exit": lambda: SelfSpeculative(vlm.decoder, 2),
         "block": lambda: imitation(vlm.model),
         "mlp": lambda: imitation(vlm.model, kind="mlp"),
@@ -65,17 +65,17 @@ def test_a_second_question_costs_its_own_text(name: str, fresh: VisionLanguageMo
     ):
         for number, question in enumerate(QUESTIONS):
             positions.clear()
-            found = vlm.generate(question, picture, max_new_tokens=12, drafter=speculative)
+            found = vlm.generate(question, picture, max_new_tokens=12, strategy=speculative)
             alone = fresh.generate(
-                question, picture, max_new_tokens=12, drafter=drafter(name, fresh)
+                question, picture, max_new_tokens=12, strategy=drafter(name, fresh)
             )
-            assert found.tokens == alone.tokens
+            assert found.token_ids == alone.token_ids
             assert found.statistics.accepted == alone.statistics.accepted
-            whole = vlm.tokens(question, pictures=1)
+            whole = vlm.tokens(question, images=1)
             kept = shared(whole, before)
             assert not number or kept > whole.index(vlm.model.config.image_token_id)
             assert positions[0] == len(whole) - kept
-            before.append(whole + found.tokens[:-1])
+            before.append(whole + found.token_ids[:-1])
     assert pictures == [1]
 
 
@@ -106,16 +106,16 @@ def test_ten_rounds_about_one_picture_encode_it_once(name: str, fresh: VisionLan
             text = {"type": "text", "text": f"The {number}?"}
             messages.append({"role": "user", "content": [text] if number else [show, text]})
             positions.clear()
-            found = vlm.generate(messages, max_new_tokens=5, drafter=speculative)
-            alone = fresh.generate(messages, max_new_tokens=5, drafter=drafter(name, fresh))
-            assert found.tokens == alone.tokens
+            found = vlm.generate(messages, max_new_tokens=5, strategy=speculative)
+            alone = fresh.generate(messages, max_new_tokens=5, strategy=drafter(name, fresh))
+            assert found.token_ids == alone.token_ids
             whole = vlm.prompts.tokens(messages, [VISUAL_TOKENS])
             kept = shared(whole, before)
             assert positions[0] == len(whole) - kept
             # What an earlier round was asked and answered is not computed again, but for text
             # that the tokenizer now cuts otherwise.
             assert not number or kept >= len(before[-1]) - 5
-            before.append(whole + found.tokens[:-1])
+            before.append(whole + found.token_ids[:-1])
             messages.append({"role": "assistant", "content": found.text})
     assert pictures == [1]
 
@@ -139,9 +139,9 @@ def test_pictures_in_any_turn() -> None:
         do_sample=False,
     )[0, tokens.shape[1] :].tolist()
     with counted(vlm.model.model.vision_tower) as pictures:
-        assert vlm.generate(messages, max_new_tokens=9).tokens == expected
+        assert vlm.generate(messages, max_new_tokens=9).token_ids == expected
     assert pictures == [1, 1]
-    with pytest.raises(InputError, match="leave out the picture"):
+    with pytest.raises(InputError, match="leave out the image"):
         vlm.generate(messages, render(sample(1), 192))
     with pytest.raises(InputError, match="A part of a message is"):
         vlm.generate([{"role": "user", "content": [{"type": "video"}]}])
@@ -151,22 +151,22 @@ def test_rows_of_known_and_of_new_pictures(fresh: VisionLanguageModel) -> None:
     vlm = small_vlm()
     known, new = render(sample(2), 192), render(sample(3), 192)
     block = drafter("block", vlm)
-    vlm.generate(QUESTIONS[0], known, max_new_tokens=3, drafter=block)
+    vlm.generate(QUESTIONS[0], known, max_new_tokens=3, strategy=block)
     asked = [(QUESTIONS[1], known), (QUESTIONS[2] * 9, new), (QUESTIONS[0], known)]
     prompts, pictures = zip(*asked, strict=True)
-    found = vlm.generate_batch(prompts, pictures, max_new_tokens=9, drafter=block)
+    found = vlm.generate_batch(prompts, pictures, max_new_tokens=9, strategy=block)
     for reply, (prompt, picture) in zip(found, asked, strict=True):
         alone = fresh.generate(prompt, picture, max_new_tokens=9)
-        assert reply.tokens == alone.tokens
+        assert reply.token_ids == alone.token_ids
 
 
 def test_another_network_finds_the_targets_layers_only(fresh: VisionLanguageModel) -> None:
     vlm = small_vlm()
     picture = render(sample(4), 192)
-    expected = fresh.generate(QUESTIONS[0], picture, max_new_tokens=9).tokens
+    expected = fresh.generate(QUESTIONS[0], picture, max_new_tokens=9).token_ids
     for name in ("block", "autoregressive", "block", "mlp"):
-        reply = vlm.generate(QUESTIONS[0], picture, max_new_tokens=9, drafter=drafter(name, vlm))
-        assert reply.tokens == expected
+        reply = vlm.generate(QUESTIONS[0], picture, max_new_tokens=9, strategy=drafter(name, vlm))
+        assert reply.token_ids == expected
 
 
 def test_other_words_before_the_picture_keep_its_features_only() -> None:
@@ -180,7 +180,7 @@ def test_other_words_before_the_picture_keep_its_features_only() -> None:
     assert pictures == [1]
     other = small_vlm()
     other.tokenizer.chat_template = template
-    assert found.tokens == other.generate(QUESTIONS[0], picture, max_new_tokens=9).tokens
+    assert found.token_ids == other.generate(QUESTIONS[0], picture, max_new_tokens=9).token_ids
 
 
 def test_what_is_kept_is_bounded_in_bytes() -> None:
@@ -190,7 +190,7 @@ def test_what_is_kept_is_bounded_in_bytes() -> None:
     one = vlm.lru.nbytes
     layers, heads, size = 5, 2, 16
     # The prompt, and the first of the reply's two tokens.
-    length = len(vlm.tokens(QUESTIONS[0], pictures=1)) + 1
+    length = len(vlm.tokens(QUESTIONS[0], images=1)) + 1
     assert one == 8 * (2 * layers * heads * size * length + VISUAL_TOKENS * vlm.decoder.width)
     vlm.lru.clear()
     vlm.lru.limit = 2 * one
@@ -214,7 +214,7 @@ def test_a_picture_is_shown_as_it_is_asked_for(options: dict, visual: int) -> No
     vlm = small_vlm()
     picture = render(sample(6), 192).crop((0, 0, 192, 100))
     found = vlm.generate(QUESTIONS[0], picture, max_new_tokens=9, **options)
-    tokens = torch.tensor([vlm.tokens(QUESTIONS[0], pictures=1, visual=visual)])
+    tokens = torch.tensor([vlm.tokens(QUESTIONS[0], images=1, visual=visual)])
     size = options.get("image_size", IMAGE_SIZE)
     views = prepare(picture, size, options.get("fit", "pad"), options.get("tiles", 1))
     expected = vlm.model.generate(
@@ -224,6 +224,6 @@ def test_a_picture_is_shown_as_it_is_asked_for(options: dict, visual: int) -> No
         max_new_tokens=9,
         do_sample=False,
     )
-    assert found.tokens == expected[0, tokens.shape[1] :].tolist()
+    assert found.token_ids == expected[0, tokens.shape[1] :].tolist()
     with pytest.raises(InputError, match="multiple of 64; got 100"):
         vlm.generate(QUESTIONS[0], picture, image_size=100)

@@ -17,12 +17,23 @@ from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 from transformers.generation import logits_process as processing
 
-from fastvlm.decoding import Drafter, PromptLookup
-from fastvlm.decoding import selection as selecting
-from fastvlm.decoding.selection import LogitsProcessor, Selection
-from fastvlm.drafting import FixedLength
-from fastvlm.functional import acceptance
-from tests.decoding.conftest import SMALL, decode, imitation
+from fastvlm.decoding import (
+    Autoregressive,
+    Engine,
+    LayerSkip,
+    PromptLookup,
+    Request,
+    Sampler,
+    SelfSpeculative,
+    Strategy,
+    cycle,
+    sampler,
+)
+from fastvlm.decoding.sampler import LogitsProcessor
+from fastvlm.drafting import AdaptiveLength, ConfidenceLength, FixedLength
+from fastvlm.functional import noise
+from fastvlm.language import split_decoder
+from tests.decoding.conftest import SMALL, finish, decode, imitation, inputs_of
 
 VOCABULARY, LENGTH, BATCH = 6, 4, 500
 PROMPT = [2, 3, 4, 2, 3]
@@ -100,30 +111,37 @@ def surprise(counts: Counter[int], probabilities: Tensor, total: int) -> float:
 
 def worst(
     model: PreTrainedModel,
-    drafter: Drafter,
+    drafter: Strategy,
     processors: Sequence[LogitsProcessor],
     replies: int,
     levels: list[Tensor],
 ) -> float:
     """Return the largest surprise of any position."""
-    torch.manual_seed(13)
     counts: list[Counter[int]] = [Counter() for _ in range(LENGTH)]
     accepted = 0
-    for _ in range(replies // BATCH):
-        selection = Selection(processors, sample=True, prompt=PROMPT)
-        for request in decode(model, drafter, [PROMPT] * BATCH, LENGTH, selection=selection):
+    engine, inputs = Engine(split_decoder(model), max_slots=BATCH), inputs_of(model, PROMPT)
+    for first in range(0, replies, BATCH):
+        requests = [
+            Request(inputs, drafter, LENGTH, Sampler(processors, seed, PROMPT))
+            for seed in range(first, first + BATCH)
+        ]
+        finish(engine, requests)
+        for request in requests:
             accepted += sum(request.accepted)
             code = 0
-            for position, token in enumerate(request.reply):
+            for position, token in enumerate(request.output_token_ids):
                 code = code * VOCABULARY + token
                 counts[position][code] += 1
     assert accepted > replies // 10, "hardly anything was drafted, so hardly anything was tested"
     return max(surprise(count, level, replies) for count, level in zip(counts, levels, strict=True))
 
 
-def drafters(model: PreTrainedModel) -> dict[str, Drafter]:
-    """Return a drafter that draws and one that doesn't."""
-    return {"imitation": imitation(model, length=FixedLength(3)), "lookup": PromptLookup(3, 1)}
+def drafters(model: PreTrainedModel) -> dict[str, Strategy]:
+    """Return a drafter with a distribution and one without."""
+    return {
+        "imitation": imitation(model, length=FixedLength(3)),
+        "prompt-lookup": PromptLookup(3, 1),
+    }
 
 
 @pytest.mark.parametrize("name", CASES)
@@ -144,53 +162,58 @@ def test_many_replies_have_the_targets_distribution(name: str) -> None:
         assert worst(model, drafter, CASES[name], 200_000 // LENGTH, levels) < 4
 
 
-def accept_always(token: int, p: Tensor, q: Tensor | None, *_: object) -> None:
+def accept_always(drafted: Sequence[int], chosen: Sequence[int]) -> tuple[int, int]:
     """A wrong rule."""
+    return len(drafted), chosen[-1]
 
 
-@pytest.mark.parametrize("bug", ["accepts always", "replaces by the target's distribution"])
-@pytest.mark.parametrize("drafter", ["imitation", "lookup"])
+def same_everywhere(
+    seeds: Sequence[int], positions: Sequence[int], tokens: Tensor, dtype: torch.dtype
+) -> Tensor:
+    """Wrong noise: it forgets where in the reply it is."""
+    return noise.gumbel(seeds, [0] * len(positions), tokens, dtype)
+
+
+def exponential(
+    seeds: Sequence[int], positions: Sequence[int], tokens: Tensor, dtype: torch.dtype
+) -> Tensor:
+    """Wrong noise: of another distribution."""
+    return torch.exp(-noise.gumbel(seeds, positions, tokens, dtype))
+
+
+@pytest.mark.parametrize("bug", ["accepts always", "noise without a position", "other noise"])
+@pytest.mark.parametrize("drafter", ["imitation", "prompt-lookup"])
 def test_a_wrong_rule_is_found_out(bug: str, drafter: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The tests above would fail if acceptance were wrong."""
+    """The tests above would fail if acceptance or noise were wrong."""
     if bug == "accepts always":
-        monkeypatch.setattr(selecting, "accept_or_replace", accept_always)
+        monkeypatch.setattr(cycle, "accept", accept_always)
     else:
-        monkeypatch.setattr(acceptance, "residual", lambda p, _: p)
+        wrong = same_everywhere if bug == "noise without a position" else exponential
+        monkeypatch.setattr(sampler, "gumbel", wrong)
     model = tiny_model()
-    assert worst(model, drafters(model)[drafter], [], 2000, expected(model, [])) > 10
+    levels = expected(model, [])
+    assert worst(model, drafters(model)[drafter], [], 2000, levels) > 10
 
 
-def test_a_residual_without_weight_is_the_targets_distribution() -> None:
-    p = torch.tensor([0.5, 0.5, 0.0])
-    assert torch.equal(acceptance.residual(p, p.clone()), p)
-    assert acceptance.residual(p, torch.tensor([0.2, 0.8, 0.0])).tolist() == pytest.approx(
-        [0.3, 0, 0]
-    )
-
-
-def test_a_seed_reproduces_a_reply_in_any_company() -> None:
-    model = tiny_model()
-
-    def selections(seeds: list[int]) -> list[Selection]:
-        return [
-            Selection(sample=True, generator=torch.Generator().manual_seed(seed)) for seed in seeds
-        ]
-
-    def replies(seeds: list[int]) -> list[list[int]]:
-        from fastvlm.decoding import Decoding, Request
-        from fastvlm.language import split_decoder
-
-        embeddings = model.get_input_embeddings()(torch.tensor(PROMPT)).detach()
-        requests = [
-            Request(PROMPT, embeddings, 20, selection=selection) for selection in selections(seeds)
-        ]
-        for _ in Decoding(split_decoder(model), imitation(model, length=FixedLength(3)), requests):
-            pass
-        return [request.reply for request in requests]
-
-    alone = replies([1])
-    assert alone == replies([1])
-    assert alone != replies([2])
+def test_noise_has_its_distribution_and_no_memory() -> None:
+    tokens = torch.arange(400)
+    by_seed = noise.gumbel(range(1000), [0] * 1000, tokens, torch.float64)
+    by_position = noise.gumbel([7] * 1000, range(1000), tokens, torch.float64)
+    quantiles = torch.arange(1, 20, dtype=torch.float64) / 20
+    for found in (by_seed, by_position):
+        expected = -torch.log(-torch.log(quantiles))
+        assert (found.quantile(quantiles, 0).mean(1) - expected).abs().max() < 0.03
+        for across in (found, found.T):
+            correlations = torch.corrcoef(across) - torch.eye(len(across))
+            # 400,000 or more correlations of independent rows stay within five deviations.
+            assert correlations.abs().max() < 5.5 * across.shape[1] ** -0.5
+    assert torch.equal(noise.gumbel([3], [9], tokens[100:130], torch.float64)[0], 
+                       noise.gumbel([3], [9], tokens, torch.float64)[0, 100:130])  # fmt: skip
+    short = noise.gumbel([3], [9], tokens, torch.float32)
+    double = noise.gumbel([3], [9], tokens, torch.float64)
+    torch.testing.assert_close(short.double(), double, rtol=1e-4, atol=1e-4)
+    largest = 2**64 - 1
+    assert not torch.equal(noise.gumbel([largest], [0], tokens, torch.float32), short)
 
 
 @pytest.mark.parametrize("name", [name for name in CASES if "top" not in name])
@@ -207,6 +230,58 @@ def test_greedy_decoding_with_processors_is_generates(name: str) -> None:
         eos_token_id=None,
     )[0, len(PROMPT) :].tolist()
     for drafter in drafters(model).values():
-        selection = Selection(processors, prompt=PROMPT)
-        [request] = decode(model, drafter, [PROMPT], 30, selection=selection)
-        assert request.reply == best
+        [request] = decode(model, drafter, [PROMPT], 30, sampler=Sampler(processors, None, PROMPT))
+        assert request.output_token_ids == best
+
+
+def restricted(model: PreTrainedModel) -> SelfSpeculative:
+    """Return drafting with some of the vocabulary."""
+    made = imitation(model, length=FixedLength(3))
+    assert made.network is not None
+    made.network.draft_vocabulary = torch.tensor([1, 4, 5])
+    return made
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_a_seed_gives_one_reply_under_every_strategy_and_in_any_company(name: str) -> None:
+    model = tiny_model()
+    decoder = split_decoder(model)
+    ways = [
+        Autoregressive(),
+        PromptLookup(3, 1),
+        SelfSpeculative(decoder, 1, length=FixedLength(2)),
+        LayerSkip(decoder, (1,), FixedLength(3)),
+        imitation(model, length=FixedLength(4)),
+        imitation(model, kind="mlp", length=ConfidenceLength(5, 0.3)),
+        imitation(model, length=AdaptiveLength(6)),
+        restricted(model),
+    ]
+
+    def replies(seeds: Sequence[int], drafting: Strategy, slots: int) -> list[list[int]]:
+        requests = [
+            Request(inputs_of(model, PROMPT), drafting, 14, Sampler(CASES[name], seed, PROMPT))
+            for seed in seeds
+        ]
+        finish(Engine(decoder, max_slots=slots), requests)
+        return [request.output_token_ids for request in requests]
+
+    seeds = [0, 1, 2, 3, 4, 5, 2**63, 2**64 - 1]
+    known = replies(seeds, ways[0], 1)
+    assert len({*map(tuple, known)}) == len(seeds)
+    for drafting in ways:
+        for slots in (1, 3):
+            assert replies(seeds, drafting, slots) == known
+        assert replies(seeds[::-1], drafting, 8) == known[::-1]
+
+
+def test_shared_noise_accepts_what_both_would_draw() -> None:
+    """Acceptance is near the sum of min(p, q), which rejection sampling reaches (arXiv 2408.07978)."""
+    torch.manual_seed(3)
+    tokens, draws = torch.arange(50), 4000
+    for spread, loss in ((0.3, 0.05), (1.0, 0.1)):
+        p = torch.randn(50, dtype=torch.float64) * 1.5
+        q = p + spread * torch.randn(50, dtype=torch.float64)
+        drawn = noise.gumbel(range(draws), [4] * draws, tokens, torch.float64)
+        agreed = ((p + drawn).argmax(1) == (q + drawn).argmax(1)).double().mean()
+        overlap = torch.minimum(p.softmax(0), q.softmax(0)).sum()
+        assert overlap - loss < agreed < overlap + 0.03

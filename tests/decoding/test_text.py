@@ -13,7 +13,7 @@ from tests.models import IMAGE_SIZE, small_vlm
 
 MANY = "naïve 😀 · größer, 漢字 and again 😀😀"
 QUESTION = "Describe the picture."
-STRATEGIES = ("autoregressive", "lookup", "early-exit")
+STRATEGIES = ("autoregressive", "prompt-lookup", "early-exit")
 
 
 @pytest.fixture(scope="module")
@@ -82,32 +82,38 @@ def test_replies_and_streams_end_at_stop_strings(vlm: VisionLanguageModel, strat
     place = len(whole.text) // 2
     for stop in (whole.text[place : place + 1], whole.text[place : place + 7]):
         expected = whole.text[: whole.text.index(stop)]
-        drafter = vlm.drafter(strategy, num_speculative_tokens=5)
-        stream = vlm.stream(QUESTION, picture, max_new_tokens=40, stop=[stop], drafter=drafter)
+        options = {} if strategy == "autoregressive" else {"num_speculative_tokens": 5}
+        drafting = vlm.strategy(strategy, **options)
+        # A string alone is one stop string, not as many as it has letters.
+        stream = vlm.stream(QUESTION, picture, max_new_tokens=40, stop=stop, strategy=drafting)
         pieces = list(stream)
-        assert "".join(piece.text for piece in pieces).strip() == expected.strip()
-        assert stream.reply.text == expected.strip()
+        assert "".join(piece.text for piece in pieces) == expected
+        assert stream.reply.text == expected
+        assert stream.reply.finish_reason == "stop"
         # The tokens that make up the stop string are the last ones, and no others follow.
-        assert [token for piece in pieces for token in piece.tokens] == stream.reply.tokens
-        assert stream.reply.tokens == whole.tokens[: len(stream.reply.tokens)]
+        assert [token for piece in pieces for token in piece.token_ids] == stream.reply.token_ids
+        assert stream.reply.token_ids == whole.token_ids[: len(stream.reply.token_ids)]
         ordinary = vlm.generate(QUESTION, picture, max_new_tokens=40, stop=[stop])
-        assert ordinary.tokens == stream.reply.tokens
+        assert ordinary.token_ids == stream.reply.token_ids
 
 
 def test_every_token_streams_once_with_where_it_came_from(vlm: VisionLanguageModel) -> None:
     picture = render(sample(4), IMAGE_SIZE)
-    stream = vlm.stream(QUESTION, picture, max_new_tokens=30, drafter=vlm.drafter("early-exit"))
+    stream = vlm.stream(QUESTION, picture, max_new_tokens=30, strategy="early-exit")
     pieces = list(stream)
-    assert [token for piece in pieces for token in piece.tokens] == stream.reply.tokens
+    assert [token for piece in pieces for token in piece.token_ids] == stream.reply.token_ids
     assert [flag for piece in pieces for flag in piece.drafted] == stream.reply.drafted
-    assert "".join(piece.text for piece in pieces).strip() == stream.reply.text
+    assert "".join(piece.text for piece in pieces) == stream.reply.text
 
 
 def test_a_stream_that_nobody_reads_on_computes_nothing_more(vlm: VisionLanguageModel) -> None:
     stream = vlm.stream(QUESTION, render(sample(5), IMAGE_SIZE), max_new_tokens=50)
     for _ in stream:
         break
-    assert len(stream.reply.tokens) < 50
+    stream.close()
+    assert len(stream.reply.token_ids) < 50
+    assert stream.reply.finish_reason == "cancelled"
+    assert not vlm.engine.slots
 
 
 @pytest.mark.parametrize(
@@ -130,7 +136,7 @@ def test_sampling_options_out_of_range_are_named(
 def test_a_seed_gives_the_same_reply_and_another_seed_another(vlm: VisionLanguageModel) -> None:
     options = {"temperature": 1.0, "top_p": 0.95, "max_new_tokens": 20}
     first, again, other = (
-        vlm.generate(QUESTION, seed=seed, **options).tokens for seed in (1, 1, 2)
+        vlm.generate(QUESTION, seed=seed, **options).token_ids for seed in (1, 1, 2)
     )
     assert first == again
     assert first != other

@@ -7,34 +7,31 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from fastvlm.decoding import Autoregressive, Decoding, Drafter, Request, SkippedLayers
+from fastvlm.decoding import Autoregressive, Engine, LayerSkip, Request, Strategy
 from fastvlm.drafting import FixedLength
 from fastvlm.functional.errors import InputError
 from fastvlm.language import split_decoder
-from tests.decoding.conftest import text_model
+from tests.decoding.conftest import finish, inputs_of, text_model
 from tests.decoding.test_cycle import PROMPTS, STRATEGIES, strategy
 
 WIDTH = 8
 
 
 def logits(
-    model: PreTrainedModel, drafter: Drafter, prompt: list[int], width: int | None
+    model: PreTrainedModel, drafter: Strategy, prompt: list[int], width: int | None
 ) -> tuple[list[int], Tensor]:
     """Decode a prompt; return its reply and the target's logits, (tokens, vocabulary)."""
-    embeddings = model.get_input_embeddings()(torch.tensor(prompt)).detach()
-    request = Request(prompt, embeddings, 24, logits=[])
-    for _ in Decoding(split_decoder(model), drafter, [request], width):
-        pass
-    assert request.logits is not None
-    return request.reply, torch.stack(request.logits)
+    request = Request(inputs_of(model, prompt), drafter, 24, keeps_logits=True)
+    finish(Engine(split_decoder(model), verify_width=width), [request])
+    return request.output_token_ids, torch.stack(request.logits)
 
 
 @pytest.mark.parametrize("family", ["llama", "qwen2", "mistral-sliding"])
-@pytest.mark.parametrize("name", [*STRATEGIES, "skip"])
+@pytest.mark.parametrize("name", [*STRATEGIES, "layer-skip"])
 def test_every_logit_has_the_bits_of_ordinary_decoding(family: str, name: str) -> None:
     model = text_model(family).bfloat16()
-    if name == "skip":
-        drafter: Drafter = SkippedLayers(split_decoder(model), (1,), FixedLength(3))
+    if name == "layer-skip":
+        drafter: Strategy = LayerSkip(split_decoder(model), (1,), FixedLength(3))
     else:
         drafter = strategy(name, model)
     for prompt in PROMPTS:
@@ -65,4 +62,4 @@ def test_passes_of_their_own_width_round_otherwise() -> None:
 def test_drafts_must_fit_into_the_width() -> None:
     model = text_model("llama")
     with pytest.raises(InputError, match="up to 6 tokens are verified 7 wide, but the width is 6"):
-        Decoding(split_decoder(model), strategy("perfect", model), [], 6)
+        logits(model, strategy("perfect", model), PROMPTS[0], 6)

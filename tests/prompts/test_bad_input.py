@@ -11,8 +11,10 @@ from transformers import GPT2Config, GPT2LMHeadModel
 
 import fastvlm
 from fastvlm.functional.errors import InputError
+from fastvlm.prompts import question
 from fastvlm.vlm import VisionLanguageModel
-from tests.processors import character_tokenizer, picture, saved
+from tests.processors import character_tokenizer, saved
+from tests.processors import picture as image
 
 
 @pytest.fixture(scope="module")
@@ -43,20 +45,20 @@ def turn(role: str, *parts: Any) -> dict[str, Any]:
 @pytest.mark.parametrize(
     ("family", "given", "told"),
     [
-        ("llava", ("<image> What?", picture(0)), "must not contain the picture's placeholder"),
-        ("llava", ("<image> What?",), "must not contain the picture's placeholder"),
-        ("qwen2-vl", ("<|video_pad|> What?",), "must not contain the picture's placeholder"),
+        ("llava", ("<image> What?", image(0)), "must not contain the image's placeholder"),
+        ("llava", ("<image> What?",), "must not contain the image's placeholder"),
+        ("qwen2-vl", ("<|video_pad|> What?",), "must not contain the image's placeholder"),
         ("llava", ("What?", "no/such.png"), "There is no picture at no/such.png"),
         ("llava", ([{"role": "user", "content": [{"type": "video"}]}],), "A part of a message is"),
-        ("llava", ([turn("user", "What?")], picture(0)), "leave out the picture"),
-        ("blip2-opt", ("What?",), "takes one picture with each prompt; got 0"),
-        ("blip2-opt", ([turn("user", picture(0), picture(1), "?")],), "one picture .* got 2"),
+        ("llava", ([turn("user", "What?")], image(0)), "leave out the image"),
+        ("blip2-opt", ("What?",), "takes one image with each prompt; got 0"),
+        ("blip2-opt", ([turn("user", image(0), image(1), "?")],), "one image .* got 2"),
         (
             "blip2-opt",
-            ([turn("user", picture(0), "?"), turn("assistant", "a"), turn("user", "b")],),
+            ([turn("user", image(0), "?"), turn("assistant", "a"), turn("user", "b")],),
             "Blip2ForConditionalGeneration has no chat template .* got 3 turns",
         ),
-        ("blip2-opt", ("<image>?", picture(0)), "must not contain the picture's placeholder"),
+        ("blip2-opt", ("<image>?", image(0)), "must not contain the image's placeholder"),
     ],
 )
 def test_a_dialogue_that_can_not_be(
@@ -70,28 +72,28 @@ def test_a_template_that_refuses(folders: dict[str, Path]) -> None:
     vlm = load(folders["llava"])
     vlm.prompts.processor.chat_template = "{{ raise_exception('Two turns at most') }}"
     with pytest.raises(InputError, match=r"template of Llava.* refuses the dialogue: Two turns"):
-        vlm.generate("What?", picture(0))
+        vlm.generate("What?", image(0))
 
 
 def test_a_processor_that_lacks_a_setting(folders: dict[str, Path]) -> None:
     vlm = load(folders["llava"])
     vlm.prompts.processor.patch_size = None
     with pytest.raises(InputError, match=r"processor of Llava.* refuses the prompt: unsupported"):
-        vlm.generate("What?", picture(0))
+        vlm.generate("What?", image(0))
 
 
-@pytest.mark.parametrize("options", [{"image_size": 64}, {"fit": "crop"}, {"tiles": 2}])
+@pytest.mark.parametrize(
+    "options", [{"image_size": 64}, {"fit": "crop"}, {"fit": "crop", "tiles": 2}]
+)
 def test_options_of_another_encoder(options: dict[str, Any], folders: dict[str, Path]) -> None:
-    with pytest.raises(InputError, match=f"decides how .* shown; leave out {next(iter(options))}"):
-        load(folders["llava"]).generate("What?", picture(0), **options)
-
-
-def test_what_only_fastvithd_knows_beforehand(folders: dict[str, Path]) -> None:
     vlm = load(folders["llava"])
-    with pytest.raises(InputError, match="LlavaForConditionalGeneration has no FastViTHD"):
-        _ = vlm.image_size
-    with pytest.raises(InputError, match="LlavaForConditionalGeneration has no FastViTHD"):
-        vlm.tokens("What?", pictures=1)
+    messages = question("What?", image(0))
+    refused = f"decides how an image is shown; leave out {', '.join(options)}"
+    for ask in (vlm.prompts.inputs, vlm.prompts.decoder_inputs):
+        with pytest.raises(InputError, match=refused):
+            ask(messages, **options)
+    with pytest.raises(InputError, match=refused):
+        vlm.generate("What?", image(0), **options)
 
 
 def test_a_processor_without_its_template(tmp_path: Path) -> None:

@@ -14,16 +14,18 @@ from torch import nn
 import fastvlm
 from fastvlm.functional.errors import InputError
 from fastvlm.language.families import text_decoder
+from fastvlm.prompts import question
 from fastvlm.vlm import VisionLanguageModel
 from tests.families import FAMILIES, replies
-from tests.processors import PROCESSORS, TEXT_TEMPLATE, character_tokenizer, picture, saved
+from tests.processors import PROCESSORS, TEXT_TEMPLATE, character_tokenizer, saved
+from tests.processors import picture as image
 
 TALKING = [name for name in PROCESSORS if not name.startswith(("blip2", "instructblip"))]
 
 
 @contextmanager
 def counted(module: nn.Module) -> Iterator[list[int]]:
-    """Collect how many positions (or pictures) each call of a module computes."""
+    """Collect how many positions (or images) each call of a module computes."""
     calls: list[int] = []
 
     def seen(_: nn.Module, given: tuple, named: dict) -> None:
@@ -37,7 +39,7 @@ def counted(module: nn.Module) -> Iterator[list[int]]:
 
 @contextmanager
 def counted_features(vlm: VisionLanguageModel) -> Iterator[list[None]]:
-    """Collect the calls of a picture tower."""
+    """Collect the calls of a vision tower."""
     base = vlm.model.base_model
     names = ("vision_tower", "visual", "vision_model")
     tower = next(getattr(base, name) for name in names if hasattr(base, name))
@@ -56,14 +58,14 @@ def loaded(family: str, folder: Path, **options: Any) -> VisionLanguageModel:
 
 
 @pytest.mark.parametrize("family", TALKING)
-def test_ten_rounds_encode_a_picture_once(family: str, tmp_path: Path) -> None:
+def test_ten_rounds_encode_an_image_once(family: str, tmp_path: Path) -> None:
     vlm = loaded(family, tmp_path / "model")
     fresh = loaded(family, tmp_path / "model", prefix_bytes=0)
-    show = {"type": "image", "image": picture(0)}
+    show = {"type": "image", "image": image(0)}
     messages: list[dict[str, Any]] = []
     before: list[int] = []
     with (
-        counted_features(vlm) as pictures,
+        counted_features(vlm) as encoded,
         counted(text_decoder(vlm.model).layers[-1]) as positions,
     ):
         for number in range(10):
@@ -71,8 +73,8 @@ def test_ten_rounds_encode_a_picture_once(family: str, tmp_path: Path) -> None:
             messages.append({"role": "user", "content": [text] if number else [show, text]})
             positions.clear()
             found = vlm.generate(messages, max_new_tokens=3)
-            assert found.tokens == fresh.generate(messages, max_new_tokens=3).tokens
-            tokens = vlm.prompts.encode(messages).tokens
+            assert found.token_ids == fresh.generate(messages, max_new_tokens=3).token_ids
+            tokens = vlm.prompts.decoder_inputs(messages).token_ids
             shared = next(
                 (n for n, pair in enumerate(zip(tokens, before, strict=False)) if len({*pair}) > 1),
                 len(before),
@@ -80,17 +82,17 @@ def test_ten_rounds_encode_a_picture_once(family: str, tmp_path: Path) -> None:
             # All of the earlier rounds but for what the tokenizer makes of a reply's text.
             assert shared >= len(before) - 3
             assert positions[0] == len(tokens) - shared
-            before = tokens + found.tokens[:-1]
+            before = tokens + found.token_ids[:-1]
             # A turn as a text is the same as a list of one text.
             messages.append({"role": "assistant", "content": found.text})
-    # What `encode` itself asks for above is kept nowhere.
-    assert len(pictures) == 1 + 10
+    # What is asked for without a cache above is kept nowhere.
+    assert len(encoded) == 1 + 10
 
 
 @pytest.mark.parametrize("family", TALKING)
-def test_pictures_in_any_turn(family: str, tmp_path: Path) -> None:
+def test_images_in_any_turn(family: str, tmp_path: Path) -> None:
     vlm = loaded(family, tmp_path / "model")
-    one, other = ({"type": "image", "image": picture(number)} for number in (1, 3))
+    one, other = ({"type": "image", "image": image(number)} for number in (1, 3))
     text = {"type": "text", "text": "What?"}
     messages: list[dict[str, Any]] = [
         {"role": "user", "content": [one, text]},
@@ -102,47 +104,50 @@ def test_pictures_in_any_turn(family: str, tmp_path: Path) -> None:
     )
     expected = replies(vlm.model, dict(inputs.to(torch.float64)), 9)
     for _ in range(2):
-        with counted_features(vlm) as pictures:
-            assert [vlm.generate(messages, max_new_tokens=9).tokens] == expected
+        with counted_features(vlm) as encoded:
+            assert [vlm.generate(messages, max_new_tokens=9).token_ids] == expected
         # A turn as a text is the same as a list of one text.
         messages[1]["content"] = "A word."
-    assert not pictures
+    assert not encoded
     assert "get_image_features" not in vars(vlm.model.base_model)
 
 
 @pytest.mark.parametrize("family", PROCESSORS)
-def test_a_second_question_about_a_picture(family: str, tmp_path: Path) -> None:
+def test_a_second_question_about_an_image(family: str, tmp_path: Path) -> None:
     vlm = loaded(family, tmp_path / "model")
     fresh = loaded(family, tmp_path / "model", prefix_bytes=0)
-    encoded = []
-    for question, shown in [("What?", 0), ("Who?", 0), ("Who?", 0), ("Who?", 1), ("Who?", 0)]:
-        expected = fresh.generate(question, picture(shown), max_new_tokens=9)
-        with counted_features(vlm) as pictures:
-            found = vlm.generate(question, picture(shown), max_new_tokens=9)
-        assert found.tokens == expected.tokens
-        encoded.append(len(pictures))
-    # InstructBLIP's Q-Former reads the question: another one makes other features of a picture.
-    assert encoded == [1, int(family.startswith("instructblip")), 0, 1, 0]
+    calls = []
+    for asked, shown in [("What?", 0), ("Who?", 0), ("Who?", 0), ("Who?", 1), ("Who?", 0)]:
+        expected = fresh.generate(asked, image(shown), max_new_tokens=9)
+        with counted_features(vlm) as encoded:
+            found = vlm.generate(asked, image(shown), max_new_tokens=9)
+        assert found.token_ids == expected.token_ids
+        calls.append(len(encoded))
+    # InstructBLIP's Q-Former reads the question: another one makes other features of an image.
+    assert calls == [1, int(family.startswith("instructblip")), 0, 1, 0]
     # What an encoder reads is read anew.
-    shares = vlm.prefixes.longest(vlm.request("Who?", picture(0)).keys) is not None
-    assert shares == (not family.endswith("t5"))
-    assert fresh.prefixes.size == 0
+    keys = vlm.prompts.decoder_inputs(question("Who?", image(0)), vlm.features).keys
+    if family.endswith("t5"):
+        assert keys is None
+    else:
+        assert vlm.prefixes.match(keys).length == len(keys)
+    assert fresh.lru.nbytes == 0
 
 
 def test_features_are_kept_within_the_limit(tmp_path: Path) -> None:
     vlm = loaded("llava-next", tmp_path / "model", prefix_bytes=1000)
     for _ in range(2):
-        with counted_features(vlm) as pictures:
-            vlm.generate("What?", picture(0), max_new_tokens=2)
-        assert len(pictures) == 1
-        assert vlm.prefixes.size == 0
+        with counted_features(vlm) as encoded:
+            vlm.generate("What?", image(0), max_new_tokens=2)
+        assert len(encoded) == 1
+        assert vlm.lru.nbytes == 0
 
 
 def test_an_error_leaves_the_model_as_it_was(tmp_path: Path) -> None:
     vlm = loaded("llava", tmp_path / "model")
     vlm.prompts.processor.patch_size = 4  # of a processor that is another model's
     with pytest.raises(InputError, match=r"refuses what its processor made .* do not match"):
-        vlm.generate("What?", picture(0))
+        vlm.generate("What?", image(0))
     assert "get_image_features" not in vars(vlm.model.base_model)
 
 
@@ -170,8 +175,8 @@ def test_a_model_of_text_alone(template: str | None, tmp_path: Path) -> None:
         )[0]
         for text in asked
     ]
-    assert [vlm.generate(text, max_new_tokens=9).tokens for text in asked] == expected
+    assert [vlm.generate(text, max_new_tokens=9).token_ids for text in asked] == expected
     together = vlm.generate_batch(asked, [None, None], max_new_tokens=9)
-    assert [reply.tokens for reply in together] == expected
-    with pytest.raises(InputError, match="LlamaForCausalLM reads text alone; leave out the pic"):
-        vlm.generate("What?", picture(0))
+    assert [reply.token_ids for reply in together] == expected
+    with pytest.raises(InputError, match="LlamaForCausalLM reads text alone; leave out the image"):
+        vlm.generate("What?", image(0))

@@ -9,10 +9,11 @@ import torch
 
 import fastvlm
 from tests.families import replies
-from tests.processors import PROCESSORS, asked, picture, saved
+from tests.processors import PROCESSORS, asked, saved
+from tests.processors import picture as image
 
 QUESTIONS = ["What is it?", "Where is A?", "How many b?", "Say a word."]
-STRATEGIES = ["autoregressive", "lookup", "early-exit", "skip"]
+STRATEGIES = ["autoregressive", "prompt-lookup", "early-exit", "layer-skip"]
 
 
 @pytest.mark.parametrize("family", PROCESSORS)
@@ -21,16 +22,16 @@ def test_the_tokens_are_those_of_generate(family: str, tmp_path: Path) -> None:
         pytest.importorskip("num2words")
     model, processor = saved(family, tmp_path)
     vlm = fastvlm.load(tmp_path, dtype=torch.float64)
-    pictures = [picture(number) for number in range(4)]
-    expected = replies(model, asked(processor, QUESTIONS, pictures), 12)
+    images = [image(number) for number in range(4)]
+    expected = replies(model, asked(processor, QUESTIONS, images), 12)
     assert len({*map(tuple, expected)}) == 4
-    for question, shown, row in zip(QUESTIONS, pictures, expected, strict=True):
+    for question, shown, row in zip(QUESTIONS, images, expected, strict=True):
         alone = replies(model, asked(processor, [question], [shown]), 12)
         assert alone == [row]
-    for strategy in STRATEGIES:
-        drafter = vlm.drafter(strategy)
-        together = vlm.generate_batch(QUESTIONS, pictures, drafter=drafter, max_new_tokens=12)
-        assert [reply.tokens for reply in together] == expected
-        vlm.prefixes.clear()
-        alone = vlm.generate(QUESTIONS[2], pictures[2], drafter=drafter, max_new_tokens=12)
-        assert alone.tokens == expected[2]
+    for name in STRATEGIES:
+        strategy = vlm.strategy(name)
+        together = vlm.generate_batch(QUESTIONS, images, strategy=strategy, max_new_tokens=12)
+        assert [reply.token_ids for reply in together] == expected
+        vlm.lru.clear()
+        alone = vlm.generate(QUESTIONS[2], images[2], strategy=strategy, max_new_tokens=12)
+        assert alone.token_ids == expected[2]

@@ -55,7 +55,9 @@ class Batch:
         """Each row's committed positions."""
         return [slot.length for slot in self.slots]
 
-    def positions(self, starts: Sequence[int], width: int, *, to_the_end: bool = False) -> Positions:
+    def positions(
+        self, starts: Sequence[int], width: int, *, to_the_end: bool = False
+    ) -> Positions:
         """Return the positions of a pass over these rows. See `DecoderCache.positions`."""
         rows = [slot.index for slot in self.slots]
         return self.cache.positions(starts, width, rows, to_the_end=to_the_end)

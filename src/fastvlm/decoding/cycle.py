@@ -67,9 +67,7 @@ def verify(batch: Batch, exit_layer: int, draft: Draft) -> tuple[Tensor, Tensor 
     return decoder.head(x)[:, :width], hidden
 
 
-def commit(
-    batch: Batch, draft: Draft, accepted: Sequence[int], hidden: Tensor | None
-) -> None:
+def commit(batch: Batch, draft: Draft, accepted: Sequence[int], hidden: Tensor | None) -> None:
     """Set each slot's lengths.
 
     Args:

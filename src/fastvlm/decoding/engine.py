@@ -119,16 +119,17 @@ class Engine:
         if not self._take_turn(unless):
             return {}
         try:
-            self._free_cancelled()
-            self._admit()
-            before = {slot.request: len(slot.request.output_token_ids) for slot in self.slots}
-            for slots, work in self._passes():
-                try:
-                    with torch.inference_mode(), self._autocast(slots):
-                        work(self._batch(slots))
-                except Exception as error:  # noqa: BLE001 (whatever it is, its request is told)
-                    self._isolate(slots, work, error)
-            self._free_finished()
+            with torch.inference_mode():
+                self._free_cancelled()
+                self._admit()
+                before = {slot.request: len(slot.request.output_token_ids) for slot in self.slots}
+                for slots, work in self._passes():
+                    try:
+                        with self._autocast(slots):
+                            work(self._batch(slots))
+                    except Exception as error:  # noqa: BLE001 (whatever it is, its request is told)
+                        self._isolate(slots, work, error)
+                self._free_finished()
             return {
                 request: len(request.output_token_ids) - known for request, known in before.items()
             }
@@ -196,7 +197,8 @@ class Engine:
             exit_layer = slots[0].request.strategy.exit_layer if slots[0].exits else 0
             found.append((slots, partial(prefill, width=width, exit_layer=exit_layer)))
         decoding = sorted(
-            (slot for slot in self.slots if slot.decodes), key=lambda slot: (*_kind(slot), slot.index)
+            (slot for slot in self.slots if slot.decodes),
+            key=lambda slot: (*_kind(slot), slot.index),
         )
         for _, group in groupby(decoding, key=_kind):
             slots = list(group)
@@ -225,7 +227,7 @@ class Engine:
             return
         for slot in slots:
             try:
-                with torch.inference_mode(), self._autocast([slot]):
+                with self._autocast([slot]):
                     work(self._batch([slot]))
             except Exception as own:  # noqa: BLE001 (as in `step`)
                 slot.request.fail(own)

@@ -16,7 +16,7 @@ from transformers.generation.stopping_criteria import (
     StoppingCriteriaList,
 )
 
-from fastvlm.decoding.sampler import LogitsProcessor
+from fastvlm.decoding.sampler import LogitsProcessor, Sampler
 from fastvlm.decoding.sampling_params import SamplingParams
 from fastvlm.functional.errors import InputError, first_line
 
@@ -49,6 +49,9 @@ def is_stateless(processor: LogitsProcessor) -> bool:
     `transformers`' own do, but for those that remember; any other says so with an attribute
     `stateless = True`. Whether a user's object remembers something can't be found out by trying.
     """
+    if isinstance(processor, processing.PrefixConstrainedLogitsProcessor):
+        # What it allows is a user's own function.
+        return getattr(processor._prefix_allowed_tokens_fn, "stateless", False) is True
     if type(processor).__module__ == processing.__name__:
         return not isinstance(processor, STATEFUL)
     return getattr(processor, "stateless", False) is True
@@ -124,7 +127,10 @@ def processors_of(
 
 
 def stopper(
-    criteria: StoppingCriteriaList, prompt: Sequence[int], device: torch.device, scores: bool = False
+    criteria: StoppingCriteriaList,
+    prompt: Sequence[int],
+    device: torch.device,
+    sampler: Sampler | None = None,
 ) -> Callable[[list[int], list[Tensor]], bool] | None:
     """Return what asks stopping criteria of `transformers` after each token of a row.
 
@@ -134,17 +140,23 @@ def stopper(
         criteria: As `generate` has them.
         prompt: The tokens before the reply.
         device: Of the tokens.
-        scores: Whether criteria are given scores, as `generate` does where it returns them.
+        sampler: What processes the logits of each token, which criteria are then shown, as
+            `generate` shows scores where it returns them; None for no scores.
     """
     others = StoppingCriteriaList(
         one for one in criteria if type(one) not in (MaxLengthCriteria, EosTokenCriteria)
     )
     if not others:
         return None
+    scores: list[Tensor] = []
 
     def stops(reply: list[int], logits: list[Tensor]) -> bool:
         tokens = torch.tensor([[*prompt, *reply]], device=device)
-        known: Any = tuple(row[None] for row in logits) if scores else None
+        if sampler is None:
+            return bool(others(tokens, None)[0])
+        for place in range(len(scores), len(logits)):
+            scores.append(sampler.apply_processors(reply[:place], logits[place])[None])
+        known: Any = tuple(scores)
         return bool(others(tokens, known)[0])
 
     return stops

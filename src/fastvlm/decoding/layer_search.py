@@ -237,7 +237,9 @@ def find_skipped_layers(
     if evaluations < inner:
         raise InputError(f"The first round alone tries {inner} sets of layers; got {evaluations}.")
     samples = SampleReplies(decoder, requests)
-    costs = costs or measured_costs(decoder, max(positions.end for _, positions, _, _ in samples.samples))
+    costs = costs or measured_costs(
+        decoder, max(positions.end for _, positions, _, _ in samples.samples)
+    )
     candidates = list(range(1, decoder.depth - 1))
     skipped: tuple[int, ...] = ()
     choices: list[LayerChoice] = []

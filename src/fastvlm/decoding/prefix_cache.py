@@ -89,7 +89,7 @@ class PrefixCache:
         if not keys or not self.lru.fits(nbytes):
             return False
         entry = make()
-        own = entry.keys
+        own = list(keys)
         continued = [
             key
             for key, older in self._entries()

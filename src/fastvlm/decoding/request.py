@@ -53,6 +53,7 @@ class Request:
             given the reply and the logits of each of its tokens, where these are kept.
         stop_text: The reply's text, whose stop strings end the reply.
         keeps_logits: Whether the target's logits of each token are kept.
+        on_token: Called with each token of the reply, in the thread that makes the step.
         logprobs: Tokens whose log-probabilities are wanted at each position, beside that of the
             chosen one; None for none at all.
     """
@@ -67,6 +68,7 @@ class Request:
     stops: Callable[[list[int], list[Tensor]], bool] | None = None
     stop_text: ReplyText | None = None
     keeps_logits: bool = False
+    on_token: Callable[[int], None] | None = None
     logprobs: int | None = None
     output_token_ids: list[int] = field(default_factory=list)
     drafted: list[bool] = field(default_factory=list)
@@ -133,6 +135,8 @@ class Request:
             self.times.append(now)
             # The token last: another thread that sees it finds the rest.
             self.output_token_ids.append(token)
+            if self.on_token is not None:
+                self.on_token(token)
             if token in self.end_token_ids or self._stopped():
                 self.finish_reason = "stop"
             elif len(self.output_token_ids) >= self.max_new_tokens:

@@ -66,7 +66,9 @@ class SamplingParams:
                 upper = "" if high == math.inf else f" and at most {high:g}"
                 raise InputError(f"{name} is a number of at least {low:g}{upper}; got {value!r}.")
         if self.temperature and self.temperature < torch.finfo(torch.float32).tiny:
-            raise InputError(f"temperature is 0, or one that float32 holds; got {self.temperature}.")
+            raise InputError(
+                f"temperature is 0, or one that float32 holds; got {self.temperature}."
+            )
         if self.repetition_penalty == 0 or self.top_p == 0:
             name = "top_p" if self.top_p == 0 else "repetition_penalty"
             raise InputError(f"{name} is above 0; got 0.")

@@ -223,7 +223,13 @@ class SelfSpeculative(RuledDrafting):
         return draft
 
     def _imitated(
-        self, network: ImitationNetwork, batch: Batch, x: Tensor, positions: Positions, *, first: bool
+        self,
+        network: ImitationNetwork,
+        batch: Batch,
+        x: Tensor,
+        positions: Positions,
+        *,
+        first: bool,
     ) -> Tensor:
         """Return the network's guess of the last layer's states: (batch, 1, d_model)."""
         cache, decoder, slots = batch.cache, self.decoder, batch.slots

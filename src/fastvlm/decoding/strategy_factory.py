@@ -148,9 +148,7 @@ def _imitation(
     )
 
 
-_RECIPES: dict[
-    str, Callable[[SplitDecoder, ImitationNetwork | None, dict[str, Any]], _Recipe]
-] = {
+_RECIPES: dict[str, Callable[[SplitDecoder, ImitationNetwork | None, dict[str, Any]], _Recipe]] = {
     "autoregressive": _autoregressive,
     "imitation": _imitation,
     "early-exit": _early_exit,

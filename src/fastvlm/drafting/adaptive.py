@@ -161,12 +161,17 @@ class AdaptiveLength:
         every = CLOSE_CALL_EVERY if close_call else MEASURE_ORDINARY_EVERY
         if throughput.since_ordinary >= min(2 ** (measured + 1), every):
             return False
-        return throughput.budget_steps * throughput.costs.verify.ordinary.median >= self.probe(progress, throughput)
+        return throughput.budget_steps * throughput.costs.verify.ordinary.median >= self.probe(
+            progress, throughput
+        )
 
     def is_worth_it(self, progress: Progress, throughput: Throughput) -> bool:
         """Return whether what is expected of the replies is worth a draft."""
         rows = [row for row, is_active in enumerate(progress.active) if is_active]
-        left = max(self.expected_remaining(progress.generated[row], progress.remaining[row]) for row in rows)
+        left = max(
+            self.expected_remaining(progress.generated[row], progress.remaining[row])
+            for row in rows
+        )
         if left <= 1:
             # The next token is the last, and an ordinary step gives it.
             return False
@@ -212,13 +217,18 @@ class AdaptiveLength:
             drafting += bool(confidences)
             if is_active and confidences:
                 bins = [bisect_right(CONFIDENCE_EDGES, confidence) for confidence in confidences]
-                gain += math.prod(self.by_confidence[index] for index in bins) * self.after_confidence[bins[-1]]
+                gain += (
+                    math.prod(self.by_confidence[index] for index in bins)
+                    * self.after_confidence[bins[-1]]
+                )
         gain /= drafting
         if not throughput.cycles:
             # Nothing is known of costs yet.
             return gain > UNKNOWN_ODDS
         rate = max(throughput.drafting, throughput.ordinary)
-        return gain > rate * (throughput.costs.step.of(progress.steps) + throughput.costs.verify.slope)
+        return gain > rate * (
+            throughput.costs.step.of(progress.steps) + throughput.costs.verify.slope
+        )
 
     def update(self, progress: Progress, accepted: Sequence[int], timings: Timings) -> None:
         """Learn from a cycle: what was accepted, and what it took."""
@@ -228,7 +238,11 @@ class AdaptiveLength:
         ordinary = throughput.costs.verify.of(1)
         if not steps:
             throughput.since_ordinary = 0
-            throughput.add_budget(PROMISING_TIME_SHARE if throughput.drafting > throughput.ordinary else PROBE_TIME_SHARE)
+            throughput.add_budget(
+                PROMISING_TIME_SHARE
+                if throughput.drafting > throughput.ordinary
+                else PROBE_TIME_SHARE
+            )
             return
         tokens = rows = 0
         for confidences, count in zip(progress.confidences, accepted, strict=True):

@@ -203,7 +203,9 @@ class LayerStorage:
         self.keys, self.values = grown
         self.finite += [0] * (slots - old)
 
-    def write(self, positions: Positions, rows: slice | Tensor, keys: Tensor, values: Tensor) -> None:
+    def write(
+        self, positions: Positions, rows: slice | Tensor, keys: Tensor, values: Tensor
+    ) -> None:
         """Write a pass's keys and values: (batch, kv_heads, width, head_dim) each."""
         first, width = positions.starts[0], positions.width
         if positions.aligned and isinstance(rows, slice):

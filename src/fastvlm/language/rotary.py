@@ -75,7 +75,9 @@ class RotaryDecoder(SplitDecoder):
     ) -> Tensor:
         """Run some of the target's layers on (batch, new, d_model) hidden states."""
         own = self.layers
-        return self._run(x, positions, cache, [(own[index], self.slides[index]) for index in layers])
+        return self._run(
+            x, positions, cache, [(own[index], self.slides[index]) for index in layers]
+        )
 
     def forward_blocks(
         self, x: Tensor, positions: Positions, cache: KeyValueCache, blocks: Iterable[nn.Module]

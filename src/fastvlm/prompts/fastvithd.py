@@ -13,7 +13,7 @@ from fastvlm.data.conversations import Message
 from fastvlm.functional.errors import InputError
 from fastvlm.language import DecoderInputs, SplitDecoder
 from fastvlm.prompts.features import ImageFeatureCache, digest
-from fastvlm.prompts.messages import images_of
+from fastvlm.prompts.messages import images_of, parts_of
 from fastvlm.vision.configuration import REDUCTION
 from fastvlm.vision.fastvithd import FastViTHD
 from fastvlm.vision.pictures import PictureOptions, prepare
@@ -48,16 +48,21 @@ class FastViTHDPromptBuilder:
         """Side in pixels of the images that the model was made for."""
         return cast(FastViTHD, self.model.base_model.vision_tower).config.image_size
 
-    def tokens(self, messages: Sequence[Message], visual: Sequence[int]) -> list[int]:
+    def tokens(self, messages: Sequence[Message], visual: Sequence[int] | None = None) -> list[int]:
         """Return a dialogue's tokens, with a placeholder for every visual token.
 
         Args:
             messages: The dialogue; what an image is does not matter.
-            visual: Visual tokens of each image, in their order.
+            visual: Visual tokens of each image, in their order; None for those of images as the
+                model takes them, of `image_size` and without tiles.
 
         Raises:
             InputError: The text has a placeholder of its own.
         """
+        if visual is None:
+            parts = [part for turn in messages for part in parts_of(turn)]
+            images = sum(part["type"] == "image" for part in parts)
+            visual = [(self.image_size // REDUCTION) ** 2] * images
         turns = [dict(message) for message in messages]
         text = str(
             self.tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=True)
@@ -137,8 +142,9 @@ class FastViTHDPromptBuilder:
         """
         found: Any = None if cache is None or name is None else cache.get(name)
         if found is None:
-            encoded = self.model.get_image_features(self._placed(tiles))
-            found = encoded.pooler_output.flatten(0, 1)
+            # One tensor, or one for each tile: releases of transformers differ.
+            encoded = self.model.get_image_features(self._placed(tiles)).pooler_output
+            found = torch.cat([*encoded])
             if cache is not None and name is not None:
                 cache.put(name, found)
         return found

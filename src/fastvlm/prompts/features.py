@@ -72,7 +72,7 @@ class ImageFeatureCache:
             asked.append(name)
             found = self._get(name)
             if found is not None:
-                return found.output_type(pooler_output=found.features)
+                return found.output()
             output = original(*args, **kwargs)
             self.put(name, output.pooler_output, type(output))
             return output
@@ -81,7 +81,8 @@ class ImageFeatureCache:
             yield asked
 
     def _get(self, digest: str) -> _Kept | None:
-        return self.lru.get(_Key(self, digest))
+        found: _Kept | None = self.lru.get(_Key(self, digest))
+        return found
 
 
 @dataclass(frozen=True, slots=True)
@@ -97,7 +98,14 @@ class _Kept:
     """An image's features, and the class of what the model returned with them."""
 
     features: Features
-    output_type: type
+    output_type: Any
+
+    def output(self) -> Any:
+        """Return the features as the model did, without what else it returned."""
+        output = self.output_type()
+        # Some models add the features to a class that has no field for them.
+        output.pooler_output = self.features
+        return output
 
 
 def digest(value: Any) -> str:

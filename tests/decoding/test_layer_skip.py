@@ -6,7 +6,7 @@ import pytest
 import torch
 from transformers import PreTrainedModel
 
-from fastvlm.decoding import Request, SkippedLayers
+from fastvlm.decoding import Autoregressive, LayerSkip, Request
 from fastvlm.decoding.layer_search import (
     SampleReplies,
     StepCosts,
@@ -14,11 +14,11 @@ from fastvlm.decoding.layer_search import (
     find_skipped_layers,
     measured_costs,
 )
-from fastvlm.decoding.skipping import skipped_by_default
+from fastvlm.decoding.strategies import default_skipped_layers
 from fastvlm.drafting import AdaptiveLength, ConfidenceLength, FixedLength
 from fastvlm.functional.errors import InputError
 from fastvlm.language import split_decoder
-from tests.decoding.conftest import FAMILIES, decode, generate, text_model
+from tests.decoding.conftest import FAMILIES, decode, generate, inputs_of, text_model
 
 PROMPTS = [[5, 9, 33, 7], [11, 12, 11, 12, 11], [40, 3, 8, 60, 21, 22, 23, 50, 51], [6]]
 COSTS = StepCosts(layer=1.0, head=0.5, verify=6.0, slope=0.1)
@@ -30,8 +30,7 @@ LENGTHS = {
 
 
 def samples(model: PreTrainedModel, limit: int = 30) -> list[Request]:
-    embed = model.get_input_embeddings()
-    return [Request(p, embed(torch.tensor(p)).detach(), limit) for p in PROMPTS]
+    return [Request(inputs_of(model, prompt), Autoregressive(), limit) for prompt in PROMPTS]
 
 
 @torch.no_grad()
@@ -45,29 +44,31 @@ def make_identity(model: PreTrainedModel, layer: int) -> None:
 @pytest.mark.parametrize("family", FAMILIES)
 def test_tokens_are_generates(family: str) -> None:
     model = text_model(family)
-    drafter = SkippedLayers(split_decoder(model), (1, 3), FixedLength(4))
+    drafter = LayerSkip(split_decoder(model), (1, 3), FixedLength(4))
     expected = [generate(model, prompt, 24) for prompt in PROMPTS]
     ends = frozenset({1})
-    alone = [decode(model, drafter, [p], 24, end_tokens=ends)[0].reply for p in PROMPTS]
+    alone = [
+        decode(model, drafter, [p], 24, end_token_ids=ends)[0].output_token_ids for p in PROMPTS
+    ]
     assert alone == expected
-    together = decode(model, drafter, PROMPTS, 24, end_tokens=ends)
-    assert [request.reply for request in together] == expected
+    together = decode(model, drafter, PROMPTS, 24, end_token_ids=ends)
+    assert [request.output_token_ids for request in together] == expected
 
 
 @pytest.mark.parametrize("length", LENGTHS)
 def test_tokens_are_the_same_with_every_draft_length(length: str) -> None:
     model = text_model("qwen2")
-    drafter = SkippedLayers(split_decoder(model), (1, 3), LENGTHS[length])
+    drafter = LayerSkip(split_decoder(model), (1, 3), LENGTHS[length])
     for rows in (1, 4):
         found = decode(model, drafter, PROMPTS[:rows], 40)
         plain = [generate(model, p, 40, eos_token_id=None) for p in PROMPTS[:rows]]
-        assert [request.reply for request in found] == plain
+        assert [request.output_token_ids for request in found] == plain
 
 
 @pytest.mark.parametrize("family", ["llama", "mistral-sliding"])
 def test_with_all_layers_everything_is_accepted(family: str) -> None:
     model = text_model(family)
-    drafter = SkippedLayers(split_decoder(model), (), FixedLength(5))
+    drafter = LayerSkip(split_decoder(model), (), FixedLength(5))
     for request in decode(model, drafter, PROMPTS, 30):
         assert request.accepted == request.proposed
         assert sum(request.proposed) > 0
@@ -76,7 +77,7 @@ def test_with_all_layers_everything_is_accepted(family: str) -> None:
 def test_a_layer_that_does_nothing_can_be_skipped() -> None:
     model = text_model("qwen2")
     make_identity(model, 3)
-    for request in decode(model, SkippedLayers(split_decoder(model), (3,)), PROMPTS, 30):
+    for request in decode(model, LayerSkip(split_decoder(model), (3,)), PROMPTS, 30):
         assert request.accepted == request.proposed
 
 
@@ -85,12 +86,12 @@ def test_a_layer_that_does_nothing_can_be_skipped() -> None:
 )
 def test_impossible_layers_are_refused(skipped: tuple[int, ...], message: str) -> None:
     with pytest.raises(InputError, match=message):
-        SkippedLayers(split_decoder(text_model("llama")), skipped)
+        LayerSkip(split_decoder(text_model("llama")), skipped)
 
 
 @pytest.mark.parametrize("depth", [1, 2, 3, 4, 5, 16, 24, 32])
 def test_the_default_keeps_the_first_and_the_last_layer(depth: int) -> None:
-    skipped = skipped_by_default(depth)
+    skipped = default_skipped_layers(depth)
     assert bool(skipped) == (depth > 2)
     assert not {0, depth - 1} & set(skipped)
     assert len(skipped) <= (depth + 2) // 4 + 1
@@ -109,13 +110,14 @@ def test_one_pass_judges_what_each_draft_would_begin_with(
     kept = [layer for layer in range(decoder.depth) if layer not in skipped]
     right = total = 0
     for request in requests:
-        tokens = request.tokens + request.reply
-        for place in range(len(request.tokens), len(tokens) - 1):
+        tokens = request.prompt_token_ids + request.output_token_ids
+        for place in range(len(request.prompt_token_ids), len(tokens) - 1):
             cache = decoder.cache(1, place + 1)
             before = torch.tensor([tokens[:place]])
-            decoder.run(decoder.embed(before), cache.span([0], place), cache, range(decoder.depth))
+            places, layers = cache.positions([0], place), range(decoder.depth)
+            decoder.forward_layers(decoder.embed(before), places, cache, layers)
             x = decoder.embed(torch.tensor([[tokens[place]]]))
-            x = decoder.run(x, cache.span([place], 1), cache, kept)
+            x = decoder.forward_layers(x, cache.positions([place], 1), cache, kept)
             right += int(decoder.head(x).argmax()) == tokens[place + 1]
             total += 1
     assert found == right / total
@@ -129,7 +131,7 @@ def test_the_search_finds_redundant_layers(redundant: tuple[int, ...]) -> None:
     choice = find_skipped_layers(split_decoder(model), samples(model), costs=COSTS)
     assert choice.skipped == redundant
     assert choice.acceptance == 1
-    drafter = SkippedLayers(split_decoder(model), choice.skipped)
+    drafter = LayerSkip(split_decoder(model), choice.skipped)
     for request in decode(model, drafter, PROMPTS, 30):
         assert request.accepted == request.proposed
 
@@ -155,7 +157,8 @@ def test_the_expected_speedup_is_that_of_the_best_length() -> None:
 
 
 def test_costs_are_measured() -> None:
-    costs = measured_costs(split_decoder(text_model("llama")), 20)
+    model = text_model("llama")
+    costs = measured_costs(split_decoder(model), 20)
     assert costs.layer > 0
     assert costs.head > 0
     assert costs.verify > costs.layer

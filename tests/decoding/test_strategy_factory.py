@@ -1,4 +1,4 @@
-"""The drafter that a model makes: which rule ends its drafts, and what outlives a request."""
+"""The strategy that a model makes: which rule ends its drafts, and what outlives a request."""
 
 from __future__ import annotations
 
@@ -6,8 +6,8 @@ from typing import Any
 
 import pytest
 
-from fastvlm.decoding import SelfSpeculative, SkippedLayers
-from fastvlm.decoding.drafters import MAX_DRAFT
+from fastvlm.decoding import LayerSkip, SelfSpeculative
+from fastvlm.decoding.strategy_factory import MAX_DRAFT_TOKENS
 from fastvlm.drafting import AdaptiveLength, ConfidenceLength, FixedLength, ImitationNetwork
 from fastvlm.functional.errors import InputError
 from fastvlm.vlm import VisionLanguageModel
@@ -28,18 +28,18 @@ def network(vlm: VisionLanguageModel, **recorded: Any) -> ImitationNetwork:
 
 
 def rule(vlm: VisionLanguageModel, *args: Any, **options: Any) -> Any:
-    drafter = vlm.drafter(*args, **options)
-    assert isinstance(drafter, SelfSpeculative | SkippedLayers)
-    return drafter.length
+    strategy = vlm.strategy(*args, **options)
+    assert isinstance(strategy, SelfSpeculative | LayerSkip)
+    return strategy.length
 
 
 def test_a_draft_that_records_nothing_adapts(vlm: VisionLanguageModel) -> None:
     silent = network(vlm)
     adaptive = rule(vlm, "imitation", network=silent)
     assert isinstance(adaptive, AdaptiveLength)
-    assert adaptive.maximum == MAX_DRAFT
+    assert adaptive.maximum == MAX_DRAFT_TOKENS
     assert rule(vlm, "imitation", network=silent, num_speculative_tokens=5).maximum == 5
-    for strategy in ("early-exit", "skip"):
+    for strategy in ("early-exit", "layer-skip"):
         assert isinstance(rule(vlm, strategy), AdaptiveLength)
 
 
@@ -51,8 +51,8 @@ def test_what_a_draft_records_counts_and_what_is_asked_for_counts_more(
     assert rule(vlm, "imitation", network=sure, confidence=0) == FixedLength(14)
     fixed = network(vlm, confidence=0.0, num_speculative_tokens=3)
     assert rule(vlm, "imitation", network=fixed) == FixedLength(3)
-    assert rule(vlm, "early-exit", confidence=0.5) == ConfidenceLength(MAX_DRAFT, 0.5)
-    assert rule(vlm, "skip", confidence=0, num_speculative_tokens=4) == FixedLength(4)
+    assert rule(vlm, "early-exit", confidence=0.5) == ConfidenceLength(MAX_DRAFT_TOKENS, 0.5)
+    assert rule(vlm, "layer-skip", confidence=0, num_speculative_tokens=4) == FixedLength(4)
 
 
 def test_what_was_learnt_is_kept_for_the_next_request(vlm: VisionLanguageModel) -> None:
@@ -60,25 +60,29 @@ def test_what_was_learnt_is_kept_for_the_next_request(vlm: VisionLanguageModel) 
     assert rule(vlm, "imitation", network=one) is rule(vlm, "imitation", network=one)
     assert rule(vlm, "imitation", network=one) is not rule(vlm, "imitation", network=other)
     assert rule(vlm, "early-exit", exit_layer=1) is not rule(vlm, "early-exit", exit_layer=2)
-    assert rule(vlm, "skip", skipped_layers=[3, 1]) is rule(vlm, "skip", skipped_layers=(1, 3))
-    assert rule(vlm, "skip", skipped_layers=[1]) is not rule(vlm, "skip", skipped_layers=[3])
+    assert rule(vlm, "layer-skip", skipped_layers=[3, 1]) is rule(
+        vlm, "layer-skip", skipped_layers=(1, 3)
+    )
+    assert rule(vlm, "layer-skip", skipped_layers=[1]) is not rule(
+        vlm, "layer-skip", skipped_layers=[3]
+    )
 
 
 def test_replies_teach_the_rule(vlm: VisionLanguageModel) -> None:
     drafting = network(vlm)
     for limit in (1, 12):
-        drafter = vlm.drafter("imitation", network=drafting)
-        reply = vlm.generate("What is it?", max_new_tokens=limit, drafter=drafter)
-        assert rule(vlm, "imitation", network=drafting).lengths[-1] == len(reply.tokens)
+        strategy = vlm.strategy("imitation", network=drafting)
+        reply = vlm.generate("What is it?", max_new_tokens=limit, strategy=strategy)
+        assert rule(vlm, "imitation", network=drafting).lengths[-1] == len(reply.token_ids)
 
 
 @pytest.mark.parametrize(
     "options", [{"num_speculative_tokens": 0}, {"confidence": 1.5}, {"confidence": -0.1}]
 )
 def test_options_out_of_range_are_refused(vlm: VisionLanguageModel, options: dict) -> None:
-    for strategy in ("early-exit", "skip"):
+    for strategy in ("early-exit", "layer-skip"):
         with pytest.raises(InputError):
-            vlm.drafter(strategy, **options)
+            vlm.strategy(strategy, **options)
 
 
 def test_layers_to_skip_are_searched_for(vlm: VisionLanguageModel) -> None:
@@ -89,7 +93,7 @@ def test_layers_to_skip_are_searched_for(vlm: VisionLanguageModel) -> None:
     choice = vlm.find_skipped_layers(prompts, pictures, max_new_tokens=10)
     assert 1 <= len(choice.skipped) <= vlm.decoder.depth - 2
     assert 0 <= choice.acceptance <= 1
-    drafter = vlm.drafter("skip", skipped_layers=choice.skipped)
+    strategy = vlm.strategy("layer-skip", skipped_layers=choice.skipped)
     for prompt, picture in zip(prompts, pictures, strict=True):
-        found = vlm.generate(prompt, picture, max_new_tokens=12, drafter=drafter)
-        assert found.tokens == vlm.generate(prompt, picture, max_new_tokens=12).tokens
+        found = vlm.generate(prompt, picture, max_new_tokens=12, strategy=strategy)
+        assert found.token_ids == vlm.generate(prompt, picture, max_new_tokens=12).token_ids
