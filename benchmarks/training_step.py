@@ -22,8 +22,8 @@ from accelerate import Accelerator
 import fastvlm
 from fastvlm.data.broken import BrokenRecords
 from fastvlm.data.questions import scene_conversations
-from fastvlm.training.draft import DraftLesson, DraftPlan, new_network
-from fastvlm.training.forcing import Forcing, Kept
+from fastvlm.training.draft import DraftPlan, DraftTask, new_network
+from fastvlm.training.forcing import Kept, TeacherForcing
 from fastvlm.training.learner import Learner
 from fastvlm.training.processes import Processes
 from fastvlm.training.replies import Example, data_replies, questions_of
@@ -59,8 +59,8 @@ def main() -> None:
     torch.set_flush_denormal(True)
     vlm = fastvlm.load()
     learnt = examples(vlm)
-    forced = Forcing(vlm, Kept()).batch(learnt)
-    least = int(forced.learnt.nonzero()[:, 1].min())
+    forced = TeacherForcing(vlm, Kept()).batch(learnt)
+    least = int(forced.loss_mask.nonzero()[:, 1].min())
 
     @torch.no_grad()
     def forward() -> None:
@@ -94,14 +94,14 @@ def step(
 ) -> Callable[[], None]:
     """Return what takes a step with a new network of a kind."""
     network = new_network(vlm, DraftPlan(kind), learnt)
-    lesson = DraftLesson(vlm, {kind: network}, learnt, batch=BATCH)
-    lesson.target.keeps = keeps
-    learner = Learner(lesson, Schedule(steps=1000, learning_rate=1e-3), Accelerator(), Processes())
+    task = DraftTask(vlm, {kind: network}, learnt, batch=BATCH)
+    task.target.keeps = keeps
+    learner = Learner(task, Schedule(steps=1000, learning_rate=1e-3), Accelerator(), Processes())
 
     def take() -> None:
         if forgets:
-            lesson.target.kept = Kept()
-        losses = learner.losses(lesson.draw(0))
+            task.target.kept = Kept()
+        losses = learner.losses(task.draw(0))
         losses.total.backward()
         learner.step(0, losses.weight)
 

@@ -44,7 +44,7 @@ def randomise(module: nn.Module, *, shift: float = 0.5) -> None:
 
     Args:
         module: What to change.
-        shift: How far biases and means lie from 0: the less, the more a picture counts.
+        shift: How far biases and means lie from 0: the less, the more an image counts.
     """
     for part in module.modules():
         if isinstance(part, nn.Conv2d | nn.Linear):
@@ -70,7 +70,7 @@ def small_encoder(**overrides: Any) -> FastViTHD:
 
 
 def small_vlm(dtype: torch.dtype = torch.float64) -> VisionLanguageModel:
-    """Return a whole model with random weights and a tokenizer learnt from scenes."""
+    """Return a whole model with random weights, for inference, with a tokenizer of scenes."""
     tokenizer = learn_tokenizer([SCENE_PROMPT, *(describe(sample(n)) for n in range(20))], 320)
     torch.manual_seed(11)
     special = {"eos_token_id": tokenizer.eos_token_id, "pad_token_id": tokenizer.pad_token_id}

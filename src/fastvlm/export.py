@@ -16,19 +16,20 @@ from fastvlm.vlm import VisionLanguageModel
 TOLERANCES = {torch.float32: 1e-4, torch.float16: 0.05}
 """The most that ONNX Runtime may differ, as a share of the features' standard deviation."""
 COMPARED = ((2, 2), (3, 2), (1, 4), (4, 4))
-"""Rows and columns of visual tokens of the pictures that are compared."""
+"""Rows and columns of visual tokens of the images that are compared."""
 
 
 class VisualFeatures(nn.Module):
-    """Pictures to visual tokens: what the decoder takes in the place of a picture."""
+    """Images to visual tokens: what the decoder takes in the place of an image."""
 
     def __init__(self, vlm: VisionLanguageModel) -> None:
         super().__init__()
-        inner = vlm.model.base_model
+        # Which parts a composite model has is its class's matter.
+        inner: Any = vlm.model.base_model
         self.vision_tower, self.projector = inner.vision_tower, inner.multi_modal_projector
 
     def forward(self, pixel_values: Tensor) -> Tensor:
-        """Encode pictures.
+        """Encode images.
 
         Args:
             pixel_values: (batch, 3, height, width) in [0, 1], height and width multiples of 64.
@@ -65,7 +66,7 @@ def export_onnx(vlm: VisionLanguageModel, file: Path) -> float:
     if dtype not in TOLERANCES:
         raise InputError(f"The export takes a model in float32 or float16; this one has {dtype}.")
     module, tolerance = VisualFeatures(vlm).eval(), TOLERANCES[dtype]
-    # One picture alone would make its dimension of 1 a constant, and so would a square.
+    # One image alone would make its dimension of 1 a constant, and so would a square.
     example = torch.rand(2, 3, 3 * REDUCTION, 2 * REDUCTION, dtype=dtype, device=device)
     batch, rows, columns = (torch.export.Dim(name, min=1) for name in ("batch", "rows", "columns"))
     shapes = {"pixel_values": {0: batch, 2: REDUCTION * rows, 3: REDUCTION * columns}}

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import pytest
 
 from fastvlm.drafting import AdaptiveLength, DraftLength, FixedLength
-from fastvlm.drafting.adaptive import MOST_DEBT, PROBE_SHARE
+from fastvlm.drafting.adaptive import MAX_DEBT_STEPS, PROBE_TIME_SHARE
 from fastvlm.drafting.costs import CycleCosts, Recent, VerifyCost
 from fastvlm.drafting.draft_length import Progress, Timings
 from fastvlm.functional.errors import InputError
@@ -67,20 +67,20 @@ def decoded(
     while at < len(reply):
         progress = Progress([True], [[]], [10_000], [at], behind)
         steps = []
-        while any(length.goes_on(progress)):
+        while any(length.should_continue(progress)):
             place = at + progress.steps
             steps.append((world.step + 0.02 * (0 if steps else behind)) * noise())
             progress.confidences[0].append(reply[place][0] if place < len(reply) else 0.2)
             # The end token is seen when it is drafted.
-            progress.open[0] = place < len(reply) - 1
+            progress.active[0] = place < len(reply) - 1
         accepted = 0
         while accepted < progress.steps and at + accepted < len(reply) and reply[at + accepted][1]:
             accepted += 1
         verify = world.pass_of(progress.steps + 1) * noise()
-        length.learn(progress, [accepted], Timings(steps, verify))
+        length.update(progress, [accepted], Timings(steps, verify))
         total += sum(steps) + verify
         at, behind = at + accepted + 1, 1 if steps else behind + 1
-    length.finish(len(reply))
+    length.on_finish(len(reply))
     return total
 
 
@@ -141,9 +141,9 @@ def test_nothing_is_drafted_where_replies_are_one_word() -> None:
 
 def test_a_first_request_drafts_at_once() -> None:
     length = AdaptiveLength(24)
-    assert length.goes_on(Progress([True], [[]], [100], [1], 40)) == [True]
-    assert length.goes_on(Progress([True], [[]], [1], [1], 40)) == [False]
-    assert length.goes_on(Progress([False], [[]], [100], [1], 40)) == [False]
+    assert length.should_continue(Progress([True], [[]], [100], [1], 40)) == [True]
+    assert length.should_continue(Progress([True], [[]], [1], [1], 40)) == [False]
+    assert length.should_continue(Progress([False], [[]], [100], [1], 40)) == [False]
 
 
 def taught(rows: int, step: float, slope: float, accepted: bool) -> AdaptiveLength:
@@ -152,31 +152,40 @@ def taught(rows: int, step: float, slope: float, accepted: bool) -> AdaptiveLeng
     for _ in range(200):
         progress = Progress([True] * rows, [[0.85] * 4] * rows, [100] * rows, [1] * rows, 1)
         count = [4 if accepted else 0] * rows
-        length.learn(progress, count, Timings([step] * 4, 1 + 4 * slope))
+        length.update(progress, count, Timings([step] * 4, 1 + 4 * slope))
         ordinary = Progress([True] * rows, [[]] * rows, [100] * rows, [1] * rows, 1)
-        length.learn(ordinary, [0] * rows, Timings([], 1.0))
+        length.update(ordinary, [0] * rows, Timings([], 1.0))
     return length
 
 
 def test_rows_stop_together() -> None:
     length = taught(2, 0.1, 0.01, accepted=True)
     sure, unsure = [0.85], [0.05]
-    assert length.goes_on(Progress([True, True], [sure, unsure], [9, 9], [1, 1])) == [True, True]
-    assert length.goes_on(Progress([False, True], [sure, unsure], [9, 9], [1, 1])) == [False, False]
-    assert length.goes_on(Progress([True, False], [sure, unsure], [9, 9], [1, 1])) == [True, False]
+    assert length.should_continue(Progress([True, True], [sure, unsure], [9, 9], [1, 1])) == [
+        True,
+        True,
+    ]
+    assert length.should_continue(Progress([False, True], [sure, unsure], [9, 9], [1, 1])) == [
+        False,
+        False,
+    ]
+    assert length.should_continue(Progress([True, False], [sure, unsure], [9, 9], [1, 1])) == [
+        True,
+        False,
+    ]
 
 
 def test_batches_of_other_sizes_are_measured_for_themselves() -> None:
     length = taught(1, 0.1, 0.01, accepted=True)
-    assert length.pace(1).costs.step.of(0)
-    assert not length.pace(4).costs.step.of(0)
+    assert length.throughput(1).costs.step.of(0)
+    assert not length.throughput(4).costs.step.of(0)
 
 
 def test_a_draft_has_at_most_its_maximum() -> None:
     length = AdaptiveLength(3)
     for drafted, goes in ((2, True), (3, False)):
         progress = Progress([True], [[1.0] * drafted], [100], [1])
-        assert length.goes_on(progress) == [goes]
+        assert length.should_continue(progress) == [goes]
     with pytest.raises(InputError, match=r"at least one token; got .*0"):
         AdaptiveLength(0)
 
@@ -186,14 +195,14 @@ def test_probes_are_paid_from_what_ordinary_steps_take() -> None:
     cycles, probes = 2000, 0
     for _ in range(cycles):
         progress = Progress([True], [[]], [100], [1], 1)
-        if length.goes_on(progress) == [True]:
+        if length.should_continue(progress) == [True]:
             probes += 1
             progress.confidences[0].append(0.85)
-            length.learn(progress, [0], Timings([1.0], 1.3))
+            length.update(progress, [0], Timings([1.0], 1.3))
         else:
-            length.learn(progress, [0], Timings([], 1.0))
+            length.update(progress, [0], Timings([], 1.0))
     # A probe loses 1.3 steps.
-    assert 0 < probes <= PROBE_SHARE * cycles / 1.3 + 2
+    assert 0 < probes <= PROBE_TIME_SHARE * cycles / 1.3 + 2
 
 
 def test_a_median_is_not_disturbed() -> None:
@@ -276,7 +285,7 @@ def test_a_good_draft_that_lost_its_credit_to_the_load_is_soon_tried_again() -> 
     length = AdaptiveLength(24)
     for reply in replies(world, 5):
         decoded(length, world, reply)
-    length.pace(1).credit = -MOST_DEBT
+    length.throughput(1).budget_steps = -MAX_DEBT_STEPS
     taken = sum(decoded(length, world, reply) for reply in replies(world, 5))
     known = AdaptiveLength(24)
     for reply in replies(world, 5):

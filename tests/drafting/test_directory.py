@@ -62,11 +62,12 @@ def network_for(target: PreTrainedModel, **options: Any) -> ImitationNetwork:
 def guesses(network: ImitationNetwork, target: PreTrainedModel) -> Tensor:
     """What a network imitates of a few tokens."""
     decoder = split_decoder(target)
-    cache = decoder.cache(2, 6, network.cache_layers)
-    span = cache.span([0, 0], 6)
+    cache = decoder.cache(2, 6)
+    positions = cache.positions([0, 0], 6)
     tokens = torch.tensor([[4, 8, 15, 16, 23, 42], [7, 7, 1, 2, 30, 9]])
-    x = decoder.run(decoder.embed(tokens), span, cache, range(network.config.exit_layer))
-    return network.run(x, span, cache, decoder)
+    layers = range(network.config.exit_layer)
+    x = decoder.forward_layers(decoder.embed(tokens), positions, cache, layers)
+    return network.imitate(x, positions, cache, decoder)
 
 
 @pytest.fixture(scope="module")

@@ -14,7 +14,7 @@ from fastvlm.functional.errors import InputError
 def drafted(length: DraftLength, confidences: list[float]) -> int:
     """How many tokens a drafter with these confidences drafts."""
     progress = Progress([True], [[]], [100], [1])
-    while length.goes_on(progress) == [True]:
+    while length.should_continue(progress) == [True]:
         progress.confidences[0].append(confidences[progress.steps])
     return progress.steps
 

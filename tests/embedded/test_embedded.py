@@ -15,7 +15,7 @@ from fastvlm.drafting.directory import load_draft
 from fastvlm.evaluation.audit import audit
 from fastvlm.evaluation.quality import score_scenes
 from fastvlm.prompts import question
-from fastvlm.training.draft import DraftLesson
+from fastvlm.training.draft import DraftTask
 from fastvlm.training.replies import Asked, own_replies
 from fastvlm.vlm import VisionLanguageModel, load
 from tests.decoding.conftest import decoding_acceptance
@@ -36,16 +36,16 @@ def test_every_strategys_tokens_are_transformers_own(
     vlm: VisionLanguageModel, questions: list, tmp_path: Path
 ) -> None:
     mlp = load_draft(embedded.FOLDER / "draft-mlp", vlm.model)
-    drafters = {
-        "autoregressive": vlm.drafter("autoregressive"),
-        "imitation": vlm.drafter("imitation"),
-        "imitation-mlp": vlm.drafter("imitation", network=mlp),
-        "early-exit": vlm.drafter("early-exit"),
-        "skip": vlm.drafter("skip"),
-        "lookup": vlm.drafter("lookup"),
+    strategies = {
+        "autoregressive": vlm.strategy("autoregressive"),
+        "imitation": vlm.strategy("imitation"),
+        "imitation-mlp": vlm.strategy("imitation", network=mlp),
+        "early-exit": vlm.strategy("early-exit"),
+        "layer-skip": vlm.strategy("layer-skip"),
+        "prompt-lookup": vlm.strategy("prompt-lookup"),
     }
-    found = audit(vlm, drafters, questions, tmp_path / "audit.jsonl", batch=6, max_new_tokens=140)
-    for name in drafters:
+    found = audit(vlm, strategies, questions, tmp_path / "audit.jsonl", batch=6, max_new_tokens=140)
+    for name in strategies:
         assert found.identical(name) + found.ties(name) == len(questions)
 
 
@@ -63,7 +63,7 @@ def test_acceptance_in_training_is_acceptance_in_decoding(
     asked = [Asked("", tuple(question(q.prompt, q.open(vlm.image_size))), "") for q in questions]
     examples = own_replies(vlm, asked, tmp_path, BrokenRecords())
     assert vlm.network is not None
-    report = DraftLesson(vlm, {"it": vlm.network}, examples).loss(examples).report
+    report = DraftTask(vlm, {"it": vlm.network}, examples).loss(examples).report
     accepted = decoding_acceptance(vlm, questions, FixedLength(4))
     agree, over = report["it agree"]
     assert accepted == pytest.approx(agree / over, abs=0.02)

@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 
 import torch
 
 from fastvlm.decoding import (
     Autoregressive,
-    Decoding,
-    Drafter,
+    Engine,
+    LayerSkip,
     PromptLookup,
     Request,
     SelfSpeculative,
+    Strategy,
 )
 from fastvlm.drafting import FixedLength, ImitationConfig, ImitationNetwork
 from fastvlm.drafting.imitation import initialise_from
@@ -20,7 +21,9 @@ from fastvlm.language import DecoderInputs, SplitDecoder
 from tests.families import DEPTH, END
 
 LIMIT = 14
-STRATEGIES = ("autoregressive", "early exit", "lookup", "block", "perfect", "mlp")
+STRATEGIES = (
+    "autoregressive", "early-exit", "prompt-lookup", "block", "perfect", "mlp", "layer-skip",
+)  # fmt: skip
 
 
 def network(
@@ -43,13 +46,15 @@ def network(
     return made.to(decoder.dtype).eval()
 
 
-def strategy(name: str, decoder: SplitDecoder) -> Drafter:
+def strategy(name: str, decoder: SplitDecoder) -> Strategy:
     if name == "autoregressive":
         return Autoregressive()
-    if name == "lookup":
-        return PromptLookup(margin=4)
+    if name == "prompt-lookup":
+        return PromptLookup(4)
+    if name == "layer-skip":
+        return LayerSkip(decoder, [1], FixedLength(3))
     made = {
-        "early exit": lambda: None,
+        "early-exit": lambda: None,
         "block": lambda: network(decoder, "block"),
         "perfect": lambda: network(decoder, "block", perfect=True),
         "mlp": lambda: network(decoder, "mlp"),
@@ -57,18 +62,16 @@ def strategy(name: str, decoder: SplitDecoder) -> Drafter:
     return SelfSpeculative(decoder, 1, made, FixedLength(3))
 
 
-def decode(decoder: SplitDecoder, drafter: Drafter, prompts: list[DecoderInputs]) -> list[Request]:
-    requests = [
-        Request(
-            prompt.token_ids,
-            prompt.embeddings,
-            LIMIT,
-            frozenset({END}),
-            positions=prompt.position_ids,
-            memory=prompt.encoder_states,
-        )
-        for prompt in prompts
-    ]
-    for _ in Decoding(decoder, drafter, requests):
-        pass
+def decode(
+    decoder: SplitDecoder,
+    drafts: Strategy,
+    prompts: Sequence[DecoderInputs],
+    limit: int = LIMIT,
+    ends: Collection[int] = (END,),
+) -> list[Request]:
+    """Decode prompts together, each in a slot of one engine; a failure is raised."""
+    requests = [Request(one, drafts, limit, end_token_ids=frozenset(ends)) for one in prompts]
+    for request in Engine(decoder).run(requests):
+        if request.error is not None:
+            raise request.error
     return requests

@@ -46,7 +46,7 @@ def test_greedy_tokens_equal_generates(family: str, name: str, rows: int) -> Non
     found = decode(
         decoder, strategy(name, decoder), capture_decoder_inputs(known.model, known.inputs[rows])
     )
-    assert [request.reply for request in found] == known.expected[rows]
+    assert [request.output_token_ids for request in found] == known.expected[rows]
     if name == "perfect":
         assert all(request.accepted == request.proposed for request in found)
         assert sum(map(sum, (request.accepted for request in found))) > 3 * rows
@@ -64,19 +64,19 @@ def test_logits_of_a_prompt_equal_transformers(family: str) -> None:
         else {"decoder_input_ids": torch.tensor([prompt.token_ids])}
     )
     empty = decoder.cache(1, len(prompt.token_ids))
-    empty.seat(0, prompt.position_ids, prompt.encoder_states)
-    span = empty.span([0], len(prompt.token_ids))
+    empty.assign(0, len(prompt.token_ids), prompt.position_ids, prompt.encoder_states)
+    positions = empty.positions([0], len(prompt.token_ids))
     some = torch.tensor([3, 50, 7])
     with torch.inference_mode():
         expected = known.model(**known.inputs[1], **start).logits
-        x = decoder.run(prompt.embeddings[None], span, empty, range(decoder.depth))
+        x = decoder.forward_layers(prompt.embeddings[None], positions, empty, range(decoder.depth))
         torch.testing.assert_close(decoder.head(x), expected)
-        restricted = torch.nn.functional.linear(decoder.norm(x), decoder.head_rows(some))
+        restricted = torch.nn.functional.linear(decoder.norm(x), decoder.lm_head_rows(some))
     torch.testing.assert_close(restricted, expected[..., some])
 
 
 @pytest.mark.parametrize("name", STRATEGIES)
-def test_a_reply_ends_at_the_last_learnt_position(name: str) -> None:
+def test_a_reply_ends_where_a_table_of_positions_does(name: str) -> None:
     """Rows that are longer than others draft past it, in a table without such positions."""
     context = 16
     model, inputs = text("opt", max_position_embeddings=context)
@@ -86,5 +86,6 @@ def test_a_reply_ends_at_the_last_learnt_position(name: str) -> None:
         for tokens in (prompt.token_ids for prompt in prompts)
     ]
     decoder = split_decoder(model)
-    found = decode(decoder, strategy(name, decoder), prompts)
-    assert [request.reply for request in found] == expected
+    with pytest.warns(UserWarning, match="where the model's 16 positions end"):
+        found = decode(decoder, strategy(name, decoder), prompts)
+    assert [request.output_token_ids for request in found] == expected

@@ -269,7 +269,7 @@ def test_threads_may_call_while_a_layer_becomes_an_ordinary_one() -> None:
 
 
 @pytest.mark.parametrize("family", ["llama", "qwen2.5-vl", "blip2-opt", "blip2-t5"])
-@pytest.mark.parametrize("name", ["autoregressive", "lookup", "block"])
+@pytest.mark.parametrize("name", ["autoregressive", "prompt-lookup", "block"])
 def test_tokens_are_those_of_generate(
     family: str, name: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -286,8 +286,8 @@ def test_tokens_are_those_of_generate(
     assert fastvlm.pack_decoder(model) > 0
     decoder = split_decoder(model)
     found = decode(decoder, strategy(name, decoder), prompts)
-    assert [request.reply for request in found] == expected
-    assert decode(decoder, Autoregressive(), prompts)[0].reply == expected[0]
+    assert [request.output_token_ids for request in found] == expected
+    assert decode(decoder, Autoregressive(), prompts)[0].output_token_ids == expected[0]
 
 
 def test_load_packs_as_much_as_it_is_told() -> None:

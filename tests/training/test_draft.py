@@ -1,10 +1,10 @@
-"""The draft's lesson: what it learns from, what it measures, and what decoding makes of it."""
+"""The draft's task: what it learns from, what it measures, and what decoding makes of it."""
 
 from __future__ import annotations
 
 import itertools
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +15,7 @@ from torch import Tensor
 
 from fastvlm.data.broken import BrokenRecords
 from fastvlm.data.questions import Question, about_photographs, about_scenes
-from fastvlm.decoding import Decoding, Request
+from fastvlm.decoding import Request
 from fastvlm.drafting import ImitationConfig, ImitationNetwork
 from fastvlm.drafting.directory import load_draft
 from fastvlm.drafting.imitation import initialise_from
@@ -23,8 +23,8 @@ from fastvlm.functional.errors import CheckpointError
 from fastvlm.prompts import question as asking
 from fastvlm.training import replies
 from fastvlm.training.draft import (
-    DraftLesson,
     DraftPlan,
+    DraftTask,
     frequent_tokens,
     new_network,
     train_draft,
@@ -68,7 +68,7 @@ def vlm(questions: list[Question], tmp_path_factory: pytest.TempPathFactory) -> 
         reply = example.reply
         counts.update(set(reply[MOST // 2 :]) - set(reply[: MOST // 2]))
     [(end, _)] = counts.most_common(1)
-    vlm.end_tokens, vlm.model.generation_config.eos_token_id = frozenset({end}), end
+    vlm.model.generation_config.eos_token_id = end
     return vlm
 
 
@@ -90,7 +90,7 @@ def loss_of(
     vlm: VisionLanguageModel, network: ImitationNetwork, examples: Sequence[Example]
 ) -> tuple[float, dict[str, float]]:
     """One network's loss and report, by the names of the measures alone."""
-    losses = DraftLesson(vlm, {"it": network}, examples).loss(examples)
+    losses = DraftTask(vlm, {"it": network}, examples).loss(examples)
     report = {name.split()[-1]: total / over for name, (total, over) in losses.report.items()}
     return float(losses.total.detach()) / losses.weight, report
 
@@ -105,9 +105,7 @@ def network(
     torch.manual_seed(0)
     network = taught(vlm, DraftPlan("block", 3, draft_vocabulary=150), examples)
     schedule = Schedule(steps=30, learning_rate=2e-3, warmup=5)
-    train(
-        DraftLesson(vlm, {"it": network}, examples[:6]), schedule, tmp_path_factory.mktemp("draft")
-    )
+    train(DraftTask(vlm, {"it": network}, examples[:6]), schedule, tmp_path_factory.mktemp("draft"))
     return network
 
 
@@ -118,7 +116,7 @@ def test_replies_are_what_generate_says(
     assert len({len(example.reply) for example in examples}) > 3
     for question, example in zip(questions[:6], examples, strict=False):
         pixels = prepare(question.open(vlm.image_size), vlm.image_size).double()
-        prompt, reply = vlm.tokens(question.prompt, pictures=1), list(example.reply)
+        prompt, reply = vlm.tokens(question.prompt, images=1), list(example.reply)
         tokens = torch.tensor([prompt])
         out = vlm.model.generate(
             input_ids=tokens, attention_mask=torch.ones_like(tokens), pixel_values=pixels,
@@ -127,22 +125,30 @@ def test_replies_are_what_generate_says(
         assert out[0, len(prompt) :].tolist() == reply
         assert vlm.generate(
             question.prompt, question.open(vlm.image_size), max_new_tokens=MOST
-        ).tokens == reply  # fmt: skip
+        ).token_ids == reply  # fmt: skip
 
 
 class Counted:
-    """`Decoding`, with the number of prompts of each call written down; fails from a call on."""
+    """Counts the requests that a model decodes; the process is killed at a number of them."""
 
-    def __init__(self, monkeypatch: pytest.MonkeyPatch, fails_at: int = 1000) -> None:
-        self.batches: list[int] = []
-        self.fails_at = fails_at
-        monkeypatch.setattr(replies, "Decoding", self)
+    def __init__(
+        self, vlm: VisionLanguageModel, monkeypatch: pytest.MonkeyPatch, killed_at: int = 1000
+    ) -> None:
+        self.asked, self.killed_at = 0, killed_at
+        self.requests = vlm.requests
+        monkeypatch.setattr(vlm, "requests", self)
 
-    def __call__(self, decoder: object, drafter: object, requests: list[Request]) -> Decoding:
-        if len(self.batches) == self.fails_at:
-            raise KeyboardInterrupt
-        self.batches.append(len(requests))
-        return Decoding(decoder, drafter, requests)
+    def __call__(self, *args: Any, **options: Any) -> Iterator[Request]:
+        for request in self.requests(*args, **options):
+            if self.asked == self.killed_at:
+                raise KeyboardInterrupt
+            self.asked += 1
+            yield request
+
+    def since(self) -> int:
+        """Return the requests since this was asked last."""
+        asked, self.asked = self.asked, 0
+        return asked
 
 
 def said(examples: list[Example]) -> list[tuple[int, ...]]:
@@ -156,40 +162,93 @@ def test_replies_are_kept(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     few = questions[:7]
-    counted = Counted(monkeypatch)
-    fresh = own_replies(vlm, few, tmp_path, batch=3, max_new_tokens=6)
-    assert counted.batches == [3, 3, 1]
-    kept = own_replies(vlm, few, tmp_path, batch=3, max_new_tokens=6)
-    assert counted.batches == [3, 3, 1]
+    counted = Counted(vlm, monkeypatch)
+    fresh = own_replies(vlm, few, tmp_path, max_new_tokens=6)
+    assert counted.since() == 7
+    kept = own_replies(vlm, few, tmp_path, max_new_tokens=6)
+    assert counted.since() == 0
     assert said(kept) == said(fresh)
     # Other questions, limits or weights are not answered from it.
     own_replies(vlm, few[:2], tmp_path, max_new_tokens=6)
     own_replies(vlm, few[:3], tmp_path, max_new_tokens=5)
-    assert counted.batches[3:] == [2, 3]
+    assert counted.since() == 5
     norm = vlm.model.get_decoder().norm.weight
     monkeypatch.setattr(norm, "data", norm.data * 2)
     own_replies(vlm, few[:2], tmp_path, max_new_tokens=6)
-    assert counted.batches[5:] == [2]
+    assert counted.since() == 2
 
 
+@pytest.mark.parametrize("temperature", [0.0, 1.5])
 def test_a_killed_run_goes_on_from_the_replies_it_kept(
+    temperature: float,
     vlm: VisionLanguageModel,
     questions: list[Question],
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    expected = own_replies(vlm, questions, tmp_path / "whole", max_new_tokens=4)
-    killed = Counted(monkeypatch, fails_at=9)
-    with pytest.raises(KeyboardInterrupt):
-        own_replies(vlm, questions, tmp_path, batch=2, max_new_tokens=4)
-    assert killed.batches == [2] * 9
-    # A line that was cut off is answered again.
+    options = {"max_new_tokens": 12, "temperature": temperature}
+    expected = own_replies(vlm, questions, tmp_path / "whole", **options)
+    with monkeypatch.context() as patched:
+        Counted(vlm, patched, killed_at=18)
+        with pytest.raises(KeyboardInterrupt):
+            own_replies(vlm, questions, tmp_path, **options)
     [file] = tmp_path.glob("replies-*.jsonl")
+    kept = len(file.read_text().splitlines())
+    assert 0 < kept < 18
+    # A line that was cut off is answered again.
     file.write_bytes(file.read_bytes()[:-3])
-    resumed = Counted(monkeypatch)
-    again = own_replies(vlm, questions, tmp_path, batch=2, max_new_tokens=4)
+    resumed = Counted(vlm, monkeypatch)
+    again = own_replies(vlm, questions, tmp_path, **options)
     assert said(again) == said(expected)
-    assert resumed.batches == [2, 1]
+    assert resumed.asked == len(questions) - kept + 1
+
+
+def test_sampled_replies_are_drawn_with_their_numbers(
+    vlm: VisionLanguageModel, questions: list[Question], tmp_path: Path
+) -> None:
+    told = own_replies(vlm, [questions[0]] * 3, tmp_path, max_new_tokens=12, temperature=1.0)
+    assert len({example.reply for example in told}) == 3
+    for number, example in enumerate(told):
+        reply = vlm.generate(
+            questions[0].prompt,
+            questions[0].open(vlm.image_size),
+            max_new_tokens=12,
+            temperature=1.0,
+            seed=number,
+        )
+        assert reply.token_ids == list(example.reply)
+
+
+def test_a_question_that_fails_is_its_own_failure(
+    vlm: VisionLanguageModel, questions: list[Question], tmp_path: Path
+) -> None:
+    """An image that can't be read, and a prompt without room for a reply, are passed over."""
+    asked = [
+        Asked(str(n), tuple(asking(q.prompt, q.open(vlm.image_size))), "")
+        for n, q in enumerate(questions[:4])
+    ]
+    asked[1] = Asked("1", tuple(asking("What?", tmp_path / "nowhere.png")), "")
+    asked[2] = Asked("2", tuple(asking("What? " * 300, None)), "")
+    for _ in range(2):
+        broken = BrokenRecords(share=0.5)
+        told = replies.own_replies(vlm, asked, tmp_path, broken, max_new_tokens=6)
+        whole = own_replies(vlm, [questions[0], questions[3]], tmp_path, max_new_tokens=6)
+        assert said(told) == said(whole)
+        assert "2 of 4" in broken.summary()
+
+
+def test_another_failure_ends_the_run(
+    vlm: VisionLanguageModel,
+    questions: list[Question],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def full(*_: Any) -> None:
+        raise RuntimeError("out of memory")
+
+    monkeypatch.setattr(vlm.decoder, "forward_layers", full)
+    with pytest.raises(RuntimeError, match="out of memory"):
+        own_replies(vlm, questions[:2], tmp_path, max_new_tokens=6)
 
 
 def test_photographs_are_answered_too(vlm: VisionLanguageModel, tmp_path: Path) -> None:
@@ -198,7 +257,7 @@ def test_photographs_are_answered_too(vlm: VisionLanguageModel, tmp_path: Path) 
     told = own_replies(vlm, [*asked, *about_scenes([3])], tmp_path, max_new_tokens=8)
     for question, example in zip(asked, told, strict=False):
         reply = vlm.generate(question.prompt, tmp_path / "noise.png", max_new_tokens=8)
-        assert list(example.reply) == reply.tokens
+        assert list(example.reply) == reply.token_ids
 
 
 def test_frequent_tokens_are_counted_in_replies_alone() -> None:
@@ -277,9 +336,9 @@ def test_networks_are_taught_side_by_side(
         "whole": DraftPlan("block", 2, blocks=2, draft_vocabulary=None, cross_entropy=0.3),
     }
     networks = {name: taught(vlm, plan, examples) for name, plan in plans.items()}
-    together = DraftLesson(vlm, networks, examples, plans).loss(examples[:3])
+    together = DraftTask(vlm, networks, examples, plans).loss(examples[:3])
     alone = [
-        DraftLesson(vlm, {name: network}, examples, plans).loss(examples[:3])
+        DraftTask(vlm, {name: network}, examples, plans).loss(examples[:3])
         for name, network in networks.items()
     ]
     summed = sum(float(losses.total.detach()) for losses in alone)
@@ -302,41 +361,41 @@ def test_an_example_goes_through_the_target_once(
     plans = {"deep": DraftPlan("block", 3), "shallow": DraftPlan("mlp", 1)}
     networks = {name: taught(vlm, plan, examples) for name, plan in plans.items()}
     ran: list[range] = []
-    run = vlm.decoder.run
+    run = vlm.decoder.forward_layers
 
-    def counted(x: Tensor, span: Any, cache: Any, layers: range) -> Tensor:
+    def counted(x: Tensor, positions: Any, cache: Any, layers: range) -> Tensor:
         ran.append(layers)
-        return run(x, span, cache, layers)
+        return run(x, positions, cache, layers)
 
-    monkeypatch.setattr(vlm.decoder, "run", counted)
-    together = DraftLesson(vlm, networks, examples, plans, kept_bytes=0)
+    monkeypatch.setattr(vlm.decoder, "forward_layers", counted)
+    together = DraftTask(vlm, networks, examples, plans, kept_bytes=0)
     expected = [
         float(together.loss(drawn).total.detach()) for drawn in (examples[:3], examples[2:5])
     ]
     assert len(ran) == 2 * 3
-    lesson = DraftLesson(vlm, networks, examples, plans)
+    task = DraftTask(vlm, networks, examples, plans)
     # The third is met again, among others.
-    found = [lesson.loss(drawn).total for drawn in (examples[:3], examples[2:5])]
+    found = [task.loss(drawn).total for drawn in (examples[:3], examples[2:5])]
     assert len(ran) == 2 * 3 + 5 * 3
     assert [float(total.detach()) for total in found] == pytest.approx(expected)
     # And to the bit, whatever it was drawn with first: as when a run is resumed.
-    resumed = DraftLesson(vlm, networks, examples, plans)
+    resumed = DraftTask(vlm, networks, examples, plans)
     assert torch.equal(resumed.loss(examples[2:5]).total, found[1])
-    assert torch.equal(lesson.loss(examples[2:5]).total, found[1])
+    assert torch.equal(task.loss(examples[2:5]).total, found[1])
 
 
 def test_states_are_kept_where_all_fit(vlm: VisionLanguageModel, examples: list[Example]) -> None:
     network = {"it": taught(vlm, DraftPlan("mlp", 2), examples)}
-    roomy = DraftLesson(vlm, network, examples, kept_bytes=2**30)
+    roomy = DraftTask(vlm, network, examples, kept_bytes=2**30)
     expected = float(roomy.loss(examples).total.detach())
     needed = 2**30 - roomy.target.kept.left
     assert needed > 0
     for room, keeps in ((2 * needed, True), (needed // 2, False)):
-        lesson = DraftLesson(vlm, network, examples, kept_bytes=room)
+        task = DraftTask(vlm, network, examples, kept_bytes=room)
         for _ in range(2):
-            assert float(lesson.loss(examples).total.detach()) == pytest.approx(expected)
-        assert lesson.target.keeps == keeps
-        assert (lesson.target.kept.left < room) == keeps
+            assert float(task.loss(examples).total.detach()) == pytest.approx(expected)
+        assert task.target.keeps == keeps
+        assert (task.target.kept.left < room) == keeps
 
 
 @pytest.mark.parametrize("exit_layer", [1, 3])
@@ -392,13 +451,18 @@ def decoded(
     vlm: VisionLanguageModel, network: ImitationNetwork, questions: list[Question], most: int
 ) -> list[Request]:
     """Replies decoded as one batch, with drafts of a fixed length."""
+    strategy = vlm.strategy(network=network, num_speculative_tokens=most, confidence=0.0)
     requests = [
-        vlm.request(question.prompt, question.open(vlm.image_size), max_new_tokens=MOST)
+        vlm.request(
+            question.prompt,
+            question.open(vlm.image_size),
+            strategy=strategy,
+            max_new_tokens=MOST,
+        )
         for question in questions
     ]
-    drafter = vlm.drafter(network=network, num_speculative_tokens=most, confidence=0.0)
-    for _ in Decoding(vlm.decoder, drafter, requests):
-        pass
+    for request in vlm.engine.run(requests):
+        assert request.error is None
     return requests
 
 
@@ -432,7 +496,7 @@ def test_decoding_accepts_just_what_teaching_predicts(
 ) -> None:
     requests = decoded(vlm, network, questions[:FEW], most)
     for request, example, agrees in zip(requests, examples, agreements, strict=False):
-        assert request.reply == list(example.reply)
+        assert request.output_token_ids == list(example.reply)
         assert request.accepted == replayed(agrees, most)
 
 
@@ -471,11 +535,11 @@ def test_drafts_trained_for_a_stored_model_serve_it(tmp_path: Path) -> None:
         assert (network.config.kind, network.config.exit_layer) == (plan.kind, plan.exit_layer)
         assert network.draft_vocabulary.tolist() == frequent_tokens(told, plan.draft_vocabulary)
         assert {p.dtype for p in network.parameters()} == {torch.float32}
-        drafter = vlm.drafter(network=network)
+        strategy = vlm.strategy(network=network)
         for question, example in zip(asked, told, strict=True):
             picture = question.open(vlm.image_size)
-            reply = vlm.generate(question.prompt, picture, max_new_tokens=12, drafter=drafter)
-            assert reply.tokens == list(example.reply)
+            reply = vlm.generate(question.prompt, picture, max_new_tokens=12, strategy=strategy)
+            assert reply.token_ids == list(example.reply)
 
 
 def test_a_draft_goes_on_from_an_earlier_run(tmp_path: Path) -> None:

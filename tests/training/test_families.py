@@ -14,7 +14,7 @@ from fastvlm.data.broken import BrokenRecords
 from fastvlm.data.questions import pictures_in
 from fastvlm.drafting.directory import load_draft
 from fastvlm.prompts import question
-from fastvlm.training.draft import DraftLesson, DraftPlan, new_network, train_draft
+from fastvlm.training.draft import DraftPlan, DraftTask, new_network, train_draft
 from fastvlm.training.held_out import decode_held_out
 from fastvlm.training.replies import Asked, own_replies
 from fastvlm.training.schedule import Schedule
@@ -42,7 +42,7 @@ def test_a_draft_learns_from_photographs_and_drafts_losslessly(family: str, tmp_
     depth = vlm.decoder.depth
     whole = DraftPlan("block", 1, blocks=depth - 1, draft_vocabulary=None)
     perfect = new_network(vlm, whole, examples).double()
-    losses = DraftLesson(vlm, {"perfect": perfect}, examples).loss(examples)
+    losses = DraftTask(vlm, {"perfect": perfect}, examples).loss(examples)
     assert losses.report["perfect agree"] == (losses.weight, losses.weight)
     assert losses.report["perfect kl"][0] == pytest.approx(0, abs=1e-6)
 
@@ -59,10 +59,10 @@ def test_a_draft_learns_from_photographs_and_drafts_losslessly(family: str, tmp_
         for text, path in zip(QUESTIONS, PHOTOGRAPHS, strict=True)
     ]
     for name in plans:
-        drafter = vlm.drafter(
+        strategy = vlm.strategy(
             network=load_draft(tmp_path / "drafts" / name, vlm.model),
             num_speculative_tokens=3,
             confidence=0,
         )
-        together = vlm.generate_batch(QUESTIONS, PHOTOGRAPHS, drafter=drafter, max_new_tokens=12)
-        assert [reply.tokens for reply in together] == expected
+        together = vlm.generate_batch(QUESTIONS, PHOTOGRAPHS, strategy=strategy, max_new_tokens=12)
+        assert [reply.token_ids for reply in together] == expected

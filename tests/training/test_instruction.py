@@ -1,4 +1,4 @@
-"""A model's own lesson: what is learnt of a conversation, by which part, and what is saved."""
+"""A model's own task: what is learnt of a conversation, by which part, and what is saved."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from fastvlm.functional.errors import InputError
 from fastvlm.scenes import render, sample
 from fastvlm.training.assembly import assemble
 from fastvlm.training.dialogues import IGNORED
-from fastvlm.training.instruction import InstructionLesson, tune_model
+from fastvlm.training.instruction import InstructionTask, tune_model
 from fastvlm.training.paper_stages import PAPER_STAGES, PaperStage
 from fastvlm.training.parts import learning
 from fastvlm.training.rows import FastViTHDRows, rows_for
@@ -114,7 +114,7 @@ def test_the_loss_is_transformers_own() -> None:
     rows = rows_of(vlm)
     made = [row for one in conversations() for row in rows.rows(one)]
     feed = Feed(source(conversations()))
-    found = InstructionLesson(vlm.model, rows, feed, 3).loss(made)
+    found = InstructionTask(vlm.model, rows, feed, 3).loss(made)
     alone, learnt = [], 0
     for row in made:
         number = int((row.labels[1:] != IGNORED).sum())
@@ -141,8 +141,8 @@ def test_gradients_reach_projector_and_encoder_and_statistics_stay() -> None:
     assert any("running_mean" in name for name in before)
     rows = rows_of(vlm)
     with learning(vlm.model, "everything", 1):
-        lesson = InstructionLesson(vlm.model, rows, Feed(source(conversations())), 2)
-        lesson.loss(lesson.draw(0) + lesson.draw(1)).total.backward()
+        task = InstructionTask(vlm.model, rows, Feed(source(conversations())), 2)
+        task.loss(task.draw(0) + task.draw(1)).total.backward()
     without = [n for n, p in vlm.model.named_parameters() if p.grad is None or not p.grad.any()]
     assert without == []
     for name, buffer in tower.named_buffers():
@@ -181,7 +181,7 @@ def test_only_the_named_part_changes_and_what_is_saved_is_it(
     assert parts == prefixes
     for name, weight in weights(model).items():
         assert after[name].equal(weight), name
-    assert load(tmp_path).generate("What?", render(sample(0), 128), max_new_tokens=3).tokens
+    assert load(tmp_path).generate("What?", render(sample(0), 128), max_new_tokens=3).token_ids
 
 
 def test_adapters_are_few_and_merged_they_are_the_adapted_model() -> None:
@@ -189,20 +189,20 @@ def test_adapters_are_few_and_merged_they_are_the_adapted_model() -> None:
     vlm = small_vlm()
     rows = rows_of(vlm)
     made = [row for one in conversations() for row in rows.rows(one)]
-    lesson = InstructionLesson(vlm.model, rows, Feed(source(conversations())), 2)
-    plain = float(lesson.loss(made).total.detach())
+    task = InstructionTask(vlm.model, rows, Feed(source(conversations())), 2)
+    plain = float(task.loss(made).total.detach())
     names = set(vlm.model.state_dict())
     with learning(vlm.model, "lora", 2):
         learnt = [p for p in vlm.model.parameters() if p.requires_grad]
         whole = sum(p.numel() for p in vlm.model.parameters())
         assert 0 < sum(p.numel() for p in learnt) < 0.1 * whole
-        assert float(lesson.loss(made).total.detach()) == pytest.approx(plain)
+        assert float(task.loss(made).total.detach()) == pytest.approx(plain)
         with torch.no_grad():
             for p in learnt:
                 p.add_(0.5 * torch.randn_like(p))
-        adapted = float(lesson.loss(made).total.detach())
+        adapted = float(task.loss(made).total.detach())
     assert adapted != pytest.approx(plain, rel=1e-3)
-    assert float(lesson.loss(made).total.detach()) == pytest.approx(adapted, rel=1e-9)
+    assert float(task.loss(made).total.detach()) == pytest.approx(adapted, rel=1e-9)
     assert set(vlm.model.state_dict()) == names
 
 
@@ -234,8 +234,8 @@ def test_text_alone_teaches_a_projector_nothing() -> None:
     vlm = small_vlm()
     rows = rows_of(vlm)
     with learning(vlm.model, "projector", 1):
-        lesson = InstructionLesson(vlm.model, rows, Feed(source(conversations())), 1)
-        found = lesson.loss(rows.rows(conversations()[1]))
+        task = InstructionTask(vlm.model, rows, Feed(source(conversations())), 1)
+        found = task.loss(rows.rows(conversations()[1]))
         found.total.backward()
     assert found.weight > 1
     assert all(p.grad is None for p in vlm.model.parameters())
@@ -246,12 +246,12 @@ def test_conversations_that_make_no_row_are_counted() -> None:
     long = Conversation("long", (turn("user", "a" * 900), turn("assistant", "No.")))
     feed = Feed(source([long, *conversations()]))
     feed.broken.share = 0.5
-    lesson = InstructionLesson(vlm.model, rows_of(vlm), feed, 4)
-    assert len(lesson.draw(0)) == 4
+    task = InstructionTask(vlm.model, rows_of(vlm), feed, 4)
+    assert len(task.draw(0)) == 4
     [named] = feed.broken.named
     assert (named.name, "the model's context is 256" in named.reason) == ("long", True)
     with pytest.raises(InputError, match="1 of 1 records"):
-        InstructionLesson(vlm.model, rows_of(vlm), Feed(source([long])), 1).draw(0)
+        InstructionTask(vlm.model, rows_of(vlm), Feed(source([long])), 1).draw(0)
 
 
 @pytest.mark.parametrize("family", ["llava", "qwen2.5-vl", "idefics3"])
@@ -260,8 +260,8 @@ def test_other_families_learn_through_their_processor(family: str, tmp_path: Pat
     model, processor = load_checkpoint(tmp_path / "model", torch.float64, "cpu")
     rows = rows_for(model, processor, None)
     made = rows.rows(conversations()[0])
-    lesson = InstructionLesson(model, rows, Feed(source(conversations())), 1)
-    found = lesson.loss(made)
+    task = InstructionTask(model, rows, Feed(source(conversations())), 1)
+    found = task.loss(made)
     expected, learnt = 0.0, 0
     for row in made:
         number = int((row.labels != IGNORED).sum())

@@ -12,7 +12,7 @@ from fastvlm.data.broken import BrokenRecords
 from fastvlm.data.questions import scene_conversations
 from fastvlm.drafting.directory import load_draft
 from fastvlm.training.draft import DraftPlan, train_draft
-from fastvlm.training.joint import JointLesson, JointPlan, train_joint
+from fastvlm.training.joint import JointPlan, JointTask, train_joint
 from fastvlm.training.replies import Asked, Example, data_replies, own_replies, questions_of
 from fastvlm.training.schedule import Schedule
 from fastvlm.vlm import VisionLanguageModel
@@ -55,7 +55,7 @@ def naive(vlm: VisionLanguageModel, example: Example) -> tuple[float, float]:
 def test_the_loss_is_that_of_the_last_layer_and_of_the_exit(
     vlm: VisionLanguageModel, examples: list[Example]
 ) -> None:
-    found = JointLesson(vlm, examples, JointPlan(EXIT, weight=0.3)).loss(examples)
+    found = JointTask(vlm, examples, JointPlan(EXIT, weight=0.3)).loss(examples)
     final, early = (sum(parts) for parts in zip(*(naive(vlm, e) for e in examples), strict=True))
     number = sum(len(example.reply) for example in examples)
     assert found.weight == number
@@ -67,8 +67,8 @@ def test_the_loss_is_that_of_the_last_layer_and_of_the_exit(
 def test_layers_and_norm_learn_and_nothing_else(
     vlm: VisionLanguageModel, examples: list[Example]
 ) -> None:
-    lesson = JointLesson(vlm, examples, JointPlan(EXIT, batch=2))
-    lesson.loss(lesson.draw(0)).total.backward()
+    task = JointTask(vlm, examples, JointPlan(EXIT, batch=2))
+    task.loss(task.draw(0)).total.backward()
     learnt = {name for name, p in vlm.model.named_parameters() if p.grad is not None}
     decoder = "model.language_model."
     assert learnt == {
@@ -84,12 +84,12 @@ def test_the_exit_learns_and_a_draft_for_the_new_target_is_lossless(tmp_path: Pa
     examples = data_replies(vlm, asked)
     plan = JointPlan(EXIT, batch=4)
     with torch.no_grad():
-        before = JointLesson(vlm, examples, plan).loss(examples).report
+        before = JointTask(vlm, examples, plan).loss(examples).report
     schedule = Schedule(steps=12, learning_rate=3e-3, warmup=2, weight_decay=0.0)
     train_joint(vlm, examples, plan, schedule, tmp_path / "model")
     tuned = fastvlm.load(tmp_path / "model")
     with torch.no_grad():
-        after = JointLesson(tuned, examples, plan).loss(examples).report
+        after = JointTask(tuned, examples, plan).loss(examples).report
     for name in before:
         assert after[name][0] < 0.8 * before[name][0], name
     replies = own_replies(tuned, asked, tmp_path, BrokenRecords(), max_new_tokens=16)
@@ -97,10 +97,10 @@ def test_the_exit_learns_and_a_draft_for_the_new_target_is_lossless(tmp_path: Pa
     plans = {"block": DraftPlan("block", EXIT, draft_vocabulary=60)}
     train_draft(tuned, plans, replies, tmp_path / "drafts", short)
     network = load_draft(tmp_path / "drafts" / "block", tuned.model)
-    drafter = tuned.drafter(network=network, num_speculative_tokens=3, confidence=0)
+    strategy = tuned.strategy(network=network, num_speculative_tokens=3, confidence=0)
     for one, example in zip(asked, replies, strict=True):
-        found = tuned.generate(one.messages, drafter=drafter, max_new_tokens=16)
-        assert tuple(found.tokens) == example.reply
+        found = tuned.generate(one.messages, strategy=strategy, max_new_tokens=16)
+        assert tuple(found.token_ids) == example.reply
 
 
 @pytest.mark.parametrize("family", ["llava", "blip2-t5"])
@@ -110,10 +110,10 @@ def test_any_family_has_the_phase(family: str, tmp_path: Path) -> None:
     examples = data_replies(vlm, asked_of(2))
     plan = JointPlan(1, batch=2)
     with torch.no_grad():
-        before = JointLesson(vlm, examples, plan).loss(examples).total
+        before = JointTask(vlm, examples, plan).loss(examples).total
     schedule = Schedule(steps=3, learning_rate=1e-3, warmup=0, weight_decay=0.0)
     train_joint(vlm, examples, plan, schedule, tmp_path / "tuned")
     tuned = fastvlm.load(tmp_path / "tuned", dtype=torch.float64)
     with torch.no_grad():
-        after = JointLesson(tuned, examples, plan).loss(examples).total
+        after = JointTask(tuned, examples, plan).loss(examples).total
     assert float(after) < float(before)

@@ -80,7 +80,7 @@ def test_the_stages_make_a_model_that_loads_and_replies(tmp_path: Path, photogra
     vlm = load(tmp_path / "model")
     # Nine visual tokens, one for each place of a scene.
     assert vlm.model.config.image_seq_length == 9
-    assert len(vlm.generate(SCENE_PROMPT, render(sample(3), 192), max_new_tokens=5).tokens) == 5
+    assert len(vlm.generate(SCENE_PROMPT, render(sample(3), 192), max_new_tokens=5).token_ids) == 5
 
 
 def test_a_model_goes_on_from_another_with_a_better_encoder(

@@ -16,11 +16,10 @@ from PIL import Image
 
 from fastvlm.data.broken import BrokenRecords
 from fastvlm.data.questions import HELD_OUT_SCENES, scene_conversations
-from fastvlm.decoding import Autoregressive, Decoding
 from fastvlm.functional.errors import InputError
 from fastvlm.training import progress
 from fastvlm.training.curves import read_curves
-from fastvlm.training.draft import DraftLesson, DraftPlan, new_network
+from fastvlm.training.draft import DraftPlan, DraftTask, new_network
 from fastvlm.training.loop import train
 from fastvlm.training.progress import keep_until
 from fastvlm.training.replies import Asked, Example, own_replies, questions_of
@@ -162,26 +161,25 @@ def asked_of(seeds: range, size: int) -> list[Asked]:
     return questions_of(scene_conversations(seeds, size), BrokenRecords())
 
 
-def test_held_out_pictures_are_decoded_with_the_network(tmp_path: Path) -> None:
+def test_held_out_questions_are_decoded_with_the_network(tmp_path: Path) -> None:
     vlm = small_vlm(torch.float32)
     asked = asked_of(range(HELD_OUT_SCENES, HELD_OUT_SCENES + 4), vlm.image_size)
     told = own_replies(vlm, asked, tmp_path, BrokenRecords(), max_new_tokens=24)
     plan = DraftPlan("block", 3, draft_vocabulary=150)
     before = new_network(vlm, plan, told)
     measures = HeldOut(vlm, {"block": before}, asked, max_new_tokens=24)(1)
-    requests = [vlm.request(one.messages, max_new_tokens=24) for one in asked]
-    drafter = vlm.drafter(network=before, num_speculative_tokens=4, confidence=0.0)
+    strategy = vlm.strategy(network=before, num_speculative_tokens=4, confidence=0.0)
     accepted = proposed = cycles = 0
-    for request in requests:
-        for _ in Decoding(vlm.decoder, drafter, [request]):
-            pass
+    for one in asked:
+        alone = vlm.request(one.messages, strategy=strategy, max_new_tokens=24)
+        [request] = vlm.engine.run([alone])
         accepted += sum(request.accepted)
         proposed += sum(request.proposed)
         cycles += len(request.proposed)
-    plain = [vlm.request(one.messages, max_new_tokens=24) for one in asked]
-    for _ in Decoding(vlm.decoder, Autoregressive(), plain):
-        pass
-    tokens = sum(len(request.reply) - 1 for request in plain)
+    plain = [
+        vlm.generate(one.messages, strategy="autoregressive", max_new_tokens=24) for one in asked
+    ]
+    tokens = sum(len(reply.token_ids) - 1 for reply in plain)
     assert measures == {
         "held-out block acceptance_rate": pytest.approx(accepted / proposed),
         "held-out block acceptance_length": pytest.approx(tokens / cycles),
@@ -202,17 +200,17 @@ def test_memory_does_not_grow_over_a_thousand_steps(tmp_path: Path) -> None:
     network = new_network(vlm, DraftPlan("block", 2, draft_vocabulary=60), told)
     seen: list[tuple[int, int]] = []
 
-    class Watched(DraftLesson):
+    class Watched(DraftTask):
         def draw(self, step: int) -> list[Example]:
             if step in (100, 1099):
                 gc.collect()
                 seen.append((tracemalloc.get_traced_memory()[0], resident()))
             return super().draw(step)
 
-    lesson = Watched(vlm, {"it": network}, told, batch=4)
+    task = Watched(vlm, {"it": network}, told, batch=4)
     tracemalloc.start()
     schedule = Schedule(steps=1100, learning_rate=1e-3, checkpoint_seconds=2, log_seconds=0.5)
-    train(lesson, schedule, tmp_path / "run")
+    train(task, schedule, tmp_path / "run")
     tracemalloc.stop()
     [(python, whole), (python_later, whole_later)] = seen
     assert python_later - python < 2**19

@@ -19,6 +19,7 @@ from transformers.generation.stopping_criteria import (
 from fastvlm.decoding.sampler import LogitsProcessor, Sampler
 from fastvlm.decoding.sampling_params import SamplingParams
 from fastvlm.functional.errors import InputError, first_line
+from fastvlm.language.inputs import generator_of
 
 STATEFUL = (
     processing.AlternatingCodebooksLogitsProcessor,
@@ -81,16 +82,6 @@ def settings_of(model: PreTrainedModel, params: SamplingParams) -> GenerationCon
                 f" set model.generation_config.{name} = {usual}."
             )
     return config
-
-
-def generator_of(model: PreTrainedModel) -> Any:
-    """Return the model whose `generate` runs: a whole language model inside another, or itself.
-
-    BLIP-2 and InstructBLIP hand their prompts to the `generate` of the language model in them,
-    which goes by its own settings.
-    """
-    inner = getattr(model, "language_model", None)
-    return inner if isinstance(inner, PreTrainedModel) and inner.can_generate() else model
 
 
 def processors_of(

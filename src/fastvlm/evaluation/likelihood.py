@@ -48,20 +48,20 @@ def likelihoods(
     Raises:
         InputError: A reply is empty, or doesn't fit into the model's context with its prompt.
     """
-    decoder, length = vlm.decoder, len(request.prompt_token_ids)
+    decoder, inputs = vlm.decoder, request.inputs
+    length = len(inputs.token_ids)
     rows = [vlm.tokenizer.encode(reply, add_special_tokens=False) for reply in replies]
     if not all(rows):
         raise InputError("An empty reply has no likelihood.")
     longest = max(map(len, rows))
     if length + longest > decoder.context:
         raise InputError(
-            f"The prompt and a reply to it have {length + longest} tokens with its images, but"
-            f" the model's context is {decoder.context}."
+            f"The prompt and a reply to it have {length + longest} tokens with the image, but the"
+            f" model's context is {decoder.context}."
         )
-    inputs = request.inputs
     cache = decoder.cache(1, length)
     cache.assign(0, length, inputs.position_ids, inputs.encoder_states)
-    x = inputs.embeddings[None].to(*decoder.device_and_dtype())
+    x = inputs.embeddings[None].to(decoder.device, decoder.dtype)
     x = decoder.forward_layers(x, cache.positions([0], length), cache, range(decoder.depth))
     first = decoder.head(x[:, -1:])
     known = cache.export_slot(0, length, decoder.depth)
@@ -70,15 +70,15 @@ def likelihoods(
         some = rows[start : start + batch]
         width = max(map(len, some))
         cache = decoder.cache(len(some), length + width)
-        for row in range(len(some)):
-            cache.assign(row, length, inputs.position_ids, inputs.encoder_states)
-            cache.import_slot(row, known, length)
+        for slot in range(len(some)):
+            cache.assign(slot, length, inputs.position_ids, inputs.encoder_states)
+            cache.import_slot(slot, known, length)
         # Padding stands on the right, where the causal mask hides it.
         tokens = torch.tensor(
             [row + [0] * (width - len(row)) for row in some], device=decoder.device
         )
-        positions = cache.positions([length] * len(some), width)
         x = decoder.embed(tokens)
+        positions = cache.positions([length] * len(some), width)
         x = decoder.forward_layers(x, positions, cache, range(decoder.depth))
         logits = torch.cat((first.expand(len(some), 1, -1), decoder.head(x)), 1)
         ends = sorted(vlm.end_tokens)

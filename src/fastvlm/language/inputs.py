@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import PreTrainedModel
+from transformers import GenerationMixin, PreTrainedModel
 
 from fastvlm.functional.errors import InputError
 from fastvlm.functional.overrides import override_method
@@ -306,9 +306,19 @@ def generation_configs(model: PreTrainedModel) -> list[Any]:
 
     A whole language model inside another, as in BLIP-2, has one of its own and goes by that.
     """
-    owners = (model.get_decoder(), model)
-    found = [getattr(owner, "generation_config", None) for owner in owners]
+    found = [owner.generation_config for owner in (generator_of(model), model)]
     return [config for config in found if config is not None]
+
+
+def generator_of(model: PreTrainedModel) -> Any:
+    """Return the model whose `generate` runs: a whole language model inside another, or itself.
+
+    BLIP-2 and InstructBLIP hand their prompts to the `generate` of the language model in them,
+    which goes by its own settings.
+    """
+    # A bare decoder may have settings, too, but nothing in it reads them.
+    inner = getattr(model, "language_model", None)
+    return inner if isinstance(inner, GenerationMixin) else model
 
 
 def row_masks(mask: Any, states: Tensor) -> Tensor:

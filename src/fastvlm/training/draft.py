@@ -1,4 +1,4 @@
-"""The draft's lesson: an imitation network learns from a frozen target.
+"""The draft's task: an imitation network learns from a frozen target.
 
 Layers 0..k run exactly on every drafted token, so the drafter never sees its own error in its
 inputs: teacher forcing over whole replies is exactly what serving does.
@@ -21,12 +21,12 @@ from fastvlm.drafting.fingerprint import fingerprint
 from fastvlm.drafting.imitation import ImitationConfig, ImitationNetwork, initialise_from
 from fastvlm.functional.placement import moved
 from fastvlm.language.families import text_decoder
-from fastvlm.training.forcing import KEPT_BYTES, Forcing, GradientCache, Kept
+from fastvlm.training.forcing import KEPT_BYTES, GradientCache, Kept, TeacherForcing
 from fastvlm.training.loop import train
 from fastvlm.training.processes import this_process
 from fastvlm.training.replies import Asked, Example
 from fastvlm.training.schedule import Schedule
-from fastvlm.training.target import FrozenTarget, Passed
+from fastvlm.training.target import FrozenTarget, TargetStates
 from fastvlm.training.task import Losses, Source
 from fastvlm.training.validation import HeldOut
 from fastvlm.vlm import VisionLanguageModel
@@ -92,14 +92,14 @@ def new_network(
 
 
 @dataclass(frozen=True, slots=True)
-class Taught:
-    """The target's side of a batch, at the positions that are learnt.
+class TargetOutputs:
+    """The target's side of a batch, at the positions of the loss.
 
     Args:
         states: The hidden states of each exit layer, padded: (batch, length, d_model).
-        normed: The last layer's, normed: (learnt, d_model).
-        p: The target's distribution: (learnt, vocabulary).
-        best: Its best tokens: (learnt,).
+        normed: The last layer's, normed: (positions, d_model).
+        p: The target's distribution: (positions, vocabulary).
+        best: Its best tokens: (positions,).
     """
 
     states: Mapping[int, Tensor]
@@ -111,7 +111,8 @@ class Taught:
         """Return p and the best tokens in the numbers of a draft's vocabulary.
 
         Returns:
-            (learnt, draft vocabulary), and (learnt,) with `IGNORED` for what can't be drafted.
+            (positions, draft vocabulary), and (positions,) with `IGNORED` for what can't be
+            drafted.
         """
         if vocabulary is None:
             return self.p, self.best
@@ -120,7 +121,7 @@ class Taught:
         return self.p[:, vocabulary], columns[self.best]
 
 
-class DraftLesson:
+class DraftTask:
     """Teaches imitation networks side by side, from one pass of the target for all of them.
 
     Where there is memory for the target's states, an example goes through it once (see
@@ -150,7 +151,7 @@ class DraftLesson:
         self.vlm, self.networks = vlm, {name: net.eval() for name, net in networks.items()}
         self.plans = {name: (plans or {}).get(name, DraftPlan()) for name in networks}
         self.examples, self.batch = examples, batch
-        self.forcing = Forcing(vlm, Kept(kept_bytes))
+        self.forcing = TeacherForcing(vlm, Kept(kept_bytes))
         exits = [network.config.exit_layer for network in networks.values()]
         self.target = FrozenTarget(self.forcing, exits, examples, kept_bytes)
         self.module: nn.Module = nn.ModuleDict(self.networks)
@@ -180,7 +181,8 @@ class DraftLesson:
             plan = self.plans[name]
             with self.precision:
                 x = taught.states[network.config.exit_layer]
-                guess = network.run(x, forced.span, GradientCache(), decoder)[forced.learnt]
+                cache, places = GradientCache(), forced.positions
+                guess = network.imitate(x, places, cache, decoder)[forced.loss_mask]
                 normed, logits = decoder.norm(guess), self.logits(guess, network.draft_vocabulary)
             log_q = logits.log_softmax(-1)
             p, wanted = taught.seen_through(network.draft_vocabulary)
@@ -212,18 +214,30 @@ class DraftLesson:
         return torch.autocast(decoder.device.type, decoder.dtype if short else None, enabled=short)
 
     def logits(self, guess: Tensor, vocabulary: Tensor | None) -> Tensor:
-        """Return the logits of guessed states: (learnt, d_model) to (learnt, draft vocabulary)."""
+        """Return the logits of guessed states.
+
+        Args:
+            guess: (positions, d_model).
+            vocabulary: The tokens whose logits are wanted; None for all.
+
+        Returns:
+            (positions, draft vocabulary).
+        """
         decoder = self.vlm.decoder
         if vocabulary is None:
             return full_precision(decoder.head(guess))
-        return full_precision(F.linear(decoder.norm(guess), decoder.head_rows(vocabulary)))
+        rows = decoder.lm_head_rows(vocabulary)
+        if rows is None:
+            # Quantised or adapted: such a head is more than its rows.
+            return full_precision(decoder.head(guess)[:, vocabulary])
+        return full_precision(F.linear(decoder.norm(guess), rows))
 
     @torch.no_grad()
-    def taught(self, passed: Passed) -> Taught:
+    def taught(self, passed: TargetStates) -> TargetOutputs:
         """Return the target's side of a batch, from its pass over it."""
         decoder = self.vlm.decoder
         logits = full_precision(decoder.head(passed.last))
-        return Taught(
+        return TargetOutputs(
             passed.states, decoder.norm(passed.last), logits.softmax(-1), logits.argmax(-1)
         )
 
@@ -275,8 +289,8 @@ def train_draft(
     for network in networks.values():
         # A network that goes on may have begun with the target as it was then.
         network.config.target = fingerprint(vlm.model)
-    lesson = DraftLesson(vlm, networks, examples, plans)
-    train(lesson, schedule, output, HeldOut(vlm, networks, held_out) if held_out else None)
+    task = DraftTask(vlm, networks, examples, plans)
+    train(task, schedule, output, HeldOut(vlm, networks, held_out) if held_out else None)
     if this_process().is_main_process:
         for name, network in networks.items():
             moved(network, torch.bfloat16).save_pretrained(output / name)

@@ -77,7 +77,7 @@ class Shown:
     settled: bool
 
 
-class EncoderLesson:
+class EncoderTask:
     """Teaches a FastViTHD the facts of scenes and the words of photographs' captions.
 
     Args:
@@ -215,7 +215,7 @@ def train_encoder(
     encoder = FastViTHD(FastViTHDConfig.variant(variant)) if start is None else read_encoder(start)
     encoder.requires_grad_(True)
     pictures = read_flickr8k(photographs, "train")
-    lesson = EncoderLesson(encoder, pictures, steps=schedule.steps, knows_scenes=start is not None)
+    lesson = EncoderTask(encoder, pictures, steps=schedule.steps, knows_scenes=start is not None)
     train(lesson, schedule, output)
     if this_process().is_main_process:
         encoder.save_pretrained(output)

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
-from fastvlm.language.cache import Span
+from fastvlm.language.cache import Positions
 from fastvlm.language.inputs import DecoderInputs
 from fastvlm.training.replies import Example
 from fastvlm.vlm import VisionLanguageModel
@@ -62,22 +62,22 @@ class Forced:
 
     Args:
         x: The decoder's inputs, padded on the right: (batch, length, d_embedding).
-        span: All positions.
-        learnt: The positions that predict a token of the reply which is not given: (batch, length).
-        targets: The tokens that they predict, in the order of `learnt`.
+        positions: All positions.
+        loss_mask: The positions that predict a token of the reply that is learnt: (batch, length).
+        targets: The tokens that they predict, in the order of `loss_mask`.
     """
 
     x: Tensor
-    span: Span
-    learnt: Tensor
+    positions: Positions
+    loss_mask: Tensor
     targets: Tensor
 
 
-class Forcing:
+class TeacherForcing:
     """Makes batches of examples, and keeps their prompts.
 
     Args:
-        vlm: The model whose prompts and decoder are used; its pictures' encoder doesn't learn.
+        vlm: The model whose prompts and decoder are used; its image encoder doesn't learn.
         kept: Where prompts are kept.
     """
 
@@ -89,7 +89,7 @@ class Forcing:
         """Return an example's prompt, encoded now or before.
 
         Raises:
-            InputError: A picture can't be read, or the prompt doesn't suit the model.
+            InputError: An image can't be read, or the prompt doesn't suit the model.
         """
         return self.kept.get(
             example.messages,
@@ -115,30 +115,27 @@ class Forcing:
         """
         decoder = self.vlm.decoder
         prompts = [self.prompt(example) for example in examples]
-        rows, learnt, targets = [], [], []
+        rows, masks, targets = [], [], []
         for prompt, example in zip(prompts, examples, strict=True):
             reply = torch.tensor(example.reply, device=decoder.device)
             rows.append(torch.cat((prompt.embeddings, decoder.embed(reply[None, :-1])[0])))
             places = torch.arange(len(rows[-1]), device=decoder.device)
-            learnt.append(places >= len(prompt.token_ids) + given - 1)
+            masks.append(places >= len(prompt.token_ids) + given - 1)
             targets.append(reply[given:])
         x = pad_sequence(rows, batch_first=True)
-        # A cache of no layer: it is asked for the positions, and nothing is kept in it.
-        cache = decoder.cache(len(rows), x.shape[1], -decoder.depth)
-        for row, prompt in enumerate(prompts):
-            cache.seat(row, prompt.position_ids, prompt.encoder_states)
-        return Forced(
-            x,
-            cache.span([0] * len(rows), x.shape[1]),
-            pad_sequence(learnt, batch_first=True),
-            torch.cat(targets),
+        positions = Positions.whole(
+            [len(row) for row in rows],
+            decoder.device,
+            [prompt.position_ids for prompt in prompts],
+            [prompt.encoder_states for prompt in prompts],
         )
+        return Forced(x, positions, pad_sequence(masks, batch_first=True), torch.cat(targets))
 
 
 class GradientCache:
     """The cache of one pass in training: it keeps nothing, so keys and values carry gradients."""
 
-    def write_at(self, span: Span) -> None:
+    def begin_pass(self, positions: Positions) -> None:
         """Nothing is written."""
 
     def update(

@@ -6,7 +6,8 @@ import copy
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from fastvlm.decoding import Autoregressive, Decoding, Drafter
+from fastvlm.decoding import Autoregressive, Strategy
+from fastvlm.decoding.strategy_factory import StrategyFactory
 from fastvlm.drafting import ImitationNetwork
 from fastvlm.functional.errors import InputError
 from fastvlm.functional.placement import moved
@@ -51,22 +52,27 @@ def decode_held_out(
         max_new_tokens: The most tokens of a reply.
 
     Raises:
-        InputError: A picture can't be read, or all replies are one token long.
+        InputError: An image can't be read, or all replies are one token long.
     """
-    drafters: dict[str, Drafter] = {ORDINARY: Autoregressive()}
+    strategies: dict[str, Strategy] = {ORDINARY: Autoregressive()}
     for name, network in networks.items():
         # One that is still being trained stays as it is.
         own = moved(copy.deepcopy(network), vlm.decoder.dtype).eval()
-        drafters[name] = vlm.drafter("imitation", network=own)
-    names = list(drafters)
+        # The model's own factory would keep the copy for good.
+        strategies[name] = StrategyFactory(vlm.decoder, own).make("imitation")
+    names = list(strategies)
     replies: dict[str, list[DecodingStatistics]] = {name: [] for name in names}
     for number, one in enumerate([asked[0], *asked]):
         turn = number % len(names)
         for name in names[turn:] + names[:turn]:
-            request = vlm.request(one.messages, max_new_tokens=max_new_tokens)
-            for _ in Decoding(vlm.decoder, drafters[name], [request]):
+            request = vlm.request(
+                one.messages, strategy=strategies[name], max_new_tokens=max_new_tokens
+            )
+            for _ in vlm.engine.run([request]):
                 pass
-            if number and len(request.reply) > 1:
+            if request.error is not None:
+                raise request.error
+            if number and len(request.output_token_ids) > 1:
                 replies[name].append(request.statistics)
     return {name: compared(replies[name], replies[ORDINARY]) for name in networks}
 

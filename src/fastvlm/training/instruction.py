@@ -29,7 +29,7 @@ from fastvlm.vision.configuration import REDUCTION
 from fastvlm.vision.fastvithd import FastViTHD
 
 
-class InstructionLesson:
+class InstructionTask:
     """Teaches a model the replies of conversations: cross-entropy at each of their tokens.
 
     BatchNorms keep the statistics that they came with: those of a step's few pictures would be
@@ -132,7 +132,7 @@ def tune_model(
         model.gradient_checkpointing_enable({"use_reentrant": False})
     with learning(model, stage.learns, rank):
         batch = max(1, stage.batch // process.num_processes)
-        train(InstructionLesson(model, rows, feed, batch), schedule, output / "training")
+        train(InstructionTask(model, rows, feed, batch), schedule, output / "training")
     if stage.image_size is not None:
         show_pictures_of(model, stage.image_size)
     state = whole_state(moved(model, torch.bfloat16))

@@ -18,7 +18,7 @@ from torch.nn import functional as F
 from fastvlm.functional.placement import moved
 from fastvlm.language.families import text_decoder
 from fastvlm.training.draft import full_precision
-from fastvlm.training.forcing import Forced, Forcing, GradientCache, Kept
+from fastvlm.training.forcing import Forced, GradientCache, Kept, TeacherForcing
 from fastvlm.training.loop import train
 from fastvlm.training.processes import reached, this_process
 from fastvlm.training.replies import Example
@@ -43,7 +43,7 @@ class JointPlan:
     batch: int = 24
 
 
-class JointLesson:
+class JointTask:
     """Teaches a target replies at its last layer and at an exit, through the same norm and head.
 
     The decoder's layers and its final norm learn. Embeddings, LM head and encoder stay as they are,
@@ -65,7 +65,7 @@ class JointLesson:
         for part in fixed:
             part.requires_grad_(False)
         self.module: nn.Module = vlm.model
-        self.forcing = Forcing(vlm, Kept())
+        self.forcing = TeacherForcing(vlm, Kept())
         self.unit = "tokens"
         self.source: Source | None = None
         self.whole: str | None = None
@@ -82,9 +82,9 @@ class JointLesson:
         decoder, cache = self.vlm.decoder, GradientCache()
         forced = self.forcing.batch(examples, given=0)
         exit_layer = self.plan.exit_layer
-        x = decoder.run(forced.x, forced.span, cache, range(exit_layer))
+        x = decoder.forward_layers(forced.x, forced.positions, cache, range(exit_layer))
         early = self.cross_entropy(x, forced)
-        x = decoder.run(x, forced.span, cache, range(exit_layer, decoder.depth))
+        x = decoder.forward_layers(x, forced.positions, cache, range(exit_layer, decoder.depth))
         final = self.cross_entropy(x, forced)
         number = len(forced.targets)
         report = {
@@ -95,7 +95,7 @@ class JointLesson:
 
     def cross_entropy(self, x: Tensor, forced: Forced) -> Tensor:
         """Return the summed cross-entropy of a layer's states, (batch, length, d_model)."""
-        logits = full_precision(self.vlm.decoder.head(x[forced.learnt]))
+        logits = full_precision(self.vlm.decoder.head(x[forced.loss_mask]))
         return F.cross_entropy(logits, forced.targets, reduction="sum")
 
 
@@ -116,9 +116,9 @@ def train_joint(
         output: The directory of the target in the end, and of the checkpoint, in `training`.
 
     Raises:
-        InputError: A picture can't be read.
+        InputError: An image can't be read.
     """
-    train(JointLesson(vlm, examples, plan), schedule, output / "training")
+    train(JointTask(vlm, examples, plan), schedule, output / "training")
     state = whole_state(moved(vlm.model, torch.bfloat16))
     if this_process().is_main_process:
         vlm.model.save_pretrained(output, state_dict=state)

@@ -56,7 +56,7 @@ class Shown:
     said: list[tuple[str, Tensor, Tensor]]
 
 
-class ModelLesson:
+class ModelTask:
     """Teaches projector and decoder their replies: what one step of a stage shows.
 
     Args:
@@ -246,7 +246,7 @@ def train_model(
         model.model.language_model.activation_checkpointing_enable()
     pixels = decode(pictures, 224)
     for stage in stages:
-        lesson = ModelLesson(model, tokenizer, pictures, pixels, stage)
+        lesson = ModelTask(model, tokenizer, pictures, pixels, stage)
         train(lesson, stage.schedule, output / stage.name)
     save_model(model, tokenizer, output)
 

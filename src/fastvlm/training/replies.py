@@ -10,21 +10,24 @@ import hashlib
 import json
 import sys
 import time
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections import deque
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
 from transformers import PreTrainedTokenizerBase
 
 from fastvlm.data.broken import BrokenRecords
 from fastvlm.data.conversations import Broken, Message, Record
 from fastvlm.data.journal import append_line, whole_lines
-from fastvlm.decoding import Decoding, Drafter, Request
+from fastvlm.decoding import Request
 from fastvlm.drafting.fingerprint import weights_hash
 from fastvlm.functional.errors import InputError
 from fastvlm.vlm import VisionLanguageModel
+
+REPORTED = 48
+"""Replies after each of which the progress is said."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,7 +70,7 @@ def questions_of(
     Args:
         records: The conversations.
         broken: What counts the records that are passed over.
-        prompts: What is asked of each conversation's first picture instead; a picture that comes
+        prompts: What is asked of each conversation's first image instead; an image that comes
             again is then asked about once.
         limit: The most questions.
 
@@ -156,14 +159,12 @@ def end_token(tokenizer: PreTrainedTokenizerBase, ends: Collection[int]) -> int:
     return usual if usual in ends else min(ends)
 
 
-@torch.inference_mode()
 def own_replies(
     vlm: VisionLanguageModel,
     asked: Sequence[Asked],
     cache: Path,
     broken: BrokenRecords,
     *,
-    batch: int = 48,
     max_new_tokens: int = 160,
     temperature: float = 0.0,
 ) -> list[Example]:
@@ -175,36 +176,29 @@ def own_replies(
         vlm: The target; its own best strategy decodes.
         asked: The questions.
         cache: The folder of the cache.
-        broken: What counts the questions whose pictures can't be read, which are passed over.
-        batch: Questions decoded together.
+        broken: What counts the questions that can't be asked, whose images can't be read or that
+            leave no room for a reply; they are passed over.
         max_new_tokens: The most tokens of a reply.
-        temperature: Of sampled replies; 0 for greedy ones.
+        temperature: Of sampled replies, each drawn with its question's number as the seed; 0 for
+            greedy ones.
 
     Raises:
-        InputError: Too many pictures can't be read.
+        InputError: Too many questions can't be asked.
     """
     plan = [weights_hash(vlm.model), max_new_tokens, temperature, [_named(one) for one in asked]]
     key = hashlib.sha256(json.dumps(plan).encode()).hexdigest()[:16]
     file = cache / f"replies-{key}.jsonl"
     rows = whole_lines(file)
     cache.mkdir(parents=True, exist_ok=True)
-    drafter = vlm.drafter()
     started, first = time.monotonic(), len(rows)
-    for index in range(first, len(asked), batch):
-        rows += answers(
-            vlm,
-            asked,
-            range(index, min(index + batch, len(asked))),
-            drafter,
-            max_new_tokens,
-            temperature,
-        )
-        for row in rows[index:]:
-            append_line(file, row)
-        left = (time.monotonic() - started) / (len(rows) - first) * (len(asked) - len(rows))
-        print(  # noqa: T201
-            f"replies {len(rows)}/{len(asked)}  {left:.0f} s left", file=sys.stderr, flush=True
-        )
+    for row in answers(vlm, asked, first, max_new_tokens, temperature):
+        append_line(file, row)
+        rows.append(row)
+        if not len(rows) % REPORTED or len(rows) == len(asked):
+            left = (time.monotonic() - started) / (len(rows) - first) * (len(asked) - len(rows))
+            print(  # noqa: T201
+                f"replies {len(rows)}/{len(asked)}  {left:.0f} s left", file=sys.stderr, flush=True
+            )
     examples = []
     for one, row in zip(asked, rows, strict=True):
         broken.see()
@@ -219,28 +213,45 @@ def own_replies(
 def answers(
     vlm: VisionLanguageModel,
     asked: Sequence[Asked],
-    numbers: range,
-    drafter: Drafter,
-    limit: int,
+    first: int,
+    max_new_tokens: int,
     temperature: float,
-) -> list[list[int] | str]:
-    """Return the tokens of the replies to some questions, or why one can't be asked."""
-    found: dict[int, Request | str] = {}
-    for number in numbers:
-        sampled: Any = {"temperature": temperature, "seed": number} if temperature else {}
-        try:
-            found[number] = vlm.request(asked[number].messages, max_new_tokens=limit, **sampled)
-        except InputError as error:
-            found[number] = str(error)
-    requests = [request for request in found.values() if isinstance(request, Request)]
-    if requests:
-        for _ in Decoding(vlm.decoder, drafter, requests):
-            pass
-    return [one if isinstance(one, str) else one.reply for one in found.values()]
+) -> Iterator[list[int] | str]:
+    """Yield the tokens of the replies to questions, or why one can't be asked, in their order.
+
+    Args:
+        vlm: The target.
+        asked: The questions.
+        first: The number of the first question to answer.
+        max_new_tokens: The most tokens of a reply.
+        temperature: See `own_replies`.
+
+    Raises:
+        Exception: A reply failed for another reason than its question.
+    """
+    prompts = [one.messages for one in asked[first:]]
+    sampling: dict[str, Any] = {"temperature": temperature, "seed": first} if temperature else {}
+    made = vlm.requests(prompts, [None] * len(prompts), max_new_tokens=max_new_tokens, **sampling)
+    waiting: deque[Request] = deque()
+
+    def in_order() -> Iterator[Request]:
+        for request in made:
+            waiting.append(request)
+            yield request
+
+    for _ in vlm.engine.run(in_order()):
+        while waiting and waiting[0].finished:
+            request = waiting.popleft()
+            if request.error is None:
+                yield request.output_token_ids
+            elif isinstance(request.error, InputError):
+                yield str(request.error)
+            else:
+                raise request.error
 
 
 def _named(asked: Asked) -> list[Any]:
-    """Return what tells a question from others: its name, texts, and where its pictures are."""
+    """Return what tells a question from others: its name, texts, and where its images are."""
     return [
         asked.name,
         [

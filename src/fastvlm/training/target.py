@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
-from fastvlm.training.forcing import Forced, Forcing, GradientCache, Kept
+from fastvlm.training.forcing import Forced, GradientCache, Kept, TeacherForcing
 from fastvlm.training.replies import Example
 
 LOOKED_AT = 16
@@ -19,12 +19,12 @@ LOOKED_AT = 16
 
 
 @dataclass(frozen=True, slots=True)
-class Passed:
+class TargetStates:
     """A target's pass over examples.
 
     Args:
         states: The hidden states of each exit layer, padded: (batch, length, d_model).
-        last: The last layer's, at the positions that are learnt: (learnt, d_model).
+        last: The last layer's, at the positions of the loss: (positions, d_model).
     """
 
     states: Mapping[int, Tensor]
@@ -48,7 +48,7 @@ class FrozenTarget:
 
     def __init__(
         self,
-        forcing: Forcing,
+        forcing: TeacherForcing,
         exit_layers: Sequence[int],
         examples: Sequence[Example],
         kept_bytes: int,
@@ -69,7 +69,7 @@ class FrozenTarget:
         return positions * decoder.width * decoder.dtype.itemsize <= self.kept.left
 
     @torch.no_grad()
-    def passed(self, examples: Sequence[Example], forced: Forced) -> Passed:
+    def passed(self, examples: Sequence[Example], forced: Forced) -> TargetStates:
         """Return the target's pass over a step's examples.
 
         Args:
@@ -79,7 +79,7 @@ class FrozenTarget:
         if not self.keeps:
             return self.run(forced)
         alone = [self.known(example) for example in examples]
-        return Passed(
+        return TargetStates(
             {
                 layer: pad_sequence([one.states[layer][0] for one in alone], batch_first=True)
                 for layer in self.exit_layers
@@ -87,7 +87,7 @@ class FrozenTarget:
             torch.cat([one.last for one in alone]),
         )
 
-    def known(self, example: Example) -> Passed:
+    def known(self, example: Example) -> TargetStates:
         """Return the pass over one example, which may have been made before."""
         return self.kept.get(
             example,
@@ -95,12 +95,13 @@ class FrozenTarget:
             lambda made: (*made.states.values(), made.last),
         )
 
-    def run(self, forced: Forced) -> Passed:
+    def run(self, forced: Forced) -> TargetStates:
         """Run the target over a batch."""
         decoder, cache = self.forcing.vlm.decoder, GradientCache()
         x, states, before = forced.x, dict[int, Tensor](), 0
         for layer in self.exit_layers:
-            x = states[layer] = decoder.run(x, forced.span, cache, range(before, layer))
+            layers = range(before, layer)
+            x = states[layer] = decoder.forward_layers(x, forced.positions, cache, layers)
             before = layer
-        last = decoder.run(x, forced.span, cache, range(before, decoder.depth))
-        return Passed(states, last[forced.learnt])
+        last = decoder.forward_layers(x, forced.positions, cache, range(before, decoder.depth))
+        return TargetStates(states, last[forced.loss_mask])

@@ -1,11 +1,13 @@
-"""Validation of drafts by decoding held-out pictures: what serving would see."""
+"""Validation of drafts by decoding held-out questions: what serving would see."""
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Mapping, Sequence
 
-from fastvlm.decoding import Decoding
-from fastvlm.drafting import ImitationNetwork
+from fastvlm.decoding import SelfSpeculative
+from fastvlm.drafting import FixedLength, ImitationNetwork
+from fastvlm.functional.placement import moved
 from fastvlm.functional.statistics import Acceptance
 from fastvlm.training.replies import Asked
 from fastvlm.vlm import VisionLanguageModel
@@ -20,7 +22,7 @@ class HeldOut:
     Args:
         vlm: The target.
         networks: The networks, by name.
-        asked: What is asked, of pictures that are never trained on.
+        asked: What is asked, of images that are never trained on.
         max_new_tokens: The most tokens of a reply.
     """
 
@@ -39,16 +41,21 @@ class HeldOut:
     def __call__(self, step: int) -> dict[str, float]:
         """Return each network's acceptance rate, and its acceptance length: tokens per pass."""
         measures = {}
+        decoder = self.vlm.decoder
         for name, network in self.networks.items():
+            # Decoding is in the target's precision, while the network learns on in its own.
+            own = moved(copy.deepcopy(network), decoder.dtype).eval()
+            layer = network.config.exit_layer
+            strategy = SelfSpeculative(decoder, layer, own, FixedLength(DRAFTED))
             requests = [
-                self.vlm.request(one.messages, max_new_tokens=self.max_new_tokens)
+                self.vlm.request(
+                    one.messages, strategy=strategy, max_new_tokens=self.max_new_tokens
+                )
                 for one in self.asked
             ]
-            drafter = self.vlm.drafter(
-                network=network, num_speculative_tokens=DRAFTED, confidence=0.0
-            )
-            for _ in Decoding(self.vlm.decoder, drafter, requests):
-                pass
+            for request in self.vlm.engine.run(requests):
+                if request.error is not None:
+                    raise request.error
             worth = Acceptance.over([request.statistics for request in requests])
             if worth.rate is not None and worth.length is not None:
                 measures[f"held-out {name} acceptance_rate"] = worth.rate
