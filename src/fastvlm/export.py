@@ -13,7 +13,7 @@ from fastvlm.functional.errors import InputError
 from fastvlm.vision.configuration import REDUCTION
 from fastvlm.vlm import VisionLanguageModel
 
-TOLERANCE = 1e-4
+TOLERANCES = {torch.float32: 1e-4, torch.float16: 0.05}
 """The most that ONNX Runtime may differ, as a share of the features' standard deviation."""
 COMPARED = ((2, 2), (3, 2), (1, 4), (4, 4))
 """Rows and columns of visual tokens of the images that are compared."""
@@ -47,23 +47,27 @@ def export_onnx(vlm: VisionLanguageModel, file: Path) -> float:
     Batch, height and width are free; height and width in steps of 64 pixels.
 
     Args:
-        vlm: The model, in float32 on the CPU.
+        vlm: The model, in float32 or float16.
         file: The file; weights of more than 2 GB lie beside it.
 
     Returns:
         The largest difference of a feature, as a share of the features' standard deviation.
 
     Raises:
-        InputError: onnx, onnxscript or onnxruntime is not installed, or the outputs differ.
+        InputError: onnx, onnxscript or onnxruntime is not installed, the model is in another
+            precision, or the outputs differ.
     """
     try:
         import onnxruntime
         import onnxscript  # noqa: F401 (torch's exporter needs it)
     except ImportError as error:
         raise InputError(f"The export needs {error.name}: pip install 'fastvlm[onnx]'.") from error
-    module = VisualFeatures(vlm).eval()
+    device, dtype = vlm.decoder.device_and_dtype()
+    if dtype not in TOLERANCES:
+        raise InputError(f"The export takes a model in float32 or float16; this one has {dtype}.")
+    module, tolerance = VisualFeatures(vlm).eval(), TOLERANCES[dtype]
     # One image alone would make its dimension of 1 a constant, and so would a square.
-    example = torch.rand(2, 3, 3 * REDUCTION, 2 * REDUCTION)
+    example = torch.rand(2, 3, 3 * REDUCTION, 2 * REDUCTION, dtype=dtype, device=device)
     batch, rows, columns = (torch.export.Dim(name, min=1) for name in ("batch", "rows", "columns"))
     shapes = {"pixel_values": {0: batch, 2: REDUCTION * rows, 3: REDUCTION * columns}}
     beside = file.with_name(f"{file.stem}.partial.onnx")
@@ -81,20 +85,20 @@ def export_onnx(vlm: VisionLanguageModel, file: Path) -> float:
     assert program is not None
     program.save(beside)
     session = onnxruntime.InferenceSession(beside, providers=["CPUExecutionProvider"])
-    worst = max(_difference(session, module, *grid) for grid in COMPARED)
-    if worst > TOLERANCE:
+    worst = max(_difference(session, module, example, *grid) for grid in COMPARED)
+    if worst > tolerance:
         beside.unlink()
         raise InputError(
             f"ONNX Runtime's features differ by {worst:.1e} of their standard deviation, more than"
-            f" {TOLERANCE:.0e}; {file} was not written."
+            f" {tolerance:.0e}; {file} was not written."
         )
     beside.replace(file)
     return worst
 
 
 @torch.inference_mode()
-def _difference(session: Any, module: nn.Module, rows: int, columns: int) -> float:
-    pixels = torch.rand(1, 3, rows * REDUCTION, columns * REDUCTION)
+def _difference(session: Any, module: nn.Module, like: Tensor, rows: int, columns: int) -> float:
+    pixels = torch.rand(1, 3, rows * REDUCTION, columns * REDUCTION, dtype=like.dtype)
     [found] = session.run(None, {"pixel_values": pixels.numpy()})
-    expected = module(pixels)
-    return float((torch.from_numpy(found) - expected).abs().max() / expected.std())
+    expected = module(pixels.to(like.device)).cpu().float()
+    return float((torch.from_numpy(found).float() - expected).abs().max() / expected.std())

@@ -74,9 +74,11 @@ def test_a_draft_for_another_model(cli: Cli, picture: Path, shipped: Path) -> No
 
 
 def test_a_prompt_longer_than_the_context(cli: Cli, picture: Path) -> None:
-    said = cli("generate", picture, picture, "--prompt", "word " * CONTEXT)
+    said = cli("generate", picture, "--prompt", "word " * CONTEXT)
     assert said.code == 1
     assert f"the model's context is {CONTEXT}" in said.sentence()
+    said = cli("generate", picture, picture, "--prompt", "word " * CONTEXT)
+    assert (said.code, said.out) == (1, "")
 
 
 @pytest.mark.parametrize(
@@ -87,7 +89,7 @@ def test_a_prompt_longer_than_the_context(cli: Cli, picture: Path) -> None:
         ("generate", "a.png", "--num-speculative-tokens", "many"),
         ("generate", "a.png", "--threads", "0"),
         ("benchmark", "--limit", "-1"),
-        ("demo", "--pictures", "0"),
+        ("demo", "--images", "0"),
         ("train", "example-encoder", "--photographs", "a", "--output", "b", "--learning-rate", "0"),
     ],
 )
@@ -107,35 +109,70 @@ def test_a_command_line_that_makes_no_sense(cli: Cli, words: tuple[str, ...]) ->
 
 
 @pytest.mark.parametrize(
-    ("words", "told"),
+    ("words", "code", "told"),
     [
-        (("--strategies", "telepathy"), "The strategies here are autoregressive, imitation"),
-        (("--strategies", "imitation-2"), "needs a draft of that name"),
-        (("--draft", "lookup=x"), "can't be called 'lookup'"),
-        (("--draft", "x", "--draft", "y"), "Two drafts are called 'imitation'"),
-        (("--skipped-layers", "3,x"), "as in 3,5,7; got '3,x'"),
-        (("--json", "/nowhere/figures.json"), "There is no folder /nowhere"),
-        (("--pictures", "/nowhere"), "There is no folder of pictures at /nowhere"),
-        (("--listing", "/nowhere"), "--pictures scenes has none"),
-        (("--pictures", "/", "--listing", "/nowhere"), "no list of photographs at /nowhere"),
+        (("--strategies", "telepathy"), 2, "The strategies here are autoregressive, imitation"),
+        (("--strategies", "imitation-2"), 2, "needs a draft of that name"),
+        (("--strategies", "early-exit@9"), 2, "between 1 and 4"),
+        (("--draft", "prompt-lookup=x"), 2, "can't be called 'prompt-lookup'"),
+        (("--draft", "x", "--draft", "y"), 2, "Two drafts are called 'imitation'"),
+        (("--skipped-layers", "3,x"), 2, "as in 3,5,7; got '3,x'"),
+        (("--skipped-layers", "3", "--strategies", "prompt-lookup"), 2, "--skipped-layers is for"),
+        (("--images", "none"), 2, "needs a --prompt"),
+        (("--listing", "/nowhere"), 2, "--images scenes has none"),
+        (("--json", "/nowhere/figures.json"), 1, "There is no folder /nowhere"),
+        (("--images", "/nowhere"), 1, "There is no folder of pictures at /nowhere"),
+        (("--images", "/", "--listing", "/nowhere"), 1, "no list of photographs at /nowhere"),
     ],
 )
-def test_a_benchmark_that_can_not_be_run(cli: Cli, words: tuple[str, ...], told: str) -> None:
+def test_a_benchmark_that_can_not_be_run(
+    cli: Cli, words: tuple[str, ...], code: int, told: str
+) -> None:
     said = cli("benchmark", *words)
-    assert said.code == 1
+    assert said.code == code
     assert told in said.sentence()
 
 
-def test_layers_that_can_not_be_skipped(cli: Cli, picture: Path) -> None:
-    said = cli("generate", picture, "--strategy", "skip", "--skipped-layers", "1,5")
-    assert said.code == 1
-    assert "The layers of this model are 0 to 4; got 1, 5 to skip" in said.sentence()
+@pytest.mark.parametrize(
+    ("words", "told"),
+    [
+        (("--seed", "3"), "seed needs a temperature"),
+        (("--temperature", "1e-40"), "temperature is 0, or one that"),
+        (("--seed", str(2**64), "--temperature", "1"), "seed is a whole number"),
+        (("--skipped-layers", "1", "--strategies", "early-exit"), "--skipped-layers is for"),
+    ],
+)
+def test_an_audit_that_can_not_be_run(
+    cli: Cli, tmp_path: Path, words: tuple[str, ...], told: str
+) -> None:
+    said = cli("audit", "--output", tmp_path / "out", *words)
+    assert said.code == 2
+    assert told in said.sentence()
+    assert not (tmp_path / "out").exists()
 
 
-def test_an_unknown_strategy(cli: Cli, picture: Path) -> None:
-    said = cli("generate", picture, "--strategy", "telepathy")
-    assert said.code == 1
-    assert "got 'telepathy'" in said.sentence()
+@pytest.mark.parametrize(
+    ("words", "told"),
+    [
+        (("--strategy", "telepathy"), "got 'telepathy'"),
+        (("--strategy", "prompt-lookup", "--confidence", ".5"), "no option 'confidence' here"),
+        (("--strategy", "early-exit", "--skipped-layers", "1"), "no option 'skipped_layers' here"),
+        (("--strategy", "autoregressive", "--num-speculative-tokens", "3"), "takes none"),
+        (("--skipped-layers", "1"), "no option 'skipped_layers' here"),
+        (("--strategy", "layer-skip", "--skipped-layers", "1,5"), "layers of this model are 0 to"),
+        (("--top-p", ".5"), "top_p needs a temperature"),
+        (("--seed", "3"), "seed needs a temperature"),
+        (("--seed", str(2**64), "--temperature", "1"), "seed is a whole number"),
+        (("--temperature", "1e-40"), "temperature is 0, or one that"),
+        (("--stop", ""), "at least one character"),
+    ],
+)
+def test_options_that_nothing_takes(
+    cli: Cli, picture: Path, words: tuple[str, ...], told: str
+) -> None:
+    said = cli("generate", picture, *words)
+    assert said.code == 2
+    assert told in said.sentence()
 
 
 @pytest.mark.parametrize("listing", [None, "{", '[{"file": "0.png"}]', "[]"])
@@ -207,6 +244,10 @@ def test_a_model_that_can_not_be_trained(
         (("--data", "scenes:4"), "There are 4 questions, and 8 are held out"),
         (("--data", "/nowhere"), "There is no data set at /nowhere"),
         (("--data", "scenes:9", "--replies", "data", "--temperature", "1"), "are not drawn"),
+        (
+            ("--data", "scenes:9", "--phases", "joint,frozen", "--dtype", "float16"),
+            "needs --dtype float32",
+        ),
     ],
 )
 def test_a_draft_that_can_not_be_trained(

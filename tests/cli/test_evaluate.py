@@ -42,7 +42,8 @@ def test_a_stopped_run_gives_the_same_report(cli: Cli, data: Path, tmp_path: Pat
     out = tmp_path / "out"
     words = (
         "evaluate", "--tasks", "flickr8k:dev,mmvet", "--data", data, "--output", out, "--limit", 2,
-        "--max-new-tokens", 8, "--strategies", "imitation,imitation-mlp:3,early-exit@2,lookup",
+        "--max-new-tokens", 8,
+        "--strategies", "imitation,imitation-mlp:3,early-exit@2,prompt-lookup",
         "--prompt", "flickr8k:dev=Describe the picture.",
     )  # fmt: skip
     said = cli(*words)
@@ -51,7 +52,7 @@ def test_a_stopped_run_gives_the_same_report(cli: Cli, data: Path, tmp_path: Pat
     assert "not judged" in said.out
     report = json.loads((out / "report.json").read_text())
     assert [r["strategy"] for r in report["results"][:5]] == [
-        "autoregressive", "imitation", "imitation-mlp:3", "early-exit@2", "lookup",
+        "autoregressive", "imitation", "imitation-mlp:3", "early-exit@2", "prompt-lookup",
     ]  # fmt: skip
     assert report["plan"]["strategies"]["imitation-mlp:3"]["network"]["kind"] == "mlp"
     scores = [r["scores"] for r in report["results"]]
@@ -92,9 +93,10 @@ def test_a_stopped_run_gives_the_same_report(cli: Cli, data: Path, tmp_path: Pat
         (["--tasks", "mmvet", "--prompt", "coco=What?"], "--prompt names 'coco'"),
         (["--tasks", "mmvet", "--grades", "coco=x"], "--grades names 'coco'"),
         (["--tasks", "mmvet", "--grades", "mmvet=x"], "There is no file of grades at x"),
-        (["--tasks", "mmvet", "--strategies", "lookup@3"], "Only early-exit takes an exit layer"),
+        (["--tasks", "mmvet", "--strategies", "prompt-lookup@3"], "Only early-exit takes an exit"),
         (["--tasks", "mmvet", "--strategies", "early-exit@9"], "between 1 and 4"),
         (["--tasks", "mmvet", "--strategies", "early-exit@0"], "The strategies here are"),
+        (["--tasks", "mmvet", "--strategies", "early-exit", "--skipped-layers", "1"], "is for"),
     ],
 )
 def test_what_is_typed_wrong(
@@ -104,5 +106,5 @@ def test_what_is_typed_wrong(
         "evaluate", "--data", data, "--output", tmp_path / "out", "--limit", 1,
         "--max-new-tokens", 2, *words,
     )  # fmt: skip
-    assert found.code == 1
+    assert found.code == (2 if "--strategies" in words else 1)
     assert said in found.sentence()

@@ -17,12 +17,13 @@ from fastvlm.cli.evaluate import evaluate
 from fastvlm.cli.export import app as export
 from fastvlm.cli.generate import generate
 from fastvlm.cli.installation import torchvision_mismatch
-from fastvlm.cli.terminal import complain
+from fastvlm.cli.loading import UsageError
+from fastvlm.cli.terminal import print_error
 from fastvlm.cli.train import app as train
 from fastvlm.functional.errors import FastVlmError
 
 # Typer has its own copy of click or uses the installed one, depending on its version.
-UsageError: type[Exception] = typer.BadParameter.__bases__[0]
+TyperUsageError: type[Exception] = typer.BadParameter.__bases__[0]
 
 USAGE, INTERRUPTED = 2, 130
 
@@ -65,7 +66,7 @@ def fastvlm(
 def run(arguments: Sequence[str] | None = None) -> int:
     """Run a command line and return its exit code.
 
-    What a user can mend is told in one sentence on standard error: 1 for a picture, a model or an
+    What a user can mend is told in one sentence on standard error: 1 for an image, a model or an
     installation that is wrong, 2 for a command line that is. Ctrl-C ends with 130.
 
     Args:
@@ -76,15 +77,15 @@ def run(arguments: Sequence[str] | None = None) -> int:
         code = app(args=arguments, prog_name="fastvlm", standalone_mode=False)
     except KeyboardInterrupt:
         return INTERRUPTED
-    except UsageError as error:
-        complain(error.format_message() if hasattr(error, "format_message") else str(error))
+    except TyperUsageError as error:
+        print_error(error.format_message() if hasattr(error, "format_message") else str(error))
         return USAGE
     except (FastVlmError, ImportError, OSError, RuntimeError, AttributeError) as error:
         reason = torchvision_mismatch(error)
         if reason is None and not isinstance(error, FastVlmError | OSError):
             raise
-        complain(reason or str(error))
-        return 1
+        print_error(reason or str(error))
+        return USAGE if isinstance(error, UsageError) else 1
     return code or 0
 
 

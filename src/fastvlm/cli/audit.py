@@ -1,4 +1,4 @@
-"""`fastvlm audit`: every strategy's tokens against `transformers`' own, over a whole data set."""
+"""`fastvlm audit`: every strategy's tokens against ordinary decoding, over a whole data set."""
 
 from __future__ import annotations
 
@@ -12,15 +12,31 @@ from rich.console import Console
 from rich.table import Table
 
 from fastvlm import embedded
-from fastvlm.cli.benchmark import SCENES, ListingOption, readable_questions
+from fastvlm.cli.benchmark import (
+    SCENES,
+    ImagesOption,
+    ListingOption,
+    PromptsOption,
+    readable_questions,
+)
 from fastvlm.cli.files import write_json
-from fastvlm.cli.loading import DtypeOption, ModelOption, ThreadsOption, load_quietly
+from fastvlm.cli.loading import (
+    DeviceOption,
+    DtypeOption,
+    ModelOption,
+    SkippedLayersOption,
+    ThreadsOption,
+    layers_in,
+    load_quietly,
+    usage,
+)
 from fastvlm.cli.strategies import (
     DraftsOption,
     StrategiesOption,
     chosen_strategies,
-    named_drafters,
     named_drafts,
+    named_strategies,
+    needs_search,
 )
 from fastvlm.cli.terminal import number, progress
 
@@ -37,22 +53,27 @@ def audit(  # noqa: PLR0913 (a parameter is an option)
     model: ModelOption = None,
     draft: DraftsOption = None,
     strategies: StrategiesOption = None,
-    pictures: Annotated[
-        str, typer.Option(metavar="scenes|DIR", help="Unseen scenes, or a folder of photographs.")
-    ] = SCENES,
+    images: ImagesOption = SCENES,
+    prompt: PromptsOption = None,
     listing: ListingOption = None,
-    prompt: Annotated[
-        str | None, typer.Option(metavar="TEXT", help="What is asked of each picture.")
-    ] = None,
-    limit: Annotated[int, typer.Option(min=1, help="The most pictures.")] = 1000,
-    batch: Annotated[int, typer.Option(min=1, help="Pictures decoded together.")] = 50,
+    limit: Annotated[int, typer.Option(min=1, help="The most images.")] = 1000,
+    batch: Annotated[int, typer.Option(min=1, help="Questions decoded together.")] = 50,
     max_new_tokens: Annotated[int, typer.Option(min=2, help="The most tokens of a reply.")] = 160,
+    temperature: Annotated[
+        float, typer.Option(min=0, help="Draw replies at this temperature; 0 for greedy ones.")
+    ] = 0.0,
+    seed: Annotated[
+        int | None,
+        typer.Option(min=0, help="Reply i is drawn with the seed + i.", show_default="0"),
+    ] = None,
+    skipped_layers: SkippedLayersOption = None,
+    device: DeviceOption = "cpu",
     dtype: DtypeOption = "float32",
     gap: Annotated[
         float | None,
         typer.Option(
             min=0,
-            help="A difference is a tie where the target's two best logits, in float64, lie closer"
+            help="A difference is a tie where the target's two best tokens, in float64, lie closer"
             " than this.",
             show_default="1e-4 in float32, 0.25 in bfloat16, 0 with --wide",
         ),
@@ -62,33 +83,40 @@ def audit(  # noqa: PLR0913 (a parameter is an option)
         typer.Option(
             "--wide",
             help="Compare with our own ordinary decoding, its passes as wide as those that verify,"
-            " one picture at a time: in any precision not a token may then differ.",
+            " one question at a time: in any precision not a token may then differ.",
         ),
     ] = False,
     threads: ThreadsOption = None,
 ) -> None:
     """Say whether every strategy's tokens are those of transformers' own greedy generate.
 
-    A difference is a tie where rounding alone decides, see --gap. Exits with 1 if any reply differs
+    With --temperature they are held against our own ordinary decoding of the same seeds. A
+    difference is a tie where rounding alone decides, see --gap. Exits with 1 if any reply differs
     otherwise.
     """
+    from fastvlm.decoding import SamplingParams
+
+    with usage():
+        params = SamplingParams(temperature, seed=seed, max_new_tokens=max_new_tokens)
     drafts = named_drafts(draft, model)
+    skipped = layers_in(skipped_layers)
     chosen = chosen_strategies(strategies, drafts)
-    questions, _ = readable_questions(pictures, prompt, limit, listing)
+    needs_search(chosen, skipped)  # whatever is skipped, the tokens are the same
+    questions, _ = readable_questions(images, prompt, limit, listing)
     output.mkdir(parents=True, exist_ok=True)
     from fastvlm.evaluation.audit import audit as compare
 
     where = embedded.MODEL if model is None else model
-    vlm = load_quietly(where, threads=threads, dtype=dtype)
-    drafters = named_drafters(vlm, chosen, drafts)
+    vlm = load_quietly(where, threads=threads, dtype=dtype, device=device, max_slots=batch)
+    audited = named_strategies(vlm, chosen, drafts, skipped)
     with progress("Auditing") as report:
         found = compare(
             vlm,
-            drafters,
+            audited,
             questions,
             output / "audit.jsonl",
+            params=params,
             batch=batch,
-            max_new_tokens=max_new_tokens,
             wide=wide,
             progress=report,
         )
@@ -97,8 +125,10 @@ def audit(  # noqa: PLR0913 (a parameter is an option)
     write_json(
         output / "audit.json",
         {
-            "pictures": pictures,
-            "prompt": questions[0].prompt,
+            "images": images,
+            "prompts": list(dict.fromkeys(question.prompt for question in questions)),
+            "temperature": temperature,
+            "seed": (seed or 0) if temperature else None,
             "dtype": dtype,
             "wide": wide,
             "gap": found.gap,
@@ -116,7 +146,7 @@ def audit(  # noqa: PLR0913 (a parameter is an option)
         )
     console = Console(highlight=False)
     console.print(out)
-    if pictures == SCENES:
+    if images == SCENES:
         from fastvlm.evaluation.quality import score_scenes
 
         texts = [str(vlm.tokenizer.decode(r, skip_special_tokens=True)) for r in found.replies]

@@ -15,9 +15,12 @@ from rich.table import Table
 from fastvlm import embedded
 from fastvlm.cli.files import check_writable, write_json
 from fastvlm.cli.loading import (
+    DeviceOption,
+    DtypeOption,
     ModelOption,
     SkippedLayersOption,
     ThreadsOption,
+    UsageError,
     layers_in,
     load_quietly,
 )
@@ -27,11 +30,11 @@ from fastvlm.cli.strategies import (
     StrategiesOption,
     chosen_strategies,
     describe,
-    named_drafters,
     named_drafts,
+    named_strategies,
     needs_search,
 )
-from fastvlm.cli.terminal import complain, hardware_line, number, progress
+from fastvlm.cli.terminal import hardware_line, number, print_error, progress
 from fastvlm.cli.ttft import ttft
 from fastvlm.functional.errors import InputError
 
@@ -40,7 +43,23 @@ if TYPE_CHECKING:
     from fastvlm.evaluation.benchmark import StrategyResult
     from fastvlm.functional.statistics import Spread
 
-SCENES = "scenes"
+SCENES, NO_IMAGES = "scenes", "none"
+ImagesOption = Annotated[
+    str,
+    typer.Option(
+        metavar="scenes|none|DIR",
+        help="Rendered scenes that no training has seen, a folder of photographs, or none for a"
+        " model that reads text alone.",
+    ),
+]
+PromptsOption = Annotated[
+    list[str] | None,
+    typer.Option(
+        metavar="TEXT",
+        help="What is asked of each image. Give it again for several.",
+        show_default=f"'{embedded.SCENE_PROMPT}' or '{embedded.DESCRIPTION_PROMPT}'",
+    ),
+]
 ListingOption = Annotated[
     Path | None,
     typer.Option(
@@ -67,25 +86,14 @@ def benchmark(  # noqa: PLR0913 (a parameter is an option)
     model: ModelOption = None,
     draft: DraftsOption = None,
     strategies: StrategiesOption = None,
-    pictures: Annotated[
-        str,
-        typer.Option(
-            metavar="scenes|DIR",
-            help="Rendered scenes that no training has seen, or a folder of photographs.",
-        ),
-    ] = SCENES,
-    prompt: Annotated[
-        str | None,
-        typer.Option(
-            metavar="TEXT",
-            help="What is asked of each picture.",
-            show_default=f"'{embedded.SCENE_PROMPT}' or '{embedded.DESCRIPTION_PROMPT}'",
-        ),
-    ] = None,
+    images: ImagesOption = SCENES,
+    prompt: PromptsOption = None,
     listing: ListingOption = None,
-    limit: Annotated[int, typer.Option(min=1, help="The most pictures to measure with.")] = 50,
+    limit: Annotated[int, typer.Option(min=1, help="The most images to measure with.")] = 50,
     max_new_tokens: Annotated[int, typer.Option(min=2, help="The most tokens of a reply.")] = 160,
     skipped_layers: SkippedLayersOption = None,
+    device: DeviceOption = "cpu",
+    dtype: DtypeOption = "float32",
     threads: ThreadsOption = None,
     json_file: Annotated[
         Path | None,
@@ -97,7 +105,7 @@ def benchmark(  # noqa: PLR0913 (a parameter is an option)
         ),
     ] = None,
 ) -> None:
-    """Measure decoding strategies on the same pictures, interleaved in one run.
+    """Measure decoding strategies on the same images, interleaved in one run.
 
     The table has medians, with quartiles for the speedup, which compares times per output token
     with autoregressive decoding. A reply is identical if its tokens are those of transformers' own
@@ -110,22 +118,25 @@ def benchmark(  # noqa: PLR0913 (a parameter is an option)
     drafts = named_drafts(draft, model)
     skipped = layers_in(skipped_layers)
     chosen = chosen_strategies(strategies, drafts)
-    questions, broken = readable_questions(pictures, prompt, limit, listing)
+    search = needs_search(chosen, skipped)
+    questions, broken = readable_questions(images, prompt, limit, listing)
     from fastvlm.evaluation.benchmark import measure
     from fastvlm.evaluation.measuring import hardware
+    from fastvlm.evaluation.reference import image_of
 
     # The drafts are loaded one by one below, each under its own name.
-    vlm = load_quietly(embedded.MODEL if model is None else model, threads=threads)
-    if needs_search(chosen, skipped):
+    where = embedded.MODEL if model is None else model
+    vlm = load_quietly(where, threads=threads, dtype=dtype, device=device)
+    if search:
         searched = questions[:SEARCHED]
         skipped = vlm.find_skipped_layers(
             [question.prompt for question in searched],
-            [question.open(vlm.image_size) for question in searched],
+            [image_of(vlm, question) for question in searched],
         ).skipped
-    drafters = named_drafters(vlm, chosen, drafts, skipped)
+    measured = named_strategies(vlm, chosen, drafts, skipped)
     with progress("Measuring") as report:
-        results = measure(vlm, drafters, questions, max_new_tokens=max_new_tokens, progress=report)
-    machine = hardware()
+        results = measure(vlm, measured, questions, max_new_tokens=max_new_tokens, progress=report)
+    machine = hardware(vlm.decoder.device)
     if json_file is not None:
         write_json(
             json_file,
@@ -133,9 +144,10 @@ def benchmark(  # noqa: PLR0913 (a parameter is an option)
                 "hardware": machine,
                 "date": datetime.now(UTC).isoformat(timespec="seconds"),
                 "model": model or "the one that ships",
-                "strategies": {one.name: describe(one, drafters[one.name]) for one in chosen},
-                "pictures": pictures,
-                "prompt": questions[0].prompt,
+                "strategies": {one.name: describe(one, measured[one.name]) for one in chosen},
+                "dtype": dtype,
+                "images": images,
+                "prompts": list(dict.fromkeys(question.prompt for question in questions)),
                 "limit": limit,
                 "max_new_tokens": max_new_tokens,
                 "results": [result.to_json() for result in results],
@@ -145,8 +157,9 @@ def benchmark(  # noqa: PLR0913 (a parameter is an option)
     console.print()
     console.print(table(results, console.width))
     console.print()
+    what = {SCENES: "scenes", NO_IMAGES: "prompts"}.get(images, "photographs")
     console.print(
-        f"{len(questions)} {'scenes' if pictures == SCENES else 'photographs'}, replies of"
+        f"{len(questions)} {'questions about ' * (len(prompt or ()) > 1)}{what}, replies of"
         f" {results[0].tokens:.0f} tokens (median), on {hardware_line(machine)}.",
         style="dim",
     )
@@ -155,40 +168,48 @@ def benchmark(  # noqa: PLR0913 (a parameter is an option)
 
 
 def readable_questions(
-    pictures: str, prompt: str | None, limit: int, listing: Path | None = None
+    images: str, prompts: Sequence[str] | None, limit: int, listing: Path | None = None
 ) -> tuple[list[Question], bool]:
-    """Return the questions, and whether a picture was left out because it can't be read.
+    """Return the questions, and whether an image was left out because it can't be read.
 
     Raises:
-        InputError: There is no such folder or listing, or no picture there that can be read.
+        InputError: There is no such folder or listing, or no image there that can be read.
+        UsageError: A listing is given where there is no folder, or there is nothing to ask.
     """
     from fastvlm.data.questions import HELD_OUT_SCENES, Question, pictures_in
 
-    if pictures == SCENES:
-        if listing is not None:
-            raise InputError("--listing names photographs; --pictures scenes has none.")
-        asked = prompt or embedded.SCENE_PROMPT
-        return [Question(asked, HELD_OUT_SCENES + index) for index in range(limit)], False
+    if listing is not None and images in (SCENES, NO_IMAGES):
+        raise UsageError(f"--listing names photographs; --images {images} has none.")
+    if images == NO_IMAGES:
+        if not prompts:
+            raise UsageError("--images none needs a --prompt.")
+        return [Question(prompt, None) for prompt in prompts[:limit]], False
+    if images == SCENES:
+        scenes = range(HELD_OUT_SCENES, HELD_OUT_SCENES + limit)
+        asked = prompts or [embedded.SCENE_PROMPT]
+        return [Question(prompt, scene) for scene in scenes for prompt in asked], False
     from fastvlm.vision.pictures import open_picture
 
     if listing is None:
-        found = pictures_in(Path(pictures), limit)
+        found = pictures_in(Path(images), limit)
     else:
         if not listing.is_file():
             raise InputError(f"There is no list of photographs at {listing}.")
-        found = [Path(pictures) / name for name in listing.read_text(encoding="utf-8").split()]
+        found = [Path(images) / name for name in listing.read_text(encoding="utf-8").split()]
         found = found[:limit]
-    questions = []
+    read: list[Path] = []
     for path in found:
         try:
             open_picture(path)
         except InputError as error:
-            complain(str(error))
+            print_error(str(error))
         else:
-            questions.append(Question(prompt or embedded.DESCRIPTION_PROMPT, str(path)))
-    if not questions:
-        raise InputError(f"No picture in {pictures} can be read.")
-    return questions, len(questions) < len(found)
+            read.append(path)
+    if not read:
+        raise InputError(f"No image in {images} can be read.")
+    asked = prompts or [embedded.DESCRIPTION_PROMPT]
+    questions = [Question(prompt, str(path)) for path in read for prompt in asked]
+    return questions, len(read) < len(found)
 
 
 def table(results: Sequence[StrategyResult], width: int) -> Table:

@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from fastvlm.cli.loading import located
+from fastvlm.cli.loading import resolve_model
 from fastvlm.functional.errors import InputError
 
 PRECISIONS = ("bfloat16", "float16", "float32")
@@ -50,7 +50,9 @@ def convert(
         raise InputError(f"The layouts are {', '.join(LAYOUTS)}; got --layout {layout}.")
     logging.disable_progress_bar()
     logging.set_verbosity_error()
-    model, tokenizer = load_checkpoint(located(source) or source, getattr(torch, dtype), "cpu")
+    model, tokenizer = load_checkpoint(
+        resolve_model(source) or source, getattr(torch, dtype), "cpu"
+    )
     save_checkpoint(model, tokenizer, output, layout)
     count = sum(parameter.numel() for parameter in model.parameters())
     typer.echo(f"{output}: {count:,} parameters in {dtype}, in the layout {layout}.")

@@ -1,4 +1,4 @@
-"""`fastvlm demo`: the model that ships, at work on the pictures that ship."""
+"""`fastvlm demo`: the model that ships, at work on the images that ship."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from rich.table import Table
 from rich.text import Text
 
 from fastvlm import embedded
-from fastvlm.cli.loading import ThreadsOption, load_quietly
+from fastvlm.cli.loading import DeviceOption, DtypeOption, ThreadsOption, load_quietly
 from fastvlm.cli.terminal import (
     ReplyWriter,
     hardware_line,
@@ -31,7 +31,7 @@ if TYPE_CHECKING:
     from collections.abc import Sequence
 
     from fastvlm.data.questions import Question
-    from fastvlm.decoding import Drafter
+    from fastvlm.decoding import Strategy
     from fastvlm.functional.statistics import DecodingStatistics
     from fastvlm.vlm import VisionLanguageModel
 
@@ -93,19 +93,21 @@ def demo(
             " object for each way of decoding (times in milliseconds).",
         ),
     ] = False,
-    pictures: Annotated[
+    images: Annotated[
         int | None,
-        typer.Option(min=1, help="How many pictures to show.", show_default="all that ship"),
+        typer.Option(min=1, help="How many images to show.", show_default="all that ship"),
     ] = None,
+    device: DeviceOption = "cpu",
+    dtype: DtypeOption = "float32",
     threads: ThreadsOption = None,
 ) -> None:
-    """See the model that ships describe pictures, ordinarily and self-speculatively.
+    """See the model that ships describe images, ordinarily and self-speculatively.
 
     Tokens that were drafted and accepted have one colour, those that the full model gave another.
     """
-    shown = read_pictures(embedded.PICTURES)[:pictures]
-    vlm = load_quietly(None, threads=threads)
-    drafters = {name: vlm.drafter(name) for name in ("autoregressive", "imitation")}
+    shown = read_pictures(embedded.PICTURES)[:images]
+    vlm = load_quietly(None, threads=threads, dtype=dtype, device=device)
+    strategies = {name: vlm.strategy(name) for name in ("autoregressive", "imitation")}
     if as_json:
         from fastvlm.evaluation.benchmark import measure
         from fastvlm.evaluation.measuring import hardware
@@ -113,16 +115,20 @@ def demo(
         with progress("Measuring") as report:
             results = measure(
                 vlm,
-                drafters,
+                strategies,
                 [picture.question for picture in shown],
                 max_new_tokens=MAX_NEW_TOKENS,
                 progress=report,
             )
-        figures = {"hardware": hardware(), "results": [result.to_json() for result in results]}
+        figures = {
+            "hardware": hardware(vlm.decoder.device),
+            "dtype": dtype,
+            "results": [result.to_json() for result in results],
+        }
         typer.echo(json.dumps(figures, indent=2))
         return
     console = Console(highlight=False)
-    show(console, vlm, drafters, shown)
+    show(console, vlm, strategies, shown)
 
 
 def read_pictures(folder: Path) -> list[DemoPicture]:
@@ -158,7 +164,7 @@ def _credit(row: dict[str, Any]) -> str | None:
 def show(
     console: Console,
     vlm: VisionLanguageModel,
-    drafters: dict[str, Drafter],
+    strategies: dict[str, Strategy],
     pictures: Sequence[DemoPicture],
 ) -> None:
     """Show each picture, its reply decoded both ways and what that took; then a table of all."""
@@ -178,12 +184,12 @@ def show(
         console.print()
         introduce(console, picture, f"{place}/{len(pictures)}")
         console.print()
-        comparison = compare(console, vlm, drafters, picture)
+        comparison = compare(console, vlm, strategies, picture)
         compared.append(comparison)
         console.print(line(comparison))
     console.print()
     console.print(table(compared))
-    console.print(f"Measured on {hardware_line(hardware())}.", style="dim")
+    console.print(f"Measured on {hardware_line(hardware(vlm.decoder.device))}.", style="dim")
     console.print(
         "Each reply is decoded once more for its times, without being shown: TTFT is the time to"
         " the first token, picture included; TPOT the time per output token after it; the"
@@ -212,7 +218,7 @@ def introduce(console: Console, picture: DemoPicture, place: str) -> None:
 def compare(
     console: Console,
     vlm: VisionLanguageModel,
-    drafters: dict[str, Drafter],
+    strategies: dict[str, Strategy],
     picture: DemoPicture,
 ) -> Comparison:
     """Stream a picture's reply both ways, then measure both without the terminal in between."""
@@ -226,17 +232,17 @@ def compare(
             question.prompt,
             picture.file,
             max_new_tokens=MAX_NEW_TOKENS,
-            drafter=drafters[name],
+            strategy=strategies[name],
         )
         for piece in stream:
             writer.write(piece.text, DRAFTED if all(piece.drafted) else OWN)
         writer.close()
-        replies.append(tuple(stream.reply.tokens))
+        replies.append(tuple(stream.reply.token_ids))
     runs = [
-        run_strategy(vlm, drafters[name], question, MAX_NEW_TOKENS)
+        run_strategy(vlm, strategies[name], question, MAX_NEW_TOKENS)
         for name in ("autoregressive", "imitation")
     ]
-    replies += [run.tokens for run in runs]
+    replies += [run.token_ids for run in runs]
     return Comparison(picture.title, len(set(replies)) == 1, runs[0].statistics, runs[1].statistics)
 
 

@@ -14,6 +14,7 @@ from rich.table import Table
 
 from fastvlm import embedded
 from fastvlm.cli.loading import (
+    DeviceOption,
     DtypeOption,
     ModelOption,
     SkippedLayersOption,
@@ -22,14 +23,14 @@ from fastvlm.cli.loading import (
     load_quietly,
 )
 from fastvlm.cli.strategies import (
+    LAYER_SKIP,
     SEARCHED,
-    SKIP,
     DraftsOption,
     StrategiesOption,
     chosen_strategies,
     describe,
-    named_drafters,
     named_drafts,
+    named_strategies,
     needs_search,
 )
 from fastvlm.cli.terminal import progress
@@ -86,7 +87,7 @@ def evaluate(  # noqa: PLR0913 (a parameter is an option)
         str | None,
         typer.Option(
             metavar="LIST",
-            help="Show the pictures in each of these sizes, sides in pixels: 256,512,1024.",
+            help="Show the images in each of these sizes, sides in pixels: 256,512,1024.",
             show_default="the model's own",
         ),
     ] = None,
@@ -95,7 +96,7 @@ def evaluate(  # noqa: PLR0913 (a parameter is an option)
         list[str] | None,
         typer.Option(
             metavar="NAME=TEXT",
-            help="What to ask of a captioning benchmark's pictures instead of its usual words, for"
+            help="What to ask of a captioning benchmark's images instead of its usual words, for"
             " a model that learnt others. Give it again for another benchmark.",
         ),
     ] = None,
@@ -119,10 +120,11 @@ def evaluate(  # noqa: PLR0913 (a parameter is an option)
         ),
     ] = None,
     skipped_layers: SkippedLayersOption = None,
+    device: DeviceOption = "cpu",
     dtype: DtypeOption = "float32",
     threads: ThreadsOption = None,
 ) -> None:
-    """Run benchmarks with every strategy on the same pictures, and report quality and speed.
+    """Run benchmarks with every strategy on the same images, and report quality and speed.
 
     Strategies take turns, an item at a time. The report is report.html, report.md and report.json
     in the output folder; on a finished folder it is written anew.
@@ -134,6 +136,7 @@ def evaluate(  # noqa: PLR0913 (a parameter is an option)
     drafts = named_drafts(draft, model)
     chosen = chosen_strategies(strategies, drafts)
     skipped, sizes = layers_in(skipped_layers), sizes_in(image_sizes)
+    search = needs_search(chosen, skipped)
     prompts, graded_files = pairs(prompt, "--prompt"), pairs(grades, "--grades")
     from fastvlm.evaluation.tasks.answers import Journal, recorded_plan
     from fastvlm.evaluation.tasks.plan import Plan, read_tasks
@@ -149,26 +152,28 @@ def evaluate(  # noqa: PLR0913 (a parameter is an option)
     check_grades(graded_files, asked)
     output.mkdir(parents=True, exist_ok=True)
     file = output / "answers.jsonl"
-    vlm = load_quietly(embedded.MODEL if model is None else model, threads=threads, dtype=dtype)
-    if needs_search(chosen, skipped):
+    where = embedded.MODEL if model is None else model
+    vlm = load_quietly(where, threads=threads, dtype=dtype, device=device)
+    if search:
         # A search measures, and finds others another time.
-        before = recorded_plan(file).get("strategies", {}).get(SKIP, {}).get("skipped_layers")
+        before = recorded_plan(file).get("strategies", {}).get(LAYER_SKIP, {}).get("skipped_layers")
         skipped = tuple(before) if before else searched(vlm, asked)
-    drafters = named_drafters(vlm, chosen, drafts, skipped)
+    measured = named_strategies(vlm, chosen, drafts, skipped)
     import torch
 
     plan = Plan(
         model=model or "the one that ships with fastvlm",
         tasks=asked,
-        strategies={one.name: describe(one, drafters[one.name]) for one in chosen},
+        strategies={one.name: describe(one, measured[one.name]) for one in chosen},
         sizes=sizes,
         max_new_tokens=max_new_tokens,
         dtype=dtype,
         threads=torch.get_num_threads(),
+        device=device,
     )
     journal = Journal(file, plan)
     with progress("Answering") as report:
-        run(vlm, drafters, plan, journal, report)
+        run(vlm, measured, plan, journal, report)
     graded = all_grades(plan, journal, graded_files, output)
     if judge is not None and judge_model is not None:
         graded |= judged_by(judge, judge_model, plan, journal, output / "grades.jsonl")
@@ -225,8 +230,8 @@ def searched(vlm: VisionLanguageModel, tasks: Mapping[str, Task[Any]]) -> tuple[
         InputError: No reply is long enough to learn from.
     """
     items = next(iter(tasks.values())).items[:SEARCHED]
-    prompts, pictures = [item.prompt for item in items], [item.open() for item in items]
-    return vlm.find_skipped_layers(prompts, pictures).skipped
+    prompts, images = [item.prompt for item in items], [item.open() for item in items]
+    return vlm.find_skipped_layers(prompts, images).skipped
 
 
 def check_grades(files: Mapping[str, str], tasks: Mapping[str, Task[Any]]) -> None:

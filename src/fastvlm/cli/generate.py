@@ -1,35 +1,37 @@
-"""`fastvlm generate`: replies about any pictures, from any model."""
+"""`fastvlm generate`: replies about any images, from any model."""
 
 from __future__ import annotations
 
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from fastvlm.cli.loading import (
+    DeviceOption,
+    DtypeOption,
     ModelOption,
     SkippedLayersOption,
     ThreadsOption,
     layers_in,
     load_quietly,
+    usage,
 )
-from fastvlm.cli.terminal import complain
+from fastvlm.cli.terminal import print_error
 from fastvlm.embedded import DESCRIPTION_PROMPT
 from fastvlm.functional.errors import InputError
 
 if TYPE_CHECKING:
     from fastvlm.functional.statistics import DecodingStatistics
+    from fastvlm.vlm import ReplyStream
 
 
 def generate(  # noqa: PLR0913 (a parameter is an option)
     *,
-    images: Annotated[
-        list[Path], typer.Argument(metavar="IMAGE", help="Pictures, one reply each.")
-    ],
+    images: Annotated[list[Path], typer.Argument(metavar="IMAGE", help="Images, one reply each.")],
     prompt: Annotated[
-        str, typer.Option(metavar="TEXT", help="What is asked of each picture.")
+        str, typer.Option(metavar="TEXT", help="What is asked of each image.")
     ] = DESCRIPTION_PROMPT,
     model: ModelOption = None,
     draft: Annotated[
@@ -40,13 +42,18 @@ def generate(  # noqa: PLR0913 (a parameter is an option)
             show_default="the one that ships, for the model that ships; else none",
         ),
     ] = None,
-    max_new_tokens: Annotated[int, typer.Option(min=1, help="The most tokens of a reply.")] = 256,
+    max_new_tokens: Annotated[
+        int | None,
+        typer.Option(
+            min=1, help="The most tokens of a reply.", show_default="the checkpoint's, else 256"
+        ),
+    ] = None,
     strategy: Annotated[
         str | None,
         typer.Option(
             metavar="NAME",
-            help="How to decode: autoregressive, imitation, early-exit, skip or lookup. The tokens"
-            " are the same, only their speed differs.",
+            help="How to decode: autoregressive, imitation, early-exit, layer-skip or"
+            " prompt-lookup. The tokens are the same; the speed differs.",
             show_default="imitation with a draft, else autoregressive",
         ),
     ] = None,
@@ -56,7 +63,7 @@ def generate(  # noqa: PLR0913 (a parameter is an option)
             min=1,
             max=256,
             help="The most tokens of a draft.",
-            show_default="what the draft records, else 24; 10 for lookup",
+            show_default="what the draft records, else 24; 10 for prompt-lookup",
         ),
     ] = None,
     confidence: Annotated[
@@ -70,8 +77,11 @@ def generate(  # noqa: PLR0913 (a parameter is an option)
         ),
     ] = None,
     temperature: Annotated[
-        float, typer.Option(min=0, help="Draw tokens at this temperature; 0 for the likeliest.")
-    ] = 0,
+        float | None,
+        typer.Option(
+            min=0, help="Draw tokens at this temperature; 0 for the likeliest.", show_default="0"
+        ),
+    ] = None,
     top_p: Annotated[
         float | None,
         typer.Option(
@@ -84,60 +94,72 @@ def generate(  # noqa: PLR0913 (a parameter is an option)
         typer.Option(metavar="TEXT", help="End the reply before this; give it again for more."),
     ] = None,
     skipped_layers: SkippedLayersOption = None,
+    device: DeviceOption = "cpu",
+    dtype: DtypeOption = "float32",
     threads: ThreadsOption = None,
     stats: Annotated[
         bool, typer.Option("--stats", help="Write each reply's timings to standard error.")
     ] = False,
 ) -> None:
-    """Write a reply about each picture, as it is decoded.
+    """Write a reply about each image, as it is decoded.
 
-    A picture that can't be read gets a sentence on standard error; the others get their replies,
+    An image that can't be read gets a sentence on standard error; the others get their replies,
     and the exit code is 1.
     """
-    vlm = load_quietly(model, draft, threads)
-    drafter = vlm.drafter(
-        strategy,
-        num_speculative_tokens=num_speculative_tokens,
-        confidence=confidence,
-        skipped_layers=layers_in(skipped_layers),
-    )
-    from fastvlm.decoding.sampling import SamplingOptions, selection_of
-    from fastvlm.vlm import ReplyStream, RequestOptions, among
-
-    options: RequestOptions = {
+    skipped = layers_in(skipped_layers)
+    drafting: dict[str, Any] = {
+        "num_speculative_tokens": num_speculative_tokens,
+        "confidence": confidence,
+        "skipped_layers": skipped,
+    }
+    sampling: dict[str, Any] = {
         "max_new_tokens": max_new_tokens,
         "temperature": temperature,
-        "stop": stop or [],
+        "top_p": top_p,
+        "seed": seed,
+        "stop": stop or None,
     }
-    if top_p is not None:
-        options["top_p"] = top_p
-    if seed is not None:
-        options["seed"] = seed
-    # What is wrong with an option is said once, not once a picture.
-    selection_of([], **among(SamplingOptions, options))
+    sampling = {name: value for name, value in sampling.items() if value is not None}
+    from fastvlm.decoding import SamplingParams
+
+    with usage():
+        # What is wrong with an option is said once, before anything is loaded.
+        SamplingParams(**sampling)
+    vlm = load_quietly(model, draft, threads, dtype, device)
+    with usage():
+        chosen = vlm.strategy(strategy, **drafting)
     failed = False
     for image in images:
         try:
-            request = vlm.request(prompt, image, **options)
+            stream = vlm.stream(prompt, image, strategy=chosen, **sampling)
+            write_reply(stream, f"{image}: " if len(images) > 1 else "")
         except InputError as error:
-            complain(str(error))
+            print_error(str(error))
             failed = True
-            continue
-        stream = ReplyStream(vlm, request, drafter)
-        if len(images) > 1:
-            sys.stdout.write(f"{image}: ")
-        begun = False
-        for piece in stream:
-            text = piece.text if begun else piece.text.lstrip()
-            begun = begun or bool(text)
-            sys.stdout.write(text)
-            sys.stdout.flush()
-        sys.stdout.write("\n")
-        sys.stdout.flush()
-        if stats:
-            typer.echo(f"{image}: {in_words(stream.reply.statistics)}", err=True)
+        else:
+            if stats:
+                typer.echo(f"{image}: {in_words(stream.request.statistics)}", err=True)
     if failed:
         raise typer.Exit(1)
+
+
+def write_reply(stream: ReplyStream, heading: str) -> None:
+    """Write a reply to standard output as it is decoded, without white space before it.
+
+    Raises:
+        InputError: The prompt doesn't fit into the model's context; then nothing is written.
+    """
+    begun = False
+    for piece in stream:
+        # The first piece is there once the prompt has turned out to be one.
+        sys.stdout.write(heading)
+        heading = ""
+        text = piece.text if begun else piece.text.lstrip()
+        begun = begun or bool(text)
+        sys.stdout.write(text)
+        sys.stdout.flush()
+    sys.stdout.write("\n")
+    sys.stdout.flush()
 
 
 def in_words(statistics: DecodingStatistics) -> str:

@@ -1,4 +1,4 @@
-"""Strategies as they are typed, and the drafters that they name."""
+"""Strategies as they are typed, and those that they name."""
 
 from __future__ import annotations
 
@@ -11,17 +11,18 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from fastvlm import embedded
-from fastvlm.functional.errors import InputError
+from fastvlm.cli.loading import UsageError, usage
 
 if TYPE_CHECKING:
-    from fastvlm.decoding import Drafter
+    from fastvlm.decoding import Strategy
     from fastvlm.vlm import VisionLanguageModel
 
-AUTOREGRESSIVE, EARLY_EXIT, SKIP = "autoregressive", "early-exit", "skip"
+AUTOREGRESSIVE, EARLY_EXIT = "autoregressive", "early-exit"
+LAYER_SKIP, PROMPT_LOOKUP = "layer-skip", "prompt-lookup"
 ALWAYS = ("transformers", AUTOREGRESSIVE)
-WITHOUT_DRAFT = (EARLY_EXIT, SKIP, "lookup")
+WITHOUT_DRAFT = (EARLY_EXIT, LAYER_SKIP, PROMPT_LOOKUP)
 SEARCHED = 2
-"""Pictures, the first ones, on whose replies the layers to skip are searched for."""
+"""Images, the first ones, on whose replies the layers to skip are searched for."""
 TYPED = re.compile(r"(?P<kind>[^@:]+)(?:@(?P<layer>[1-9]\d*))?(?::(?P<length>[1-9]\d*))?")
 
 DraftsOption = Annotated[
@@ -38,8 +39,9 @@ StrategiesOption = Annotated[
     str | None,
     typer.Option(
         metavar="LIST",
-        help="What to measure, separated by commas: early-exit, skip, lookup, and the drafts'"
-        " names; early-exit@4 drafts with 4 layers, lookup:8 drafts 8 tokens at a time."
+        help="What to measure, separated by commas: early-exit, layer-skip, prompt-lookup, and"
+        " the drafts' names; early-exit@4 drafts with 4 layers, prompt-lookup:8 drafts 8 tokens at"
+        " a time."
         " autoregressive is always measured.",
         show_default="all",
     ),
@@ -47,7 +49,7 @@ StrategiesOption = Annotated[
 
 
 @dataclass(frozen=True, slots=True)
-class Strategy:
+class TypedStrategy:
     """A strategy as it is typed: `early-exit@4:8`.
 
     Args:
@@ -63,7 +65,7 @@ class Strategy:
     draft_length: int | None = None
 
     @classmethod
-    def of(cls, typed: str, known: Sequence[str]) -> Strategy:
+    def of(cls, typed: str, known: Sequence[str]) -> TypedStrategy:
         """Read what was typed.
 
         Args:
@@ -71,22 +73,22 @@ class Strategy:
             known: The kinds that there are.
 
         Raises:
-            InputError: There is no such strategy, or it has no such setting.
+            UsageError: There is no such strategy, or it has no such setting.
         """
         found = TYPED.fullmatch(typed)
         kind = typed if found is None else found["kind"]
         if kind.startswith("imitation") and kind not in known:
-            raise InputError(
+            raise UsageError(
                 f"The strategy {kind!r} needs a draft of that name; give it with"
                 f" --draft {kind}=DIR."
             )
         if found is None or kind not in known:
-            raise InputError(f"The strategies here are {', '.join(known)}; got {typed!r}.")
+            raise UsageError(f"The strategies here are {', '.join(known)}; got {typed!r}.")
         layer, length = (None if part is None else int(part) for part in found.groups()[1:])
         if layer is not None and kind != EARLY_EXIT:
-            raise InputError(f"Only {EARLY_EXIT} takes an exit layer; got {typed!r}.")
+            raise UsageError(f"Only {EARLY_EXIT} takes an exit layer; got {typed!r}.")
         if length is not None and kind == AUTOREGRESSIVE:
-            raise InputError(
+            raise UsageError(
                 f"{AUTOREGRESSIVE} drafts nothing, so it has no length; got {typed!r}."
             )
         return cls(typed, kind, layer, length)
@@ -96,7 +98,7 @@ def named_drafts(given: Sequence[str] | None, model: str | None) -> dict[str, Pa
     """Return the drafts' directories by the names of their strategies.
 
     Raises:
-        InputError: Two drafts have the same name, or one has a name that means something else.
+        UsageError: Two drafts have the same name, or one has a name that means something else.
     """
     if not given:
         if model is not None:
@@ -109,9 +111,9 @@ def named_drafts(given: Sequence[str] | None, model: str | None) -> dict[str, Pa
         if not equals or Path(draft).is_dir():
             name, directory = "imitation", draft
         if not name or name in (*ALWAYS, *WITHOUT_DRAFT) or set(name) & set("@:,"):
-            raise InputError(f"A draft can't be called {name!r}; got --draft {draft}.")
+            raise UsageError(f"A draft can't be called {name!r}; got --draft {draft}.")
         if name in drafts:
-            raise InputError(
+            raise UsageError(
                 f"Two drafts are called {name!r}; give each a name of its own, as in"
                 " --draft NAME=DIR."
             )
@@ -119,64 +121,87 @@ def named_drafts(given: Sequence[str] | None, model: str | None) -> dict[str, Pa
     return drafts
 
 
-def chosen_strategies(wanted: str | None, drafts: Mapping[str, Path]) -> list[Strategy]:
+def chosen_strategies(wanted: str | None, drafts: Mapping[str, Path]) -> list[TypedStrategy]:
     """Return what to measure besides `transformers`, in the order given.
 
     Raises:
-        InputError: A strategy is unknown, or needs a draft that isn't there.
+        UsageError: A strategy is unknown, or needs a draft that isn't there.
     """
     known = [AUTOREGRESSIVE, *drafts, *WITHOUT_DRAFT]
     names = known if wanted is None else [name.strip() for name in wanted.split(",")]
     chosen = [name for name in names if name and name not in ALWAYS]
-    return [Strategy.of(name, known) for name in dict.fromkeys([AUTOREGRESSIVE, *chosen])]
+    return [TypedStrategy.of(name, known) for name in dict.fromkeys([AUTOREGRESSIVE, *chosen])]
 
 
-def needs_search(chosen: Sequence[Strategy], skipped: Sequence[int] | None) -> bool:
-    """Return whether the layers to skip have to be searched for."""
-    return skipped is None and any(strategy.kind == SKIP for strategy in chosen)
+def needs_search(chosen: Sequence[TypedStrategy], skipped: Sequence[int] | None) -> bool:
+    """Return whether the layers to skip have to be searched for.
+
+    Raises:
+        UsageError: Layers to skip are given, but nothing skips layers.
+    """
+    skips = any(one.kind == LAYER_SKIP for one in chosen)
+    if skipped is not None and not skips:
+        raise UsageError(f"--skipped-layers is for {LAYER_SKIP}, which is not measured here.")
+    return skips and skipped is None
 
 
-def named_drafters(
+def named_strategies(
     vlm: VisionLanguageModel,
-    chosen: Sequence[Strategy],
+    chosen: Sequence[TypedStrategy],
     drafts: Mapping[str, Path],
     skipped: Sequence[int] | None = None,
-) -> dict[str, Drafter]:
+) -> dict[str, Strategy]:
     """Return the strategies to measure, by name.
 
     Raises:
         CheckpointError: A draft is missing, broken or made for another model.
-        InputError: A setting is out of range.
+        UsageError: A setting is out of range.
     """
     from fastvlm.drafting.directory import load_draft
 
     networks = {
         kind: load_draft(drafts[kind], vlm.model)
-        for kind in {strategy.kind for strategy in chosen}
+        for kind in {one.kind for one in chosen}
         if kind in drafts
     }
-    return {
-        strategy.name: vlm.drafter(
-            "imitation" if strategy.kind in networks else strategy.kind,
-            network=networks.get(strategy.kind),
-            exit_layer=strategy.exit_layer,
-            num_speculative_tokens=strategy.draft_length,
-            # Drafts of one length don't end where the drafter is unsure.
-            confidence=None if strategy.draft_length is None else 0.0,
-            skipped_layers=skipped,
-        )
-        for strategy in chosen
+    with usage():
+        return {
+            one.name: vlm.strategy(
+                "imitation" if one.kind in networks else one.kind,
+                network=networks.get(one.kind),
+                **options_of(one, skipped),
+            )
+            for one in chosen
+        }
+
+
+def options_of(typed: TypedStrategy, skipped: Sequence[int] | None) -> dict[str, Any]:
+    """Return the options of a strategy as `VisionLanguageModel.strategy` takes them.
+
+    Args:
+        typed: The strategy.
+        skipped: The layers that `layer-skip` leaves out; None for the usual ones.
+    """
+    options: dict[str, Any] = {
+        "exit_layer": typed.exit_layer,
+        "num_speculative_tokens": typed.draft_length,
     }
+    if typed.draft_length is not None and typed.kind != PROMPT_LOOKUP:
+        # Drafts of one length don't end where the drafter is unsure.
+        options["confidence"] = 0.0
+    if typed.kind == LAYER_SKIP:
+        options["skipped_layers"] = skipped
+    return options
 
 
-def describe(strategy: Strategy, drafter: Drafter) -> dict[str, Any]:
+def describe(typed: TypedStrategy, strategy: Strategy) -> dict[str, Any]:
     """Return what a strategy is, for the record."""
-    network = getattr(drafter, "network", None)
-    skipped = getattr(drafter, "skipped", None)
+    network = getattr(strategy, "network", None)
+    skipped = getattr(strategy, "skipped", None)
     return {
-        "kind": strategy.kind,
-        "exit_layer": drafter.exit_layer or None,
-        "draft_length": strategy.draft_length,
+        "kind": typed.kind,
+        "exit_layer": strategy.exit_layer or None,
+        "draft_length": typed.draft_length,
         "network": None
         if network is None
         else {

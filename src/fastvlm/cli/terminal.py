@@ -1,4 +1,4 @@
-"""What the verbs write to a terminal: sentences, replies with colours, and small pictures."""
+"""What the verbs write to a terminal: sentences, replies with colours, and small images."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ LINE_SECONDS = 20
 """Time between two lines of progress where standard error is no terminal."""
 
 
-def complain(message: str) -> None:
+def print_error(message: str) -> None:
     """Write one sentence to standard error."""
     sentence = " ".join(message.split()) or "Something went wrong."
     typer.echo(f"fastvlm: {sentence}{'' if sentence[-1] in '.!?`' else '.'}", err=True)

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 import typer
 from rich.console import Console
 
-from fastvlm.cli.loading import ModelOption, ThreadsOption, load_quietly
+from fastvlm.cli.loading import DtypeOption, ModelOption, ThreadsOption, load_quietly
 from fastvlm.cli.terminal import hardware_line
 from fastvlm.cli.training_options import (
     AccumulationOption,
@@ -21,6 +21,7 @@ from fastvlm.cli.training_options import (
     SeedOption,
     StepsOption,
     TrackerOption,
+    TrainingDeviceOption,
     check_output,
     conversations_in,
 )
@@ -50,7 +51,7 @@ def draft(  # noqa: PLR0913 (a parameter is an option)
         list[str] | None,
         typer.Option(
             metavar="TEXT",
-            help="Ask this of each picture, not what the data asks; not of scenes. Give it again"
+            help="Ask this of each image, not what the data asks; not of scenes. Give it again"
             " for several.",
         ),
     ] = None,
@@ -121,6 +122,8 @@ def draft(  # noqa: PLR0913 (a parameter is an option)
     precision: PrecisionOption = None,
     accumulation: AccumulationOption = 1,
     tracker: TrackerOption = None,
+    device: TrainingDeviceOption = None,
+    dtype: DtypeOption = "float32",
     threads: ThreadsOption = None,
 ) -> None:
     """Teach imitation networks to draft for a model.
@@ -137,11 +140,11 @@ def draft(  # noqa: PLR0913 (a parameter is an option)
         raise InputError("The data's replies are not drawn: leave out --temperature.")
     joint = phases == "joint,frozen"
     if joint:
-        check_joint(exit_layer, prompt)
-    from fastvlm.training.processes import process_0_first, this_process
+        check_joint(exit_layer, prompt, dtype)
+    from fastvlm.training.processes import compute_on, process_0_first, this_process
 
-    device = this_process().device
-    vlm = load_quietly(model, threads=threads, device=device)
+    compute_on(device)
+    vlm = load_quietly(model, threads=threads, dtype=dtype, device=this_process().device)
     check_exit_layer(exit_layer, vlm.decoder.depth)
     from fastvlm.data.broken import BrokenRecords
     from fastvlm.evaluation.measuring import hardware
@@ -171,7 +174,7 @@ def draft(  # noqa: PLR0913 (a parameter is an option)
         slower = replace(schedule, steps=joint_steps, learning_rate=joint_learning_rate)
         plan = JointPlan(int(exit_layer), exit_weight)
         train_joint(vlm, data_replies(vlm, learnt), plan, slower, tuned)
-        vlm, target = load_quietly(tuned, device=device), str(tuned)
+        vlm, target = load_quietly(tuned, device=this_process().device), str(tuned)
         console.print(f"The target, fine-tuned with exit {exit_layer}, is saved in {tuned}.")
     if replies == "data":
         examples = data_replies(vlm, learnt)
@@ -199,7 +202,9 @@ def draft(  # noqa: PLR0913 (a parameter is an option)
         return
     for name, decoded in decode_held_out(vlm, networks, kept).items():
         whose = "the data set's" if replies == "data" else "the model's own"
-        card = Card(target, data, whose, plans[name], held_out, hardware_line(hardware()))
+        card = Card(
+            target, data, whose, plans[name], held_out, hardware_line(hardware(vlm.decoder.device))
+        )
         card.write(output / name, networks[name], decoded)
         console.print(
             f"{name}: acceptance rate {decoded.acceptance_rate:.3f},"
@@ -234,8 +239,8 @@ def check_kinds(kinds: Sequence[str]) -> None:
             raise InputError(f"An imitation network is a block or an mlp; got --kind {kind}.")
 
 
-def check_joint(exit_layer: str, prompts: Sequence[str] | None) -> None:
-    """Refuse options that leave the joint phase without an exit or without replies.
+def check_joint(exit_layer: str, prompts: Sequence[str] | None, dtype: str) -> None:
+    """Refuse options that leave the joint phase without an exit, replies or exact weights.
 
     Raises:
         InputError: They do.
@@ -245,6 +250,8 @@ def check_joint(exit_layer: str, prompts: Sequence[str] | None) -> None:
             "The joint phase learns the data's replies and needs an exit: give --exit-layer a"
             " number, and no --prompt."
         )
+    if dtype != "float32":
+        raise InputError("The joint phase trains the model itself, which needs --dtype float32.")
 
 
 def check_exit_layer(exit_layer: str, depth: int) -> None:

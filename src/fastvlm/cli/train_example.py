@@ -18,6 +18,7 @@ from fastvlm.cli.training_options import (
     SeedOption,
     StepsOption,
     TrackerOption,
+    TrainingDeviceOption,
     check_output,
     prepare_torch,
 )
@@ -37,11 +38,12 @@ def example_encoder(  # noqa: PLR0913 (a parameter is an option)
     seed: SeedOption = 0,
     precision: PrecisionOption = None,
     tracker: TrackerOption = None,
+    device: TrainingDeviceOption = None,
     threads: ThreadsOption = None,
 ) -> None:
     """Teach a FastViTHD the facts of rendered scenes and the words of captions."""
     check_output(output)
-    prepare_torch(threads)
+    prepare_torch(threads, device)
     from fastvlm.training.encoder import train_encoder
     from fastvlm.training.schedule import Schedule
 
@@ -104,6 +106,7 @@ def example_model(  # noqa: PLR0913 (a parameter is an option)
     accumulation: AccumulationOption = 1,
     gradient_checkpointing: CheckpointingOption = False,
     tracker: TrackerOption = None,
+    device: TrainingDeviceOption = None,
     threads: ThreadsOption = None,
 ) -> None:
     """Teach a model around a trained encoder to describe scenes and photographs."""
@@ -112,7 +115,7 @@ def example_model(  # noqa: PLR0913 (a parameter is an option)
         raise InputError("Give --encoder for a new model, or --start for one to go on from.")
     if start is None and (widen > 1 or layers is not None):
         raise InputError("--widen and --layers need a model to grow: give it as --start.")
-    prepare_torch(threads)
+    prepare_torch(threads, device)
     from fastvlm.training.growth import Size
     from fastvlm.training.model import train_model
     from fastvlm.training.stages import STAGES, scaled

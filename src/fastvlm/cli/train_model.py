@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 import typer
 from rich.console import Console
 
-from fastvlm.cli.loading import ThreadsOption, located
+from fastvlm.cli.loading import ThreadsOption, resolve_model
 from fastvlm.cli.training_options import (
     AccumulationOption,
     CheckpointingOption,
@@ -17,6 +17,7 @@ from fastvlm.cli.training_options import (
     PrecisionOption,
     SeedOption,
     TrackerOption,
+    TrainingDeviceOption,
     check_output,
     conversations_in,
     prepare_torch,
@@ -92,6 +93,7 @@ def model(  # noqa: PLR0913 (a parameter is an option)
     accumulation: AccumulationOption = 1,
     gradient_checkpointing: CheckpointingOption = False,
     tracker: TrackerOption = None,
+    device: TrainingDeviceOption = None,
     threads: ThreadsOption = None,
 ) -> None:
     """Teach a model what the assistant says in conversations, in the paper's stages.
@@ -104,7 +106,7 @@ def model(  # noqa: PLR0913 (a parameter is an option)
         raise InputError("Give --model, or --encoder and --decoder for a new one.")
     if model is not None and Path(model).resolve() == output.resolve():
         raise InputError("--output is the model itself, from which the run starts; give another.")
-    prepare_torch(threads)
+    prepare_torch(threads, device)
     from fastvlm.training.instruction import tune_model
     from fastvlm.training.paper_stages import PAPER_STAGES
 
@@ -156,7 +158,7 @@ def loaded_or_new(
     from fastvlm.training.architecture import read_encoder
     from fastvlm.training.assembly import assemble
 
-    place = located(model)
+    place = resolve_model(model)
     if place is not None:
         return load_checkpoint(place, torch.float32, "cpu")
     assert encoder is not None  # what is given was checked

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
+from fastvlm.cli.loading import checked_device
 from fastvlm.functional.errors import InputError
 
 if TYPE_CHECKING:
@@ -30,6 +31,16 @@ RateOption = Annotated[
     float,
     typer.Option(
         min=1e-8, max=1, help="The peak of the learning rate: warm-up to it, then a cosine down."
+    ),
+]
+TrainingDeviceOption = Annotated[
+    str | None,
+    typer.Option(
+        "--device",
+        metavar="NAME",
+        help="Where to compute, such as cpu, cuda or cuda:1.",
+        show_default="what accelerate chooses",
+        callback=checked_device,
     ),
 ]
 SeedOption = Annotated[int, typer.Option(min=0, help="Decides every draw of the run.")]
@@ -92,11 +103,18 @@ def check_output(output: Path) -> None:
         raise InputError(f"{output} is a file; --output needs a folder.")
 
 
-def prepare_torch(threads: int | None) -> None:
-    """Set the number of threads, and keep `transformers` quiet."""
+def prepare_torch(threads: int | None, device: str | None) -> None:
+    """Set the number of threads and the device, and keep `transformers` quiet.
+
+    Raises:
+        InputError: The run is on another device already.
+    """
     import torch
     from transformers.utils import logging
 
+    from fastvlm.training.processes import compute_on
+
+    compute_on(device)
     logging.disable_progress_bar()
     logging.set_verbosity_error()
     if threads is not None:

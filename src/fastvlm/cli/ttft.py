@@ -12,11 +12,9 @@ from rich.console import Console
 from rich.table import Table
 
 from fastvlm.cli.files import write_json
-from fastvlm.cli.loading import ThreadsOption
+from fastvlm.cli.loading import DeviceOption, DtypeOption, ThreadsOption
 from fastvlm.cli.terminal import hardware_line, progress
 from fastvlm.functional.errors import InputError
-
-PRECISIONS = ("float32", "bfloat16")
 
 
 def ttft(
@@ -38,9 +36,8 @@ def ttft(
         ),
     ] = None,
     rounds: Annotated[int, typer.Option(min=1, help="Measurements of each model.")] = 5,
-    dtype: Annotated[
-        str, typer.Option(metavar="|".join(PRECISIONS), help="The precision to compute in.")
-    ] = "float32",
+    device: DeviceOption = "cpu",
+    dtype: DtypeOption = "float32",
     threads: ThreadsOption = None,
 ) -> None:
     """Time FastVLM, LLaVA-OneVision, LLaVA-1.5 and ConvNeXt to their first token, in turns.
@@ -48,8 +45,6 @@ def ttft(
     The models have their full size and random weights, which time does not depend on: nothing is
     downloaded. All of them need about 14 GB of memory in float32.
     """
-    if dtype not in PRECISIONS:
-        raise InputError(f"The precisions are {', '.join(PRECISIONS)}; got --dtype {dtype}.")
     if output.exists() and not output.is_dir():
         raise InputError(f"{output} is a file; --output needs a folder.")
     import torch
@@ -65,9 +60,14 @@ def ttft(
     names = chosen(only)
     with progress("Measuring") as report:
         records = measure_ttft(
-            names, output, rounds=rounds, dtype=getattr(torch, dtype), progress=report
+            names,
+            output,
+            rounds=rounds,
+            dtype=getattr(torch, dtype),
+            device=device,
+            progress=report,
         )
-    machine = hardware()
+    machine = hardware(torch.device(device))
     figures = {
         "hardware": machine,
         "date": datetime.now(UTC).isoformat(timespec="seconds"),

@@ -21,13 +21,19 @@ SUFFIXES = frozenset({".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", 
 
 @dataclass(frozen=True, slots=True)
 class Question:
-    """A prompt about a scene (its seed) or about a photograph (its path)."""
+    """A prompt about a scene (its seed), about a photograph (its path), or about no image."""
 
     prompt: str
-    picture: int | str
+    picture: int | str | None
 
     def open(self, size: int) -> Image.Image | Path:
-        """Return the picture: a scene rendered at `size` pixels, or the photograph's path."""
+        """Return the image: a scene rendered at `size` pixels, or the photograph's path.
+
+        Raises:
+            InputError: It is a question without an image.
+        """
+        if self.picture is None:
+            raise InputError("This is a question without an image.")
         if isinstance(self.picture, int):
             return render(sample(self.picture), size)
         return Path(self.picture)

@@ -86,6 +86,12 @@ class FirstDraftPositions(Positions):
         """Return which keys each position sees: (1, 1, width, end + width)."""
         return self.visible(window)
 
+    @property
+    def distances(self) -> Tensor:
+        """How far keys lie before each position: (1, width, end + width); its own is its own."""
+        before = super().distances
+        return torch.cat((before, before.new_zeros(1, self.width, self.width)), 2)
+
     def visible(self, window: int | None = None) -> Tensor:
         """Return which keys each position sees: (1, 1, width, end + width)."""
         here = self.indices[:, None, :, None]

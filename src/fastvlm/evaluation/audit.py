@@ -1,30 +1,37 @@
 """Identity over a whole data set: every strategy's tokens against ordinary decoding.
 
-Ordinary decoding is `transformers`' own `generate`. Batches make it quick; rows accept different
-numbers and end at different times, as they do in serving. In a short precision the width of a pass
-alone changes tokens, so there is another reference: our own ordinary decoding with passes as wide
-as those that verify, one request at a time.
+For greedy replies ordinary decoding is `transformers`' own `generate`. Batches make it quick;
+requests accept different numbers of tokens and end at different times, as they do in serving. In a
+short precision the width of a pass alone changes tokens, so there is another reference: our own
+ordinary decoding with passes as wide as those that verify, one request at a time. Sampled replies
+are held against our ordinary decoding, too: each is a function of model, prompt and seed.
 """
 
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
-import torch
-
+from fastvlm.data.conversations import Message
 from fastvlm.data.journal import append_line, whole_lines
 from fastvlm.data.questions import Question
-from fastvlm.decoding import Decoding, Drafter, Request
-from fastvlm.decoding.strategies import Autoregressive
-from fastvlm.evaluation.benchmark import TIES, best_gap
-from fastvlm.evaluation.measuring import no_progress
+from fastvlm.decoding import Autoregressive, Engine, Request, SamplingParams, Strategy
+from fastvlm.evaluation.measuring import no_progress, run_requests
+from fastvlm.evaluation.reference import (
+    TIES,
+    ExactModel,
+    best_gap,
+    dialogue_of,
+    reference_replies,
+)
 from fastvlm.functional.errors import InputError
-from fastvlm.vision.pictures import prepare
 from fastvlm.vlm import VisionLanguageModel
+
+GREEDY = SamplingParams(max_new_tokens=160)
+"""How replies are decoded, if nothing else is said."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,7 +41,7 @@ class Difference:
     Args:
         question: Its number.
         position: The first token that differs.
-        gap: How far apart the target's two best logits are there, in float64.
+        gap: How far apart the target's two best tokens are there, see `best_gap`.
     """
 
     question: int
@@ -50,7 +57,7 @@ class Audit:
         replies: The reference replies' tokens.
         differences: For each strategy, the replies that differ.
         acceptance_length: For each strategy, its tokens per pass of the full model.
-        gap: What the two best logits must lie within, in float64, for a difference to be a tie:
+        gap: What the two best tokens must lie within, in float64, for a difference to be a tie:
             what is usual in the model's precision, and nothing where all passes were wide.
     """
 
@@ -84,12 +91,12 @@ class Audit:
 
 def audit(
     vlm: VisionLanguageModel,
-    drafters: Mapping[str, Drafter],
+    strategies: Mapping[str, Strategy],
     questions: Sequence[Question],
     journal: Path,
     *,
+    params: SamplingParams = GREEDY,
     batch: int = 50,
-    max_new_tokens: int = 160,
     wide: bool = False,
     progress: Callable[[int, int], None] = no_progress,
 ) -> Audit:
@@ -97,28 +104,32 @@ def audit(
 
     Args:
         vlm: The model.
-        drafters: The strategies by name.
-        questions: All with one prompt, so that a batch needs no padding.
+        strategies: By name.
+        questions: At least one question.
         journal: A JSON-lines file of finished batches; a stopped audit goes on from it.
-        batch: Questions decoded together.
-        max_new_tokens: The most tokens of a reply.
+        params: How replies are decoded: question i with the seed + i. What it doesn't say is as
+            `GREEDY` and a seed of 0.
+        batch: Questions that the engine is given at a time.
         wide: Whether ordinary decoding is ours, with passes as wide as those that verify, one
             question at a time: then there is no difference in any precision.
         progress: Called with the questions done and their number.
 
     Raises:
-        InputError: The prompts differ, or the journal belongs to another audit.
+        InputError: A question can't be asked, or the journal belongs to another audit.
     """
-    if len({question.prompt for question in questions}) != 1:
-        raise InputError("The questions of one audit must have one prompt.")
     batch = 1 if wide else batch
-    width = 1 + max(drafter.margin for drafter in drafters.values()) if wide else None
+    width = 1 + max(one.max_draft_tokens for one in strategies.values()) if wide else None
+    if params.temperature and params.seed is None:
+        params = replace(params, seed=0)
+    if params.max_new_tokens is None:
+        params = replace(params, max_new_tokens=GREEDY.max_new_tokens)
     plan = {
-        "names": sorted(drafters),
+        "names": sorted(strategies),
         "questions": len(questions),
         "batch": batch,
         "dtype": str(vlm.decoder.dtype).removeprefix("torch."),
         "width": width,
+        "sampling": asdict(params),
     }
     lines = whole_lines(journal)
     if lines and lines[0] != plan:
@@ -126,101 +137,98 @@ def audit(
     if not lines:
         append_line(journal, plan)
     done = lines[1:]
-    for start in range(len(done) * batch, len(questions), batch):
-        asked = questions[start : start + batch]
-        done.append(audit_batch(vlm, drafters, asked, start, max_new_tokens, width))
-        append_line(journal, done[-1])
-        progress(min(start + batch, len(questions)), len(questions))
+    with ExactModel(vlm) as exact:
+        for start in range(len(done) * batch, len(questions), batch):
+            asked = {
+                number: dialogue_of(vlm, questions[number])
+                for number in range(start, min(start + batch, len(questions)))
+            }
+            done.append(audit_batch(exact, strategies, asked, params, width))
+            append_line(journal, done[-1])
+            progress(min(start + batch, len(questions)), len(questions))
+    # Dividing logits by a small temperature enlarges their rounding, too.
+    tie = TIES[vlm.decoder.dtype] / min(params.temperature or 1.0, 1.0)
     return Audit(
         replies=[reply for part in done for reply in part["replies"]],
         differences={
             name: [Difference(*found) for part in done for found in part[name]["differences"]]
-            for name in drafters
+            for name in strategies
         },
         acceptance_length={
             name: sum(part[name]["tokens"] for part in done)
             / max(1, sum(part[name]["cycles"] for part in done))
-            for name in drafters
+            for name in strategies
         },
-        gap=0.0 if wide else TIES[vlm.decoder.dtype],
+        gap=0.0 if wide else tie,
     )
 
 
 def audit_batch(
-    vlm: VisionLanguageModel,
-    drafters: Mapping[str, Drafter],
-    questions: Sequence[Question],
-    first: int,
-    limit: int,
+    exact: ExactModel,
+    strategies: Mapping[str, Strategy],
+    dialogues: Mapping[int, Sequence[Message]],
+    params: SamplingParams,
     width: int | None,
 ) -> dict[str, Any]:
-    """Return one batch's reference replies, and for each strategy what differs from them."""
-    pictures = [question.open(vlm.image_size) for question in questions]
+    """Return one batch's reference replies, and for each strategy what differs from them.
 
-    def decoded(drafter: Drafter) -> list[Request]:
-        requests = [
-            vlm.request(question.prompt, picture, max_new_tokens=limit)
-            for question, picture in zip(questions, pictures, strict=True)
-        ]
-        for request in requests:
-            # What is kept of other passes was computed in other widths.
-            request.store = None if width is not None else request.store
-        for _ in Decoding(vlm.decoder, drafter, requests, width):
-            pass
-        return requests
+    Args:
+        exact: The model.
+        strategies: By name.
+        dialogues: What is asked, by the questions' numbers.
+        params: How replies are drawn; question i with the seed + i.
+        width: Positions of every verify in the engine; None for those that it needs.
+    """
+    vlm = exact.vlm
+    engine = vlm.engine
+    if width is not None:
+        engine = Engine(vlm.decoder, max_slots=1, verify_width=width)
+    options = {number: asdict(params.for_row(number)) for number in dialogues}
+    ordinary = params == SamplingParams(max_new_tokens=params.max_new_tokens)
+
+    def requests(strategy: Strategy) -> Iterator[Request]:
+        for number, messages in dialogues.items():
+            request = vlm.request(messages, strategy=strategy, **options[number])
+            if width is not None:
+                # What is kept of other passes was computed in other widths.
+                request.prefix_cache = None
+            yield request
+
+    def decoded(strategy: Strategy) -> list[Request]:
+        return run_requests(engine, requests(strategy))
+
+    def replies(exit_layer: int) -> list[list[int]]:
+        if width is None and ordinary:
+            return reference_replies(vlm, list(dialogues.values()), params.max_new_tokens or 0)
+        return [request.output_token_ids for request in decoded(Autoregressive(exit_layer))]
+
+    def exit_layer_of(strategy: Strategy) -> int:
+        # The first layers run apart from the others in drafting, and must do so in the reference,
+        # where not even rounding may differ.
+        return 0 if width is None else strategy.exit_layer
 
     started = time.perf_counter()
-    # The first layers run apart from the others in drafting, and must do so in the reference.
-    exits = {0 if width is None else drafter.exit_layer for drafter in drafters.values()}
-    references = {
-        exit_layer: reference_replies(vlm, questions[0].prompt, pictures, limit)
-        if width is None
-        else [request.reply for request in decoded(Autoregressive(exit_layer))]
-        for exit_layer in sorted(exits)
-    }
+    exits = sorted({exit_layer_of(strategy) for strategy in strategies.values()})
+    references = {exit_layer: replies(exit_layer) for exit_layer in exits}
     found: dict[str, Any] = {
-        "replies": references[min(exits)],
+        "replies": references[exits[0]],
         "seconds": time.perf_counter() - started,
     }
-    for name, drafter in drafters.items():
+    for name, strategy in strategies.items():
         started = time.perf_counter()
-        requests = decoded(drafter)
-        replies = references[0 if width is None else drafter.exit_layer]
-        differences = []
-        for row, (request, reply) in enumerate(zip(requests, replies, strict=True)):
-            if request.reply != reply:
-                position, gap = best_gap(vlm, questions[row], reply, request.reply)
-                differences.append([first + row, position, gap])
+        done = decoded(strategy)
+        expected = references[exit_layer_of(strategy)]
+        differences = [
+            [number, *best_gap(exact, dialogues[number], reply, own, **options[number])]
+            for number, reply, own in zip(
+                dialogues, expected, (request.output_token_ids for request in done), strict=True
+            )
+            if reply != own
+        ]
         found[name] = {
             "differences": differences,
-            "tokens": sum(len(request.reply) - 1 for request in requests),
-            "cycles": sum(len(request.accepted) for request in requests),
+            "tokens": sum(len(request.output_token_ids) - 1 for request in done),
+            "cycles": sum(len(request.accepted) for request in done),
             "seconds": time.perf_counter() - started,
         }
     return found
-
-
-@torch.inference_mode()
-def reference_replies(
-    vlm: VisionLanguageModel, prompt: str, pictures: Sequence[Any], limit: int
-) -> list[list[int]]:
-    """Return `transformers`' greedy replies to one prompt about several pictures."""
-    row = vlm.tokens(prompt, pictures=1)
-    tokens = torch.tensor([row] * len(pictures), device=vlm.decoder.device)
-    pixels = torch.cat([prepare(picture, vlm.image_size) for picture in pictures])
-    out = vlm.model.generate(
-        input_ids=tokens,
-        attention_mask=torch.ones_like(tokens),
-        pixel_values=pixels.to(vlm.decoder.device, vlm.decoder.dtype),
-        max_new_tokens=limit,
-        do_sample=False,
-    )
-    return [cut(reply, vlm.end_tokens) for reply in out[:, len(row) :].tolist()]
-
-
-def cut(reply: list[int], ends: frozenset[int]) -> list[int]:
-    """Return a reply up to its end token, without the padding behind it."""
-    for index, token in enumerate(reply):
-        if token in ends:
-            return reply[: index + 1]
-    return reply

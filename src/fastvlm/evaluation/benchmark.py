@@ -2,36 +2,43 @@
 
 from __future__ import annotations
 
-import copy
 import statistics
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
 from transformers.generation.streamers import BaseStreamer
 
 from fastvlm.data.questions import Question
-from fastvlm.decoding import Drafter
-from fastvlm.evaluation.measuring import answered, in_turn, no_progress, speedup
+from fastvlm.decoding import Strategy
+from fastvlm.evaluation.measuring import no_progress, rotated, run_request, speedup
+from fastvlm.evaluation.reference import (
+    TIES,
+    ExactModel,
+    best_gap,
+    dialogue_of,
+    generate_greedily,
+)
 from fastvlm.functional.statistics import Acceptance, DecodingStatistics, Spread
-from fastvlm.vision.pictures import prepare
 from fastvlm.vlm import VisionLanguageModel
 
 TRANSFORMERS = "transformers"
 AUTOREGRESSIVE = "autoregressive"
-TIES = {torch.float64: 1e-9, torch.float32: 1e-4, torch.float16: 0.03, torch.bfloat16: 0.25}
-"""Two best logits that lie closer than this may change places by rounding alone. In the short
-precisions it is two steps of a number between 16 and 32, where the best logits of language models
-often lie."""
 
 
 @dataclass(frozen=True, slots=True)
-class Run:
-    """One strategy's reply to one question."""
+class MeasuredReply:
+    """One strategy's reply to one question.
 
-    tokens: tuple[int, ...]
+    Args:
+        token_ids: Its tokens, the end token included.
+        statistics: How it was decoded.
+    """
+
+    token_ids: tuple[int, ...]
     statistics: DecodingStatistics
 
 
@@ -49,7 +56,7 @@ class StrategyResult:
         ties: Replies that differ first where the two best logits lie within `TIES`.
         speedup: Median over the questions of the autoregressive time per output token over this
             strategy's, and its quartiles.
-        speedup_end_to_end: The same for whole replies, picture and prefill included.
+        speedup_end_to_end: The same for whole replies, image and prefill included.
         speedup_vs_transformers: As `speedup`, against `transformers`' own `generate`.
         acceptance_length: Tokens per pass of the full model, over all replies.
         acceptance_rate: Accepted tokens per drafted one, over all replies.
@@ -103,56 +110,30 @@ class TokenTimes(BaseStreamer):
         """Nothing is left to do."""
 
 
-@torch.inference_mode()
-def run_transformers(vlm: VisionLanguageModel, question: Question, limit: int) -> Run:
+def run_transformers(
+    vlm: VisionLanguageModel, question: Question, max_new_tokens: int
+) -> MeasuredReply:
     """Answer a question with `transformers`' own greedy `generate`."""
-    picture = question.open(vlm.image_size)
+    messages = dialogue_of(vlm, question)
     started = time.perf_counter()
-    tokens = torch.tensor([vlm.tokens(question.prompt, pictures=1)], device=vlm.decoder.device)
-    pixels = prepare(picture, vlm.image_size).to(vlm.decoder.device, vlm.decoder.dtype)
+    inputs = vlm.prompts.inputs(messages)
     clock = TokenTimes()
-    out = vlm.model.generate(
-        input_ids=tokens,
-        attention_mask=torch.ones_like(tokens),
-        pixel_values=pixels,
-        max_new_tokens=limit,
-        do_sample=False,
-        streamer=clock,
-    )
-    reply = tuple(out[0, tokens.shape[1] :].tolist())
-    return Run(reply, DecodingStatistics.of(started, clock.times, [], []))
+    [reply] = generate_greedily(vlm, inputs, max_new_tokens, clock)
+    return MeasuredReply(tuple(reply), DecodingStatistics.of(started, clock.times, [], []))
 
 
-def run_strategy(vlm: VisionLanguageModel, drafter: Drafter, question: Question, limit: int) -> Run:
+def run_strategy(
+    vlm: VisionLanguageModel, strategy: Strategy, question: Question, max_new_tokens: int
+) -> MeasuredReply:
     """Answer a question with one of our strategies."""
-    picture = question.open(vlm.image_size)
-    request = answered(vlm, drafter, question.prompt, picture, max_new_tokens=limit)
-    return Run(tuple(request.reply), vlm.reply(request).statistics)
-
-
-@torch.inference_mode()
-def best_gap(
-    vlm: VisionLanguageModel, question: Question, one: Sequence[int], other: Sequence[int]
-) -> tuple[int, float]:
-    """Return where two replies first differ, and how far apart the two best logits are there.
-
-    The logits are computed in float64 from scratch.
-    """
-    same = 0
-    while same < min(len(one), len(other)) and one[same] == other[same]:
-        same += 1
-    prompt = vlm.tokens(question.prompt, pictures=1)
-    tokens = torch.tensor([[*prompt, *one[:same]]], device=vlm.decoder.device)
-    pixels = prepare(question.open(vlm.image_size), vlm.image_size).to(tokens.device)
-    exact = copy.deepcopy(vlm.model).double()
-    logits = exact(input_ids=tokens, pixel_values=pixels.double()).logits[0, -1]
-    best, second = logits.topk(2).values.tolist()
-    return same, best - second
+    messages = dialogue_of(vlm, question)
+    request = run_request(vlm, strategy, messages, max_new_tokens=max_new_tokens)
+    return MeasuredReply(tuple(request.output_token_ids), request.statistics)
 
 
 def measure(
     vlm: VisionLanguageModel,
-    drafters: Mapping[str, Drafter],
+    strategies: Mapping[str, Strategy],
     questions: Sequence[Question],
     *,
     max_new_tokens: int = 160,
@@ -166,33 +147,32 @@ def measure(
 
     Args:
         vlm: The model.
-        drafters: The strategies by name; `autoregressive` among them, the measure of speedup.
+        strategies: By name; `autoregressive` among them, the measure of speedup.
         questions: At least one question.
         max_new_tokens: The most tokens of a reply.
         progress: Called with the questions done and their number.
     """
-    contenders: dict[str, Callable[[Question], Run]] = {
+    contenders: dict[str, Callable[[Question], MeasuredReply]] = {
         TRANSFORMERS: lambda question: run_transformers(vlm, question, max_new_tokens)
     }
-    for name, drafter in drafters.items():
-        contenders[name] = lambda question, drafter=drafter: run_strategy(  # type: ignore[misc]
-            vlm, drafter, question, max_new_tokens
-        )
+    for name, strategy in strategies.items():
+        contenders[name] = partial(run_strategy, vlm, strategy, max_new_tokens=max_new_tokens)
     names = list(contenders)
     for contender in contenders.values():
         contender(questions[0])
-    runs: dict[str, list[Run]] = {name: [] for name in names}
+    runs: dict[str, list[MeasuredReply]] = {name: [] for name in names}
     for number, question in enumerate(questions):
-        for name in in_turn(names, number):
+        for name in rotated(names, number):
             runs[name].append(contenders[name](question))
         progress(number + 1, len(questions))
-    return [summarise(vlm, name, runs, questions) for name in names]
+    with ExactModel(vlm) as exact:
+        return [summarise(exact, name, runs, questions) for name in names]
 
 
 def summarise(
-    vlm: VisionLanguageModel,
+    exact: ExactModel,
     name: str,
-    runs: Mapping[str, Sequence[Run]],
+    runs: Mapping[str, Sequence[MeasuredReply]],
     questions: Sequence[Question],
 ) -> StrategyResult:
     """Return one contender's result from everybody's runs."""
@@ -200,12 +180,16 @@ def summarise(
     mine = [run.statistics for run in own]
     ordinary = [run.statistics for run in runs[AUTOREGRESSIVE]]
     differing = [
-        (question, run.tokens, expected.tokens)
+        (question, run.token_ids, expected.token_ids)
         for question, run, expected in zip(questions, own, reference, strict=True)
-        if run.tokens != expected.tokens
+        if run.token_ids != expected.token_ids
     ]
+    vlm = exact.vlm
     tie = TIES[vlm.decoder.dtype]
-    ties = sum(best_gap(vlm, *difference)[1] < tie for difference in differing)
+    ties = sum(
+        best_gap(exact, dialogue_of(vlm, question), one, other)[1] < tie
+        for question, one, other in differing
+    )
     worth = Acceptance.over(mine)
     tpot = [one.tpot_ms for one in mine if one.tpot_ms is not None]
     return StrategyResult(

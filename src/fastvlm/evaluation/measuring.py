@@ -1,20 +1,21 @@
-"""How replies are measured: alone, paying for their pictures, strategies in turns."""
+"""How replies are measured: alone, paying for their images, strategies in turns."""
 
 from __future__ import annotations
 
 import os
 import platform
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import Any, Unpack
+from typing import Any
 
 import torch
 import transformers
 
-from fastvlm.decoding import Decoding, Drafter, Request
+from fastvlm.data.conversations import Message
+from fastvlm.decoding import Engine, Request, Strategy
 from fastvlm.functional.statistics import DecodingStatistics, Spread
 from fastvlm.vision.pictures import Picture
-from fastvlm.vlm import RequestOptions, VisionLanguageModel
+from fastvlm.vlm import VisionLanguageModel
 
 
 def no_progress(done: int, total: int) -> None:
@@ -22,41 +23,70 @@ def no_progress(done: int, total: int) -> None:
     del done, total
 
 
-def in_turn(names: Sequence[str], number: int) -> list[str]:
-    """Return who answers a question in what order: each is first as often as any other."""
+def rotated(names: Sequence[str], number: int) -> list[str]:
+    """Return the order in which a question is answered: each is first as often as any other."""
     turn = number % len(names)
     return [*names[turn:], *names[:turn]]
 
 
-def answered(
+def run_request(
     vlm: VisionLanguageModel,
-    drafter: Drafter,
-    prompt: str,
-    picture: Picture,
-    **options: Unpack[RequestOptions],
+    strategy: Strategy,
+    prompt: str | Sequence[Message],
+    image: Picture | None = None,
+    **options: Any,
 ) -> Request:
-    """Return a request that one strategy has answered.
+    """Return a finished request, whose image was encoded for it alone.
+
+    Args:
+        vlm: The model.
+        strategy: How to draft.
+        prompt: As for `VisionLanguageModel.request`.
+        image: As for `VisionLanguageModel.request`.
+        options: As for `VisionLanguageModel.request`.
 
     Raises:
-        InputError: As `VisionLanguageModel.request`.
+        InputError: As `VisionLanguageModel.request`, or the prompt doesn't fit into the model's
+            context.
     """
-    # Every strategy pays for its picture.
+    # Every strategy pays for its image.
     vlm.lru.clear()
-    request = vlm.request(prompt, picture, **options)
-    for _ in Decoding(vlm.decoder, drafter, [request]):
-        pass
-    return request
+    request = vlm.request(prompt, image, strategy=strategy, **options)
+    return run_requests(vlm.engine, [request])[0]
+
+
+def run_requests(engine: Engine, requests: Iterable[Request]) -> list[Request]:
+    """Return finished requests in their order, decoded together.
+
+    Args:
+        engine: What decodes them.
+        requests: Read as slots become free.
+
+    Raises:
+        Exception: What made one of them fail.
+    """
+    made: list[Request] = []
+
+    def noted() -> Iterable[Request]:
+        for request in requests:
+            made.append(request)
+            yield request
+
+    for request in engine.run(noted()):
+        if request.error is not None:
+            raise request.error
+    return made
 
 
 def speedup(
     slow: Sequence[DecodingStatistics], fast: Sequence[DecodingStatistics], *, whole: bool = False
 ) -> Spread | None:
-    """Return how many times sooner replies are there, question by question.
+    """Return the speedup over other replies, question by question.
 
     Args:
         slow: The replies to compare with.
         fast: The same questions' replies.
-        whole: Whether whole replies are timed, picture and prefill included, or the time per output
+        whole: Whether whole replies are timed, image and prefill included, or the time per output
             token after the first, which a reply of one token doesn't have.
 
     Returns:
@@ -70,8 +100,12 @@ def speedup(
     return Spread.of(ratios) if ratios else None
 
 
-def hardware() -> dict[str, Any]:
-    """Return what the figures were measured on."""
+def hardware(device: torch.device | None = None) -> dict[str, Any]:
+    """Return what the figures were measured on.
+
+    Args:
+        device: Where it was computed; None for the accelerator, if there is one.
+    """
     names = [
         line.partition(":")[2].strip()
         for line in _lines(Path("/proc/cpuinfo"))
@@ -81,11 +115,20 @@ def hardware() -> dict[str, Any]:
         "processor": names[0] if names else platform.processor() or platform.machine(),
         "cores": os.cpu_count(),
         "threads": torch.get_num_threads(),
-        "accelerator": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
+        "accelerator": _accelerator(device),
         "python": platform.python_version(),
         "torch": torch.__version__,
         "transformers": transformers.__version__,
     }
+
+
+def _accelerator(device: torch.device | None) -> str | None:
+    """Return the name of a device; None for the CPU."""
+    if device is None:
+        device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    return None if device.type == "cpu" else device.type
 
 
 def _lines(path: Path) -> list[str]:

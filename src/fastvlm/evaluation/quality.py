@@ -21,17 +21,10 @@ IGNORED = -100
 
 def score_scenes(questions: Sequence[Question], replies: Sequence[str]) -> dict[str, Any]:
     """Return the share of right facts in descriptions of scenes, in all and by kind."""
-    total = sum(
-        (
-            score(reply, sample(int(question.picture)))
-            for question, reply in zip(questions, replies, strict=True)
-        ),
-        FactScore(),
-    )
-    exact = sum(
-        score(reply, sample(int(question.picture))).accuracy == 1.0
-        for question, reply in zip(questions, replies, strict=True)
-    )
+    seeds = [int(question.picture) for question in questions if question.picture is not None]
+    scores = [score(reply, sample(seed)) for seed, reply in zip(seeds, replies, strict=True)]
+    total = sum(scores, FactScore())
+    exact = sum(one.accuracy == 1.0 for one in scores)
     return {
         "scenes": len(questions),
         "facts_stated": total.stated,

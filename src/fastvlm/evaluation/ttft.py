@@ -61,7 +61,15 @@ def run_stages(contender: Contender, pixels: Tensor, read: Callable[[], float]) 
 
 def time_stages(contender: Contender, pixels: Tensor) -> list[float]:
     """Return the milliseconds of each of `STAGES`."""
-    return [1e3 * seconds for seconds in run_stages(contender, pixels, time.perf_counter)]
+    device = pixels.device
+
+    def seconds() -> float:
+        if device.type != "cpu":
+            # What was given to an accelerator has been computed.
+            torch.accelerator.synchronize(device)
+        return time.perf_counter()
+
+    return [1e3 * taken for taken in run_stages(contender, pixels, seconds)]
 
 
 def count_stages(contender: Contender) -> list[float]:
@@ -119,6 +127,7 @@ def measure_ttft(
     *,
     rounds: int = 5,
     dtype: torch.dtype = torch.float32,
+    device: str = "cpu",
     progress: Callable[[int, int], None] = no_progress,
 ) -> list[dict[str, Any]]:
     """Time contenders in turns, so that what slows the machine slows all of them.
@@ -131,6 +140,7 @@ def measure_ttft(
         output: The folder of the measurements.
         rounds: Measurements of each. One before them, of each model, is not counted.
         dtype: The precision.
+        device: Where to compute.
         progress: Told how many measurements are done, of how many.
 
     Returns:
@@ -139,12 +149,16 @@ def measure_ttft(
     """
     output.mkdir(parents=True, exist_ok=True)
     file = output / "rounds.jsonl"
-    settings = {"dtype": str(dtype).removeprefix("torch."), "threads": torch.get_num_threads()}
+    settings = {
+        "dtype": str(dtype).removeprefix("torch."),
+        "threads": torch.get_num_threads(),
+        "device": device,
+    }
     taken = _read(file, settings)
     with torch.device("meta"):
         shells = dict(Contenders("meta", dtype).all())
         records = {name: describe(shells[name]()) for name in names}
-    contenders = dict(Contenders(dtype=dtype).all())
+    contenders = dict(Contenders(device, dtype).all())
     built: dict[str, Contender] = {}
     done, total = 0, rounds * len(names)
     for turn in range(rounds):
@@ -153,8 +167,8 @@ def measure_ttft(
                 if name not in built:
                     built[name] = contenders[name]()
                     # Kernels are chosen, and memory is asked for, in the first run.
-                    time_stages(built[name], torch.rand(built[name].pixels, dtype=dtype))
-                times = time_stages(built[name], torch.rand(built[name].pixels, dtype=dtype))
+                    time_stages(built[name], _noise(built[name], dtype, device))
+                times = time_stages(built[name], _noise(built[name], dtype, device))
                 taken.setdefault(name, []).append(times)
                 append_line(file, {"name": name, **settings, "ms": times})
             done += 1
@@ -162,14 +176,18 @@ def measure_ttft(
     return [{**records[name], **_summary(taken[name][:rounds])} for name in names]
 
 
+def _noise(contender: Contender, dtype: torch.dtype, device: str) -> Tensor:
+    return torch.rand(contender.pixels, dtype=dtype, device=device)
+
+
 def _read(file: Path, settings: dict[str, Any]) -> dict[str, list[list[float]]]:
     """Return what was measured before, by name."""
     taken: dict[str, list[list[float]]] = {}
     for entry in whole_lines(file):
-        if {name: entry[name] for name in settings} != settings:
+        if any(entry.get(name) != value for name, value in settings.items()):
             raise InputError(
-                f"{file} was measured with {entry['threads']} threads in {entry['dtype']};"
-                " choose another --output."
+                f"{file} was measured with {entry['threads']} threads in {entry['dtype']} on"
+                f" {entry.get('device')}; choose another --output."
             )
         taken.setdefault(entry["name"], []).append(entry["ms"])
     return taken

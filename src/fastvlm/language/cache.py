@@ -146,6 +146,12 @@ class Positions:
             self._masks[window] = None if causal else self.visible(None if within else window)
         return self._masks[window]
 
+    @property
+    def distances(self) -> Tensor:
+        """How far keys lie before each position: (batch, width, end); (1, width, end) if aligned."""
+        here = self.indices[:1] if self.aligned else self.indices
+        return here[..., None] - torch.arange(self.end, device=here.device)
+
     def visible(self, window: int | None = None) -> Tensor:
         """Return which keys each position sees: (batch, 1, width, end).
 

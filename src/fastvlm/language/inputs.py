@@ -313,11 +313,11 @@ def generation_configs(model: PreTrainedModel) -> list[Any]:
 def generator_of(model: PreTrainedModel) -> Any:
     """Return the model whose `generate` runs: a whole language model inside another, or itself.
 
-    BLIP-2 hands its prompt to the `generate` of the language model in it, which goes by its own
-    settings.
+    BLIP-2 and InstructBLIP hand their prompts to the `generate` of the language model in them,
+    which goes by its own settings.
     """
     # A bare decoder may have settings, too, but nothing in it reads them.
-    inner = model.get_decoder()
+    inner = getattr(model, "language_model", None)
     return inner if isinstance(inner, GenerationMixin) else model
 
 

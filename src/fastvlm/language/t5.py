@@ -121,14 +121,13 @@ class T5Decoder(SplitDecoder):
         return x
 
     def _biased_mask(self, positions: Positions) -> Tensor:
-        """Return what to add to scores: (batch or 1, heads, width, end).
+        """Return what to add to scores: (batch or 1, heads, width, keys).
 
         It is the bias of each distance, and the least number for what is not seen.
         """
         first: Any = self.layers[0]
         attention = first.layer[0].SelfAttention
-        here = positions.indices[:1] if positions.aligned else positions.indices
-        away = here[..., None] - torch.arange(positions.end, device=here.device)
+        away = positions.distances
         buckets = attention._relative_position_bucket(
             -away.clamp(min=0),
             bidirectional=False,
@@ -137,7 +136,7 @@ class T5Decoder(SplitDecoder):
         )
         bias = attention.relative_attention_bias(buckets)
         mask: Tensor = bias.permute(0, 3, 1, 2).to(self.dtype)
-        return mask.masked_fill(away[:, None] < 0, torch.finfo(mask.dtype).min)
+        return mask.masked_fill(~positions.visible()[: len(away)], torch.finfo(mask.dtype).min)
 
 
 class CrossCache(EncoderDecoderCache):

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -10,18 +10,19 @@ from lmms_eval.api.model import lmms
 from PIL import Image
 
 from fastvlm.data.conversations import Message
+from fastvlm.decoding import Request
 from fastvlm.evaluation.likelihood import likelihoods
 from fastvlm.functional.errors import InputError
-from fastvlm.vlm import RequestOptions, load
+from fastvlm.vlm import load, split_options
 
 PLACEHOLDER = "<image>"
-"""What some tasks write where a picture stands; our pictures stand before the text."""
+"""What some tasks write where an image stands; our images stand before the text."""
 MOST_TOKENS = 1024
 """Tokens of a reply, where a task doesn't say."""
 
 
 class FastVlm(lmms):
-    """A model and its draft, one request at a time.
+    """A model and its draft.
 
     Args:
         pretrained: The model: a directory, or a name on the Hugging Face hub; None for the one that
@@ -30,7 +31,7 @@ class FastVlm(lmms):
         strategy: How drafts are made; None for the model's best.
         device: Where to compute.
         dtype: The precision.
-        batch_size: 1, the only one.
+        batch_size: Requests that decode together.
 
     Raises:
         CheckpointError: The model or the draft is missing or broken.
@@ -50,28 +51,45 @@ class FastVlm(lmms):
         batch_size: int | str = 1,
     ) -> None:
         super().__init__()
-        if int(batch_size) != 1:
-            raise InputError(f"fastvlm answers one request at a time; got batch_size={batch_size}.")
-        self.vlm = load(pretrained, draft, dtype=getattr(torch, dtype), device=device)
-        self.drafter = self.vlm.drafter(strategy)
+        self.vlm = load(
+            pretrained,
+            draft,
+            dtype=getattr(torch, dtype),
+            device=device,
+            max_slots=int(batch_size),
+        )
+        self.strategy = self.vlm.strategy(strategy)
 
     def generate_until(self, requests: Sequence[Any]) -> list[str]:
         """Return a reply to each request.
 
         Args:
             requests: lmms-eval's instances, whose `args` are the text, how to generate, what gives
-                a document's pictures, the document's number, the task and its split.
+                a document's images, the document's number, the task and its split.
 
         Raises:
-            InputError: A request has something else than pictures, or asks for beams.
+            InputError: A request has something else than images, or asks for beams.
         """
-        replies = []
-        for request in requests:
-            context, options, visual, document, task, split = request.args
-            messages = self.messages(context, visual(self.task_dict[task][split][document]))
-            reply = self.vlm.generate(messages, drafter=self.drafter, **generation(options))
-            replies.append(reply.text)
-            self.cache_hook.add_partial("generate_until", (context, options), reply.text)
+        # What can be refused is refused before anything is decoded.
+        wanted = [generation(instance.args[1]) for instance in requests]
+        places: dict[Request, int] = {}
+
+        def made() -> Iterator[Request]:
+            for place, (instance, options) in enumerate(zip(requests, wanted, strict=True)):
+                context, _, visual, document, task, split = instance.args
+                messages = self.messages(context, visual(self.task_dict[task][split][document]))
+                request = self.vlm.request(messages, strategy=self.strategy, **options)
+                places[request] = place
+                yield request
+
+        replies = [""] * len(requests)
+        for request in self.vlm.engine.run(made()):
+            if request.error is not None:
+                raise request.error
+            place = places[request]
+            replies[place] = self.vlm.reply(request).text.strip()
+            key = requests[place].args[:2]
+            self.cache_hook.add_partial("generate_until", key, replies[place])
         return replies
 
     def loglikelihood(self, requests: Sequence[Any]) -> list[tuple[float, bool]]:
@@ -99,31 +117,31 @@ class FastVlm(lmms):
         """Return a request as a dialogue of one turn.
 
         Raises:
-            InputError: There is something else than pictures.
+            InputError: There is something else than images.
         """
         shown = list(visuals or ())
         for one in shown:
             if not isinstance(one, Image.Image):
-                raise InputError(f"fastvlm is shown pictures; got {type(one).__name__}.")
+                raise InputError(f"fastvlm is shown images; got {type(one).__name__}.")
         text = context.replace(PLACEHOLDER, "").strip()
-        pictures = [{"type": "image", "image": picture} for picture in shown]
-        return [{"role": "user", "content": [*pictures, {"type": "text", "text": text}]}]
+        images = [{"type": "image", "image": image} for image in shown]
+        return [{"role": "user", "content": [*images, {"type": "text", "text": text}]}]
 
 
-def generation(options: dict[str, Any]) -> RequestOptions:
-    """Return how to generate, in our words.
+def generation(options: dict[str, Any]) -> dict[str, Any]:
+    """Return how to generate, as options of `VisionLanguageModel.request`.
 
     Args:
         options: As lmms-eval's tasks have them: `max_new_tokens`, `until`, `do_sample`,
             `temperature`, `top_p`, `num_beams`.
 
     Raises:
-        InputError: Several beams are asked for.
+        InputError: Several beams are asked for, or an option is out of range.
     """
     if options.get("num_beams") not in (None, 1):
         raise InputError(f"fastvlm decodes without beams; got num_beams={options['num_beams']}.")
     until = options.get("until") or ()
-    found: RequestOptions = {
+    found: dict[str, Any] = {
         "max_new_tokens": options.get("max_new_tokens") or MOST_TOKENS,
         "stop": [until] if isinstance(until, str) else list(until),
     }
@@ -131,4 +149,5 @@ def generation(options: dict[str, Any]) -> RequestOptions:
         found["temperature"] = options["temperature"]
         if options.get("top_p") is not None:
             found["top_p"] = options["top_p"]
+    split_options(found)
     return found

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from datetime import timedelta
@@ -12,7 +13,7 @@ from accelerate import PartialState
 from accelerate.utils import parse_flag_from_env
 from torch import distributed, nn
 
-from fastvlm.functional.errors import FastVlmError
+from fastvlm.functional.errors import FastVlmError, InputError
 
 Said = TypeVar("Said")
 
@@ -31,6 +32,34 @@ def this_process() -> PartialState:
     # Accelerate takes processes without an accelerator for a run of their own, unless it is told.
     cpu = parse_flag_from_env("ACCELERATE_USE_CPU") or not torch.accelerator.is_available()
     return PartialState(cpu=cpu, timeout=PREPARATION)
+
+
+def compute_on(device: str | None) -> None:
+    """Let this process's run compute on a device.
+
+    Args:
+        device: Such as `cpu` or `cuda:1`; one without a number is that of the process's own number.
+            None for what accelerate is set to.
+
+    Raises:
+        InputError: The process has begun on another device, or several would share one.
+    """
+    if device is None:
+        return
+    wanted = torch.device(device)
+    if wanted.type == "cpu":
+        os.environ["ACCELERATE_USE_CPU"] = "true"
+    elif wanted.index is not None:
+        os.environ["ACCELERATE_TORCH_DEVICE"] = device
+    state = this_process()
+    if wanted.type != "cpu" and wanted.index is not None and state.num_processes > 1:
+        raise InputError(
+            f"Each of {state.num_processes} processes has an accelerator of its own; leave the"
+            f" number out of --device {device}."
+        )
+    found = state.device
+    if found.type != wanted.type or wanted.index not in (None, found.index):
+        raise InputError(f"This process computes on {found} already; {device} was asked for.")
 
 
 @contextmanager

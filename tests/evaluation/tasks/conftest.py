@@ -9,17 +9,17 @@ from typing import Any
 
 import pytest
 
-from fastvlm.cli.strategies import Strategy, describe
+from fastvlm.cli.strategies import TypedStrategy, describe
 from fastvlm.data.tasks import Item, Task
 from fastvlm.data.tasks.captioning import Captioning
 from fastvlm.data.tasks.visdial import VisDial
-from fastvlm.decoding import Drafter
+from fastvlm.decoding import Strategy
 from fastvlm.evaluation.tasks.plan import Plan
 from fastvlm.scenes import render, sample
 from fastvlm.vlm import VisionLanguageModel
 from tests.models import small_vlm
 
-NAMES = ("autoregressive", "early-exit@2:3", "lookup:4")
+NAMES = ("autoregressive", "early-exit@2:3", "prompt-lookup:4")
 
 
 @pytest.fixture(scope="session")
@@ -28,14 +28,14 @@ def vlm() -> VisionLanguageModel:
 
 
 @pytest.fixture
-def drafters(vlm: VisionLanguageModel) -> dict[str, Drafter]:
+def strategies(vlm: VisionLanguageModel) -> dict[str, Strategy]:
     """Strategies whose drafts depend on nothing measured."""
     return {
-        "autoregressive": vlm.drafter("autoregressive"),
-        "early-exit@2:3": vlm.drafter(
+        "autoregressive": vlm.strategy("autoregressive"),
+        "early-exit@2:3": vlm.strategy(
             "early-exit", exit_layer=2, num_speculative_tokens=3, confidence=0.0
         ),
-        "lookup:4": vlm.drafter("lookup", num_speculative_tokens=4),
+        "prompt-lookup:4": vlm.strategy("prompt-lookup", num_speculative_tokens=4),
     }
 
 
@@ -69,15 +69,16 @@ def dialogue(pictures: list[Path]) -> VisDial:
 
 
 @pytest.fixture
-def planned(drafters: dict[str, Drafter]) -> Callable[..., Plan]:
+def planned(strategies: dict[str, Strategy]) -> Callable[..., Plan]:
     """Return a function that plans tasks with these strategies."""
 
     def plan(tasks: dict[str, Task[Any]], sizes: tuple[int | None, ...] = (None,)) -> Plan:
-        known = ["autoregressive", "early-exit", "lookup"]
-        strategies = {
-            name: describe(Strategy.of(name, known), drafter) for name, drafter in drafters.items()
+        known = ["autoregressive", "early-exit", "prompt-lookup"]
+        described = {
+            name: describe(TypedStrategy.of(name, known), strategy)
+            for name, strategy in strategies.items()
         }
-        return Plan("tiny", tasks, strategies, sizes, 10, "float32", 1)
+        return Plan("tiny", tasks, described, sizes, 10, "float32", 1)
 
     return plan
 

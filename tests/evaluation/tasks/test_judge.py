@@ -138,7 +138,7 @@ def test_equal_replies_are_graded_once_and_grades_are_kept(
 ) -> None:
     answers = [
         answer("mmvet", "v1_0", "-1"),
-        answer("mmvet", "v1_0", "-1", "lookup"),
+        answer("mmvet", "v1_0", "-1", "prompt-lookup"),
         answer("mmvet", "v1_1", "Bob"),
         answer("coco", "7", "A dog."),
     ]

@@ -16,7 +16,7 @@ from fastvlm.data.tasks import Item
 from fastvlm.data.tasks.captioning import Captioning
 from fastvlm.data.tasks.mmvet import MmVet
 from fastvlm.data.tasks.visdial import VisDial
-from fastvlm.decoding import Drafter
+from fastvlm.decoding import Strategy
 from fastvlm.evaluation.tasks.answers import Journal
 from fastvlm.evaluation.tasks.curves import Chart, Curve
 from fastvlm.evaluation.tasks.plan import Plan
@@ -57,7 +57,7 @@ def mmvet(pictures: list[Path]) -> MmVet:
 
 def test_a_report_of_three_kinds_of_task(
     vlm: VisionLanguageModel,
-    drafters: dict[str, Drafter],
+    strategies: dict[str, Strategy],
     planned: Callable[..., Plan],
     captions: Captioning,
     dialogue: VisDial,
@@ -66,7 +66,7 @@ def test_a_report_of_three_kinds_of_task(
 ) -> None:
     plan = planned({"flickr8k": captions, "visdial": dialogue, "mmvet": mmvet}, (128, 192))
     journal = Journal(tmp_path / "answers.jsonl", plan)
-    evaluate(vlm, drafters, plan, journal)
+    evaluate(vlm, strategies, plan, journal)
     found = rows(plan, journal, {})
     write_report(tmp_path, plan, journal, found)
     report = json.loads((tmp_path / "report.json").read_text())
@@ -112,14 +112,14 @@ def test_a_report_of_three_kinds_of_task(
 
 def test_replies_that_differ_are_told(
     vlm: VisionLanguageModel,
-    drafters: dict[str, Drafter],
+    strategies: dict[str, Strategy],
     planned: Callable[..., Plan],
     captions: Captioning,
     tmp_path: Path,
 ) -> None:
     plan = planned({"flickr8k": captions})
     journal = Journal(tmp_path / "answers.jsonl", plan)
-    evaluate(vlm, drafters, plan, journal)
+    evaluate(vlm, strategies, plan, journal)
     key = ("flickr8k", "0", None, NAMES[2])
     journal.answers[key] = replace(journal.answers[key], tokens=(1, 2), text="something else")
     write_report(tmp_path, plan, journal, rows(plan, journal, {}))

@@ -10,7 +10,7 @@ import pytest
 
 from fastvlm.data.tasks.captioning import Captioning
 from fastvlm.data.tasks.visdial import VisDial
-from fastvlm.decoding import Drafter
+from fastvlm.decoding import Strategy
 from fastvlm.evaluation.tasks.answers import Answer, Journal
 from fastvlm.evaluation.tasks.plan import Plan
 from fastvlm.evaluation.tasks.runner import evaluate
@@ -37,7 +37,7 @@ def quality(plan: Plan, journal: Journal) -> list[Any]:
 
 def test_every_strategy_answers_before_the_next_question_in_turns(
     vlm: VisionLanguageModel,
-    drafters: dict[str, Drafter],
+    strategies: dict[str, Strategy],
     planned: Planned,
     captions: Captioning,
     tmp_path: Path,
@@ -45,7 +45,7 @@ def test_every_strategy_answers_before_the_next_question_in_turns(
     plan = planned({"flickr8k": captions})
     journal = Journal(tmp_path / "answers.jsonl", plan)
     seen: list[tuple[int, int]] = []
-    evaluate(vlm, drafters, plan, journal, lambda *done: seen.append(done))
+    evaluate(vlm, strategies, plan, journal, lambda *done: seen.append(done))
     assert seen == [(1, 3), (2, 3), (3, 3)]
     written = [line for line in lines(journal.file) if "strategy" in line]
     a, b, c = NAMES
@@ -53,18 +53,20 @@ def test_every_strategy_answers_before_the_next_question_in_turns(
     assert [line["item"] for line in written] == ["0"] * 3 + ["1"] * 3 + ["2"] * 3
     for item in captions.items:
         whole = vlm.generate(
-            item.prompt, item.open(), drafter=vlm.drafter("autoregressive"), max_new_tokens=10
+            item.prompt, item.open(), strategy=vlm.strategy("autoregressive"), max_new_tokens=10
         )
         for name in NAMES:
             answer = journal.answers["flickr8k", item.id, None, name]
-            assert (answer.text, list(answer.tokens)) == (whole.text, whole.tokens)
-            assert answer.prompt_tokens == len(vlm.request(item.prompt, item.open()).tokens)
+            assert (answer.text, list(answer.tokens)) == (whole.text.strip(), whole.token_ids)
+            assert answer.prompt_tokens == len(
+                vlm.request(item.prompt, item.open()).prompt_token_ids
+            )
 
 
 @pytest.mark.parametrize("share", [0.0, 0.2, 0.45, 0.7, 0.95])
 def test_an_interrupted_run_finds_out_the_same(
     vlm: VisionLanguageModel,
-    drafters: dict[str, Drafter],
+    strategies: dict[str, Strategy],
     planned: Planned,
     captions: Captioning,
     dialogue: VisDial,
@@ -73,14 +75,14 @@ def test_an_interrupted_run_finds_out_the_same(
 ) -> None:
     plan = planned({"flickr8k": captions, "visdial": dialogue}, (None, 192))
     whole = Journal(tmp_path / "whole.jsonl", plan)
-    evaluate(vlm, drafters, plan, whole)
+    evaluate(vlm, strategies, plan, whole)
     content = whole.file.read_bytes()
     file = tmp_path / "stopped.jsonl"
     kept = content[: max(len(content.split(b"\n")[0]) + 5, int(share * len(content)))]
     file.write_bytes(kept)
     stopped = Journal(file, plan)
     before = len(stopped.answers) + len(stopped.ratings)
-    evaluate(vlm, drafters, plan, stopped)
+    evaluate(vlm, strategies, plan, stopped)
     again = Journal(file, plan)
     assert found(again) == found(stopped) == found(whole)
     assert quality(plan, again) == quality(plan, whole)
@@ -89,7 +91,7 @@ def test_an_interrupted_run_finds_out_the_same(
     entries = [line for line in lines(file)[1:] if "session" not in line]
     assert len(entries) == len(whole.answers) + len(whole.ratings) >= before
     size = file.stat().st_size
-    evaluate(vlm, drafters, plan, again)
+    evaluate(vlm, strategies, plan, again)
     assert file.stat().st_size == size
 
 
@@ -122,7 +124,7 @@ def test_a_broken_journal_is_refused(
 
 def test_what_goes_wrong_names_its_item(
     vlm: VisionLanguageModel,
-    drafters: dict[str, Drafter],
+    strategies: dict[str, Strategy],
     planned: Planned,
     captions: Captioning,
     pictures: list[Path],
@@ -131,7 +133,7 @@ def test_what_goes_wrong_names_its_item(
     plan = planned({"flickr8k": captions})
     pictures[1].unlink()
     with pytest.raises(InputError, match="flickr8k, item 1: There is no picture"):
-        evaluate(vlm, drafters, plan, Journal(tmp_path / "answers.jsonl", plan))
+        evaluate(vlm, strategies, plan, Journal(tmp_path / "answers.jsonl", plan))
 
 
 def test_the_contexts_of_cycles() -> None:

@@ -36,8 +36,8 @@ def answer(
 def test_speed_by_hand() -> None:
     slow = [answer(cycles=((0,) * 10, (0,) * 10)), answer(item="1", tokens=1, tpot=None)]
     fast = [
-        answer("lookup:4", tpot=4.0, cycles=((4, 4, 2), (3, 2, 2))),
-        answer("lookup:4", item="1", tokens=1, tpot=None),
+        answer("prompt-lookup:4", tpot=4.0, cycles=((4, 4, 2), (3, 2, 2))),
+        answer("prompt-lookup:4", item="1", tokens=1, tpot=None),
     ]
     speed = Speed.of(fast, slow)
     assert speed.replies == 2
@@ -101,25 +101,27 @@ def test_rows_and_charts_of_a_journal(
         )
         other = item.id == "1"
         journal.add(
-            answer("lookup:4", item.id, 6 if other else 11, 20.0, text="dog" if other else text)
+            answer(
+                "prompt-lookup:4", item.id, 6 if other else 11, 20.0, text="dog" if other else text
+            )
         )
     found = {row.strategy: row for row in rows(plan, journal, {})}
     best = found["autoregressive"].scores
     assert best is not None
     assert best["CIDEr"] == pytest.approx(10)
     assert found["early-exit@2:3"].scores == best
-    assert (found["early-exit@2:3"].different, found["lookup:4"].different) == (0, 1)
-    assert found["lookup:4"].scores is not None
-    assert found["lookup:4"].scores["CIDEr"] < 10
+    assert (found["early-exit@2:3"].different, found["prompt-lookup:4"].different) == (0, 1)
+    assert found["prompt-lookup:4"].scores is not None
+    assert found["prompt-lookup:4"].scores["CIDEr"] < 10
     speed = found["early-exit@2:3"].by_length[16].speedup
     assert speed is not None
     assert speed.median == 2
     # A reply's class is its reference's, so that the classes are the same for all strategies.
-    assert list(found["lookup:4"].by_length) == [16]
+    assert list(found["prompt-lookup:4"].by_length) == [16]
     drawn = {chart.name: chart for chart in charts(plan, journal, list(found.values()))}
     assert set(drawn) == {"acceptance_by_context", "acceptance_by_position", "speedup_by_length"}
     [curve] = drawn["acceptance_by_position"].curves
     assert (curve.label, curve.x) == ("early-exit@2:3", [1, 2, 3, 4])
     assert curve.y == [3 / 4, 2 / 4, 1 / 4, 0]
-    slower = next(c for c in drawn["speedup_by_length"].curves if c.label == "lookup:4")
+    slower = next(c for c in drawn["speedup_by_length"].curves if c.label == "prompt-lookup:4")
     assert slower.y == [pytest.approx(200 / 300)]

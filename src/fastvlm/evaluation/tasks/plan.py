@@ -40,6 +40,7 @@ class Plan:
         max_new_tokens: The most tokens of a reply.
         dtype: The precision.
         threads: CPU threads.
+        device: Where it is computed.
     """
 
     model: str
@@ -49,6 +50,7 @@ class Plan:
     max_new_tokens: int
     dtype: str
     threads: int
+    device: str = "cpu"
 
     def __iter__(self) -> Iterator[Asked]:
         """Yield the questions, an item in all sizes before the next."""
@@ -70,6 +72,7 @@ class Plan:
             "max_new_tokens": self.max_new_tokens,
             "dtype": self.dtype,
             "threads": self.threads,
+            "device": self.device,
         }
 
 

@@ -1,4 +1,4 @@
-"""An evaluation's pass over its pictures: every strategy answers before the next picture."""
+"""An evaluation's pass over its items: every strategy answers before the next item."""
 
 from __future__ import annotations
 
@@ -9,9 +9,9 @@ from pathlib import Path
 from typing import Any
 
 import fastvlm
-from fastvlm.decoding import Drafter
+from fastvlm.decoding import Strategy
 from fastvlm.evaluation.likelihood import likelihoods
-from fastvlm.evaluation.measuring import answered, hardware, in_turn, no_progress
+from fastvlm.evaluation.measuring import hardware, no_progress, rotated, run_request
 from fastvlm.evaluation.tasks.answers import Answer, Journal, Ratings
 from fastvlm.evaluation.tasks.plan import Asked, Plan
 from fastvlm.functional.errors import InputError
@@ -21,7 +21,7 @@ from fastvlm.vlm import VisionLanguageModel
 
 def evaluate(
     vlm: VisionLanguageModel,
-    drafters: Mapping[str, Drafter],
+    strategies: Mapping[str, Strategy],
     plan: Plan,
     journal: Journal,
     progress: Callable[[int, int], None] = no_progress,
@@ -33,23 +33,23 @@ def evaluate(
 
     Args:
         vlm: The model.
-        drafters: The plan's strategies by name.
+        strategies: The plan's strategies by name.
         plan: What to ask.
         journal: Where the findings go, one by one.
         progress: Called with the questions done and their number, of those that are left.
 
     Raises:
-        InputError: A picture can't be read or a prompt doesn't fit the model; it names the item.
+        InputError: An image can't be read or a prompt doesn't fit the model; it names the item.
     """
-    names = list(drafters)
+    names = list(strategies)
     left = [
         (number, asked, missing)
         for number, asked in enumerate(plan)
-        if (missing := unknown(journal, asked, in_turn(names, number)))
+        if (missing := unknown(journal, asked, rotated(names, number)))
     ]
     if not left:
         return
-    journal.begin(session())
+    journal.begin(session(vlm))
     warm: set[int | None] = set()
     for done, (_, asked, missing) in enumerate(left, 1):
         try:
@@ -57,11 +57,11 @@ def evaluate(
                 journal.add(rated(vlm, asked))
             else:
                 if asked.size not in warm:
-                    for drafter in drafters.values():
-                        answer(vlm, "", drafter, asked, plan.max_new_tokens)
+                    for strategy in strategies.values():
+                        answer(vlm, "", strategy, asked, plan.max_new_tokens)
                     warm.add(asked.size)
                 for name in missing:
-                    journal.add(answer(vlm, name, drafters[name], asked, plan.max_new_tokens))
+                    journal.add(answer(vlm, name, strategies[name], asked, plan.max_new_tokens))
         except InputError as error:
             raise InputError(f"{asked.task}, item {asked.item.id}: {error}") from error
         progress(done, len(left))
@@ -76,25 +76,26 @@ def unknown(journal: Journal, asked: Asked, names: list[str]) -> list[str]:
 
 
 def shown(asked: Asked) -> PictureOptions:
-    """Return how a question's picture is shown."""
+    """Return how a question's image is shown."""
     return {} if asked.size is None else {"image_size": asked.size}
 
 
 def answer(
-    vlm: VisionLanguageModel, name: str, drafter: Drafter, asked: Asked, limit: int
+    vlm: VisionLanguageModel, name: str, strategy: Strategy, asked: Asked, limit: int
 ) -> Answer:
     """Return one strategy's answer."""
     item = asked.item
-    request = answered(vlm, drafter, item.prompt, item.open(), max_new_tokens=limit, **shown(asked))
+    options = {"max_new_tokens": limit, **shown(asked)}
+    request = run_request(vlm, strategy, item.prompt, item.open(), **options)
     reply = vlm.reply(request)
     return Answer(
         asked.task,
         item.id,
         asked.size,
         name,
-        reply.text,
-        reply.tokens,
-        len(request.tokens),
+        reply.text.strip(),
+        reply.token_ids,
+        len(reply.prompt_token_ids),
         reply.statistics.ttft_ms,
         reply.statistics.tpot_ms,
         request.proposed,
@@ -110,13 +111,13 @@ def rated(vlm: VisionLanguageModel, asked: Asked) -> Ratings:
     return Ratings(asked.task, item.id, asked.size, [one.whole for one in found])
 
 
-def session() -> dict[str, Any]:
+def session(vlm: VisionLanguageModel) -> dict[str, Any]:
     """Return when and on what this is measured."""
     return {
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
         "fastvlm": fastvlm.__version__,
         "commit": commit(),
-        "hardware": hardware(),
+        "hardware": hardware(vlm.decoder.device),
     }
 
 

@@ -1,0 +1,163 @@
+"""`fastvlm benchmark` and `audit` on models of every kind, and where every verb computes."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import typer
+
+from fastvlm.cli import app
+from fastvlm.cli.strategies import ALWAYS, WITHOUT_DRAFT
+from fastvlm.training.processes import compute_on
+from tests.cli.conftest import Output
+from tests.families import FAMILIES
+from tests.processors import TEXT_TEMPLATE, character_tokenizer, picture, saved
+
+Cli = Callable[..., Output]
+STRATEGIES = [*ALWAYS, *WITHOUT_DRAFT]
+
+
+@pytest.fixture
+def images(tmp_path: Path) -> Path:
+    folder = tmp_path / "images"
+    folder.mkdir()
+    for number in range(2):
+        picture(number).save(folder / f"{number}.png")
+    return folder
+
+
+@pytest.mark.parametrize("family", ["llava", "qwen2.5-vl", "smolvlm", "blip2-opt", "blip2-t5"])
+def test_a_family_is_measured_and_audited(
+    cli: Cli, images: Path, tmp_path: Path, family: str
+) -> None:
+    model, figures, output = tmp_path / "model", tmp_path / "figures.json", tmp_path / "audit"
+    saved(family, model)
+    given = ("--model", model, "--images", images, "--prompt", "What?", "--max-new-tokens", 8,
+             "--dtype", "float64")  # fmt: skip
+    said = cli("benchmark", *given, "--json", figures)
+    assert said.code == 0, said.err
+    results = json.loads(figures.read_text())["results"]
+    assert [result["strategy"] for result in results] == STRATEGIES
+    for result in results:
+        assert (result["replies"], result["identical"], result["different"]) == (2, True, 0)
+    said = cli("audit", *given, "--output", output)
+    assert said.code == 0, said.err
+    audited = json.loads((output / "audit.json").read_text())["strategies"]
+    assert set(audited) == set(STRATEGIES) - {"transformers"}
+    assert all(row["identical"] == row["replies"] == 2 for row in audited.values())
+
+
+def test_a_sampled_audit(cli: Cli, images: Path, tmp_path: Path) -> None:
+    words = ("audit", "--images", images, "--max-new-tokens", 8, "--dtype", "float64")
+    drawn = (*words, "--temperature", "1", "--seed", "4", "--output", tmp_path / "drawn")
+    said = cli(*drawn)
+    assert said.code == 0, said.err
+    found = json.loads((tmp_path / "drawn" / "audit.json").read_text())
+    assert (found["temperature"], found["seed"]) == (1, 4)
+    assert {"imitation", "imitation-mlp", "layer-skip"} <= found["strategies"].keys()
+    assert all(row["identical"] == row["replies"] == 2 for row in found["strategies"].values())
+    assert cli(*words, "--output", tmp_path / "greedy").code == 0
+    first = [
+        json.loads((tmp_path / name / "audit.jsonl").read_text().splitlines()[1])["replies"]
+        for name in ("drawn", "greedy")
+    ]
+    assert first[0] != first[1]
+    # The journal of other replies is not gone on with.
+    assert "belongs to an audit" in cli(*words, "--output", tmp_path / "drawn").sentence()
+
+
+def test_a_model_of_text_alone(cli: Cli, images: Path, tmp_path: Path) -> None:
+    folder, figures = tmp_path / "text", tmp_path / "figures.json"
+    model, _ = FAMILIES["llama"]()
+    model.save_pretrained(folder)
+    tokenizer = character_tokenizer()
+    tokenizer.chat_template = TEXT_TEMPLATE
+    tokenizer.save_pretrained(folder)
+    asked = ("--model", folder, "--max-new-tokens", 6, "--dtype", "float64")
+    prompts = ("--images", "none", "--prompt", "What?", "--prompt", "Who?")
+    said = cli("benchmark", *asked, *prompts, "--json", figures)
+    assert said.code == 0, said.err
+    found = json.loads(figures.read_text())
+    assert found["prompts"] == ["What?", "Who?"]
+    assert all(result["identical"] and result["replies"] == 2 for result in found["results"])
+    assert cli("audit", *asked, *prompts, "--output", tmp_path / "audit").code == 0
+    said = cli("benchmark", *asked, "--images", images)
+    assert said.code == 1
+    assert "reads text alone" in said.sentence()
+
+
+def verbs(command: Any, words: tuple[str, ...] = ()) -> Iterator[tuple[str, set[str]]]:
+    """Yield each verb that there is, and the names of its options."""
+    inner = getattr(command, "commands", None)
+    if inner is None or getattr(command, "invoke_without_command", False):
+        yield " ".join(words), {name for option in command.params for name in option.opts}
+    for name, one in (inner or {}).items():
+        yield from verbs(one, (*words, name))
+
+
+def test_every_verb_that_computes_says_where_and_in_what_precision() -> None:
+    found = dict(verbs(typer.main.get_command(app)))
+    # It stores, on the CPU, what it has read.
+    assert "--dtype" in found.pop("convert")
+    assert found.keys() >= {
+        "demo", "generate", "benchmark", "benchmark ttft", "audit", "evaluate", "export onnx",
+        "train draft", "train model", "train example-encoder", "train example-model",
+    }  # fmt: skip
+    for verb, options in found.items():
+        assert "--device" in options, verb
+        # Weights are trained in float32, and computed with in mixed precision.
+        assert options & {"--dtype", "--precision"}, verb
+    assert found["train draft"] >= {"--dtype", "--precision"}
+
+
+@pytest.mark.parametrize("device", ["telephone", "cuda:99", "meta", "cpu:x"])
+@pytest.mark.parametrize(
+    "words",
+    [
+        ("demo",),
+        ("generate", "a.png"),
+        ("benchmark",),
+        ("benchmark", "ttft", "--output", "o"),
+        ("audit", "--output", "o"),
+        ("evaluate", "--tasks", "coco", "--data", "d", "--output", "o"),
+        ("export", "onnx", "f"),
+        ("train", "draft", "--data", "d", "--output", "o"),
+        ("train", "model", "--data", "d", "--output", "o"),
+        ("train", "example-encoder", "--photographs", "d", "--output", "o"),
+        ("train", "example-model", "--photographs", "d", "--output", "o"),
+    ],
+)
+def test_a_device_that_is_not_there(cli: Cli, words: tuple[str, ...], device: str) -> None:
+    said = cli(*words, "--device", device)
+    assert said.code == 2
+    assert device in said.sentence()
+
+
+@pytest.mark.parametrize("dtype", ["float64", "float16", "bfloat16"])
+def test_a_reply_in_another_precision(cli: Cli, shipped: Path, dtype: str) -> None:
+    file = shipped / "pictures" / "0.png"
+    words = ("generate", file, "--max-new-tokens", 4, "--device", "cpu", "--dtype", dtype)
+    assert cli(*words).code == 0
+
+
+def test_a_sampled_reply_is_one_of_its_seed(cli: Cli, shipped: Path) -> None:
+    words = ("generate", shipped / "pictures" / "0.png", "--max-new-tokens", 12, "--temperature", 1)
+    said = [
+        cli(*words, "--seed", 3, "--strategy", strategy).out
+        for strategy in ("autoregressive", "imitation", "layer-skip", "prompt-lookup")
+    ]
+    assert said == said[:1] * 4
+    assert cli(*words, "--seed", 4).out != said[0]
+
+
+def test_training_stays_on_the_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("ACCELERATE_USE_CPU", "")
+    if not torch.accelerator.is_available():
+        compute_on("cpu")
+        assert re.fullmatch("true|1", __import__("os").environ["ACCELERATE_USE_CPU"])
