@@ -18,11 +18,11 @@ from fastvlm.checkpoints import load_checkpoint
 from fastvlm.checkpoints.processors import tokenizer_of
 from fastvlm.decoding import Engine, Request, Sampler, SamplingParams, Strategy
 from fastvlm.decoding.engine import MAX_SLOTS
-from fastvlm.decoding.generation_config import processors_of, settings_of, stopper
+from fastvlm.decoding.generation_config import fit_length, processors_of, settings_of, stopper
 from fastvlm.decoding.layer_search import LayerChoice, find_skipped_layers
 from fastvlm.decoding.prefix_cache import PrefixCache
 from fastvlm.decoding.reply import Piece, Reply, ReplyStream
-from fastvlm.decoding.sampling_params import MAX_NEW_TOKENS, new_seed
+from fastvlm.decoding.sampling_params import new_seed
 from fastvlm.decoding.strategy_factory import StrategyFactory
 from fastvlm.decoding.text import ReplyText
 from fastvlm.drafting import ImitationNetwork
@@ -180,6 +180,8 @@ class VisionLanguageModel:
             prompt = question(prompt, image)
         elif image is not None:
             raise InputError("A dialogue's images stand in its messages; leave out the image.")
+        if not prompt:
+            raise InputError("A dialogue has at least one turn; got none.")
         return self._request(prompt, params, shown, chosen, started)
 
     def _chosen(self, strategy: Strategy | str | None) -> Strategy:
@@ -198,6 +200,7 @@ class VisionLanguageModel:
         stop = params.stop_strings or list(settings.stop_strings or ())
         settings.stop_strings = None
         inputs, keeps = self._inputs(messages, shown)
+        max_new_tokens = fit_length(settings, len(inputs.token_ids))
         device = self.decoder.device
         processors = processors_of(self.model, settings, inputs.token_ids, device)
         seed = None
@@ -209,7 +212,7 @@ class VisionLanguageModel:
         return Request(
             inputs,
             strategy,
-            settings.max_new_tokens or MAX_NEW_TOKENS,
+            max_new_tokens,
             Sampler(processors, seed, inputs.token_ids if processors else ()),
             self.end_tokens,
             self.prefixes if keeps else None,

@@ -17,7 +17,7 @@ from transformers.generation.stopping_criteria import (
 )
 
 from fastvlm.decoding.sampler import LogitsProcessor, Sampler
-from fastvlm.decoding.sampling_params import SamplingParams
+from fastvlm.decoding.sampling_params import MAX_NEW_TOKENS, SamplingParams
 from fastvlm.functional.errors import InputError, first_line
 from fastvlm.language.inputs import generator_of
 
@@ -73,7 +73,7 @@ def settings_of(model: PreTrainedModel, params: SamplingParams) -> GenerationCon
     if params.repetition_penalty is not None:
         config.repetition_penalty = params.repetition_penalty
     if params.max_new_tokens is not None:
-        config.max_new_tokens = params.max_new_tokens
+        config.max_new_tokens, config.max_length = params.max_new_tokens, None
     for name, usual in (("num_beams", 1), ("guidance_scale", 1), ("num_return_sequences", 1)):
         value = getattr(config, name, None)
         if value not in (None, usual):
@@ -82,6 +82,30 @@ def settings_of(model: PreTrainedModel, params: SamplingParams) -> GenerationCon
                 f" set model.generation_config.{name} = {usual}."
             )
     return config
+
+
+def fit_length(config: GenerationConfig, prompt_length: int) -> int:
+    """Return the most tokens of a reply, and note the lengths that processors ask for.
+
+    Args:
+        config: The settings.
+        prompt_length: Tokens of the prompt.
+
+    Raises:
+        InputError: The checkpoint's `max_length`, which counts the prompt, leaves no room.
+    """
+    settings: Any = config
+    if settings.max_new_tokens is None and settings.max_length is not None:
+        settings.max_new_tokens = settings.max_length - prompt_length
+        if settings.max_new_tokens < 1:
+            raise InputError(
+                f"The prompt has {prompt_length} tokens, and the checkpoint's generation_config a"
+                f" max_length of {settings.max_length} with the reply; give max_new_tokens."
+            )
+    elif settings.max_new_tokens is None:
+        settings.max_new_tokens = MAX_NEW_TOKENS
+    settings.max_length = prompt_length + settings.max_new_tokens
+    return int(settings.max_new_tokens)
 
 
 def processors_of(

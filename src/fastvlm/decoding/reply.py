@@ -97,6 +97,7 @@ class ReplyStream:
         """Characters and tokens that pieces have shown."""
         self._pieces: deque[Piece] = deque()
         self._ended = False
+        self._error: Exception | None = None
         self._cancel = weakref.finalize(self, engine.cancel, request)
 
     def __iter__(self) -> ReplyStream:
@@ -113,7 +114,8 @@ class ReplyStream:
         request = self.request
         while not self._pieces:
             if self._ended:
-                raise StopIteration
+                error, self._error = self._error, None
+                raise error or StopIteration
             if not request.added:
                 self.engine.add(request)
             known = len(self._text.token_ids)
@@ -125,10 +127,8 @@ class ReplyStream:
             finished = request.finished
             self._take(request.output_token_ids[:], finished)
             if finished:
-                self._ended = True
+                self._ended, self._error = True, request.error
                 self._cancel.detach()
-                if request.error is not None and not self._pieces:
-                    raise request.error
         return self._pieces.popleft()
 
     def __enter__(self) -> ReplyStream:

@@ -90,8 +90,9 @@ class SamplingParams:
             raise InputError(
                 f"{drawing[0]} needs a temperature above 0: without one nothing is drawn."
             )
-        if any(not isinstance(one, str) or not one for one in self.stop_strings):
-            raise InputError(f"A stop string has at least one character; got {self.stop!r}.")
+        several = self.stop is None or isinstance(self.stop, str | list | tuple)
+        if not several or any(not isinstance(one, str) or not one for one in self.stop_strings):
+            raise InputError(f"stop is a string, or several, of at least one character; got {self.stop!r}.")
 
     @property
     def stop_strings(self) -> list[str]:
