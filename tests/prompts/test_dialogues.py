@@ -14,7 +14,6 @@ from torch import nn
 import fastvlm
 from fastvlm.functional.errors import InputError
 from fastvlm.language.families import text_decoder
-from fastvlm.prompts import question
 from fastvlm.vlm import VisionLanguageModel
 from tests.families import FAMILIES, replies
 from tests.processors import PROCESSORS, TEXT_TEMPLATE, character_tokenizer, saved
@@ -72,8 +71,8 @@ def test_ten_rounds_encode_an_image_once(family: str, tmp_path: Path) -> None:
             text = {"type": "text", "text": "It?"}
             messages.append({"role": "user", "content": [text] if number else [show, text]})
             positions.clear()
-            found = vlm.generate(messages, max_new_tokens=3)
-            assert found.token_ids == fresh.generate(messages, max_new_tokens=3).token_ids
+            found = vlm.generate(messages, max_new_tokens=2)
+            assert found.token_ids == fresh.generate(messages, max_new_tokens=2).token_ids
             tokens = vlm.prompts.decoder_inputs(messages).token_ids
             shared = next(
                 (n for n, pair in enumerate(zip(tokens, before, strict=False)) if len({*pair}) > 1),
@@ -126,7 +125,7 @@ def test_a_second_question_about_an_image(family: str, tmp_path: Path) -> None:
     # InstructBLIP's Q-Former reads the question: another one makes other features of an image.
     assert calls == [1, int(family.startswith("instructblip")), 0, 1, 0]
     # What an encoder reads is read anew.
-    keys = vlm.prompts.decoder_inputs(question("Who?", image(0)), vlm.features).keys
+    keys = vlm.request("Who?", image(0)).inputs.keys
     if family.endswith("t5"):
         assert keys is None
     else:
