@@ -10,6 +10,7 @@ import pytest
 from fastvlm import embedded
 from fastvlm.data.broken import BrokenRecords
 from fastvlm.data.questions import HELD_OUT_SCENES, about_photographs, about_scenes
+from fastvlm.decoding import SamplingParams
 from fastvlm.drafting import FixedLength
 from fastvlm.drafting.directory import load_draft
 from fastvlm.evaluation.audit import audit
