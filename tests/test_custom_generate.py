@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+from collections import Counter
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from pathlib import Path
-from threading import Thread
+from threading import Lock, Thread
 from typing import Any
 
 import pytest
@@ -16,6 +20,7 @@ from transformers.generation.stopping_criteria import (
     StoppingCriteriaList,
     StopStringCriteria,
 )
+from transformers.generation.streamers import BaseStreamer
 
 import fastvlm
 from fastvlm.drafting import ImitationConfig, ImitationNetwork
@@ -61,14 +66,31 @@ def both(model: PreTrainedModel, inputs: Inputs, method: Any, **options: Any) ->
     )
 
 
+@contextmanager
+def drafts(method: Any, model: PreTrainedModel) -> Iterator[list[int]]:
+    """Collect how many tokens each draft has."""
+    strategy, found = method.target(model).strategy, []
+    ordinary = type(strategy).draft
+
+    def draft(self: Any, *args: Any) -> Any:
+        made = ordinary(self, *args)
+        found.append(sum(map(len, made.rows)))
+        return made
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(type(strategy), "draft", draft)
+        yield found
+
+
 @pytest.mark.parametrize("family", FAMILIES)
 def test_a_user_changes_one_argument(family: str) -> None:
     model, inputs = FAMILIES[family]()
     for method in (fastvlm.speculative(block(model)), fastvlm.speculative()):
         for rows in (1, 3):
-            ordinary, sooner = both(model, inputs(rows), method)
+            with drafts(method, model) as proposed:
+                ordinary, sooner = both(model, inputs(rows), method)
             assert torch.equal(ordinary, sooner)
-        assert sum(sum(request.proposed) for request in method.requests) > 0
+        assert sum(proposed) > 0
 
 
 def test_a_draft_is_loaded_from_its_directory(
@@ -201,31 +223,233 @@ def test_a_seed_reproduces_samples(llava: tuple[PreTrainedModel, Inputs]) -> Non
     assert first.shape != other.shape or not torch.equal(first, other)
 
 
-class Counting(processing.LogitsProcessor):
-    """Remembers how often it was called."""
+class Growing(processing.LogitsProcessor):
+    """Forbids more tokens at each call: it remembers how often it was called."""
+
+    def __init__(self, how: str) -> None:
+        self.how, self.seen = how, Counter() if how == "counter" else None
+        self.inner = Remembering()
+
+    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
+        scores = scores.clone()
+        last = int(input_ids[0, -1]) % 7
+        if self.how == "counter":
+            self.seen[last] += 1
+            calls = self.seen.total()
+        elif self.how == "nothing at first":
+            self.seen = scores[0, :1] * 0 + 1 if self.seen is None else self.seen + 1
+            calls = int(self.seen)
+        elif self.how == "an object below":
+            calls = self.inner.call()
+        else:
+            with self.inner.lock:
+                calls = self.inner.call()
+        scores[:, calls % 40 : calls % 40 + 30 + int(input_ids[:, -2].sum()) % 5] = -torch.inf
+        return scores
+
+
+class Remembering:
+    """What can't be copied."""
 
     def __init__(self) -> None:
-        self.calls = 0
+        self.calls, self.lock = 0, Lock()
 
-    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:  # noqa: ARG002
+    def call(self) -> int:
         self.calls += 1
-        return scores
+        return self.calls
+
+
+@pytest.mark.parametrize("how", ["counter", "nothing at first", "an object below", "a lock"])
+@pytest.mark.parametrize("rows", [1, 3])
+def test_a_processor_that_may_remember_decodes_without_drafts(
+    llava: tuple[PreTrainedModel, Inputs], how: str, rows: int
+) -> None:
+    model, inputs = llava
+    given = {name: value[:rows] for name, value in inputs.items()}
+    method = fastvlm.speculative(block(model))
+
+    def generated(**options: Any) -> Tensor:
+        processors = processing.LogitsProcessorList([Growing(how)])
+        return model.generate(
+            **given, max_new_tokens=LIMIT, do_sample=False, logits_processor=processors, **options
+        )
+
+    expected = generated()
+    with drafts(method, model) as proposed, pytest.warns(UserWarning, match="Growing"):
+        found = generated(custom_generate=method)
+    assert torch.equal(found, expected)
+    assert not proposed
+
+
+def penalise_even(input_ids: Tensor, scores: Tensor) -> Tensor:
+    bias = torch.zeros_like(scores)
+    bias[:, ::2] = -4.0 * (int(input_ids[:, -2:].sum()) % 3)
+    return scores + bias
+
+
+def test_a_processor_that_says_it_is_stateless_is_used_with_drafts(
+    llava: tuple[PreTrainedModel, Inputs], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model, inputs = llava
+    given = {name: value[:1] for name, value in inputs.items()}
+    method = fastvlm.speculative(block(model))
+    processors = processing.LogitsProcessorList([penalise_even])
+    with pytest.warns(UserWarning, match="penalise_even"):
+        both(model, given, method, logits_processor=processors)
+    monkeypatch.setattr(penalise_even, "stateless", True, raising=False)
+    with drafts(method, model) as proposed:
+        ordinary, sooner = both(model, given, method, logits_processor=processors)
+    assert torch.equal(ordinary, sooner)
+    assert sum(proposed) > 0
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"prefix_allowed_tokens_fn": lambda row, _: [row + 4, row + 9, 20]},
+        {"encoder_repetition_penalty": 1.2},
+    ],
+    ids=["by row", "encoder"],
+)
+def test_what_treats_rows_in_their_own_ways_decodes_without_drafts(
+    llava: tuple[PreTrainedModel, Inputs], options: dict[str, Any]
+) -> None:
+    model, inputs = llava
+    with pytest.warns(UserWarning, match="without drafts"):
+        ordinary, sooner = both(model, inputs, fastvlm.speculative(block(model)), **options)
+    assert torch.equal(ordinary, sooner)
 
 
 @pytest.mark.parametrize(
     ("options", "told"),
     [
-        ({"num_beams": 3}, "one reply at a time"),
+        ({"num_beams": 3}, "num_beams"),
         ({"return_dict_in_generate": True, "output_hidden_states": True}, "hidden states"),
-        ({"logits_processor": processing.LogitsProcessorList([Counting()])}, "Counting remembers"),
-        ({"prefix_allowed_tokens_fn": lambda row, _: [row + 4]}, "one row at a time"),
-        ({"encoder_repetition_penalty": 1.2}, "one row at a time"),
+        ({"prompt_lookup_num_tokens": 3}, "assisted generation"),
     ],
-    ids=["beams", "hidden states", "a stateful processor", "by row", "encoder"],
+    ids=["beams", "hidden states", "another method"],
 )
 def test_what_can_not_be_exact_is_refused(
     llava: tuple[PreTrainedModel, Inputs], options: dict[str, Any], told: str
 ) -> None:
     model, inputs = llava
+    given = {name: value[:1] for name, value in inputs.items()}
     with pytest.raises(InputError, match=told):
-        model.generate(**inputs, max_new_tokens=5, custom_generate=fastvlm.speculative(), **options)
+        model.generate(**given, max_new_tokens=5, custom_generate=fastvlm.speculative(), **options)
+
+
+class LastScore(StoppingCriteria):
+    """Ends a row where the best score has grown, after a few tokens."""
+
+    def __call__(self, input_ids: Tensor, scores: Any, **_: Any) -> Tensor:
+        assert len(scores) > 0
+        grown = len(scores) > 4 and bool(scores[-1].max() > scores[-2].max())
+        return torch.full((len(input_ids),), grown)
+
+
+def test_a_stopping_criterion_reads_the_scores(llava: tuple[PreTrainedModel, Inputs]) -> None:
+    model, inputs = llava
+    given = {name: value[:1] for name, value in inputs.items()}
+    options = {
+        "return_dict_in_generate": True,
+        "output_scores": True,
+        "stopping_criteria": StoppingCriteriaList([LastScore()]),
+        "repetition_penalty": 1.3,
+        "max_new_tokens": 30,
+        "eos_token_id": None,
+    }
+    ordinary, sooner = both(model, given, fastvlm.speculative(block(model)), **options)
+    assert torch.equal(ordinary.sequences, sooner.sequences)
+    assert given["input_ids"].shape[1] + 1 < sooner.sequences.shape[1]
+    assert sooner.sequences.shape[1] < given["input_ids"].shape[1] + 30
+
+
+def test_a_streamer_gets_each_token_once_whichever_row_ends_first(
+    llava: tuple[PreTrainedModel, Inputs],
+) -> None:
+    model, inputs = llava
+    plain = model.generate(**inputs, max_new_tokens=20, do_sample=False, eos_token_id=None)
+    start = inputs["input_ids"].shape[1]
+    # A token that ends the first row early, and the others later or never.
+    end = int(plain[0, start + 2])
+
+    class Noted(BaseStreamer):
+        def __init__(self) -> None:
+            self.tokens: list[int] = []
+            self.ended = 0
+
+        def put(self, value: Tensor) -> None:
+            self.tokens += value.flatten().tolist() if value.dim() < 2 else []
+
+        def end(self) -> None:
+            self.ended += 1
+
+    streamer = Noted()
+    found = model.generate(
+        **inputs, max_new_tokens=20, do_sample=False, eos_token_id=end, streamer=streamer,
+        custom_generate=fastvlm.speculative(block(model)),
+    )  # fmt: skip
+    row = found[0, start:].tolist()
+    assert streamer.tokens == row[: row.index(end) + 1]
+    assert streamer.ended == 1
+
+
+def test_set_seed_decides_what_is_drawn(llava: tuple[PreTrainedModel, Inputs]) -> None:
+    model, inputs = llava
+    ways = [
+        fastvlm.speculative(block(model)),
+        fastvlm.speculative(),
+        fastvlm.speculative(strategy="autoregressive"),
+        fastvlm.speculative(block(model), num_speculative_tokens=2),
+    ]
+    found = []
+    for method in ways:
+        for _ in range(2):
+            set_seed(3)
+            found.append(
+                model.generate(
+                    **inputs, max_new_tokens=LIMIT, do_sample=True, eos_token_id=None,
+                    custom_generate=method,
+                )
+            )  # fmt: skip
+    assert all(torch.equal(found[0], other) for other in found)
+    # Equal prompts in a batch are drawn each for itself.
+    same = {name: value[:1].repeat(3, *[1] * (value.dim() - 1)) for name, value in inputs.items()}
+    rows = model.generate(**same, max_new_tokens=LIMIT, do_sample=True, custom_generate=ways[0])
+    assert len({*map(tuple, rows.tolist())}) == 3
+
+
+def test_one_object_serves_many_threads(llava: tuple[PreTrainedModel, Inputs]) -> None:
+    model, inputs = llava
+    method = fastvlm.speculative(block(model))
+    rows = [{name: value[row : row + 1] for name, value in inputs.items()} for row in range(3)]
+    expected = [model.generate(**row, max_new_tokens=LIMIT, do_sample=False) for row in rows]
+
+    def work(number: int) -> list[bool]:
+        return [
+            torch.equal(
+                model.generate(
+                    **rows[index % 3], max_new_tokens=LIMIT, do_sample=False,
+                    # Beside it, transformers' own.
+                    custom_generate=None if (index + number) % 4 == 3 else method,
+                ),
+                expected[index % 3],
+            )
+            for index in range(10)
+        ]  # fmt: skip
+
+    with ThreadPoolExecutor(4) as pool:
+        assert [all(found) for found in pool.map(work, range(4))] == [True] * 4
+
+
+@pytest.mark.parametrize(
+    ("options", "told"),
+    [
+        ({"num_assistant_tokens": 3}, "num_assistant_tokens"),
+        ({"confidence": 0.5}, "confidence"),
+        ({"strategy": "lookup"}, "lookup"),
+    ],
+)
+def test_options_that_nobody_takes_are_refused(options: dict[str, Any], told: str) -> None:
+    with pytest.raises(InputError, match=told):
+        fastvlm.speculative(**options)

@@ -45,8 +45,8 @@ def test_every_strategys_tokens_are_transformers_own(
         "layer-skip": vlm.strategy("layer-skip"),
         "prompt-lookup": vlm.strategy("prompt-lookup"),
     }
-    params, journal = SamplingParams(max_new_tokens=140), tmp_path / "audit.jsonl"
-    found = audit(vlm, strategies, questions, journal, params=params, batch=6)
+    params = SamplingParams(max_new_tokens=140)
+    found = audit(vlm, strategies, questions, tmp_path / "audit.jsonl", params=params, batch=6)
     for name in strategies:
         assert found.identical(name) + found.ties(name) == len(questions)
 

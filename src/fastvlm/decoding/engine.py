@@ -73,7 +73,8 @@ class Engine:
         # happens to be, also inside a block that holds it, and must neither wait nor enter.
         self._turn = Condition(Lock())
         self._stepping = False
-        self._cancelled: deque[Request] = deque()
+        self._cancelled = False
+        """Whether a request was cancelled whose slot may not be free yet."""
 
     def add(self, request: Request) -> None:
         """Let a request wait for a slot. What is wrong with it ends it at once.
@@ -102,7 +103,8 @@ class Engine:
         It never waits, so that a finalizer may call it.
         """
         if not request.finished:
-            self._cancelled.append(request)
+            request.finish_reason = "cancelled"
+            self._cancelled = True
             self._settle()
 
     def step(self, unless: Callable[[], bool] | None = None) -> dict[Request, int]:
@@ -120,7 +122,7 @@ class Engine:
             return {}
         try:
             with torch.inference_mode():
-                self._free_cancelled()
+                self._free_finished()
                 self._admit()
                 before = {slot.request: len(slot.request.output_token_ids) for slot in self.slots}
                 for slots, work in self._passes():
@@ -184,7 +186,8 @@ class Engine:
             try:
                 if self._stepping:
                     return
-                self._free_cancelled()
+                self._cancelled = False
+                self._free_finished()
                 self.waiting = deque(request for request in self.waiting if not request.finished)
                 self._turn.notify_all()
             finally:
@@ -235,7 +238,7 @@ class Engine:
     def _free_finished(self) -> None:
         """Free the slots of requests that have ended, and keep what was computed for them."""
         for slot in [slot for slot in self.slots if slot.request.finished]:
-            if slot.request.error is None:
+            if slot.request.finish_reason in ("stop", "length"):
                 self._remember(slot)
                 slot.request.strategy.on_finish(len(slot.request.output_token_ids))
             self._free(slot)
@@ -372,16 +375,6 @@ class Engine:
             )
             request.max_new_tokens = left
         return None
-
-    def _free_cancelled(self) -> None:
-        """End the requests that were cancelled, wherever they are."""
-        while self._cancelled:
-            request = self._cancelled.popleft()
-            if request.finished:
-                continue
-            request.finish_reason = "cancelled"
-            for slot in [slot for slot in self.slots if slot.request is request]:
-                self._free(slot)
 
     def _free(self, slot: Slot) -> None:
         """Free a slot; the last one gives the cache's memory back."""

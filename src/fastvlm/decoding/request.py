@@ -121,8 +121,8 @@ class Request:
         """End the request with an error."""
         self.error, self.finish_reason = error, "error"
 
-    def deliver(self, token_ids: Sequence[int], logits: Tensor, now: float) -> int:
-        """Add a cycle's tokens, cut where the reply ends; return how many stayed.
+    def deliver(self, token_ids: Sequence[int], logits: Tensor, now: float) -> None:
+        """Add a cycle's tokens, cut where the reply ends.
 
         Args:
             token_ids: The tokens; all but the last one were drafted.
@@ -130,6 +130,9 @@ class Request:
             now: When they were known.
         """
         for index, token in enumerate(token_ids):
+            if self.finished:
+                # The tokens before have ended it, or another thread has cancelled it.
+                return
             self._keep(token, logits[index])
             self.drafted.append(index < len(token_ids) - 1)
             self.times.append(now)
@@ -141,9 +144,6 @@ class Request:
                 self.finish_reason = "stop"
             elif len(self.output_token_ids) >= self.max_new_tokens:
                 self.finish_reason = "length"
-            if self.finished:
-                return index + 1
-        return len(token_ids)
 
     def _stopped(self) -> bool:
         reply = self.output_token_ids

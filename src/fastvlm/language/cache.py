@@ -92,6 +92,7 @@ class Positions:
     encoder: EncoderContext | None = None
     tables: dict[str, Any] | None = None
     _masks: dict[int | None, Tensor | None] = field(default_factory=dict)
+    _rows: Tensor | None = None
 
     @classmethod
     def whole(
@@ -122,6 +123,12 @@ class Positions:
             prompt_lengths=lengths,
             encoder=EncoderContext.of(encoder_states),
         )
+
+    def rows(self, device: torch.device) -> Tensor:
+        """Return the slots as a tensor, made once for a pass: (batch, 1)."""
+        if self._rows is None or self._rows.device != device:
+            self._rows = torch.tensor(self.slots, device=device)[:, None]
+        return self._rows
 
     def mask(self, window: int | None = None) -> Tensor | None:
         """Return which keys each position sees, as `visible`, or None for causal.
@@ -212,7 +219,7 @@ class LayerStorage:
             self.keys[rows, :, first : first + width] = keys
             self.values[rows, :, first : first + width] = values
         else:
-            index = torch.tensor(positions.slots, device=keys.device)[:, None]
+            index = positions.rows(keys.device)
             here = positions.indices.to(keys.device)
             self.keys[index, :, here] = keys.transpose(1, 2).to(self.keys.dtype)
             self.values[index, :, here] = values.transpose(1, 2).to(self.values.dtype)
@@ -230,8 +237,7 @@ class LayerStorage:
     def read(self, rows: slice | Tensor, end: int) -> tuple[Tensor, Tensor]:
         """Return some slots' beginnings: (batch, kv_heads, end, head_dim) each."""
         # Slots that lie side by side are read where they are; others are gathered.
-        index = rows if isinstance(rows, slice) else rows.to(self.keys.device)
-        return self.keys[:, :, :end][index], self.values[:, :, :end][index]
+        return self.keys[rows, :, :end], self.values[rows, :, :end]
 
     def _clear(self, slot: int, start: int, end: int) -> None:
         self.keys[slot, :, start:end] = 0
