@@ -3,17 +3,21 @@
 from __future__ import annotations
 
 import json
-import re
+import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 import typer
+from accelerate.utils import parse_flag_from_env
 
 from fastvlm.cli import app
 from fastvlm.cli.strategies import ALWAYS, WITHOUT_DRAFT
+from fastvlm.functional.errors import InputError
+from fastvlm.training import processes
 from fastvlm.training.processes import compute_on
 from tests.cli.conftest import Output
 from tests.families import FAMILIES
@@ -156,8 +160,46 @@ def test_a_sampled_reply_is_one_of_its_seed(cli: Cli, shipped: Path) -> None:
     assert cli(*words, "--seed", 4).out != said[0]
 
 
-def test_training_stays_on_the_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("ACCELERATE_USE_CPU", "")
-    if not torch.accelerator.is_available():
-        compute_on("cpu")
-        assert re.fullmatch("true|1", __import__("os").environ["ACCELERATE_USE_CPU"])
+@pytest.fixture
+def _without_choice(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let what is set of a run's device be forgotten."""
+    for name in ("ACCELERATE_USE_CPU", "ACCELERATE_TORCH_DEVICE"):
+        monkeypatch.setenv(name, "")
+        monkeypatch.delenv(name)
+
+
+@pytest.mark.usefixtures("_without_choice")
+def test_a_run_is_on_the_device_that_was_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    places = {"cpu": torch.device("cpu"), "cuda": torch.device("cuda:0")}
+    place = SimpleNamespace(device=places["cpu"], num_processes=1)
+    monkeypatch.setattr(processes, "this_process", lambda: place)
+    compute_on(None)
+    assert "ACCELERATE_USE_CPU" not in os.environ
+    compute_on("cpu")
+    assert parse_flag_from_env("ACCELERATE_USE_CPU")
+    with pytest.raises(InputError, match="computes on cpu already; cuda was asked for"):
+        compute_on("cuda")
+    place.device = places["cuda"]
+    compute_on("cuda")
+    compute_on("cuda:0")
+    assert os.environ["ACCELERATE_TORCH_DEVICE"] == "cuda:0"
+    with pytest.raises(InputError, match="computes on cuda:0 already"):
+        compute_on("cuda:1")
+    place.num_processes = 2
+    with pytest.raises(InputError, match="leave the number out"):
+        compute_on("cuda:0")
+
+
+@pytest.mark.usefixtures("_without_choice")
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_a_draft_is_trained_on_the_cpu_in_a_precision(
+    cli: Cli, shipped: Path, tmp_path: Path, dtype: str
+) -> None:
+    said = cli(
+        "train", "draft", "--model", shipped / "model", "--data", "scenes:4", "--held-out", "2",
+        "--kind", "mlp", "--draft-vocabulary", "50", "--steps", "2", "--output", tmp_path,
+        "--device", "cpu", "--dtype", dtype,
+    )  # fmt: skip
+    assert said.code == 0, said.err
+    assert parse_flag_from_env("ACCELERATE_USE_CPU")
+    assert (tmp_path / "mlp" / "model.safetensors").is_file()
