@@ -14,6 +14,7 @@ import fastvlm
 from fastvlm.decoding import SamplingParams
 from fastvlm.drafting import AdaptiveLength, FixedLength
 from fastvlm.functional.errors import InputError
+from fastvlm.prompts import question
 from fastvlm.scenes import render, sample
 from fastvlm.vlm import VisionLanguageModel
 from tests.decoding.conftest import imitation
@@ -147,8 +148,7 @@ def test_log_probabilities_are_the_targets(vlm: VisionLanguageModel, images: lis
         reply = vlm.generate(
             QUESTION, images[1], max_new_tokens=9, logprobs=3, strategy="early-exit", **options
         )
-        inputs = vlm.prompts.inputs([{"role": "user", "content": [
-            {"type": "image", "image": images[1]}, {"type": "text", "text": QUESTION}]}])  # fmt: skip
+        inputs = vlm.prompts.inputs(question(QUESTION, images[1]))
         prompt = inputs["input_ids"]
         assert reply.prompt_token_ids == prompt[0].tolist()
         whole = torch.cat((prompt, torch.tensor([reply.token_ids])), 1)

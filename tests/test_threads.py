@@ -22,7 +22,7 @@ LIMIT = 10
 
 @pytest.mark.parametrize("family", ["llava", "qwen2.5-vl", "blip2-opt", "blip2-t5"])
 def test_replies_are_right_in_every_thread(family: str, tmp_path: Path) -> None:
-    model, processor = saved(family, tmp_path)
+    _, processor = saved(family, tmp_path)
     vlm = fastvlm.load(tmp_path, dtype=torch.float64)
     inputs = [asked(processor, [text], [picture(n)]) for n, text in enumerate(QUESTIONS)]
     expected = [replies(vlm.model, given, LIMIT)[0] for given in inputs]

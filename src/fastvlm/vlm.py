@@ -185,8 +185,9 @@ class VisionLanguageModel:
         return self._request(prompt, params, shown, chosen, started)
 
     def _chosen(self, strategy: Strategy | str | None) -> Strategy:
-        named = strategy is None or isinstance(strategy, str)
-        return self.strategy(strategy) if named else strategy
+        if strategy is None or isinstance(strategy, str):
+            return self.strategy(strategy)
+        return strategy
 
     def _request(
         self,

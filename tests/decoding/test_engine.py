@@ -45,7 +45,7 @@ def test_requests_come_and_go_between_steps(name: str, model: PreTrainedModel) -
         for _ in range(4)
         for prompt in PROMPTS
     ]
-    everyone, before = list(waiting), {one: 0 for one in waiting}
+    everyone, before = list(waiting), dict.fromkeys(waiting, 0)
     while not all(one.finished for one in everyone):
         while waiting and chance.random() < 0.5:
             engine.add(waiting.pop())

@@ -149,10 +149,8 @@ def test_an_error_of_a_stream_is_raised_where_it_is_read(
 
     stream = vlm.stream(QUESTION, image, max_new_tokens=30)
     stream.request.stops = stops
-    pieces = []
     with pytest.raises(RuntimeError, match="enough"):
-        for piece in stream:
-            pieces.append(piece)
+        list(stream)
     assert stream.reply.finish_reason == "error"
     assert stream.reply.error == "enough"
     assert list(stream) == []

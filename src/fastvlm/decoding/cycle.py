@@ -28,7 +28,7 @@ def cycle(batch: Batch, strategy: Strategy) -> None:
     commit(batch, draft, accepted, hidden)
     now = batch.clock()
     strategy.on_verified(draft, accepted, now)
-    for slot, row, (count, following) in zip(batch.slots, draft.rows, found, strict=True):
+    for slot, row, count in zip(batch.slots, draft.rows, accepted, strict=True):
         slot.request.proposed.append(len(row))
         slot.request.accepted.append(count)
     tokens = [[*row[:count], last] for row, (count, last) in zip(draft.rows, found, strict=True)]

@@ -291,11 +291,12 @@ class Engine:
         inputs, cache_layers = request.inputs, request.strategy.cache_layers
         length = len(inputs.token_ids)
         self.cache.assign(index, length, inputs.position_ids, inputs.encoder_states)
-        kept = request.prefix_cache is not None and inputs.keys is not None
+        cache, keys = request.prefix_cache, inputs.keys
+        kept = cache is not None and keys is not None
         slot = Slot(index, request, ExitStates(kept=kept) if cache_layers else None)
-        if not kept or request.prefix_cache is None or inputs.keys is None:
+        if cache is None or keys is None:
             return slot
-        hit = request.prefix_cache.match(self.decoder.position_keys(inputs.keys, length))
+        hit = cache.match(self.decoder.position_keys(keys, length))
         if hit is None:
             return slot
         # The last position is computed anyway, for its logits.
@@ -313,24 +314,25 @@ class Engine:
     def _remember(self, slot: Slot) -> None:
         """Keep what was computed of a request that has ended, for those that begin as it does."""
         request = slot.request
-        keys = request.inputs.keys
-        if request.prefix_cache is None or keys is None:
+        cache, inputs = request.prefix_cache, request.inputs
+        if cache is None or inputs.keys is None:
             return
         # The last token's keys and values were never computed.
-        keys = [*keys, *request.output_token_ids[:-1]]
-        keys = self.decoder.position_keys(keys, len(request.inputs.token_ids))
-        length, depth = len(keys), self.decoder.depth
-        exit_layer = request.strategy.exit_layer
+        tokens = [*inputs.keys, *request.output_token_ids[:-1]]
+        keys = list(self.decoder.position_keys(tokens, len(inputs.token_ids)))
+        length, depth, exits = len(keys), self.decoder.depth, slot.exits
 
         def make() -> PrefixEntry:
-            exits = {} if slot.exits is None else {exit_layer: slot.exits.since(0)[:length].clone()}
-            return PrefixEntry(keys, self.cache.export_slot(slot.index, length, depth), exits)
+            state = self.cache.export_slot(slot.index, length, depth)
+            if exits is None:
+                return PrefixEntry(keys, state)
+            states = exits.since(0)[:length].clone()
+            return PrefixEntry(keys, state, {request.strategy.exit_layer: states})
 
         nbytes = self.cache.exported_bytes(length, depth)
-        if slot.exits is not None:
-            states = slot.exits.since(0)[:1]
-            nbytes += states.nbytes * length
-        request.prefix_cache.put(keys, nbytes, make)
+        if exits is not None and self._dtype is not None:
+            nbytes += length * self.decoder.width * self._dtype.itemsize
+        cache.put(keys, nbytes, make)
 
     def _follow_model(self) -> None:
         """Take over where and in what precision the model computes now."""

@@ -169,8 +169,10 @@ def stopper(
         tokens = torch.tensor([[*prompt, *reply]], device=device)
         if sampler is None:
             return bool(others(tokens, None)[0])
-        for place in range(len(scores), len(logits)):
-            scores.append(sampler.apply_processors(reply[:place], logits[place])[None])
+        scores.extend(
+            sampler.apply_processors(reply[:place], logits[place])[None]
+            for place in range(len(scores), len(logits))
+        )
         known: Any = tuple(scores)
         return bool(others(tokens, known)[0])
 

@@ -118,11 +118,8 @@ class ReplyStream:
                 raise error or StopIteration
             if not request.added:
                 self.engine.add(request)
-            known = len(self._text.token_ids)
-            while len(request.output_token_ids) == known and not request.finished:
-                self.engine.step(
-                    unless=lambda: len(request.output_token_ids) > known or request.finished
-                )
+            while not self._arrived():
+                self.engine.step(unless=self._arrived)
             # The reason first: what it ends has all its tokens by then.
             finished = request.finished
             self._take(request.output_token_ids[:], finished)
@@ -154,6 +151,11 @@ class ReplyStream:
     def reply(self) -> Reply:
         """The whole reply; what is decoded so far, while the stream goes on."""
         return Reply.of(self.request, self.tokenizer)
+
+    def _arrived(self) -> bool:
+        """Return whether there is something that no piece has shown, or ever will be."""
+        known = len(self._text.token_ids)
+        return len(self.request.output_token_ids) > known or self.request.finished
 
     def _take(self, token_ids: list[int], finished: bool) -> None:
         """Make pieces of the tokens that have come."""

@@ -183,11 +183,9 @@ def draft_tokens(
         )
         seeds = [sampler.seed for sampler in samplers]
         shifted = noisy(scores, seeds, [len(reply) for reply in replies], vocabulary)
-    if confident and shifted is scores:
-        top, best = scores.softmax(-1).max(-1)
-    else:
-        best = shifted.argmax(-1)
-        top = scores.softmax(-1).gather(1, best[:, None])[:, 0] if confident else None
+    best, confidences = shifted.argmax(-1), [1.0] * len(shifted)
+    if confident:
+        chosen = scores.softmax(-1).gather(1, best[:, None])[:, 0]
+        confidences = chosen.nan_to_num(0.0).tolist()
     token_ids = best if vocabulary is None else vocabulary[best]
-    confidences = [1.0] * len(best) if top is None else top.nan_to_num(0.0).tolist()
     return token_ids.tolist(), confidences

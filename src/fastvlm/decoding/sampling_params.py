@@ -92,7 +92,7 @@ class SamplingParams:
             )
         several = self.stop is None or isinstance(self.stop, str | list | tuple)
         if not several or any(not isinstance(one, str) or not one for one in self.stop_strings):
-            raise InputError(f"stop is a string, or several, of at least one character; got {self.stop!r}.")
+            raise InputError(f"stop is strings of at least one character; got {self.stop!r}.")
 
     @property
     def stop_strings(self) -> list[str]:

@@ -285,7 +285,7 @@ class SelfSpeculative(RuledDrafting):
         return self.network
 
     def _vocabulary_rows(self, vocabulary: Tensor) -> tuple[Tensor | None, Tensor]:
-        """Return the LM head's rows that draft, if it has rows, and the tokens that they are for."""
+        """Return the LM head's rows that draft, if it has rows, and the tokens they are for."""
         weight: Any = getattr(self.decoder.lm_head, "weight", None)
         if type(weight) is not nn.Parameter or weight.is_inference():
             state = None

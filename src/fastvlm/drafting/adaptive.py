@@ -104,9 +104,9 @@ class AdaptiveLength:
 
     for a draft step of d seconds and v that a token adds to the verify; of a batch, both sides are
     a row's on average. (The marginal value theorem: what brings less than the average rate is not
-    worth its time.) Whether there is a draft at all is a matter of its budget: what drafting saves, it
-    may lose again later, and where it saves nothing it loses `PROBE_TIME_SHARE` of the time and the
-    grant it starts with. While the estimates say that it pays, it is tried again sooner, at
+    worth its time.) Whether there is a draft at all is a matter of a budget: what drafting saves,
+    it may lose again later, and where it saves nothing it loses `PROBE_TIME_SHARE` of the time and
+    the budget it starts with. While the estimates say that it pays, it is tried again sooner, at
     `PROMISING_TIME_SHARE`; each try mends estimates that are wrong.
 
     The estimates belong to one drafter and one target, and serve all their requests, so they are

@@ -148,7 +148,7 @@ class Positions:
 
     @property
     def distances(self) -> Tensor:
-        """How far keys lie before each position: (batch, width, end); (1, width, end) if aligned."""
+        """How far keys lie before each position: (batch or, if aligned, 1, width, end)."""
         here = self.indices[:1] if self.aligned else self.indices
         return here[..., None] - torch.arange(self.end, device=here.device)
 
@@ -324,7 +324,7 @@ class DecoderCache:
 
     def clear(self) -> None:
         """Give all memory back: no slot is left."""
-        self.capacity = 0
+        self.capacity: int = 0
         self.layers: dict[int, LayerStorage] = {}
         self.tables: dict[str, Any] = {}
         """What a decoder keeps from pass to pass, see `Positions`."""
@@ -470,10 +470,11 @@ class DecoderCache:
         known = set.intersection(*(set(self._cross[slot]) for slot in rows))
         size = context.states.shape[1]
         for layer in known:
-            each = [self._cross[slot][layer] for slot in rows]
-            context.cross[layer] = CrossKeyValues(
-                *(torch.cat([F.pad(t, (0, 0, 0, size - t.shape[2])) for t in both]) for both in zip(*each, strict=True))
-            )  # fmt: skip
+            keys, values = (
+                [F.pad(tensor, (0, 0, 0, size - tensor.shape[2])) for tensor in own]
+                for own in zip(*(self._cross[slot][layer] for slot in rows), strict=True)
+            )
+            context.cross[layer] = CrossKeyValues(torch.cat(keys), torch.cat(values))
 
         def keep(layer: int, found: CrossKeyValues) -> None:
             for row, (slot, length) in enumerate(zip(rows, lengths, strict=True)):
