@@ -188,16 +188,6 @@ def test_positions_beyond_the_capacity_are_refused(known: Known) -> None:
         cache.positions([cache.capacity - 1], 2)
 
 
-def test_cleared_memory_is_given_back(known: Known) -> None:
-    decoder, prompts = known
-    cache = decoder.cache()
-    prefill(decoder, cache, 0, prompts[0])
-    assert cache.nbytes > 0
-    cache.clear()
-    assert (cache.nbytes, cache.slots, cache.capacity) == (0, 0, 0)
-    prefill(decoder, cache, 0, prompts[0])
-
-
 @pytest.mark.parametrize("name", STRATEGIES)
 @pytest.mark.parametrize("family", KINDS)
 def test_requests_that_enter_and_leave_at_different_times(family: str, name: str) -> None:

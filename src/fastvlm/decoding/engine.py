@@ -384,7 +384,7 @@ class Engine:
         if self.slots:
             self.cache.release(slot.index)
         else:
-            self.cache.clear()
+            self.cache = DecoderCache(self.cache.device)
 
 
 def _kind(slot: Slot) -> tuple[int, str]:

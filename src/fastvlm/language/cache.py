@@ -244,6 +244,17 @@ class LayerStorage:
         self.values[slot, :, start:end] = 0
 
 
+@dataclass(slots=True)
+class SlotInputs:
+    """What a slot's positions are beside their keys and values, see `DecoderCache.assign`."""
+
+    prompt_length: int = 0
+    position_ids: Tensor | None = None
+    encoder_states: Tensor | None = None
+    cross: dict[int, CrossKeyValues] = field(default_factory=dict)
+    """Each layer's keys and values of the encoder's states, from its first pass on."""
+
+
 class DecoderCache:
     """Keys and values of every layer, in slots.
 
@@ -259,13 +270,21 @@ class DecoderCache:
 
     def __init__(self, device: torch.device, slots: int = 0, capacity: int = 0) -> None:
         self.device = device
-        self.clear()
+        self.capacity = 0
+        """Positions of each slot."""
+        self.layers: dict[int, LayerStorage] = {}
+        self.tables: dict[str, Any] = {}
+        """What a decoder keeps from pass to pass, see `Positions`."""
+        self._inputs: list[SlotInputs] = []
+        self._contexts: dict[tuple[int, ...], EncoderContext | None] = {}
+        self._positions: Positions | None = None
+        self._rows: slice | Tensor = slice(0)
         self.reserve(slots, capacity)
 
     @property
     def slots(self) -> int:
         """Slots that there are."""
-        return len(self._prompt_lengths)
+        return len(self._inputs)
 
     @property
     def nbytes(self) -> int:
@@ -284,10 +303,7 @@ class DecoderCache:
         capacity = max(self.capacity, blocks * BLOCK_POSITIONS)
         if not more and capacity == self.capacity:
             return
-        self._position_ids += [None] * more
-        self._prompt_lengths += [0] * more
-        self._encoder_states += [None] * more
-        self._cross += [{} for _ in range(more)]
+        self._inputs += [SlotInputs() for _ in range(more)]
         self.capacity = capacity
         for layer in self.layers.values():
             layer.grow(self.slots, capacity)
@@ -309,32 +325,14 @@ class DecoderCache:
             encoder_states: The encoder's states of the request's source: (source, d_model).
         """
         self.release(slot)
-        self._prompt_lengths[slot] = prompt_length
-        self._position_ids[slot] = position_ids
-        self._encoder_states[slot] = encoder_states
+        self._inputs[slot] = SlotInputs(prompt_length, position_ids, encoder_states)
 
     def release(self, slot: int) -> None:
         """Forget what a slot holds; nothing of it is ever read again."""
-        self._prompt_lengths[slot] = 0
-        self._position_ids[slot] = self._encoder_states[slot] = None
-        self._cross[slot] = {}
+        self._inputs[slot] = SlotInputs()
         self._contexts.clear()
         for layer in self.layers.values():
             layer.finite[slot] = 0
-
-    def clear(self) -> None:
-        """Give all memory back: no slot is left."""
-        self.capacity: int = 0
-        self.layers: dict[int, LayerStorage] = {}
-        self.tables: dict[str, Any] = {}
-        """What a decoder keeps from pass to pass, see `Positions`."""
-        self._prompt_lengths: list[int] = []
-        self._position_ids: list[Tensor | None] = []
-        self._encoder_states: list[Tensor | None] = []
-        self._cross: list[dict[int, CrossKeyValues]] = []
-        self._contexts: dict[tuple[int, ...], EncoderContext | None] = {}
-        self._positions: Positions | None = None
-        self._rows: slice | Tensor = slice(0)
 
     def positions(
         self,
@@ -376,8 +374,10 @@ class DecoderCache:
             end=self.capacity if to_the_end else end,
             indices=indices,
             aligned=aligned,
-            position_ids=own_position_ids([self._position_ids[slot] for slot in rows], indices),
-            prompt_lengths=[self._prompt_lengths[slot] for slot in rows],
+            position_ids=own_position_ids(
+                [self._inputs[slot].position_ids for slot in rows], indices
+            ),
+            prompt_lengths=[self._inputs[slot].prompt_length for slot in rows],
             encoder=self._encoder(tuple(rows)),
             tables=self.tables,
         )
@@ -458,7 +458,7 @@ class DecoderCache:
     def _encoder(self, rows: tuple[int, ...]) -> EncoderContext | None:
         """Return what rows attend to of their sources; it serves until a slot changes hands."""
         if rows not in self._contexts:
-            context = EncoderContext.of([self._encoder_states[slot] for slot in rows])
+            context = EncoderContext.of([self._inputs[slot].encoder_states for slot in rows])
             self._contexts[rows] = context
             if context is not None:
                 self._fill_cross(context, rows)
@@ -467,19 +467,19 @@ class DecoderCache:
     def _fill_cross(self, context: EncoderContext, rows: tuple[int, ...]) -> None:
         """Give a context what its slots' layers have computed, and keep what they will compute."""
         lengths = context.visible.sum(1).tolist()
-        known = set.intersection(*(set(self._cross[slot]) for slot in rows))
+        known = set.intersection(*(set(self._inputs[slot].cross) for slot in rows))
         size = context.states.shape[1]
         for layer in known:
             keys, values = (
                 [F.pad(tensor, (0, 0, 0, size - tensor.shape[2])) for tensor in own]
-                for own in zip(*(self._cross[slot][layer] for slot in rows), strict=True)
+                for own in zip(*(self._inputs[slot].cross[layer] for slot in rows), strict=True)
             )
             context.cross[layer] = CrossKeyValues(torch.cat(keys), torch.cat(values))
 
         def keep(layer: int, found: CrossKeyValues) -> None:
             for row, (slot, length) in enumerate(zip(rows, lengths, strict=True)):
                 own = (tensor[row : row + 1, :, :length].clone() for tensor in found)
-                self._cross[slot][layer] = CrossKeyValues(*own)
+                self._inputs[slot].cross[layer] = CrossKeyValues(*own)
 
         context.on_cross = keep
 
