@@ -195,6 +195,35 @@ def test_a_failure_is_its_own_requests(model: PreTrainedModel) -> None:
     assert engine.cache.nbytes == 0
 
 
+class Forgetful(Autoregressive):
+    """Can't be told how long a reply was."""
+
+    def on_finish(self, tokens: int) -> None:
+        raise RuntimeError(f"{tokens} are too many")
+
+
+def test_what_fails_at_the_beginning_or_the_end_keeps_nobody_waiting(
+    model: PreTrainedModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    engine = Engine(split_decoder(model))
+    good = request(model, PROMPTS[0], 12, PromptLookup(3))
+    engine.add(good)
+    engine.step()
+    with monkeypatch.context() as patch:
+        patch.setattr(engine.cache, "reserve", lambda *_: 1 / 0)
+        bad = request(model, PROMPTS[1], 12, PromptLookup(3))
+        engine.add(bad)
+        engine.step()
+    assert isinstance(bad.error, ZeroDivisionError)
+    forgetful = request(model, PROMPTS[2], 5, Forgetful())
+    with pytest.warns(UserWarning, match="5 are too many"):
+        finish(engine, [forgetful])
+    assert forgetful.output_token_ids == alone(model, PROMPTS[2], 5)
+    while engine.step():
+        pass
+    assert good.output_token_ids == alone(model, PROMPTS[0], 12)
+
+
 class Interrupted(Autoregressive):
     """Is interrupted in the middle of a step, once."""
 

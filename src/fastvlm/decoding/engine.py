@@ -18,7 +18,7 @@ from fastvlm.decoding.cycle import cycle, prefill
 from fastvlm.decoding.prefix_cache import PrefixEntry
 from fastvlm.decoding.request import Request
 from fastvlm.decoding.slot import ExitStates, Slot
-from fastvlm.functional.errors import InputError
+from fastvlm.functional.errors import InputError, first_line
 from fastvlm.language.cache import DecoderCache
 from fastvlm.language.decoder import SplitDecoder
 
@@ -238,9 +238,16 @@ class Engine:
     def _free_finished(self) -> None:
         """Free the slots of requests that have ended, and keep what was computed for them."""
         for slot in [slot for slot in self.slots if slot.request.finished]:
-            if slot.request.finish_reason in ("stop", "length"):
-                self._remember(slot)
-                slot.request.strategy.on_finish(len(slot.request.output_token_ids))
+            request = slot.request
+            if request.finish_reason in ("stop", "length"):
+                try:
+                    request.strategy.on_finish(len(request.output_token_ids))
+                    self._remember(slot)
+                except Exception as error:  # noqa: BLE001 (the reply is whole; nobody may wait on)
+                    warnings.warn(
+                        f"A reply has ended, but nothing of it is kept: {first_line(error)}",
+                        stacklevel=2,
+                    )
             self._free(slot)
 
     def _chunks(self) -> Iterator[tuple[list[Slot], int]]:
@@ -274,17 +281,25 @@ class Engine:
                 admitted.append(request)
         if not admitted:
             return
-        self._follow_model()
-        taken = {slot.index for slot in self.slots}
-        free = [index for index in range(self.max_slots) if index not in taken]
-        indices = free[: len(admitted)]
-        needed = max(indices) + 1
-        if self.cache.layers and needed > self.cache.slots:
-            # Room for more at once: making room copies those that decode.
-            needed = min(max(needed, 2 * self.cache.slots), self.max_slots)
-        self.cache.reserve(needed, max(self._capacity(request) for request in admitted))
-        for index, request in zip(indices, admitted, strict=True):
-            self.slots.append(self._seated(index, request))
+        try:
+            self._follow_model()
+            taken = {slot.index for slot in self.slots}
+            free = [index for index in range(self.max_slots) if index not in taken]
+            needed = free[len(admitted) - 1] + 1
+            if self.cache.layers and needed > self.cache.slots:
+                # Room for more at once: making room copies those that decode.
+                needed = min(max(needed, 2 * self.cache.slots), self.max_slots)
+            self.cache.reserve(needed, max(map(self._capacity, admitted)))
+        except Exception as error:  # noqa: BLE001 (as in `step`; memory may be short)
+            for request in admitted:
+                request.fail(error)
+            return
+        for index, request in zip(free, admitted, strict=False):
+            try:
+                self.slots.append(self._seated(index, request))
+            except Exception as error:  # noqa: BLE001 (as in `step`)
+                self.cache.release(index)
+                request.fail(error)
 
     def _seated(self, index: int, request: Request) -> Slot:
         """Return a request's slot, with what is known of its prompt's beginning."""
