@@ -83,7 +83,7 @@ def test_one_line_loads_and_replies(tmp_path: Path, write: Writer) -> None:
 
 def test_apples_conversation(tmp_path: Path) -> None:
     vlm = fastvlm.load(write_apple(tmp_path / "model"))
-    tokens = vlm.tokens("What is it?", pictures=1)
+    tokens = vlm.tokens("What is it?", images=1)
     image = vlm.model.config.image_token_id
     assert tokens.count(image) == 9
     assert vlm.tokenizer.decode([token for token in tokens if token != image]) == (
