@@ -6,8 +6,8 @@ and only one of the two computes at a time: a machine whose speed drifts treats 
 - `single`: one request at a time, greedy, with and without drafts; the tokens of both trees must be
   equal;
 - `batch`: eight requests at a time;
-- `uneven`: 32 requests whose `max_new_tokens` differ by a factor of four, at most eight at a time.
-  A tree without an engine decodes four batches one after another;
+- `uneven`: 96 requests whose `max_new_tokens` differ by a factor of four, at most eight at a time.
+  A tree without an engine decodes twelve batches one after another;
 - `sampled`: drawn replies with two drafts, adaptive and of fixed length. What is drawn may differ
   between the trees, so what is compared is acceptance and time.
 
@@ -42,7 +42,7 @@ SLOTS = 8
 """Requests decoded together in the cases `batch` and `uneven`."""
 UNEVEN_LIMITS = (20, 40, 60, 80)
 """`max_new_tokens` of the uneven requests, in turn; descriptions of scenes are longer than all."""
-UNEVEN_REQUESTS = 32
+UNEVEN_REQUESTS = 96
 MAX_NEW_TOKENS = 160
 TEMPERATURES = (0.7, 1.0)
 FIXED_DRAFT = 4

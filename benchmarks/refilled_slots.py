@@ -1,6 +1,6 @@
 """What it is worth that slots are filled again: requests whose replies differ in length by four.
 
-32 requests, eight at a time: through one engine, which admits the next request when one ends, and
+96 requests, eight at a time: through one engine, which admits the next request when one ends, and
 batch after batch, as an engine without slots would have them. Both ways turn, and give the same
 tokens. The model that ships, with drafts and without; and a text model of 135 million parameters
 with random weights, whose step is bound by reading them, as those of models of full size are.
@@ -30,7 +30,7 @@ from fastvlm.functional.statistics import Spread
 from fastvlm.language import DecoderInputs, split_decoder
 from fastvlm.scenes import render, sample
 
-SLOTS, REQUESTS = 8, 32
+SLOTS, REQUESTS = 8, 96
 LIMITS = (20, 40, 60, 80)
 """Tokens of the replies, in turn."""
 SHAPE = {

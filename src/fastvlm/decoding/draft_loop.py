@@ -9,7 +9,7 @@ from itertools import pairwise
 from torch import Tensor
 
 from fastvlm.decoding.batch import Batch
-from fastvlm.decoding.sampler import draft_tokens
+from fastvlm.decoding.sampler import greedy_tokens, sampled_tokens
 from fastvlm.drafting.draft_length import DraftLength, Progress, Timings
 
 DraftStep = Callable[[list[int], int], Tensor]
@@ -50,7 +50,6 @@ def draft_loop(
     limits: Sequence[int],
     step: DraftStep,
     vocabulary: Tensor | None = None,
-    vocabulary_size: int | None = None,
 ) -> Draft:
     """Draft as long as a rule says.
 
@@ -60,7 +59,6 @@ def draft_loop(
         limits: The most tokens of each row's draft.
         step: The drafter.
         vocabulary: The tokens that can be drafted, (draft vocabulary,); None for all.
-        vocabulary_size: Of the target, where there is a `vocabulary`.
     """
     rows: list[list[int]] = [[] for _ in batch.slots]
     progress = Progress(
@@ -73,16 +71,16 @@ def draft_loop(
     times = [batch.clock()]
     last, samplers, replies = batch.last, batch.samplers, batch.replies
     ends = [slot.request.end_token_ids for slot in batch.slots]
+    greedy = all(sampler.is_greedy for sampler in samplers)
     while any(going := length.should_continue(progress)):
         logits = step(last, progress.steps)
-        last, confidences = draft_tokens(
-            samplers,
-            [[*reply, *drafted] for reply, drafted in zip(replies, rows, strict=True)],
-            logits,
-            vocabulary,
-            vocabulary_size,
-            confident=length.reads_confidence,
-        )
+        if greedy:
+            last, confidences = greedy_tokens(logits, vocabulary, confident=length.reads_confidence)
+        else:
+            known = [[*reply, *drafted] for reply, drafted in zip(replies, rows, strict=True)]
+            last, confidences = sampled_tokens(
+                samplers, known, logits, vocabulary, batch.decoder.vocabulary_size
+            )
         for row, drafted in enumerate(rows):
             if going[row]:
                 drafted.append(last[row])

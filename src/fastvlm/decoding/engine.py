@@ -89,6 +89,7 @@ class Engine:
         device = self.decoder.device.type
         request.added = True
         request.autocast = torch.is_autocast_enabled(device), torch.get_autocast_dtype(device)
+        request.kind = id(request.strategy), str(request.autocast)
         error = self._fitted(request)
         if error is not None:
             request.fail(error)
@@ -199,11 +200,9 @@ class Engine:
         for slots, width in self._chunks():
             exit_layer = slots[0].request.strategy.exit_layer if slots[0].exits else 0
             found.append((slots, partial(prefill, width=width, exit_layer=exit_layer)))
-        decoding = sorted(
-            (slot for slot in self.slots if slot.decodes),
-            key=lambda slot: (*_kind(slot), slot.index),
-        )
-        for _, group in groupby(decoding, key=_kind):
+        decoding = [slot for slot in self.slots if slot.decodes]
+        decoding.sort(key=lambda slot: (slot.request.kind, slot.index))
+        for _, group in groupby(decoding, key=lambda slot: slot.request.kind):
             slots = list(group)
             found.append((slots, partial(cycle, strategy=slots[0].request.strategy)))
         return found
@@ -400,8 +399,3 @@ class Engine:
             self.cache.release(slot.index)
         else:
             self.cache = DecoderCache(self.cache.device)
-
-
-def _kind(slot: Slot) -> tuple[int, str]:
-    """Return what slots have in common that go through a cycle together."""
-    return id(slot.request.strategy), str(slot.request.autocast)

@@ -86,6 +86,8 @@ class Request:
     """Whether an engine has it, or had it."""
     autocast: tuple[bool, torch.dtype] = (False, torch.float32)
     """Whether it computes in mixed precision, and in which: as the thread that added it."""
+    kind: tuple[int, str] = (0, "")
+    """What requests have in common that go through a cycle together."""
     finish_reason: FinishReason | None = None
     error: Exception | None = None
     """Why the request failed, where `finish_reason` is "error"."""

@@ -148,16 +148,33 @@ def target_tokens(
     ]
 
 
-def draft_tokens(
+def greedy_tokens(
+    logits: Tensor, vocabulary: Tensor | None = None, *, confident: bool = True
+) -> tuple[list[int], list[float]]:
+    """Return each row's likeliest token, and the drafter's probability of it.
+
+    Args:
+        logits: The drafter's: (rows, draft vocabulary).
+        vocabulary: What the columns stand for; None for the whole vocabulary.
+        confident: Whether the probability is wanted; computing it costs a little.
+    """
+    if confident:
+        top, best = logits.softmax(-1).max(-1)
+        confidences = top.tolist()
+    else:
+        best, confidences = logits.argmax(-1), [1.0] * len(logits)
+    token_ids = best if vocabulary is None else vocabulary[best]
+    return token_ids.tolist(), confidences
+
+
+def sampled_tokens(
     samplers: Sequence[Sampler],
     replies: Sequence[Sequence[int]],
     logits: Tensor,
-    vocabulary: Tensor | None = None,
-    vocabulary_size: int | None = None,
-    *,
-    confident: bool = True,
+    vocabulary: Tensor | None,
+    vocabulary_size: int,
 ) -> tuple[list[int], list[float]]:
-    """Return each row's next drafted token, and the drafter's probability of it.
+    """Return each row's token with the greatest log q + G, and the drafter's probability of it.
 
     Where processors leave nothing that can be drafted, it is any token: a wrong draft is lossless.
 
@@ -166,26 +183,19 @@ def draft_tokens(
         replies: Of each row, what is drafted included.
         logits: The drafter's: (rows, draft vocabulary).
         vocabulary: What the columns stand for; None for the whole vocabulary.
-        vocabulary_size: Of the target, where there is a `vocabulary`.
-        confident: Whether the probability is wanted; computing it costs a little.
+        vocabulary_size: Of the target.
     """
-    if all(sampler.is_greedy for sampler in samplers):
-        scores, shifted = logits, logits
-    else:
-        if vocabulary is not None and any(sampler.needs_prefix for sampler in samplers):
-            whole = logits.new_full((len(logits), vocabulary_size or 0), -torch.inf)
-            logits, vocabulary = whole.index_copy(1, vocabulary, logits), None
-        scores = torch.stack(
-            [
-                sampler.apply_processors(reply, row)
-                for sampler, reply, row in zip(samplers, replies, logits, strict=True)
-            ]
-        )
-        seeds = [sampler.seed for sampler in samplers]
-        shifted = noisy(scores, seeds, [len(reply) for reply in replies], vocabulary)
-    best, confidences = shifted.argmax(-1), [1.0] * len(shifted)
-    if confident:
-        chosen = scores.softmax(-1).gather(1, best[:, None])[:, 0]
-        confidences = chosen.nan_to_num(0.0).tolist()
+    if vocabulary is not None and any(sampler.needs_prefix for sampler in samplers):
+        whole = logits.new_full((len(logits), vocabulary_size), -torch.inf)
+        logits, vocabulary = whole.index_copy(1, vocabulary, logits), None
+    scores = torch.stack(
+        [
+            sampler.apply_processors(reply, row)
+            for sampler, reply, row in zip(samplers, replies, logits, strict=True)
+        ]
+    )
+    seeds = [sampler.seed for sampler in samplers]
+    best = noisy(scores, seeds, [len(reply) for reply in replies], vocabulary).argmax(-1)
+    confidences = scores.softmax(-1).gather(1, best[:, None])[:, 0].nan_to_num(0.0)
     token_ids = best if vocabulary is None else vocabulary[best]
-    return token_ids.tolist(), confidences
+    return token_ids.tolist(), confidences.tolist()

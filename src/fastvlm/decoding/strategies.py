@@ -217,8 +217,7 @@ class SelfSpeculative(RuledDrafting):
             logits = self.decoder.head(x)[:, -1]
             return logits if vocabulary is None else logits[:, vocabulary]
 
-        size = self.decoder.vocabulary_size
-        draft = draft_loop(batch, self.length, limits, step, vocabulary, size)
+        draft = draft_loop(batch, self.length, limits, step, vocabulary)
         draft.hidden = torch.cat(states, 1) if states else None
         return draft
 

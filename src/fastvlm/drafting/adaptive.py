@@ -133,7 +133,9 @@ class AdaptiveLength:
 
     def throughput(self, rows: int) -> Throughput:
         """Return what is known of batches of a size."""
-        return self.throughputs.setdefault(rows, Throughput())
+        if rows not in self.throughputs:
+            self.throughputs[rows] = Throughput()
+        return self.throughputs[rows]
 
     def should_continue(self, progress: Progress) -> list[bool]:
         """Return whether each row drafts another token: all that can, or none.

@@ -210,34 +210,47 @@ class LayerStorage:
         self.keys, self.values = grown
         self.finite += [0] * (slots - old)
 
-    def write(
+    def exchange(
         self, positions: Positions, rows: slice | Tensor, keys: Tensor, values: Tensor
-    ) -> None:
-        """Write a pass's keys and values: (batch, kv_heads, width, head_dim) each."""
-        first, width = positions.starts[0], positions.width
-        if positions.aligned and isinstance(rows, slice):
-            self.keys[rows, :, first : first + width] = keys
-            self.values[rows, :, first : first + width] = values
-        else:
-            index = positions.rows(keys.device)
-            here = positions.indices.to(keys.device)
-            self.keys[index, :, here] = keys.transpose(1, 2).to(self.keys.dtype)
-            self.values[index, :, here] = values.transpose(1, 2).to(self.values.dtype)
-        finite, end = self.finite, positions.end
-        for slot, start in zip(positions.slots, positions.starts, strict=True):
-            if finite[slot] < start:
-                self._clear(slot, finite[slot], start)
-            finite[slot] = max(finite[slot], start + width)
-            if finite[slot] < end:
-                block_end = -(-end // BLOCK_POSITIONS) * BLOCK_POSITIONS
-                upto = min(block_end, self.keys.shape[2])
-                self._clear(slot, finite[slot], upto)
-                finite[slot] = upto
+    ) -> tuple[Tensor, Tensor]:
+        """Write a pass's keys and values, and return all that its queries may read.
 
-    def read(self, rows: slice | Tensor, end: int) -> tuple[Tensor, Tensor]:
-        """Return some slots' beginnings: (batch, kv_heads, end, head_dim) each."""
-        # Slots that lie side by side are read where they are; others are gathered.
+        Args:
+            positions: Of the pass.
+            rows: Its slots: a slice where they lie side by side, and are read where they are;
+                others are gathered.
+            keys: (batch, kv_heads, width, head_dim).
+            values: (batch, kv_heads, width, head_dim).
+
+        Returns:
+            Two of (batch, kv_heads, end, head_dim).
+        """
+        first, width, end = positions.starts[0], positions.width, positions.end
+        if positions.aligned and type(rows) is slice:
+            here = slice(first, first + width)
+            self.keys[rows, :, here] = keys
+            self.values[rows, :, here] = values
+        else:
+            index, places = positions.rows(keys.device), positions.indices.to(keys.device)
+            self.keys[index, :, places] = keys.transpose(1, 2).to(self.keys.dtype)
+            self.values[index, :, places] = values.transpose(1, 2).to(self.values.dtype)
+        finite = self.finite
+        for slot, start in zip(positions.slots, positions.starts):  # noqa: B905 (in every layer)
+            written = start + width
+            if finite[slot] < written:
+                if finite[slot] < start:
+                    self._clear(slot, finite[slot], start)
+                finite[slot] = written
+            if finite[slot] < end:
+                self._clear_block(slot, end)
         return self.keys[rows, :, :end], self.values[rows, :, :end]
+
+    def _clear_block(self, slot: int, end: int) -> None:
+        """Make a slot's positions hold numbers up to the end of the block that an end is in."""
+        block_end = -(-end // BLOCK_POSITIONS) * BLOCK_POSITIONS
+        upto = min(block_end, self.keys.shape[2])
+        self._clear(slot, self.finite[slot], upto)
+        self.finite[slot] = upto
 
     def _clear(self, slot: int, start: int, end: int) -> None:
         self.keys[slot, :, start:end] = 0
@@ -412,8 +425,7 @@ class DecoderCache:
         if layer is None:
             layer = LayerStorage(keys, values, self.slots, self.capacity)
             self.layers[layer_idx] = layer
-        layer.write(positions, self._rows, keys, values)
-        return layer.read(self._rows, positions.end)
+        return layer.exchange(positions, self._rows, keys, values)
 
     def export_slot(self, slot: int, length: int, layers: int) -> list[Tensor]:
         """Return a copy of a slot's beginning.

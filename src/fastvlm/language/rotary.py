@@ -166,12 +166,12 @@ class Rotary:
         tables = positions.tables
         if tables is None:
             return self.module(x, positions.indices)
-        key = f"rotations {x.dtype}"
-        if key not in tables or len(tables[key][0]) < positions.end:
+        known: tuple[Tensor, Tensor] | None = tables.get("rotations")
+        if known is None or known[0].dtype != x.dtype or len(known[0]) < positions.end:
             counted = torch.arange(positions.end + TABLE_BLOCK, device=positions.indices.device)
             cos, sin = self.module(x, counted[None])
-            tables[key] = cos[0], sin[0]
-        cos, sin = tables[key]
+            known = tables["rotations"] = cos[0], sin[0]
+        cos, sin = known
         if positions.aligned:
             first = positions.starts[0]
             here = slice(first, first + positions.width)
