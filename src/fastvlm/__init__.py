@@ -1,4 +1,4 @@
-"""fastvlm: vision-language models, the same tokens sooner.
+"""fastvlm: vision-language models with identical output and lower latency.
 
 FastViTHD (Vasu et al., arXiv 2412.13303) for the time to first token, and self-speculative decoding
 with an imitation network (Bajpai and Hanawal, arXiv 2510.22641) for the time per output token.

@@ -18,7 +18,7 @@ from fastvlm.cli.export import app as export
 from fastvlm.cli.generate import generate
 from fastvlm.cli.installation import torchvision_mismatch
 from fastvlm.cli.loading import UsageError
-from fastvlm.cli.terminal import print_error
+from fastvlm.cli.terminal import plain_warnings, print_error
 from fastvlm.cli.train import app as train
 from fastvlm.functional.errors import FastVlmError
 
@@ -60,7 +60,7 @@ def fastvlm(
         typer.Option("--version", help="Print the version.", callback=print_version, is_eager=True),
     ] = False,
 ) -> None:
-    """Vision-language models, the same tokens sooner."""
+    """Vision-language models with identical output and lower latency."""
 
 
 def run(arguments: Sequence[str] | None = None) -> int:
@@ -74,7 +74,8 @@ def run(arguments: Sequence[str] | None = None) -> int:
     """
     os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
     try:
-        code = app(args=arguments, prog_name="fastvlm", standalone_mode=False)
+        with plain_warnings():
+            code = app(args=arguments, prog_name="fastvlm", standalone_mode=False)
     except KeyboardInterrupt:
         return INTERRUPTED
     except TyperUsageError as error:

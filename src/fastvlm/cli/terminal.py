@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 import sys
 import time
+import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
@@ -29,6 +30,22 @@ def print_error(message: str) -> None:
     """Write one sentence to standard error."""
     sentence = " ".join(message.split()) or "Something went wrong."
     typer.echo(f"fastvlm: {sentence}{'' if sentence[-1] in '.!?`' else '.'}", err=True)
+
+
+@contextmanager
+def plain_warnings() -> Iterator[None]:
+    """Write what warns a user as one sentence, without the line of code that it came from."""
+    with warnings.catch_warnings():
+        usual = warnings.showwarning
+
+        def show(message: Any, category: Any, *where: Any, **more: Any) -> None:
+            if category is UserWarning:
+                print_error(str(message))
+            else:
+                usual(message, category, *where, **more)
+
+        warnings.showwarning = show
+        yield
 
 
 class ReplyWriter:

@@ -25,9 +25,8 @@ def cycle(batch: Batch, strategy: Strategy) -> None:
     chosen = target_tokens(batch.samplers, batch.replies, draft.rows, logits)
     found = [accept(row, own) for row, own in zip(draft.rows, chosen, strict=True)]
     accepted = [count for count, _ in found]
+    strategy.on_verified(draft, accepted, batch.clock())
     commit(batch, draft, accepted, hidden)
-    now = batch.clock()
-    strategy.on_verified(draft, accepted, now)
     for slot, row, count in zip(batch.slots, draft.rows, accepted, strict=True):
         slot.request.proposed.append(len(row))
         slot.request.accepted.append(count)

@@ -123,8 +123,11 @@ class Engine:
             return {}
         try:
             with torch.inference_mode():
-                self._free_finished()
-                self._admit()
+                if self._cancelled:
+                    self._cancelled = False
+                    self._free_finished()
+                if self.waiting:
+                    self._admit()
                 before = {slot.request: len(slot.request.output_token_ids) for slot in self.slots}
                 for slots, work in self._passes():
                     try:

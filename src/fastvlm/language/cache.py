@@ -289,7 +289,7 @@ class DecoderCache:
         self.tables: dict[str, Any] = {}
         """What a decoder keeps from pass to pass, see `Positions`."""
         self._inputs: list[SlotInputs] = []
-        self._contexts: dict[tuple[int, ...], EncoderContext | None] = {}
+        self._contexts: dict[tuple[int, ...], EncoderContext] = {}
         self._positions: Positions | None = None
         self._rows: slice | Tensor = slice(0)
         self.reserve(slots, capacity)
@@ -391,7 +391,7 @@ class DecoderCache:
                 [self._inputs[slot].position_ids for slot in rows], indices
             ),
             prompt_lengths=[self._inputs[slot].prompt_length for slot in rows],
-            encoder=self._encoder(tuple(rows)),
+            encoder=self._encoder(rows),
             tables=self.tables,
         )
 
@@ -467,14 +467,18 @@ class DecoderCache:
             self.tables["counted"] = counted
         return counted
 
-    def _encoder(self, rows: tuple[int, ...]) -> EncoderContext | None:
+    def _encoder(self, rows: Sequence[int]) -> EncoderContext | None:
         """Return what rows attend to of their sources; it serves until a slot changes hands."""
-        if rows not in self._contexts:
-            context = EncoderContext.of([self._inputs[slot].encoder_states for slot in rows])
-            self._contexts[rows] = context
+        states = [self._inputs[slot].encoder_states for slot in rows]
+        if all(one is None for one in states):
+            return None
+        key = tuple(rows)
+        if key not in self._contexts:
+            context = EncoderContext.of(states)
             if context is not None:
-                self._fill_cross(context, rows)
-        return self._contexts[rows]
+                self._fill_cross(context, key)
+                self._contexts[key] = context
+        return self._contexts[key]
 
     def _fill_cross(self, context: EncoderContext, rows: tuple[int, ...]) -> None:
         """Give a context what its slots' layers have computed, and keep what they will compute."""

@@ -74,7 +74,8 @@ class RotaryDecoder(SplitDecoder):
         self, x: Tensor, positions: Positions, cache: KeyValueCache, layers: Iterable[int]
     ) -> Tensor:
         """Run some of the target's layers on (batch, new, d_model) hidden states."""
-        own = self.layers
+        # Going through a list of modules is faster than looking each up by its number.
+        own = tuple(self.layers)
         return self._run(
             x, positions, cache, [(own[index], self.slides[index]) for index in layers]
         )
