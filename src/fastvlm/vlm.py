@@ -295,17 +295,8 @@ class VisionLanguageModel:
             InputError: The prompts and the images differ in number, or an option is unknown or out
                 of range.
         """
-        requests: list[Request] = []
-        made = self.requests(prompts, images, strategy=strategy, **options)
-
-        def noted() -> Iterator[Request]:
-            for request in made:
-                requests.append(request)
-                yield request
-
-        for _ in self.engine.run(noted()):
-            pass
-        return [self.reply(request) for request in requests]
+        requests = self.requests(prompts, images, strategy=strategy, **options)
+        return [self.reply(request) for request in self.engine.run_all(requests)]
 
     def requests(
         self,

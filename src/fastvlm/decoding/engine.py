@@ -166,6 +166,19 @@ class Engine:
             for request in decoding:
                 self.cancel(request)
 
+    def run_all(self, requests: Iterable[Request]) -> list[Request]:
+        """Decode requests, and return them in their order. See `run`."""
+        made: list[Request] = []
+
+        def noted() -> Iterator[Request]:
+            for request in requests:
+                made.append(request)
+                yield request
+
+        for _ in self.run(noted()):
+            pass
+        return made
+
     def _take_turn(self, unless: Callable[[], bool] | None) -> bool:
         """Take the turn to step; return False where it turned out that no step is needed."""
         with self._turn:

@@ -65,17 +65,11 @@ def run_requests(engine: Engine, requests: Iterable[Request]) -> list[Request]:
     Raises:
         Exception: What made one of them fail.
     """
-    made: list[Request] = []
-
-    def noted() -> Iterable[Request]:
-        for request in requests:
-            made.append(request)
-            yield request
-
-    for request in engine.run(noted()):
+    done = engine.run_all(requests)
+    for request in done:
         if request.error is not None:
             raise request.error
-    return made
+    return done
 
 
 def speedup(
