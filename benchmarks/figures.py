@@ -225,6 +225,38 @@ def ablation(record: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
+def sampling() -> str:
+    """Return what shared noise accepts beside rejection sampling, as Markdown."""
+    record = read("sampling")
+    lines = [
+        (
+            "| replies | draft | accepted: rejection | shared noise"
+            " | tokens a pass: rejection | shared noise | time of rejection over ours |"
+        ),
+        f"|---|---|{'---:|' * 5}",
+    ]
+    for name, case in record["cases"].items():
+        temperature, images, network, draft = name.removeprefix("sampled at ").split(", ")
+        before, after = case["drafts"]["before"], case["drafts"]["after"]
+        ratio = case["ms_per_token"]["ratio"]
+        lines.append(
+            f"| {images} at {temperature} | {network}, {draft}"
+            f" | {before['acceptance_rate']:.3f} | {after['acceptance_rate']:.3f}"
+            f" | {before['tokens_per_pass']:.2f} | {after['tokens_per_pass']:.2f}"
+            f" | {ratio['median']:.2f}x ({ratio['low']:.2f}-{ratio['high']:.2f}) |"
+        )
+    machine = record["hardware"]
+    lines += [
+        "",
+        (
+            f"{record['limit']} replies of each kind, interleaved with the commit before, of which"
+            " the draws are others; the ratio (quartiles) is of the time per output token. float32,"
+            f" {machine['threads']} threads of {machine['processor']}, {record['date'][:10]}."
+        ),
+    ]
+    return "\n".join(lines)
+
+
 DOCUMENTS: dict[str, dict[str, Callable[[], str]]] = {
     "README.md": {"figures": decoding, "tables": tables, "ttft": first_token},
     "docs/drafts.md": {
@@ -232,6 +264,7 @@ DOCUMENTS: dict[str, dict[str, Callable[[], str]]] = {
         "packed": packed,
         "sizes": sizes,
     },
+    "docs/architecture.md": {"sampling": sampling},
 }
 """The sections of each document that are written from results."""
 

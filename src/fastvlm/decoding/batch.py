@@ -10,8 +10,9 @@ from torch import Tensor
 
 from fastvlm.decoding.sampler import Sampler
 from fastvlm.decoding.slot import Slot
-from fastvlm.language.cache import DecoderCache, Positions
+from fastvlm.language.cache import DecoderCache
 from fastvlm.language.decoder import SplitDecoder
+from fastvlm.language.positions import Positions
 
 
 @dataclass(frozen=True, slots=True)

@@ -13,8 +13,9 @@ from torch import Tensor
 from fastvlm.decoding.engine import Engine
 from fastvlm.decoding.request import Request
 from fastvlm.functional.errors import InputError
-from fastvlm.language.cache import DecoderCache, Positions
+from fastvlm.language.cache import DecoderCache
 from fastvlm.language.decoder import SplitDecoder
+from fastvlm.language.positions import Positions
 
 LONGEST_DRAFT = 24
 EVALUATIONS = 600

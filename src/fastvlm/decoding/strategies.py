@@ -17,8 +17,8 @@ from fastvlm.drafting.draft_length import DraftLength, FixedLength
 from fastvlm.drafting.imitation import ImitationNetwork
 from fastvlm.functional.errors import InputError
 from fastvlm.functional.placement import moved
-from fastvlm.language.cache import Positions
 from fastvlm.language.decoder import SplitDecoder
+from fastvlm.language.positions import Positions
 
 
 class Strategy(Protocol):

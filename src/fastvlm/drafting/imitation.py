@@ -16,9 +16,10 @@ from torch.nn import functional as F
 from transformers import AutoConfig, AutoModel, PreTrainedConfig, PreTrainedModel
 
 from fastvlm.functional.errors import InputError
-from fastvlm.language.cache import KeyValueCache, Positions
+from fastvlm.language.cache import KeyValueCache
 from fastvlm.language.decoder import SplitDecoder
 from fastvlm.language.families import family
+from fastvlm.language.positions import Positions
 
 KINDS = ("block", "mlp")
 

@@ -13,7 +13,8 @@ from torch import Tensor, nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from fastvlm.functional.errors import InputError
-from fastvlm.language.cache import DecoderCache, KeyValueCache, Positions
+from fastvlm.language.cache import DecoderCache, KeyValueCache
+from fastvlm.language.positions import Positions
 
 
 @dataclass(frozen=True, slots=True)

@@ -8,8 +8,9 @@ from typing import Any
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from fastvlm.language.cache import KeyValueCache, Positions
+from fastvlm.language.cache import KeyValueCache
 from fastvlm.language.decoder import DecoderShape, SplitDecoder, layers_of
+from fastvlm.language.positions import Positions
 
 
 class OptDecoder(SplitDecoder):

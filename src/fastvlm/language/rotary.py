@@ -11,8 +11,9 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
-from fastvlm.language.cache import KeyValueCache, Positions
+from fastvlm.language.cache import KeyValueCache
 from fastvlm.language.decoder import DecoderShape, FeedForward, SplitDecoder, layers_of
+from fastvlm.language.positions import Positions
 
 TABLE_BLOCK = 256
 """Positions that a table of rotations has beyond those that are asked for."""

@@ -10,13 +10,7 @@ import torch
 from torch import Tensor, nn
 from transformers import EncoderDecoderCache, PreTrainedModel
 
-from fastvlm.language.cache import (
-    CrossKeyValues,
-    DecoderCache,
-    EncoderContext,
-    KeyValueCache,
-    Positions,
-)
+from fastvlm.language.cache import DecoderCache, KeyValueCache
 from fastvlm.language.decoder import (
     DecoderShape,
     FeedForward,
@@ -24,6 +18,7 @@ from fastvlm.language.decoder import (
     additive,
     layers_of,
 )
+from fastvlm.language.positions import CrossKeyValues, EncoderContext, Positions
 
 
 class T5Decoder(SplitDecoder):

@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
-from fastvlm.language.cache import Positions
 from fastvlm.language.inputs import DecoderInputs
+from fastvlm.language.positions import Positions
 from fastvlm.training.replies import Example
 from fastvlm.vlm import VisionLanguageModel
 
