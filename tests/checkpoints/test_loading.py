@@ -78,7 +78,7 @@ def test_one_line_loads_and_replies(tmp_path: Path, write: Writer) -> None:
     assert vlm.image_size == SIZE
     assert vlm.model.model.vision_tower.config.form == "fused"
     reply = vlm.generate("What is it?", Image.new("RGB", (50, 30), "red"), max_new_tokens=4)
-    assert reply.tokens
+    assert reply.token_ids
 
 
 def test_apples_conversation(tmp_path: Path) -> None:

@@ -79,7 +79,7 @@ def test_every_layout_gives_the_same_bytes_and_tokens(tmp_path: Path) -> None:
         reply = vlm.generate(
             "What is it?", render(sample(1), 576), max_new_tokens=8, repetition_penalty=10.0
         )
-        replies.append(reply.tokens)
+        replies.append(reply.token_ids)
         del vlm
     assert replies[0] == replies[1] == replies[2]
     assert len(set(replies[0])) > 1
