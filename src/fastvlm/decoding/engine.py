@@ -15,7 +15,7 @@ import torch
 
 from fastvlm.decoding.batch import Batch
 from fastvlm.decoding.cycle import cycle, prefill
-from fastvlm.decoding.prefix_cache import PrefixEntry
+from fastvlm.decoding.prefix_reuse import recall, remember
 from fastvlm.decoding.request import Request
 from fastvlm.decoding.slot import ExitStates, Slot
 from fastvlm.functional.errors import InputError, first_line
@@ -68,7 +68,7 @@ class Engine:
         self.slots: list[Slot] = []
         """The requests that decode, in the order in which they came."""
         self.waiting: deque[Request] = deque()
-        self._dtype: torch.dtype | None = None
+        self._dtype = torch.float32
         # A plain lock: a stream that is forgotten cancels its request wherever the interpreter
         # happens to be, also inside a block that holds it, and must neither wait nor enter.
         self._turn = Condition(Lock())
@@ -130,11 +130,7 @@ class Engine:
                     self._admit()
                 before = {slot.request: len(slot.request.output_token_ids) for slot in self.slots}
                 for slots, work in self._passes():
-                    try:
-                        with self._autocast(slots):
-                            work(self._batch(slots))
-                    except Exception as error:  # noqa: BLE001 (whatever it is, its request is told)
-                        self._isolate(slots, work, error)
+                    self._make(slots, work)
                 self._free_finished()
             return {
                 request: len(request.output_token_ids) - known for request, known in before.items()
@@ -233,32 +229,33 @@ class Engine:
             return nullcontext()
         return torch.autocast(device, dtype, enabled=enabled)
 
-    def _isolate(
-        self, slots: Sequence[Slot], work: Callable[[Batch], None], error: Exception
-    ) -> None:
-        """Make a pass that failed again, slot by slot: what one of them can't do fails that one.
+    def _make(self, slots: Sequence[Slot], work: Callable[[Batch], None]) -> None:
+        """Make a pass; one that fails is made again, slot by slot, and fails those that can't.
 
         Nothing of a pass that fails has been committed.
         """
+
+        def computed() -> None:
+            with self._autocast(slots):
+                work(self._batch(slots))
+
+        error = _attempt(computed)
+        if error is None:
+            return
         if len(slots) == 1:
             slots[0].request.fail(error)
             return
         for slot in slots:
-            try:
-                with self._autocast([slot]):
-                    work(self._batch([slot]))
-            except Exception as own:  # noqa: BLE001 (as in `step`)
-                slot.request.fail(own)
+            self._make([slot], work)
 
     def _free_finished(self) -> None:
         """Free the slots of requests that have ended, and keep what was computed for them."""
         for slot in [slot for slot in self.slots if slot.request.finished]:
             request = slot.request
             if request.finish_reason in ("stop", "length"):
-                try:
-                    request.strategy.on_finish(len(request.output_token_ids))
-                    self._remember(slot)
-                except Exception as error:  # noqa: BLE001 (the reply is whole; nobody may wait on)
+                # The reply is whole, whatever becomes of this.
+                error = _attempt(partial(self._keep, slot))
+                if error is not None:
                     warnings.warn(
                         f"A reply has ended, but nothing of it is kept: {first_line(error)}",
                         stacklevel=2,
@@ -296,73 +293,45 @@ class Engine:
                 admitted.append(request)
         if not admitted:
             return
-        try:
-            self._follow_model()
-            taken = {slot.index for slot in self.slots}
-            free = [index for index in range(self.max_slots) if index not in taken]
-            needed = free[len(admitted) - 1] + 1
-            if self.cache.layers and needed > self.cache.slots:
-                # Room for more at once: making room copies those that decode.
-                needed = min(max(needed, 2 * self.cache.slots), self.max_slots)
-            self.cache.reserve(needed, max(map(self._capacity, admitted)))
-        except Exception as error:  # noqa: BLE001 (as in `step`; memory may be short)
+        error = _attempt(partial(self._make_room, admitted))
+        if error is not None:
             for request in admitted:
                 request.fail(error)
             return
-        for index, request in zip(free, admitted, strict=False):
-            try:
-                self.slots.append(self._seated(index, request))
-            except Exception as error:  # noqa: BLE001 (as in `step`)
+        for index, request in zip(self._free_indices(), admitted, strict=False):
+            error = _attempt(partial(self._seat, index, request))
+            if error is not None:
                 self.cache.release(index)
                 request.fail(error)
 
-    def _seated(self, index: int, request: Request) -> Slot:
-        """Return a request's slot, with what is known of its prompt's beginning."""
-        inputs, cache_layers = request.inputs, request.strategy.cache_layers
-        length = len(inputs.token_ids)
-        self.cache.assign(index, length, inputs.position_ids, inputs.encoder_states)
-        cache, keys = request.prefix_cache, inputs.keys
-        kept = cache is not None and keys is not None
-        slot = Slot(index, request, ExitStates(kept=kept) if cache_layers else None)
-        if cache is None or keys is None:
-            return slot
-        hit = cache.match(self.decoder.position_keys(keys, length))
-        if hit is None:
-            return slot
-        # The last position is computed anyway, for its logits.
-        known = min(hit.length, length - 1)
-        if slot.exits is not None:
-            states = hit.entry.exits.get(request.strategy.exit_layer)
-            known = 0 if states is None else min(known, len(states))
-            if states is not None and known:
-                slot.exits.append(states[:known])
-        if known:
-            self.cache.import_slot(index, hit.entry.state, known)
-            slot.prefilled = slot.length = known
-        return slot
+    def _free_indices(self) -> list[int]:
+        taken = {slot.index for slot in self.slots}
+        return [index for index in range(self.max_slots) if index not in taken]
 
-    def _remember(self, slot: Slot) -> None:
-        """Keep what was computed of a request that has ended, for those that begin as it does."""
-        request = slot.request
-        cache, inputs = request.prefix_cache, request.inputs
-        if cache is None or inputs.keys is None:
-            return
-        # The last token's keys and values were never computed.
-        tokens = [*inputs.keys, *request.output_token_ids[:-1]]
-        keys = list(self.decoder.position_keys(tokens, len(inputs.token_ids)))
-        length, depth, exits = len(keys), self.decoder.depth, slot.exits
+    def _make_room(self, admitted: Sequence[Request]) -> None:
+        """Reserve the cache's memory for requests beside those that decode."""
+        self._follow_model()
+        needed = self._free_indices()[len(admitted) - 1] + 1
+        if self.cache.layers and needed > self.cache.slots:
+            # Room for more at once: making room copies those that decode.
+            needed = min(max(needed, 2 * self.cache.slots), self.max_slots)
+        self.cache.reserve(needed, max(map(self._capacity, admitted)))
 
-        def make() -> PrefixEntry:
-            state = self.cache.export_slot(slot.index, length, depth)
-            if exits is None:
-                return PrefixEntry(keys, state)
-            states = exits.since(0)[:length].clone()
-            return PrefixEntry(keys, state, {request.strategy.exit_layer: states})
+    def _seat(self, index: int, request: Request) -> None:
+        """Give a request a slot, with what is known of its prompt's beginning."""
+        inputs = request.inputs
+        self.cache.assign(index, len(inputs.token_ids), inputs.position_ids, inputs.encoder_states)
+        exits = None
+        if request.strategy.cache_layers:
+            exits = ExitStates(kept=request.prefix_cache is not None and inputs.keys is not None)
+        slot = Slot(index, request, exits)
+        recall(slot, self.decoder, self.cache)
+        self.slots.append(slot)
 
-        nbytes = self.cache.exported_bytes(length, depth)
-        if exits is not None and self._dtype is not None:
-            nbytes += length * self.decoder.width * self._dtype.itemsize
-        cache.put(keys, nbytes, make)
+    def _keep(self, slot: Slot) -> None:
+        """Tell its strategy of a request that has ended, and keep what others begin with."""
+        slot.request.strategy.on_finish(len(slot.request.output_token_ids))
+        remember(slot, self.decoder, self.cache, self._dtype)
 
     def _follow_model(self) -> None:
         """Take over where and in what precision the model computes now."""
@@ -415,3 +384,16 @@ class Engine:
             self.cache.release(slot.index)
         else:
             self.cache = DecoderCache(self.cache.device)
+
+
+def _attempt(work: Callable[[], None]) -> Exception | None:
+    """Do what may fail because of one request, and return the error that it failed with.
+
+    A request's strategy, its processors and its criteria may be a user's code, which raises
+    anything, and memory may be short; neither is a matter of its neighbours.
+    """
+    try:
+        work()
+    except Exception as error:  # noqa: BLE001 (whatever it is, its request is told)
+        return error
+    return None

@@ -97,7 +97,7 @@ class LayerStorage:
             self.keys[index, :, places] = keys.transpose(1, 2).to(self.keys.dtype)
             self.values[index, :, places] = values.transpose(1, 2).to(self.values.dtype)
         finite = self.finite
-        for slot, start in zip(positions.slots, positions.starts):  # noqa: B905 (in every layer)
+        for slot, start in zip(positions.slots, positions.starts, strict=True):
             written = start + width
             if finite[slot] < written:
                 if finite[slot] < start:
