@@ -43,14 +43,14 @@ from fastvlm.prompts import (
 )
 from fastvlm.vision.configuration import REDUCTION
 from fastvlm.vision.fastvithd import FastViTHD
-from fastvlm.vision.pictures import Picture, PictureOptions
+from fastvlm.vision.images import ImageInput, ImageOptions
 
 __all__ = ["Piece", "Reply", "ReplyStream", "VisionLanguageModel", "load"]
 
 PREFIX_BYTES = 256 * 2**20
 """Memory for what is kept of images: a dozen and more at 1024 px, of FastVLM-0.5B in bfloat16."""
 SAMPLING = tuple(field.name for field in fields(SamplingParams))
-SHOWING = tuple(PictureOptions.__annotations__)
+SHOWING = tuple(ImageOptions.__annotations__)
 
 
 class VisionLanguageModel:
@@ -154,7 +154,7 @@ class VisionLanguageModel:
     def request(
         self,
         prompt: str | Sequence[Message],
-        image: Picture | None = None,
+        image: ImageInput | None = None,
         *,
         strategy: Strategy | str | None = None,
         **options: Any,
@@ -166,7 +166,7 @@ class VisionLanguageModel:
             image: A path or a Pillow image; None for a question without one, or a dialogue.
             strategy: How to draft: what `strategy` returned, or its name; None for the model's
                 best.
-            options: Fields of `SamplingParams`, and how images are shown, see `PictureOptions`.
+            options: Fields of `SamplingParams`, and how images are shown, see `ImageOptions`.
 
         Raises:
             InputError: An image can't be read, the prompt has a placeholder of its own, or an
@@ -193,7 +193,7 @@ class VisionLanguageModel:
         self,
         messages: Sequence[Message],
         params: SamplingParams,
-        shown: PictureOptions,
+        shown: ImageOptions,
         strategy: Strategy,
         started: float,
     ) -> Request:
@@ -224,7 +224,7 @@ class VisionLanguageModel:
         )
 
     def _inputs(
-        self, messages: Sequence[Message], shown: PictureOptions
+        self, messages: Sequence[Message], shown: ImageOptions
     ) -> tuple[DecoderInputs, bool]:
         """Return a prompt, and whether its states are looked up and kept."""
         if not self.lru.limit:
@@ -243,7 +243,7 @@ class VisionLanguageModel:
     def stream(
         self,
         prompt: str | Sequence[Message],
-        image: Picture | None = None,
+        image: ImageInput | None = None,
         *,
         strategy: Strategy | str | None = None,
         **options: Any,
@@ -259,7 +259,7 @@ class VisionLanguageModel:
     def generate(
         self,
         prompt: str | Sequence[Message],
-        image: Picture | None = None,
+        image: ImageInput | None = None,
         *,
         strategy: Strategy | str | None = None,
         **options: Any,
@@ -275,7 +275,7 @@ class VisionLanguageModel:
     def generate_batch(
         self,
         prompts: Sequence[str],
-        images: Sequence[Picture | None],
+        images: Sequence[ImageInput | None],
         *,
         strategy: Strategy | str | None = None,
         **options: Any,
@@ -301,7 +301,7 @@ class VisionLanguageModel:
     def requests(
         self,
         prompts: Sequence[str | Sequence[Message]],
-        images: Sequence[Picture | None],
+        images: Sequence[ImageInput | None],
         *,
         strategy: Strategy | str | None = None,
         **options: Any,
@@ -330,7 +330,7 @@ class VisionLanguageModel:
         return made()
 
     def find_skipped_layers(
-        self, prompts: Sequence[str], images: Sequence[Picture | None], **options: Any
+        self, prompts: Sequence[str], images: Sequence[ImageInput | None], **options: Any
     ) -> LayerChoice:
         """Search for the layers that the strategy `layer-skip` leaves out, on samples.
 
@@ -351,7 +351,7 @@ class VisionLanguageModel:
         return Reply.of(request, self.tokenizer)
 
 
-def split_options(options: dict[str, Any]) -> tuple[SamplingParams, PictureOptions]:
+def split_options(options: dict[str, Any]) -> tuple[SamplingParams, ImageOptions]:
     """Return the sampling options and those of images among options.
 
     Raises:

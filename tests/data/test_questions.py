@@ -17,7 +17,7 @@ from fastvlm.data.questions import (
 from fastvlm.embedded import DESCRIPTION_PROMPT, SCENE_PROMPT, SENTENCE_PROMPT
 from fastvlm.functional.errors import InputError
 from fastvlm.scenes import render, sample
-from fastvlm.vision.pictures import open_picture
+from fastvlm.vision.images import load_image
 
 
 def test_a_scenes_question_shows_the_scene() -> None:
@@ -39,7 +39,7 @@ def test_each_photograph_is_asked_each_prompt(tmp_path: Path) -> None:
         (str(path), prompt) for path in paths for prompt in (DESCRIPTION_PROMPT, SENTENCE_PROMPT)
     ]
     assert asked[0].open(64) == paths[0]
-    assert open_picture(asked[0].open(64)).size == (5, 4)
+    assert load_image(asked[0].open(64)).size == (5, 4)
     assert about_photographs(paths[:1], ("Why?",)) == [Question("Why?", str(paths[0]))]
 
 

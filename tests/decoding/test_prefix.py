@@ -12,7 +12,7 @@ from torch import nn
 from fastvlm.decoding import Autoregressive, PromptLookup, SelfSpeculative, Strategy
 from fastvlm.functional.errors import InputError
 from fastvlm.scenes import render, sample
-from fastvlm.vision.pictures import prepare
+from fastvlm.vision.images import prepare
 from fastvlm.vlm import VisionLanguageModel
 from tests.decoding.conftest import imitation
 from tests.models import IMAGE_SIZE, VISUAL_TOKENS, small_vlm

@@ -10,7 +10,7 @@ import torch
 from fastvlm.evaluation.likelihood import likelihoods
 from fastvlm.functional.errors import InputError
 from fastvlm.scenes import render, sample
-from fastvlm.vision.pictures import prepare
+from fastvlm.vision.images import prepare
 from fastvlm.vlm import VisionLanguageModel
 from tests.models import small_vlm
 

@@ -32,7 +32,7 @@ from fastvlm.training.draft import (
 from fastvlm.training.loop import train
 from fastvlm.training.replies import Asked, Example
 from fastvlm.training.schedule import Schedule
-from fastvlm.vision.pictures import prepare
+from fastvlm.vision.images import prepare
 from fastvlm.vlm import VisionLanguageModel, load
 from tests.models import LIVELY, small_vlm
 

@@ -118,7 +118,7 @@ REFUSED: dict[str, Callable[[], bytes]] = {
 SCRIPT = """
 import json, resource, signal, sys
 from fastvlm.functional.errors import InputError
-from fastvlm.vision.pictures import prepare
+from fastvlm.vision.images import prepare
 def peak():
     return 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 before = peak()

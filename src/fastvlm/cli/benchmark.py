@@ -188,7 +188,7 @@ def readable_questions(
         scenes = range(HELD_OUT_SCENES, HELD_OUT_SCENES + limit)
         asked = prompts or [embedded.SCENE_PROMPT]
         return [Question(prompt, scene) for scene in scenes for prompt in asked], False
-    from fastvlm.vision.pictures import open_picture
+    from fastvlm.vision.images import load_image
 
     if listing is None:
         found = pictures_in(Path(images), limit)
@@ -200,7 +200,7 @@ def readable_questions(
     read: list[Path] = []
     for path in found:
         try:
-            open_picture(path)
+            load_image(path)
         except InputError as error:
             print_error(str(error))
         else:

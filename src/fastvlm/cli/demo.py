@@ -200,13 +200,13 @@ def show(
 
 def introduce(console: Console, picture: DemoPicture, place: str) -> None:
     """Show a picture beside its title, its prompt and its credit."""
-    from fastvlm.vision.pictures import open_picture
+    from fastvlm.vision.images import load_image
 
     said = Text.assemble((f"{place}  {picture.title}", "bold"), "\n")
     said.append(f"Prompt: {picture.question.prompt}")
     if picture.credit:
         said.append(f"\n{picture.kind.capitalize()}: {picture.credit}", "dim")
-    opened = open_picture(picture.file)
+    opened = load_image(picture.file)
     if not in_colour(console):
         console.print(said)
         return

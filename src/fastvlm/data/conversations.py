@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 from typing import Any, Protocol, overload
 
 from fastvlm.functional.errors import FastVlmError, InputError, first_line
-from fastvlm.vision.pictures import open_picture
+from fastvlm.vision.images import load_image
 
 Message = Mapping[str, Any]
 """A turn of a dialogue, as `transformers`' chat templates take it: its `role`, and as `content` a
@@ -108,7 +108,7 @@ def opened(conversation: Conversation) -> Record:
         for part in message["content"]:
             if part["type"] == "image":
                 try:
-                    part = {**part, "image": open_picture(part["image"])}  # noqa: PLW2901
+                    part = {**part, "image": load_image(part["image"])}  # noqa: PLW2901
                 # A Pillow image decodes here too, and raises what its format's decoder raises.
                 except (InputError, OSError, SyntaxError, ValueError) as error:
                     return Broken(conversation.name, f"unreadable picture: {first_line(error)}")

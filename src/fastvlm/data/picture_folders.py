@@ -13,7 +13,7 @@ from PIL import Image
 
 from fastvlm.data.conversations import BrokenRecordError
 from fastvlm.functional.errors import first_line
-from fastvlm.vision.pictures import Picture
+from fastvlm.vision.images import ImageInput
 
 
 class PictureFolders:
@@ -42,7 +42,7 @@ class PictureFolders:
                     continue
         raise BrokenRecordError(f"missing picture: {' or '.join(names)}")
 
-    def picture(self, value: Any) -> Picture:
+    def picture(self, value: Any) -> ImageInput:
         """Return what a data set gives as a picture: a name, bytes or a Pillow image.
 
         Raises:

@@ -8,7 +8,7 @@ from typing import Any
 
 from fastvlm.data.conversations import BrokenRecordError, Conversation, Message
 from fastvlm.data.picture_folders import PictureFolders
-from fastvlm.vision.pictures import Picture
+from fastvlm.vision.images import ImageInput
 
 CAPTION_PROMPT = "Provide a one-sentence caption for the provided image."
 """LLaVA-1.5's prompt for a caption of one sentence."""
@@ -174,7 +174,7 @@ def _messages(turns: list[Turn], values: list[Any], folders: PictureFolders) -> 
     )
 
 
-def _shown(part: Any, remaining: Iterator[Any], folders: PictureFolders) -> Picture:
+def _shown(part: Any, remaining: Iterator[Any], folders: PictureFolders) -> ImageInput:
     return folders.picture(next(remaining) if part is None else part["image"])
 
 

@@ -31,7 +31,7 @@ from fastvlm.functional.placement import moved
 from fastvlm.language import split_decoder
 from fastvlm.vision import FastViTHD, FastViTHDConfig
 from fastvlm.vision.configuration import REDUCTION
-from fastvlm.vision.pictures import count_views
+from fastvlm.vision.images import count_views
 
 TEXT_BEFORE, TEXT_AFTER = 14, 16
 """Tokens of the prompt around the picture: ChatML, a system prompt and a short question."""

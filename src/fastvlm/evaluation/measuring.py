@@ -14,7 +14,7 @@ import transformers
 from fastvlm.data.conversations import Message
 from fastvlm.decoding import Engine, Request, Strategy
 from fastvlm.functional.statistics import DecodingStatistics, Spread
-from fastvlm.vision.pictures import Picture
+from fastvlm.vision.images import ImageInput
 from fastvlm.vlm import VisionLanguageModel
 
 
@@ -33,7 +33,7 @@ def run_request(
     vlm: VisionLanguageModel,
     strategy: Strategy,
     prompt: str | Sequence[Message],
-    image: Picture | None = None,
+    image: ImageInput | None = None,
     **options: Any,
 ) -> Request:
     """Return a finished request, whose image was encoded for it alone.

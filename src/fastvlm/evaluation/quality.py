@@ -12,7 +12,7 @@ from fastvlm.data.questions import Question
 from fastvlm.embedded import SENTENCE_PROMPT
 from fastvlm.scenes import FactScore, sample, score
 from fastvlm.scenes.facts import KINDS
-from fastvlm.vision.pictures import prepare
+from fastvlm.vision.images import prepare
 from fastvlm.vlm import VisionLanguageModel
 
 IGNORED = -100

@@ -16,7 +16,7 @@ from fastvlm.data.questions import Question
 from fastvlm.decoding.sampler import noisy
 from fastvlm.language import capture_decoder_inputs, split_decoder
 from fastvlm.prompts import FastViTHDPromptBuilder, question
-from fastvlm.vision.pictures import Picture
+from fastvlm.vision.images import ImageInput
 from fastvlm.vlm import VisionLanguageModel
 
 SCENE_PIXELS = 512
@@ -27,7 +27,7 @@ precisions it is two steps of a number between 16 and 32, where the best logits 
 often lie."""
 
 
-def image_of(vlm: VisionLanguageModel, asked: Question) -> Picture | None:
+def image_of(vlm: VisionLanguageModel, asked: Question) -> ImageInput | None:
     """Return a question's image, a scene drawn in the size that the model was made for."""
     if asked.picture is None:
         return None

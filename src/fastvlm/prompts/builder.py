@@ -10,20 +10,20 @@ from torch import Tensor
 from fastvlm.data.conversations import Message
 from fastvlm.language import DecoderInputs
 from fastvlm.prompts.features import ImageFeatureCache
-from fastvlm.vision.pictures import PictureOptions
+from fastvlm.vision.images import ImageOptions
 
 
 class PromptBuilder(Protocol):
     """Makes a model's prompts of dialogues, from any thread; it leaves the model as it is."""
 
     def inputs(
-        self, messages: Sequence[Message], **options: Unpack[PictureOptions]
+        self, messages: Sequence[Message], **options: Unpack[ImageOptions]
     ) -> dict[str, Tensor]:
         """Return what the model's own `generate` takes, of one row: `model.generate(**inputs)`.
 
         Args:
             messages: The dialogue, the last turn the user's.
-            options: How the images are shown, see `PictureOptions`.
+            options: How the images are shown, see `ImageOptions`.
 
         Returns:
             `input_ids` and `attention_mask`, (1, length), and with images what the model takes for
@@ -39,14 +39,14 @@ class PromptBuilder(Protocol):
         self,
         messages: Sequence[Message],
         cache: ImageFeatureCache | None = None,
-        **options: Unpack[PictureOptions],
+        **options: Unpack[ImageOptions],
     ) -> DecoderInputs:
         """Return a dialogue as the model's decoder takes it.
 
         Args:
             messages: The dialogue, the last turn the user's.
             cache: Where images' features are found and kept; None for nowhere.
-            options: How the images are shown, see `PictureOptions`.
+            options: How the images are shown, see `ImageOptions`.
 
         Returns:
             The decoder's inputs. `keys` are None for an encoder-decoder, and for images that have

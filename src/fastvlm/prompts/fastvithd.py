@@ -16,7 +16,7 @@ from fastvlm.prompts.features import ImageFeatureCache, digest
 from fastvlm.prompts.messages import images_of, parts_of
 from fastvlm.vision.configuration import REDUCTION
 from fastvlm.vision.fastvithd import FastViTHD
-from fastvlm.vision.pictures import PictureOptions, prepare
+from fastvlm.vision.images import ImageOptions, prepare
 
 
 class FastViTHDPromptBuilder:
@@ -74,7 +74,7 @@ class FastViTHDPromptBuilder:
         return found
 
     def inputs(
-        self, messages: Sequence[Message], **options: Unpack[PictureOptions]
+        self, messages: Sequence[Message], **options: Unpack[ImageOptions]
     ) -> dict[str, Tensor]:
         """Return what the model's `generate` takes, of one row. See `PromptBuilder.inputs`.
 
@@ -94,7 +94,7 @@ class FastViTHDPromptBuilder:
         self,
         messages: Sequence[Message],
         cache: ImageFeatureCache | None = None,
-        **options: Unpack[PictureOptions],
+        **options: Unpack[ImageOptions],
     ) -> DecoderInputs:
         """Return a dialogue as the decoder takes it. See `PromptBuilder.decoder_inputs`."""
         tokens, tiles = self._tokens_and_tiles(messages, options)
@@ -121,10 +121,10 @@ class FastViTHDPromptBuilder:
         return DecoderInputs(tokens, embeddings, keys=keys)
 
     def _tokens_and_tiles(
-        self, messages: Sequence[Message], options: PictureOptions
+        self, messages: Sequence[Message], options: ImageOptions
     ) -> tuple[list[int], list[Tensor]]:
         """Return a dialogue's tokens, and of each image its (tiles, 3, size, size) in [0, 1]."""
-        shown: PictureOptions = {"image_size": self.image_size, **options}
+        shown: ImageOptions = {"image_size": self.image_size, **options}
         tiles = [prepare(image, **shown) for image in images_of(messages)]
         visual = [len(image) * (image.shape[-1] // REDUCTION) ** 2 for image in tiles]
         return self.tokens(messages, visual), tiles

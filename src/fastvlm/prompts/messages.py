@@ -5,10 +5,10 @@ from typing import Any
 
 from fastvlm.data.conversations import Message
 from fastvlm.functional.errors import InputError
-from fastvlm.vision.pictures import Picture
+from fastvlm.vision.images import ImageInput
 
 
-def question(prompt: str, image: Picture | None) -> list[Message]:
+def question(prompt: str, image: ImageInput | None) -> list[Message]:
     """Return a question about an image as a dialogue of one turn."""
     return [
         {
@@ -42,7 +42,7 @@ def parts_of(message: Message) -> list[Mapping[str, Any]]:
     return list(content)
 
 
-def images_of(messages: Sequence[Message]) -> list[Picture]:
+def images_of(messages: Sequence[Message]) -> list[ImageInput]:
     """Return the images of a dialogue, in their order.
 
     Raises:

@@ -18,7 +18,7 @@ from fastvlm.functional.errors import InputError, first_line
 from fastvlm.language import DecoderInputs, SplitDecoder, capture_decoder_inputs
 from fastvlm.prompts.features import ImageFeatureCache
 from fastvlm.prompts.messages import images_of, parts_of
-from fastvlm.vision.pictures import PictureOptions, open_picture
+from fastvlm.vision.images import ImageOptions, load_image
 
 
 class ProcessorPromptBuilder:
@@ -56,7 +56,7 @@ class ProcessorPromptBuilder:
             )
 
     def inputs(
-        self, messages: Sequence[Message], **options: Unpack[PictureOptions]
+        self, messages: Sequence[Message], **options: Unpack[ImageOptions]
     ) -> dict[str, Tensor]:
         """Return what the model's `generate` takes, of one row. See `PromptBuilder.inputs`.
 
@@ -69,7 +69,7 @@ class ProcessorPromptBuilder:
                 f"The processor of {self.name} decides how an image is shown; leave out"
                 f" {', '.join(options)}."
             )
-        images = [open_picture(image) for image in images_of(messages)]
+        images = [load_image(image) for image in images_of(messages)]
         if images and not self.shows_images:
             raise InputError(f"{self.name} reads text alone; leave out the image.")
         text = self.text(messages, len(images))
@@ -90,7 +90,7 @@ class ProcessorPromptBuilder:
         self,
         messages: Sequence[Message],
         cache: ImageFeatureCache | None = None,
-        **options: Unpack[PictureOptions],
+        **options: Unpack[ImageOptions],
     ) -> DecoderInputs:
         """Return a dialogue as the decoder takes it. See `PromptBuilder.decoder_inputs`."""
         inputs = self.inputs(messages, **options)

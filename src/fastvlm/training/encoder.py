@@ -28,7 +28,7 @@ from fastvlm.training.schedule import Schedule
 from fastvlm.training.task import Losses, Source
 from fastvlm.vision.configuration import FastViTHDConfig
 from fastvlm.vision.fastvithd import FastViTHD
-from fastvlm.vision.pictures import to_tensor
+from fastvlm.vision.images import to_tensor
 
 SCENE_SIZE = 192
 PHOTOGRAPH_SIZE = 128

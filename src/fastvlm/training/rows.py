@@ -23,7 +23,7 @@ from fastvlm.training.dialogues import IGNORED
 from fastvlm.training.replies import end_token, text_of
 from fastvlm.vision.configuration import REDUCTION
 from fastvlm.vision.fastvithd import FastViTHD
-from fastvlm.vision.pictures import prepare
+from fastvlm.vision.images import prepare
 
 
 @dataclass(frozen=True, slots=True)

@@ -35,7 +35,7 @@ from fastvlm.evaluation.tasks.tables import (
     speedup_end_to_end,
     task_parts,
 )
-from fastvlm.vision.pictures import open_picture
+from fastvlm.vision.images import load_image
 
 EXAMPLES = 2
 """Items of each task that are shown."""
@@ -161,7 +161,7 @@ def example(plan: Plan, journal: Journal, task: str, item: Item) -> Example:
             ("all strategies" if everybody else ", ".join(names), text)
             for text, names in by_text.items()
         ]
-    picture = open_picture(item.open())
+    picture = load_image(item.open())
     picture.thumbnail((SIDE, SIDE))
     out = BytesIO()
     picture.save(out, "JPEG", quality=80)

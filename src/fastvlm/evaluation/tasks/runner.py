@@ -15,7 +15,7 @@ from fastvlm.evaluation.measuring import hardware, no_progress, rotated, run_req
 from fastvlm.evaluation.tasks.answers import Answer, Journal, Ratings
 from fastvlm.evaluation.tasks.plan import Asked, Plan
 from fastvlm.functional.errors import InputError
-from fastvlm.vision.pictures import PictureOptions
+from fastvlm.vision.images import ImageOptions
 from fastvlm.vlm import VisionLanguageModel
 
 
@@ -75,7 +75,7 @@ def unknown(journal: Journal, asked: Asked, names: list[str]) -> list[str]:
     return [name for name in names if (*key, name) not in journal.answers]
 
 
-def shown(asked: Asked) -> PictureOptions:
+def shown(asked: Asked) -> ImageOptions:
     """Return how a question's image is shown."""
     return {} if asked.size is None else {"image_size": asked.size}
 

@@ -9,10 +9,10 @@ import torch
 from PIL import Image
 
 from fastvlm.functional.errors import InputError
-from fastvlm.vision.pictures import (
+from fastvlm.vision.images import (
     LONGEST_SIDE,
     crop_to_square,
-    open_picture,
+    load_image,
     pad_to_square,
     prepare,
     to_tensor,
@@ -159,7 +159,7 @@ def test_the_cameras_orientation_is_honoured(orientation: int, suffix: str, tmp_
     exif = Image.Exif()
     exif[ORIENTATION] = orientation
     stored.save(tmp_path / f"turned.{suffix}", exif=exif)
-    picture = open_picture(tmp_path / f"turned.{suffix}")
+    picture = load_image(tmp_path / f"turned.{suffix}")
     assert (picture.mode, picture.size) == ("RGB", (64, 32))
     assert seen(picture) == seen(quarters())
 
@@ -174,7 +174,7 @@ def test_a_photograph_with_broken_metadata_is_still_a_picture(tag: bytes, tmp_pa
     whole = file.read_bytes()
     assert whole.count(b"\x01\x0e\x00\x02") == 1
     file.write_bytes(whole.replace(b"\x01\x0e\x00\x02", tag + b"\x00\x02"))
-    assert seen(open_picture(file)) == seen(quarters())
+    assert seen(load_image(file)) == seen(quarters())
 
 
 @pytest.mark.parametrize(
@@ -191,7 +191,7 @@ def test_a_photograph_with_broken_metadata_is_still_a_picture(tag: bytes, tmp_pa
 def test_colours_survive_any_mode(mode: str, suffix: str, tmp_path: Path) -> None:
     file = tmp_path / f"picture.{suffix}"
     quarters().convert(mode).save(file)
-    picture = open_picture(file)
+    picture = load_image(file)
     assert picture.mode == "RGB"
     assert seen(picture) == seen(quarters())
 
@@ -202,15 +202,15 @@ def test_what_is_transparent_is_black(tmp_path: Path) -> None:
     half = Image.new("RGBA", (32, 32), (200, 100, 50, 128))
     half.paste(clear.crop((0, 0, 16, 32)), (0, 0))
     half.save(tmp_path / "alpha.png")
-    picture = open_picture(tmp_path / "alpha.png")
+    picture = load_image(tmp_path / "alpha.png")
     assert (picture.mode, picture.getpixel((4, 16))) == ("RGB", BLACK)
     assert picture.getpixel((24, 16)) == pytest.approx((100, 50, 25), abs=1)
 
     grey = Image.merge("LA", (Image.new("L", (4, 4), 200), Image.new("L", (4, 4), 0)))
-    assert open_picture(grey).getpixel((1, 1)) == BLACK
+    assert load_image(grey).getpixel((1, 1)) == BLACK
     palette = quarters().convert("P")
     palette.save(tmp_path / "palette.png", transparency=palette.getpixel((0, 0)))
-    assert seen(open_picture(tmp_path / "palette.png")) == [BLACK, *seen(quarters())[1:]]
+    assert seen(load_image(tmp_path / "palette.png")) == [BLACK, *seen(quarters())[1:]]
 
 
 @pytest.mark.parametrize(
@@ -226,7 +226,7 @@ def test_grey_is_grey(mode: str, levels: dict[int, int], tmp_path: Path) -> None
     for level, expected in levels.items():
         flat = Image.new(mode, (4, 3), (level, 255) if mode == "LA" else level)
         flat.save(tmp_path / "grey.png")
-        for picture in (open_picture(flat), open_picture(tmp_path / "grey.png")):
+        for picture in (load_image(flat), load_image(tmp_path / "grey.png")):
             assert (picture.mode, picture.size) == ("RGB", (4, 3))
             assert picture.getpixel((2, 1)) == pytest.approx((expected,) * 3, abs=1)
 
@@ -273,7 +273,7 @@ def test_a_cut_png_is_named(tmp_path: Path) -> None:
     quarters(64, 64).save(file)
     file.write_bytes(file.read_bytes()[:-40])
     with pytest.raises(InputError, match=r"cut\.png"):
-        open_picture(file)
+        load_image(file)
 
 
 @pytest.mark.parametrize("side", [15, 40])
@@ -282,8 +282,8 @@ def test_a_decompression_bomb_is_refused(
 ) -> None:
     file = tmp_path / "bomb.png"
     quarters(side, side).save(file)
-    assert open_picture(file).size == (side, side)
+    assert load_image(file).size == (side, side)
     # Pillow warns of more than this many pixels, and refuses more than twice as many itself.
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 200)
     with pytest.raises(InputError, match=r"bomb\.png has more pixels than"):
-        open_picture(file)
+        load_image(file)

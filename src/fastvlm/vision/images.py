@@ -13,7 +13,7 @@ from torch import Tensor
 from fastvlm.functional.errors import InputError
 from fastvlm.vision.configuration import REDUCTION
 
-Picture = str | Path | Image.Image
+ImageInput = str | Path | Image.Image
 """What a caller may give as a picture."""
 
 MOST_PIXELS = 178_956_970
@@ -38,7 +38,7 @@ TURNS = {
 """What rights a picture of each EXIF orientation."""
 
 
-class PictureOptions(TypedDict, total=False):
+class ImageOptions(TypedDict, total=False):
     """How a picture is shown to the model.
 
     Args:
@@ -55,7 +55,7 @@ class PictureOptions(TypedDict, total=False):
     tiles: int
 
 
-def open_picture(picture: Picture) -> Image.Image:
+def load_image(picture: ImageInput) -> Image.Image:
     """Return a picture upright and in RGB; transparent parts become black.
 
     Raises:
@@ -137,7 +137,7 @@ def crop_to_square(picture: Image.Image) -> Image.Image:
     return picture.crop((left, top, left + side, top + side))
 
 
-def prepare(picture: Picture, image_size: int, fit: str = "pad", tiles: int = 1) -> Tensor:
+def prepare(picture: ImageInput, image_size: int, fit: str = "pad", tiles: int = 1) -> Tensor:
     """Return a picture as the encoder takes it: (views, 3, image_size, image_size) in [0, 1].
 
     Args:
@@ -158,7 +158,7 @@ def prepare(picture: Picture, image_size: int, fit: str = "pad", tiles: int = 1)
         raise InputError(f"A picture is made to fit by {', '.join(FITS)}; got {fit!r}.")
     if not 1 <= tiles <= MOST_TILES:
         raise InputError(f"tiles lies between 1 and {MOST_TILES}; got {tiles}.")
-    opened = open_picture(picture)
+    opened = load_image(picture)
     square = {"pad": pad_to_square, "crop": crop_to_square}.get(fit, _unchanged)(opened)
     views = [square.resize((size, size), Image.Resampling.BICUBIC)]
     if tiles > 1:

@@ -1,0 +1,157 @@
+"""Files that are whole or not there: written beside, flushed to the disk, then renamed."""
+
+from __future__ import annotations
+
+import errno
+import os
+import re
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+
+from filelock import FileLock, Timeout
+
+from fastvlm.functional.errors import InputError, StorageError, first_line
+
+FOREIGN_WRITE_ERRORS = re.compile(r"inline_container|iostream error|\(os error \d+\)|file write")
+"""What torch and safetensors say where a file can't be written, in errors that are no OSError."""
+FULL_BYTES = 2**20
+"""A disk with less space than this is full, whatever a library says of it."""
+
+
+@contextmanager
+def written_file(path: Path) -> Iterator[Path]:
+    """Yield where to write a file; afterwards it is in its place, whole and flushed to the disk.
+
+    A kill or an error at any moment leaves what was there before.
+
+    Args:
+        path: The file; its folder is made if it isn't there.
+
+    Raises:
+        StorageError: The disk is full, or the file can't be written there.
+    """
+    beside = path.with_name(f"{path.name}.partial")
+    try:
+        with storage_errors(path):
+            path.parent.mkdir(parents=True, exist_ok=True)
+            yield beside
+            _flush(beside)
+            beside.replace(path)
+            _flush(path.parent)
+    finally:
+        with suppress(OSError):
+            beside.unlink()
+
+
+@contextmanager
+def written_directory(path: Path) -> Iterator[Path]:
+    """Yield an empty directory to fill; afterwards it is in its place, whole and flushed.
+
+    A kill or an error at any moment leaves what was there before, or nothing.
+
+    Args:
+        path: The directory. One that is there already is replaced.
+
+    Raises:
+        StorageError: The disk is full, or the directory can't be written there.
+    """
+    beside = path.with_name(f"{path.name}.partial")
+    old = path.with_name(f"{path.name}.old")
+    try:
+        with storage_errors(path):
+            # What a killed process left.
+            shutil.rmtree(beside, ignore_errors=True)
+            beside.mkdir(parents=True)
+            yield beside
+            for file in sorted(beside.rglob("*")):
+                _flush(file)
+            _flush(beside)
+            shutil.rmtree(old, ignore_errors=True)
+            if path.exists():
+                path.rename(old)
+            try:
+                beside.rename(path)
+            except OSError:
+                old.rename(path)
+                raise
+            _flush(path.parent)
+    finally:
+        shutil.rmtree(beside, ignore_errors=True)
+        shutil.rmtree(old, ignore_errors=True)
+
+
+@contextmanager
+def storage_errors(path: Path) -> Iterator[None]:
+    """Say in one sentence what went wrong with the disk while something was written.
+
+    Args:
+        path: What is being written.
+
+    Raises:
+        StorageError: A disk was full, or something could not be written.
+    """
+    try:
+        yield
+    except Exception as error:
+        foreign = FOREIGN_WRITE_ERRORS.search(str(error))
+        if not isinstance(error, OSError) and not foreign:
+            raise
+        raise StorageError(f"{path} can't be written: {_reason(path, error)}.") from error
+
+
+def _reason(path: Path, error: Exception) -> str:
+    number = error.errno if isinstance(error, OSError) else None
+    if number in (errno.ENOSPC, errno.EDQUOT) or _is_full(path):
+        return "the disk is full"
+    if isinstance(error, OSError) and error.strerror:
+        return error.strerror[0].lower() + error.strerror[1:]
+    return first_line(error).rstrip(".")
+
+
+def _is_full(path: Path) -> bool:
+    folder = next((parent for parent in path.absolute().parents if parent.is_dir()), None)
+    return folder is not None and shutil.disk_usage(folder).free < FULL_BYTES
+
+
+def _flush(path: Path) -> None:
+    # Without this, a power cut may leave a renamed file without its content.
+    try:
+        descriptor = os.open(path, os.O_RDONLY)
+    except PermissionError:  # folders on Windows
+        return
+    try:
+        os.fsync(descriptor)
+    except OSError as error:
+        # Some network disks can't flush a folder.
+        if error.errno not in (errno.EINVAL, errno.EBADF, errno.ENOTSUP):
+            raise
+    finally:
+        os.close(descriptor)
+
+
+@contextmanager
+def locked(folder: Path) -> Iterator[None]:
+    """Keep a folder for one process; the lock is gone with the process, however it ends.
+
+    Args:
+        folder: The folder, which is made if it isn't there.
+
+    Raises:
+        InputError: Another process writes to it.
+        StorageError: The folder can't be made or written to.
+    """
+    lock = FileLock(folder / ".lock")
+    with storage_errors(folder):
+        folder.mkdir(parents=True, exist_ok=True)
+        try:
+            lock.acquire(blocking=False)
+        except Timeout as error:
+            raise InputError(
+                f"Another run writes to {folder}; wait for it, or choose another output."
+            ) from error
+    try:
+        yield
+    finally:
+        lock.release()
