@@ -43,7 +43,8 @@ from fastvlm.prompts import (
 )
 from fastvlm.vision.configuration import REDUCTION
 from fastvlm.vision.fastvithd import FastViTHD
-from fastvlm.vision.images import ImageInput, ImageOptions
+from fastvlm.vision.images import ImageOptions
+from fastvlm.vision.loading import ImageInput
 
 __all__ = ["Piece", "Reply", "ReplyStream", "VisionLanguageModel", "load"]
 

@@ -17,7 +17,7 @@ from fastvlm.data.questions import (
 from fastvlm.embedded import DESCRIPTION_PROMPT, SCENE_PROMPT, SENTENCE_PROMPT
 from fastvlm.functional.errors import InputError
 from fastvlm.scenes import render, sample
-from fastvlm.vision.images import load_image
+from fastvlm.vision.loading import load_image
 
 
 def test_a_scenes_question_shows_the_scene() -> None:

@@ -9,14 +9,8 @@ import torch
 from PIL import Image
 
 from fastvlm.functional.errors import InputError
-from fastvlm.vision.images import (
-    LONGEST_SIDE,
-    crop_to_square,
-    load_image,
-    pad_to_square,
-    prepare,
-    to_tensor,
-)
+from fastvlm.vision.images import MAX_SIDE, crop_to_square, pad_to_square, prepare, to_tensor
+from fastvlm.vision.loading import load_image
 
 RED, GREEN, BLUE, BLACK = (255, 0, 0), (0, 255, 0), (0, 0, 255), (0, 0, 0)
 CORNERS = ((0, 0), (1, 0), (0, 1), (1, 1))
@@ -134,11 +128,11 @@ def test_options_out_of_range_are_refused(options: dict, told: str) -> None:
 
 
 def test_a_very_long_picture_is_reduced_before_it_is_padded() -> None:
-    line = Image.new("RGB", (3 * LONGEST_SIDE, 9), RED)
+    line = Image.new("RGB", (3 * MAX_SIDE, 9), RED)
     square = pad_to_square(line)
-    assert square.size == (LONGEST_SIDE, LONGEST_SIDE)
-    assert square.getpixel((LONGEST_SIDE // 2, LONGEST_SIDE // 2)) == RED
-    assert square.getpixel((LONGEST_SIDE // 2, LONGEST_SIDE // 2 - 4)) == BLACK
+    assert square.size == (MAX_SIDE, MAX_SIDE)
+    assert square.getpixel((MAX_SIDE // 2, MAX_SIDE // 2)) == RED
+    assert square.getpixel((MAX_SIDE // 2, MAX_SIDE // 2 - 4)) == BLACK
 
 
 @pytest.mark.parametrize("orientation", range(1, 9))
@@ -196,41 +190,6 @@ def test_colours_survive_any_mode(mode: str, suffix: str, tmp_path: Path) -> Non
     assert seen(picture) == seen(quarters())
 
 
-def test_what_is_transparent_is_black(tmp_path: Path) -> None:
-    clear = quarters().convert("RGBA")
-    clear.putalpha(0)
-    half = Image.new("RGBA", (32, 32), (200, 100, 50, 128))
-    half.paste(clear.crop((0, 0, 16, 32)), (0, 0))
-    half.save(tmp_path / "alpha.png")
-    picture = load_image(tmp_path / "alpha.png")
-    assert (picture.mode, picture.getpixel((4, 16))) == ("RGB", BLACK)
-    assert picture.getpixel((24, 16)) == pytest.approx((100, 50, 25), abs=1)
-
-    grey = Image.merge("LA", (Image.new("L", (4, 4), 200), Image.new("L", (4, 4), 0)))
-    assert load_image(grey).getpixel((1, 1)) == BLACK
-    palette = quarters().convert("P")
-    palette.save(tmp_path / "palette.png", transparency=palette.getpixel((0, 0)))
-    assert seen(load_image(tmp_path / "palette.png")) == [BLACK, *seen(quarters())[1:]]
-
-
-@pytest.mark.parametrize(
-    ("mode", "levels"),
-    [
-        ("1", {0: 0, 1: 255}),
-        ("L", {0: 0, 100: 100, 255: 255}),
-        ("LA", {0: 0, 100: 100, 255: 255}),
-        ("I;16", {0: 0, 100 * 257: 100, 200 * 257: 200, 65535: 255}),
-    ],
-)
-def test_grey_is_grey(mode: str, levels: dict[int, int], tmp_path: Path) -> None:
-    for level, expected in levels.items():
-        flat = Image.new(mode, (4, 3), (level, 255) if mode == "LA" else level)
-        flat.save(tmp_path / "grey.png")
-        for picture in (load_image(flat), load_image(tmp_path / "grey.png")):
-            assert (picture.mode, picture.size) == ("RGB", (4, 3))
-            assert picture.getpixel((2, 1)) == pytest.approx((expected,) * 3, abs=1)
-
-
 def spoilt(name: str, folder: Path) -> Path:
     """Write a file that is no whole picture."""
     file = folder / name
@@ -252,12 +211,12 @@ def spoilt(name: str, folder: Path) -> Path:
 @pytest.mark.parametrize(
     ("name", "reason"),
     [
-        ("missing.jpg", "There is no picture at"),
-        ("folder.jpg", "There is no picture at"),
-        ("text.jpg", "is not a picture"),
-        ("empty.jpg", "is not a picture"),
+        ("missing.jpg", "There is no image at"),
+        ("folder.jpg", "There is no image at"),
+        ("text.jpg", "is not an image"),
+        ("empty.jpg", "is not an image"),
         ("cut.jpg", "can't be decoded"),
-        ("head.jpg", "picture"),
+        ("head.jpg", "image"),
     ],
 )
 def test_what_is_no_picture_is_named(name: str, reason: str, tmp_path: Path) -> None:
@@ -285,5 +244,5 @@ def test_a_decompression_bomb_is_refused(
     assert load_image(file).size == (side, side)
     # Pillow warns of more than this many pixels, and refuses more than twice as many itself.
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 200)
-    with pytest.raises(InputError, match=r"bomb\.png has more pixels than"):
+    with pytest.raises(InputError, match=r"bomb\.png has .* pixels"):
         load_image(file)

@@ -70,7 +70,7 @@ def load_checkpoint(
     except FastVlmError:
         raise
     except Exception as error:
-        raise CheckpointError(f"The model {model} can't be loaded: {first_line(error)}") from error
+        raise CheckpointError(f"The model {model} can't be loaded: {first_line(error)}.") from error
     return target, tokenizer
 
 

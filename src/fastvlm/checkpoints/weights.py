@@ -54,10 +54,10 @@ def _read(file: Path) -> dict[str, Tensor]:
             return load_file(file)
         loaded = torch.load(file, map_location="cpu", weights_only=True, mmap=True)
     except (SafetensorError, OSError, RuntimeError, ValueError, EOFError) as error:
-        raise CheckpointError(f"{file} can't be read: {first_line(error)}") from error
+        raise CheckpointError(f"{file} can't be read: {first_line(error)}.") from error
     except Exception as error:  # what `weights_only` refuses is a pickle's own error
         raise CheckpointError(
-            f"{file} holds more than weights, and is not executed: {first_line(error)}"
+            f"{file} holds more than weights, and is not executed: {first_line(error)}."
         ) from error
     if not isinstance(loaded, dict) or not all(isinstance(w, Tensor) for w in loaded.values()):
         raise CheckpointError(f"{file} is not a dictionary of weights.")

@@ -188,7 +188,7 @@ def readable_questions(
         scenes = range(HELD_OUT_SCENES, HELD_OUT_SCENES + limit)
         asked = prompts or [embedded.SCENE_PROMPT]
         return [Question(prompt, scene) for scene in scenes for prompt in asked], False
-    from fastvlm.vision.images import load_image
+    from fastvlm.vision.loading import load_image
 
     if listing is None:
         found = pictures_in(Path(images), limit)

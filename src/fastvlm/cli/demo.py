@@ -200,7 +200,7 @@ def show(
 
 def introduce(console: Console, picture: DemoPicture, place: str) -> None:
     """Show a picture beside its title, its prompt and its credit."""
-    from fastvlm.vision.images import load_image
+    from fastvlm.vision.loading import load_image
 
     said = Text.assemble((f"{place}  {picture.title}", "bold"), "\n")
     said.append(f"Prompt: {picture.question.prompt}")

@@ -54,7 +54,7 @@ def checked_device(name: str | None) -> str | None:
         torch.zeros(1, device=device)
     # Each backend has its own way of saying that it isn't there.
     except (RuntimeError, AssertionError, NotImplementedError, ImportError) as error:
-        raise UsageError(f"There is no device {name!r} here: {first_line(error)}") from error
+        raise UsageError(f"There is no device {name!r} here: {first_line(error)}.") from error
     return name
 
 

@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 from typing import Any, Protocol, overload
 
 from fastvlm.functional.errors import FastVlmError, InputError, first_line
-from fastvlm.vision.images import load_image
+from fastvlm.vision.loading import load_image
 
 Message = Mapping[str, Any]
 """A turn of a dialogue, as `transformers`' chat templates take it: its `role`, and as `content` a

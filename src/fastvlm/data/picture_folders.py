@@ -13,7 +13,7 @@ from PIL import Image
 
 from fastvlm.data.conversations import BrokenRecordError
 from fastvlm.functional.errors import first_line
-from fastvlm.vision.images import ImageInput
+from fastvlm.vision.loading import ImageInput
 
 
 class PictureFolders:

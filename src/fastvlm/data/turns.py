@@ -8,7 +8,7 @@ from typing import Any
 
 from fastvlm.data.conversations import BrokenRecordError, Conversation, Message
 from fastvlm.data.picture_folders import PictureFolders
-from fastvlm.vision.images import ImageInput
+from fastvlm.vision.loading import ImageInput
 
 CAPTION_PROMPT = "Provide a one-sentence caption for the provided image."
 """LLaVA-1.5's prompt for a caption of one sentence."""

@@ -257,7 +257,7 @@ class Engine:
                 error = _attempt(partial(self._keep, slot))
                 if error is not None:
                     warnings.warn(
-                        f"A reply has ended, but nothing of it is kept: {first_line(error)}",
+                        f"A reply has ended, but nothing of it is kept: {first_line(error)}.",
                         stacklevel=2,
                     )
             self._free(slot)

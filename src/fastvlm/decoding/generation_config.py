@@ -130,7 +130,7 @@ def processors_of(
             config, row.shape[1], encoder_input_ids=row, device=device
         )
     except (TypeError, ValueError) as error:
-        raise InputError(f"The sampling options are refused: {first_line(error)}") from error
+        raise InputError(f"The sampling options are refused: {first_line(error)}.") from error
     for processor in found:
         if not is_stateless(processor):
             raise InputError(

@@ -43,7 +43,7 @@ def load_draft(directory: str | Path, target: PreTrainedModel) -> ImitationNetwo
             path, dtype=torch.float32, output_loading_info=True
         )
     except Exception as error:
-        raise CheckpointError(f"The draft in {path} can't be read: {first_line(error)}") from error
+        raise CheckpointError(f"The draft in {path} can't be read: {first_line(error)}.") from error
     network: ImitationNetwork = loaded[0]
     found: dict[str, set[str]] = loaded[1]
     # transformers fills what is missing with random weights.

@@ -14,7 +14,7 @@ import transformers
 from fastvlm.data.conversations import Message
 from fastvlm.decoding import Engine, Request, Strategy
 from fastvlm.functional.statistics import DecodingStatistics, Spread
-from fastvlm.vision.images import ImageInput
+from fastvlm.vision.loading import ImageInput
 from fastvlm.vlm import VisionLanguageModel
 
 

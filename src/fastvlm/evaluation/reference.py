@@ -16,7 +16,7 @@ from fastvlm.data.questions import Question
 from fastvlm.decoding.sampler import noisy
 from fastvlm.language import capture_decoder_inputs, split_decoder
 from fastvlm.prompts import FastViTHDPromptBuilder, question
-from fastvlm.vision.images import ImageInput
+from fastvlm.vision.loading import ImageInput
 from fastvlm.vlm import VisionLanguageModel
 
 SCENE_PIXELS = 512

@@ -1,5 +1,8 @@
 """The errors that fastvlm raises; each message is one clear sentence."""
 
+MAX_SAID = 300
+"""Characters of another library's message that a sentence repeats."""
+
 
 class FastVlmError(Exception):
     """The base of every error that fastvlm raises."""
@@ -18,6 +21,30 @@ class StorageError(FastVlmError):
 
 
 def first_line(error: Exception) -> str:
-    """Return the first line of what an error says, or its kind where it says nothing."""
-    lines = str(error).strip().splitlines()
-    return lines[0] if lines else type(error).__name__
+    """Return the first line of what an error says as the end of a sentence, without its full stop.
+
+    Where it says nothing, its kind; where the line announces those below it, as much of them as
+    makes it whole.
+    """
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    if not lines:
+        return type(error).__name__
+    said = lines[0]
+    for line in lines[1:]:
+        if said[-1] not in ":,(":
+            break
+        said = f"{said} {line}"
+    said = said.rstrip(" .:,(")
+    return said if len(said) <= MAX_SAID else f"{said[:MAX_SAID]} ..."
+
+
+def shortened(value: object, length: int = 80) -> str:
+    """Return what a value looks like, cut in the middle where it is longer than a line."""
+    try:
+        text = value if isinstance(value, str) else repr(value)
+    except Exception:  # noqa: BLE001 (an object may have a broken `__repr__`)
+        text = f"an object of {type(value).__name__}"
+    text = text.encode("utf-8", "backslashreplace").decode()
+    text = "".join(one if one.isprintable() else repr(one)[1:-1] for one in text[: 4 * length])
+    half = (length - 3) // 2
+    return text if len(text) <= length else f"{text[:half]}...{text[-half:]}"

@@ -107,7 +107,7 @@ def _reason(path: Path, error: Exception) -> str:
         return "the disk is full"
     if isinstance(error, OSError) and error.strerror:
         return error.strerror[0].lower() + error.strerror[1:]
-    return first_line(error).rstrip(".")
+    return first_line(error)
 
 
 def _is_full(path: Path) -> bool:

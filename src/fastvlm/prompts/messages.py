@@ -5,7 +5,7 @@ from typing import Any
 
 from fastvlm.data.conversations import Message
 from fastvlm.functional.errors import InputError
-from fastvlm.vision.images import ImageInput
+from fastvlm.vision.loading import ImageInput
 
 
 def question(prompt: str, image: ImageInput | None) -> list[Message]:

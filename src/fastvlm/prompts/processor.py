@@ -18,7 +18,8 @@ from fastvlm.functional.errors import InputError, first_line
 from fastvlm.language import DecoderInputs, SplitDecoder, capture_decoder_inputs
 from fastvlm.prompts.features import ImageFeatureCache
 from fastvlm.prompts.messages import images_of, parts_of
-from fastvlm.vision.images import ImageOptions, load_image
+from fastvlm.vision.images import ImageOptions
+from fastvlm.vision.loading import load_image
 
 
 class ProcessorPromptBuilder:
@@ -78,7 +79,7 @@ class ProcessorPromptBuilder:
         except (TypeError, ValueError) as error:
             # A setting that older checkpoints lack is None here, and can't be computed with.
             raise InputError(
-                f"The processor of {self.name} refuses the prompt: {first_line(error)}"
+                f"The processor of {self.name} refuses the prompt: {first_line(error)}."
             ) from error
         device, dtype = self.decoder.device, self.decoder.dtype
         return {
@@ -115,7 +116,7 @@ class ProcessorPromptBuilder:
             [found] = capture_decoder_inputs(self.model, inputs)
         except ValueError as error:
             raise InputError(
-                f"{self.name} refuses what its processor made of the prompt: {first_line(error)}"
+                f"{self.name} refuses what its processor made of the prompt: {first_line(error)}."
             ) from error
         return found
 
@@ -182,7 +183,7 @@ class ProcessorPromptBuilder:
             )
         except Exception as error:
             raise InputError(
-                f"The chat template of {self.name} refuses the dialogue: {first_line(error)}"
+                f"The chat template of {self.name} refuses the dialogue: {first_line(error)}."
             ) from error
         return written
 

@@ -35,7 +35,7 @@ from fastvlm.evaluation.tasks.tables import (
     speedup_end_to_end,
     task_parts,
 )
-from fastvlm.vision.images import load_image
+from fastvlm.vision.loading import load_image
 
 EXAMPLES = 2
 """Items of each task that are shown."""
