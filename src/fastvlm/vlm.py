@@ -164,7 +164,8 @@ class VisionLanguageModel:
 
         Args:
             prompt: What is asked of the image, or a whole dialogue with its images, see `Message`.
-            image: A path or a Pillow image; None for a question without one, or a dialogue.
+            image: An image, see `load_image`, or a list of several; None for a question without
+                one, or a dialogue.
             strategy: How to draft: what `strategy` returned, or its name; None for the model's
                 best.
             options: Fields of `SamplingParams`, and how images are shown, see `ImageOptions`.
@@ -177,13 +178,7 @@ class VisionLanguageModel:
         # What can be refused is refused before the long work.
         params, shown = split_options(options)
         chosen = self._chosen(strategy)
-        if isinstance(prompt, str):
-            prompt = question(prompt, image)
-        elif image is not None:
-            raise InputError("A dialogue's images stand in its messages; leave out the image.")
-        if not prompt:
-            raise InputError("A dialogue has at least one turn; got none.")
-        return self._request(prompt, params, shown, chosen, started)
+        return self._request(messages_of(prompt, image), params, shown, chosen, started)
 
     def _chosen(self, strategy: Strategy | str | None) -> Strategy:
         if strategy is None or isinstance(strategy, str):
@@ -311,7 +306,7 @@ class VisionLanguageModel:
 
         For the arguments and errors see `generate_batch`.
         """
-        if len(prompts) != len(images):
+        if isinstance(prompts, str) or len(prompts) != len(images):
             raise InputError(
                 f"A batch has an image for each prompt; got {len(prompts)} prompts and"
                 f" {len(images)} images."
@@ -322,8 +317,8 @@ class VisionLanguageModel:
         def made() -> Iterator[Request]:
             for row, (prompt, image) in enumerate(zip(prompts, images, strict=True)):
                 started = time.perf_counter()
-                messages = question(prompt, image) if isinstance(prompt, str) else prompt
                 try:
+                    messages = messages_of(prompt, image)
                     yield self._request(messages, params.for_row(row), shown, chosen, started)
                 except FastVlmError as error:
                     yield Request.failed(error, chosen)
@@ -350,6 +345,19 @@ class VisionLanguageModel:
     def reply(self, request: Request) -> Reply:
         """Return what a request has decoded."""
         return Reply.of(request, self.tokenizer)
+
+
+def messages_of(prompt: str | Sequence[Message], image: ImageInput | None) -> Sequence[Message]:
+    """Return what is asked as a dialogue.
+
+    Raises:
+        InputError: An image stands beside a dialogue, which has its images in its messages.
+    """
+    if isinstance(prompt, str):
+        return question(prompt, image)
+    if image is not None:
+        raise InputError("A dialogue's images stand in its messages; leave out the image.")
+    return prompt
 
 
 def split_options(options: dict[str, Any]) -> tuple[SamplingParams, ImageOptions]:

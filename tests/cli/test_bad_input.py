@@ -32,13 +32,13 @@ def test_a_file_that_is_no_picture(cli: Cli, tmp_path: Path) -> None:
 def test_a_picture_that_is_not_there(cli: Cli, tmp_path: Path) -> None:
     said = cli("generate", tmp_path / "none.png")
     assert said.code == 1
-    assert "There is no picture at" in said.sentence()
+    assert "There is no image at" in said.sentence()
 
 
 def test_a_truncated_picture(cli: Cli, broken: Path) -> None:
     said = cli("generate", broken)
     assert said.code == 1
-    assert f"{broken} can't be decoded as a picture" in said.sentence()
+    assert f"{broken} can't be decoded as an image" in said.sentence()
 
 
 @pytest.mark.parametrize("option", ["--model", "--draft"])

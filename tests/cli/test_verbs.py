@@ -128,7 +128,7 @@ def test_a_broken_picture_does_not_lose_the_others(cli: Cli, shipped: Path, brok
     assert said.code == 1
     replies = [expected_reply(shipped, picture, "What?", 8) for picture in (one, two)]
     assert said.out == f"{one}: {replies[0]}\n{two}: {replies[1]}\n"
-    assert said.err.startswith(f"fastvlm: {broken} can't be decoded as a picture")
+    assert said.err.startswith(f"fastvlm: {broken} can't be decoded as an image")
     assert said.err.count("\n") == 1
 
 

@@ -16,6 +16,7 @@ from typing import Annotated, Any
 import torch
 import typer
 from hypothesis import HealthCheck, Phase, given, seed, settings
+from transformers.utils import logging
 
 from tests.fuzzing import sandbox
 from tests.fuzzing.area import Area
@@ -53,8 +54,6 @@ class Tally:
 
 def quiet() -> None:
     """Let forks be safe and what others log be silent."""
-    from transformers.utils import logging
-
     os.environ |= {"TOKENIZERS_PARALLELISM": "false", "HF_HUB_OFFLINE": "1"}
     torch.set_num_threads(1)
     logging.disable_progress_bar()

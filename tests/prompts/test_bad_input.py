@@ -48,7 +48,7 @@ def turn(role: str, *parts: Any) -> dict[str, Any]:
         ("llava", ("<image> What?", image(0)), "must not contain the image's placeholder"),
         ("llava", ("<image> What?",), "must not contain the image's placeholder"),
         ("qwen2-vl", ("<|video_pad|> What?",), "must not contain the image's placeholder"),
-        ("llava", ("What?", "no/such.png"), "There is no picture at no/such.png"),
+        ("llava", ("What?", "no/such.png"), "There is no image at no/such.png"),
         ("llava", ([{"role": "user", "content": [{"type": "video"}]}],), "A part of a message is"),
         ("llava", ([turn("user", "What?")], image(0)), "leave out the image"),
         ("blip2-opt", ("What?",), "takes one image with each prompt; got 0"),

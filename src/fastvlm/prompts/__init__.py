@@ -8,7 +8,7 @@ from fastvlm.language import SplitDecoder
 from fastvlm.prompts.builder import PromptBuilder
 from fastvlm.prompts.fastvithd import FastViTHDPromptBuilder
 from fastvlm.prompts.features import ImageFeatureCache
-from fastvlm.prompts.messages import question
+from fastvlm.prompts.messages import dialogue, question
 from fastvlm.prompts.processor import ProcessorPromptBuilder
 from fastvlm.vision.fastvithd import FastViTHD
 
@@ -18,6 +18,7 @@ __all__ = [
     "Message",
     "ProcessorPromptBuilder",
     "PromptBuilder",
+    "dialogue",
     "prompt_builder",
     "question",
 ]

@@ -13,7 +13,7 @@ from fastvlm.data.conversations import Message
 from fastvlm.functional.errors import InputError
 from fastvlm.language import DecoderInputs, SplitDecoder
 from fastvlm.prompts.features import ImageFeatureCache, digest
-from fastvlm.prompts.messages import images_of, parts_of
+from fastvlm.prompts.messages import IMAGES, dialogue, images_of, templated
 from fastvlm.vision.configuration import REDUCTION
 from fastvlm.vision.fastvithd import FastViTHD
 from fastvlm.vision.images import ImageOptions, prepare
@@ -57,16 +57,13 @@ class FastViTHDPromptBuilder:
                 model takes them, of `image_size` and without tiles.
 
         Raises:
-            InputError: The text has a placeholder of its own.
+            InputError: The text has a placeholder of its own, or the chat template refuses it.
         """
         if visual is None:
-            parts = [part for turn in messages for part in parts_of(turn)]
-            images = sum(part["type"] == "image" for part in parts)
+            contents = [turn["content"] for turn in messages if isinstance(turn["content"], list)]
+            images = sum(part["type"] in IMAGES for content in contents for part in content)
             visual = [(self.image_size // REDUCTION) ** 2] * images
-        turns = [dict(message) for message in messages]
-        text = str(
-            self.tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=True)
-        )
+        text = templated(self.tokenizer, type(self.model).__name__, messages)
         numbers = iter(visual)
         found = expand_image_tokens(self.tokenizer, text, self.model.config.image_token_id, numbers)
         if next(numbers, None) is not None:
@@ -125,9 +122,15 @@ class FastViTHDPromptBuilder:
     ) -> tuple[list[int], list[Tensor]]:
         """Return a dialogue's tokens, and of each image its (tiles, 3, size, size) in [0, 1]."""
         shown: ImageOptions = {"image_size": self.image_size, **options}
-        tiles = [prepare(image, **shown) for image in images_of(messages)]
+        turns = dialogue(messages)
+        tiles = [prepare(image, **shown) for image in images_of(turns)]
         visual = [len(image) * (image.shape[-1] // REDUCTION) ** 2 for image in tiles]
-        return self.tokens(messages, visual), tiles
+        written = [
+            # Templates may write a text and a list of one text differently.
+            given if isinstance(given["content"], str) else turn
+            for given, turn in zip(messages, turns, strict=True)
+        ]
+        return self.tokens(written, visual), tiles
 
     def _placed(self, tiles: Tensor) -> Tensor:
         return tiles.to(self.decoder.device, self.decoder.dtype)

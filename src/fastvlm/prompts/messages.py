@@ -1,56 +1,147 @@
-"""Dialogues: turns of texts and images."""
+"""Dialogues: turns of texts and images, in the forms that clients write them."""
+
+from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from transformers import PreTrainedTokenizerBase, ProcessorMixin
+
 from fastvlm.data.conversations import Message
-from fastvlm.functional.errors import InputError
+from fastvlm.functional.errors import InputError, first_line, shortened
 from fastvlm.vision.loading import ImageInput
+
+TEXTS = ("text", "input_text")
+"""Types of a part that holds a text."""
+IMAGES = {
+    "image": ("image", "url", "path", "base64"),
+    "image_url": ("image_url",),
+    "input_image": ("image_url",),
+}
+"""Types of a part that holds an image, each with the keys that may hold it."""
 
 
 def question(prompt: str, image: ImageInput | None) -> list[Message]:
-    """Return a question about an image as a dialogue of one turn."""
+    """Return a question as a dialogue of one turn.
+
+    Args:
+        prompt: The text.
+        image: What stands before it: an image, a list of several, or None.
+    """
+    images = [image] if not isinstance(image, list | tuple) else image
     return [
         {
             "role": "user",
             "content": [
-                *([] if image is None else [{"type": "image", "image": image}]),
+                *({"type": "image", "image": one} for one in images if one is not None),
                 {"type": "text", "text": prompt},
             ],
         }
     ]
 
 
-def parts_of(message: Message) -> list[Mapping[str, Any]]:
-    """Return the parts of a turn, each an image or a text.
+def dialogue(messages: Any) -> list[Message]:
+    """Return a dialogue in one form, whatever client wrote it.
+
+    Args:
+        messages: Turns as `transformers`' chat templates or OpenAI's API take them: each a `role`
+            and a `content`, which is a text or a list of parts.
+
+    Returns:
+        The turns, each with a list of `{"type": "text", "text": ...}` and `{"type": "image",
+        "image": ...}`.
 
     Raises:
-        InputError: A part is neither a text nor an image.
+        InputError: There is no turn, or something in one is none of these.
     """
+    if isinstance(messages, str | bytes | Mapping) or not isinstance(messages, Sequence):
+        raise InputError(
+            "A prompt is a text, or a list of messages as {'role': 'user', 'content': ...}; got"
+            f" {shortened(repr(messages))}."
+        )
+    if not messages:
+        raise InputError("A dialogue has at least one turn; got none.")
+    return [_turn(message) for message in messages]
+
+
+def _turn(message: Any) -> Message:
+    if not isinstance(message, Mapping) or not isinstance(message.get("role"), str):
+        raise InputError(
+            f"A message is {{'role': 'user', 'content': ...}}; got {shortened(repr(message))}."
+        )
     content = message.get("content")
-    if content is None:
-        return []
     if isinstance(content, str):
-        return [{"type": "text", "text": content}]
-    for part in content:
-        kind = part.get("type")
-        if not (kind == "image" and "image" in part) and kind != "text":
-            raise InputError(
-                "A part of a message is {'type': 'text', 'text': ...} or {'type': 'image',"
-                f" 'image': ...}}; got {part!r}."
-            )
-    return list(content)
+        content = [{"type": "text", "text": content}]
+    if content is None:
+        content = []
+    if isinstance(content, Mapping | bytes) or not isinstance(content, Sequence):
+        raise InputError(
+            f"A message's content is a text or a list of parts; got {shortened(repr(content))}."
+        )
+    check_text(message["role"])
+    return {**message, "content": [_part(part) for part in content]}
+
+
+def _part(part: Any) -> Mapping[str, Any]:
+    kind = part.get("type") if isinstance(part, Mapping) else None
+    if kind in TEXTS and isinstance(part.get("text"), str):
+        check_text(part["text"])
+        return {"type": "text", "text": part["text"]}
+    if isinstance(kind, str):
+        for key in IMAGES.get(kind, ()):
+            if (value := part.get(key)) is not None:
+                nested = isinstance(value, Mapping) and key == "image_url"
+                return {"type": "image", "image": value.get("url") if nested else value}
+    raise InputError(
+        "A part of a message is {'type': 'text', 'text': ...} or {'type': 'image', 'image': ...};"
+        f" got {shortened(repr(part))}."
+    )
+
+
+def check_text(text: str) -> None:
+    """Refuse a text that no tokenizer can read.
+
+    Raises:
+        InputError: It has half of a character in it, as a terminal with another encoding types it.
+    """
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise InputError(
+            f"The text {shortened(repr(text))} is not valid Unicode at character {error.start}."
+        ) from error
 
 
 def images_of(messages: Sequence[Message]) -> list[ImageInput]:
-    """Return the images of a dialogue, in their order.
-
-    Raises:
-        InputError: A part of a turn is neither a text nor an image.
-    """
+    """Return the images of a dialogue, as `dialogue` returns it, in their order."""
     return [
         part["image"]
         for message in messages
-        for part in parts_of(message)
+        for part in message["content"]
         if part["type"] == "image"
     ]
+
+
+def templated(
+    processor: PreTrainedTokenizerBase | ProcessorMixin, name: str, turns: Sequence[Message]
+) -> str:
+    """Return a dialogue as a chat template writes it, up to where the reply begins.
+
+    Args:
+        processor: What has the template.
+        name: The model's, for errors.
+        turns: The dialogue, as the template takes it.
+
+    Raises:
+        InputError: The template refuses it, or is broken.
+    """
+    try:
+        # Their types know dictionaries alone, where any mapping will do.
+        written: Any = processor.apply_chat_template(
+            [dict(turn) for turn in turns], tokenize=False, add_generation_prompt=True
+        )
+    except Exception as error:  # a template's own errors are of any kind
+        raise InputError(
+            f"The chat template of {name} refuses the dialogue: {first_line(error)}."
+        ) from error
+    return str(written)

@@ -17,9 +17,12 @@ from fastvlm.data.conversations import Message
 from fastvlm.functional.errors import InputError, first_line
 from fastvlm.language import DecoderInputs, SplitDecoder, capture_decoder_inputs
 from fastvlm.prompts.features import ImageFeatureCache
-from fastvlm.prompts.messages import images_of, parts_of
+from fastvlm.prompts.messages import dialogue, images_of, templated
 from fastvlm.vision.images import ImageOptions
 from fastvlm.vision.loading import load_image
+
+NEEDED = ("patch_size", "num_query_tokens", "vision_feature_select_strategy")
+"""Settings without which a processor that has them can't count an image's tokens."""
 
 
 class ProcessorPromptBuilder:
@@ -70,17 +73,21 @@ class ProcessorPromptBuilder:
                 f"The processor of {self.name} decides how an image is shown; leave out"
                 f" {', '.join(options)}."
             )
-        images = [load_image(image) for image in images_of(messages)]
-        if images and not self.shows_images:
+        turns = dialogue(messages)
+        shown = images_of(turns)
+        if shown and not self.shows_images:
             raise InputError(f"{self.name} reads text alone; leave out the image.")
-        text = self.text(messages, len(images))
+        images = [load_image(image) for image in shown]
+        text = self.text(turns, len(images))
         try:
             found = self.processed(text, images)
-        except (TypeError, ValueError) as error:
-            # A setting that older checkpoints lack is None here, and can't be computed with.
+        except Exception as error:  # a processor and its tokenizer have errors of any kind
             raise InputError(
                 f"The processor of {self.name} refuses the prompt: {first_line(error)}."
+                f"{self.lacking()}"
             ) from error
+        if images:
+            self.check_shown(found)
         device, dtype = self.decoder.device, self.decoder.dtype
         return {
             name: value.to(device, dtype if value.is_floating_point() else None)
@@ -103,7 +110,7 @@ class ProcessorPromptBuilder:
         if found.encoder_states is not None:
             # An encoder reads the whole source before the decoder's first position.
             return found
-        shows = bool(images_of(messages))
+        shows = bool(images_of(dialogue(messages)))
         return replace(found, keys=self.keys(found.token_ids, digests if shows else None))
 
     def captured(self, inputs: dict[str, Tensor]) -> DecoderInputs:
@@ -114,7 +121,7 @@ class ProcessorPromptBuilder:
         """
         try:
             [found] = capture_decoder_inputs(self.model, inputs)
-        except ValueError as error:
+        except (ValueError, RuntimeError, IndexError, TypeError) as error:
             raise InputError(
                 f"{self.name} refuses what its processor made of the prompt: {first_line(error)}."
             ) from error
@@ -171,21 +178,41 @@ class ProcessorPromptBuilder:
         Raises:
             InputError: The template refuses it.
         """
-        turns: list[dict[str, Any]] = [
-            # Templates of processors read lists of parts, and pass over texts; those of tokenizers
-            # the other way round.
-            {**message, "content": bare(message) if self.shows_images else plain_text(message)}
-            for message in messages
-        ]
-        try:
-            written: str = self.processor.apply_chat_template(
-                turns, tokenize=False, add_generation_prompt=True
-            )
-        except Exception as error:
+        # Templates of processors read lists of parts, and pass over texts; those of tokenizers the
+        # other way round.
+        write = bare if self.shows_images else plain_text
+        turns = [{**message, "content": write(message)} for message in messages]
+        return templated(self.processor, self.name, turns)
+
+    def lacking(self) -> str:
+        """Return a sentence on what the processor's file should say and doesn't; often none."""
+        names = [name for name in NEEDED if getattr(self.processor, name, 0) is None]
+        if not names:
+            return ""
+        listed = " and ".join(names)
+        return (
+            f" Its processor_config.json has no {listed}, of which the model's configuration may"
+            " tell; set it there."
+        )
+
+    def check_shown(self, inputs: dict[str, Tensor]) -> None:
+        """Refuse what a processor made of images if the model would not see them.
+
+        Raises:
+            InputError: There are no pixels in it, or no place for their features.
+        """
+        if not any(value.is_floating_point() for value in inputs.values()):
             raise InputError(
-                f"The chat template of {self.name} refuses the dialogue: {first_line(error)}."
-            ) from error
-        return written
+                f"The processor of {self.name} made no pixels of the image, so the model would not"
+                f" see it.{self.lacking()}"
+            )
+        config: Any = self.model.config
+        token = getattr(config, "image_token_id", getattr(config, "image_token_index", None))
+        if token is not None and not (inputs["input_ids"] == token).any():
+            raise InputError(
+                f"The processor of {self.name} left no place for the image in the prompt, so the"
+                f" model would not see it.{self.lacking()}"
+            )
 
     def processed(self, text: str, images: Sequence[Image.Image]) -> dict[str, Tensor]:
         """Return what the processor makes of a text and the images in it."""
@@ -206,14 +233,13 @@ class ProcessorPromptBuilder:
 
 def bare(message: Message) -> list[dict[str, Any]]:
     """Return the parts of a turn without the images themselves."""
-    return [
-        {"type": "image"} if part["type"] == "image" else dict(part) for part in parts_of(message)
-    ]
+    parts = message["content"]
+    return [{"type": "image"} if part["type"] == "image" else dict(part) for part in parts]
 
 
 def plain_text(message: Message) -> str:
     """Return the text of a turn."""
-    return "".join(part["text"] for part in parts_of(message) if part["type"] == "text")
+    return "".join(part["text"] for part in message["content"] if part["type"] == "text")
 
 
 def check_plain(name: str, messages: Sequence[Message], images: int | None) -> None:

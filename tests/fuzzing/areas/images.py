@@ -146,7 +146,7 @@ def made(case: Array) -> Any:
         warnings.simplefilter("ignore")
         array = values.astype(case.dtype)
     if case.tensor and case.dtype not in ("object", "str"):
-        return torch.from_numpy(array)
+        return torch.as_tensor(array)
     return array
 
 

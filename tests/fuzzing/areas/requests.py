@@ -33,6 +33,19 @@ OPTIONS: dict[str, st.SearchStrategy[Any]] = {
 }
 
 
+SENSIBLE: dict[str, st.SearchStrategy[Any]] = {
+    "max_new_tokens": st.integers(1, 12),
+    "temperature": st.floats(0, 3),
+    "top_p": st.floats(0.01, 1),
+    "top_k": st.integers(1, 60),
+    "min_p": st.floats(0, 0.5),
+    "repetition_penalty": st.floats(0.5, 2),
+    "seed": st.integers(0, 2**40),
+    "stop": st.text(min_size=1, max_size=2),
+}
+"""Options as people give them."""
+
+
 @dataclass(frozen=True, slots=True)
 class Request:
     """What `generate` is given."""
@@ -78,12 +91,28 @@ class Requests:
             ),
             odd_values,
         )
+        usual = st.just(
+            {
+                "role": "user",
+                "content": [{"type": "image", "image": IMAGE}, {"type": "text", "text": "What?"}],
+            }
+        )
         prompt = st.one_of(
-            st.text(max_size=30), odd_texts, st.lists(message, max_size=4), message, odd_values
+            st.just("What is it?"),
+            st.text(max_size=30),
+            odd_texts,
+            st.lists(usual | message, min_size=1, max_size=3),
+            st.lists(message, max_size=4),
+            message | odd_values,
         )
         some = st.fixed_dictionaries({}, optional=OPTIONS)
+        few = st.fixed_dictionaries({}, optional=SENSIBLE)
         return st.builds(
-            Request, st.sampled_from(sorted(self.models)), prompt, st.booleans(), some | st.just({})
+            Request,
+            st.sampled_from(sorted(self.models)),
+            prompt,
+            st.booleans(),
+            st.one_of(st.just({}), few, few, some),
         )
 
     def check(self, case: Request) -> None:
