@@ -7,14 +7,14 @@ import warnings
 from collections.abc import Iterator, Sequence
 from dataclasses import fields, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Unpack
 
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, ProcessorMixin
 from transformers.generation.stopping_criteria import StoppingCriteriaList
 
 from fastvlm import embedded
-from fastvlm.checkpoints import load_checkpoint
+from fastvlm.checkpoints import PretrainedOptions, load_checkpoint
 from fastvlm.checkpoints.processors import tokenizer_of
 from fastvlm.decoding import Engine, Request, Sampler, SamplingParams, Strategy
 from fastvlm.decoding.engine import MAX_SLOTS
@@ -38,8 +38,8 @@ from fastvlm.prompts import (
     FastViTHDPromptBuilder,
     ImageFeatureCache,
     Message,
+    messages_of,
     prompt_builder,
-    question,
 )
 from fastvlm.vision.configuration import REDUCTION
 from fastvlm.vision.fastvithd import FastViTHD
@@ -347,19 +347,6 @@ class VisionLanguageModel:
         return Reply.of(request, self.tokenizer)
 
 
-def messages_of(prompt: str | Sequence[Message], image: ImageInput | None) -> Sequence[Message]:
-    """Return what is asked as a dialogue.
-
-    Raises:
-        InputError: An image stands beside a dialogue, which has its images in its messages.
-    """
-    if isinstance(prompt, str):
-        return question(prompt, image)
-    if image is not None:
-        raise InputError("A dialogue's images stand in its messages; leave out the image.")
-    return prompt
-
-
 def split_options(options: dict[str, Any]) -> tuple[SamplingParams, ImageOptions]:
     """Return the sampling options and those of images among options.
 
@@ -377,10 +364,11 @@ def load(
     draft: str | Path | None = None,
     *,
     dtype: torch.dtype = torch.float32,
-    device: str | torch.device = "cpu",
+    device: str | torch.device | None = None,
     prefix_bytes: int = PREFIX_BYTES,
     packed_bytes: int = PACKED_BYTES,
     max_slots: int = MAX_SLOTS,
+    **pretrained: Unpack[PretrainedOptions],
 ) -> VisionLanguageModel:
     """Load a model, and a draft that was made for it.
 
@@ -389,21 +377,25 @@ def load(
             hub; None for the model that ships with fastvlm, with its own draft.
         draft: A draft's directory; None to decode without one.
         dtype: The precision to compute in.
-        device: Where to compute.
+        device: Where to compute; the CPU, if neither it nor a `device_map` is given.
         prefix_bytes: The most memory for what is kept of images, so that a second question about
             one costs its own text only; 0 keeps nothing.
         packed_bytes: The most memory for a second copy of the decoder's weights, with which a CPU
             verifies faster in float32 (see `pack_decoder`); 0 makes none.
         max_slots: The most requests that decode together; others wait.
+        pretrained: What is handed to `transformers`, see `PretrainedOptions`: `revision`, `token`,
+            `device_map`, `quantization_config`, `attn_implementation`, `trust_remote_code`.
 
     Raises:
         CheckpointError: The model or the draft is missing or broken, or the draft can't draft for
             the model.
-        InputError: The model's family is not known, or its processor has no chat template.
+        InputError: The model's family is not known, its processor has no chat template, or an
+            option is unknown.
     """
+    refuse_unknown(pretrained, tuple(PretrainedOptions.__annotations__), "load takes")
     if model is None:
         model, draft = embedded.MODEL, embedded.DRAFT if draft is None else draft
-    target, processor = load_checkpoint(model, dtype, device)
+    target, processor = load_checkpoint(model, dtype, device, pretrained)
     tower = getattr(target.base_model, "vision_tower", None)
     if isinstance(tower, FastViTHD):
         # Folding is exact, so nobody who loads a model for inference wants the branches.

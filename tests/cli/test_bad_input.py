@@ -26,7 +26,7 @@ def test_a_file_that_is_no_picture(cli: Cli, tmp_path: Path) -> None:
     file.write_text("not a picture")
     said = cli("generate", file)
     assert said.code == 1
-    assert f"{file} is not a picture" in said.sentence()
+    assert f"{file} is not an image" in said.sentence()
 
 
 def test_a_picture_that_is_not_there(cli: Cli, tmp_path: Path) -> None:
@@ -64,7 +64,7 @@ def test_a_broken_model(cli: Cli, picture: Path, tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text("{")
     said = cli("generate", picture, "--model", tmp_path)
     assert said.code == 1
-    assert f"The model {tmp_path} can't be loaded" in said.sentence()
+    assert str(tmp_path / "config.json") in said.sentence()
 
 
 def test_a_draft_for_another_model(cli: Cli, picture: Path, shipped: Path) -> None:

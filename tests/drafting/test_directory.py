@@ -413,7 +413,7 @@ def spoil(draft: Path, how: str) -> None:
 def test_a_broken_draft_is_named(how: str, draft: Path, target: PreTrainedModel) -> None:
     spoil(draft, how)
     for given in (draft, str(draft)):
-        with pytest.raises(CheckpointError, match=r"can't be read: \S") as caught:
+        with pytest.raises(CheckpointError) as caught:
             load_draft(given, target)
         assert str(draft) in str(caught.value)
         assert "\n" not in str(caught.value)

@@ -1,6 +1,6 @@
 """Checkpoints of FastVLM models in every layout of the world: read, recognised, converted."""
 
-from fastvlm.checkpoints.loading import load_checkpoint
+from fastvlm.checkpoints.loading import PretrainedOptions, load_checkpoint
 from fastvlm.checkpoints.saving import LAYOUTS, save_checkpoint
 
-__all__ = ["LAYOUTS", "load_checkpoint", "save_checkpoint"]
+__all__ = ["LAYOUTS", "PretrainedOptions", "load_checkpoint", "save_checkpoint"]

@@ -2,100 +2,298 @@
 
 from __future__ import annotations
 
-import json
 import os
+import warnings
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, TypedDict, TypeVar, cast
 
 import torch
 from huggingface_hub import snapshot_download
 from torch import Tensor
 from transformers import (
+    CONFIG_MAPPING,
+    MODEL_FOR_CAUSAL_LM_MAPPING,
     MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING,
+    MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING,
     AutoConfig,
     AutoModelForCausalLM,
     AutoModelForImageTextToText,
+    AutoModelForSeq2SeqLM,
     AutoTokenizer,
     FastVlmConfig,
     FastVlmForConditionalGeneration,
     GenerationConfig,
+    PreTrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
     ProcessorMixin,
 )
 
+from fastvlm.checkpoints.files import OTHERS, check_folder
 from fastvlm.checkpoints.layouts import APPLE, CHATML, IMAGE, Layout, recognise
 from fastvlm.checkpoints.processors import load_processor
-from fastvlm.checkpoints.weights import read_weights
-from fastvlm.functional.errors import CheckpointError, FastVlmError, first_line
+from fastvlm.checkpoints.weights import (
+    check_layers,
+    check_size,
+    misshapen,
+    named,
+    read_weights,
+    refuse_wrong,
+)
+from fastvlm.functional.errors import (
+    CheckpointError,
+    FastVlmError,
+    InputError,
+    first_line,
+    shortened,
+)
+from fastvlm.functional.model_files import read_object
 from fastvlm.functional.placement import moved
+from fastvlm.language.families import family
 from fastvlm.vision.fastvithd import FastViTHD
 
-NAMED = 3
-"""How many wrong weights an error names."""
+Loaded = TypeVar("Loaded")
+HARMLESS = ("rotary_emb.inv_freq", "position_ids", "num_batches_tracked", "masked_bias")
+"""Endings of names that older files have, of what is computed or counted and not learnt."""
+
+
+class PretrainedOptions(TypedDict, total=False):
+    """Options that are handed to `transformers` as they are.
+
+    Args:
+        revision: Branch, tag or commit of a model on the hub.
+        token: The hub's token, for a model that needs one.
+        device_map: Where each part goes, as accelerate has it, such as `auto`.
+        quantization_config: How the weights are quantised while they are loaded.
+        attn_implementation: How attention is computed: `sdpa`, `eager`, ...
+        trust_remote_code: Whether code that lies beside the weights is run; it never is, if this is
+            not given.
+    """
+
+    revision: str | None
+    token: str | bool | None
+    device_map: Any
+    quantization_config: Any
+    attn_implementation: str | None
+    trust_remote_code: bool
 
 
 def load_checkpoint(
-    model: str | Path, dtype: torch.dtype, device: str | torch.device
+    model: str | Path,
+    dtype: torch.dtype,
+    device: str | torch.device | None = None,
+    options: PretrainedOptions | None = None,
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase | ProcessorMixin]:
     """Load a model and what prepares its inputs: Apple's FastVLM, or what `transformers` loads.
 
     That is its processor, but the tokenizer alone for a model of text or one around FastViTHD.
 
-    Parameters are those of the files; nothing is folded.
+    Parameters are those of the files; nothing is folded, and nothing is left at random.
 
     Args:
         model: A directory, or a name on the Hugging Face hub.
         dtype: The precision.
-        device: The device.
+        device: The device; the CPU, if none is given and no `device_map`.
+        options: What is handed to `transformers`.
 
     Raises:
-        CheckpointError: There is no model there, or a weight is missing, left over or misshapen.
-        InputError: It is of a layout that is known, but has an encoder that is not.
+        CheckpointError: There is no model there, a file is broken, or a weight is missing or
+            misshapen; it names the file or the weights.
+        InputError: It is of a layout or a family that fastvlm doesn't know, or there are both a
+            device and a map of devices.
     """
-    path = Path(model)
-    looks_local = isinstance(model, Path) or path.exists() or os.fspath(model).count("/") != 1
-    if looks_local and not (path / "config.json").is_file():
-        raise CheckpointError(f"There is no model in {path}: config.json is missing.")
-    try:
-        folder = path if looks_local else Path(snapshot_download(str(model)))
-        config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-        layout = recognise(config)
-        if layout is None:
-            return _load_with_transformers(folder, dtype, device)
-        target = moved(_load_layout(folder, layout, config, dtype), device)
-        tokenizer = AutoTokenizer.from_pretrained(folder)
+    given: Any = {name: value for name, value in (options or {}).items() if value is not None}
+    if device is not None and "device_map" in given:
+        raise InputError("The device is where all of a model goes: leave out it or device_map.")
+    folder = find_folder(model, given)
+    check_folder(folder)
+    stored = read_object(folder / "config.json")
+    check_layers(folder, stored)
+    layout = attempt(f"{folder / 'config.json'} is refused", recognise, stored)
+    loading = {"dtype": dtype, **given}
+    if layout is None:
+        target, processor = _load_with_transformers(folder, loading)
+    else:
+        target = attempt(
+            f"The model in {folder} can't be loaded", _load_layout, folder, layout, stored, loading
+        )
+        processor = load_tokenizer(folder)
         if layout is APPLE:
-            _teach_pictures(target, tokenizer)
+            _teach_images(target, processor)
+    if "device_map" not in given and "quantization_config" not in given:
+        target = moved(target, device or "cpu")
+    return target, processor
+
+
+def find_folder(model: str | Path, options: dict[str, Any]) -> Path:
+    """Return the folder of a model, fetched from the hub where it is not a path.
+
+    Args:
+        model: A directory, or a name on the Hugging Face hub.
+        options: `revision` and `token` are taken out of them.
+
+    Raises:
+        CheckpointError: It can't be fetched.
+    """
+    revision, token = options.pop("revision", None), options.pop("token", None)
+    path = Path(model)
+    if isinstance(model, Path) or os.path.lexists(path) or os.fspath(model).count("/") != 1:
+        return path
+    try:
+        return Path(
+            snapshot_download(
+                str(model),
+                revision=revision,
+                token=token,
+                ignore_patterns=[*OTHERS, "original/*"],
+            )
+        )
+    except Exception as error:  # of the hub's and of the network's own many kinds
+        raise CheckpointError(
+            f"There is no folder {model} here, and it can't be fetched from the Hugging Face hub:"
+            f" {first_line(error)}."
+        ) from error
+
+
+def attempt(what: str, call: Callable[..., Loaded], *given: Any, **named: Any) -> Loaded:
+    """Return what a call loads, or say in a sentence that begins with `what` why it doesn't.
+
+    Raises:
+        CheckpointError: It doesn't.
+    """
+    try:
+        return call(*given, **named)
     except FastVlmError:
         raise
-    except Exception as error:
-        raise CheckpointError(f"The model {model} can't be loaded: {first_line(error)}.") from error
-    return target, tokenizer
+    except MemoryError as error:
+        raise CheckpointError(f"{what}: the memory is not large enough.") from error
+    except Exception as error:  # other libraries raise errors of any kind on broken files
+        raise CheckpointError(f"{what}: {first_line(error)}.") from error
+
+
+def load_tokenizer(folder: Path, **options: Any) -> PreTrainedTokenizerBase:
+    """Load a folder's tokenizer.
+
+    Raises:
+        CheckpointError: There is none, or it is broken.
+    """
+    names = ("tokenizer.json", "tokenizer.model", "vocab.json", "spiece.model", "vocab.txt")
+    if not any((folder / name).is_file() for name in names):
+        raise CheckpointError(
+            f"There is no tokenizer in {folder}: neither {' nor '.join(names)}; save it there with"
+            " tokenizer.save_pretrained."
+        )
+    what = f"The tokenizer in {folder} can't be loaded"
+    found: PreTrainedTokenizerBase = attempt(what, AutoTokenizer.from_pretrained, folder, **options)
+    return found
 
 
 def _load_with_transformers(
-    folder: Path, dtype: torch.dtype, device: str | torch.device
+    folder: Path, options: dict[str, Any]
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase | ProcessorMixin]:
-    options: dict[str, Any] = {"dtype": dtype}
-    config = AutoConfig.from_pretrained(folder)
-    shows_pictures = type(config) in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING
-    auto = AutoModelForImageTextToText if shows_pictures else AutoModelForCausalLM
-    target = moved(auto.from_pretrained(folder, **options), device)
-    if shows_pictures and not isinstance(
-        getattr(target.base_model, "vision_tower", None), FastViTHD
+    trusting = {"trust_remote_code": bool(options.pop("trust_remote_code", False))}
+    if not trusting["trust_remote_code"] and needs_code(read_object(folder / "config.json")):
+        raise CheckpointError(
+            f"The model in {folder} is of a class that is defined by code beside its weights; read"
+            " that code, and load it with trust_remote_code=True if you trust it."
+        )
+    config = attempt(
+        f"{folder / 'config.json'} is refused", AutoConfig.from_pretrained, folder, **trusting
+    )
+    check_generation_config(folder)
+    decoder = attempt(f"{folder / 'config.json'} is refused", config.get_text_config, decoder=True)
+    family(decoder.model_type)
+    shows_images = type(config) in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING
+    if (
+        "quantization_config" not in options
+        and getattr(config, "quantization_config", None) is None
     ):
-        return target, load_processor(folder, config)
-    return target, AutoTokenizer.from_pretrained(folder)
+        attempt(
+            f"{folder / 'config.json'} is refused",
+            check_size,
+            folder,
+            lambda: automatic(config).from_config(config, **trusting),
+        )
+    target, found = attempt(
+        f"The model in {folder} can't be loaded",
+        automatic(config).from_pretrained,
+        folder,
+        output_loading_info=True,
+        ignore_mismatched_sizes=True,
+        **options,
+        **trusting,
+    )
+    check_loaded(folder, found)
+    if shows_images and not isinstance(getattr(target.base_model, "vision_tower", None), FastViTHD):
+        what = f"The processor in {folder} can't be loaded"
+        return target, attempt(what, load_processor, folder, config, **trusting)
+    return target, load_tokenizer(folder, **trusting)
+
+
+def needs_code(stored: dict[str, Any]) -> bool:
+    """Return whether a configuration is of no class of `transformers`, but of one beside it."""
+    return "auto_map" in stored and stored.get("model_type") not in CONFIG_MAPPING
+
+
+def check_generation_config(folder: Path) -> None:
+    """Refuse generation settings that could only fail once a reply is asked for.
+
+    Raises:
+        CheckpointError: They are.
+    """
+    file = folder / "generation_config.json"
+    if not file.is_file():
+        return
+    attempt(f"{file} is refused", GenerationConfig.from_pretrained, folder)
+    stored = read_object(file)
+    for name in ("eos_token_id", "pad_token_id", "bos_token_id"):
+        value = stored.get(name)
+        tokens = value if isinstance(value, list) else [value]
+        if value is not None and not all(type(token) is int for token in tokens):
+            raise CheckpointError(f"{file} has no token as {name}: {shortened(repr(value))}.")
+
+
+def automatic(config: PreTrainedConfig) -> Any:
+    """Return the class of `transformers` that loads a configuration's model."""
+    kind = type(config)
+    if kind in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING:
+        return AutoModelForImageTextToText
+    if kind in MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING and kind not in MODEL_FOR_CAUSAL_LM_MAPPING:
+        return AutoModelForSeq2SeqLM
+    return AutoModelForCausalLM
+
+
+def check_loaded(place: Any, found: dict[str, Any]) -> None:
+    """Refuse a model some of whose weights were not in its files; warn of what it has no use for.
+
+    Args:
+        place: Where the files are.
+        found: What `from_pretrained` tells of its loading.
+
+    Raises:
+        CheckpointError: A weight is missing or misshapen: `transformers` has drawn it at random.
+    """
+    wrong = [misshapen(*entry) for entry in sorted(found["mismatched_keys"])]
+    refuse_wrong(place, {"missing": sorted(found["missing_keys"]), "misshapen": wrong})
+    if errors := found.get("error_msgs"):
+        raise CheckpointError(f"The weights in {place} can't be read: {errors[0]}.")
+    if unused := [key for key in sorted(found["unexpected_keys"]) if not key.endswith(HARMLESS)]:
+        warnings.warn(
+            f"Some weights in {place} are not used, as config.json has no place for them:"
+            f" {named(unused)}.",
+            stacklevel=2,
+        )
 
 
 def _load_layout(
-    folder: Path, layout: Layout, stored: dict[str, Any], dtype: torch.dtype
+    folder: Path, layout: Layout, stored: dict[str, Any], options: dict[str, Any]
 ) -> FastVlmForConditionalGeneration:
+    options = {name: value for name, value in options.items() if name != "trust_remote_code"}
     config, weights = layout.convert(stored, read_weights(folder))
     check_weights(folder, config, weights)
     model = FastVlmForConditionalGeneration.from_pretrained(
-        None, config=config, state_dict=weights, dtype=dtype
+        None, config=config, state_dict=weights, **options
     )
     if (folder / "generation_config.json").is_file():
         model.generation_config = GenerationConfig.from_pretrained(folder)
@@ -116,39 +314,24 @@ def check_weights(folder: Path, config: FastVlmConfig, weights: dict[str, Tensor
     free = {name for name in wanted if name.endswith(".num_batches_tracked")}
     if config.tie_word_embeddings:
         free.add("lm_head.weight")
-    problems = {
-        "missing": sorted(wanted.keys() - found.keys() - free),
-        "left over": sorted(found.keys() - wanted.keys() - free),
-        "misshapen": [
-            f"{name} ({_by(found[name])}, not {_by(wanted[name])})"
-            for name in sorted(wanted.keys() & found.keys())
-            if wanted[name] != found[name]
-        ],
-    }
-    said = [f"{_some(names)} {_be(names)} {what}" for what, names in problems.items() if names]
-    if said:
-        raise CheckpointError(
-            f"The weights in {folder} are not those of its config.json: {'; '.join(said)}."
-        )
+    refuse_wrong(
+        folder,
+        {
+            "missing": sorted(wanted.keys() - found.keys() - free),
+            "left over": sorted(found.keys() - wanted.keys() - free),
+            "misshapen": [
+                misshapen(name, found[name], wanted[name])
+                for name in sorted(wanted.keys() & found.keys())
+                if wanted[name] != found[name]
+            ],
+        },
+    )
 
 
-def _some(names: list[str]) -> str:
-    rest = len(names) - NAMED
-    return ", ".join(names[:NAMED]) + (f" and {rest} more" if rest > 0 else "")
-
-
-def _be(names: list[str]) -> str:
-    return "is" if len(names) == 1 else "are"
-
-
-def _by(shape: torch.Size) -> str:
-    return " x ".join(map(str, shape)) or "a single number"
-
-
-def _teach_pictures(
+def _teach_images(
     model: FastVlmForConditionalGeneration, tokenizer: PreTrainedTokenizerBase
 ) -> None:
-    """Give Apple's tokenizer a token for pictures, which its code puts in as -200.
+    """Give Apple's tokenizer a token for images, which its code puts in as -200.
 
     Raises:
         CheckpointError: The embeddings have no row left for it.
@@ -159,7 +342,7 @@ def _teach_pictures(
     if image >= rows:
         raise CheckpointError(
             f"The tokenizer has {image} tokens and the model {rows} embeddings: none is left for"
-            " pictures."
+            " images."
         )
     model.config.image_token_index = image
     tokenizer.chat_template = CHATML

@@ -1,8 +1,7 @@
-"""Load a model's processor for texts and still pictures; it needs no torchvision."""
+"""Load a model's processor for texts and still images; it needs no torchvision."""
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any, cast
 
@@ -13,6 +12,7 @@ from transformers.models.auto.processing_auto import (
 )
 
 from fastvlm.functional.errors import CheckpointError
+from fastvlm.functional.model_files import read_object
 
 NAMING = ("processor_config.json", "preprocessor_config.json", "tokenizer_config.json")
 """Files that may name the processor's class, the first to do so decides."""
@@ -45,13 +45,16 @@ class StillPictures(ProcessorMixin):
         return ProcessorMixin.apply_chat_template(self, conversation, *given, **named)
 
 
-def load_processor(folder: Path, config: PreTrainedConfig) -> ProcessorMixin:
-    """Load the processor of a model with pictures.
+def load_processor(
+    folder: Path, config: PreTrainedConfig, *, trust_remote_code: bool = False
+) -> ProcessorMixin:
+    """Load the processor of a model with images.
 
     Args:
         folder: The model's directory.
         config: The model's configuration, whose family has a processor of its own where no file
             names another.
+        trust_remote_code: Whether code that lies there is run.
 
     Raises:
         CheckpointError: Nothing says which processor it is.
@@ -59,7 +62,7 @@ def load_processor(folder: Path, config: PreTrainedConfig) -> ProcessorMixin:
     kind = processor_class(folder, config)
     if "video_processor" in kind.get_attributes():
         kind = type(kind.__name__, (StillPictures, kind), {})
-    return kind.from_pretrained(folder)
+    return kind.from_pretrained(folder, trust_remote_code=trust_remote_code)
 
 
 def tokenizer_of(processor: PreTrainedTokenizerBase | ProcessorMixin) -> PreTrainedTokenizerBase:
@@ -78,8 +81,8 @@ def processor_class(folder: Path, config: PreTrainedConfig) -> type[ProcessorMix
     for file in (folder / name for name in NAMING):
         if not file.is_file():
             continue
-        name = json.loads(file.read_text(encoding="utf-8")).get("processor_class")
-        found = None if name is None else processor_class_from_name(name)
+        name = read_object(file).get("processor_class")
+        found = processor_class_from_name(name) if isinstance(name, str) else None
         if found is not None:
             return cast(type[ProcessorMixin], found)
     if type(config) in PROCESSOR_MAPPING:

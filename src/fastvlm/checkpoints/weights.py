@@ -2,49 +2,43 @@
 
 from __future__ import annotations
 
-import json
+import re
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file
-from torch import Tensor
+from torch import Tensor, nn
 
+from fastvlm.checkpoints.files import weight_files
 from fastvlm.functional.errors import CheckpointError, first_line
+from fastvlm.functional.model_files import check_weight_file
 
-NAMES = ("model.safetensors", "pytorch_model.bin")
+MAX_NAMED = 3
+"""How many wrong weights an error names."""
+LAYERS = re.compile(r"layers?$|^depths?$|^n_layer$")
+"""Names of settings that count layers."""
+MAX_LAYERS = 4096
+MIN_EXCESS = 1_000_000
+"""Parameters by which a small model may be wrong before its size alone is refused."""
 
 
 def read_weights(folder: Path) -> dict[str, Tensor]:
-    """Return all weights of a directory: safetensors or PyTorch's own files, whole or in shards.
+    """Return all weights of a directory, whose data stays in the files until it is used.
+
+    Args:
+        folder: With safetensors or PyTorch's own files, whole or in shards.
 
     Raises:
         CheckpointError: There are none, a shard is missing or broken, or a file holds more than
             tensors.
     """
-    for name in NAMES:
-        index = folder / f"{name}.index.json"
-        if index.is_file():
-            return _sharded(folder, index)
-        if (folder / name).is_file():
-            return _read(folder / name)
-    raise CheckpointError(f"There are no weights in {folder}: neither {' nor '.join(NAMES)}.")
-
-
-def _sharded(folder: Path, index: Path) -> dict[str, Tensor]:
-    try:
-        places: dict[str, str] = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
-        names = sorted(set(places.values()))
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise CheckpointError(f"{index} is not a list of shards: {error!r}.") from error
     weights: dict[str, Tensor] = {}
-    for name in names:
-        shard = folder / name
-        if shard.parent != folder or not shard.is_file():
-            raise CheckpointError(f"{index} names the shard {name}, which is not in {folder}.")
-        weights |= _read(shard)
-    if missing := sorted(places.keys() - weights.keys()):
-        raise CheckpointError(f"{index} lists {missing[0]}, but no shard holds it.")
+    for file in weight_files(folder):
+        check_weight_file(file)
+        weights |= _read(file)
     return weights
 
 
@@ -62,3 +56,84 @@ def _read(file: Path) -> dict[str, Tensor]:
     if not isinstance(loaded, dict) or not all(isinstance(w, Tensor) for w in loaded.values()):
         raise CheckpointError(f"{file} is not a dictionary of weights.")
     return loaded
+
+
+def named(names: Sequence[str]) -> str:
+    """Return the first few names of a list, and how many more there are."""
+    rest = len(names) - MAX_NAMED
+    return ", ".join(names[:MAX_NAMED]) + (f" and {rest} more" if rest > 0 else "")
+
+
+def be(names: Sequence[str]) -> str:
+    """Return `is` or `are`."""
+    return "is" if len(names) == 1 else "are"
+
+
+def by(shape: Sequence[int]) -> str:
+    """Return a shape in words."""
+    return " x ".join(map(str, shape)) or "a single number"
+
+
+def misshapen(name: str, found: Sequence[int], wanted: Sequence[int]) -> str:
+    """Return a weight's name with its shape and the right one."""
+    return f"{name} ({by(found)}, not {by(wanted)})"
+
+
+def refuse_wrong(place: Any, problems: dict[str, Sequence[str]]) -> None:
+    """Refuse weights that are not a configuration's.
+
+    Args:
+        place: Where they are.
+        problems: Names of weights by what is wrong with them.
+
+    Raises:
+        CheckpointError: There is such a name; it names the first few.
+    """
+    said = [f"{named(names)} {be(names)} {what}" for what, names in problems.items() if names]
+    if said:
+        raise CheckpointError(
+            f"The weights in {place} are not those of its config.json: {'; '.join(said)}."
+        )
+
+
+def check_layers(folder: Path, config: Mapping[str, Any]) -> None:
+    """Refuse a configuration of so many layers that building its model would never end.
+
+    Args:
+        folder: The model's.
+        config: What its `config.json` holds.
+
+    Raises:
+        CheckpointError: It is one.
+    """
+    for name, value in config.items():
+        if isinstance(value, Mapping):
+            check_layers(folder, value)
+        elif LAYERS.search(name) and isinstance(value, int | float) and value > MAX_LAYERS:
+            raise CheckpointError(
+                f"{folder / 'config.json'} has {name} {value:g}; at most {MAX_LAYERS:,} make sense."
+            )
+
+
+def check_size(folder: Path, build: Callable[[], nn.Module]) -> None:
+    """Refuse a configuration whose model is far larger than the weights in its folder.
+
+    Loading it would fill the memory with random weights before it turned out to be wrong.
+
+    Args:
+        folder: The model's.
+        build: Makes the model.
+
+    Raises:
+        CheckpointError: It is too large.
+    """
+    stored = sum(file.stat().st_size for file in weight_files(folder))
+    with torch.device("meta"):
+        model = build()
+    # No format has less than half a byte a parameter, and none is quantised here.
+    described = sum({id(p): p.numel() for p in model.parameters()}.values())
+    if described > MIN_EXCESS + 2 * stored:
+        raise CheckpointError(
+            f"{folder / 'config.json'} describes a model of {described:,} parameters, and there are"
+            f" {stored:,} bytes of weights."
+        )

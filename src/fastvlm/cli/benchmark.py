@@ -37,6 +37,7 @@ from fastvlm.cli.strategies import (
 from fastvlm.cli.terminal import hardware_line, number, print_error, progress
 from fastvlm.cli.ttft import ttft
 from fastvlm.functional.errors import InputError
+from fastvlm.functional.text_files import read_text
 
 if TYPE_CHECKING:
     from fastvlm.data.questions import Question
@@ -195,7 +196,7 @@ def readable_questions(
     else:
         if not listing.is_file():
             raise InputError(f"There is no list of photographs at {listing}.")
-        found = [Path(images) / name for name in listing.read_text(encoding="utf-8").split()]
+        found = [Path(images) / name for name in read_text(listing).split()]
         found = found[:limit]
     read: list[Path] = []
     for path in found:

@@ -143,12 +143,19 @@ def load_quietly(
     import torch
     from transformers.utils import logging
 
+    from fastvlm.decoding.engine import MAX_SLOTS
     from fastvlm.vlm import load
 
     logging.disable_progress_bar()
     logging.set_verbosity_error()
     if threads is not None:
         torch.set_num_threads(threads)
-    more = {} if max_slots is None else {"max_slots": max_slots}
-    # A verb asks once about each image, or measures what an image costs.
-    return load(model, draft, dtype=getattr(torch, dtype), device=device, prefix_bytes=0, **more)
+    return load(
+        model,
+        draft,
+        dtype=getattr(torch, dtype),
+        device=device,
+        # A verb asks once about each image, or measures what an image costs.
+        prefix_bytes=0,
+        max_slots=MAX_SLOTS if max_slots is None else max_slots,
+    )

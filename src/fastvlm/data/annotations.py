@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import gzip
-import json
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -11,7 +9,8 @@ from typing import Any
 from fastvlm.data.conversations import BrokenRecordError, Conversation, Records
 from fastvlm.data.picture_folders import PictureFolders, folders_beside, split_in
 from fastvlm.data.turns import KEYS, conversation_of, is_known
-from fastvlm.functional.errors import InputError, first_line
+from fastvlm.functional.errors import InputError
+from fastvlm.functional.text_files import parse_json, read_json, read_text
 
 ENDINGS = (".json", ".jsonl", ".json.gz", ".jsonl.gz")
 """How the names of annotation files end."""
@@ -58,19 +57,14 @@ def load_json(file: Path) -> Any:
     Raises:
         InputError: It can't be read, or isn't JSON.
     """
-    try:
-        with gzip.open(file) if file.suffix == ".gz" else file.open("rb") as data:
-            text = data.read().decode("utf-8-sig")
-        if ".jsonl" not in file.suffixes:
-            return json.loads(text)
-    except (OSError, EOFError, ValueError) as error:
-        raise InputError(f"{file} can't be read as JSON: {first_line(error)}.") from error
-    return [_line(line) for line in text.splitlines() if line.strip()]
+    if ".jsonl" not in file.suffixes:
+        return read_json(file)
+    return [_line(line) for line in read_text(file).split("\n") if line.strip()]
 
 
 def _line(line: str) -> Any:
     try:
-        return json.loads(line)
+        return parse_json(line)
     except ValueError:
         return line
 

@@ -14,6 +14,7 @@ from PIL import Image
 from torch import Tensor
 
 from fastvlm.functional.errors import InputError
+from fastvlm.functional.text_files import read_text
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,13 +60,13 @@ def flickr8k_split(folder: Path, split: str) -> list[CaptionedPhotograph]:
         if not file.is_file():
             raise InputError(f"{folder} is not laid out like Flickr8k: {file.name} is missing.")
     captions: dict[str, list[str]] = {}
-    for line in table.read_text(encoding="utf-8").splitlines():
+    for line in read_text(table).splitlines():
         name, _, caption = line.partition("\t")
         if text := tidy(caption):
             captions.setdefault(name, []).append(text)
     return [
         CaptionedPhotograph(folder / "images" / name, tuple(captions.get(name, ())))
-        for name in listing.read_text(encoding="utf-8").split()
+        for name in read_text(listing).split()
     ]
 
 

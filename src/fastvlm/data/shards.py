@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import re
 import tarfile
 from collections.abc import Iterator, Sequence
@@ -15,6 +14,7 @@ from fastvlm.data.picture_folders import PictureFolders
 from fastvlm.data.questions import SUFFIXES
 from fastvlm.data.turns import conversation_of, is_known
 from fastvlm.functional.errors import InputError, first_line
+from fastvlm.functional.text_files import parse_json
 
 ENDINGS = (".tar", ".tar.gz", ".tgz")
 """How the names of shards end."""
@@ -85,7 +85,7 @@ def _conversation(name: str, members: Members) -> Conversation:
     row = {}
     try:
         # What img2dataset writes besides a picture and its caption is a json about the download.
-        if "json" in held and is_known(found := json.loads(held["json"])):
+        if "json" in held and is_known(found := parse_json(held["json"])):
             row = found
         elif "txt" in held:
             row = {"caption": held["txt"].decode()}

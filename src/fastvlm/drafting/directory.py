@@ -11,8 +11,9 @@ import torch
 from transformers import AutoConfig, PreTrainedModel
 
 from fastvlm.drafting.fingerprint import difference
-from fastvlm.drafting.imitation import ImitationNetwork
-from fastvlm.functional.errors import CheckpointError, first_line
+from fastvlm.drafting.imitation import ImitationConfig, ImitationNetwork
+from fastvlm.functional.errors import CheckpointError, first_line, shortened
+from fastvlm.functional.model_files import check_weight_file, read_object
 from fastvlm.functional.placement import moved
 from fastvlm.language.families import family, split_decoder, text_decoder
 
@@ -35,8 +36,16 @@ def load_draft(directory: str | Path, target: PreTrainedModel) -> ImitationNetwo
         InputError: The family of the target's decoder is not known.
     """
     path = Path(directory)
-    if not (path / "config.json").is_file():
-        raise CheckpointError(f"There is no draft in {path}: config.json is missing.")
+    for name in ("config.json", "model.safetensors"):
+        if not (path / name).is_file():
+            raise CheckpointError(f"There is no draft in {path}: {name} is missing.")
+    kind = read_object(path / "config.json").get("model_type")
+    if kind != ImitationConfig.model_type:
+        raise CheckpointError(
+            f"{path} holds no draft: its config.json has the model_type {shortened(repr(kind))},"
+            f" and a draft's is {ImitationConfig.model_type!r}."
+        )
+    check_weight_file(path / "model.safetensors")
     try:
         # transformers' annotation knows the model alone, not the pair that this option gives.
         loaded: Any = ImitationNetwork.from_pretrained(

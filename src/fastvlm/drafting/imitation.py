@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import AutoConfig, AutoModel, PreTrainedConfig, PreTrainedModel
 
-from fastvlm.functional.errors import InputError
+from fastvlm.functional.errors import InputError, shortened
 from fastvlm.language.cache import KeyValueCache
 from fastvlm.language.decoder import SplitDecoder
 from fastvlm.language.families import family
@@ -55,16 +55,27 @@ class ImitationConfig(PreTrainedConfig):
         """Check the shape.
 
         Raises:
-            InputError: The kind is unknown, or the exit layer or the blocks are out of range.
+            InputError: The kind is unknown, or a number is out of range.
         """
-        if self.kind not in KINDS:
+        if not isinstance(self.kind, str) or self.kind not in KINDS:
             raise InputError(f"An imitation network is one of {', '.join(KINDS)}; got {self.kind}.")
-        if self.exit_layer < 1 or self.blocks < 1:
+        if not is_count(self.exit_layer) or not is_count(self.blocks):
             raise InputError(
                 "An imitation network needs an exit layer and blocks of at least 1; got"
-                f" {self.exit_layer} and {self.blocks}."
+                f" {shortened(repr(self.exit_layer))} and {shortened(repr(self.blocks))}."
             )
+        most = self.num_speculative_tokens
+        if most is not None and not is_count(most):
+            raise InputError(f"num_speculative_tokens is at least 1; got {shortened(repr(most))}.")
+        least = self.confidence
+        if least is not None and not (type(least) in (int, float) and 0 <= least <= 1):
+            raise InputError(f"confidence lies between 0 and 1; got {shortened(repr(least))}.")
         super().__post_init__(**kwargs)
+
+
+def is_count(value: Any) -> bool:
+    """Return whether a value is a whole number of at least 1."""
+    return type(value) is int and value >= 1
 
 
 class GatedMlp(nn.Module):

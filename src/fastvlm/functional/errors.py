@@ -1,5 +1,7 @@
 """The errors that fastvlm raises; each message is one clear sentence."""
 
+import re
+
 MAX_SAID = 300
 """Characters of another library's message that a sentence repeats."""
 
@@ -34,6 +36,8 @@ def first_line(error: Exception) -> str:
         if said[-1] not in ":,(":
             break
         said = f"{said} {line}"
+    # Classes as Python writes them, and what transformers adds of every type that it tried.
+    said = re.sub(r"<class '(?:\w+\.)*(\w+)'>", r"\1", said).partition(" Errors: ")[0]
     said = said.rstrip(" .:,(")
     return said if len(said) <= MAX_SAID else f"{said[:MAX_SAID]} ..."
 

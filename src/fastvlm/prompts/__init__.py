@@ -8,7 +8,7 @@ from fastvlm.language import SplitDecoder
 from fastvlm.prompts.builder import PromptBuilder
 from fastvlm.prompts.fastvithd import FastViTHDPromptBuilder
 from fastvlm.prompts.features import ImageFeatureCache
-from fastvlm.prompts.messages import dialogue, question
+from fastvlm.prompts.messages import dialogue, messages_of, question
 from fastvlm.prompts.processor import ProcessorPromptBuilder
 from fastvlm.vision.fastvithd import FastViTHD
 
@@ -19,6 +19,7 @@ __all__ = [
     "ProcessorPromptBuilder",
     "PromptBuilder",
     "dialogue",
+    "messages_of",
     "prompt_builder",
     "question",
 ]

@@ -40,6 +40,19 @@ def question(prompt: str, image: ImageInput | None) -> list[Message]:
     ]
 
 
+def messages_of(prompt: str | Sequence[Message], image: ImageInput | None) -> Sequence[Message]:
+    """Return what is asked as a dialogue.
+
+    Raises:
+        InputError: An image stands beside a dialogue, which has its images in its messages.
+    """
+    if isinstance(prompt, str):
+        return question(prompt, image)
+    if image is not None:
+        raise InputError("A dialogue's images stand in its messages; leave out the image.")
+    return prompt
+
+
 def dialogue(messages: Any) -> list[Message]:
     """Return a dialogue in one form, whatever client wrote it.
 

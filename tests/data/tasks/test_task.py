@@ -10,9 +10,10 @@ import pytest
 from PIL import Image
 
 from fastvlm.data.tasks import LOADERS
-from fastvlm.data.tasks.files import find, locate, read_json, read_lines
+from fastvlm.data.tasks.files import find, locate
 from fastvlm.data.tasks.task import Item, check_replies
 from fastvlm.functional.errors import InputError
+from fastvlm.functional.text_files import read_json, read_json_lines
 
 
 def test_an_item_opens_its_picture() -> None:
@@ -78,12 +79,12 @@ def test_files_are_found_here_or_among_the_annotations(tmp_path: Path) -> None:
 def test_files_that_are_no_json_are_named(tmp_path: Path) -> None:
     path = tmp_path / "a.json"
     path.write_text('{"a": 1}\n\n{"a":\n', encoding="utf-8")
-    with pytest.raises(InputError, match=r"a\.json is not valid JSON"):
+    with pytest.raises(InputError, match=r"a\.json can't be read as JSON"):
         read_json(path)
-    with pytest.raises(InputError, match=r"Line 3 of .*a\.json is not valid JSON"):
-        read_lines(path)
+    with pytest.raises(InputError, match=r"Line 3 of .*a\.json can't be read as JSON"):
+        read_json_lines(path)
     path.write_text('{"a": 1}\n\n', encoding="utf-8")
-    assert read_lines(path) == [{"a": 1}]
+    assert read_json_lines(path) == [{"a": 1}]
 
 
 def test_the_first_place_that_has_a_picture_counts(tmp_path: Path) -> None:

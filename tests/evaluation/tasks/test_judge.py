@@ -162,7 +162,7 @@ class _Unjudged:
 
 
 def test_published_grades_give_the_published_scores(data: Path) -> None:
-    from fastvlm.data.tasks.files import read_json, read_lines
+    from fastvlm.functional.text_files import read_json, read_json_lines
 
     folder = data / "mmvet"
     asked = read_json(folder / "mm-vet.json")
@@ -182,7 +182,7 @@ def test_published_grades_give_the_published_scores(data: Path) -> None:
     said = data / "llava_bench_wild" / "llava15"
     answers = [
         answer("llava-wild", str(line["question_id"]), line["text"])
-        for line in read_lines(said / "answers" / "llava-v1.5-7b.jsonl")
+        for line in read_json_lines(said / "answers" / "llava-v1.5-7b.jsonl")
     ]
     reviews = published("llava-wild", WILD, said / "reviews" / "llava-v1.5-7b-eval1.jsonl", answers)
     assert len(reviews) == 60

@@ -132,7 +132,7 @@ def test_what_goes_wrong_names_its_item(
 ) -> None:
     plan = planned({"flickr8k": captions})
     pictures[1].unlink()
-    with pytest.raises(InputError, match="flickr8k, item 1: There is no picture"):
+    with pytest.raises(InputError, match="flickr8k, item 1: There is no image"):
         evaluate(vlm, strategies, plan, Journal(tmp_path / "answers.jsonl", plan))
 
 

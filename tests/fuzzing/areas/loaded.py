@@ -69,27 +69,23 @@ class LoadedModels:
         image = self.image if shows else None
         reply = vlm.generate(PROMPT, image, max_new_tokens=MAX_NEW_TOKENS)
         torch.manual_seed(2)
-        other = reloaded(place)
-        if other is None:
-            return
-        inputs = vlm.prompts.inputs(question(PROMPT, image))
-        out = other.generate(**inputs, max_new_tokens=MAX_NEW_TOKENS, do_sample=False)
-        encodes = other.config.get_text_config(decoder=True).is_encoder_decoder
-        start = 1 if encodes else inputs["input_ids"].shape[1]
-        found = out[0, start:].tolist()
-        length = len(reply.token_ids)
-        if found[:length] != list(reply.token_ids):
-            raise WrongError(f"{reply.token_ids}, and transformers' {found}")
+        expected = replied(place, vlm.prompts.inputs(question(PROMPT, image)))
+        if expected is not None and expected[: len(reply.token_ids)] != list(reply.token_ids):
+            raise WrongError(f"{reply.token_ids}, and transformers' {expected}")
 
 
-def reloaded(folder: Path) -> Any:
-    """Return the model as `transformers` loads it; None if it doesn't."""
+def replied(folder: Path, inputs: Any) -> list[int] | None:
+    """Return the reply of the model as `transformers` loads it; None if it has none."""
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             config = AutoConfig.from_pretrained(folder)
             shows = type(config) in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING
             auto = AutoModelForImageTextToText if shows else AutoModelForCausalLM
-            return auto.from_pretrained(folder, dtype=torch.float32).eval()
+            model = auto.from_pretrained(folder, dtype=torch.float32).eval()
+            out = model.generate(**inputs, max_new_tokens=MAX_NEW_TOKENS, do_sample=False)
+            encodes = model.config.get_text_config(decoder=True).is_encoder_decoder
+            start = 1 if encodes else inputs["input_ids"].shape[1]
+            return out[0, start:].tolist()
     except Exception:  # noqa: BLE001 (what it doesn't load, it can't say anything about)
         return None

@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import functools
-import json
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, ParamSpec, TypeVar
+from typing import ParamSpec, TypeVar
 
 from fastvlm.functional.errors import InputError
 
@@ -51,34 +50,6 @@ def find(folder: Path, *names: str) -> Path:
             if place.is_file():
                 return place
     raise InputError(f"There is no {' or '.join(names)} in {folder}.")
-
-
-def read_json(path: Path) -> Any:
-    """Return what a JSON file holds.
-
-    Raises:
-        InputError: It is no JSON.
-    """
-    try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise InputError(f"{path} is not valid JSON: {error}.") from error
-
-
-def read_lines(path: Path) -> list[Any]:
-    """Return what each line of a file of JSON lines holds.
-
-    Raises:
-        InputError: A line is no JSON.
-    """
-    lines = []
-    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
-        if line.strip():
-            try:
-                lines.append(json.loads(line))
-            except ValueError as error:
-                raise InputError(f"Line {number} of {path} is not valid JSON: {error}.") from error
-    return lines
 
 
 def locate(folder: Path, places: Mapping[str, Sequence[str]]) -> dict[str, Path]:

@@ -7,6 +7,7 @@ from pathlib import Path
 from fastvlm.data.tasks.captioning import Captioning, captioning
 from fastvlm.data.tasks.files import find, locate
 from fastvlm.functional.errors import InputError
+from fastvlm.functional.text_files import read_text
 
 
 def flickr8k(folder: Path, split: str = "test") -> Captioning:
@@ -23,11 +24,11 @@ def flickr8k(folder: Path, split: str = "test") -> Captioning:
     listing = find(folder, f"Flickr_8k.{split}Images.txt", f"{split}.txt")
     table = find(folder, "Flickr8k.token.txt", "captions.tsv")
     captions: dict[str, list[str]] = {}
-    for line in table.read_text(encoding="utf-8").splitlines():
+    for line in read_text(table).splitlines():
         name, _, caption = line.partition("\t")
         # The publisher numbers the captions: 1000268201_693b08cb0e.jpg#0
         captions.setdefault(name.partition("#")[0], []).append(caption.strip())
-    names = listing.read_text(encoding="utf-8").split()
+    names = read_text(listing).split()
     if bare := [name for name in names if name not in captions]:
         raise InputError(
             f"{len(bare)} of {len(names)} photographs of {listing.name} have no caption in"

@@ -7,9 +7,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import ClassVar
 
-from fastvlm.data.tasks.files import find, locate, read_lines, reads
+from fastvlm.data.tasks.files import find, locate, reads
 from fastvlm.data.tasks.task import Item, check_replies
 from fastvlm.functional.errors import InputError
+from fastvlm.functional.text_files import read_json_lines
 from fastvlm.metrics.judged import relative_scores
 
 
@@ -56,11 +57,15 @@ def llava_wild(folder: Path) -> LlavaWild:
     Raises:
         InputError: A file or pictures are missing, or a question has no context or reference.
     """
-    asked = {str(line["question_id"]): line for line in read_lines(find(folder, "questions.jsonl"))}
-    shown = {line["image"]: line["caption"] for line in read_lines(find(folder, "context.jsonl"))}
+    asked = {
+        str(line["question_id"]): line for line in read_json_lines(find(folder, "questions.jsonl"))
+    }
+    shown = {
+        line["image"]: line["caption"] for line in read_json_lines(find(folder, "context.jsonl"))
+    }
     references = {
         str(line["question_id"]): line["text"]
-        for line in read_lines(find(folder, "answers_gpt4.jsonl"))
+        for line in read_json_lines(find(folder, "answers_gpt4.jsonl"))
     }
     for key, line in asked.items():
         if line["image"] not in shown or key not in references:
@@ -83,5 +88,6 @@ def read_reviews(path: Path) -> dict[str, tuple[float, float]]:
         InputError: A line is no JSON.
     """
     return {
-        str(line["question_id"]): (line["tuple"][0], line["tuple"][1]) for line in read_lines(path)
+        str(line["question_id"]): (line["tuple"][0], line["tuple"][1])
+        for line in read_json_lines(path)
     }

@@ -8,8 +8,9 @@ from pathlib import Path
 from statistics import fmean
 from typing import ClassVar
 
-from fastvlm.data.tasks.files import find, locate, read_lines, reads
+from fastvlm.data.tasks.files import find, locate, reads
 from fastvlm.data.tasks.task import SHORT_ANSWER, Item, check_replies
+from fastvlm.functional.text_files import read_json_lines
 from fastvlm.metrics.yes_no import says_yes, yes_no_scores
 
 SAMPLINGS = ("random", "popular", "adversarial")
@@ -71,7 +72,7 @@ def pope(folder: Path) -> Pope:
         InputError: A file or pictures are missing.
     """
     lines = {
-        sampling: read_lines(
+        sampling: read_json_lines(
             find(folder, f"coco_pope_{sampling}.json", f"coco/coco_pope_{sampling}.json")
         )
         for sampling in SAMPLINGS

@@ -5,9 +5,10 @@ from __future__ import annotations
 from pathlib import Path
 
 from fastvlm.data.tasks.answering import Answering
-from fastvlm.data.tasks.files import find, locate, read_json, read_lines, reads
+from fastvlm.data.tasks.files import find, locate, reads
 from fastvlm.data.tasks.task import SHORT_ANSWER, Item
 from fastvlm.functional.errors import InputError
+from fastvlm.functional.text_files import read_json, read_json_lines
 from fastvlm.metrics.answers import textvqa_accuracy
 
 ANNOTATIONS = "TextVQA_0.5.1_val.json"
@@ -37,7 +38,7 @@ def textvqa(folder: Path, ocr: bool = False) -> Answering:
         # LLaVA's file names questions by their picture and their text alone.
         asked = {
             (line["question_id"], line["text"].split("\n")[0].lower()): line["text"]
-            for line in read_lines(find(folder, WITH_OCR))
+            for line in read_json_lines(find(folder, WITH_OCR))
         }
         for question in questions:
             key = (question["image_id"], question["question"].lower())

@@ -1,0 +1,70 @@
+"""Text and JSON out of files that users give, or one sentence on what is wrong with them."""
+
+from __future__ import annotations
+
+import gzip
+import json
+import zlib
+from pathlib import Path
+from typing import Any
+
+from fastvlm.functional.errors import InputError, first_line
+
+
+def read_text(file: Path) -> str:
+    """Return a file's text, in UTF-8; one that ends in `.gz` is unpacked.
+
+    Raises:
+        InputError: It can't be read, or is no such text.
+    """
+    try:
+        with gzip.open(file) if file.suffix == ".gz" else file.open("rb") as content:
+            return content.read().decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise InputError(f"{file} is not a text in UTF-8 at byte {error.start:,}.") from error
+    except (OSError, EOFError, zlib.error) as error:
+        raise InputError(f"{file} can't be read: {first_line(error)}.") from error
+
+
+def parse_json(text: str | bytes) -> Any:
+    """Return what a JSON text holds.
+
+    Raises:
+        ValueError: It is not JSON, or nested too deeply.
+    """
+    try:
+        return json.loads(text)
+    except RecursionError as error:
+        raise ValueError("it is nested too deeply") from error
+
+
+def read_json(file: Path) -> Any:
+    """Return what a JSON file holds; one that ends in `.gz` is unpacked.
+
+    Raises:
+        InputError: It can't be read, or is not JSON.
+    """
+    text = read_text(file)
+    try:
+        return parse_json(text)
+    except ValueError as error:
+        raise InputError(f"{file} can't be read as JSON: {first_line(error)}.") from error
+
+
+def read_json_lines(file: Path) -> list[Any]:
+    """Return what each line of a file of JSON lines holds; empty lines are passed over.
+
+    Raises:
+        InputError: It can't be read, or a line is not JSON.
+    """
+    lines = []
+    # Not `splitlines`: JSON may hold the other ends of lines that Unicode has.
+    for number, line in enumerate(read_text(file).split("\n"), 1):
+        if line.strip():
+            try:
+                lines.append(parse_json(line))
+            except ValueError as error:
+                raise InputError(
+                    f"Line {number} of {file} is not valid JSON: {first_line(error)}."
+                ) from error
+    return lines
