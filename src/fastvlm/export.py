@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from fastvlm.functional.errors import InputError
+from fastvlm.functional.files import written_file
 from fastvlm.vision.configuration import REDUCTION
 from fastvlm.vlm import VisionLanguageModel
 
@@ -70,7 +71,6 @@ def export_onnx(vlm: VisionLanguageModel, file: Path) -> float:
     example = torch.rand(2, 3, 3 * REDUCTION, 2 * REDUCTION, dtype=dtype, device=device)
     batch, rows, columns = (torch.export.Dim(name, min=1) for name in ("batch", "rows", "columns"))
     shapes = {"pixel_values": {0: batch, 2: REDUCTION * rows, 3: REDUCTION * columns}}
-    beside = file.with_name(f"{file.stem}.partial.onnx")
     with warnings.catch_warnings(), torch.inference_mode():
         warnings.simplefilter("ignore")
         program = torch.onnx.export(
@@ -83,16 +83,15 @@ def export_onnx(vlm: VisionLanguageModel, file: Path) -> float:
             verbose=False,
         )
     assert program is not None
-    program.save(beside)
-    session = onnxruntime.InferenceSession(beside, providers=["CPUExecutionProvider"])
-    worst = max(_difference(session, module, example, *grid) for grid in COMPARED)
-    if worst > tolerance:
-        beside.unlink()
-        raise InputError(
-            f"ONNX Runtime's features differ by {worst:.1e} of their standard deviation, more than"
-            f" {tolerance:.0e}; {file} was not written."
-        )
-    beside.replace(file)
+    with written_file(file) as beside:
+        program.save(beside)
+        session = onnxruntime.InferenceSession(beside, providers=["CPUExecutionProvider"])
+        worst = max(_difference(session, module, example, *grid) for grid in COMPARED)
+        if worst > tolerance:
+            raise InputError(
+                f"ONNX Runtime's features differ by {worst:.1e} of their standard deviation, more"
+                f" than {tolerance:.0e}; {file} was not written."
+            )
     return worst
 
 

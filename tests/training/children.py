@@ -51,6 +51,7 @@ class Rows:
         })  # fmt: skip
         self.pause, self.rare = pause, rare
         self.unit, self.whole = "tokens", None
+        self.plan: dict[str, Any] = {}
         state = this_process()
         names = [f"{number}" for number in range(23)]
         records = Records(names, lambda name, _: Conversation(name, TURNS), lambda _, row: row)

@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import json
-import shutil
 from pathlib import Path
+from typing import Any
 
 from huggingface_hub import save_torch_state_dict
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, ProcessorMixin
 
 from fastvlm.checkpoints.layouts import transformers_name, transformers_vision_config
 from fastvlm.functional.errors import InputError
+from fastvlm.functional.files import written_directory
 from fastvlm.vision.fastvithd import FastViTHD
 
 LAYOUTS = ("fastvlm", "transformers")
@@ -32,6 +33,7 @@ def save_checkpoint(
             which it loads with timm.
 
     Raises:
+        StorageError: The disk is full, or the directory can't be written there.
         InputError: The output exists, or the layout has no place for the encoder.
     """
     if output.exists():
@@ -40,21 +42,31 @@ def save_checkpoint(
     if not isinstance(tower, FastViTHD):
         raise InputError(f"{type(model).__name__} has no FastViTHD encoder to convert.")
     vision = transformers_vision_config(tower.config) if layout == "transformers" else None
-    beside = output.with_name(output.name + ".partial")
-    shutil.rmtree(beside, ignore_errors=True)
-    beside.mkdir(parents=True)
+    with written_directory(output) as beside:
+        _save(model, vision, beside)
+        tokenizer.save_pretrained(beside)
+
+
+def _save(model: PreTrainedModel, vision: dict[str, Any] | None, folder: Path) -> None:
+    """Write a model's weights and configurations.
+
+    Args:
+        model: The model.
+        vision: The vision tower's configuration in `transformers`' layout; None for ours.
+        folder: Where to.
+    """
     if vision is None:
-        model.save_pretrained(beside)
+        model.save_pretrained(folder)
     else:
+        tower: Any = model.base_model.vision_tower
+        form = tower.config.form
         weights = {
-            transformers_name(name, tower.config.form): weight
+            transformers_name(name, form): weight
             for name, weight in model.state_dict().items()
             if not (model.config.tie_word_embeddings and name == "lm_head.weight")
         }
-        save_torch_state_dict(weights, beside)
+        save_torch_state_dict(weights, folder)
         stored = {**model.config.to_dict(), "vision_config": vision}
         stored["architectures"] = [type(model).__name__]
-        (beside / "config.json").write_text(json.dumps(stored, indent=2) + "\n", encoding="utf-8")
-        model.generation_config.save_pretrained(beside)
-    tokenizer.save_pretrained(beside)
-    beside.rename(output)
+        (folder / "config.json").write_text(json.dumps(stored, indent=2) + "\n", encoding="utf-8")
+        model.generation_config.save_pretrained(folder)

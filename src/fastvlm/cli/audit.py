@@ -19,7 +19,6 @@ from fastvlm.cli.benchmark import (
     PromptsOption,
     readable_questions,
 )
-from fastvlm.cli.files import write_json
 from fastvlm.cli.loading import (
     DeviceOption,
     DtypeOption,
@@ -39,6 +38,7 @@ from fastvlm.cli.strategies import (
     needs_search,
 )
 from fastvlm.cli.terminal import number, progress
+from fastvlm.functional.files import write_json
 
 
 def audit(  # noqa: PLR0913 (a parameter is an option)

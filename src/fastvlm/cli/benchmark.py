@@ -13,7 +13,7 @@ from rich.console import Console
 from rich.table import Table
 
 from fastvlm import embedded
-from fastvlm.cli.files import check_writable, write_json
+from fastvlm.cli.files import check_writable
 from fastvlm.cli.loading import (
     DeviceOption,
     DtypeOption,
@@ -37,6 +37,7 @@ from fastvlm.cli.strategies import (
 from fastvlm.cli.terminal import hardware_line, number, print_error, progress
 from fastvlm.cli.ttft import ttft
 from fastvlm.functional.errors import InputError
+from fastvlm.functional.files import write_json
 from fastvlm.functional.text_files import read_text
 
 if TYPE_CHECKING:

@@ -11,10 +11,10 @@ from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.table import Table
 
-from fastvlm.cli.files import write_json
 from fastvlm.cli.loading import DeviceOption, DtypeOption, ThreadsOption
 from fastvlm.cli.terminal import hardware_line, progress
 from fastvlm.functional.errors import InputError
+from fastvlm.functional.files import write_json, write_text
 
 
 def ttft(
@@ -76,7 +76,7 @@ def ttft(
     }
     line = f"{hardware_line(machine)}, {dtype}"
     write_json(output / "ttft.json", figures)
-    (output / "ttft.md").write_text(markdown(records, line), encoding="utf-8")
+    write_text(output / "ttft.md", markdown(records, line))
     heading, body = rows(records)
     table = Table(box=SIMPLE_HEAD, pad_edge=False, show_edge=False)
     for name in heading:

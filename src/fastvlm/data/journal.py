@@ -7,12 +7,18 @@ from pathlib import Path
 from typing import Any
 
 from fastvlm.functional.errors import InputError
+from fastvlm.functional.files import storage_errors, written_file
+from fastvlm.functional.text_files import parse_json
 
 
 def append_line(file: Path, entry: Any) -> None:
-    """Add an entry, which is in the file when this returns."""
-    with file.open("a", encoding="utf-8") as journal:
-        journal.write(json.dumps(entry, ensure_ascii=False) + "\n")
+    """Add an entry, which is in the file when this returns.
+
+    Raises:
+        StorageError: The disk is full, or the file can't be written.
+    """
+    with storage_errors(file), file.open("a", encoding="utf-8", errors="backslashreplace") as out:
+        out.write(json.dumps(entry, ensure_ascii=False) + "\n")
 
 
 def whole_lines(file: Path) -> list[Any]:
@@ -28,13 +34,12 @@ def whole_lines(file: Path) -> list[Any]:
     content = file.read_bytes()
     whole = content[: content.rfind(b"\n") + 1]
     if whole != content:
-        beside = file.with_name(f"{file.name}.partial")
-        beside.write_bytes(whole)
-        beside.replace(file)
+        with written_file(file) as beside:
+            beside.write_bytes(whole)
     entries = []
     for number, line in enumerate(whole.split(b"\n")[:-1], 1):
         try:
-            entries.append(json.loads(line))
+            entries.append(parse_json(line))
         except ValueError as error:
             raise InputError(f"Line {number} of {file} is not valid JSON: {error}.") from error
     return entries

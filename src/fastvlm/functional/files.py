@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import errno
+import json
 import os
 import re
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
+from typing import Any
 
 from filelock import FileLock, Timeout
 
@@ -43,6 +45,47 @@ def written_file(path: Path) -> Iterator[Path]:
     finally:
         with suppress(OSError):
             beside.unlink()
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write a text whole or not at all. See `written_file`."""
+    with written_file(path) as beside:
+        beside.write_text(text, encoding="utf-8")
+
+
+def write_json(path: Path, content: Any) -> None:
+    """Write JSON whole or not at all. See `written_file`."""
+    write_text(path, json.dumps(content, indent=2) + "\n")
+
+
+@contextmanager
+def written_into(folder: Path, last: str) -> Iterator[Path]:
+    """Yield an empty directory to fill; afterwards its files are in a folder that has others.
+
+    The file by which others know that the folder is complete goes in last, and out first.
+
+    Args:
+        folder: The folder; it is made if it isn't there.
+        last: That file's name.
+
+    Raises:
+        StorageError: The disk is full, or the files can't be written there.
+    """
+    beside = folder / ".partial"
+    try:
+        with storage_errors(folder):
+            shutil.rmtree(beside, ignore_errors=True)
+            beside.mkdir(parents=True)
+            yield beside
+            files = sorted(beside.iterdir(), key=lambda file: file.name == last)
+            for file in files:
+                _flush(file)
+            (folder / last).unlink(missing_ok=True)
+            for file in files:
+                file.replace(folder / file.name)
+            _flush(folder)
+    finally:
+        shutil.rmtree(beside, ignore_errors=True)
 
 
 @contextmanager

@@ -1,46 +1,63 @@
-"""A run's checkpoint: written whole or not at all, and refused by a run that it is not of."""
+"""A run's two last checkpoints: written whole or not at all, and refused by another run."""
 
 from __future__ import annotations
 
+import sys
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from fastvlm.functional.errors import CheckpointError
+from fastvlm.functional.errors import CheckpointError, first_line, shortened
+from fastvlm.functional.files import written_file
 
 State = dict[str, Any]
 """What a checkpoint holds: the plan, the next step, weights, optimiser, and streams' positions."""
+PARTS = ("plan", "step", "streams", "module", "optimiser")
 
 
-def write_checkpoint(path: Path, state: object) -> None:
-    """Write beside the file, then rename, so that a kill leaves the old or the new one whole."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    beside = path.with_suffix(".partial")
-    torch.save(state, beside)
-    beside.replace(path)
+def before(path: Path) -> Path:
+    """Return where the checkpoint before the last one is."""
+    return path.with_stem(f"{path.stem}-before")
+
+
+def write_checkpoint(path: Path, state: State) -> None:
+    """Write a checkpoint, and keep the one before it.
+
+    A kill at any moment leaves one of them whole.
+
+    Raises:
+        StorageError: The disk is full, or can't be written to; what was there stays.
+    """
+    with written_file(path) as beside:
+        torch.save(state, beside)
+        if path.is_file():
+            path.replace(before(path))
 
 
 def read_checkpoint(path: Path, plan: State, processes: int, *, streams: bool) -> State | None:
     """Return what a run with this plan goes on from; None where nothing was written.
 
+    Where the last checkpoint is broken, that is the one before it, which is said.
+
     Args:
         path: The file.
-        plan: What decides the run's weights.
+        plan: All that decides what is learnt.
         processes: Processes of the run.
         streams: Whether each process draws from a stream of its own.
 
     Raises:
         CheckpointError: It was written by a run with another plan, or by another number of
-            processes with a stream each.
+            processes with a stream each, or none that was written can be read.
     """
-    if not path.is_file():
+    state = _last(path)
+    if state is None:
         return None
-    state: State = torch.load(path, weights_only=True, map_location="cpu")
-    if state["plan"] != plan:
+    if different := list(differences(state["plan"], plan)):
         raise CheckpointError(
-            f"{path} was made by a run with {state['plan']}, but this one has {plan}; resume"
-            " with the same options or choose another output."
+            f"{path} was made by a run with {'; '.join(different)}. Resume with the same options"
+            " and data, or choose another output."
         )
     if streams and len(state["streams"]) != processes:
         raise CheckpointError(
@@ -48,3 +65,49 @@ def read_checkpoint(path: Path, plan: State, processes: int, *, streams: bool) -
             f" this run has {processes}; resume with as many."
         )
     return state
+
+
+def _last(path: Path) -> State | None:
+    """Return the last checkpoint that can be read; None where none was written."""
+    broken = []
+    for file in (path, before(path)):
+        if not file.is_file():
+            continue
+        try:
+            state: State = torch.load(file, weights_only=True, map_location="cpu")
+            missing = [part for part in PARTS if part not in state]
+        except Exception as error:  # noqa: BLE001 (of torch, of zipfile and of pickle)
+            broken.append(f"{file} can't be read ({first_line(error)})")
+            continue
+        if missing:
+            broken.append(f"{file} holds no {missing[0]}")
+            continue
+        for what in broken:
+            print(  # noqa: T201
+                f"{what}; the run goes on from {file.name}, step {state['step']}.",
+                file=sys.stderr,
+                flush=True,
+            )
+        return state
+    if broken:
+        raise CheckpointError(
+            f"{' and '.join(broken)}, so the run can't go on; remove it to begin again."
+        )
+    return None
+
+
+def differences(
+    found: Mapping[str, Any], wanted: Mapping[str, Any], prefix: str = ""
+) -> Iterator[str]:
+    """Yield in words what differs between a checkpoint's plan and a run's."""
+    for name in dict.fromkeys((*found, *wanted)):
+        ours, theirs = wanted.get(name), found.get(name)
+        if ours == theirs:
+            continue
+        called = f"{prefix}{name}".replace("_", " ")
+        if isinstance(ours, Mapping) and isinstance(theirs, Mapping):
+            yield from differences(theirs, ours, f"{called}, ")
+        elif isinstance(ours, Mapping) or isinstance(theirs, Mapping):
+            yield f"{'no' if theirs is None else 'a'} {called}"
+        else:
+            yield f"{called} {shortened(repr(theirs))} where this one has {shortened(repr(ours))}"

@@ -2,22 +2,40 @@
 
 from __future__ import annotations
 
-import json
 import math
 from pathlib import Path
+from typing import Any
 
 from fastvlm.functional.errors import InputError
+from fastvlm.functional.files import written_file
+from fastvlm.functional.text_files import parse_json
 
 COLUMNS = 3
+
+
+def read_log(log: Path) -> list[dict[str, Any]]:
+    """Return a log's entries; lines that a kill or a broken disk has spoilt are passed over."""
+    if not log.is_file():
+        return []
+    entries = []
+    for line in log.read_bytes().split(b"\n"):
+        try:
+            entry = parse_json(line)
+        except ValueError:
+            continue
+        if isinstance(entry, dict) and isinstance(entry.get("step"), int):
+            entries.append(entry)
+    return entries
 
 
 def read_curves(log: Path) -> dict[str, dict[str, list[tuple[int, float]]]]:
     """Return a log's curves by what they measure: a measure's name ends with that word."""
     curves: dict[str, dict[str, list[tuple[int, float]]]] = {}
-    for line in log.read_text().splitlines():
-        measures = json.loads(line)
-        step = measures.pop("step")
-        for name, value in measures.items():
+    for entry in read_log(log):
+        step = entry["step"]
+        for name, value in entry.items():
+            if name == "step":
+                continue
             curves.setdefault(name.split()[-1], {}).setdefault(name, []).append((step, value))
     return curves
 
@@ -48,6 +66,5 @@ def draw_curves(log: Path, picture: Path) -> None:
         axes.grid(alpha=0.3)
         if set(named) != {measure}:
             axes.legend(frameon=False, fontsize=8)
-    beside = picture.with_suffix(".partial")
-    figure.savefig(beside, format="png", dpi=110)
-    beside.replace(picture)
+    with written_file(picture) as beside:
+        figure.savefig(beside, format="png", dpi=110)

@@ -9,8 +9,9 @@ from __future__ import annotations
 import random
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -19,8 +20,10 @@ from torch.nn import functional as F
 from fastvlm.drafting.directory import load_draft
 from fastvlm.drafting.fingerprint import fingerprint
 from fastvlm.drafting.imitation import ImitationConfig, ImitationNetwork, initialise_from
+from fastvlm.functional.files import written_directory
 from fastvlm.functional.placement import moved
 from fastvlm.language.families import text_decoder
+from fastvlm.training.digests import digest_of_examples, digest_of_weights
 from fastvlm.training.forcing import KEPT_BYTES, GradientCache, Kept, TeacherForcing
 from fastvlm.training.loop import train
 from fastvlm.training.processes import this_process
@@ -156,6 +159,21 @@ class DraftTask:
         self.target = FrozenTarget(self.forcing, exits, examples, kept_bytes)
         self.module: nn.Module = nn.ModuleDict(self.networks)
         self.unit = "tokens"
+        self.plan: Mapping[str, Any] = {
+            "target": fingerprint(vlm.model),
+            "examples": digest_of_examples(examples),
+            "batch": batch,
+            "networks": {
+                name: {
+                    **asdict(self.plans[name]),
+                    # A network that goes on keeps the shape that it had.
+                    "exit_layer": network.config.exit_layer,
+                    "kind": network.config.kind,
+                    "first_weights": digest_of_weights(network),
+                }
+                for name, network in networks.items()
+            },
+        }
         self.source: Source | None = None
         self.whole: str | None = None
 
@@ -293,5 +311,6 @@ def train_draft(
     train(task, schedule, output, HeldOut(vlm, networks, held_out) if held_out else None)
     if this_process().is_main_process:
         for name, network in networks.items():
-            moved(network, torch.bfloat16).save_pretrained(output / name)
+            with written_directory(output / name) as beside:
+                moved(network, torch.bfloat16).save_pretrained(beside)
     return networks

@@ -8,9 +8,10 @@ from __future__ import annotations
 
 import random
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -18,10 +19,12 @@ from torch.nn import functional as F
 
 from fastvlm.data.captioned import CaptionedPhotograph, decode, read_flickr8k, words_of
 from fastvlm.data.questions import HELD_OUT_SCENES
+from fastvlm.functional.files import written_into
 from fastvlm.functional.placement import moved
 from fastvlm.scenes import BACKGROUNDS, COLOURS, SHAPES, SIZES, Scene, by_place, render, sample
 from fastvlm.training.architecture import read_encoder
 from fastvlm.training.augmentation import mixed, random_views
+from fastvlm.training.digests import digest, digest_of_weights
 from fastvlm.training.loop import train
 from fastvlm.training.processes import this_process
 from fastvlm.training.schedule import Schedule
@@ -98,6 +101,11 @@ class EncoderTask:
         self.device = this_process().device
         self.encoder = moved(encoder, self.device, memory_format=torch.channels_last).train()
         self.unit = "pictures"
+        self.plan: Mapping[str, Any] = {
+            "encoder": digest_of_weights(encoder),
+            "photographs": digest([[p.path, p.captions] for p in photographs]),
+            "knows_scenes": knows_scenes,
+        }
         self.source: Source | None = None
         self.whole: str | None = "the encoder's batch norms see all of a step"
         self.photographs = photographs
@@ -218,4 +226,5 @@ def train_encoder(
     lesson = EncoderTask(encoder, pictures, steps=schedule.steps, knows_scenes=start is not None)
     train(lesson, schedule, output)
     if this_process().is_main_process:
-        encoder.save_pretrained(output)
+        with written_into(output, last="config.json") as beside:
+            encoder.save_pretrained(beside)

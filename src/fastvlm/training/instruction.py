@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -13,9 +14,11 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase, ProcessorMixi
 from fastvlm.data.conversations import Broken, Conversation, Records, Shards
 from fastvlm.data.feed import Feed
 from fastvlm.functional.errors import InputError
+from fastvlm.functional.files import written_into
 from fastvlm.functional.placement import moved
 from fastvlm.language.families import text_decoder
 from fastvlm.training.dialogues import IGNORED
+from fastvlm.training.digests import digest_of_source, digest_of_weights
 from fastvlm.training.draft import full_precision
 from fastvlm.training.loop import train
 from fastvlm.training.paper_stages import PaperStage
@@ -40,14 +43,23 @@ class InstructionTask:
         rows: What makes its rows.
         feed: The conversations.
         batch: Conversations that this process takes in a step.
+        plan: See `Task`.
     """
 
-    def __init__(self, model: PreTrainedModel, rows: Rows, feed: Feed, batch: int) -> None:
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        rows: Rows,
+        feed: Feed,
+        batch: int,
+        plan: Mapping[str, Any] | None = None,
+    ) -> None:
         self.model = model.eval()
         # Gradient checkpointing asks for this mode.
         text_decoder(model).train()
         self.module: nn.Module = model
         self.unit = "tokens"
+        self.plan: Mapping[str, Any] = plan or {}
         self.source: Source | None = feed
         self.whole: str | None = None
         self.rows, self.feed, self.batch = rows, feed, batch
@@ -130,15 +142,24 @@ def tune_model(
     )
     if gradient_checkpointing:
         model.gradient_checkpointing_enable({"use_reentrant": False})
+    plan = {
+        "learns": stage.learns,
+        "image_size": stage.image_size,
+        "batch": stage.batch,
+        "rank": rank if stage.learns == "lora" else None,
+        "model": digest_of_weights(model),
+        "data": digest_of_source(source),
+    }
     with learning(model, stage.learns, rank):
         batch = max(1, stage.batch // process.num_processes)
-        train(InstructionTask(model, rows, feed, batch), schedule, output / "training")
+        train(InstructionTask(model, rows, feed, batch, plan), schedule, output / "training")
     if stage.image_size is not None:
         show_pictures_of(model, stage.image_size)
     state = whole_state(moved(model, torch.bfloat16))
     if process.is_main_process:
-        model.save_pretrained(output, state_dict=state)
-        processor.save_pretrained(output)
+        with written_into(output, last="config.json") as beside:
+            processor.save_pretrained(beside)
+            model.save_pretrained(beside, state_dict=state)
 
 
 def show_pictures_of(model: PreTrainedModel, image_size: int) -> None:

@@ -7,16 +7,20 @@ The frozen phase, in which an imitation network learns from the target as it is,
 from __future__ import annotations
 
 import random
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from fastvlm.drafting.fingerprint import fingerprint
+from fastvlm.functional.files import written_into
 from fastvlm.functional.placement import moved
 from fastvlm.language.families import text_decoder
+from fastvlm.training.digests import digest_of_examples
 from fastvlm.training.draft import full_precision
 from fastvlm.training.forcing import Forced, GradientCache, Kept, TeacherForcing
 from fastvlm.training.loop import train
@@ -58,7 +62,7 @@ class JointTask:
     def __init__(
         self, vlm: VisionLanguageModel, examples: Sequence[Example], plan: JointPlan
     ) -> None:
-        self.vlm, self.examples, self.plan = vlm, examples, plan
+        self.vlm, self.examples, self.joint = vlm, examples, plan
         vlm.model.requires_grad_(False)
         text_decoder(vlm.model).requires_grad_(True)
         fixed = (vlm.model.get_input_embeddings(), vlm.model.get_output_embeddings())
@@ -67,12 +71,17 @@ class JointTask:
         self.module: nn.Module = vlm.model
         self.forcing = TeacherForcing(vlm, Kept())
         self.unit = "tokens"
+        self.plan: Mapping[str, Any] = {
+            **asdict(plan),
+            "target": fingerprint(vlm.model),
+            "examples": digest_of_examples(examples),
+        }
         self.source: Source | None = None
         self.whole: str | None = None
 
     def draw(self, step: int) -> list[Example]:
         """Return the examples of a step."""
-        return random.sample(self.examples, min(self.plan.batch, len(self.examples)))
+        return random.sample(self.examples, min(self.joint.batch, len(self.examples)))
 
     def loss(self, examples: Sequence[Example]) -> Losses:
         """Return the cross-entropy at the last layer plus that at the exit, weighed.
@@ -81,7 +90,7 @@ class JointTask:
         """
         decoder, cache = self.vlm.decoder, GradientCache()
         forced = self.forcing.batch(examples, given=0)
-        exit_layer = self.plan.exit_layer
+        exit_layer = self.joint.exit_layer
         x = decoder.forward_layers(forced.x, forced.positions, cache, range(exit_layer))
         early = self.cross_entropy(x, forced)
         x = decoder.forward_layers(x, forced.positions, cache, range(exit_layer, decoder.depth))
@@ -91,7 +100,7 @@ class JointTask:
             "final": (float(final.detach()), number),
             f"exit {exit_layer}": (float(early.detach()), number),
         }
-        return Losses(final + self.plan.weight * early, number, report)
+        return Losses(final + self.joint.weight * early, number, report)
 
     def cross_entropy(self, x: Tensor, forced: Forced) -> Tensor:
         """Return the summed cross-entropy of a layer's states, (batch, length, d_model)."""
@@ -121,8 +130,9 @@ def train_joint(
     train(JointTask(vlm, examples, plan), schedule, output / "training")
     state = whole_state(moved(vlm.model, torch.bfloat16))
     if this_process().is_main_process:
-        vlm.model.save_pretrained(output, state_dict=state)
-        vlm.processor.save_pretrained(output)
+        with written_into(output, last="config.json") as beside:
+            vlm.processor.save_pretrained(beside)
+            vlm.model.save_pretrained(beside, state_dict=state)
     # The others load it next.
     with reached():
         this_process().wait_for_everyone()

@@ -7,9 +7,10 @@ position is in the checkpoint; so a run that is resumed goes on exactly where it
 from __future__ import annotations
 
 import signal
+import threading
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 from pathlib import Path
 from types import FrameType
@@ -18,7 +19,8 @@ from typing import Any
 import torch
 from accelerate import Accelerator
 
-from fastvlm.functional.errors import CheckpointError, FastVlmError, InputError
+from fastvlm.functional.errors import CheckpointError, FastVlmError, InputError, first_line
+from fastvlm.functional.files import locked
 from fastvlm.training.checkpoint import read_checkpoint, write_checkpoint
 from fastvlm.training.learner import Learner
 from fastvlm.training.processes import Processes
@@ -26,6 +28,11 @@ from fastvlm.training.progress import Progress, check_trackers
 from fastvlm.training.schedule import Schedule, seed_step
 from fastvlm.training.sharding import ShardedLearner, is_sharded_run
 from fastvlm.training.task import Task, Validate
+
+STOPPING = tuple(
+    getattr(signal, name) for name in ("SIGTERM", "SIGINT", "SIGHUP") if hasattr(signal, name)
+)
+"""Signals that ask a run to stop: a scheduler's, Ctrl-C, a terminal that is closed."""
 
 
 class StoppedError(FastVlmError):
@@ -45,11 +52,13 @@ def train(task: Task, schedule: Schedule, output: Path, validate: Validate | Non
         validate: Measures what was learnt; called by every process.
 
     Raises:
-        StoppedError: SIGTERM or Ctrl-C arrived at a process; the checkpoint is written.
+        StoppedError: SIGTERM, SIGHUP or Ctrl-C arrived at a process; the checkpoint is written.
         LostProcessError: Another process ended.
-        CheckpointError: The checkpoint belongs to a run with another schedule.
-        InputError: A step can't be cut into as many slices as are asked for, or a tracker or a
-            precision isn't there.
+        CheckpointError: The checkpoint belongs to a run with another plan, or none that was written
+            can be read.
+        StorageError: The disk is full; the checkpoint before stays.
+        InputError: A step can't be cut into as many slices as are asked for, a tracker or a
+            precision isn't there, or another run writes to the output.
     """
     check_trackers(schedule.trackers)
     processes = Processes()
@@ -61,7 +70,8 @@ def train(task: Task, schedule: Schedule, output: Path, validate: Validate | Non
     if accelerator.mixed_precision not in ("no", "bf16"):
         raise InputError(f"A run's precision is no or bf16; got {accelerator.mixed_precision}.")
     schedule = replace(schedule, precision=accelerator.mixed_precision)
-    Run(task, schedule, output, accelerator, processes).go(validate)
+    with locked(output) if processes.index == 0 else nullcontext():
+        Run(task, schedule, output, accelerator, processes).go(validate)
 
 
 class Run:
@@ -95,6 +105,7 @@ class Run:
         self.learner = learner(task, schedule, accelerator, processes)
         output.mkdir(parents=True, exist_ok=True)
         self.output, self.file = output, output / "checkpoint.pt"
+        self.plan = {**schedule.plan(), "task": dict(task.plan)}
         self.saved = time.monotonic()
 
     def go(self, validate: Validate | None) -> None:
@@ -178,9 +189,7 @@ class Run:
     def resume(self) -> int:
         """Return the step to begin with, everything restored for it."""
         source, processes = self.task.source, self.processes
-        state = read_checkpoint(
-            self.file, self.schedule.plan(), processes.number, streams=source is not None
-        )
+        state = read_checkpoint(self.file, self.plan, processes.number, streams=source is not None)
         first = 0 if state is None else state["step"]
         if len(set(processes.tell(first))) > 1:
             raise CheckpointError(
@@ -188,7 +197,12 @@ class Run:
                 " all of them share."
             )
         if state is not None:
-            self.learner.load(state)
+            try:
+                self.learner.load(state)
+            except (RuntimeError, ValueError, KeyError) as error:
+                raise CheckpointError(
+                    f"{self.file} doesn't fit what is trained: {first_line(error)}."
+                ) from error
             if source is not None:
                 source.load_state_dict(state["streams"][processes.index])
         return first
@@ -201,8 +215,8 @@ class Run:
         if progress is not None:
             # What is logged after the checkpoint is forgotten on resuming, and told again.
             progress.close()
-            plan = self.schedule.plan()
-            write_checkpoint(self.file, {"plan": plan, "step": step, "streams": streams, **state})
+            kept = {"plan": self.plan, "step": step, "streams": streams, **state}
+            write_checkpoint(self.file, kept)
             progress.draw(ended=ended)
         self.processes.tell(step)
         self.saved = time.monotonic()
@@ -217,13 +231,21 @@ def add(sums: dict[str, tuple[float, float]], more: Any) -> None:
 
 @contextmanager
 def asked_to_stop() -> Iterator[Sequence[int]]:
-    """Collect the signals that ask a run to stop, instead of stopping at once."""
+    """Collect the signals that ask a run to stop, instead of stopping at once.
+
+    A second Ctrl-C does stop it at once. Signals reach the main thread alone.
+    """
     asked: list[int] = []
 
     def ask(signum: int, _: FrameType | None) -> None:
+        if signum == signal.SIGINT and signum in asked:
+            raise KeyboardInterrupt
         asked.append(signum)
 
-    before = {number: signal.signal(number, ask) for number in (signal.SIGTERM, signal.SIGINT)}
+    if threading.current_thread() is not threading.main_thread():
+        yield asked
+        return
+    before = {number: signal.signal(number, ask) for number in STOPPING}
     try:
         yield asked
     finally:

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import cast
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -16,12 +16,14 @@ from fastvlm.checkpoints import load_checkpoint
 from fastvlm.data.captioned import CaptionedPhotograph, decode, read_flickr8k, typical_first
 from fastvlm.data.questions import HELD_OUT_SCENES
 from fastvlm.functional.errors import CheckpointError
+from fastvlm.functional.files import written_into
 from fastvlm.functional.placement import moved
 from fastvlm.scenes import Scene, describe, sample
 from fastvlm.training.architecture import DecoderShape, new_model, read_encoder, use_encoder
 from fastvlm.training.augmentation import random_views
 from fastvlm.training.consensus import Consensus, advantages, sample_sentences
 from fastvlm.training.dialogues import IGNORED, PROMPTS, Dialogue, encode_dialogue, token_losses
+from fastvlm.training.digests import digest, digest_of_weights
 from fastvlm.training.encoder import scene_pixels
 from fastvlm.training.growth import AS_IT_IS, Size, grown
 from fastvlm.training.loop import train
@@ -81,6 +83,12 @@ class ModelTask:
         self.model.model.language_model.train()
         self.module: nn.Module = model
         self.unit = "tokens"
+        shown = {k: v for k, v in asdict(stage).items() if k not in ("name", "schedule")}
+        self.plan: Mapping[str, Any] = {
+            **shown,
+            "model": digest_of_weights(model),
+            "photographs": digest([[p.path, p.captions] for p in photographs]),
+        }
         self.source: Source | None = None
         self.whole: str | None = None
         if stage.sampled:
@@ -269,5 +277,6 @@ def save_model(
     """Save a model in bfloat16; every process calls this, and process 0 writes."""
     state = whole_state(moved(model, torch.bfloat16))
     if this_process().is_main_process:
-        model.save_pretrained(output, state_dict=state)
-        tokenizer.save_pretrained(output)
+        with written_into(output, last="config.json") as beside:
+            tokenizer.save_pretrained(beside)
+            model.save_pretrained(beside, state_dict=state)

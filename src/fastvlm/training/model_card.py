@@ -11,6 +11,7 @@ import torch
 
 import fastvlm
 from fastvlm.drafting import ImitationNetwork
+from fastvlm.functional.files import write_text
 from fastvlm.training.draft import DraftPlan
 from fastvlm.training.held_out import Decoded
 
@@ -86,4 +87,4 @@ class Card:
             version=fastvlm.__version__,
             torch=torch.__version__,
         )
-        (folder / "README.md").write_text(text, encoding="utf-8")
+        write_text(folder / "README.md", text)

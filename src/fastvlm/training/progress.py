@@ -12,8 +12,10 @@ from pathlib import Path
 from accelerate import Accelerator
 from accelerate.tracking import get_available_trackers
 
-from fastvlm.functional.errors import InputError
-from fastvlm.training.curves import draw_curves
+from fastvlm.data.journal import append_line
+from fastvlm.functional.errors import InputError, StorageError
+from fastvlm.functional.files import write_text
+from fastvlm.training.curves import draw_curves, read_log
 from fastvlm.training.schedule import Schedule
 
 Sums = Mapping[str, tuple[float, float]]
@@ -98,8 +100,9 @@ class Progress:
         print(  # noqa: T201
             f"step {self.step}/{self.schedule.steps}  {line}", file=sys.stderr, flush=True
         )
-        with self.log.open("a") as file:
-            file.write(json.dumps({"step": self.step, **measures}) + "\n")
+        # The folder may have been removed meanwhile.
+        self.log.parent.mkdir(parents=True, exist_ok=True)
+        append_line(self.log, {"step": self.step, **measures})
         self.accelerator.log(dict(measures), step=self.step)
 
     def draw(self, *, ended: bool) -> None:
@@ -112,7 +115,8 @@ class Progress:
             return
         try:
             draw_curves(self.log, self.picture)
-        except InputError as error:
+        except (InputError, StorageError) as error:
+            # A picture is no reason to end a run.
             if ended:
                 print(error, file=sys.stderr, flush=True)  # noqa: T201
         self.drawn = time.monotonic()
@@ -128,8 +132,5 @@ def keep_until(log: Path, step: int) -> None:
     """Take out of a log what was written after a step, and a line that a kill cut short."""
     if not log.is_file():
         return
-    lines = log.read_text().splitlines(keepends=True)
-    kept = [line for line in lines if line.endswith("\n") and json.loads(line)["step"] <= step]
-    beside = log.with_suffix(".partial")
-    beside.write_text("".join(kept))
-    beside.replace(log)
+    kept = [entry for entry in read_log(log) if entry["step"] <= step]
+    write_text(log, "".join(json.dumps(entry) + "\n" for entry in kept))

@@ -24,6 +24,7 @@ from fastvlm.data.journal import append_line, whole_lines
 from fastvlm.decoding import Request
 from fastvlm.drafting.fingerprint import weights_hash
 from fastvlm.functional.errors import InputError
+from fastvlm.functional.files import locked
 from fastvlm.vlm import VisionLanguageModel
 
 REPORTED = 48
@@ -183,22 +184,25 @@ def own_replies(
             greedy ones.
 
     Raises:
-        InputError: Too many questions can't be asked.
+        InputError: Too many questions can't be asked, or another run writes to the folder.
+        StorageError: The disk is full.
     """
     plan = [weights_hash(vlm.model), max_new_tokens, temperature, [_named(one) for one in asked]]
     key = hashlib.sha256(json.dumps(plan).encode()).hexdigest()[:16]
     file = cache / f"replies-{key}.jsonl"
-    rows = whole_lines(file)
-    cache.mkdir(parents=True, exist_ok=True)
-    started, first = time.monotonic(), len(rows)
-    for row in answers(vlm, asked, first, max_new_tokens, temperature):
-        append_line(file, row)
-        rows.append(row)
-        if not len(rows) % REPORTED or len(rows) == len(asked):
-            left = (time.monotonic() - started) / (len(rows) - first) * (len(asked) - len(rows))
-            print(  # noqa: T201
-                f"replies {len(rows)}/{len(asked)}  {left:.0f} s left", file=sys.stderr, flush=True
-            )
+    with locked(cache):
+        rows = whole_lines(file)
+        started, first = time.monotonic(), len(rows)
+        for row in answers(vlm, asked, first, max_new_tokens, temperature):
+            append_line(file, row)
+            rows.append(row)
+            if not len(rows) % REPORTED or len(rows) == len(asked):
+                left = (time.monotonic() - started) / (len(rows) - first) * (len(asked) - len(rows))
+                print(  # noqa: T201
+                    f"replies {len(rows)}/{len(asked)}  {left:.0f} s left",
+                    file=sys.stderr,
+                    flush=True,
+                )
     examples = []
     for one, row in zip(asked, rows, strict=True):
         broken.see()
@@ -250,12 +254,18 @@ def answers(
                 raise request.error
 
 
+def _identity(part: Mapping[str, Any]) -> list[Any]:
+    place = place_of(part)
+    # A file that was exchanged for another of the same name is another image.
+    return [place, Path(place).stat().st_size if place and Path(place).is_file() else None]
+
+
 def _named(asked: Asked) -> list[Any]:
-    """Return what tells a question from others: its name, texts, and where its images are."""
+    """Return what tells a question from others: its name, texts and images."""
     return [
         asked.name,
         [
-            [turn["role"], text_of(turn), [place_of(part) for part in images_of(turn)]]
+            [turn["role"], text_of(turn), [_identity(part) for part in images_of(turn)]]
             for turn in asked.messages
         ],
     ]

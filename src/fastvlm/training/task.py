@@ -49,6 +49,9 @@ class Task(Protocol):
     source: Source | None
     """The stream that this process draws its own examples from; None where the step's number
     decides the examples of all processes. A position is restored before the first draw."""
+    plan: Mapping[str, Any]
+    """All that decides what is learnt besides the schedule, in plain types: what the task was made
+    of, as settings, and as digests of data and of the weights that it begins with."""
     whole: str | None
     """Why the examples of a step can't be shared out; None where they can."""
 

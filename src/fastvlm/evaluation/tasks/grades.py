@@ -14,6 +14,7 @@ from fastvlm.data.tasks.mmvet import read_grades
 from fastvlm.evaluation.measuring import no_progress
 from fastvlm.evaluation.tasks.answers import Answer
 from fastvlm.evaluation.tasks.judge import Judge
+from fastvlm.functional.files import write_text
 
 Graded = dict[tuple[str, str, str], Any]
 """By task, item and reply, what a task's `score` takes: equal replies have equal grades."""
@@ -106,9 +107,9 @@ def write_submission(
             for answer in answers
         ]
         file = folder / f"{name}.jsonl"
-        file.write_text("".join(f"{json.dumps(line)}\n" for line in lines), encoding="utf-8")
+        write_text(file, "".join(f"{json.dumps(line)}\n" for line in lines))
         return file
     file = folder / f"{name}.json"
     replies = {answer.item: answer.text for answer in answers}
-    file.write_text(json.dumps(replies, indent=2) + "\n", encoding="utf-8")
+    write_text(file, json.dumps(replies, indent=2) + "\n")
     return file

@@ -35,6 +35,7 @@ from fastvlm.evaluation.tasks.tables import (
     speedup_end_to_end,
     task_parts,
 )
+from fastvlm.functional.files import write_text
 from fastvlm.vision.loading import load_image
 
 EXAMPLES = 2
@@ -57,16 +58,16 @@ def write_report(folder: Path, plan: Plan, journal: Journal, rows: Sequence[Row]
     figures = folder / "figures"
     figures.mkdir(exist_ok=True)
     for plot in plots:
-        (figures / f"{plot.name}.svg").write_text(plot.svg, encoding="utf-8")
+        write_text(figures / f"{plot.name}.svg", plot.svg)
     content = {
         "plan": plan.to_json(),
         "sessions": journal.sessions,
         "results": [row.to_json() for row in rows],
     }
-    (folder / "report.json").write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+    write_text(folder / "report.json", json.dumps(content, indent=2) + "\n")
     found = parts(plan, journal, rows, plots)
-    (folder / "report.md").write_text(markdown(TITLE, found), encoding="utf-8")
-    (folder / "report.html").write_text(html(TITLE, found), encoding="utf-8")
+    write_text(folder / "report.md", markdown(TITLE, found))
+    write_text(folder / "report.html", html(TITLE, found))
 
 
 def parts(plan: Plan, journal: Journal, rows: Sequence[Row], plots: Sequence[Plot]) -> list[Part]:
