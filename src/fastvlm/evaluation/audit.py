@@ -19,6 +19,7 @@ from fastvlm.data.conversations import Message
 from fastvlm.data.journal import append_line, whole_lines
 from fastvlm.data.questions import Question
 from fastvlm.decoding import Autoregressive, Engine, Request, SamplingParams, Strategy
+from fastvlm.drafting.fingerprint import weights_hash
 from fastvlm.evaluation.measuring import no_progress, run_requests
 from fastvlm.evaluation.reference import (
     TIES,
@@ -27,7 +28,9 @@ from fastvlm.evaluation.reference import (
     dialogue_of,
     reference_replies,
 )
+from fastvlm.functional.digests import digest, digest_of_weights
 from fastvlm.functional.errors import InputError
+from fastvlm.functional.files import locked
 from fastvlm.vlm import VisionLanguageModel
 
 GREEDY = SamplingParams(max_new_tokens=160)
@@ -124,20 +127,24 @@ def audit(
     if params.max_new_tokens is None:
         params = replace(params, max_new_tokens=GREEDY.max_new_tokens)
     plan = {
-        "names": sorted(strategies),
-        "questions": len(questions),
+        "model": weights_hash(vlm.model),
+        "strategies": {name: identity(one) for name, one in sorted(strategies.items())},
+        "questions": digest([asdict(one) for one in questions]),
         "batch": batch,
         "dtype": str(vlm.decoder.dtype).removeprefix("torch."),
         "width": width,
         "sampling": asdict(params),
     }
-    lines = whole_lines(journal)
-    if lines and lines[0] != plan:
-        raise InputError(f"{journal} belongs to an audit with {lines[0]}, but this one has {plan}.")
-    if not lines:
-        append_line(journal, plan)
-    done = lines[1:]
-    with ExactModel(vlm) as exact:
+    with locked(journal.parent), ExactModel(vlm) as exact:
+        lines = whole_lines(journal)
+        if lines and lines[0] != plan:
+            raise InputError(
+                f"{journal} belongs to an audit of another model, other questions or other options;"
+                " choose another --output."
+            )
+        if not lines:
+            append_line(journal, plan)
+        done = lines[1:]
         for start in range(len(done) * batch, len(questions), batch):
             asked = {
                 number: dialogue_of(vlm, questions[number])
@@ -161,6 +168,17 @@ def audit(
         },
         gap=0.0 if wide else tie,
     )
+
+
+def identity(strategy: Strategy) -> dict[str, Any]:
+    """Return what tells a strategy from others of its name."""
+    network = getattr(strategy, "network", None)
+    return {
+        "exit_layer": strategy.exit_layer,
+        "max_draft_tokens": strategy.max_draft_tokens,
+        "skipped": list(getattr(strategy, "skipped", None) or ()),
+        "network": None if network is None else digest_of_weights(network),
+    }
 
 
 def audit_batch(

@@ -1,38 +1,13 @@
-"""What tells data and weights from others, for the plan that a resumed run is held against."""
+"""What tells what is learnt from other examples and data sets."""
 
 from __future__ import annotations
 
-import hashlib
-import json
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
-
-from PIL import Image
-from torch import nn
 
 from fastvlm.data.conversations import Records, Shards
+from fastvlm.functional.digests import digest
 from fastvlm.training.replies import Example
-
-
-def digest(value: Any) -> str:
-    """Return 16 hexadecimal digits that stand for a value of plain types.
-
-    What is of none of them counts by what it says of itself.
-    """
-    text = json.dumps(value, sort_keys=True, default=_plain)
-    return hashlib.sha256(text.encode("utf-8", "surrogatepass")).hexdigest()[:16]
-
-
-def _plain(value: Any) -> Any:
-    if isinstance(value, Path):
-        # By its name and size: the data may be moved, and reading all of it would take an hour.
-        return [value.name, value.stat().st_size if value.is_file() else None]
-    if isinstance(value, bytes):
-        return hashlib.sha256(value).hexdigest()
-    if isinstance(value, Image.Image):
-        return [value.mode, value.size, hashlib.sha256(value.tobytes()).hexdigest()]
-    return repr(value)
 
 
 def digest_of_examples(examples: Sequence[Example]) -> str:
@@ -52,12 +27,3 @@ def digest_of_source(source: Records | Shards) -> str:
         return digest([str(known), len(source)] if known else list(source.rows))
     files = [Path(str(file)) for file in getattr(source, "files", ())]
     return digest([type(source).__name__, len(source), files])
-
-
-def digest_of_weights(module: nn.Module) -> str:
-    """Return what tells a module's weights from others: names, shapes and their first values."""
-    found = []
-    for name, tensor in sorted(module.state_dict().items()):
-        first = tensor.detach().flatten()[:16].double().cpu().tolist()
-        found.append([name, list(tensor.shape), first])
-    return digest(found)

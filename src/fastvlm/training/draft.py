@@ -20,10 +20,11 @@ from torch.nn import functional as F
 from fastvlm.drafting.directory import load_draft
 from fastvlm.drafting.fingerprint import fingerprint
 from fastvlm.drafting.imitation import ImitationConfig, ImitationNetwork, initialise_from
+from fastvlm.functional.digests import digest_of_weights
 from fastvlm.functional.files import written_directory
 from fastvlm.functional.placement import moved
 from fastvlm.language.families import text_decoder
-from fastvlm.training.digests import digest_of_examples, digest_of_weights
+from fastvlm.training.digests import digest_of_examples
 from fastvlm.training.forcing import KEPT_BYTES, GradientCache, Kept, TeacherForcing
 from fastvlm.training.loop import train
 from fastvlm.training.processes import this_process

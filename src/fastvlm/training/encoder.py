@@ -19,12 +19,12 @@ from torch.nn import functional as F
 
 from fastvlm.data.captioned import CaptionedPhotograph, decode, read_flickr8k, words_of
 from fastvlm.data.questions import HELD_OUT_SCENES
+from fastvlm.functional.digests import digest, digest_of_weights
 from fastvlm.functional.files import written_into
 from fastvlm.functional.placement import moved
 from fastvlm.scenes import BACKGROUNDS, COLOURS, SHAPES, SIZES, Scene, by_place, render, sample
 from fastvlm.training.architecture import read_encoder
 from fastvlm.training.augmentation import mixed, random_views
-from fastvlm.training.digests import digest, digest_of_weights
 from fastvlm.training.loop import train
 from fastvlm.training.processes import this_process
 from fastvlm.training.schedule import Schedule

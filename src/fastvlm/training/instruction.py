@@ -13,12 +13,13 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase, ProcessorMixi
 
 from fastvlm.data.conversations import Broken, Conversation, Records, Shards
 from fastvlm.data.feed import Feed
+from fastvlm.functional.digests import digest_of_weights
 from fastvlm.functional.errors import InputError
 from fastvlm.functional.files import written_into
 from fastvlm.functional.placement import moved
 from fastvlm.language.families import text_decoder
 from fastvlm.training.dialogues import IGNORED
-from fastvlm.training.digests import digest_of_source, digest_of_weights
+from fastvlm.training.digests import digest_of_source
 from fastvlm.training.draft import full_precision
 from fastvlm.training.loop import train
 from fastvlm.training.paper_stages import PaperStage

@@ -15,6 +15,7 @@ from transformers import FastVlmForConditionalGeneration, PreTrainedTokenizerFas
 from fastvlm.checkpoints import load_checkpoint
 from fastvlm.data.captioned import CaptionedPhotograph, decode, read_flickr8k, typical_first
 from fastvlm.data.questions import HELD_OUT_SCENES
+from fastvlm.functional.digests import digest, digest_of_weights
 from fastvlm.functional.errors import CheckpointError
 from fastvlm.functional.files import written_into
 from fastvlm.functional.placement import moved
@@ -23,7 +24,6 @@ from fastvlm.training.architecture import DecoderShape, new_model, read_encoder,
 from fastvlm.training.augmentation import random_views
 from fastvlm.training.consensus import Consensus, advantages, sample_sentences
 from fastvlm.training.dialogues import IGNORED, PROMPTS, Dialogue, encode_dialogue, token_losses
-from fastvlm.training.digests import digest, digest_of_weights
 from fastvlm.training.encoder import scene_pixels
 from fastvlm.training.growth import AS_IT_IS, Size, grown
 from fastvlm.training.loop import train
