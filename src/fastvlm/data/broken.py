@@ -60,7 +60,7 @@ class BrokenRecords:
         """Return how many records were broken, and the first of them with what is wrong."""
         if not self.count:
             return f"None of {self.seen:,} records is broken"
-        first = "; ".join(f"{broken.name}: {broken.reason}" for broken in self.named)
+        first = "; ".join(f"{one.name}: {one.reason.rstrip('.')}" for one in self.named)
         others = "; ..." if self.count > len(self.named) else ""
         share = 100 * self.count / self.seen
         return (

@@ -162,6 +162,7 @@ class DraftTask:
         self.unit = "tokens"
         self.plan: Mapping[str, Any] = {
             "target": fingerprint(vlm.model),
+            "dtype": str(vlm.decoder.dtype),
             "examples": digest_of_examples(examples),
             "batch": batch,
             "networks": {

@@ -62,11 +62,14 @@ def train(task: Task, schedule: Schedule, output: Path, validate: Validate | Non
     """
     check_trackers(schedule.trackers)
     processes = Processes()
-    accelerator = Accelerator(
-        mixed_precision=schedule.precision,
-        log_with=list(schedule.trackers) or None,
-        project_dir=output / "trackers",
-    )
+    try:
+        accelerator = Accelerator(
+            mixed_precision=schedule.precision,
+            log_with=list(schedule.trackers) or None,
+            project_dir=output / "trackers",
+        )
+    except ValueError as error:  # a process has one precision, which accelerate keeps
+        raise InputError(f"This run can't be set up: {first_line(error)}.") from error
     if accelerator.mixed_precision not in ("no", "bf16"):
         raise InputError(f"A run's precision is no or bf16; got {accelerator.mixed_precision}.")
     schedule = replace(schedule, precision=accelerator.mixed_precision)
