@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from fastvlm.data.conversations import Records, Shards
@@ -24,6 +24,11 @@ def digest_of_source(source: Records | Shards) -> str:
     if isinstance(source, Records):
         # What Hugging Face's datasets tell their own tables by.
         known = getattr(source.rows, "_fingerprint", None)
-        return digest([str(known), len(source)] if known else list(source.rows))
+        if known:
+            return digest([str(known), len(source)])
+        if all(isinstance(row, Mapping) for row in source.rows):
+            return digest(list(source.rows))
+        # Rows that only say where a record is.
+        return digest([[one.name, getattr(one, "messages", None)] for one in source])
     files = [Path(str(file)) for file in getattr(source, "files", ())]
     return digest([type(source).__name__, len(source), files])
