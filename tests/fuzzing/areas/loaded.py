@@ -83,7 +83,9 @@ def replied(folder: Path, inputs: Any) -> list[int] | None:
             shows = type(config) in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING
             auto = AutoModelForImageTextToText if shows else AutoModelForCausalLM
             model = auto.from_pretrained(folder, dtype=torch.float32).eval()
-            out = model.generate(**inputs, max_new_tokens=MAX_NEW_TOKENS, do_sample=False)
+            out = model.generate(
+                **inputs, max_new_tokens=MAX_NEW_TOKENS, do_sample=False, use_cache=True
+            )
             encodes = model.config.get_text_config(decoder=True).is_encoder_decoder
             start = 1 if encodes else inputs["input_ids"].shape[1]
             return out[0, start:].tolist()

@@ -16,13 +16,13 @@ from fastvlm.data.tasks.mmmu import mmmu
 from fastvlm.data.tasks.mmvet import mmvet
 from fastvlm.data.tasks.nocaps import nocaps
 from fastvlm.data.tasks.pope import pope
-from fastvlm.data.tasks.task import Item, Task
+from fastvlm.data.tasks.task import Item, Task, checked
 from fastvlm.data.tasks.textvqa import textvqa
 from fastvlm.data.tasks.visdial import visdial
 from fastvlm.data.tasks.vqav2 import vqav2
 
 LOADERS: Mapping[str, Callable[[Path], Task[Any]]] = {
-    loader.__name__: loader
+    loader.__name__: checked(loader)
     for loader in (
         coco,
         nocaps,

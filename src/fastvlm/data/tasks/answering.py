@@ -8,6 +8,7 @@ from statistics import fmean
 from typing import ClassVar
 
 from fastvlm.data.tasks.task import Item, check_replies
+from fastvlm.functional.errors import InputError
 
 
 @dataclass(frozen=True, slots=True)
@@ -30,6 +31,16 @@ class Answering:
     answers: Mapping[str, Sequence[str]]
     kinds: Mapping[str, str] = field(default_factory=dict)
     judged: ClassVar[bool] = False
+
+    def __post_init__(self) -> None:
+        """Refuse answers that a reply can't be compared with.
+
+        Raises:
+            InputError: Some are no texts.
+        """
+        for key, answers in self.answers.items():
+            if isinstance(answers, str) or not all(isinstance(answer, str) for answer in answers):
+                raise InputError(f"The answers to {self.name}'s item {key} are no texts.")
 
     def score(self, replies: Mapping[str, str]) -> dict[str, float]:
         """Return the mean over all items and over each kind, 0 to 1, as `Task.score`.

@@ -6,9 +6,9 @@ from pathlib import Path
 from typing import Any
 
 from fastvlm.data.tasks.captioning import Captioning, captioning
-from fastvlm.data.tasks.files import find, locate, reads
+from fastvlm.data.tasks.files import find, locate
 from fastvlm.functional.errors import InputError
-from fastvlm.functional.text_files import read_json
+from fastvlm.functional.text_files import read_json, reads
 
 KARPATHY = ("val", "test")
 PUBLISHED = ("val2014", "val2017")

@@ -5,9 +5,9 @@ from __future__ import annotations
 from pathlib import Path, PurePosixPath
 
 from fastvlm.data.tasks.answering import Answering
-from fastvlm.data.tasks.files import find, locate, reads
+from fastvlm.data.tasks.files import find, locate
 from fastvlm.data.tasks.task import SHORT_ANSWER, Item
-from fastvlm.functional.text_files import read_json
+from fastvlm.functional.text_files import read_json, reads
 from fastvlm.metrics.answers import anls
 
 

@@ -2,41 +2,12 @@
 
 from __future__ import annotations
 
-import functools
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import ParamSpec, TypeVar
 
 from fastvlm.functional.errors import InputError
 
 _NAMED = 3
-
-Given = ParamSpec("Given")
-Read = TypeVar("Read")
-
-
-def reads(what: str) -> Callable[[Callable[Given, Read]], Callable[Given, Read]]:
-    """Make a reader say in one sentence when what it reads lacks a field or has another shape.
-
-    Args:
-        what: The files, such as "COCO's files".
-    """
-
-    def decorate(reader: Callable[Given, Read]) -> Callable[Given, Read]:
-        @functools.wraps(reader)
-        def read(*args: Given.args, **kwargs: Given.kwargs) -> Read:
-            try:
-                return reader(*args, **kwargs)
-            except KeyError as error:
-                raise InputError(
-                    f"{what} are not laid out as published: there is no {error}."
-                ) from error
-            except (AttributeError, IndexError, TypeError) as error:
-                raise InputError(f"{what} are not laid out as published: {error}.") from error
-
-        return read
-
-    return decorate
 
 
 def find(folder: Path, *names: str) -> Path:

@@ -7,10 +7,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import ClassVar
 
-from fastvlm.data.tasks.files import find, locate, reads
+from fastvlm.data.tasks.files import find, locate
 from fastvlm.data.tasks.task import Item, check_replies
 from fastvlm.functional.errors import InputError
-from fastvlm.functional.text_files import read_json_lines
+from fastvlm.functional.text_files import read_json_lines, reads
 from fastvlm.metrics.judged import relative_scores
 
 

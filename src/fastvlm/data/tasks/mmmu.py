@@ -8,9 +8,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar
 
-from fastvlm.data.tasks.files import reads
 from fastvlm.data.tasks.task import CHOICE, SHORT_ANSWER, Item, check_replies
 from fastvlm.functional.errors import InputError
+from fastvlm.functional.text_files import reads
 from fastvlm.metrics.multidiscipline import DISCIPLINES, LETTERS, Key, discipline_scores
 
 COLUMNS = ("id", "question", "options", "answer", "question_type", "image_1")

@@ -7,9 +7,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import ClassVar
 
-from fastvlm.data.tasks.files import find, locate, reads
+from fastvlm.data.tasks.files import find, locate
 from fastvlm.data.tasks.task import Item, check_replies
-from fastvlm.functional.text_files import read_json
+from fastvlm.functional.text_files import read_json, reads
 from fastvlm.metrics.judged import capability_scores
 
 

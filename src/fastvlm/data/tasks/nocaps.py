@@ -6,8 +6,8 @@ from pathlib import Path
 
 from fastvlm.data.tasks.captioning import Captioning, captioning
 from fastvlm.data.tasks.coco import captions_by_image
-from fastvlm.data.tasks.files import find, locate, reads
-from fastvlm.functional.text_files import read_json
+from fastvlm.data.tasks.files import find, locate
+from fastvlm.functional.text_files import read_json, reads
 
 
 @reads("nocaps' files")

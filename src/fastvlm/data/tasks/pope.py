@@ -8,9 +8,9 @@ from pathlib import Path
 from statistics import fmean
 from typing import ClassVar
 
-from fastvlm.data.tasks.files import find, locate, reads
+from fastvlm.data.tasks.files import find, locate
 from fastvlm.data.tasks.task import SHORT_ANSWER, Item, check_replies
-from fastvlm.functional.text_files import read_json_lines
+from fastvlm.functional.text_files import read_json_lines, reads
 from fastvlm.metrics.yes_no import says_yes, yes_no_scores
 
 SAMPLINGS = ("random", "popular", "adversarial")

@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import functools
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from io import BytesIO
 from pathlib import Path
-from typing import Protocol, TypeVar
-
-from PIL import Image
+from typing import Any, ParamSpec, Protocol, TypeVar
 
 from fastvlm.functional.errors import InputError
 
@@ -16,6 +14,7 @@ SHORT_ANSWER = "Answer the question using a single word or phrase."
 CHOICE = "Answer with the option's letter from the given choices directly."
 CAPTION = "Provide a one-sentence caption for the provided image."
 
+Given = ParamSpec("Given")
 Reply_contra = TypeVar("Reply_contra", contravariant=True)
 
 
@@ -35,10 +34,8 @@ class Item:
     picture: Path | bytes
     options: tuple[str, ...] = ()
 
-    def open(self) -> Path | Image.Image:
+    def open(self) -> Path | bytes:
         """Return the picture as a model takes it."""
-        if isinstance(self.picture, bytes):
-            return Image.open(BytesIO(self.picture))
         return self.picture
 
 
@@ -85,3 +82,19 @@ def check_replies(items: Sequence[Item], replies: Mapping[str, object]) -> None:
             f"There must be one reply for each item, but {len(unmatched)} don't match:"
             f" {first!r} {lacks}."
         )
+
+
+def checked(loader: Callable[Given, Task[Any]]) -> Callable[Given, Task[Any]]:
+    """Make a loader refuse a task with nothing to ask, or with what is no text."""
+
+    @functools.wraps(loader)
+    def load(*args: Given.args, **kwargs: Given.kwargs) -> Task[Any]:
+        task = loader(*args, **kwargs)
+        if not task.items:
+            raise InputError(f"There is nothing to ask in the files of {task.name}.")
+        for item in task.items:
+            if not isinstance(item.prompt, str):
+                raise InputError(f"The prompt of {task.name}'s item {item.id} is no text.")
+        return task
+
+    return load

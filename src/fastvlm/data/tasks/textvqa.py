@@ -5,10 +5,10 @@ from __future__ import annotations
 from pathlib import Path
 
 from fastvlm.data.tasks.answering import Answering
-from fastvlm.data.tasks.files import find, locate, reads
+from fastvlm.data.tasks.files import find, locate
 from fastvlm.data.tasks.task import SHORT_ANSWER, Item
 from fastvlm.functional.errors import InputError
-from fastvlm.functional.text_files import read_json, read_json_lines
+from fastvlm.functional.text_files import read_json, read_json_lines, reads
 from fastvlm.metrics.answers import textvqa_accuracy
 
 ANNOTATIONS = "TextVQA_0.5.1_val.json"

@@ -8,10 +8,10 @@ from pathlib import Path
 from statistics import fmean
 from typing import Any, ClassVar
 
-from fastvlm.data.tasks.files import find, locate, reads
+from fastvlm.data.tasks.files import find, locate
 from fastvlm.data.tasks.task import SHORT_ANSWER, Item, check_replies
 from fastvlm.functional.errors import InputError
-from fastvlm.functional.text_files import read_json
+from fastvlm.functional.text_files import read_json, reads
 from fastvlm.metrics.ranking import ndcg, rank_options, retrieval_scores
 
 

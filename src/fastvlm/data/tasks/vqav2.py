@@ -6,10 +6,10 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from fastvlm.data.tasks.answering import Answering
-from fastvlm.data.tasks.files import find, locate, reads
+from fastvlm.data.tasks.files import find, locate
 from fastvlm.data.tasks.task import SHORT_ANSWER, Item
 from fastvlm.functional.errors import InputError
-from fastvlm.functional.text_files import read_json
+from fastvlm.functional.text_files import read_json, reads
 from fastvlm.metrics.answers import normalize_submission, vqa_accuracy
 
 QUESTIONS = "v2_OpenEnded_mscoco_val2014_questions.json"
