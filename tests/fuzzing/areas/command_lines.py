@@ -74,10 +74,6 @@ class CommandLines:
         images.mkdir()
         render(sample(1), 128).save(images / "0.png")
         (images / "pictures.json").write_text(json.dumps(listing))
-        embedded.FOLDER = folder
-        embedded.MODEL, embedded.DRAFT = folder / "model", folder / "draft"
-        embedded.PICTURES = images
-        sys.modules["fastvlm.cli.demo"].MAX_NEW_TOKENS = 4  # type: ignore[attr-defined]
         self.options = sorted(set(_options()))
         self.places = tuple(
             str(folder / name) for name in ("model", "llava", "draft", "pictures", "none", "out")
@@ -106,6 +102,11 @@ class CommandLines:
     def check(self, case: Typed) -> None:
         """See `Area`."""
         words = self.words(case)
+        # The small model in the place of the one that ships; this process is the case's own.
+        embedded.FOLDER = self.folder
+        embedded.MODEL, embedded.DRAFT = self.folder / "model", self.folder / "draft"
+        embedded.PICTURES = self.folder / "pictures"
+        sys.modules["fastvlm.cli.demo"].MAX_NEW_TOKENS = 4  # type: ignore[attr-defined]
         os.chdir(self.folder)
         os.environ["COLUMNS"] = "80"
         outputs = [self.folder / "stdout", self.folder / "stderr"]
