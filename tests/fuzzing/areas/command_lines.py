@@ -15,6 +15,7 @@ from hypothesis import strategies as st
 
 from fastvlm import embedded
 from fastvlm.cli import app, run
+from fastvlm.functional.errors import InputError
 from fastvlm.scenes import render, sample
 from tests.fuzzing.area import WrongError
 from tests.fuzzing.models import save_family, save_fastvithd
@@ -121,8 +122,11 @@ class CommandLines:
             raise WrongError(f"exit code {code}: {words}")
         if "Traceback" in said + errors or "report" in errors:
             raise WrongError(f"{words}: {errors[-2000:]}")
-        if code and not errors.strip():
-            raise WrongError(f"exit code {code}, and not a word on standard error: {words}")
+        sentences = [line for line in errors.splitlines() if line.startswith("fastvlm: ")]
+        if code and not sentences:
+            raise WrongError(f"exit code {code}, and no sentence on standard error: {words}")
+        if code:
+            raise InputError(sentences[-1])
 
     def words(self, case: Typed) -> list[str]:
         """Return the words of a case."""
