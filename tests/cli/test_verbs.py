@@ -17,7 +17,7 @@ from transformers import AutoModelForCausalLM
 
 import fastvlm
 from fastvlm import embedded
-from fastvlm.cli.terminal import THUMBNAIL, ReplyWriter, thumbnail
+from fastvlm.cli.streaming import THUMBNAIL, ReplyWriter, thumbnail
 from fastvlm.prompts import question
 from fastvlm.scenes import render, sample
 from tests.cli.conftest import Output
@@ -201,7 +201,7 @@ def test_the_demo_in_a_pipe_is_plain(cli: Cli) -> None:
     assert "\x1b" not in said.out
     assert "1/2  A scene" in said.out
     assert "Jane Doe, CC BY 2.0, https://example.org/1" in said.out
-    assert len(re.findall(r"^  identical · TTFT", said.out, re.MULTILINE)) == 2
+    assert len(re.findall(r"^  identical: TTFT", said.out, re.MULTILINE)) == 2
     assert "2 of 2" in said.out
 
 
@@ -217,7 +217,7 @@ def test_the_demo_tells_tokens_apart_by_colour(cli: Cli, monkeypatch: pytest.Mon
 
 
 def test_the_demo_as_json_is_one_object(cli: Cli) -> None:
-    said = cli("demo", "--json", "--images", 1)
+    said = cli("demo", "--json", "-", "--images", 1)
     figures = json.loads(said.out)
     assert {"processor", "threads", "torch"} <= figures["hardware"].keys()
     assert [result["strategy"] for result in figures["results"]] == [

@@ -205,7 +205,7 @@ class Command(_CheckedValues, TyperCommand):
 class Group(_CheckedValues, TyperGroup):
     """A verb with verbs below it."""
 
-    def format_commands(self, ctx: Any, formatter: Any) -> None:
+    def format_commands(self, ctx: Any, formatter: Any) -> None:  # noqa: ARG002 (typer gives it)
         """Write the verbs and the whole first sentence of each one's help."""
         shown = {name: command for name, command in self.commands.items() if not command.hidden}
         with formatter.section("Commands"):

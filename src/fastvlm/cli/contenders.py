@@ -20,7 +20,6 @@ from fastvlm.cli.strategies import (
     needs_search,
 )
 from fastvlm.cli.terminal import print_error
-from fastvlm.functional.errors import InputError
 
 if TYPE_CHECKING:
     from fastvlm.data.questions import Question
@@ -87,6 +86,7 @@ class Contenders:
         """
         if not self.check():
             return self.skipped
+        from fastvlm.decoding.layer_search import NoSearchError
         from fastvlm.evaluation.reference import image_of
 
         searched = questions[:SEARCHED]
@@ -95,7 +95,7 @@ class Contenders:
                 [question.prompt for question in searched],
                 [image_of(vlm, question) for question in searched],
             ).skipped
-        except InputError as error:
+        except NoSearchError as error:
             print_error(f"{str(error).rstrip('.')}; layer-skip skips its usual layers.")
             return None
 

@@ -62,5 +62,6 @@ def convert(
         {"output": str(output), "parameters": count, "dtype": runtime.dtype, "layout": layout}
     )
     figures.console.print(
-        f"{output}: {count:,} parameters in {runtime.dtype}, in the layout {layout}."
+        f"{output}: {count:,} parameters in {runtime.dtype}, in the layout {layout}.",
+        soft_wrap=True,
     )

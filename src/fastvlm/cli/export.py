@@ -46,7 +46,8 @@ def onnx(
     )
     figures.console.print(
         f"{output}: {size / 1e6:.0f} MB; ONNX Runtime's features differ by at most {worst:.0e} of"
-        " their standard deviation."
+        " their standard deviation.",
+        soft_wrap=True,
     )
 
 

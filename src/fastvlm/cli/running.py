@@ -78,7 +78,10 @@ def failed(error: Exception, arguments: Sequence[str]) -> int:
         return USAGE
     if reason := sentence_of(error):
         print_error(reason)
-    elif shows_traceback():
+        # A run that was asked to stop, and has saved what it had.
+        stopped = getattr(error, "signal_number", None)
+        return FAILED if stopped is None else SIGNALLED + stopped
+    if shows_traceback():
         print_traceback(error)
     else:
         print_error(crash_sentence(error, arguments))
@@ -91,6 +94,11 @@ def print_usage(error: Any) -> None:
         typer.echo(error.format_message(), err=True)
         return
     told = error.format_message() if hasattr(error, "format_message") else str(error)
+    told = told.replace("Value error, ", "").rstrip(".")
+    if hasattr(error.__cause__, "errors"):
+        # What pydantic refuses for its size, it doesn't say.
+        given = error.__cause__.errors()[0].get("input")
+        told = told if repr(given) in told else f"{told}; got {given!r}"
     if possible := getattr(error, "possibilities", None):
         [closest] = get_close_matches(error.option_name, possible, 1, 0.0)
         told = f"{error.message.rstrip('.')}. Did you mean {closest}?"

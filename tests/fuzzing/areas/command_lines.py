@@ -14,7 +14,8 @@ import typer
 from hypothesis import strategies as st
 
 from fastvlm import embedded
-from fastvlm.cli import app, run
+from fastvlm.cli import run
+from fastvlm.cli.verbs import app
 from fastvlm.scenes import render, sample
 from tests.fuzzing.area import WrongError
 from tests.fuzzing.models import save_family, save_fastvithd
