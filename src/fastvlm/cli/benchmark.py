@@ -81,8 +81,10 @@ def benchmark(
     table(results).print(console)
     console.print()
     about = f"questions about {len(questions) // len(prompts)} " if len(prompts) > 1 else ""
+    words = WORDS.get(images, "images")
+    words = words.removesuffix("s") if len(questions) == 1 else words
     console.print(
-        f"{len(questions)} {about}{WORDS.get(images, 'images')}, replies of"
+        f"{len(questions)} {about}{words}, replies of"
         f" {results[0].tokens:.0f} tokens (median), on {hardware_line(machine)}.",
         style="dim",
     )

@@ -183,6 +183,7 @@ def show(
         console.print(line(comparison))
     console.print()
     table(compared).print(console)
+    console.print()
     console.print(f"Measured on {hardware_line(hardware(vlm.decoder.device))}.", style="dim")
     console.print(
         "Each reply is decoded once more for its times, without being shown: TTFT is the time to"

@@ -24,6 +24,11 @@ if TYPE_CHECKING:
 STRATEGIES = ("autoregressive", "imitation", "early-exit", "layer-skip", "prompt-lookup")
 
 
+def strategy_names() -> list[str]:
+    """Return what a shell completes `--strategy` with."""
+    return list(STRATEGIES)
+
+
 @dataclass(frozen=True, slots=True)
 class Drafting:
     """How drafts are made. None is what the draft records, or the strategy's own."""
@@ -43,7 +48,7 @@ class Drafting:
             help=f"How to decode: {', '.join(STRATEGIES)}. The tokens are the same; the speed"
             " differs.",
             show_default="imitation with a draft, else autoregressive",
-            autocompletion=lambda: list(STRATEGIES),
+            autocompletion=strategy_names,
         ),
     ] = None
     num_speculative_tokens: Annotated[

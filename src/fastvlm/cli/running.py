@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import os
 import signal
+import sys
 import threading
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -47,11 +48,16 @@ def run_verb(arguments: Sequence[str]) -> int:
     """
     from fastvlm.cli.verbs import app
 
+    streams = sys.stdout, sys.stderr
     try:
         with plain_warnings(), ended_by_signals():
             code = app(args=list(arguments), prog_name="fastvlm", standalone_mode=False)
             flush_output()
     except SystemExit as left:
+        sys.stdout, sys.stderr = streams
+        if isinstance(left.__context__, BrokenPipeError):
+            # Typer leaves at this, after it has wrapped the streams.
+            return failed(left.__context__, arguments)
         # A signal, or typer's own completion.
         return left.code if isinstance(left.code, int) else 0
     except Exception as error:  # noqa: BLE001 (no traceback is for a user)

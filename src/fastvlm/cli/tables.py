@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import textwrap
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 from rich.box import SIMPLE_HEAD
@@ -15,6 +15,12 @@ from rich.text import Text
 
 NAME_CELLS = 28
 """Cells from which a row's name, and any other text that isn't a figure, is broken into lines."""
+
+
+SHORTENED = {"acceptance": "accept.", "transformers": "trans- formers"}
+"""Words of headings as they are where the table would not fit otherwise."""
+MIN_CELLS = 8
+"""Cells that a figure has in a list, however narrow the console is."""
 
 
 @dataclass(slots=True)
@@ -41,16 +47,18 @@ class FigureTable:
 
     def print(self, console: Console) -> None:
         """Write the table, or one list after another if the console is too narrow for it."""
-        for padding in (2, 1):
-            table = self._table(padding)
+        for padding, shortened in ((1, {}), (0, SHORTENED)):
+            table = self._table(padding, shortened)
             natural = Measurement.get(console, console.options.update(width=10**6), table)
             if natural.maximum <= console.width:
                 console.print(table)
                 return
-        for row in self.rows:
+        for place, row in enumerate(self.rows):
+            if place:
+                console.print()
             self._print_list(console, row)
 
-    def _table(self, padding: int) -> Table:
+    def _table(self, padding: int, shortened: Mapping[str, str]) -> Table:
         out = Table(
             box=SIMPLE_HEAD,
             padding=(0, padding, 0, 0),
@@ -61,8 +69,9 @@ class FigureTable:
         names = (self.headings[0], *self.texts)
         for index, heading in enumerate(self.headings):
             cells = [_wrapped(row[index]) for row in self.rows]
-            longest = max([cell_len(part) for part in heading.split()] + [_width(c) for c in cells])
-            lines = textwrap.wrap(heading, longest, break_long_words=False, break_on_hyphens=False)
+            words = " ".join(shortened.get(word, word) for word in heading.split())
+            longest = max([cell_len(part) for part in words.split()] + [_width(c) for c in cells])
+            lines = textwrap.wrap(words, longest, break_long_words=False, break_on_hyphens=False)
             out.add_column(
                 "\n".join(lines), justify="left" if heading in names else "right", no_wrap=True
             )
@@ -76,8 +85,15 @@ class FigureTable:
         for heading, cell in zip(self.headings[1:], row[1:], strict=True):
             told = ", ".join(cell.split("\n")).strip(", ")
             if told:
-                console.print(Text(f"  {heading:<{widest}}  {told}"))
-        console.print()
+                first = f"  {heading:<{widest}}  "
+                shown = textwrap.fill(
+                    told,
+                    max(console.width, len(first) + MIN_CELLS),
+                    initial_indent=first,
+                    subsequent_indent=" " * len(first),
+                    break_long_words=False,
+                )
+                console.print(shown, soft_wrap=True)
 
 
 def _wrapped(cell: str) -> str:

@@ -24,7 +24,8 @@ FULL_BYTES = 2**20
 def written_file(path: Path) -> Iterator[Path]:
     """Yield where to write a file; afterwards it is in its place, whole and flushed to the disk.
 
-    A kill or an error at any moment leaves what was there before.
+    A kill or an error at any moment leaves what was there before. A link stays one: the file that it
+    leads to is replaced. A device or a pipe is written to as it is.
 
     Args:
         path: The file; its folder is made if it isn't there.
@@ -32,6 +33,14 @@ def written_file(path: Path) -> Iterator[Path]:
     Raises:
         StorageError: The disk is full, or the file can't be written there.
     """
+    with storage_errors(path):
+        if path.is_symlink():
+            path = path.resolve()
+        special = path.exists() and not path.is_file() and not path.is_dir()
+    if special:
+        with storage_errors(path):
+            yield path
+        return
     beside = path.with_name(f"{path.name}.partial")
     try:
         with storage_errors(path):
