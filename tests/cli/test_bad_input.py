@@ -285,7 +285,7 @@ def test_ctrl_c_is_quiet(cli: Cli, monkeypatch: pytest.MonkeyPatch) -> None:
     def interrupted(**_: object) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(verbs, "app", interrupted)
+    monkeypatch.setattr(verbs.command(), "main", interrupted)
     assert cli("demo") == Output(130, "", "")
 
 
@@ -337,7 +337,7 @@ def test_a_torchvision_that_does_not_fit_is_told_in_one_sentence(
     def broken(**_: object) -> None:
         raise RuntimeError("operator torchvision::nms does not exist")
 
-    monkeypatch.setattr(verbs, "app", broken)
+    monkeypatch.setattr(verbs.command(), "main", broken)
     monkeypatch.setattr(metadata, "version", INSTALLED.__getitem__)
     monkeypatch.setattr(
         running, "torchvision_mismatch",

@@ -15,13 +15,14 @@ import typer
 from accelerate.state import AcceleratorState
 from accelerate.utils import parse_flag_from_env
 
+from fastvlm import embedded
 from fastvlm.cli.strategies import ALWAYS, WITHOUT_DRAFT
 from fastvlm.cli.verbs import app
 from fastvlm.functional.errors import InputError
 from fastvlm.training import processes
 from fastvlm.training.processes import compute_on
 from tests.cli.conftest import Output
-from tests.families import FAMILIES
+from tests.families import FAMILIES, ROTARY
 from tests.processors import TEXT_TEMPLATE, character_tokenizer, picture, saved
 
 Cli = Callable[..., Output]
@@ -56,6 +57,41 @@ def test_a_family_is_measured_and_audited(
     audited = json.loads((output / "audit.json").read_text())["strategies"]
     assert set(audited) == set(STRATEGIES) - {"transformers"}
     assert all(row["identical"] == row["replies"] == 2 for row in audited.values())
+
+
+@pytest.mark.parametrize("family", ["llava", "qwen2.5-vl", "smolvlm", "blip2-opt", "blip2-t5"])
+def test_a_family_needs_no_images_and_no_prompt(cli: Cli, tmp_path: Path, family: str) -> None:
+    model, figures = tmp_path / "model", tmp_path / "figures.json"
+    saved(family, model)
+    said = cli(
+        "benchmark", "--model", model, "--strategies", "prompt-lookup", "--max-new-tokens", 4,
+        "--dtype", "float64", "--json", figures, "--quiet",
+    )  # fmt: skip
+    assert (said.code, said.err) == (0, "")
+    found = json.loads(figures.read_text())
+    assert (found["images"], found["prompts"]) == ("shipped", [embedded.DESCRIPTION_PROMPT])
+    assert all(result["identical"] and result["replies"] == 2 for result in found["results"])
+
+
+def test_a_model_that_says_nothing_is_measured(
+    cli: Cli, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # Two layers, none of which can be skipped, and an end token at once.
+    monkeypatch.setitem(ROTARY, "num_hidden_layers", 2)
+    model, _ = FAMILIES["llama"]()
+    with torch.no_grad():
+        model.lm_head.weight.zero_()
+    model.generation_config.eos_token_id = 0
+    model.save_pretrained(tmp_path)
+    tokenizer = character_tokenizer()
+    tokenizer.chat_template = TEXT_TEMPLATE
+    tokenizer.save_pretrained(tmp_path)
+    said = cli("benchmark", "--model", tmp_path, "--json", "-")
+    assert said.code == 0, said.err
+    found = json.loads(said.out)
+    assert found["images"] == "none"
+    assert len(found["prompts"]) == found["results"][0]["replies"] > 1
+    assert {result["speedup"] for result in found["results"]} == {None}
 
 
 def test_a_sampled_audit(cli: Cli, images: Path, tmp_path: Path) -> None:

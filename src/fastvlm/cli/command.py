@@ -102,12 +102,20 @@ class HelpFormatter(ClickFormatter):
         column = min(longest, 30) + 2 if beside else 4
         indent = " " * (self.current_indent + column)
         for name, told in rows:
-            first = f"{'':{self.current_indent}}{name}"
+            first = textwrap.fill(
+                name,
+                self.width,
+                initial_indent=" " * self.current_indent,
+                subsequent_indent=" " * (self.current_indent + 4),
+                break_long_words=False,
+                break_on_hyphens=False,
+            )
             lines = textwrap.wrap(
                 told,
                 self.width,
                 initial_indent=indent,
                 subsequent_indent=indent,
+                break_long_words=False,
                 break_on_hyphens=False,
             )
             if lines and beside and len(name) + 2 <= column:

@@ -54,7 +54,9 @@ def checked_device(name: str | None) -> str | None:
         torch.zeros(1, device=device)
     # Each backend has its own way of saying that it isn't there.
     except (RuntimeError, AssertionError, ImportError, ValueError) as error:
-        raise UsageError(f"There is no device {name!r} here: {first_line(error)}.") from error
+        raise UsageError(
+            f"There is no device {name!r} here, which --device names: {first_line(error)}."
+        ) from error
     return name
 
 

@@ -46,12 +46,12 @@ def run_verb(arguments: Sequence[str]) -> int:
     Args:
         arguments: The words after `fastvlm`.
     """
-    from fastvlm.cli.verbs import app
+    from fastvlm.cli.verbs import command
 
     streams = sys.stdout, sys.stderr
     try:
         with plain_warnings(), ended_by_signals():
-            code = app(args=list(arguments), prog_name="fastvlm", standalone_mode=False)
+            code = command().main(args=list(arguments), prog_name="fastvlm", standalone_mode=False)
             flush_output()
     except SystemExit as left:
         sys.stdout, sys.stderr = streams

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import Annotated
+from functools import cache
+from typing import Annotated, Any
 
 import typer
 
@@ -48,3 +49,9 @@ def fastvlm(
     ] = False,
 ) -> None:
     """Vision-language models with identical output and lower latency."""
+
+
+@cache
+def command() -> Any:
+    """Return the command line as click knows it."""
+    return typer.main.get_command(app)

@@ -24,8 +24,8 @@ FULL_BYTES = 2**20
 def written_file(path: Path) -> Iterator[Path]:
     """Yield where to write a file; afterwards it is in its place, whole and flushed to the disk.
 
-    A kill or an error at any moment leaves what was there before. A link stays one: the file that it
-    leads to is replaced. A device or a pipe is written to as it is.
+    A kill or an error at any moment leaves what was there before. A link stays one: the file that
+    it leads to is replaced. A device or a pipe is written to as it is.
 
     Args:
         path: The file; its folder is made if it isn't there.
