@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from fastvlm import cli as command_line
-from fastvlm.cli import running, verbs
+from fastvlm.cli import running
 from fastvlm.cli.installation import torchvision_mismatch
 from fastvlm.functional.errors import CheckpointError
 from tests.cli.conftest import CONTEXT, Output
@@ -282,10 +282,10 @@ def test_a_conversion_that_can_not_be(
 
 
 def test_ctrl_c_is_quiet(cli: Cli, monkeypatch: pytest.MonkeyPatch) -> None:
-    def interrupted(**_: object) -> None:
+    def interrupted(*_: object) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(verbs.command(), "main", interrupted)
+    monkeypatch.setattr(running, "invoked", interrupted)
     assert cli("demo") == Output(130, "", "")
 
 
@@ -334,10 +334,10 @@ def test_a_torchvision_that_is_not_installed_is_not_blamed() -> None:
 def test_a_torchvision_that_does_not_fit_is_told_in_one_sentence(
     cli: Cli, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def broken(**_: object) -> None:
+    def broken(*_: object) -> None:
         raise RuntimeError("operator torchvision::nms does not exist")
 
-    monkeypatch.setattr(verbs.command(), "main", broken)
+    monkeypatch.setattr(running, "invoked", broken)
     monkeypatch.setattr(metadata, "version", INSTALLED.__getitem__)
     monkeypatch.setattr(
         running, "torchvision_mismatch",

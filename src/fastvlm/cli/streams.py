@@ -22,7 +22,9 @@ def prepare_streams() -> None:
             stream = _null(descriptor, "r" if name == "stdin" else "w")
             setattr(sys, name, stream)
         if name != "stdin" and hasattr(stream, "reconfigure"):
-            stream.reconfigure(errors="backslashreplace")
+            # This flushes: what can't be written is told when it is the verb's.
+            with suppress(OSError):
+                stream.reconfigure(errors="backslashreplace")
 
 
 def _null(descriptor: int, mode: str) -> Any:

@@ -48,9 +48,17 @@ class PlainConsole(Console):
 def print_error(message: str) -> None:
     """Write one sentence to standard error."""
     sentence = printable(" ".join(message.split())) or "Something went wrong."
+    print_aside(f"fastvlm: {sentence}{'' if sentence[-1] in '.!?`' else '.'}")
+
+
+def print_aside(text: str) -> None:
+    """Write lines to standard error.
+
+    Not with `typer.echo`, which writes UTF-8 where the encoding is ASCII.
+    """
     # Where standard error can't be written, there is nowhere to say so.
     with suppress(OSError):
-        sys.stderr.write(f"fastvlm: {sentence}{'' if sentence[-1] in '.!?`' else '.'}\n")
+        sys.stderr.write(f"{text}\n")
         sys.stderr.flush()
 
 
@@ -114,8 +122,7 @@ class _Lines:
         if self.quiet or not done or now - self.written <= LINE_SECONDS:
             return
         left = int((now - self.started) / done * (total - done))
-        with suppress(OSError):
-            sys.stderr.write(f"{self.task} {done}/{total}, {left // 60}:{left % 60:02d} left\n")
+        print_aside(f"{self.task} {done}/{total}, {left // 60}:{left % 60:02d} left")
         self.written = now
 
 
