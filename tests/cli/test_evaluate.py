@@ -51,6 +51,7 @@ def test_a_stopped_run_gives_the_same_report(cli: Cli, data: Path, tmp_path: Pat
     assert "All 16 replies have the same tokens as those of autoregressive." in said.out
     assert "not judged" in said.out
     report = json.loads((out / "report.json").read_text())
+    assert json.loads(cli(*words, "--json", "-").out)["results"] == report["results"]
     assert [r["strategy"] for r in report["results"][:5]] == [
         "autoregressive", "imitation", "imitation-mlp:3", "early-exit@2", "prompt-lookup",
     ]  # fmt: skip

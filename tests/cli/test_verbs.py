@@ -261,8 +261,10 @@ def test_a_draft_is_trained_and_serves_its_model(cli: Cli, shipped: Path, tmp_pa
         "--kind", "mlp", "--exit-layer", "auto", "--draft-vocabulary", "50", "--steps", "5",
         "--output", tmp_path,
     )  # fmt: skip
-    said = cli(*words)
+    said = cli(*words, "--json", tmp_path / "figures.json")
     assert said.code == 0, said.err
+    figures = json.loads((tmp_path / "figures.json").read_text())
+    assert figures["drafts"]["mlp"]["acceptance_length"] >= 1
     assert "4 replies. None of 6 records is broken." in said.out
     assert said.out.count("(taken)") == 1
     card = (tmp_path / "mlp" / "README.md").read_text()
@@ -271,7 +273,8 @@ def test_a_draft_is_trained_and_serves_its_model(cli: Cli, shipped: Path, tmp_pa
     # Everything is there: the same command does no step again.
     weights = (tmp_path / "mlp" / "model.safetensors").read_bytes()
     log = (tmp_path / "log.jsonl").read_text()
-    assert cli(*words).code == 0
+    again = cli(*words, "--quiet")
+    assert (again.code, again.err) == (0, "")
     assert (tmp_path / "mlp" / "model.safetensors").read_bytes() == weights
     assert (tmp_path / "log.jsonl").read_text() == log
     picture = shipped / "pictures" / "0.png"

@@ -20,7 +20,7 @@ from fastvlm.cli.loading import (
 from fastvlm.cli.questions import SCENES, Asked
 from fastvlm.cli.tables import FigureTable
 from fastvlm.cli.terminal import number
-from fastvlm.functional.files import storage_errors
+from fastvlm.functional.files import locked
 
 if TYPE_CHECKING:
     from fastvlm.decoding import SamplingParams
@@ -112,9 +112,7 @@ def audit(
     images = asked.chosen_images(contenders.model, vlm)
     questions, broken = asked.questions(images, limit)
     audited = contenders.strategies_of(vlm, contenders.skipped)
-    with storage_errors(output):
-        output.mkdir(parents=True, exist_ok=True)
-    with runtime.progress("Auditing") as report:
+    with locked(output), runtime.progress("Auditing") as report:
         found = compare(
             vlm,
             audited,

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import errno
 import os
 import signal
 import threading
@@ -109,7 +108,8 @@ def print_usage(error: Any) -> None:
         print_aside(error.format_message())
         return
     told = error.format_message() if hasattr(error, "format_message") else str(error)
-    told = told.replace("Value error, ", "").rstrip(".")
+    # What pydantic adds, and older versions of typer.
+    told = told.replace("Value error, ", "").replace(" (env var: 'None')", "").rstrip(".")
     if hasattr(error.__cause__, "errors"):
         # What pydantic refuses for its size, it doesn't say.
         given = error.__cause__.errors()[0].get("input")
@@ -141,11 +141,13 @@ def _of_the_system(error: OSError) -> str | None:
     what = error.strerror[0].lower() + error.strerror[1:]
     if error.filename is not None:
         return f"{os.fsdecode(error.filename)}: {what}"
-    if error.errno in (errno.ENOSPC, errno.EBADF, errno.EIO):
-        # Files that we write say their names: what has none is what we print to.
+    try:
+        # It still holds back what it could not write.
+        flush_output()
+    except OSError:
         abandon_output()
         return f"Standard output can't be written: {what}"
-    return str(error)
+    return f"A file can't be read or written: {what}"
 
 
 @contextmanager

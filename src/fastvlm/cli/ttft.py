@@ -12,7 +12,7 @@ from fastvlm.cli.files import FiguresOutput, check_folder, write_json
 from fastvlm.cli.loading import Runtime, usage
 from fastvlm.cli.tables import FigureTable
 from fastvlm.cli.terminal import hardware_line
-from fastvlm.functional.files import written_file
+from fastvlm.functional.files import locked, written_file
 
 
 def ttft(
@@ -54,7 +54,7 @@ def ttft(
     runtime.prepare()
     with usage():
         names = chosen(only)
-    with runtime.progress("Measuring") as report:
+    with locked(output), runtime.progress("Measuring") as report:
         records = measure_ttft(
             names,
             output,
