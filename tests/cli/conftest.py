@@ -13,7 +13,7 @@ import torch
 from transformers import FastVlmConfig, FastVlmForConditionalGeneration, PreTrainedTokenizerFast
 
 from fastvlm import embedded
-from fastvlm.cli import run
+from fastvlm.cli import run, verbs
 from fastvlm.drafting import ImitationConfig, ImitationNetwork
 from fastvlm.drafting.fingerprint import fingerprint
 from fastvlm.drafting.imitation import initialise_from
@@ -124,7 +124,7 @@ def cli(
     monkeypatch.setattr(embedded, "FOLDER", shipped)
     for name in ("model", "draft", "pictures"):
         monkeypatch.setattr(embedded, name.upper(), shipped / name)
-    # The function `demo` hides its module of the same name.
+    assert verbs  # which imports the modules of all verbs
     monkeypatch.setattr(sys.modules["fastvlm.cli.demo"], "MAX_NEW_TOKENS", 12)
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     monkeypatch.setenv("COLUMNS", "120")

@@ -51,6 +51,7 @@ def test_a_stopped_run_gives_the_same_report(cli: Cli, data: Path, tmp_path: Pat
     assert "All 16 replies have the same tokens as those of autoregressive." in said.out
     assert "not judged" in said.out
     report = json.loads((out / "report.json").read_text())
+    assert json.loads(cli(*words, "--json", "-").out)["results"] == report["results"]
     assert [r["strategy"] for r in report["results"][:5]] == [
         "autoregressive", "imitation", "imitation-mlp:3", "early-exit@2", "prompt-lookup",
     ]  # fmt: skip
@@ -84,12 +85,12 @@ def test_a_stopped_run_gives_the_same_report(cli: Cli, data: Path, tmp_path: Pat
 @pytest.mark.parametrize(
     ("words", "said"),
     [
-        (["--tasks", "flickr9k"], "The tasks are coco, nocaps, flickr8k"),
+        (["--tasks", "flickr9k"], "flickr9k"),
         (["--tasks", "coco"], "There is no folder"),
         (["--tasks", "mmvet:dev"], "mmvet has one split only"),
         (["--tasks", "mmvet", "--judge", "http://x"], "both --judge and --judge-model"),
-        (["--tasks", "mmvet", "--image-sizes", "big"], "--image-sizes are whole numbers"),
-        (["--tasks", "mmvet", "--prompt", "What?"], "--prompt takes NAME=VALUE; got 'What?'"),
+        (["--tasks", "mmvet", "--image-sizes", "big"], "--image-sizes"),
+        (["--tasks", "mmvet", "--prompt", "What?"], "--prompt"),
         (["--tasks", "mmvet", "--prompt", "coco=What?"], "--prompt names 'coco'"),
         (["--tasks", "mmvet", "--grades", "coco=x"], "--grades names 'coco'"),
         (["--tasks", "mmvet", "--grades", "mmvet=x"], "There is no file of grades at x"),
@@ -106,5 +107,7 @@ def test_what_is_typed_wrong(
         "evaluate", "--data", data, "--output", tmp_path / "out", "--limit", 1,
         "--max-new-tokens", 2, *words,
     )  # fmt: skip
-    assert found.code == (2 if "--strategies" in words else 1)
+    # What is missing on the disk is no fault of the command line.
+    missing = {"coco", "mmvet:dev", "coco=What?", "mmvet=x"} & set(words)
+    assert found.code == (1 if missing else 2)
     assert said in found.sentence()

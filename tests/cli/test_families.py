@@ -12,15 +12,17 @@ from typing import Any
 import pytest
 import torch
 import typer
+from accelerate.state import AcceleratorState
 from accelerate.utils import parse_flag_from_env
 
-from fastvlm.cli import app
+from fastvlm import embedded
 from fastvlm.cli.strategies import ALWAYS, WITHOUT_DRAFT
+from fastvlm.cli.verbs import app
 from fastvlm.functional.errors import InputError
 from fastvlm.training import processes
 from fastvlm.training.processes import compute_on
 from tests.cli.conftest import Output
-from tests.families import FAMILIES
+from tests.families import FAMILIES, ROTARY
 from tests.processors import TEXT_TEMPLATE, character_tokenizer, picture, saved
 
 Cli = Callable[..., Output]
@@ -55,6 +57,41 @@ def test_a_family_is_measured_and_audited(
     audited = json.loads((output / "audit.json").read_text())["strategies"]
     assert set(audited) == set(STRATEGIES) - {"transformers"}
     assert all(row["identical"] == row["replies"] == 2 for row in audited.values())
+
+
+@pytest.mark.parametrize("family", ["llava", "qwen2.5-vl", "smolvlm", "blip2-opt", "blip2-t5"])
+def test_a_family_needs_no_images_and_no_prompt(cli: Cli, tmp_path: Path, family: str) -> None:
+    model, figures = tmp_path / "model", tmp_path / "figures.json"
+    saved(family, model)
+    said = cli(
+        "benchmark", "--model", model, "--strategies", "prompt-lookup", "--max-new-tokens", 4,
+        "--dtype", "float64", "--json", figures, "--quiet",
+    )  # fmt: skip
+    assert (said.code, said.err) == (0, "")
+    found = json.loads(figures.read_text())
+    assert (found["images"], found["prompts"]) == ("shipped", [embedded.DESCRIPTION_PROMPT])
+    assert all(result["identical"] and result["replies"] == 2 for result in found["results"])
+
+
+def test_a_model_that_says_nothing_is_measured(
+    cli: Cli, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # Two layers, none of which can be skipped, and an end token at once.
+    monkeypatch.setitem(ROTARY, "num_hidden_layers", 2)
+    model, _ = FAMILIES["llama"]()
+    with torch.no_grad():
+        model.lm_head.weight.zero_()
+    model.generation_config.eos_token_id = 0
+    model.save_pretrained(tmp_path)
+    tokenizer = character_tokenizer()
+    tokenizer.chat_template = TEXT_TEMPLATE
+    tokenizer.save_pretrained(tmp_path)
+    said = cli("benchmark", "--model", tmp_path, "--json", "-")
+    assert said.code == 0, said.err
+    found = json.loads(said.out)
+    assert found["images"] == "none"
+    assert len(found["prompts"]) == found["results"][0]["replies"] > 1
+    assert {result["speedup"] for result in found["results"]} == {None}
 
 
 def test_a_sampled_audit(cli: Cli, images: Path, tmp_path: Path) -> None:
@@ -107,17 +144,15 @@ def verbs(command: Any, words: tuple[str, ...] = ()) -> Iterator[tuple[str, set[
 
 def test_every_verb_that_computes_says_where_and_in_what_precision() -> None:
     found = dict(verbs(typer.main.get_command(app)))
-    # It stores, on the CPU, what it has read.
-    assert "--dtype" in found.pop("convert")
     assert found.keys() >= {
         "demo", "generate", "benchmark", "benchmark ttft", "audit", "evaluate", "export onnx",
         "train draft", "train model", "train example-encoder", "train example-model",
     }  # fmt: skip
     for verb, options in found.items():
-        assert "--device" in options, verb
-        # Weights are trained in float32, and computed with in mixed precision.
-        assert options & {"--dtype", "--precision"}, verb
-    assert found["train draft"] >= {"--dtype", "--precision"}
+        assert options >= {"--device", "--dtype", "--threads", "--quiet"}, verb
+        # What trains a model leaves the model, and no figures.
+        without_figures = {"train model", "train example-encoder", "train example-model"}
+        assert ("--json" in options) == (verb not in without_figures), verb
 
 
 @pytest.mark.parametrize("device", ["telephone", "cuda:99", "meta", "cpu:x"])
@@ -161,11 +196,15 @@ def test_a_sampled_reply_is_one_of_its_seed(cli: Cli, shipped: Path) -> None:
 
 
 @pytest.fixture
-def _without_choice(monkeypatch: pytest.MonkeyPatch) -> None:
+def _without_choice(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """Let what is set of a run's device be forgotten."""
     for name in ("ACCELERATE_USE_CPU", "ACCELERATE_TORCH_DEVICE"):
         monkeypatch.setenv(name, "")
         monkeypatch.delenv(name)
+    # Accelerate takes one precision for all runs of a process.
+    AcceleratorState._reset_state()
+    yield
+    AcceleratorState._reset_state()
 
 
 @pytest.mark.usefixtures("_without_choice")

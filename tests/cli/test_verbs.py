@@ -17,7 +17,7 @@ from transformers import AutoModelForCausalLM
 
 import fastvlm
 from fastvlm import embedded
-from fastvlm.cli.terminal import THUMBNAIL, ReplyWriter, thumbnail
+from fastvlm.cli.streaming import THUMBNAIL, ReplyWriter, thumbnail
 from fastvlm.prompts import question
 from fastvlm.scenes import render, sample
 from tests.cli.conftest import Output
@@ -201,7 +201,7 @@ def test_the_demo_in_a_pipe_is_plain(cli: Cli) -> None:
     assert "\x1b" not in said.out
     assert "1/2  A scene" in said.out
     assert "Jane Doe, CC BY 2.0, https://example.org/1" in said.out
-    assert len(re.findall(r"^  identical · TTFT", said.out, re.MULTILINE)) == 2
+    assert len(re.findall(r"^  identical: TTFT", said.out, re.MULTILINE)) == 2
     assert "2 of 2" in said.out
 
 
@@ -217,7 +217,7 @@ def test_the_demo_tells_tokens_apart_by_colour(cli: Cli, monkeypatch: pytest.Mon
 
 
 def test_the_demo_as_json_is_one_object(cli: Cli) -> None:
-    said = cli("demo", "--json", "--images", 1)
+    said = cli("demo", "--json", "-", "--images", 1)
     figures = json.loads(said.out)
     assert {"processor", "threads", "torch"} <= figures["hardware"].keys()
     assert [result["strategy"] for result in figures["results"]] == [
@@ -261,8 +261,10 @@ def test_a_draft_is_trained_and_serves_its_model(cli: Cli, shipped: Path, tmp_pa
         "--kind", "mlp", "--exit-layer", "auto", "--draft-vocabulary", "50", "--steps", "5",
         "--output", tmp_path,
     )  # fmt: skip
-    said = cli(*words)
+    said = cli(*words, "--json", tmp_path / "figures.json")
     assert said.code == 0, said.err
+    figures = json.loads((tmp_path / "figures.json").read_text())
+    assert figures["drafts"]["mlp"]["acceptance_length"] >= 1
     assert "4 replies. None of 6 records is broken." in said.out
     assert said.out.count("(taken)") == 1
     card = (tmp_path / "mlp" / "README.md").read_text()
@@ -271,7 +273,8 @@ def test_a_draft_is_trained_and_serves_its_model(cli: Cli, shipped: Path, tmp_pa
     # Everything is there: the same command does no step again.
     weights = (tmp_path / "mlp" / "model.safetensors").read_bytes()
     log = (tmp_path / "log.jsonl").read_text()
-    assert cli(*words).code == 0
+    again = cli(*words, "--quiet")
+    assert (again.code, again.err) == (0, "")
     assert (tmp_path / "mlp" / "model.safetensors").read_bytes() == weights
     assert (tmp_path / "log.jsonl").read_text() == log
     picture = shipped / "pictures" / "0.png"

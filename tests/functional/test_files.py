@@ -31,6 +31,24 @@ def test_a_file_is_written_with_its_folder(tmp_path: Path) -> None:
         assert names(file.parent) == ["b.txt"]
 
 
+def test_a_link_stays_one_and_a_pipe_is_written_to(tmp_path: Path) -> None:
+    file, link, pipe = (tmp_path / name for name in ("file", "link", "pipe"))
+    file.write_text("before")
+    link.symlink_to(file)
+    with written_file(link) as beside:
+        beside.write_text("after")
+    assert link.is_symlink()
+    assert file.read_text() == "after"
+    os.mkfifo(pipe)
+    reader = os.open(pipe, os.O_RDONLY | os.O_NONBLOCK)
+    with written_file(pipe) as beside:
+        beside.write_text("through it")
+    assert os.read(reader, 99) == b"through it"
+    os.close(reader)
+    assert pipe.is_fifo()
+    assert names(tmp_path) == ["file", "link", "pipe"]
+
+
 @pytest.mark.parametrize("failure", [ValueError, KeyboardInterrupt])
 def test_what_fails_leaves_what_was_there(tmp_path: Path, failure: type[BaseException]) -> None:
     file, folder = tmp_path / "file", tmp_path / "folder"

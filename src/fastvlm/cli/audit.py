@@ -2,46 +2,82 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
-from rich.box import SIMPLE_HEAD
-from rich.console import Console
-from rich.table import Table
 
-from fastvlm import embedded
-from fastvlm.cli.benchmark import (
-    SCENES,
-    ImagesOption,
-    ListingOption,
-    PromptsOption,
-    readable_questions,
-)
+from fastvlm.cli.contenders import Contenders
+from fastvlm.cli.files import FiguresOutput, check_folder
 from fastvlm.cli.loading import (
-    DeviceOption,
-    DtypeOption,
-    ModelOption,
-    SkippedLayersOption,
-    ThreadsOption,
-    layers_in,
-    load_quietly,
+    MaxNewTokensOption,
+    Runtime,
+    SampledSeedOption,
+    TemperatureOption,
     usage,
 )
-from fastvlm.cli.strategies import (
-    DraftsOption,
-    StrategiesOption,
-    chosen_strategies,
-    named_drafts,
-    named_strategies,
-    needs_search,
-)
-from fastvlm.cli.terminal import number, progress
+from fastvlm.cli.questions import SCENES, Asked
+from fastvlm.cli.tables import FigureTable
+from fastvlm.cli.terminal import number
 from fastvlm.functional.files import write_json
 
+if TYPE_CHECKING:
+    from fastvlm.decoding import SamplingParams
+    from fastvlm.evaluation.audit import Audit
 
-def audit(  # noqa: PLR0913 (a parameter is an option)
+
+@dataclass(frozen=True, slots=True)
+class Replies:
+    """How an audit's replies are decoded."""
+
+    batch: Annotated[
+        int, typer.Option(metavar="N", min=1, max=4096, help="Questions decoded together.")
+    ] = 50
+    max_new_tokens: MaxNewTokensOption = 160
+    temperature: TemperatureOption = 0.0
+    seed: SampledSeedOption = None
+
+    def params(self) -> SamplingParams:
+        """Return how tokens are chosen.
+
+        Raises:
+            UsageError: One is out of range, or needs a temperature.
+        """
+        from fastvlm.decoding import SamplingParams
+
+        with usage():
+            return SamplingParams(
+                self.temperature, seed=self.seed, max_new_tokens=self.max_new_tokens
+            )
+
+
+@dataclass(frozen=True, slots=True)
+class Comparison:
+    """What replies are held against, and what counts as a difference."""
+
+    gap: Annotated[
+        float | None,
+        typer.Option(
+            metavar="X",
+            min=0,
+            max=1e6,
+            help="A difference is a tie where the target's two best tokens, in float64, lie closer"
+            " than this.",
+            show_default="1e-4 in float32, 0.25 in bfloat16, 0 with --wide",
+        ),
+    ] = None
+    wide: Annotated[
+        bool,
+        typer.Option(
+            "--wide",
+            help="Compare with our own ordinary decoding, its passes as wide as those that verify,"
+            " one question at a time: in any precision not a token may then differ.",
+        ),
+    ] = False
+
+
+def audit(
     output: Annotated[
         Path,
         typer.Option(
@@ -50,102 +86,59 @@ def audit(  # noqa: PLR0913 (a parameter is an option)
         ),
     ],
     *,
-    model: ModelOption = None,
-    draft: DraftsOption = None,
-    strategies: StrategiesOption = None,
-    images: ImagesOption = SCENES,
-    prompt: PromptsOption = None,
-    listing: ListingOption = None,
-    limit: Annotated[int, typer.Option(min=1, help="The most images.")] = 1000,
-    batch: Annotated[int, typer.Option(min=1, help="Questions decoded together.")] = 50,
-    max_new_tokens: Annotated[int, typer.Option(min=2, help="The most tokens of a reply.")] = 160,
-    temperature: Annotated[
-        float, typer.Option(min=0, help="Draw replies at this temperature; 0 for greedy ones.")
-    ] = 0.0,
-    seed: Annotated[
-        int | None,
-        typer.Option(min=0, help="Reply i is drawn with the seed + i.", show_default="0"),
-    ] = None,
-    skipped_layers: SkippedLayersOption = None,
-    device: DeviceOption = "cpu",
-    dtype: DtypeOption = "float32",
-    gap: Annotated[
-        float | None,
-        typer.Option(
-            min=0,
-            help="A difference is a tie where the target's two best tokens, in float64, lie closer"
-            " than this.",
-            show_default="1e-4 in float32, 0.25 in bfloat16, 0 with --wide",
-        ),
-    ] = None,
-    wide: Annotated[
-        bool,
-        typer.Option(
-            "--wide",
-            help="Compare with our own ordinary decoding, its passes as wide as those that verify,"
-            " one question at a time: in any precision not a token may then differ.",
-        ),
-    ] = False,
-    threads: ThreadsOption = None,
+    contenders: Contenders,
+    asked: Asked,
+    limit: Annotated[
+        int, typer.Option(metavar="N", min=1, max=1_000_000, help="The most images.")
+    ] = 1000,
+    replies: Replies,
+    comparison: Comparison,
+    runtime: Runtime,
+    figures: FiguresOutput,
 ) -> None:
     """Say whether every strategy's tokens are those of transformers' own greedy generate.
 
     With --temperature they are held against our own ordinary decoding of the same seeds. A
     difference is a tie where rounding alone decides, see --gap. Exits with 1 if any reply differs
-    otherwise.
+    otherwise, or an image can't be read.
     """
-    from fastvlm.decoding import SamplingParams
-
-    with usage():
-        params = SamplingParams(temperature, seed=seed, max_new_tokens=max_new_tokens)
-    drafts = named_drafts(draft, model)
-    skipped = layers_in(skipped_layers)
-    chosen = chosen_strategies(strategies, drafts)
-    needs_search(chosen, skipped)  # whatever is skipped, the tokens are the same
-    questions, _ = readable_questions(images, prompt, limit, listing)
-    output.mkdir(parents=True, exist_ok=True)
+    params = replies.params()
+    contenders.check()  # whatever is skipped, the tokens are the same: nothing is searched for
+    asked.check()
+    check_folder(output)
     from fastvlm.evaluation.audit import audit as compare
 
-    where = embedded.MODEL if model is None else model
-    vlm = load_quietly(where, threads=threads, dtype=dtype, device=device, max_slots=batch)
-    audited = named_strategies(vlm, chosen, drafts, skipped)
-    with progress("Auditing") as report:
+    vlm = contenders.load(runtime, max_slots=replies.batch)
+    images = asked.chosen_images(contenders.model, vlm)
+    questions, broken = asked.questions(images, limit)
+    audited = contenders.strategies_of(vlm, contenders.skipped)
+    with runtime.progress("Auditing") as report:
         found = compare(
             vlm,
             audited,
             questions,
             output / "audit.jsonl",
             params=params,
-            batch=batch,
-            wide=wide,
+            batch=replies.batch,
+            wide=comparison.wide,
             progress=report,
         )
-    if gap is not None:
-        found = replace(found, gap=gap)
-    write_json(
-        output / "audit.json",
-        {
-            "images": images,
-            "prompts": list(dict.fromkeys(question.prompt for question in questions)),
-            "temperature": temperature,
-            "seed": (seed or 0) if temperature else None,
-            "dtype": dtype,
-            "wide": wide,
-            "gap": found.gap,
-            "strategies": found.to_json(),
-        },
-    )
-    out = Table(box=SIMPLE_HEAD, pad_edge=False, show_edge=False)
-    for name in ("strategy", "replies", "identical", "ties", "different", "accept.\nlength"):
-        out.add_column(name, justify="left" if name == "strategy" else "right")
-    for name, row in found.to_json().items():
-        out.add_row(
-            name,
-            *(str(row[column]) for column in ("replies", "identical", "ties", "different")),
-            number(row["acceptance_length"], 2),
-        )
-    console = Console(highlight=False)
-    console.print(out)
+    if comparison.gap is not None:
+        found = replace(found, gap=comparison.gap)
+    record = {
+        "images": images,
+        "prompts": list(dict.fromkeys(question.prompt for question in questions)),
+        "temperature": replies.temperature,
+        "seed": (replies.seed or 0) if replies.temperature else None,
+        "dtype": runtime.dtype,
+        "wide": comparison.wide,
+        "gap": found.gap,
+        "strategies": found.to_json(),
+    }
+    write_json(output / "audit.json", record)
+    figures.write(record)
+    console = figures.console
+    table(found).print(console)
     if images == SCENES:
         from fastvlm.evaluation.quality import score_scenes
 
@@ -156,5 +149,16 @@ def audit(  # noqa: PLR0913 (a parameter is an option)
             f"{scores['accuracy']:.1%} of the facts of {scores['scenes']} scenes are right;"
             f" {scores['exact_descriptions']} descriptions are exact."
         )
-    if any(row["different"] for row in found.to_json().values()):
+    if broken or any(row["different"] for row in found.to_json().values()):
         raise typer.Exit(1)
+
+
+def table(found: Audit) -> FigureTable:
+    """Return what was found, a strategy a row."""
+    out = FigureTable(
+        ("strategy", "replies", "identical", "ties", "different", "acceptance length")
+    )
+    for name, row in found.to_json().items():
+        counts = (str(row[column]) for column in ("replies", "identical", "ties", "different"))
+        out.add(name, *counts, number(row["acceptance_length"], 2))
+    return out

@@ -2,15 +2,25 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 import typer
 
-from fastvlm.cli.loading import resolve_model
+from fastvlm.cli.files import FiguresOutput, check_folder
+from fastvlm.cli.loading import Runtime, resolve_model
 from fastvlm.functional.errors import InputError
 
-PRECISIONS = ("bfloat16", "float16", "float32")
+
+@dataclass(frozen=True, slots=True)
+class ConvertRuntime(Runtime):
+    """How a checkpoint is read and written; see `Runtime`."""
+
+    dtype: Annotated[
+        Literal["bfloat16", "float16", "float32"],
+        typer.Option(help="The precision to store; nothing is computed."),
+    ] = "bfloat16"
 
 
 def convert(
@@ -25,34 +35,33 @@ def convert(
     output: Annotated[Path, typer.Argument(metavar="DIR", help="The directory to be made.")],
     *,
     layout: Annotated[
-        str,
+        Literal["fastvlm", "transformers"],
         typer.Option(
-            metavar="fastvlm|transformers",
             help="fastvlm: around our own encoder, which needs no timm. transformers: timm's,"
             " as in the published checkpoints.",
         ),
     ] = "fastvlm",
-    dtype: Annotated[
-        str, typer.Option(metavar="|".join(PRECISIONS), help="The precision to store.")
-    ] = "bfloat16",
+    runtime: ConvertRuntime,
+    figures: FiguresOutput,
 ) -> None:
     """Convert a checkpoint of FastVLM to another layout, every parameter kept."""
-    if dtype not in PRECISIONS:
-        raise InputError(f"The precisions are {', '.join(PRECISIONS)}; got --dtype {dtype}.")
     if output.exists():
         raise InputError(f"{output} exists already; choose another output.")
+    check_folder(output, "the output")
+    runtime.prepare()
     import torch
-    from transformers.utils import logging
 
-    from fastvlm.checkpoints import LAYOUTS, load_checkpoint, save_checkpoint
+    from fastvlm.checkpoints import load_checkpoint, save_checkpoint
 
-    if layout not in LAYOUTS:
-        raise InputError(f"The layouts are {', '.join(LAYOUTS)}; got --layout {layout}.")
-    logging.disable_progress_bar()
-    logging.set_verbosity_error()
     model, tokenizer = load_checkpoint(
-        resolve_model(source) or source, getattr(torch, dtype), "cpu"
+        resolve_model(source) or source, getattr(torch, runtime.dtype), runtime.device
     )
     save_checkpoint(model, tokenizer, output, layout)
     count = sum(parameter.numel() for parameter in model.parameters())
-    typer.echo(f"{output}: {count:,} parameters in {dtype}, in the layout {layout}.")
+    figures.write(
+        {"output": str(output), "parameters": count, "dtype": runtime.dtype, "layout": layout}
+    )
+    figures.console.print(
+        f"{output}: {count:,} parameters in {runtime.dtype}, in the layout {layout}.",
+        soft_wrap=True,
+    )

@@ -2,30 +2,24 @@
 
 from __future__ import annotations
 
-import json
 import statistics
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
-from rich.box import SIMPLE_HEAD
 from rich.console import Console
-from rich.padding import Padding
 from rich.table import Table
 from rich.text import Text
 
 from fastvlm import embedded
-from fastvlm.cli.loading import DeviceOption, DtypeOption, ThreadsOption, load_quietly
-from fastvlm.cli.terminal import (
-    ReplyWriter,
-    hardware_line,
-    in_colour,
-    number,
-    progress,
-    thumbnail,
-)
-from fastvlm.functional.errors import CheckpointError
+from fastvlm.cli.files import FiguresOutput
+from fastvlm.cli.loading import Runtime
+from fastvlm.cli.streaming import ReplyWriter, in_colour, thumbnail
+from fastvlm.cli.tables import FigureTable
+from fastvlm.cli.terminal import hardware_line, number
+from fastvlm.functional.errors import CheckpointError, InputError
+from fastvlm.functional.text_files import read_json
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -44,8 +38,8 @@ PROMPTS = {"scene": embedded.SCENE_PROMPT, "photograph": embedded.DESCRIPTION_PR
 
 
 @dataclass(frozen=True, slots=True)
-class DemoPicture:
-    """A picture that ships with the package.
+class DemoImage:
+    """An image that ships with the package.
 
     Args:
         file: Where it is.
@@ -69,7 +63,7 @@ class DemoPicture:
 
 @dataclass(frozen=True, slots=True)
 class Comparison:
-    """One picture's reply decoded both ways."""
+    """One image's reply decoded both ways."""
 
     title: str
     identical: bool
@@ -85,79 +79,79 @@ class Comparison:
 
 
 def demo(
-    as_json: Annotated[
-        bool,
-        typer.Option(
-            "--json",
-            help="Only measure, and print one JSON object: the hardware, and under `results` one"
-            " object for each way of decoding (times in milliseconds).",
-        ),
-    ] = False,
     images: Annotated[
         int | None,
-        typer.Option(min=1, help="How many images to show.", show_default="all that ship"),
+        typer.Option(
+            metavar="N",
+            min=1,
+            max=1_000_000,
+            help="How many images to show.",
+            show_default="all that ship",
+        ),
     ] = None,
-    device: DeviceOption = "cpu",
-    dtype: DtypeOption = "float32",
-    threads: ThreadsOption = None,
+    *,
+    runtime: Runtime,
+    output: FiguresOutput,
 ) -> None:
     """See the model that ships describe images, ordinarily and self-speculatively.
 
     Tokens that were drafted and accepted have one colour, those that the full model gave another.
-    """
-    shown = read_pictures(embedded.PICTURES)[:images]
-    vlm = load_quietly(None, threads=threads, dtype=dtype, device=device)
-    strategies = {name: vlm.strategy(name) for name in ("autoregressive", "imitation")}
-    if as_json:
-        from fastvlm.evaluation.benchmark import measure
-        from fastvlm.evaluation.measuring import hardware
 
-        with progress("Measuring") as report:
-            results = measure(
-                vlm,
-                strategies,
-                [picture.question for picture in shown],
-                max_new_tokens=MAX_NEW_TOKENS,
-                progress=report,
-            )
-        figures = {
+    With --json it only measures: the hardware, and under `results` an object for each way of
+    decoding.
+    """
+    shown = read_images(embedded.PICTURES)[:images]
+    vlm = runtime.load(None)
+    strategies = {name: vlm.strategy(name) for name in ("autoregressive", "imitation")}
+    if output.json is None:
+        show(output.console, vlm, strategies, shown)
+        return
+    from fastvlm.evaluation.benchmark import measure
+    from fastvlm.evaluation.measuring import hardware
+
+    with runtime.progress("Measuring") as report:
+        results = measure(
+            vlm,
+            strategies,
+            [image.question for image in shown],
+            max_new_tokens=MAX_NEW_TOKENS,
+            progress=report,
+        )
+    output.write(
+        {
             "hardware": hardware(vlm.decoder.device),
-            "dtype": dtype,
+            "dtype": runtime.dtype,
             "results": [result.to_json() for result in results],
         }
-        typer.echo(json.dumps(figures, indent=2))
-        return
-    console = Console(highlight=False)
-    show(console, vlm, strategies, shown)
+    )
 
 
-def read_pictures(folder: Path) -> list[DemoPicture]:
-    """Return the pictures that a folder's `pictures.json` lists.
+def read_images(folder: Path) -> list[DemoImage]:
+    """Return the images that a folder's `pictures.json` lists.
 
     Raises:
         CheckpointError: The list is missing or not in the form that it should have.
     """
     listing = folder / "pictures.json"
     if not listing.is_file():
-        raise CheckpointError(f"The demo's pictures are missing: there is no {listing}.")
+        raise CheckpointError(f"The demo's images are missing: there is no {listing}.")
     try:
-        rows = json.loads(listing.read_text(encoding="utf-8"))
+        rows = read_json(listing)
         found = [
-            DemoPicture(folder / row["file"], row["kind"], row["title"], _credit(row))
-            for row in rows
+            DemoImage(folder / row["file"], row["kind"], row["title"], _credit(row)) for row in rows
         ]
-    except (ValueError, TypeError, KeyError) as error:
+    except (InputError, TypeError, KeyError) as error:
         raise CheckpointError(f"{listing} can't be read: {error!r}.") from error
-    for picture in found:
-        if picture.kind not in PROMPTS:
-            raise CheckpointError(f"{listing} has a picture of unknown kind {picture.kind!r}.")
+    for image in found:
+        if image.kind not in PROMPTS:
+            raise CheckpointError(f"{listing} has an image of unknown kind {image.kind!r}.")
     if not found:
-        raise CheckpointError(f"{listing} lists no picture.")
+        raise CheckpointError(f"{listing} lists no image.")
     return found
 
 
 def _credit(row: dict[str, Any]) -> str | None:
-    """Return who made a picture, under which licence and where it is from, if that is told."""
+    """Return who made an image, under which licence and where it is from, if that is told."""
     return ", ".join(row[key] for key in ("credit", "licence", "source") if row.get(key)) or None
 
 
@@ -165,9 +159,9 @@ def show(
     console: Console,
     vlm: VisionLanguageModel,
     strategies: dict[str, Strategy],
-    pictures: Sequence[DemoPicture],
+    images: Sequence[DemoImage],
 ) -> None:
-    """Show each picture, its reply decoded both ways and what that took; then a table of all."""
+    """Show each image, its reply decoded both ways and what that took; then a table of all."""
     from fastvlm.evaluation.measuring import hardware
 
     legend = Text("Each reply is decoded twice, ordinarily and self-speculatively")
@@ -180,33 +174,34 @@ def show(
         )
     console.print(legend + Text("."))
     compared = []
-    for place, picture in enumerate(pictures, 1):
+    for place, image in enumerate(images, 1):
         console.print()
-        introduce(console, picture, f"{place}/{len(pictures)}")
+        introduce(console, image, f"{place}/{len(images)}")
         console.print()
-        comparison = compare(console, vlm, strategies, picture)
+        comparison = compare(console, vlm, strategies, image)
         compared.append(comparison)
         console.print(line(comparison))
     console.print()
-    console.print(table(compared))
+    table(compared).print(console)
+    console.print()
     console.print(f"Measured on {hardware_line(hardware(vlm.decoder.device))}.", style="dim")
     console.print(
         "Each reply is decoded once more for its times, without being shown: TTFT is the time to"
-        " the first token, picture included; TPOT the time per output token after it; the"
+        " the first token, image included; TPOT the time per output token after it; the"
         " acceptance length is tokens per pass of the full model.",
         style="dim",
     )
 
 
-def introduce(console: Console, picture: DemoPicture, place: str) -> None:
-    """Show a picture beside its title, its prompt and its credit."""
+def introduce(console: Console, image: DemoImage, place: str) -> None:
+    """Show an image beside its title, its prompt and its credit."""
     from fastvlm.vision.loading import load_image
 
-    said = Text.assemble((f"{place}  {picture.title}", "bold"), "\n")
-    said.append(f"Prompt: {picture.question.prompt}")
-    if picture.credit:
-        said.append(f"\n{picture.kind.capitalize()}: {picture.credit}", "dim")
-    opened = load_image(picture.file)
+    said = Text.assemble((f"{place}  {image.title}", "bold"), "\n")
+    said.append(f"Prompt: {image.question.prompt}")
+    if image.credit:
+        said.append(f"\n{image.kind.capitalize()}: {image.credit}", "dim")
+    opened = load_image(image.file)
     if not in_colour(console):
         console.print(said)
         return
@@ -219,18 +214,18 @@ def compare(
     console: Console,
     vlm: VisionLanguageModel,
     strategies: dict[str, Strategy],
-    picture: DemoPicture,
+    image: DemoImage,
 ) -> Comparison:
-    """Stream a picture's reply both ways, then measure both without the terminal in between."""
+    """Stream an image's reply both ways, then measure both without the terminal in between."""
     from fastvlm.evaluation.benchmark import run_strategy
 
-    question, replies = picture.question, []
+    question, replies = image.question, []
     for title, name in (("Ordinary", "autoregressive"), ("Self-speculative", "imitation")):
         console.print(Text(f"  {title}", "bold underline"))
         writer = ReplyWriter(console)
         stream = vlm.stream(
             question.prompt,
-            picture.file,
+            image.file,
             max_new_tokens=MAX_NEW_TOKENS,
             strategy=strategies[name],
         )
@@ -243,32 +238,36 @@ def compare(
         for name in ("autoregressive", "imitation")
     ]
     replies += [run.token_ids for run in runs]
-    return Comparison(picture.title, len(set(replies)) == 1, runs[0].statistics, runs[1].statistics)
+    return Comparison(image.title, len(set(replies)) == 1, runs[0].statistics, runs[1].statistics)
 
 
-def line(of: Comparison) -> Padding:
-    """Return what one picture's reply took, both ways."""
-    text = Text(
-        "identical" if of.identical else "different", "bold" if of.identical else "bold red"
-    )
+def line(of: Comparison) -> Text:
+    """Return what one image's reply took, both ways."""
+    text = Text("  ")
+    text.append("identical" if of.identical else "different", "" if of.identical else "bold red")
     text.append(
-        f" · TTFT {number(of.ordinary.ttft_ms)} and {number(of.speculative.ttft_ms)} ms"
-        f" · TPOT {number(of.ordinary.tpot_ms, 2)} and {number(of.speculative.tpot_ms, 2)} ms"
-        f" · acceptance length {number(of.speculative.acceptance_length, 2)} · speedup ",
-        "not bold default",
+        f": TTFT {number(of.ordinary.ttft_ms)} and {number(of.speculative.ttft_ms)} ms,"
+        f" TPOT {number(of.ordinary.tpot_ms, 2)} and {number(of.speculative.tpot_ms, 2)} ms,"
+        f" acceptance length {number(of.speculative.acceptance_length, 2)}, speedup "
     )
-    text.append(number(of.speedup, 2, "x"))
-    return Padding(text, (0, 0, 0, 2))
+    text.append(number(of.speedup, 2, "x"), "bold")
+    return text
 
 
-def table(compared: Sequence[Comparison]) -> Table:
-    """Return the summary of all pictures: medians, and the acceptance length over all tokens."""
-    out = Table(box=SIMPLE_HEAD, padding=(0, 1, 0, 0), pad_edge=False)
-    out.add_column("picture", ratio=1)
-    out.add_column("identical")
-    out.add_column("decoding", no_wrap=True)
-    for name in ("TTFT, ms", "TPOT, ms", "acceptance\nlength", "speedup"):
-        out.add_column(name, justify="right")
+def table(compared: Sequence[Comparison]) -> FigureTable:
+    """Return the summary of all images: medians, and the acceptance length over all tokens."""
+    out = FigureTable(
+        (
+            "image",
+            "identical",
+            "decoding",
+            "TTFT, ms",
+            "TPOT, ms",
+            "acceptance length",
+            "speedup",
+        ),
+        texts=("identical", "decoding"),
+    )
     for of in compared:
         _add(
             out,
@@ -280,7 +279,7 @@ def table(compared: Sequence[Comparison]) -> Table:
     if len(compared) > 1:
         cycles = sum(of.speculative.cycles for of in compared)
         after_first = sum(of.speculative.tokens - 1 for of in compared)
-        out.add_section()
+        out.end_section()
         _add(
             out,
             ["median", f"{sum(of.identical for of in compared)} of {len(compared)}"],
@@ -293,29 +292,25 @@ def table(compared: Sequence[Comparison]) -> Table:
                 _median([of.speculative.tpot_ms for of in compared]),
             ],
             [after_first / cycles if cycles else None, _median([of.speedup for of in compared])],
-            style="bold",
         )
     return out
 
 
 def _add(
-    out: Table,
+    out: FigureTable,
     names: list[str],
     ttft: list[float | None],
     tpot: list[float | None],
     gain: list[float | None],
-    *,
-    style: str = "",
 ) -> None:
     """Add a row of two lines: the ordinary figures, and the self-speculative ones below."""
-    out.add_row(
+    out.add(
         *names,
         "ordinary\nspeculative",
         "\n".join(number(value) for value in ttft),
         "\n".join(number(value, 2) for value in tpot),
         f"\n{number(gain[0], 2)}",
         f"\n{number(gain[1], 2, 'x')}",
-        style=style,
     )
 
 

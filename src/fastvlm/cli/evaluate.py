@@ -2,39 +2,21 @@
 
 from __future__ import annotations
 
+import json
 import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
-from rich.box import SIMPLE_HEAD
-from rich.console import Console
-from rich.table import Table
 
-from fastvlm import embedded
-from fastvlm.cli.loading import (
-    DeviceOption,
-    DtypeOption,
-    ModelOption,
-    SkippedLayersOption,
-    ThreadsOption,
-    layers_in,
-    load_quietly,
-)
-from fastvlm.cli.strategies import (
-    LAYER_SKIP,
-    SEARCHED,
-    DraftsOption,
-    StrategiesOption,
-    chosen_strategies,
-    describe,
-    named_drafts,
-    named_strategies,
-    needs_search,
-)
-from fastvlm.cli.terminal import progress
+from fastvlm.cli.contenders import Contenders
+from fastvlm.cli.files import FiguresOutput, check_folder
+from fastvlm.cli.loading import MaxNewTokensOption, Runtime, UsageError, whole_numbers
+from fastvlm.cli.strategies import LAYER_SKIP, SEARCHED, describe
+from fastvlm.cli.tables import FigureTable
 from fastvlm.functional.errors import InputError
+from fastvlm.functional.files import storage_errors
 
 if TYPE_CHECKING:
     from fastvlm.data.tasks import Task
@@ -72,13 +54,13 @@ def evaluate(  # noqa: PLR0913 (a parameter is an option)
         ),
     ],
     *,
-    model: ModelOption = None,
-    draft: DraftsOption = None,
-    strategies: StrategiesOption = None,
+    contenders: Contenders,
     limit: Annotated[
         int | None,
         typer.Option(
+            metavar="N",
             min=1,
+            max=10**9,
             help="The most items of each benchmark, spread evenly over it.",
             show_default="all",
         ),
@@ -91,7 +73,7 @@ def evaluate(  # noqa: PLR0913 (a parameter is an option)
             show_default="the model's own",
         ),
     ] = None,
-    max_new_tokens: Annotated[int, typer.Option(min=2, help="The most tokens of a reply.")] = 256,
+    max_new_tokens: MaxNewTokensOption = 256,
     prompt: Annotated[
         list[str] | None,
         typer.Option(
@@ -119,10 +101,8 @@ def evaluate(  # noqa: PLR0913 (a parameter is an option)
             " replies in the output's submissions/.",
         ),
     ] = None,
-    skipped_layers: SkippedLayersOption = None,
-    device: DeviceOption = "cpu",
-    dtype: DtypeOption = "float32",
-    threads: ThreadsOption = None,
+    runtime: Runtime,
+    figures: FiguresOutput,
 ) -> None:
     """Run benchmarks with every strategy on the same images, and report quality and speed.
 
@@ -130,14 +110,12 @@ def evaluate(  # noqa: PLR0913 (a parameter is an option)
     in the output folder; on a finished folder it is written anew.
     """
     if (judge is None) != (judge_model is None):
-        raise InputError("A judge is an address and a name: give both --judge and --judge-model.")
-    if output.exists() and not output.is_dir():
-        raise InputError(f"{output} is a file; --output needs a folder.")
-    drafts = named_drafts(draft, model)
-    chosen = chosen_strategies(strategies, drafts)
-    skipped, sizes = layers_in(skipped_layers), sizes_in(image_sizes)
-    search = needs_search(chosen, skipped)
+        raise UsageError("A judge is an address and a name: give both --judge and --judge-model.")
+    search = contenders.check()
+    sizes = sizes_in(image_sizes)
     prompts, graded_files = pairs(prompt, "--prompt"), pairs(grades, "--grades")
+    names = names_in(tasks)
+    check_folder(output)
     from fastvlm.evaluation.tasks.answers import Journal, recorded_plan
     from fastvlm.evaluation.tasks.plan import Plan, read_tasks
     from fastvlm.evaluation.tasks.plots import pyplot
@@ -147,78 +125,88 @@ def evaluate(  # noqa: PLR0913 (a parameter is an option)
     from fastvlm.evaluation.tasks.tables import lossless, overview, quality
 
     pyplot()  # what the report needs in the end had better be there at the start
-    names = [name.strip() for name in tasks.split(",") if name.strip()]
     asked = read_tasks(names, data, limit, prompts)
     check_grades(graded_files, asked)
-    output.mkdir(parents=True, exist_ok=True)
+    with storage_errors(output):
+        output.mkdir(parents=True, exist_ok=True)
     file = output / "answers.jsonl"
-    where = embedded.MODEL if model is None else model
-    vlm = load_quietly(where, threads=threads, dtype=dtype, device=device)
+    vlm = contenders.load(runtime)
+    skipped = contenders.skipped
     if search:
         # A search measures, and finds others another time.
         before = recorded_plan(file).get("strategies", {}).get(LAYER_SKIP, {}).get("skipped_layers")
         skipped = tuple(before) if before else searched(vlm, asked)
-    measured = named_strategies(vlm, chosen, drafts, skipped)
+    measured, chosen = contenders.strategies_of(vlm, skipped), contenders.chosen
     import torch
 
     plan = Plan(
-        model=model or "the one that ships with fastvlm",
+        model=contenders.model or "the one that ships with fastvlm",
         tasks=asked,
         strategies={one.name: describe(one, measured[one.name]) for one in chosen},
         sizes=sizes,
         max_new_tokens=max_new_tokens,
-        dtype=dtype,
+        dtype=runtime.dtype,
         threads=torch.get_num_threads(),
-        device=device,
+        device=runtime.device,
     )
     journal = Journal(file, plan)
-    with progress("Answering") as report:
+    with runtime.progress("Answering") as report:
         run(vlm, measured, plan, journal, report)
     graded = all_grades(plan, journal, graded_files, output)
     if judge is not None and judge_model is not None:
-        graded |= judged_by(judge, judge_model, plan, journal, output / "grades.jsonl")
+        graded |= judged_by(judge, judge_model, plan, journal, output / "grades.jsonl", runtime)
     found = rows(plan, journal, graded)
     write_report(output, plan, journal, found)
-    console = Console(highlight=False)
-    heading, body = (table := overview(plan, found, quality)).heading, table.rows
-    shown = Table(box=SIMPLE_HEAD, pad_edge=False, show_edge=False)
-    for name in heading:
-        shown.add_column(name, justify="left" if name == heading[0] else "right")
-    for row in body:
-        shown.add_row(*row)
-    console.print(shown)
+    if figures.json is not None:
+        figures.write(json.loads((output / "report.json").read_text(encoding="utf-8")))
+    shown = overview(plan, found, quality)
+    console = figures.console
+    FigureTable(shown.heading, rows=[list(row) for row in shown.rows]).print(console)
     console.print(
         f"\n{lossless(plan, found)}\nThe report is {output / 'report.html'}.", style="dim"
     )
+
+
+def names_in(tasks: str) -> list[str]:
+    """Return the benchmarks of a list as it is typed.
+
+    Raises:
+        UsageError: One is none, or there is none.
+    """
+    from fastvlm.data.tasks import LOADERS
+
+    known = [name.replace("_", "-") for name in LOADERS]
+    names = [name.strip() for name in tasks.split(",") if name.strip()]
+    for name in names:
+        if name.partition(":")[0].replace("_", "-") not in known:
+            raise UsageError(f"The tasks are {', '.join(known)}; got {name!r}.")
+    if not names:
+        raise UsageError(f"--tasks names none; there are {', '.join(known)}.")
+    return names
 
 
 def sizes_in(listed: str | None) -> list[int | None]:
     """Return the sizes of a list as it is typed: `256,512`.
 
     Raises:
-        InputError: There is something else than whole numbers in it.
+        UsageError: There is something else than whole numbers in it.
     """
     if listed is None:
         return [None]
-    try:
-        return list(dict.fromkeys(int(number) for number in listed.split(",") if number.strip()))
-    except ValueError:
-        raise InputError(
-            f"--image-sizes are whole numbers separated by commas; got {listed!r}."
-        ) from None
+    return list(dict.fromkeys(whole_numbers(listed, "--image-sizes", "256,512")))
 
 
 def pairs(given: Sequence[str] | None, option: str) -> dict[str, str]:
     """Return what an option that is typed `NAME=VALUE` was given, by name.
 
     Raises:
-        InputError: A name or a value is missing.
+        UsageError: A name or a value is missing.
     """
     found = {}
     for one in given or ():
         name, _, value = one.partition("=")
         if not name or not value:
-            raise InputError(f"{option} takes NAME=VALUE; got {one!r}.")
+            raise UsageError(f"{option} takes NAME=VALUE; got {one!r}.")
         found[name] = value
     return found
 
@@ -238,11 +226,12 @@ def check_grades(files: Mapping[str, str], tasks: Mapping[str, Task[Any]]) -> No
     """Refuse files of grades that could not be read after the long work.
 
     Raises:
-        InputError: One is not there, or its task is not asked or not judged.
+        InputError: One is not there.
+        UsageError: Its task is not asked, or not judged.
     """
     for name, file in files.items():
         if name not in tasks or not tasks[name].judged:
-            raise InputError(f"--grades names {name!r}, which is no judged one of these tasks.")
+            raise UsageError(f"--grades names {name!r}, which is no judged one of these tasks.")
         if not Path(file).is_file():
             raise InputError(f"There is no file of grades at {file}.")
 
@@ -266,7 +255,9 @@ def all_grades(plan: Plan, journal: Journal, files: Mapping[str, str], output: P
     return graded
 
 
-def judged_by(url: str, name: str, plan: Plan, journal: Journal, file: Path) -> Graded:
+def judged_by(
+    url: str, name: str, plan: Plan, journal: Journal, file: Path, runtime: Runtime
+) -> Graded:
     """Return a judge's grades of all replies that are judged.
 
     Raises:
@@ -275,6 +266,6 @@ def judged_by(url: str, name: str, plan: Plan, journal: Journal, file: Path) -> 
     from fastvlm.evaluation.tasks.grades import judged
     from fastvlm.evaluation.tasks.judge import Judge
 
-    with progress("Judging") as report:
+    with runtime.progress("Judging") as report:
         grader = Judge(url, name, os.environ.get(KEY))
         return judged(grader, plan.tasks, journal.answers.values(), file, report)

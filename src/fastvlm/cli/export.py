@@ -2,43 +2,59 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Literal
 
 import typer
 
-from fastvlm.cli.files import check_writable
-from fastvlm.cli.loading import DeviceOption, ModelOption, load_quietly
+from fastvlm.cli.command import add_verb, verbs
+from fastvlm.cli.files import FiguresOutput, check_writable
+from fastvlm.cli.loading import ModelOption, Runtime
 from fastvlm.embedded import MODEL
 
-app = typer.Typer(no_args_is_help=True, help="Write a model's parts for other runtimes.")
+
+@dataclass(frozen=True, slots=True)
+class ExportRuntime(Runtime):
+    """How a verb computes that writes what it computed with; see `Runtime`."""
+
+    dtype: Annotated[
+        Literal["float32", "float16"],
+        typer.Option(help="The precision of the file's weights, and of the comparison."),
+    ] = "float32"
 
 
-@app.callback()
-def export() -> None:
-    """Write a model's parts for other runtimes."""
-
-
-@app.command()
 def onnx(
     output: Annotated[Path, typer.Argument(metavar="FILE", help="The file to be written.")],
     *,
     model: ModelOption = None,
-    device: DeviceOption = "cpu",
-    dtype: Annotated[
-        Literal["float32", "float16"], typer.Option(help="The precision of the file's weights.")
-    ] = "float32",
+    runtime: ExportRuntime,
+    figures: FiguresOutput,
 ) -> None:
     """Write encoder and projector as ONNX, of any image size in steps of 64 pixels.
 
     What is written has been run in ONNX Runtime and compared at several sizes.
     """
     check_writable(output)
-    vlm = load_quietly(MODEL if model is None else model, dtype=dtype, device=device)
+    vlm = runtime.load(MODEL if model is None else model)
     from fastvlm.export import export_onnx
 
     worst = export_onnx(vlm, output)
-    typer.echo(
-        f"{output}: {output.stat().st_size / 1e6:.0f} MB; ONNX Runtime's features differ by at most"
-        f" {worst:.0e} of their standard deviation."
+    size = output.stat().st_size
+    figures.write(
+        {"file": str(output), "dtype": runtime.dtype, "bytes": size, "largest_difference": worst}
     )
+    figures.console.print(
+        f"{output}: {size / 1e6:.0f} MB; ONNX Runtime's features differ by at most {worst:.0e} of"
+        " their standard deviation.",
+        soft_wrap=True,
+    )
+
+
+app = verbs("Write a model's parts for other runtimes.")
+add_verb(app, onnx)
+
+
+@app.callback()
+def export() -> None:
+    """Write a model's parts for other runtimes."""

@@ -3,37 +3,36 @@
 from __future__ import annotations
 
 import sys
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from fastvlm.cli.loading import (
-    DeviceOption,
-    DtypeOption,
-    ModelOption,
-    SkippedLayersOption,
-    ThreadsOption,
-    layers_in,
-    load_quietly,
-    usage,
-)
-from fastvlm.cli.terminal import print_error
+from fastvlm.cli.files import STANDARD_OUTPUT, FiguresOutput
+from fastvlm.cli.loading import ModelOption, Runtime, SkippedLayersOption, layers_in, usage
+from fastvlm.cli.streams import printable
+from fastvlm.cli.terminal import print_aside, print_error
 from fastvlm.embedded import DESCRIPTION_PROMPT
 from fastvlm.functional.errors import InputError
 
 if TYPE_CHECKING:
+    from fastvlm.decoding import Strategy
     from fastvlm.functional.statistics import DecodingStatistics
-    from fastvlm.vlm import ReplyStream
+    from fastvlm.vlm import Reply, ReplyStream, VisionLanguageModel
+
+STRATEGIES = ("autoregressive", "imitation", "early-exit", "layer-skip", "prompt-lookup")
 
 
-def generate(  # noqa: PLR0913 (a parameter is an option)
-    *,
-    images: Annotated[list[Path], typer.Argument(metavar="IMAGE", help="Images, one reply each.")],
-    prompt: Annotated[
-        str, typer.Option(metavar="TEXT", help="What is asked of each image.")
-    ] = DESCRIPTION_PROMPT,
-    model: ModelOption = None,
+def strategy_names() -> list[str]:
+    """Return what a shell completes `--strategy` with."""
+    return list(STRATEGIES)
+
+
+@dataclass(frozen=True, slots=True)
+class Drafting:
+    """How drafts are made. None is what the draft records, or the strategy's own."""
+
     draft: Annotated[
         Path | None,
         typer.Option(
@@ -41,125 +40,198 @@ def generate(  # noqa: PLR0913 (a parameter is an option)
             help="The draft's directory: an imitation network made for this model.",
             show_default="the one that ships, for the model that ships; else none",
         ),
-    ] = None,
-    max_new_tokens: Annotated[
-        int | None,
-        typer.Option(
-            min=1, help="The most tokens of a reply.", show_default="the checkpoint's, else 256"
-        ),
-    ] = None,
+    ] = None
     strategy: Annotated[
         str | None,
         typer.Option(
             metavar="NAME",
-            help="How to decode: autoregressive, imitation, early-exit, layer-skip or"
-            " prompt-lookup. The tokens are the same; the speed differs.",
+            help=f"How to decode: {', '.join(STRATEGIES)}. The tokens are the same; the speed"
+            " differs.",
             show_default="imitation with a draft, else autoregressive",
+            autocompletion=strategy_names,
         ),
-    ] = None,
+    ] = None
     num_speculative_tokens: Annotated[
         int | None,
         typer.Option(
+            metavar="N",
             min=1,
             max=256,
             help="The most tokens of a draft.",
             show_default="what the draft records, else 24; 10 for prompt-lookup",
         ),
-    ] = None,
+    ] = None
     confidence: Annotated[
         float | None,
         typer.Option(
+            metavar="P",
             min=0,
             max=1,
             help="A draft ends after the first token to which the drafter itself gives a smaller"
             " probability; 0 for drafts of fixed length.",
             show_default="what the draft records; else drafts adapt to what is accepted",
         ),
-    ] = None,
+    ] = None
+    skipped_layers: SkippedLayersOption = None
+
+    def strategy_of(self, vlm: VisionLanguageModel) -> Strategy:
+        """Return the strategy that a model decodes with.
+
+        Raises:
+            UsageError: It is unknown, or an option is not one of its own or out of range.
+        """
+        with usage():
+            return vlm.strategy(
+                self.strategy,
+                num_speculative_tokens=self.num_speculative_tokens,
+                confidence=self.confidence,
+                skipped_layers=layers_in(self.skipped_layers),
+            )
+
+
+@dataclass(frozen=True, slots=True)
+class Sampling:
+    """How tokens are chosen and where replies end. None is the checkpoint's."""
+
+    max_new_tokens: Annotated[
+        int | None,
+        typer.Option(
+            metavar="N",
+            min=1,
+            max=2**31 - 1,
+            help="The most tokens of a reply.",
+            show_default="the checkpoint's, else 256",
+        ),
+    ] = None
     temperature: Annotated[
         float | None,
         typer.Option(
-            min=0, help="Draw tokens at this temperature; 0 for the likeliest.", show_default="0"
+            metavar="T",
+            min=0,
+            max=1e6,
+            help="Draw tokens at this temperature; 0 for the likeliest.",
+            show_default="0",
         ),
-    ] = None,
+    ] = None
     top_p: Annotated[
         float | None,
         typer.Option(
-            min=0, max=1, help="Draw from the likeliest tokens that together are so probable."
+            metavar="P",
+            min=0,
+            max=1,
+            help="Draw from the likeliest tokens that together are so probable.",
         ),
-    ] = None,
-    seed: Annotated[int | None, typer.Option(help="Draw the same reply each time.")] = None,
+    ] = None
+    seed: Annotated[
+        int | None,
+        typer.Option(metavar="N", min=0, max=2**64 - 1, help="Draw the same reply each time."),
+    ] = None
     stop: Annotated[
         list[str] | None,
         typer.Option(metavar="TEXT", help="End the reply before this; give it again for more."),
-    ] = None,
-    skipped_layers: SkippedLayersOption = None,
-    device: DeviceOption = "cpu",
-    dtype: DtypeOption = "float32",
-    threads: ThreadsOption = None,
+    ] = None
+
+    def given(self) -> dict[str, Any]:
+        """Return what was given, checked, as `VisionLanguageModel.stream` takes it.
+
+        Raises:
+            UsageError: A value is out of range, or needs a temperature.
+        """
+        from fastvlm.decoding import SamplingParams
+
+        given = {name: value for name, value in asdict(self).items() if value not in (None, [])}
+        with usage():
+            SamplingParams(**given)
+        return given
+
+
+def generate(
+    *,
+    images: Annotated[list[Path], typer.Argument(metavar="IMAGE", help="Images, one reply each.")],
+    prompt: Annotated[
+        str, typer.Option(metavar="TEXT", help="What is asked of each image.")
+    ] = DESCRIPTION_PROMPT,
+    model: ModelOption = None,
+    drafting: Drafting,
+    sampling: Sampling,
+    runtime: Runtime,
     stats: Annotated[
         bool, typer.Option("--stats", help="Write each reply's timings to standard error.")
     ] = False,
+    output: FiguresOutput,
 ) -> None:
     """Write a reply about each image, as it is decoded.
 
     An image that can't be read gets a sentence on standard error; the others get their replies,
     and the exit code is 1.
     """
-    skipped = layers_in(skipped_layers)
-    drafting: dict[str, Any] = {
-        "num_speculative_tokens": num_speculative_tokens,
-        "confidence": confidence,
-        "skipped_layers": skipped,
-    }
-    sampling: dict[str, Any] = {
-        "max_new_tokens": max_new_tokens,
-        "temperature": temperature,
-        "top_p": top_p,
-        "seed": seed,
-        "stop": stop or None,
-    }
-    sampling = {name: value for name, value in sampling.items() if value is not None}
-    from fastvlm.decoding import SamplingParams
-
-    with usage():
-        # What is wrong with an option is said once, before anything is loaded.
-        SamplingParams(**sampling)
-    vlm = load_quietly(model, draft, threads, dtype, device)
-    with usage():
-        chosen = vlm.strategy(strategy, **drafting)
-    failed = False
+    layers_in(drafting.skipped_layers)
+    # What is wrong with an option is said once, before anything is loaded.
+    given = sampling.given()
+    vlm = runtime.load(model, drafting.draft)
+    strategy = drafting.strategy_of(vlm)
+    silent = output.json == STANDARD_OUTPUT
+    replies: list[dict[str, Any]] = []
     for image in images:
+        name = printable(str(image))
         try:
-            stream = vlm.stream(prompt, image, strategy=chosen, **sampling)
-            write_reply(stream, f"{image}: " if len(images) > 1 else "")
+            stream = vlm.stream(prompt, image, strategy=strategy, **given)
+            heading = f"{name}: " if len(images) > 1 else ""
+            reply = write_reply(stream, heading, silent=silent)
         except InputError as error:
             print_error(str(error))
-            failed = True
-        else:
-            if stats:
-                typer.echo(f"{image}: {in_words(stream.request.statistics)}", err=True)
-    if failed:
+            replies.append({"image": str(image), "error": str(error)})
+            continue
+        statistics = stream.request.statistics
+        replies.append({"image": str(image), **as_figures(reply, statistics)})
+        if stats:
+            print_aside(f"{name}: {in_words(statistics)}")
+    output.write(
+        {"prompt": prompt, "model": model or "the one that ships", "dtype": runtime.dtype,
+         "replies": replies}
+    )  # fmt: skip
+    if any("error" in reply for reply in replies):
         raise typer.Exit(1)
 
 
-def write_reply(stream: ReplyStream, heading: str) -> None:
+def write_reply(stream: ReplyStream, heading: str, *, silent: bool = False) -> Reply:
     """Write a reply to standard output as it is decoded, without white space before it.
+
+    Args:
+        stream: The reply.
+        heading: What stands before it.
+        silent: Whether nothing is written, as standard output is for something else.
 
     Raises:
         InputError: The prompt doesn't fit into the model's context; then nothing is written.
     """
     begun = False
     for piece in stream:
-        # The first piece is there once the prompt has turned out to be one.
-        sys.stdout.write(heading)
-        heading = ""
         text = piece.text if begun else piece.text.lstrip()
         begun = begun or bool(text)
-        sys.stdout.write(text)
+        if not silent:
+            # The first piece is there once the prompt has turned out to be one.
+            sys.stdout.write(heading + text)
+            sys.stdout.flush()
+        heading = ""
+    if not silent:
+        sys.stdout.write("\n")
         sys.stdout.flush()
-    sys.stdout.write("\n")
-    sys.stdout.flush()
+    return stream.reply
+
+
+def as_figures(reply: Reply, statistics: DecodingStatistics) -> dict[str, Any]:
+    """Return a reply and how it was decoded, times in milliseconds."""
+    return {
+        "text": reply.text.lstrip(),
+        "token_ids": list(reply.token_ids),
+        "finish_reason": reply.finish_reason,
+        "ttft_ms": statistics.ttft_ms,
+        "tpot_ms": statistics.tpot_ms,
+        "acceptance_length": statistics.acceptance_length if statistics.proposed else None,
+        "drafted": statistics.proposed,
+        "accepted": statistics.accepted,
+    }
 
 
 def in_words(statistics: DecodingStatistics) -> str:

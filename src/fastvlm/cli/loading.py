@@ -1,16 +1,18 @@
-"""A model as the verbs want it: quietly, without a network where none is needed."""
+"""A model as the verbs want it, and the options that say which and how."""
 
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
-from fastvlm.functional.errors import InputError
+from fastvlm.cli.terminal import hush, progress
+from fastvlm.functional.errors import InputError, first_line
 
 if TYPE_CHECKING:
     import torch
@@ -45,16 +47,16 @@ def checked_device(name: str | None) -> str | None:
         return name
     import torch
 
-    from fastvlm.functional.errors import first_line
-
     try:
         device = torch.device(name)
         if device.type == "meta":
             raise UsageError("--device meta computes nothing.")
         torch.zeros(1, device=device)
     # Each backend has its own way of saying that it isn't there.
-    except (RuntimeError, AssertionError, NotImplementedError, ImportError) as error:
-        raise UsageError(f"There is no device {name!r} here: {first_line(error)}.") from error
+    except (RuntimeError, AssertionError, ImportError, ValueError) as error:
+        raise UsageError(
+            f"There is no device {name!r} here, which --device names: {first_line(error)}."
+        ) from error
     return name
 
 
@@ -69,7 +71,19 @@ ModelOption = Annotated[
 ]
 ThreadsOption = Annotated[
     int | None,
-    typer.Option(min=1, max=1024, help="CPU threads to compute with.", show_default="torch's own"),
+    typer.Option(
+        metavar="N",
+        min=1,
+        max=1024,
+        help="CPU threads to compute with.",
+        show_default="torch's own",
+    ),
+]
+QuietOption = Annotated[
+    bool,
+    typer.Option(
+        "--quiet", help="Show results and errors only: no progress, no warnings.", callback=hush
+    ),
 ]
 DtypeOption = Annotated[
     Literal["float64", "float32", "float16", "bfloat16"],
@@ -91,6 +105,62 @@ SkippedLayersOption = Annotated[
         show_default="every second one of the middle half; benchmark searches for them",
     ),
 ]
+TemperatureOption = Annotated[
+    float,
+    typer.Option(
+        metavar="T", min=0, max=1e6, help="Draw replies at this temperature; 0 for greedy ones."
+    ),
+]
+SampledSeedOption = Annotated[
+    int | None,
+    typer.Option(
+        metavar="N",
+        min=0,
+        max=2**64 - 1,
+        help="Sampled replies are functions of it; reply i is drawn with the seed + i.",
+        show_default="0",
+    ),
+]
+MaxNewTokensOption = Annotated[
+    int, typer.Option(metavar="N", min=2, max=2**31 - 1, help="The most tokens of a reply.")
+]
+
+
+MAX_DIGITS = 9
+"""Digits of the numbers in a list: sizes in pixels, and layers."""
+
+
+@dataclass(frozen=True, slots=True)
+class Runtime:
+    """How a verb computes: options that all verbs have.
+
+    Args:
+        device: Where.
+        dtype: In what precision.
+        threads: Of the CPU; None for torch's own number.
+        quiet: Whether only results and errors are shown.
+    """
+
+    device: DeviceOption = "cpu"
+    dtype: DtypeOption = "float32"
+    threads: ThreadsOption = None
+    quiet: QuietOption = False
+
+    def load(
+        self, model: str | Path | None, draft: Path | None = None, *, max_slots: int | None = None
+    ) -> VisionLanguageModel:
+        """Load a model as `load_quietly` does."""
+        return load_quietly(
+            model, draft, self.threads, self.dtype, self.device, max_slots=max_slots
+        )
+
+    def prepare(self) -> None:
+        """Set the number of threads, and keep `transformers` quiet."""
+        prepare_torch(self.threads)
+
+    def progress(self, task: str) -> AbstractContextManager[Callable[[int, int], None]]:
+        """Show how far some work is; see `terminal.progress`."""
+        return progress(task, quiet=self.quiet)
 
 
 def layers_in(listed: str | None) -> tuple[int, ...] | None:
@@ -101,12 +171,28 @@ def layers_in(listed: str | None) -> tuple[int, ...] | None:
     """
     if listed is None:
         return None
-    try:
-        return tuple(int(number) for number in listed.split(",") if number.strip())
-    except ValueError:
+    return whole_numbers(listed, "Layers to skip", "3,5,7")
+
+
+def whole_numbers(listed: str, what: str, example: str) -> tuple[int, ...]:
+    """Return the numbers of a list as it is typed.
+
+    Args:
+        listed: Numbers, separated by commas.
+        what: They are, for the sentence.
+        example: Of such a list.
+
+    Raises:
+        UsageError: There is something else in it, or nothing.
+    """
+    numbers = [number.strip() for number in listed.split(",")]
+    if not numbers or not all(
+        one.isascii() and one.isdigit() and len(one) <= MAX_DIGITS for one in numbers
+    ):
         raise UsageError(
-            f"Layers to skip are whole numbers separated by commas, as in 3,5,7; got {listed!r}."
-        ) from None
+            f"{what} are whole numbers separated by commas, as in {example}; got {listed!r}."
+        )
+    return tuple(map(int, numbers))
 
 
 def resolve_model(model: str | None) -> str | Path | None:
@@ -140,16 +226,12 @@ def load_quietly(
     if not isinstance(model, str):
         # Files that lie here are read without asking the hub for newer ones.
         os.environ.setdefault("HF_HUB_OFFLINE", "1")
+    prepare_torch(threads)
     import torch
-    from transformers.utils import logging
 
     from fastvlm.decoding.engine import MAX_SLOTS
     from fastvlm.vlm import load
 
-    logging.disable_progress_bar()
-    logging.set_verbosity_error()
-    if threads is not None:
-        torch.set_num_threads(threads)
     return load(
         model,
         draft,
@@ -159,3 +241,14 @@ def load_quietly(
         prefix_bytes=0,
         max_slots=MAX_SLOTS if max_slots is None else max_slots,
     )
+
+
+def prepare_torch(threads: int | None) -> None:
+    """Set the number of threads, if one is given, and keep `transformers` quiet."""
+    import torch
+    from transformers.utils import logging
+
+    logging.disable_progress_bar()
+    logging.set_verbosity_error()
+    if threads is not None:
+        torch.set_num_threads(threads)

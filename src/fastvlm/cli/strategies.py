@@ -23,7 +23,7 @@ ALWAYS = ("transformers", AUTOREGRESSIVE)
 WITHOUT_DRAFT = (EARLY_EXIT, LAYER_SKIP, PROMPT_LOOKUP)
 SEARCHED = 2
 """Images, the first ones, on whose replies the layers to skip are searched for."""
-TYPED = re.compile(r"(?P<kind>[^@:]+)(?:@(?P<layer>[1-9]\d*))?(?::(?P<length>[1-9]\d*))?")
+TYPED = re.compile(r"(?P<kind>[^@:]+)(?:@(?P<layer>[1-9]\d{0,8}))?(?::(?P<length>[1-9]\d{0,8}))?")
 
 DraftsOption = Annotated[
     list[str] | None,
@@ -129,6 +129,8 @@ def chosen_strategies(wanted: str | None, drafts: Mapping[str, Path]) -> list[Ty
     """
     known = [AUTOREGRESSIVE, *drafts, *WITHOUT_DRAFT]
     names = known if wanted is None else [name.strip() for name in wanted.split(",")]
+    if not any(names):
+        raise UsageError(f"--strategies names none; there are {', '.join(known)}.")
     chosen = [name for name in names if name and name not in ALWAYS]
     return [TypedStrategy.of(name, known) for name in dict.fromkeys([AUTOREGRESSIVE, *chosen])]
 

@@ -1,35 +1,65 @@
-"""What the verbs write to a terminal: sentences, replies with colours, and small images."""
+"""What the verbs write to a terminal: sentences, figures, progress."""
 
 from __future__ import annotations
 
-import re
+import os
 import sys
 import time
 import warnings
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any
+from contextlib import contextmanager, suppress
+from typing import Any
 
-import typer
-from rich.color import Color
 from rich.console import Console
-from rich.style import Style
-from rich.text import Text
 
-if TYPE_CHECKING:
-    from PIL import Image
-
-THUMBNAIL = 24
-"""Width of a thumbnail in cells, and most of its height in half cells."""
+from fastvlm.cli.streams import printable
 
 LINE_SECONDS = 20
 """Time between two lines of progress where standard error is no terminal."""
+MIN_CELLS = 20
+"""Width from which figures can be read, whatever `COLUMNS` says."""
+UNLIMITED_CELLS = 100_000
+"""Width of what is no terminal: a file or a pipe has no edge at which a line would be broken."""
+
+
+class PlainConsole(Console):
+    """A console that shows text as it is, and leaves a reader that is gone to the caller.
+
+    Args:
+        stderr: Whether it writes to standard error.
+        quiet: Whether it writes nothing.
+    """
+
+    def __init__(self, *, stderr: bool = False, quiet: bool = False) -> None:
+        # A file's name may look like markup or an emoji.
+        super().__init__(stderr=stderr, quiet=quiet, highlight=False, markup=False, emoji=False)
+        if not self.is_terminal and not os.environ.get("COLUMNS", "").isdecimal():
+            self.width = UNLIMITED_CELLS
+        self.width = max(self.width, MIN_CELLS)
+
+    def on_broken_pipe(self) -> None:
+        """Raise what rich would end the process at; progress that nobody reads is no reason."""
+        if self.stderr:
+            self.quiet = True
+            return
+        raise  # noqa: PLE0704 (rich calls this while it handles a BrokenPipeError)
 
 
 def print_error(message: str) -> None:
     """Write one sentence to standard error."""
-    sentence = " ".join(message.split()) or "Something went wrong."
-    typer.echo(f"fastvlm: {sentence}{'' if sentence[-1] in '.!?`' else '.'}", err=True)
+    sentence = printable(" ".join(message.split())) or "Something went wrong."
+    print_aside(f"fastvlm: {sentence}{'' if sentence[-1] in '.!?`' else '.'}")
+
+
+def print_aside(text: str) -> None:
+    """Write lines to standard error.
+
+    Not with `typer.echo`, which writes UTF-8 where the encoding is ASCII.
+    """
+    # Where standard error can't be written, there is nowhere to say so.
+    with suppress(OSError):
+        sys.stderr.write(f"{text}\n")
+        sys.stderr.flush()
 
 
 @contextmanager
@@ -48,83 +78,29 @@ def plain_warnings() -> Iterator[None]:
         yield
 
 
-class ReplyWriter:
-    """Writes a reply as it streams, wrapped at words, each token in its own style.
-
-    A word is written when the next one begins, as only then its width is known.
-
-    Args:
-        console: Where to.
-        indent: Cells to the left of the reply.
-    """
-
-    def __init__(self, console: Console, indent: int = 4) -> None:
-        self.console, self.indent = console, " " * indent
-        self.column, self.width = 0, max(20, min(console.width, 100) - indent)
-        self.word = Text()
-
-    def write(self, text: str, style: str = "") -> None:
-        """Take a piece of the reply; white space of any kind is one space."""
-        for part in re.split(r"(\s+)", text):
-            if part.isspace():
-                self.flush()
-            elif part:
-                self.word.append(part, style)
-
-    def flush(self) -> None:
-        """Write the word that is held back."""
-        if not self.word:
-            return
-        if not self.column:
-            before = self.indent
-        elif self.column + 1 + self.word.cell_len > self.width:
-            before, self.column = f"\n{self.indent}", 0
-        else:
-            before, self.column = " ", self.column + 1
-        self.console.print(Text(before) + self.word, end="", soft_wrap=True)
-        self.column += self.word.cell_len
-        self.word = Text()
-
-    def close(self) -> None:
-        """End the reply's last line."""
-        self.flush()
-        self.console.print()
-
-
-def thumbnail(picture: Image.Image) -> Text:
-    """Return a picture as half blocks in colour, two pixels a cell."""
-    scale = THUMBNAIL / max(picture.size)
-    width = max(1, round(picture.width * scale))
-    height = max(2, 2 * round(picture.height * scale / 2))
-    pixels = picture.convert("RGB").resize((width, height)).tobytes()
-    colours = [Color.from_rgb(*pixels[at : at + 3]) for at in range(0, len(pixels), 3)]
-    text = Text()
-    for row in range(0, height, 2):
-        for column in range(width):
-            upper, lower = colours[row * width + column], colours[(row + 1) * width + column]
-            text.append("▀", Style(color=upper.name, bgcolor=lower.name))
-        if row + 2 < height:
-            text.append("\n")
-    return text
-
-
-def in_colour(console: Console) -> bool:
-    """Return whether a picture can be shown: a terminal with at least 256 colours."""
-    return console.color_system in ("256", "truecolor") and not console.no_color
+def hush(quiet: bool) -> bool:
+    """Ignore warnings from here on, if that is what was asked for; the callback of `--quiet`."""
+    if quiet:
+        warnings.simplefilter("ignore")
+    return quiet
 
 
 @contextmanager
-def progress(task: str) -> Iterator[Callable[[int, int], None]]:
+def progress(task: str, *, quiet: bool = False) -> Iterator[Callable[[int, int], None]]:
     """Show on standard error how far some work is, and the time left.
 
     Yields what the work calls with the steps done and their number. A terminal shows a bar; a file
     gets a line every `LINE_SECONDS`.
+
+    Args:
+        task: What is being done, in a word.
+        quiet: Whether to show nothing.
     """
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TimeRemainingColumn
 
-    console = Console(stderr=True)
-    if not console.is_terminal:
-        yield _Lines(task)
+    console = PlainConsole(stderr=True)
+    if quiet or not console.is_terminal or console.is_dumb_terminal:
+        yield _Lines(task, quiet)
         return
     columns = ("{task.description}", BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
     with Progress(*columns, console=console, transient=True) as bar:
@@ -137,16 +113,17 @@ def progress(task: str) -> Iterator[Callable[[int, int], None]]:
 class _Lines:
     """Progress as lines of text."""
 
-    def __init__(self, task: str) -> None:
-        self.task, self.started = task, time.monotonic()
+    def __init__(self, task: str, quiet: bool) -> None:
+        self.task, self.quiet, self.started = task, quiet, time.monotonic()
         self.written = self.started
 
     def __call__(self, done: int, total: int) -> None:
         now = time.monotonic()
-        if now - self.written > LINE_SECONDS:
-            left = int((now - self.started) / done * (total - done))
-            sys.stderr.write(f"{self.task} {done}/{total}, {left // 60}:{left % 60:02d} left\n")
-            self.written = now
+        if self.quiet or not done or now - self.written <= LINE_SECONDS:
+            return
+        left = int((now - self.started) / done * (total - done))
+        print_aside(f"{self.task} {done}/{total}, {left // 60}:{left % 60:02d} left")
+        self.written = now
 
 
 def hardware_line(hardware: dict[str, Any]) -> str:

@@ -2,19 +2,14 @@
 
 from __future__ import annotations
 
-import typer
-
+from fastvlm.cli.command import add_verb, verbs
 from fastvlm.cli.train_draft import draft
 from fastvlm.cli.train_example import example_encoder, example_model
 from fastvlm.cli.train_model import model
 
-app = typer.Typer(
-    rich_markup_mode="markdown",
-    no_args_is_help=True,
-    help="Train a model, or a draft for one."
+app = verbs(
+    "Train a model, or a draft for one."
     " A run that was stopped goes on from its checkpoint when the same command is given again.",
 )
-app.command()(model)
-app.command()(draft)
-app.command()(example_encoder)
-app.command()(example_model)
+for verb in (model, draft, example_encoder, example_model):
+    add_verb(app, verb)

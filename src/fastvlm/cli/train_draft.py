@@ -4,25 +4,29 @@ from __future__ import annotations
 
 import random
 from collections.abc import Sequence
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
-from rich.console import Console
 
-from fastvlm.cli.loading import DtypeOption, ModelOption, ThreadsOption, load_quietly
-from fastvlm.cli.terminal import hardware_line
+from fastvlm.cli.command import each_of
+from fastvlm.cli.files import FiguresOutput, check_folder
+from fastvlm.cli.loading import (
+    ModelOption,
+    UsageError,
+    load_quietly,
+    usage,
+)
+from fastvlm.cli.terminal import PlainConsole, hardware_line
 from fastvlm.cli.training_options import (
     AccumulationOption,
     OutputOption,
-    PrecisionOption,
     RateOption,
     SeedOption,
     StepsOption,
     TrackerOption,
-    TrainingDeviceOption,
-    check_output,
+    TrainingRuntime,
     conversations_in,
 )
 from fastvlm.functional.errors import InputError
@@ -56,18 +60,23 @@ def draft(  # noqa: PLR0913 (a parameter is an option)
         ),
     ] = None,
     limit: Annotated[
-        int | None, typer.Option(min=1, help="The most questions of each --data.")
+        int | None,
+        typer.Option(metavar="N", min=1, max=10**9, help="The most questions of each --data."),
     ] = None,
     replies: Annotated[
         Literal["own", "data"], typer.Option(help="Learn the model's own replies, or the data's.")
     ] = "own",
     temperature: Annotated[
-        float, typer.Option(min=0, help="Of the model's own replies; 0 for greedy ones.")
+        float,
+        typer.Option(
+            metavar="T", min=0, max=1e6, help="Of the model's own replies; 0 for greedy ones."
+        ),
     ] = 0.0,
     kind: Annotated[
         list[str],
         typer.Option(
             metavar="block|mlp",
+            callback=each_of("block", "mlp"),
             help="What the imitation network is: decoder layers with their own cache, or the"
             " paper's gated feed-forward network. Give it again to train both side by side.",
         ),
@@ -80,11 +89,17 @@ def draft(  # noqa: PLR0913 (a parameter is an option)
             " while and takes the one that decodes fastest here.",
         ),
     ] = "1",
-    blocks: Annotated[int, typer.Option(min=1, help="Decoder layers of a block.")] = 1,
+    blocks: Annotated[
+        int,
+        typer.Option(metavar="N", min=1, max=64, help="Decoder layers of a block."),
+    ] = 1,
     draft_vocabulary: Annotated[
         int,
         typer.Option(
-            min=0, help="The most tokens that can be drafted, the replies' most frequent; 0: all."
+            metavar="N",
+            min=0,
+            max=2**31 - 1,
+            help="The most tokens that can be drafted, the replies' most frequent; 0: all.",
         ),
     ] = 1024,
     random_start: Annotated[
@@ -93,9 +108,13 @@ def draft(  # noqa: PLR0913 (a parameter is an option)
             "--random-start", help="Start at random, not as the layers that it stands for."
         ),
     ] = False,
-    cosine: Annotated[float, typer.Option(min=0, help="Weight of 1 - cos in the loss.")] = 0.1,
+    cosine: Annotated[
+        float,
+        typer.Option(metavar="X", min=0, max=1e6, help="Weight of 1 - cos in the loss."),
+    ] = 0.1,
     cross_entropy: Annotated[
-        float, typer.Option(min=0, help="Weight of the cross-entropy in the loss.")
+        float,
+        typer.Option(metavar="X", min=0, max=1e6, help="Weight of the cross-entropy in the loss."),
     ] = 0.1,
     start: Annotated[
         Path | None,
@@ -103,28 +122,38 @@ def draft(  # noqa: PLR0913 (a parameter is an option)
     ] = None,
     held_out: Annotated[
         int,
-        typer.Option(min=1, help="Questions that are kept from it, to measure it by decoding."),
+        typer.Option(
+            metavar="N",
+            min=1,
+            max=1_000_000,
+            help="Questions that are kept from it, to measure it by decoding.",
+        ),
     ] = 8,
     phases: Annotated[
         Literal["frozen", "joint,frozen"],
         typer.Option(help="Whether the model is fine-tuned on the data's replies beforehand."),
     ] = "frozen",
     exit_weight: Annotated[
-        float, typer.Option(min=0, help="Weight of the exit's loss in the joint phase.")
+        float,
+        typer.Option(
+            metavar="X", min=0, max=1e6, help="Weight of the exit's loss in the joint phase."
+        ),
     ] = 1.0,
-    joint_steps: Annotated[int, typer.Option(min=1, help="Steps of the joint phase.")] = 400,
+    joint_steps: Annotated[
+        int,
+        typer.Option(metavar="N", min=1, max=2**31 - 1, help="Steps of the joint phase."),
+    ] = 400,
     joint_learning_rate: Annotated[
-        float, typer.Option(min=1e-8, max=1, help="The peak of the joint phase.")
+        float,
+        typer.Option(metavar="X", min=1e-8, max=1, help="The peak of the joint phase."),
     ] = 2e-5,
     steps: StepsOption = 400,
     learning_rate: RateOption = 1e-3,
     seed: SeedOption = 0,
-    precision: PrecisionOption = None,
     accumulation: AccumulationOption = 1,
     tracker: TrackerOption = None,
-    device: TrainingDeviceOption = None,
-    dtype: DtypeOption = "float32",
-    threads: ThreadsOption = None,
+    runtime: TrainingRuntime,
+    figures: FiguresOutput,
 ) -> None:
     """Teach imitation networks to draft for a model.
 
@@ -134,17 +163,15 @@ def draft(  # noqa: PLR0913 (a parameter is an option)
     The model's own replies are decoded first and kept in the output folder. Each network is saved
     as a folder named after its kind there, with a model card.
     """
-    check_output(output)
-    check_kinds(kind)
-    if temperature and replies == "data":
-        raise InputError("The data's replies are not drawn: leave out --temperature.")
+    check_folder(output)
+    check_temperature(temperature, replies)
     joint = phases == "joint,frozen"
     if joint:
-        check_joint(exit_layer, prompt, dtype)
-    from fastvlm.training.processes import compute_on, process_0_first, this_process
+        check_joint(exit_layer, prompt, runtime.target_dtype)
+    from fastvlm.training.processes import process_0_first, this_process
 
-    compute_on(device)
-    vlm = load_quietly(model, threads=threads, dtype=dtype, device=this_process().device)
+    runtime.prepare()
+    vlm = load_quietly(model, dtype=runtime.target_dtype, device=this_process().device)
     check_exit_layer(exit_layer, vlm.decoder.depth)
     from fastvlm.data.broken import BrokenRecords
     from fastvlm.evaluation.measuring import hardware
@@ -163,23 +190,24 @@ def draft(  # noqa: PLR0913 (a parameter is an option)
         learning_rate=learning_rate,
         warmup=20,
         seed=seed,
-        precision=precision,
+        precision=runtime.mixed_precision,
         accumulation=accumulation,
         trackers=tuple(tracker or ()),
     )
-    console = Console(highlight=False)
+    console = figures.console
     target = str(model or "fastvlm's own model")
     if joint:
         tuned = output / "model"
         slower = replace(schedule, steps=joint_steps, learning_rate=joint_learning_rate)
         plan = JointPlan(int(exit_layer), exit_weight)
-        train_joint(vlm, data_replies(vlm, learnt), plan, slower, tuned)
+        with runtime.progress():
+            train_joint(vlm, data_replies(vlm, learnt), plan, slower, tuned)
         vlm, target = load_quietly(tuned, device=this_process().device), str(tuned)
         console.print(f"The target, fine-tuned with exit {exit_layer}, is saved in {tuned}.")
     if replies == "data":
         examples = data_replies(vlm, learnt)
     else:
-        with process_0_first():
+        with process_0_first(), runtime.progress():
             examples = own_replies(vlm, learnt, output, unread, temperature=temperature)
     console.print(f"{len(examples):,} replies. {broken.summary()}.")
     if unread.count:
@@ -194,13 +222,14 @@ def draft(  # noqa: PLR0913 (a parameter is an option)
     plans = {
         name: replace(usual, kind=name, exit_layer=int(exit_layer))
         if exit_layer != "auto"
-        else best_plan(vlm, replace(usual, kind=name), examples, kept, output, schedule)
+        else best_plan(vlm, replace(usual, kind=name), examples, kept, output, schedule, console)
         for name in kind
     }
-    networks = train_draft(vlm, plans, examples, output, schedule, start, kept)
+    with runtime.progress():
+        networks = train_draft(vlm, plans, examples, output, schedule, start, kept)
     if not this_process().is_main_process:
         return
-    for name, decoded in decode_held_out(vlm, networks, kept).items():
+    for name, decoded in (found := decode_held_out(vlm, networks, kept)).items():
         whose = "the data set's" if replies == "data" else "the model's own"
         card = Card(
             target, data, whose, plans[name], held_out, hardware_line(hardware(vlm.decoder.device))
@@ -211,6 +240,7 @@ def draft(  # noqa: PLR0913 (a parameter is an option)
             f" {decoded.acceptance_length:.2f} tokens a pass, {decoded.speedup.median:.2f}x on"
             f" {held_out} held-out questions; saved in {output / name}."
         )
+    figures.write({"target": target, "drafts": {name: asdict(one) for name, one in found.items()}})
 
 
 def held_apart(asked: list[Asked], held_out: int, seed: int) -> tuple[list[Asked], list[Asked]]:
@@ -228,40 +258,43 @@ def held_apart(asked: list[Asked], held_out: int, seed: int) -> tuple[list[Asked
     return asked[:held_out], asked[held_out:]
 
 
-def check_kinds(kinds: Sequence[str]) -> None:
-    """Refuse what is no kind of imitation network.
+def check_temperature(temperature: float, replies: str) -> None:
+    """Refuse a temperature at which nothing can be drawn, or nothing is.
 
     Raises:
-        InputError: One is not.
+        UsageError: It is one.
     """
-    for kind in kinds:
-        if kind not in ("block", "mlp"):
-            raise InputError(f"An imitation network is a block or an mlp; got --kind {kind}.")
+    if temperature and replies == "data":
+        raise UsageError("The data's replies are not drawn: leave out --temperature.")
+    from fastvlm.decoding import SamplingParams
+
+    with usage():
+        SamplingParams(temperature)
 
 
 def check_joint(exit_layer: str, prompts: Sequence[str] | None, dtype: str) -> None:
     """Refuse options that leave the joint phase without an exit, replies or exact weights.
 
     Raises:
-        InputError: They do.
+        UsageError: They do.
     """
     if exit_layer == "auto" or prompts:
-        raise InputError(
+        raise UsageError(
             "The joint phase learns the data's replies and needs an exit: give --exit-layer a"
             " number, and no --prompt."
         )
     if dtype != "float32":
-        raise InputError("The joint phase trains the model itself, which needs --dtype float32.")
+        raise UsageError("The joint phase trains the model itself, which needs --dtype float32.")
 
 
 def check_exit_layer(exit_layer: str, depth: int) -> None:
     """Refuse an exit layer that a decoder doesn't have.
 
     Raises:
-        InputError: It is neither auto nor a layer before the last.
+        UsageError: It is neither auto nor a layer before the last.
     """
     if exit_layer != "auto" and not (exit_layer.isdecimal() and 1 <= int(exit_layer) < depth):
-        raise InputError(
+        raise UsageError(
             f"--exit-layer is auto or lies between 1 and {depth - 1} for this model; got"
             f" {exit_layer}."
         )
@@ -274,6 +307,7 @@ def best_plan(
     kept: Sequence[Asked],
     output: Path,
     schedule: Schedule,
+    console: PlainConsole,
 ) -> DraftPlan:
     """Return a plan with the exit layer that decodes fastest, and say how each one did."""
     from fastvlm.training.exit_choice import choose_exit_layer
@@ -282,7 +316,7 @@ def best_plan(
     tries = output / f"exits-{plan.kind}"
     best, found = choose_exit_layer(vlm, plan, examples, kept, tries, short)
     for layer, decoded in found.items():
-        Console(highlight=False).print(
+        console.print(
             f"{plan.kind}, exit layer {layer}: {decoded.acceptance_length:.2f} tokens a pass,"
             f" {decoded.tokens_per_second:.0f} tokens/s{' (taken)' * (layer == best)}"
         )

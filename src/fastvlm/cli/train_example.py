@@ -7,25 +7,23 @@ from typing import Annotated
 
 import typer
 
-from fastvlm.cli.loading import ThreadsOption
+from fastvlm.cli.command import each_of
+from fastvlm.cli.files import check_folder
+from fastvlm.cli.loading import UsageError
 from fastvlm.cli.training_options import (
     AccumulationOption,
     CheckpointingOption,
+    ModelTrainingRuntime,
     OutputOption,
     PhotographsOption,
-    PrecisionOption,
     RateOption,
     SeedOption,
     StepsOption,
     TrackerOption,
-    TrainingDeviceOption,
-    check_output,
-    prepare_torch,
 )
-from fastvlm.functional.errors import InputError
 
 
-def example_encoder(  # noqa: PLR0913 (a parameter is an option)
+def example_encoder(
     *,
     photographs: PhotographsOption,
     output: OutputOption,
@@ -36,14 +34,12 @@ def example_encoder(  # noqa: PLR0913 (a parameter is an option)
     steps: StepsOption = 1150,
     learning_rate: RateOption = 2e-3,
     seed: SeedOption = 0,
-    precision: PrecisionOption = None,
     tracker: TrackerOption = None,
-    device: TrainingDeviceOption = None,
-    threads: ThreadsOption = None,
+    runtime: ModelTrainingRuntime,
 ) -> None:
     """Teach a FastViTHD the facts of rendered scenes and the words of captions."""
-    check_output(output)
-    prepare_torch(threads, device)
+    check_folder(output)
+    runtime.prepare()
     from fastvlm.training.encoder import train_encoder
     from fastvlm.training.schedule import Schedule
 
@@ -51,10 +47,11 @@ def example_encoder(  # noqa: PLR0913 (a parameter is an option)
         steps=steps,
         learning_rate=learning_rate,
         seed=seed,
-        precision=precision,
+        precision=runtime.mixed_precision,
         trackers=tuple(tracker or ()),
     )
-    train_encoder(photographs, output, schedule, start=start)
+    with runtime.progress():
+        train_encoder(photographs, output, schedule, start=start)
 
 
 def example_model(  # noqa: PLR0913 (a parameter is an option)
@@ -75,71 +72,82 @@ def example_model(  # noqa: PLR0913 (a parameter is an option)
         list[str] | None,
         typer.Option(
             metavar="scenes|together|consensus",
+            callback=each_of("scenes", "together", "consensus"),
             help="A stage to train; give it again for several. All of them, if not given.",
         ),
     ] = None,
     share: Annotated[
         float,
-        typer.Option(min=0.01, max=100, help="Steps of each stage, as a share of the plan's."),
+        typer.Option(
+            metavar="X",
+            min=0.01,
+            max=100,
+            help="Steps of each stage, as a share of the plan's.",
+        ),
     ] = 1.0,
     learning_rate: Annotated[
         float | None,
-        typer.Option(min=1e-8, max=1, help="The peak, in every stage.", show_default="the stage's"),
+        typer.Option(
+            metavar="X",
+            min=1e-8,
+            max=1,
+            help="The peak, in every stage.",
+            show_default="the stage's",
+        ),
     ] = None,
     widen: Annotated[
         int,
         typer.Option(
+            metavar="N",
             min=1,
+            max=16,
             help="Make the decoder of --start so many times as wide first; it computes the same.",
         ),
     ] = 1,
     layers: Annotated[
         int | None,
         typer.Option(
+            metavar="N",
             min=1,
+            max=1024,
             help="Make the decoder of --start so deep first; it computes the same.",
             show_default="as it is",
         ),
     ] = None,
     seed: SeedOption = 0,
-    precision: PrecisionOption = None,
     accumulation: AccumulationOption = 1,
     gradient_checkpointing: CheckpointingOption = False,
     tracker: TrackerOption = None,
-    device: TrainingDeviceOption = None,
-    threads: ThreadsOption = None,
+    runtime: ModelTrainingRuntime,
 ) -> None:
     """Teach a model around a trained encoder to describe scenes and photographs."""
-    check_output(output)
+    check_folder(output)
     if encoder is None and start is None:
-        raise InputError("Give --encoder for a new model, or --start for one to go on from.")
+        raise UsageError("Give --encoder for a new model, or --start for one to go on from.")
     if start is None and (widen > 1 or layers is not None):
-        raise InputError("--widen and --layers need a model to grow: give it as --start.")
-    prepare_torch(threads, device)
+        raise UsageError("--widen and --layers need a model to grow: give it as --start.")
+    runtime.prepare()
     from fastvlm.training.growth import Size
     from fastvlm.training.model import train_model
     from fastvlm.training.stages import STAGES, scaled
 
-    known = [planned.name for planned in STAGES]
-    for name in stage or []:
-        if name not in known:
-            raise InputError(f"The stages are {', '.join(known)}; got --stage {name}.")
     chosen = [planned for planned in STAGES if not stage or planned.name in stage]
     stages = scaled(
         chosen,
         share,
         seed=seed,
-        precision=precision,
+        precision=runtime.mixed_precision,
         accumulation=accumulation,
         trackers=tuple(tracker or ()),
         **({} if learning_rate is None else {"learning_rate": learning_rate}),
     )
-    train_model(
-        photographs,
-        output,
-        encoder=encoder,
-        start=start,
-        stages=stages,
-        size=Size(widen, layers),
-        gradient_checkpointing=gradient_checkpointing,
-    )
+    with runtime.progress():
+        train_model(
+            photographs,
+            output,
+            encoder=encoder,
+            start=start,
+            stages=stages,
+            size=Size(widen, layers),
+            gradient_checkpointing=gradient_checkpointing,
+        )

@@ -7,20 +7,18 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
-from rich.console import Console
 
-from fastvlm.cli.loading import ThreadsOption, resolve_model
+from fastvlm.cli.files import check_folder
+from fastvlm.cli.loading import UsageError, resolve_model
+from fastvlm.cli.terminal import PlainConsole
 from fastvlm.cli.training_options import (
     AccumulationOption,
     CheckpointingOption,
+    ModelTrainingRuntime,
     OutputOption,
-    PrecisionOption,
     SeedOption,
     TrackerOption,
-    TrainingDeviceOption,
-    check_output,
     conversations_in,
-    prepare_torch,
 )
 from fastvlm.functional.errors import InputError
 
@@ -65,48 +63,70 @@ def model(  # noqa: PLR0913 (a parameter is an option)
             show_default="the stage's",
         ),
     ] = None,
-    lora_rank: Annotated[int, typer.Option(min=1, help="Rank of the adapters.")] = 64,
+    lora_rank: Annotated[
+        int, typer.Option(metavar="N", min=1, max=65536, help="Rank of the adapters.")
+    ] = 64,
     image_size: Annotated[
         int | None,
         typer.Option(
-            min=64, help="Side of the pictures, a multiple of 64.", show_default="the stage's"
+            metavar="PIXELS",
+            min=64,
+            max=16384,
+            help="Side of the images, a multiple of 64.",
+            show_default="the stage's",
         ),
     ] = None,
     batch: Annotated[
         int | None,
-        typer.Option(min=1, help="Conversations in a step.", show_default="the stage's"),
+        typer.Option(
+            metavar="N",
+            min=1,
+            max=1_000_000,
+            help="Conversations in a step.",
+            show_default="the stage's",
+        ),
     ] = None,
     epochs: Annotated[
         float | None,
-        typer.Option(min=0.001, help="Times that the data is shown.", show_default="the stage's"),
+        typer.Option(
+            metavar="X",
+            min=0.001,
+            max=1e6,
+            help="Times that the data is shown.",
+            show_default="the stage's",
+        ),
     ] = None,
     steps: Annotated[
         int | None,
-        typer.Option(min=1, help="Optimiser steps in all.", show_default="what the epochs make"),
+        typer.Option(
+            metavar="N",
+            min=1,
+            max=2**31 - 1,
+            help="Optimiser steps in all.",
+            show_default="what the epochs make",
+        ),
     ] = None,
     learning_rate: Annotated[
         float | None,
-        typer.Option(min=1e-8, max=1, help="The peak.", show_default="the stage's"),
+        typer.Option(metavar="X", min=1e-8, max=1, help="The peak.", show_default="the stage's"),
     ] = None,
     seed: SeedOption = 0,
-    precision: PrecisionOption = None,
     accumulation: AccumulationOption = 1,
     gradient_checkpointing: CheckpointingOption = False,
     tracker: TrackerOption = None,
-    device: TrainingDeviceOption = None,
-    threads: ThreadsOption = None,
+    runtime: ModelTrainingRuntime,
 ) -> None:
     """Teach a model what the assistant says in conversations, in the paper's stages.
 
     A stage's figures are the paper's; each has an option that overrides it. A new model is made of
     an encoder and a decoder.
     """
-    check_output(output)
+    check_folder(output)
     if (model is None) == (decoder is None) or (encoder is None) != (decoder is None):
-        raise InputError("Give --model, or --encoder and --decoder for a new one.")
+        raise UsageError("Give --model, or --encoder and --decoder for a new one.")
     if model is not None and Path(model).resolve() == output.resolve():
-        raise InputError("--output is the model itself, from which the run starts; give another.")
-    prepare_torch(threads, device)
+        raise UsageError("--output is the model itself, from which the run starts; give another.")
+    runtime.prepare()
     from fastvlm.training.instruction import tune_model
     from fastvlm.training.paper_stages import PAPER_STAGES
 
@@ -123,21 +143,22 @@ def model(  # noqa: PLR0913 (a parameter is an option)
     schedule = replace(
         chosen.schedule(steps_of(chosen, source, data, steps)),
         seed=seed,
-        precision=precision,
+        precision=runtime.mixed_precision,
         accumulation=accumulation,
         trackers=tuple(tracker or ()),
     )
-    tune_model(
-        target,
-        processor,
-        source,
-        chosen,
-        schedule,
-        output,
-        rank=lora_rank,
-        gradient_checkpointing=gradient_checkpointing,
-    )
-    Console(highlight=False).print(
+    with runtime.progress():
+        tune_model(
+            target,
+            processor,
+            source,
+            chosen,
+            schedule,
+            output,
+            rank=lora_rank,
+            gradient_checkpointing=gradient_checkpointing,
+        )
+    PlainConsole().print(
         f"Stage {stage} ({chosen.learns}), {schedule.steps:,} steps of {chosen.batch}; saved in"
         f" {output}."
     )

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager, redirect_stderr
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
-from fastvlm.cli.loading import checked_device
+from fastvlm.cli.loading import QuietOption, ThreadsOption, checked_device, prepare_torch
 from fastvlm.functional.errors import InputError
 
 if TYPE_CHECKING:
@@ -26,34 +30,29 @@ OutputOption = Annotated[
         metavar="DIR", help="Where the checkpoint is kept while it runs, and the result in the end."
     ),
 ]
-StepsOption = Annotated[int, typer.Option(min=1, help="Optimiser steps in all.")]
+StepsOption = Annotated[
+    int, typer.Option(metavar="N", min=1, max=2**31 - 1, help="Optimiser steps in all.")
+]
 RateOption = Annotated[
     float,
     typer.Option(
-        min=1e-8, max=1, help="The peak of the learning rate: warm-up to it, then a cosine down."
+        metavar="X",
+        min=1e-8,
+        max=1,
+        help="The peak of the learning rate: warm-up to it, then a cosine down.",
     ),
 ]
-TrainingDeviceOption = Annotated[
-    str | None,
-    typer.Option(
-        "--device",
-        metavar="NAME",
-        help="Where to compute, such as cpu, cuda or cuda:1.",
-        show_default="what accelerate chooses",
-        callback=checked_device,
-    ),
-]
-SeedOption = Annotated[int, typer.Option(min=0, help="Decides every draw of the run.")]
-
-
-PrecisionOption = Annotated[
-    Literal["no", "bf16"] | None,
-    typer.Option(help="Mixed precision.", show_default="what accelerate is set to"),
+SeedOption = Annotated[
+    int,
+    typer.Option(metavar="N", min=0, max=2**63 - 1, help="Decides every draw of the run."),
 ]
 AccumulationOption = Annotated[
     int,
     typer.Option(
-        min=1, max=4096, help="Slices in which a step is computed: more of them need less memory."
+        metavar="N",
+        min=1,
+        max=4096,
+        help="Slices in which a step is computed: more of them need less memory.",
     ),
 ]
 CheckpointingOption = Annotated[
@@ -70,6 +69,82 @@ TrackerOption = Annotated[
         help="Where the figures go, besides the log; give it again for several.",
     ),
 ]
+
+
+@dataclass(frozen=True, slots=True)
+class TrainingRuntime:
+    """How a run computes: options that all verbs of `fastvlm train` have.
+
+    Args:
+        device: Where; None for what accelerate chooses.
+        dtype: In what precision; None for what accelerate is set to.
+        threads: Of the CPU; None for torch's own number.
+        quiet: Whether only results and errors are shown.
+    """
+
+    device: Annotated[
+        str | None,
+        typer.Option(
+            metavar="NAME",
+            help="Where to compute, such as cpu, cuda or cuda:1.",
+            show_default="what accelerate chooses",
+            callback=checked_device,
+        ),
+    ] = None
+    dtype: Annotated[
+        Literal["float64", "float32", "float16", "bfloat16"] | None,
+        typer.Option(
+            help="The precision of the model that isn't trained, and to compute in. What learns is"
+            " kept in float32, with its gradients and the optimiser.",
+            show_default="float32, and what accelerate is set to",
+        ),
+    ] = None
+    threads: ThreadsOption = None
+    quiet: QuietOption = False
+
+    @property
+    def target_dtype(self) -> str:
+        """The precision of a model that isn't trained."""
+        return self.dtype or "float32"
+
+    @property
+    def mixed_precision(self) -> str | None:
+        """The precision by accelerate's name; None for what it is set to."""
+        return None if self.dtype is None else {"bfloat16": "bf16"}.get(self.dtype, "no")
+
+    def prepare(self) -> None:
+        """Set the number of threads and the device, and keep `transformers` quiet.
+
+        Raises:
+            InputError: The run is on another device already.
+        """
+        from fastvlm.training.processes import compute_on
+
+        compute_on(self.device)
+        prepare_torch(self.threads)
+
+    @contextmanager
+    def progress(self) -> Iterator[None]:
+        """Let a run say how far it is on standard error, if that is wanted."""
+        if not self.quiet:
+            yield
+            return
+        with open(os.devnull, "w", encoding="utf-8") as null, redirect_stderr(null):  # noqa: PTH123
+            yield
+
+
+@dataclass(frozen=True, slots=True)
+class ModelTrainingRuntime(TrainingRuntime):
+    """How a run computes that trains a whole model; see `TrainingRuntime`."""
+
+    dtype: Annotated[
+        Literal["float32", "bfloat16"] | None,
+        typer.Option(
+            help="The precision to compute in. Weights are kept in float32 all the same, with their"
+            " gradients and the optimiser.",
+            show_default="what accelerate is set to",
+        ),
+    ] = None
 
 
 def conversations_in(source: str, image_size: int | None) -> Records | Shards:
@@ -91,31 +166,3 @@ def conversations_in(source: str, image_size: int | None) -> Records | Shards:
     if image_size is None:
         raise InputError(f"{source} is for models around FastViTHD, whose picture size is known.")
     return scene_conversations(range(int(number)), image_size)
-
-
-def check_output(output: Path) -> None:
-    """Refuse an output that can't be a folder.
-
-    Raises:
-        InputError: It is a file.
-    """
-    if output.exists() and not output.is_dir():
-        raise InputError(f"{output} is a file; --output needs a folder.")
-
-
-def prepare_torch(threads: int | None, device: str | None) -> None:
-    """Set the number of threads and the device, and keep `transformers` quiet.
-
-    Raises:
-        InputError: The run is on another device already.
-    """
-    import torch
-    from transformers.utils import logging
-
-    from fastvlm.training.processes import compute_on
-
-    compute_on(device)
-    logging.disable_progress_bar()
-    logging.set_verbosity_error()
-    if threads is not None:
-        torch.set_num_threads(threads)

@@ -7,14 +7,12 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
-from rich.box import SIMPLE_HEAD
-from rich.console import Console
-from rich.table import Table
 
-from fastvlm.cli.loading import DeviceOption, DtypeOption, ThreadsOption
-from fastvlm.cli.terminal import hardware_line, progress
-from fastvlm.functional.errors import InputError
-from fastvlm.functional.files import write_json, write_text
+from fastvlm.cli.files import FiguresOutput, check_folder
+from fastvlm.cli.loading import Runtime, usage
+from fastvlm.cli.tables import FigureTable
+from fastvlm.cli.terminal import hardware_line
+from fastvlm.functional.files import locked, write_json, write_text
 
 
 def ttft(
@@ -35,55 +33,50 @@ def ttft(
             show_default="all",
         ),
     ] = None,
-    rounds: Annotated[int, typer.Option(min=1, help="Measurements of each model.")] = 5,
-    device: DeviceOption = "cpu",
-    dtype: DtypeOption = "float32",
-    threads: ThreadsOption = None,
+    rounds: Annotated[
+        int, typer.Option(metavar="N", min=1, max=100_000, help="Measurements of each model.")
+    ] = 5,
+    runtime: Runtime,
+    figures: FiguresOutput,
 ) -> None:
     """Time FastVLM, LLaVA-OneVision, LLaVA-1.5 and ConvNeXt to their first token, in turns.
 
     The models have their full size and random weights, which time does not depend on: nothing is
     downloaded. All of them need about 14 GB of memory in float32.
     """
-    if output.exists() and not output.is_dir():
-        raise InputError(f"{output} is a file; --output needs a folder.")
+    check_folder(output)
     import torch
-    from transformers.utils import logging
 
     from fastvlm.evaluation.measuring import hardware
     from fastvlm.evaluation.ttft import chosen, measure_ttft
     from fastvlm.evaluation.ttft_report import markdown, plot, rows
 
-    logging.set_verbosity_error()
-    if threads is not None:
-        torch.set_num_threads(threads)
-    names = chosen(only)
-    with progress("Measuring") as report:
+    runtime.prepare()
+    with usage():
+        names = chosen(only)
+    with locked(output), runtime.progress("Measuring") as report:
         records = measure_ttft(
             names,
             output,
             rounds=rounds,
-            dtype=getattr(torch, dtype),
-            device=device,
+            dtype=getattr(torch, runtime.dtype),
+            device=runtime.device,
             progress=report,
         )
-    machine = hardware(torch.device(device))
-    figures = {
+    machine = hardware(torch.device(runtime.device))
+    record = {
         "hardware": machine,
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
-        "dtype": dtype,
+        "dtype": runtime.dtype,
         "results": records,
     }
-    line = f"{hardware_line(machine)}, {dtype}"
-    write_json(output / "ttft.json", figures)
+    line = f"{hardware_line(machine)}, {runtime.dtype}"
+    write_json(output / "ttft.json", record)
     write_text(output / "ttft.md", markdown(records, line))
+    figures.write(record)
     heading, body = rows(records)
-    table = Table(box=SIMPLE_HEAD, pad_edge=False, show_edge=False)
-    for name in heading:
-        table.add_column(name, justify="left" if name in ("model", "run by") else "right")
-    for row in body:
-        table.add_row(*row)
-    console = Console(highlight=False)
-    console.print(table)
+    table = FigureTable(heading, texts=("run by",), rows=[list(row) for row in body])
+    console = figures.console
+    table.print(console)
     console.print(f"\n{line}. Written to {output}.", style="dim")
     plot(records, output / "ttft.png")

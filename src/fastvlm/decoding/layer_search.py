@@ -22,6 +22,10 @@ EVALUATIONS = 600
 ROUNDS = 7
 
 
+class NoSearchError(InputError):
+    """There is nothing to choose between, or nothing to choose by."""
+
+
 @dataclass(frozen=True, slots=True)
 class StepCosts:
     """What the parts of decoding take, in any one unit of time.
@@ -126,7 +130,9 @@ class SampleReplies:
                 raise request.error
             self._add(request)
         if not self.samples:
-            raise InputError("No sample has a reply of two tokens or more; give it other prompts.")
+            raise NoSearchError(
+                "No sample has a reply of two tokens or more; give it other prompts."
+            )
 
     def _add(self, request: Request) -> None:
         """Take a finished request, whose positions are computed once more, all in one pass."""
@@ -231,7 +237,7 @@ def find_skipped_layers(
     """
     inner = decoder.depth - 2
     if inner < 1:
-        raise InputError(
+        raise NoSearchError(
             "A layer can be skipped between the first and the last one; this model has"
             f" {decoder.depth}."
         )

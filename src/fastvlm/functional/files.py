@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import json
+import math
 import os
 import re
 import shutil
@@ -26,7 +27,8 @@ FULL_BYTES = 2**20
 def written_file(path: Path) -> Iterator[Path]:
     """Yield where to write a file; afterwards it is in its place, whole and flushed to the disk.
 
-    A kill or an error at any moment leaves what was there before.
+    A kill or an error at any moment leaves what was there before. A link stays one: the file that
+    it leads to is replaced. A device or a pipe is written to as it is.
 
     Args:
         path: The file; its folder is made if it isn't there.
@@ -34,6 +36,14 @@ def written_file(path: Path) -> Iterator[Path]:
     Raises:
         StorageError: The disk is full, or the file can't be written there.
     """
+    with storage_errors(path):
+        if path.is_symlink():
+            path = path.resolve()
+        special = path.exists() and not path.is_file() and not path.is_dir()
+    if special:
+        with storage_errors(path):
+            yield path
+        return
     beside = path.with_name(f"{path.name}.partial")
     try:
         with storage_errors(path):
@@ -54,8 +64,21 @@ def write_text(path: Path, text: str) -> None:
 
 
 def write_json(path: Path, content: Any) -> None:
-    """Write JSON whole or not at all. See `written_file`."""
-    write_text(path, json.dumps(content, indent=2) + "\n")
+    """Write JSON whole or not at all. See `written_file` and `as_json`."""
+    write_text(path, as_json(content))
+
+
+def as_json(figures: dict[str, Any]) -> str:
+    """Return figures as JSON, which has no word for a number that isn't finite: it is null."""
+    return json.dumps(_finite(figures), indent=2, allow_nan=False) + "\n"
+
+
+def _finite(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {name: _finite(one) for name, one in value.items()}
+    if isinstance(value, list | tuple):
+        return [_finite(one) for one in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 @contextmanager

@@ -36,7 +36,16 @@ STOPPING = tuple(
 
 
 class StoppedError(FastVlmError):
-    """The run was asked to stop; its checkpoint is written."""
+    """The run was asked to stop; its checkpoint is written.
+
+    Args:
+        message: The sentence.
+        signal_number: What asked this process; SIGTERM where another one was asked.
+    """
+
+    def __init__(self, message: str, signal_number: int = signal.SIGTERM) -> None:
+        super().__init__(message)
+        self.signal_number = signal_number
 
 
 def train(task: Task, schedule: Schedule, output: Path, validate: Validate | None = None) -> None:
@@ -134,7 +143,8 @@ class Run:
                 if stop and not last:
                     raise StoppedError(
                         f"Stopped after step {done} of {self.schedule.steps}; run the same command"
-                        " again to go on from there."
+                        " again to go on from there.",
+                        *asked[:1],
                     )
         for tracker in self.accelerator.trackers:
             tracker.finish()

@@ -1,0 +1,115 @@
+"""What is measured, audited or evaluated: a model and the strategies to decode it with."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from fastvlm import embedded
+from fastvlm.cli.loading import ModelOption, Runtime, SkippedLayersOption, layers_in
+from fastvlm.cli.strategies import (
+    SEARCHED,
+    DraftsOption,
+    StrategiesOption,
+    TypedStrategy,
+    chosen_strategies,
+    named_drafts,
+    named_strategies,
+    needs_search,
+)
+from fastvlm.cli.terminal import print_error
+
+if TYPE_CHECKING:
+    from fastvlm.data.questions import Question
+    from fastvlm.decoding import Strategy
+    from fastvlm.vlm import VisionLanguageModel
+
+
+@dataclass(frozen=True, slots=True)
+class Contenders:
+    """A model and the strategies to decode it with, as they are typed.
+
+    Args:
+        model: Its directory, or its name on the hub; None for the one that ships.
+        draft: Drafts, `NAME=DIR`.
+        strategies: Names separated by commas; None for all that there are.
+        skipped_layers: Numbers separated by commas; None to search for them.
+    """
+
+    model: ModelOption = None
+    draft: DraftsOption = None
+    strategies: StrategiesOption = None
+    skipped_layers: SkippedLayersOption = None
+
+    @property
+    def drafts(self) -> dict[str, Path]:
+        """The drafts' directories by the names of their strategies."""
+        return named_drafts(self.draft, self.model)
+
+    @property
+    def chosen(self) -> list[TypedStrategy]:
+        """The strategies."""
+        return chosen_strategies(self.strategies, self.drafts)
+
+    @property
+    def skipped(self) -> tuple[int, ...] | None:
+        """The layers to skip that were given."""
+        return layers_in(self.skipped_layers)
+
+    def check(self) -> bool:
+        """Return whether the layers to skip have to be searched for.
+
+        Raises:
+            UsageError: A strategy, a draft's name or a layer makes no sense.
+        """
+        return needs_search(self.chosen, self.skipped)
+
+    def load(self, runtime: Runtime, *, max_slots: int | None = None) -> VisionLanguageModel:
+        """Load the model; its drafts are loaded later, each under its own name.
+
+        Raises:
+            CheckpointError: It is missing or broken.
+            InputError: Its family is not known.
+        """
+        where = embedded.MODEL if self.model is None else self.model
+        return runtime.load(where, max_slots=max_slots)
+
+    def skipped_layers_for(
+        self, vlm: VisionLanguageModel, questions: Sequence[Question]
+    ) -> tuple[int, ...] | None:
+        """Return the layers to skip: those given, or those found on replies to the first questions.
+
+        None for the strategy's usual ones, where the replies are too short to learn from: that is
+        said.
+        """
+        if not self.check():
+            return self.skipped
+        from fastvlm.decoding.layer_search import NoSearchError
+        from fastvlm.evaluation.reference import image_of
+
+        searched = questions[:SEARCHED]
+        try:
+            return vlm.find_skipped_layers(
+                [question.prompt for question in searched],
+                [image_of(vlm, question) for question in searched],
+            ).skipped
+        except NoSearchError as error:
+            print_error(f"{str(error).rstrip('.')}; layer-skip skips its usual layers.")
+            return None
+
+    def strategies_of(
+        self, vlm: VisionLanguageModel, skipped: Sequence[int] | None
+    ) -> dict[str, Strategy]:
+        """Return the strategies by name.
+
+        Args:
+            vlm: The model.
+            skipped: The layers that layer-skip leaves out; None for its usual ones.
+
+        Raises:
+            CheckpointError: A draft is missing, broken or made for another model.
+            UsageError: A setting is out of range.
+        """
+        return named_strategies(vlm, self.chosen, self.drafts, skipped)

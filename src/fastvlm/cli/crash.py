@@ -1,0 +1,96 @@
+"""What is said of a failure of our own, and the report that is written of it."""
+
+from __future__ import annotations
+
+import os
+import platform
+import shlex
+import sys
+import tempfile
+import traceback
+from collections.abc import Sequence
+from datetime import UTC, datetime
+from importlib import metadata
+
+from fastvlm.functional.errors import first_line
+
+DEBUG = "FASTVLM_DEBUG"
+"""The environment variable that has a traceback shown instead of a report."""
+PACKAGES = ("fastvlm", "torch", "transformers", "tokenizers", "safetensors", "accelerate", "pillow",
+            "typer", "rich")  # fmt: skip
+OUT_OF_MEMORY = ("out of memory", "not enough memory", "can't allocate memory", "bad_alloc")
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Return whether an error says that there is no memory left, on the CPU or an accelerator."""
+    if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError":
+        return True
+    said = str(error).lower()
+    return isinstance(error, RuntimeError) and any(words in said for words in OUT_OF_MEMORY)
+
+
+def memory_sentence(error: BaseException) -> str:
+    """Return what to do where memory is out."""
+    what = str(error).strip()
+    told = f" ({first_line(error)})" if what and isinstance(error, Exception) else ""
+    return (
+        f"There is not enough memory{told}: use --dtype bfloat16, smaller images, fewer tokens"
+        " (--max-new-tokens), fewer things at a time (--batch) or a smaller model."
+    )
+
+
+def crash_sentence(error: Exception, arguments: Sequence[str]) -> str:
+    """Return what to say of a failure of our own, after a report was written of it.
+
+    Args:
+        error: The failure.
+        arguments: The words of the command line after `fastvlm`.
+    """
+    what = f"{type(error).__name__}: {first_line(error)}"
+    try:
+        file = write_report(error, arguments)
+    except OSError:
+        return f"fastvlm failed, which is a fault of its own ({what})."
+    return f"fastvlm failed, which is a fault of its own ({what}); a report of it is in {file}."
+
+
+def write_report(error: BaseException, arguments: Sequence[str]) -> str:
+    """Write what a maintainer needs to know into a new file, and return its path.
+
+    Neither the environment nor the values of variables are written.
+
+    Raises:
+        OSError: It can't be written.
+    """
+    versions = [f"{name} {_version(name)}" for name in PACKAGES]
+    lines = [
+        f"fastvlm failed at {datetime.now(UTC).isoformat(timespec='seconds')}.",
+        "",
+        f"Command line: {shlex.join(['fastvlm', *arguments])}",
+        f"Python {platform.python_version()} on {platform.platform()}",
+        f"Installed: {', '.join(versions)}",
+        "",
+        *traceback.format_exception(error),
+    ]
+    # A name that nobody can foresee, in a file that only its owner reads.
+    descriptor, file = tempfile.mkstemp(prefix="fastvlm-", suffix=".txt", text=True)
+    with os.fdopen(descriptor, "w", encoding="utf-8", errors="backslashreplace") as opened:
+        opened.write("\n".join(lines))
+    return file
+
+
+def shows_traceback() -> bool:
+    """Return whether a failure of our own is to show its traceback, for who works on fastvlm."""
+    return os.environ.get(DEBUG, "") not in ("", "0")
+
+
+def print_traceback(error: BaseException) -> None:
+    """Write an error's traceback to standard error."""
+    traceback.print_exception(error, file=sys.stderr)
+
+
+def _version(package: str) -> str:
+    try:
+        return metadata.version(package)
+    except metadata.PackageNotFoundError:
+        return "not installed"

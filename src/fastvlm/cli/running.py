@@ -1,0 +1,174 @@
+"""A command line from its words to its exit code: every way in which it can end."""
+
+from __future__ import annotations
+
+import os
+import signal
+import threading
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from difflib import get_close_matches
+from types import FrameType
+from typing import Any
+
+import typer
+
+from fastvlm.cli.crash import (
+    crash_sentence,
+    is_out_of_memory,
+    memory_sentence,
+    print_traceback,
+    shows_traceback,
+)
+from fastvlm.cli.installation import torchvision_mismatch
+from fastvlm.cli.loading import UsageError
+from fastvlm.cli.streams import abandon_output, flush_output
+from fastvlm.cli.terminal import plain_warnings, print_aside, print_error
+from fastvlm.functional.errors import FastVlmError
+
+# Typer has its own copy of click or uses the installed one, depending on its version.
+TyperUsageError: type[Exception] = typer.BadParameter.__bases__[0]
+
+FAILED, USAGE, SIGNALLED = 1, 2, 128
+"""Exit codes: something was wrong; the command line was; a signal came (its number is added)."""
+NO_READER = SIGNALLED + signal.SIGPIPE if hasattr(signal, "SIGPIPE") else FAILED
+ENDING = [
+    getattr(signal, name) for name in ("SIGTERM", "SIGHUP", "SIGBREAK") if hasattr(signal, name)
+]
+"""Signals that end a process at once, and would leave what it was writing half done."""
+
+
+def run_verb(arguments: Sequence[str]) -> int:
+    """Run a verb, say in one sentence what went wrong, and return the exit code.
+
+    Args:
+        arguments: The words after `fastvlm`.
+    """
+    try:
+        with plain_warnings(), ended_by_signals():
+            code = invoked(arguments)
+            flush_output()
+    except SystemExit as left:
+        # A signal, or typer's own completion.
+        return left.code if isinstance(left.code, int) else 0
+    except Exception as error:  # noqa: BLE001 (no traceback is for a user)
+        return failed(error, arguments)
+    return code
+
+
+def invoked(arguments: Sequence[str]) -> int:
+    """Run a verb and return its exit code.
+
+    What typer does beside this is left out: it has its own ideas of what ends a process, and how.
+
+    Raises:
+        Exception: Whatever the verb, or the reading of its command line, raises.
+    """
+    from fastvlm.cli.verbs import command
+
+    root = command()
+    root._main_shell_completion({}, "fastvlm")
+    try:
+        with root.make_context("fastvlm", list(arguments)) as context:
+            root.invoke(context)
+    except typer.Exit as left:
+        return left.exit_code
+    return 0
+
+
+def failed(error: Exception, arguments: Sequence[str]) -> int:
+    """Say what went wrong, and return the exit code.
+
+    Args:
+        error: What was raised.
+        arguments: The words after `fastvlm`.
+    """
+    if isinstance(error, BrokenPipeError):
+        # As others that write to `head`: whoever read has seen enough.
+        abandon_output()
+        return NO_READER
+    if isinstance(error, TyperUsageError | UsageError):
+        print_usage(error)
+        return USAGE
+    if reason := sentence_of(error):
+        print_error(reason)
+        # A run that was asked to stop, and has saved what it had.
+        stopped = getattr(error, "signal_number", None)
+        return FAILED if stopped is None else SIGNALLED + stopped
+    if shows_traceback():
+        print_traceback(error)
+    else:
+        print_error(crash_sentence(error, arguments))
+    return FAILED
+
+
+def print_usage(error: Any) -> None:
+    """Say what is wrong with a command line; of one without a verb, what verbs there are."""
+    if type(error).__name__ == "NoArgsIsHelpError":
+        print_aside(error.format_message())
+        return
+    told = error.format_message() if hasattr(error, "format_message") else str(error)
+    # What pydantic adds, and older versions of typer.
+    told = told.replace("Value error, ", "").replace(" (env var: 'None')", "").rstrip(".")
+    if hasattr(error.__cause__, "errors"):
+        # What pydantic refuses for its size, it doesn't say.
+        given = error.__cause__.errors()[0].get("input")
+        told = told if repr(given) in told else f"{told}; got {given!r}"
+    if possible := getattr(error, "possibilities", None):
+        [closest] = get_close_matches(error.option_name, possible, 1, 0.0)
+        told = f"{error.message.rstrip('.')}. Did you mean {closest}?"
+    print_error(told)
+
+
+def sentence_of(error: Exception) -> str | None:
+    """Return what an error says to a user; None for one that is a fault of our own."""
+    if reason := torchvision_mismatch(error):
+        return reason
+    if is_out_of_memory(error):
+        return memory_sentence(error)
+    if isinstance(error, FastVlmError):
+        return str(error)
+    if isinstance(error, OSError):
+        return _of_the_system(error)
+    return None
+
+
+def _of_the_system(error: OSError) -> str | None:
+    """Return what the system refused, and where."""
+    if not error.strerror:
+        # What another library says.
+        return str(error) or None
+    what = error.strerror[0].lower() + error.strerror[1:]
+    if error.filename is not None:
+        return f"{os.fsdecode(error.filename)}: {what}"
+    try:
+        # It still holds back what it could not write.
+        flush_output()
+    except OSError:
+        abandon_output()
+        return f"Standard output can't be written: {what}"
+    return f"A file can't be read or written: {what}"
+
+
+@contextmanager
+def ended_by_signals() -> Iterator[None]:
+    """Let a signal that ends the process clear up first, as Ctrl-C does.
+
+    Raises:
+        SystemExit: One came; the code is 128 and its number, as a shell has it.
+    """
+
+    def leave(number: int, _: FrameType | None) -> None:
+        raise SystemExit(SIGNALLED + number)
+
+    before = {}
+    if threading.current_thread() is threading.main_thread():
+        for number in ENDING:
+            # What has been told otherwise, as by `nohup`, stays so.
+            if signal.getsignal(number) is signal.SIG_DFL:
+                before[number] = signal.signal(number, leave)
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)

@@ -1,0 +1,61 @@
+"""The process's own streams, whatever became of them: closed, full, or unable to show a letter."""
+
+from __future__ import annotations
+
+import os
+import sys
+from contextlib import suppress
+from typing import Any
+
+STREAMS = ("stdin", "stdout", "stderr")
+
+
+def prepare_streams() -> None:
+    """Let standard output and error take any text, and stand in for those that are closed.
+
+    What an encoding doesn't have is escaped. A closed stream is a null device: were its descriptor
+    left free, the next file to be opened would get what is written to the stream.
+    """
+    for descriptor, name in enumerate(STREAMS):
+        stream: Any = getattr(sys, name)
+        if stream is None:
+            stream = _null(descriptor, "r" if name == "stdin" else "w")
+            setattr(sys, name, stream)
+        if name != "stdin" and hasattr(stream, "reconfigure"):
+            # This flushes: what can't be written is told when it is the verb's.
+            with suppress(OSError):
+                stream.reconfigure(errors="backslashreplace")
+
+
+def _null(descriptor: int, mode: str) -> Any:
+    try:
+        os.fstat(descriptor)
+    except OSError:
+        # The lowest free descriptor is given out first: this one, as those below it are open.
+        os.open(os.devnull, os.O_RDWR)
+    # What has taken the descriptor meanwhile is not ours to write to.
+    return open(os.devnull, mode, encoding="utf-8")  # noqa: PTH123 (it stays open)
+
+
+def flush_output() -> None:
+    """Write what standard output still holds back.
+
+    Raises:
+        OSError: It can't be written: its disk is full, or its reader is gone.
+    """
+    sys.stdout.flush()
+
+
+def abandon_output() -> None:
+    """Let what standard output holds back go nowhere, as it can't be written."""
+    with suppress(OSError, ValueError):
+        null = os.open(os.devnull, os.O_WRONLY)
+        os.dup2(null, sys.stdout.fileno())
+        os.close(null)
+
+
+def printable(text: str) -> str:
+    """Return a text on one line, what no terminal should be sent being escaped."""
+    return "".join(
+        one if one.isprintable() else one.encode("unicode_escape").decode() for one in text
+    )
