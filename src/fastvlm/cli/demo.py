@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.console import Console
+from rich.padding import Padding
 from rich.table import Table
 from rich.text import Text
 
@@ -33,6 +34,8 @@ DRAFTED, OWN = "green", "bold"
 """The styles of drafted and accepted tokens, and of the full model's own."""
 
 MAX_NEW_TOKENS = 160
+BESIDE_CELLS = 60
+"""Width from which an image stands beside its title, not above it."""
 
 PROMPTS = {"scene": embedded.SCENE_PROMPT, "photograph": embedded.DESCRIPTION_PROMPT}
 
@@ -205,6 +208,9 @@ def introduce(console: Console, image: DemoImage, place: str) -> None:
     if not in_colour(console):
         console.print(said)
         return
+    if console.width < BESIDE_CELLS:
+        console.print(thumbnail(opened), said, sep="\n")
+        return
     beside = Table.grid(padding=(0, 2))
     beside.add_row(thumbnail(opened), said)
     console.print(beside)
@@ -241,9 +247,9 @@ def compare(
     return Comparison(image.title, len(set(replies)) == 1, runs[0].statistics, runs[1].statistics)
 
 
-def line(of: Comparison) -> Text:
+def line(of: Comparison) -> Padding:
     """Return what one image's reply took, both ways."""
-    text = Text("  ")
+    text = Text()
     text.append("identical" if of.identical else "different", "" if of.identical else "bold red")
     text.append(
         f": TTFT {number(of.ordinary.ttft_ms)} and {number(of.speculative.ttft_ms)} ms,"
@@ -251,7 +257,7 @@ def line(of: Comparison) -> Text:
         f" acceptance length {number(of.speculative.acceptance_length, 2)}, speedup "
     )
     text.append(number(of.speedup, 2, "x"), "bold")
-    return text
+    return Padding.indent(text, 2)
 
 
 def table(compared: Sequence[Comparison]) -> FigureTable:

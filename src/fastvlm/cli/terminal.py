@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 import sys
 import time
 import warnings
@@ -33,8 +34,12 @@ class PlainConsole(Console):
     def __init__(self, *, stderr: bool = False, quiet: bool = False) -> None:
         # A file's name may look like markup or an emoji.
         super().__init__(stderr=stderr, quiet=quiet, highlight=False, markup=False, emoji=False)
-        if not self.is_terminal and not os.environ.get("COLUMNS", "").isdecimal():
-            self.width = UNLIMITED_CELLS
+        if not os.environ.get("COLUMNS", "").isdecimal():
+            if not self.is_terminal:
+                self.width = UNLIMITED_CELLS
+            elif self.is_dumb_terminal:
+                # It has a width all the same.
+                self.width, self.height = shutil.get_terminal_size()
         self.width = max(self.width, MIN_CELLS)
 
     def on_broken_pipe(self) -> None:
