@@ -10,10 +10,9 @@ from typing import Any
 
 import pytest
 import torch
-import typer
 from safetensors.torch import load_file
 
-from fastvlm.cli import app
+from fastvlm.cli.verbs import command as root
 from fastvlm.training import checkpoint, loop
 from tests.cli.conftest import Output
 
@@ -55,7 +54,7 @@ ELSEWHERE = {
     # What is trained, tested by itself below, or the place of the run.
     "--output", "--model", "--encoder", "--decoder", "--start", "--prompt", "--help",
     # Accelerate has one for a process; it is part of the schedule, and so of the plan.
-    "--precision",
+    "--dtype",
     # Another phase or stage with a folder, a schedule or figures of its own, which the plan holds.
     "--phases", "--exit-weight", "--joint-steps", "--joint-learning-rate", "--stage", "--epochs",
     "--lora-rank",
@@ -82,7 +81,7 @@ def drafted(cli: Cli, tmp_path: Path) -> Path:
 
 def options_of(*verb: str) -> set[str]:
     """Return the names of a verb's options."""
-    command: Any = typer.main.get_command(app)
+    command: Any = root()
     for name in verb:
         command = command.commands[name]
     found = {name for one in command.params for name in (*one.opts, *one.secondary_opts)}
