@@ -15,6 +15,7 @@ from fastvlm.cli.files import FiguresOutput, check_folder
 from fastvlm.cli.loading import MaxNewTokensOption, Runtime, UsageError, whole_numbers
 from fastvlm.cli.strategies import LAYER_SKIP, SEARCHED, describe
 from fastvlm.cli.tables import FigureTable
+from fastvlm.cli.terminal import print_error
 from fastvlm.functional.errors import InputError
 from fastvlm.functional.files import storage_errors
 
@@ -74,6 +75,16 @@ def evaluate(  # noqa: PLR0913 (a parameter is an option)
         ),
     ] = None,
     max_new_tokens: MaxNewTokensOption = 256,
+    max_failed: Annotated[
+        float,
+        typer.Option(
+            metavar="SHARE",
+            min=0,
+            max=1,
+            help="Items that can't be asked, as their image can't be read, are named and left out;"
+            " more than this share of all of them ends the run.",
+        ),
+    ] = 0.05,
     prompt: Annotated[
         list[str] | None,
         typer.Option(
@@ -116,7 +127,8 @@ def evaluate(  # noqa: PLR0913 (a parameter is an option)
     prompts, graded_files = pairs(prompt, "--prompt"), pairs(grades, "--grades")
     names = names_in(tasks)
     check_folder(output)
-    from fastvlm.evaluation.tasks.answers import Journal, recorded_plan
+    from fastvlm.drafting.fingerprint import weights_hash
+    from fastvlm.evaluation.tasks.answers import Journal, left_out, recorded_plan
     from fastvlm.evaluation.tasks.plan import Plan, read_tasks
     from fastvlm.evaluation.tasks.plots import pyplot
     from fastvlm.evaluation.tasks.report import write_report
@@ -148,10 +160,14 @@ def evaluate(  # noqa: PLR0913 (a parameter is an option)
         dtype=runtime.dtype,
         threads=torch.get_num_threads(),
         device=runtime.device,
+        weights=weights_hash(vlm.model),
     )
     journal = Journal(file, plan)
     with runtime.progress("Answering") as report:
-        run(vlm, measured, plan, journal, report)
+        run(vlm, measured, plan, journal, report, max_failed)
+    for failure in journal.failures.values():
+        print_error(f"{failure.task}, item {failure.item}, is left out: {failure.reason}")
+    plan = left_out(plan, journal)
     graded = all_grades(plan, journal, graded_files, output)
     if judge is not None and judge_model is not None:
         graded |= judged_by(judge, judge_model, plan, journal, output / "grades.jsonl", runtime)

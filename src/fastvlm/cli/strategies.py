@@ -198,6 +198,8 @@ def options_of(typed: TypedStrategy, skipped: Sequence[int] | None) -> dict[str,
 
 def describe(typed: TypedStrategy, strategy: Strategy) -> dict[str, Any]:
     """Return what a strategy is, for the record."""
+    from fastvlm.functional.digests import digest_of_weights
+
     network = getattr(strategy, "network", None)
     skipped = getattr(strategy, "skipped", None)
     return {
@@ -210,6 +212,7 @@ def describe(typed: TypedStrategy, strategy: Strategy) -> dict[str, Any]:
             "kind": network.config.kind,
             "num_speculative_tokens": network.config.num_speculative_tokens,
             "confidence": network.config.confidence,
+            "weights": digest_of_weights(network),
         },
         "skipped_layers": None if skipped is None else list(skipped),
     }

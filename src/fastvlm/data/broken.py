@@ -17,12 +17,22 @@ class BrokenRecords:
     Args:
         share: The largest share of broken records that a run goes on with.
         least: Records that are seen before the share is judged.
+        what: What they are called.
+        failed: What is wrong with the broken ones.
 
     Raises:
         InputError: The share is no share.
     """
 
-    def __init__(self, share: float = 0.05, least: int = 100) -> None:
+    def __init__(
+        self,
+        share: float = 0.05,
+        least: int = 100,
+        *,
+        what: str = "records",
+        failed: str = "are broken",
+    ) -> None:
+        self.what, self.failed = what, failed
         if not 0 <= share <= 1:
             raise InputError(f"The share of broken records lies between 0 and 1; got {share}.")
         self.share, self.least = share, least
@@ -59,12 +69,13 @@ class BrokenRecords:
     def summary(self) -> str:
         """Return how many records were broken, and the first of them with what is wrong."""
         if not self.count:
-            return f"None of {self.seen:,} records is broken"
+            return f"None of {self.seen:,} {self.what} {self.failed.replace('are ', 'is ')}"
         first = "; ".join(f"{one.name}: {one.reason.rstrip('.')}" for one in self.named)
         others = "; ..." if self.count > len(self.named) else ""
         share = 100 * self.count / self.seen
         return (
-            f"{self.count:,} of {self.seen:,} records ({share:.3g} %) are broken ({first}{others})"
+            f"{self.count:,} of {self.seen:,} {self.what} ({share:.3g} %) {self.failed}"
+            f" ({first}{others})"
         )
 
     def state_dict(self) -> dict[str, Any]:

@@ -11,7 +11,7 @@ import pytest
 from fastvlm.data.tasks.captioning import Captioning
 from fastvlm.data.tasks.visdial import VisDial
 from fastvlm.decoding import Strategy
-from fastvlm.evaluation.tasks.answers import Answer, Journal
+from fastvlm.evaluation.tasks.answers import Answer, Journal, left_out
 from fastvlm.evaluation.tasks.plan import Plan
 from fastvlm.evaluation.tasks.runner import evaluate
 from fastvlm.evaluation.tasks.scores import rows
@@ -122,7 +122,7 @@ def test_a_broken_journal_is_refused(
         Journal(file, plan)
 
 
-def test_what_goes_wrong_names_its_item(
+def test_what_fails_is_named_counted_and_left_out(
     vlm: VisionLanguageModel,
     strategies: dict[str, Strategy],
     planned: Planned,
@@ -130,10 +130,25 @@ def test_what_goes_wrong_names_its_item(
     pictures: list[Path],
     tmp_path: Path,
 ) -> None:
-    plan = planned({"flickr8k": captions})
+    plan, file = planned({"flickr8k": captions}), tmp_path / "answers.jsonl"
+    kept = pictures[1].read_bytes()
     pictures[1].unlink()
     with pytest.raises(InputError, match="flickr8k, item 1: There is no image"):
-        evaluate(vlm, strategies, plan, Journal(tmp_path / "answers.jsonl", plan))
+        evaluate(vlm, strategies, plan, Journal(file, plan))
+    journal = Journal(file, plan)
+    evaluate(vlm, strategies, plan, journal, max_failed=0.9)
+    assert [failure.item for failure in journal.failures.values()] == ["1"]
+    left = left_out(plan, journal)
+    others = [item.id for item in captions.items if item.id != "1"]
+    assert [item.id for item in left.tasks["flickr8k"].items] == others
+    assert {key[1] for key in journal.answers} == set(others)
+    assert all(row.speed.replies == len(others) for row in rows(left, journal, {}) if row.speed)
+    # It is asked again when the run goes on.
+    pictures[1].write_bytes(kept)
+    again = Journal(file, plan)
+    evaluate(vlm, strategies, plan, again)
+    assert not again.failures
+    assert left_out(plan, again).tasks == plan.tasks
 
 
 def test_the_contexts_of_cycles() -> None:

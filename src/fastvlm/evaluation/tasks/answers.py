@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from fastvlm.data.journal import append_line, whole_lines
-from fastvlm.evaluation.tasks.plan import Plan
+from fastvlm.evaluation.tasks.plan import Plan, with_items
 from fastvlm.functional.errors import InputError
 from fastvlm.functional.statistics import DecodingStatistics
 
@@ -83,6 +83,23 @@ class Ratings:
     ratings: Sequence[float]
 
 
+@dataclass(frozen=True, slots=True)
+class Failure:
+    """An item that could not be asked.
+
+    Args:
+        task: The task's name.
+        item: The item's id.
+        size: Side of the image in pixels; None for the model's own.
+        reason: Why, in a sentence.
+    """
+
+    task: str
+    item: str
+    size: int | None
+    reason: str
+
+
 class Journal:
     """Everything that an evaluation has found out, in a file as well as here.
 
@@ -100,6 +117,8 @@ class Journal:
         """When, on what and by what version the answers were measured."""
         self.answers: dict[tuple[str, str, int | None, str], Answer] = {}
         self.ratings: dict[tuple[str, str, int | None], Ratings] = {}
+        self.failures: dict[tuple[str, str, int | None], Failure] = {}
+        """Items that failed and were not answered since."""
         header = {"plan": plan.to_json()}
         lines = whole_lines(file)
         if not lines:
@@ -120,14 +139,18 @@ class Journal:
     def _take(self, line: dict[str, Any]) -> None:
         if "session" in line:
             self.sessions.append(line["session"])
+        elif "reason" in line:
+            failure = Failure(**line)
+            self.failures[failure.task, failure.item, failure.size] = failure
         elif "ratings" in line:
             found = Ratings(**line)
             self.ratings[found.task, found.item, found.size] = found
+            self.failures.pop((found.task, found.item, found.size), None)
         else:
             answer = Answer(**line)
             self.answers[answer.task, answer.item, answer.size, answer.strategy] = answer
 
-    def add(self, found: Answer | Ratings) -> None:
+    def add(self, found: Answer | Ratings | Failure) -> None:
         """Keep a finding."""
         self._write(asdict(found))
 
@@ -138,6 +161,22 @@ class Journal:
     def _write(self, line: dict[str, Any]) -> None:
         append_line(self.file, line)
         self._take(line)
+
+
+def left_out(plan: Plan, journal: Journal) -> Plan:
+    """Return a plan without the items that failed, at whatever size, and forget their answers.
+
+    So every strategy and size is measured on the same items.
+    """
+    failed = {(one.task, one.item) for one in journal.failures.values()}
+    answers, ratings = journal.answers, journal.ratings
+    journal.answers = {key: one for key, one in answers.items() if key[:2] not in failed}
+    journal.ratings = {key: one for key, one in ratings.items() if key[:2] not in failed}
+    tasks = {
+        name: with_items(task, tuple(one for one in task.items if (name, one.id) not in failed))
+        for name, task in plan.tasks.items()
+    }
+    return replace(plan, tasks=tasks)
 
 
 def recorded_plan(file: Path) -> dict[str, Any]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import inspect
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -10,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from fastvlm.data.tasks import LOADERS, Item, Task
+from fastvlm.functional.digests import digest
 from fastvlm.functional.errors import InputError
 
 
@@ -41,6 +41,7 @@ class Plan:
         dtype: The precision.
         threads: CPU threads.
         device: Where it is computed.
+        weights: What tells the model's weights from others.
     """
 
     model: str
@@ -51,6 +52,7 @@ class Plan:
     dtype: str
     threads: int
     device: str = "cpu"
+    weights: str = ""
 
     def __iter__(self) -> Iterator[Asked]:
         """Yield the questions, an item in all sizes before the next."""
@@ -63,8 +65,13 @@ class Plan:
         """Return what tells this evaluation from others."""
         return {
             "model": self.model,
+            "weights": self.weights,
             "tasks": {
-                name: {"name": task.name, "items": len(task.items), "digest": digest(task.items)}
+                name: {
+                    "name": task.name,
+                    "items": len(task.items),
+                    "digest": digest([identity(one) for one in task.items]),
+                }
                 for name, task in self.tasks.items()
             },
             "strategies": {name: dict(what) for name, what in self.strategies.items()},
@@ -76,12 +83,10 @@ class Plan:
         }
 
 
-def digest(items: Sequence[Item]) -> str:
-    """Return what tells items from others: a hash of their ids and prompts."""
-    found = hashlib.sha256()
-    for item in items:
-        found.update(f"{item.id}\0{item.prompt}\0".encode())
-    return found.hexdigest()[:16]
+def identity(item: Item) -> list[Any]:
+    """Return what tells an item from others; a file's contents don't, as it may be mended."""
+    picture = item.picture
+    return [item.id, item.prompt, picture.name if isinstance(picture, Path) else picture]
 
 
 def read_tasks(

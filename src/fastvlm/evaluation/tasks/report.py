@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
+from dataclasses import asdict
 from io import BytesIO
 from pathlib import Path
 from typing import Any
@@ -62,6 +63,7 @@ def write_report(folder: Path, plan: Plan, journal: Journal, rows: Sequence[Row]
     content = {
         "plan": plan.to_json(),
         "sessions": journal.sessions,
+        "failed": [asdict(failure) for failure in journal.failures.values()],
         "results": [row.to_json() for row in rows],
     }
     write_text(folder / "report.json", json.dumps(content, indent=2) + "\n")
@@ -74,6 +76,7 @@ def parts(plan: Plan, journal: Journal, rows: Sequence[Row], plots: Sequence[Plo
     """Return all that the report holds."""
     written = [row for row in rows if row.speed is not None]
     found: list[Part] = [*provenance(plan, journal)]
+    found += failures(journal)
     found += [Heading("Quality"), Paragraph(lossless(plan, rows)), overview(plan, rows, quality)]
     if written:
         found += [
@@ -101,6 +104,21 @@ def parts(plan: Plan, journal: Journal, rows: Sequence[Row], plots: Sequence[Plo
         found += task_parts(plan, [row for row in rows if row.task == name])
         found += [example(plan, journal, name, item) for item in task.items[:EXAMPLES]]
     return found
+
+
+def failures(journal: Journal) -> list[Part]:
+    """Return the items that are left out, each with the reason; nothing where there are none."""
+    left = list(journal.failures.values())
+    if not left:
+        return []
+    items = len({(failure.task, failure.item) for failure in left})
+    said = f"{items} {'item' if items == 1 else 'items'} could not be asked; no figure counts"
+    rows = [[failure.task, failure.item, failure.reason] for failure in left]
+    return [
+        Heading("Left out"),
+        Paragraph(f"{said} {'it' if items == 1 else 'them'}."),
+        Table(["benchmark", "item", "reason"], rows),
+    ]
 
 
 def provenance(plan: Plan, journal: Journal) -> list[Part]:

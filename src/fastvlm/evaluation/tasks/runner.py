@@ -9,14 +9,20 @@ from pathlib import Path
 from typing import Any
 
 import fastvlm
+from fastvlm.data.broken import BrokenRecords
+from fastvlm.data.conversations import Broken
 from fastvlm.decoding import Strategy
 from fastvlm.evaluation.likelihood import likelihoods
 from fastvlm.evaluation.measuring import hardware, no_progress, rotated, run_request
-from fastvlm.evaluation.tasks.answers import Answer, Journal, Ratings
+from fastvlm.evaluation.tasks.answers import Answer, Failure, Journal, Ratings
 from fastvlm.evaluation.tasks.plan import Asked, Plan
 from fastvlm.functional.errors import InputError
+from fastvlm.functional.files import locked
 from fastvlm.vision.images import ImageOptions
 from fastvlm.vlm import VisionLanguageModel
+
+MAX_FAILED = 0.05
+"""The share of questions that may fail, if nothing else is said."""
 
 
 def evaluate(
@@ -25,8 +31,12 @@ def evaluate(
     plan: Plan,
     journal: Journal,
     progress: Callable[[int, int], None] = no_progress,
+    max_failed: float = MAX_FAILED,
 ) -> None:
-    """Ask all that the journal does not know yet.
+    """Ask all that the journal does not know yet; what failed before is asked once more.
+
+    An item that can't be asked, such as one whose image can't be read, is noted with the reason,
+    and the others are asked.
 
     Strategies take turns in being first. Options are rated by the model once, as no strategy has a
     part in that. The first item is answered once more beforehand, unmeasured.
@@ -37,10 +47,23 @@ def evaluate(
         plan: What to ask.
         journal: Where the findings go, one by one.
         progress: Called with the questions done and their number, of those that are left.
+        max_failed: The largest share of all questions that may fail.
 
     Raises:
-        InputError: An image can't be read or a prompt doesn't fit the model; it names the item.
+        InputError: More fail, or another run writes to the journal's folder; it names the first.
     """
+    with locked(journal.file.parent):
+        _ask(vlm, strategies, plan, journal, progress, max_failed)
+
+
+def _ask(
+    vlm: VisionLanguageModel,
+    strategies: Mapping[str, Strategy],
+    plan: Plan,
+    journal: Journal,
+    progress: Callable[[int, int], None],
+    max_failed: float,
+) -> None:
     names = list(strategies)
     left = [
         (number, asked, missing)
@@ -51,7 +74,11 @@ def evaluate(
         return
     journal.begin(session(vlm))
     warm: set[int | None] = set()
+    failed = BrokenRecords(max_failed, what="items", failed="failed")
+    failed.seen = sum(1 for _ in plan) - len(left)
     for done, (_, asked, missing) in enumerate(left, 1):
+        failed.see()
+        key = (asked.task, asked.item.id, asked.size)
         try:
             if asked.item.options:
                 journal.add(rated(vlm, asked))
@@ -62,9 +89,12 @@ def evaluate(
                     warm.add(asked.size)
                 for name in missing:
                     journal.add(answer(vlm, name, strategies[name], asked, plan.max_new_tokens))
+            journal.failures.pop(key, None)
         except InputError as error:
-            raise InputError(f"{asked.task}, item {asked.item.id}: {error}") from error
+            journal.add(Failure(*key, str(error)))
+            failed.add(Broken(f"{asked.task}, item {asked.item.id}", str(error)))
         progress(done, len(left))
+    failed.check()
 
 
 def unknown(journal: Journal, asked: Asked, names: list[str]) -> list[str]:
