@@ -147,7 +147,8 @@ def _of_the_system(error: OSError) -> str | None:
     except OSError:
         abandon_output()
         return f"Standard output can't be written: {what}"
-    return f"A file can't be read or written: {what}"
+    # Where nothing is held back (`python -u`), it can't be told from a file that says no name.
+    return f"Standard output or a file can't be written: {what}"
 
 
 @contextmanager
