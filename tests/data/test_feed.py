@@ -95,7 +95,7 @@ def test_processes_share_an_epoch(source: Any, processes: int) -> None:
         feed = Feed(source, seed=1, process=process, processes=processes, buffer=4)
         try:
             for conversation in feed:
-                if feed.epoch:
+                if feed.position.epoch:
                     break
                 seen[conversation.name] += 1
         except InputError:

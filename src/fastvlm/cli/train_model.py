@@ -18,9 +18,11 @@ from fastvlm.cli.training_options import (
     SeedOption,
     TrackerOption,
     TrainingDeviceOption,
+    WorkersOption,
     check_output,
     conversations_in,
     prepare_torch,
+    workers_of,
 )
 from fastvlm.functional.errors import InputError
 
@@ -92,6 +94,7 @@ def model(  # noqa: PLR0913 (a parameter is an option)
     precision: PrecisionOption = None,
     accumulation: AccumulationOption = 1,
     gradient_checkpointing: CheckpointingOption = False,
+    workers: WorkersOption = None,
     tracker: TrackerOption = None,
     device: TrainingDeviceOption = None,
     threads: ThreadsOption = None,
@@ -126,6 +129,7 @@ def model(  # noqa: PLR0913 (a parameter is an option)
         precision=precision,
         accumulation=accumulation,
         trackers=tuple(tracker or ()),
+        workers=workers_of(workers),
     )
     tune_model(
         target,

@@ -21,7 +21,6 @@ ENDINGS = (".tar", ".tar.gz", ".tgz")
 """How the names of shards end."""
 
 
-
 class _WholeHeaders(tarfile.TarInfo):
     """Headers of a tar file that ends where its end is marked.
 
