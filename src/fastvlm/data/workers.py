@@ -96,6 +96,8 @@ def prepared(
     if not workers:
         yield from map(function, items)
         return
+    if multiprocessing.current_process().daemon:
+        raise InputError("A process of multiprocessing's that is a daemon can have no workers.")
     ready: queue.Queue[Any] = queue.Queue(max(1, ahead))
     stopped = threading.Event()
     loader: DataLoader[Any] = DataLoader(
