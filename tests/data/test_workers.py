@@ -68,9 +68,11 @@ def test_no_draw_of_the_run_is_taken_and_closing_ends_the_workers() -> None:
         os.kill(worker, 0)
 
 
-def test_less_than_no_workers_are_refused() -> None:
+def test_what_can_not_be_done_by_workers_is_refused() -> None:
     with pytest.raises(InputError):
         next(prepared(making.make, [1], workers=-1))
+    with pytest.raises(InputError):
+        next(prepared(lambda item: item, [1], workers=1))
 
 
 def test_the_usual_number_leaves_a_core_to_the_training() -> None:

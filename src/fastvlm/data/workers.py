@@ -89,7 +89,7 @@ def prepared(
         FastVlmError: What the function or the items raise.
         LostWorkerError: A worker was ended from outside.
         StorageError: The shared memory is full.
-        InputError: There are less than 0 workers.
+        InputError: There are less than 0 workers, or the function can't be sent to them.
     """
     if workers < 0:
         raise InputError(f"There are 0 workers or more; got {workers}.")
@@ -98,10 +98,14 @@ def prepared(
         return
     if multiprocessing.current_process().daemon:
         raise InputError("A process of multiprocessing's that is a daemon can have no workers.")
+    try:
+        packed = pickle.dumps(function)
+    except Exception as error:  # (of whatever it consists of)
+        raise _unsent(error) from error
     ready: queue.Queue[Any] = queue.Queue(max(1, ahead))
     stopped = threading.Event()
     loader: DataLoader[Any] = DataLoader(
-        _Calls(function),
+        _Calls(packed),
         batch_size=None,
         # Whatever can be iterated; the items stand for the numbers that samplers draw.
         sampler=_packed(function, items),
@@ -163,13 +167,23 @@ def _called(function: Callable[[Item], Result], item: Item) -> _Failed | _Made:
 
 
 class _Calls(Dataset[Any]):
-    """Calls a function, as data sets are asked for an item."""
+    """Calls a function, as data sets are asked for an item.
 
-    def __init__(self, function: Callable[[Any], Any]) -> None:
-        self.function = function
+    Args:
+        packed: The function, as bytes, so that it is read where an error can be told.
+    """
+
+    def __init__(self, packed: bytes) -> None:
+        self.packed = packed
+        self.function: Callable[[Any], Any] | None = None
 
     def __getitem__(self, item: bytes | _Failed | _Made) -> _Failed | _Made:
         if isinstance(item, bytes):
+            if self.function is None:
+                try:
+                    self.function = pickle.loads(self.packed)
+                except Exception as error:  # noqa: BLE001 (of whatever it consists of)
+                    return _Failed(_unsent(error))
             item = _called(self.function, pickle.loads(item))
         try:
             # Here, and not where the queue's own thread pickles: an error there would be lost, and
@@ -183,6 +197,12 @@ class _Calls(Dataset[Any]):
                 )
             )
         return shared
+
+
+def _unsent(error: Exception) -> InputError:
+    return InputError(
+        f"What prepares the data can't be sent to a worker ({first_line(error)}); take none."
+    )
 
 
 def with_tensors(value: Any, change: Callable[[Tensor], Tensor]) -> Any:
