@@ -56,7 +56,7 @@ def without_video(kind: Any) -> type[ProcessorMixin]:
     return type(kind.__name__, (StillPictures, kind), {})
 
 
-def _blank(kind: type[ProcessorMixin]) -> ProcessorMixin:
+def _blank(kind: Any) -> ProcessorMixin:
     """Return a processor that unpickling fills."""
     found = without_video(kind)
     return found.__new__(found)
@@ -78,7 +78,7 @@ def load_processor(
     """
     kind = processor_class(folder, config)
     if "video_processor" in kind.get_attributes():
-        kind = without_video(kind)
+        kind = without_video(cast(Any, kind))
     return kind.from_pretrained(folder, trust_remote_code=trust_remote_code)
 
 
