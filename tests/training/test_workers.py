@@ -6,6 +6,7 @@ import io
 import json
 import os
 import pickle
+import random
 import signal
 import subprocess
 import sys
@@ -21,10 +22,15 @@ from PIL import Image
 
 from fastvlm.checkpoints import load_checkpoint
 from fastvlm.data.conversations import Broken, Conversation, Records
+from fastvlm.prompts import question
+from fastvlm.prompts.fastvithd import FastViTHDInputs
+from fastvlm.training.draft import DraftPlan, DraftTask, new_network
 from fastvlm.training.instruction import tune_model
+from fastvlm.training.loop import train
 from fastvlm.training.paper_stages import PaperStage
+from fastvlm.training.replies import Asked, data_replies
 from fastvlm.training.rows import Row, RowMaker, rows_for
-from fastvlm.training.schedule import Schedule
+from fastvlm.training.schedule import Schedule, seed_step, step_random
 from tests.models import small_vlm
 from tests.processors import saved
 from tests.training.children import Children, free_port, place_of
@@ -106,6 +112,50 @@ def test_a_model_learns_the_same_with_workers(tmp_path: Path) -> None:
         for name in ("0", "1")
     )
     assert_same(ahead, alone)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kept_bytes", [0, 2**30])
+def test_a_draft_learns_the_same_with_workers_which_open_its_images(
+    kept_bytes: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    vlm = small_vlm(torch.float32)
+    opened = []
+    make = FastViTHDInputs.__call__
+    monkeypatch.setattr(
+        FastViTHDInputs, "__call__", lambda *given: opened.append(given) or make(*given)
+    )
+    examples = []
+    for number in range(7):
+        path = tmp_path / f"{number}.jpg"
+        path.write_bytes(photograph(number))
+        asked = Asked(path.name, tuple(question("What is it?", path)), f"{number} of them.")
+        examples += data_replies(vlm, [asked])
+    schedule = Schedule(steps=5, learning_rate=1e-3, warmup=0, log_seconds=0)
+    learnt = []
+    for workers in (0, 1):
+        opened.clear()
+        torch.manual_seed(3)
+        network = new_network(vlm, DraftPlan("block", 2, draft_vocabulary=20), examples)
+        task = DraftTask(vlm, {"it": network}, examples, batch=3, kept_bytes=kept_bytes)
+        # Measuring what would fit into memory opens them all.
+        task.target.keeps = False
+        chosen = replace(schedule, workers=workers)
+        with task.draws.ahead(chosen):
+            train(task, chosen, tmp_path / str(workers))
+        learnt.append(network.state_dict())
+        number = 0 if workers else 15 if not kept_bytes else 7
+        assert len(opened) == number
+    assert_same(*map(dict, learnt))
+
+
+def test_what_a_step_draws_is_known_ahead() -> None:
+    for step in range(5):
+        seed_step(3, step)
+        drawn = random.sample(range(100), 7)
+        ahead = step_random(3, step)
+        ahead.getrandbits(63)
+        assert drawn == ahead.sample(range(100), 7)
 
 
 @pytest.fixture

@@ -22,8 +22,10 @@ from fastvlm.cli.training_options import (
     StepsOption,
     TrackerOption,
     TrainingDeviceOption,
+    WorkersOption,
     check_output,
     conversations_in,
+    workers_of,
 )
 from fastvlm.functional.errors import InputError
 
@@ -121,6 +123,7 @@ def draft(  # noqa: PLR0913 (a parameter is an option)
     seed: SeedOption = 0,
     precision: PrecisionOption = None,
     accumulation: AccumulationOption = 1,
+    workers: WorkersOption = None,
     tracker: TrackerOption = None,
     device: TrainingDeviceOption = None,
     dtype: DtypeOption = "float32",
@@ -166,6 +169,7 @@ def draft(  # noqa: PLR0913 (a parameter is an option)
         precision=precision,
         accumulation=accumulation,
         trackers=tuple(tracker or ()),
+        workers=workers_of(workers),
     )
     console = Console(highlight=False)
     target = str(model or "fastvlm's own model")

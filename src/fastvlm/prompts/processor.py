@@ -185,8 +185,8 @@ class ProcessorPromptBuilder:
         decoder: SplitDecoder,
     ) -> None:
         self.model, self.decoder = model, decoder
-        self.processor_inputs = ProcessorInputs(model, processor)
-        self.name = self.processor_inputs.name
+        self.prepare = ProcessorInputs(model, processor)
+        self.name = self.prepare.name
 
     def inputs(
         self, messages: Sequence[Message], **options: Unpack[ImageOptions]
@@ -201,16 +201,20 @@ class ProcessorPromptBuilder:
                 f"The processor of {self.name} decides how an image is shown; leave out"
                 f" {', '.join(options)}."
             )
-        return placed(self.processor_inputs(messages), self.decoder.device, self.decoder.dtype)
+        return placed(self.prepare(messages), self.decoder.device, self.decoder.dtype)
 
     def decoder_inputs(
         self,
         messages: Sequence[Message],
         cache: ImageFeatureCache | None = None,
+        prepared: Any = None,
         **options: Unpack[ImageOptions],
     ) -> DecoderInputs:
         """Return a dialogue as the decoder takes it. See `PromptBuilder.decoder_inputs`."""
-        inputs = self.inputs(messages, **options)
+        if prepared is None:
+            inputs = self.inputs(messages, **options)
+        else:
+            inputs = placed(prepared, self.decoder.device, self.decoder.dtype)
         if cache is None:
             found, digests = self.captured(inputs), []
         else:

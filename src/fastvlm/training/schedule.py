@@ -75,8 +75,14 @@ def seed_step(seed: int, step: int, part: int = 0) -> None:
         step: The step's number.
         part: 0 for what the step draws, then a number for each slice of it.
     """
-    random.seed(f"{seed}/{step}/{part}")
-    torch.manual_seed(random.getrandbits(63))
+    generator = step_random(seed, step, part)
+    torch.manual_seed(generator.getrandbits(63))
+    random.setstate(generator.getstate())
+
+
+def step_random(seed: int, step: int, part: int = 0) -> random.Random:
+    """Return a generator that is seeded as Python's is for a step. See `seed_step`."""
+    return random.Random(f"{seed}/{step}/{part}")
 
 
 def parameter_groups(module: nn.Module, weight_decay: float) -> list[dict[str, Any]]:

@@ -154,10 +154,10 @@ VERBS: dict[str, Sequence[str]] = {
     "benchmark": ("benchmark", "--images", "{folder}/pictures", "--max-new-tokens", "3",
                   "--strategies", "imitation"),
     "train draft": ("train", "draft", "--data", "scenes:4", "--held-out", "1", "--steps", "1",
-                    "--output", "{folder}/trained"),
+                    "--workers", "0", "--output", "{folder}/trained"),
     "train model": ("train", "model", "--data", "scenes:4", "--steps", "1", "--batch", "1",
-                    "--model", "{folder}/model", "--image-size", "128", "--output",
-                    "{folder}/tuned"),
+                    "--model", "{folder}/model", "--image-size", "128", "--workers", "0",
+                    "--output", "{folder}/tuned"),
 }  # fmt: skip
 
 
