@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
 
@@ -108,7 +109,11 @@ def workers_of(given: int | None) -> int:
     from fastvlm.data.workers import usual_workers
     from fastvlm.training.processes import this_process
 
-    return usual_workers(this_process().num_processes) if given is None else given
+    if given is not None:
+        return given
+    # What torchrun and accelerate tell; the processes of other machines have cores of their own.
+    beside = int(os.environ.get("LOCAL_WORLD_SIZE") or this_process().num_processes)
+    return usual_workers(beside)
 
 
 def check_output(output: Path) -> None:

@@ -38,7 +38,7 @@ END_OF_ITEMS = object()
 
 
 class LostWorkerError(FastVlmError):
-    """A process that prepares data was ended from outside."""
+    """A process that prepares data has ended, killed for want of memory or by somebody."""
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -263,7 +263,7 @@ def _explained(error: Exception) -> Exception:
     died = isinstance(error, RuntimeError) and str(error).startswith("DataLoader worker")
     if died or (isinstance(error, OSError | EOFError) and not str(error).startswith("Caught ")):
         return LostWorkerError(
-            "A process that prepared data was ended from outside, perhaps for want of memory"
+            "A process that prepared data has ended, perhaps for want of memory"
             f" ({first_line(error)}); go on with fewer workers, or with none."
         )
     return error
