@@ -237,7 +237,7 @@ def test_a_draft_is_trained_on_the_cpu_in_a_precision(
     said = cli(
         "train", "draft", "--model", shipped / "model", "--data", "scenes:4", "--held-out", "2",
         "--kind", "mlp", "--draft-vocabulary", "50", "--steps", "2", "--output", tmp_path,
-        "--device", "cpu", "--dtype", dtype,
+        "--device", "cpu", "--dtype", dtype, "--workers", "0",
     )  # fmt: skip
     assert said.code == 0, said.err
     assert parse_flag_from_env("ACCELERATE_USE_CPU")

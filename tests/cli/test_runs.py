@@ -5,6 +5,7 @@ from __future__ import annotations
 import shutil
 import sys
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -145,14 +146,22 @@ def test_no_option_of_a_model_changes_on_the_way(cli: Cli, tmp_path: Path, shipp
     refused(cli(*words("model", MODEL, tmp_path / "lora", *model, *lora, 8)))
 
 
+def hasty(usual: Callable[..., None]) -> Callable[..., None]:
+    """Return how a run is made that writes a checkpoint after every step."""
+
+    def made(self: loop.Run, task: Any, schedule: Any, *rest: Any) -> None:
+        usual(self, task, replace(schedule, checkpoint_seconds=0), *rest)
+
+    return made
+
+
 def test_a_cut_checkpoint_costs_the_steps_since_the_one_before(
     cli: Cli, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     whole, output = tmp_path / "whole", tmp_path / "run"
     assert cli(*words("draft", DRAFT, whole)).code == 0
-    # A checkpoint after every step.
     with monkeypatch.context() as patch:
-        patch.setattr(loop.time, "monotonic", iter(range(0, 10**9, 1000)).__next__)
+        patch.setattr(loop.Run, "__init__", hasty(loop.Run.__init__))
         assert cli(*words("draft", DRAFT, output)).code == 0
     last = output / "checkpoint.pt"
     assert torch.load(checkpoint.before(last), weights_only=True)["step"] == 1

@@ -259,7 +259,7 @@ def test_a_draft_is_trained_and_serves_its_model(cli: Cli, shipped: Path, tmp_pa
     words = (
         "train", "draft", "--model", shipped / "model", "--data", "scenes:6", "--held-out", "2",
         "--kind", "mlp", "--exit-layer", "auto", "--draft-vocabulary", "50", "--steps", "5",
-        "--output", tmp_path,
+        "--workers", "0", "--output", tmp_path,
     )  # fmt: skip
     said = cli(*words, "--json", tmp_path / "figures.json")
     assert said.code == 0, said.err
@@ -294,7 +294,7 @@ def test_a_model_is_trained_stage_after_stage(cli: Cli, shipped: Path, tmp_path:
     said = cli(*words, "--stage", "1", "--model", shipped / "model", "--output", first)
     assert said.code == 0, said.err
     assert "Stage 1 (projector), 2 steps of 3; saved in" in said.out
-    more = ("--learns", "decoder", "--steps", "3", "--gradient-checkpointing")
+    more = ("--learns", "decoder", "--steps", "3", "--gradient-checkpointing", "--workers", "0")
     said = cli(*words, "--stage", "2", *more, "--model", first, "--output", second)
     assert said.code == 0, said.err
     assert "Stage 2 (decoder), 3 steps of 3; saved in" in said.out
@@ -305,7 +305,7 @@ def test_a_model_is_trained_stage_after_stage(cli: Cli, shipped: Path, tmp_path:
     config = vlm.model.config.get_text_config()
     AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path / "text")
     vlm.tokenizer.save_pretrained(tmp_path / "text")
-    said = cli(*made, "--output", tmp_path / "new")
+    said = cli(*made, "--workers", "0", "--output", tmp_path / "new")
     assert said.code == 0, said.err
     assert fastvlm.load(tmp_path / "new").image_size == 128
 
@@ -315,6 +315,7 @@ def test_a_target_is_fine_tuned_before_its_draft(cli: Cli, shipped: Path, tmp_pa
         "train", "draft", "--model", shipped / "model", "--data", "scenes:5", "--held-out", "2",
         "--kind", "mlp", "--draft-vocabulary", "50", "--steps", "2", "--output", tmp_path,
         "--phases", "joint,frozen", "--joint-steps", "2", "--joint-learning-rate", "1e-3",
+        "--workers", "0",
     )  # fmt: skip
     assert said.code == 0, said.err
     assert "The target, fine-tuned with exit 1, is saved in" in said.out

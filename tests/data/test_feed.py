@@ -95,7 +95,7 @@ def test_processes_share_an_epoch(source: Any, processes: int) -> None:
         feed = Feed(source, seed=1, process=process, processes=processes, buffer=4)
         try:
             for conversation in feed:
-                if feed.epoch:
+                if feed.position.epoch:
                     break
                 seen[conversation.name] += 1
         except InputError:
@@ -239,3 +239,22 @@ def test_processes_and_blocks_are_checked() -> None:
     for options in ({"process": 2, "processes": 2}, {"buffer": 0}, {"processes": 24}):
         with pytest.raises(InputError):
             Feed(SOURCES["records"], **options)
+
+
+def test_reading_ahead_changes_neither_what_is_fed_nor_where_it_stands() -> None:
+    broken = frozenset({"0/3", *(f"3/{number}" for number in range(12))})
+
+    def fed(workers: int) -> list[Any]:
+        source = Numbers([5, 11, 1, 60], broken)
+        feed = Feed(source, seed=2, buffer=4, broken=BrokenRecords(0.15, least=10))
+        found: list[Any] = []
+        # What is read ahead is known to fail long before it does.
+        try:
+            for conversation in feed.prepared(opened, workers=workers, ahead=8):
+                found += [(conversation.name, feed.state_dict())]
+        except InputError as error:
+            found += [str(error), feed.state_dict()]
+        return found
+
+    assert len(fed(0)) > 10
+    assert fed(1) == fed(0)

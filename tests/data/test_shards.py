@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import random
 import re
 import tarfile
 from itertools import islice
@@ -132,24 +133,52 @@ def test_shards_on_disk_and_elsewhere_are_fed_and_resumed(tmp_path: Path) -> Non
     assert all(fed == feeds[0] for fed in feeds)
 
 
-@pytest.mark.parametrize("ending", [".tar", ".tar.gz"])
-def test_a_cut_shard_costs_its_rest(ending: str, tmp_path: Path) -> None:
-    whole = tmp_path / f"whole{ending}"
+def ten_records(ending: str, folder: Path) -> bytes:
+    """Return a shard of ten records, the same bytes at each call."""
+    whole = folder / f"whole{ending}"
     mode: Any = "w:gz" if ending.endswith("gz") else "w"
+    noise = random.Random(1)
     with tarfile.open(whole, mode) as tar:
         for number in range(10):
-            data = Image.effect_noise((64, 64), 50).tobytes()
-            for name, held in ((f"{number}.png", data), (f"{number}.txt", b"A cat.")):
+            for name, held in ((f"{number}.png", noise.randbytes(4096)), (f"{number}.txt", b"A.")):
                 info = tarfile.TarInfo(name)
                 info.size = len(held)
                 tar.addfile(info, io.BytesIO(held))
+    return whole.read_bytes()
+
+
+@pytest.mark.parametrize("ending", [".tar", ".tar.gz"])
+def test_a_cut_shard_costs_its_rest(ending: str, tmp_path: Path) -> None:
+    whole = ten_records(ending, tmp_path)
     cut = tmp_path / f"cut{ending}"
-    cut.write_bytes(whole.read_bytes()[: whole.stat().st_size * 6 // 10])
+    cut.write_bytes(whole[: len(whole) * 6 // 10])
     found = list(TarShards([str(cut)]).read(0, 0))
     assert 3 < len(found) < 9
     last = found[-1]
     assert isinstance(last, Broken)
     assert (last.name, last.reason.split(":")[0]) == (str(cut), "damaged shard")
+
+
+def test_no_cut_of_a_shard_is_silent(tmp_path: Path) -> None:
+    whole = ten_records(".tar", tmp_path)
+    cut = tmp_path / "cut.tar"
+    records = 10 * (512 + 4096 + 512 + 512)
+    # In a header, between members, between a record's members, in the data, and before the end.
+    for size in (*range(256, records + 1, 2816), records - 512):
+        cut.write_bytes(whole[:size])
+        *sound, last = TarShards([str(cut)]).read(0, 0)
+        assert isinstance(last, Broken), size
+        # What was begun may be all there, or not.
+        assert len(sound) in (size // 5632, max(0, size // 5632 - 1)), size
+
+
+def test_a_header_that_is_overwritten_is_no_end(tmp_path: Path) -> None:
+    whole = bytearray(ten_records(".tar", tmp_path))
+    whole[3 * 5632 : 3 * 5632 + 512] = b"x" * 512
+    cut = tmp_path / "cut.tar"
+    cut.write_bytes(whole)
+    *_, last = TarShards([str(cut)]).read(0, 0)
+    assert isinstance(last, Broken)
 
 
 def test_shards_that_are_not_there_are_named(tmp_path: Path) -> None:

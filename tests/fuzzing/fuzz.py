@@ -56,6 +56,8 @@ def quiet() -> None:
     """Let forks be safe and what others log be silent."""
     os.environ |= {"TOKENIZERS_PARALLELISM": "false", "HF_HUB_OFFLINE": "1"}
     torch.set_num_threads(1)
+    # Training turns it on, and hypothesis draws denormals.
+    torch.set_flush_denormal(False)
     logging.disable_progress_bar()
     logging.set_verbosity_error()
 

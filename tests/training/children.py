@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from fastvlm.data.conversations import Conversation, Records
+from fastvlm.data.conversations import Conversation, Records, opened
 from fastvlm.data.feed import Feed
 from fastvlm.functional.errors import FastVlmError
 from fastvlm.training.loop import train
@@ -42,14 +42,16 @@ class Parts(nn.ModuleDict):
 class Rows:
     """Fits drawn rows of unequal weight, with a dropout; a part of it learns from few rows."""
 
-    def __init__(self, *, pause: float = 0.0, feeds: bool = False, rare: int = 4) -> None:
+    def __init__(
+        self, *, pause: float = 0.0, feeds: bool = False, rare: int = 4, workers: int = 0
+    ) -> None:
         torch.manual_seed(7)
         self.module: nn.Module = Parts({
             "net": nn.Sequential(nn.Linear(3, 6), nn.Dropout(0.3), nn.Linear(6, 2)),
             "seldom": nn.Linear(3, 2),
             "never": nn.Linear(3, 2),
         })  # fmt: skip
-        self.pause, self.rare = pause, rare
+        self.pause, self.rare, self.workers = pause, rare, workers
         self.unit, self.whole = "tokens", None
         self.plan: dict[str, Any] = {}
         state = this_process()
@@ -66,7 +68,7 @@ class Rows:
         time.sleep(self.pause)
         if self.source is None:
             return [(torch.randn(3), random.randrange(1, 5)) for _ in range(7)]
-        self.stream = self.stream or iter(self.source)
+        self.stream = self.stream or self.source.prepared(opened, workers=self.workers, ahead=9)
         numbers = [int(conversation.name) for conversation in islice(self.stream, 3)]
         return [(torch.tensor([n / 20, n % 3, 1.0]), 1 + n % 4) for n in numbers]
 
@@ -96,6 +98,25 @@ def work(
         os._exit(3)
 
 
+def free_port() -> str:
+    """Return a port that nobody listens at."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        return str(free.getsockname()[1])
+
+
+def place_of(rank: int, number: int, port: str) -> dict[str, str]:
+    """Return what `torchrun` tells a process of a run."""
+    place = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": number, "LOCAL_WORLD_SIZE": number}
+    return {
+        **{name: str(value) for name, value in place.items()},
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": port,
+        "ACCELERATE_USE_CPU": "true",
+        "OMP_NUM_THREADS": "1",
+    }
+
+
 class Children:
     """Processes of a run, killed when the test ends."""
 
@@ -115,21 +136,10 @@ class Children:
         **settings: Any,
     ) -> list[BaseProcess]:
         """Start a run's processes."""
-        with socket.socket() as free:
-            free.bind(("127.0.0.1", 0))
-            port = str(free.getsockname()[1])
+        port = free_port()
         children = []
         for rank in range(number):
-            place = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": number}
-            place = {
-                **{name: str(value) for name, value in place.items()},
-                "LOCAL_WORLD_SIZE": str(number),
-                "MASTER_ADDR": "127.0.0.1",
-                "MASTER_PORT": port,
-                "ACCELERATE_USE_CPU": "true",
-                "OMP_NUM_THREADS": "1",
-                **(environment or {}),
-            }
+            place = {**place_of(rank, number, port), **(environment or {})}
             arguments = (output, settings, task or {}, place if number > 1 else {}, self.said(rank))
             children.append(self.context.Process(target=work, args=arguments, daemon=True))
             children[-1].start()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import cache
 from pathlib import Path
 from typing import Any, cast
 
@@ -39,10 +40,26 @@ class StillPictures(ProcessorMixin):
         made: ProcessorMixin = super().from_args_and_dict(args, settings, **kwargs)
         return made
 
+    def __reduce__(self) -> tuple[Any, ...]:
+        """Return what pickling keeps: the class was made here and is found under no name."""
+        return _blank, (type(self).__bases__[1],), self.__dict__
+
     def apply_chat_template(self, conversation: Any, *given: Any, **named: Any) -> Any:
         """Write a dialogue as the chat template has it."""
         # SmolVLM's own method asks the video processor how many frames it takes.
         return ProcessorMixin.apply_chat_template(self, conversation, *given, **named)
+
+
+@cache
+def without_video(kind: Any) -> type[ProcessorMixin]:
+    """Return a class of processors without its part for videos."""
+    return type(kind.__name__, (StillPictures, kind), {})
+
+
+def _blank(kind: Any) -> ProcessorMixin:
+    """Return a processor that unpickling fills."""
+    found = without_video(kind)
+    return found.__new__(found)
 
 
 def load_processor(
@@ -61,7 +78,7 @@ def load_processor(
     """
     kind = processor_class(folder, config)
     if "video_processor" in kind.get_attributes():
-        kind = type(kind.__name__, (StillPictures, kind), {})
+        kind = without_video(cast(Any, kind))
     return kind.from_pretrained(folder, trust_remote_code=trust_remote_code)
 
 

@@ -27,7 +27,9 @@ from fastvlm.cli.training_options import (
     StepsOption,
     TrackerOption,
     TrainingRuntime,
+    WorkersOption,
     conversations_in,
+    workers_of,
 )
 from fastvlm.functional.errors import InputError
 
@@ -151,6 +153,7 @@ def draft(  # noqa: PLR0913 (a parameter is an option)
     learning_rate: RateOption = 1e-3,
     seed: SeedOption = 0,
     accumulation: AccumulationOption = 1,
+    workers: WorkersOption = None,
     tracker: TrackerOption = None,
     runtime: TrainingRuntime,
     figures: FiguresOutput,
@@ -193,6 +196,7 @@ def draft(  # noqa: PLR0913 (a parameter is an option)
         precision=runtime.mixed_precision,
         accumulation=accumulation,
         trackers=tuple(tracker or ()),
+        workers=workers_of(workers),
     )
     console = figures.console
     target = str(model or "fastvlm's own model")

@@ -18,7 +18,9 @@ from fastvlm.cli.training_options import (
     OutputOption,
     SeedOption,
     TrackerOption,
+    WorkersOption,
     conversations_in,
+    workers_of,
 )
 from fastvlm.functional.errors import InputError
 
@@ -113,6 +115,7 @@ def model(  # noqa: PLR0913 (a parameter is an option)
     seed: SeedOption = 0,
     accumulation: AccumulationOption = 1,
     gradient_checkpointing: CheckpointingOption = False,
+    workers: WorkersOption = None,
     tracker: TrackerOption = None,
     runtime: ModelTrainingRuntime,
 ) -> None:
@@ -146,6 +149,7 @@ def model(  # noqa: PLR0913 (a parameter is an option)
         precision=runtime.mixed_precision,
         accumulation=accumulation,
         trackers=tuple(tracker or ()),
+        workers=workers_of(workers),
     )
     with runtime.progress():
         tune_model(

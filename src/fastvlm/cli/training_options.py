@@ -62,6 +62,16 @@ CheckpointingOption = Annotated[
         help="Compute layers again on the way back: less memory, more time.",
     ),
 ]
+WorkersOption = Annotated[
+    int | None,
+    typer.Option(
+        min=0,
+        max=64,
+        help="Processes that open and prepare images ahead of the steps; 0 for none. What is learnt"
+        " is the same.",
+        show_default="one less than cores, at most 4",
+    ),
+]
 TrackerOption = Annotated[
     list[str] | None,
     typer.Option(
@@ -166,3 +176,15 @@ def conversations_in(source: str, image_size: int | None) -> Records | Shards:
     if image_size is None:
         raise InputError(f"{source} is for models around FastViTHD, whose picture size is known.")
     return scene_conversations(range(int(number)), image_size)
+
+
+def workers_of(given: int | None) -> int:
+    """Return the number of workers that prepare data for this process."""
+    from fastvlm.data.workers import usual_workers
+    from fastvlm.training.processes import this_process
+
+    if given is not None:
+        return given
+    # What torchrun and accelerate tell; the processes of other machines have cores of their own.
+    beside = int(os.environ.get("LOCAL_WORLD_SIZE") or this_process().num_processes)
+    return usual_workers(beside)

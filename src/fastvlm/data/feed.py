@@ -3,13 +3,60 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator, Iterator
+from contextlib import closing
+from dataclasses import asdict, dataclass, replace
 from itertools import islice
-from typing import Any
+from typing import Any, TypeVar
 
 from fastvlm.data.broken import BrokenRecords
 from fastvlm.data.conversations import Broken, Conversation, Record, Records, Shards, opened
+from fastvlm.data.workers import prepared
 from fastvlm.functional.errors import InputError
+
+Made = TypeVar("Made")
+
+
+@dataclass(frozen=True, slots=True)
+class Position:
+    """A place in a feed.
+
+    Args:
+        epoch: The epoch.
+        shard: Shards of it that are behind; of `Records`, 0.
+        record: The first record of the block in its shard.
+        done: Records of the block that are behind.
+    """
+
+    epoch: int = 0
+    shard: int = 0
+    record: int = 0
+    done: int = 0
+
+    @property
+    def begins_epoch(self) -> bool:
+        """Whether nothing of the epoch is behind."""
+        return not (self.shard or self.record or self.done)
+
+
+@dataclass(frozen=True, slots=True)
+class _Read:
+    """A record as it was read, and the position after it; None stands at an epoch's end."""
+
+    record: Record | None
+    position: Position
+
+
+@dataclass(frozen=True, slots=True)
+class _Preparation:
+    """Makes something of a conversation that was read, maybe in a worker."""
+
+    make: Callable[[Conversation], Any]
+
+    def __call__(self, read: _Read) -> tuple[Any, Position]:
+        record = read.record
+        made = self.make(record) if isinstance(record, Conversation) else record
+        return made, read.position
 
 
 class Feed:
@@ -50,61 +97,95 @@ class Feed:
         self.source, self.seed, self.buffer = source, seed, buffer
         self.process, self.processes = process, processes
         self.broken = BrokenRecords() if broken is None else broken
-        self.epoch = self.shard = self.record = self.done = 0
+        self.position = Position()
 
     def __iter__(self) -> Iterator[Conversation]:
-        """Yield conversations from the position on.
+        """Yield conversations from the position on, their images open.
 
         Raises:
             InputError: Too many records are broken, or an epoch had no conversation at all.
         """
+        return self.prepared(opened)
+
+    def prepared(
+        self,
+        make: Callable[[Conversation], Made | Broken],
+        *,
+        workers: int = 0,
+        ahead: int = 1,
+    ) -> Generator[Made]:
+        """Yield what is made of conversations from the position on.
+
+        The position is that of what was yielded, however much is read ahead.
+
+        Args:
+            make: Makes something of a conversation, whose images are not open yet, or says why it
+                can't. It can be pickled, for workers.
+            workers: Processes in which that is done, see `fastvlm.data.workers.prepared`.
+            ahead: How much is held ready for whoever asks next.
+
+        Raises:
+            InputError: Too many records are broken, or an epoch had no conversation at all.
+            LostWorkerError: A worker was ended from outside.
+        """
+        # Where an epoch is resumed, conversations came before.
+        fed = not self.position.begins_epoch
+        read = self._read(self.position)
+        results = prepared(_Preparation(make), read, workers=workers, ahead=ahead)
+        with closing(results):
+            for made, position in results:
+                if made is None:
+                    self.broken.check()
+                    if not fed:
+                        raise InputError(
+                            f"An epoch had no conversation for process {self.process} of"
+                            f" {self.processes}: {self.broken.summary()}."
+                        )
+                    fed = False
+                self.position = position
+                if made is None:
+                    continue
+                self.broken.see()
+                if isinstance(made, Broken):
+                    self.broken.add(made)
+                else:
+                    fed = True
+                    yield made
+
+    def _read(self, position: Position) -> Iterator[_Read]:
+        """Yield records from a position on, and None at the end of each epoch."""
         while True:
-            # Where an epoch is resumed, conversations came before.
-            fed = 1 if self.shard or self.record or self.done else 0
-            for size, take in self._blocks():
-                order = self._shuffled(size, "block", self.shard, self.record)
+            for start, size, take in self._blocks(position):
+                order = self._shuffled(start, size, "block", start.shard, start.record)
                 if isinstance(self.source, Records):
                     order = order[self.process :: self.processes]
-                for index in order[self.done :]:
-                    self.done += 1
-                    self.broken.see()
-                    record = take(index)
-                    if isinstance(record, Conversation):
-                        record = opened(record)
-                    if isinstance(record, Broken):
-                        self.broken.add(record)
-                    else:
-                        fed += 1
-                        yield record
-            self.broken.check()
-            if not fed:
-                raise InputError(
-                    f"An epoch had no conversation for process {self.process} of {self.processes}:"
-                    f" {self.broken.summary()}."
-                )
-            self.epoch += 1
-            self.shard = self.record = self.done = 0
+                for done, index in enumerate(order[start.done :], start.done + 1):
+                    yield _Read(take(index), replace(start, done=done))
+            position = Position(position.epoch + 1)
+            yield _Read(None, position)
 
-    def _shuffled(self, count: int, *place: str | int) -> list[int]:
+    def _shuffled(self, position: Position, count: int, *place: str | int) -> list[int]:
         order = list(range(count))
-        random.Random(f"{self.seed}/{self.epoch}/{place}").shuffle(order)
+        random.Random(f"{self.seed}/{position.epoch}/{place}").shuffle(order)
         return order
 
-    def _blocks(self) -> Iterator[tuple[int, Callable[[int], Record]]]:
-        """Yield what is shuffled as one, from the position on, and move the position after each.
+    def _blocks(
+        self, position: Position
+    ) -> Iterator[tuple[Position, int, Callable[[int], Record]]]:
+        """Yield what is shuffled as one, from a position on to the end of its epoch.
 
-        A block is its size and what takes a record out of it.
+        A block is where it is read from, its size, and what takes a record out of it.
         """
         if isinstance(self.source, Records):
-            yield len(self.source), self.source.__getitem__
+            yield position, len(self.source), self.source.__getitem__
             return
-        shards = self._shuffled(len(self.source), "shards")
+        shards = self._shuffled(position, len(self.source), "shards")
         # With fewer shards than processes each reads all of them, and keeps its share of records.
         apart = len(shards) >= self.processes
         shards = shards[self.process :: self.processes] if apart else shards
         first, step = (0, 1) if apart else (self.process, self.processes)
-        while self.shard < len(shards):
-            records = self.source.read(shards[self.shard], self.record)
+        while position.shard < len(shards):
+            records = self.source.read(shards[position.shard], position.record)
             while True:
                 taken, mine = 0, dict[int, Record]()
                 for record in islice(records, self.buffer * step):
@@ -113,20 +194,16 @@ class Feed:
                     taken += 1
                 if not taken:
                     break
-                # Taken out for good: decoded, a picture is ten times as large as encoded.
-                yield len(mine), mine.pop
-                self.record += taken
-                self.done = 0
-            self.shard, self.record = self.shard + 1, 0
+                # Taken out for good: decoded, an image is ten times as large as encoded.
+                yield position, len(mine), mine.pop
+                position = replace(position, record=position.record + taken, done=0)
+            position = Position(position.epoch, position.shard + 1)
 
     def state_dict(self) -> dict[str, Any]:
         """Return the position and what was counted, in plain types."""
         return {
             **self._plan(),
-            "epoch": self.epoch,
-            "shard": self.shard,
-            "record": self.record,
-            "done": self.done,
+            **asdict(self.position),
             "broken": self.broken.state_dict(),
         }
 
@@ -142,8 +219,8 @@ class Feed:
                     f"The position is one of a feed with {name} {state[name]}, but this one has"
                     f" {value}; resume with the same data and options."
                 )
-        self.epoch, self.shard = state["epoch"], state["shard"]
-        self.record, self.done = state["record"], state["done"]
+        names = ("epoch", "shard", "record", "done")
+        self.position = Position(**{name: state[name] for name in names})
         self.broken.load_state_dict(state["broken"])
 
     def _plan(self) -> dict[str, int]:

@@ -7,6 +7,7 @@ import tarfile
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
+from typing import Self
 
 from fastvlm.data.conversations import Broken, BrokenRecordError, Conversation, Record, converted
 from fastvlm.data.extras import needed
@@ -18,6 +19,30 @@ from fastvlm.functional.text_files import parse_json
 
 ENDINGS = (".tar", ".tar.gz", ".tgz")
 """How the names of shards end."""
+
+
+class _WholeHeaders(tarfile.TarInfo):
+    """Headers of a tar file that ends where its end is marked.
+
+    Python's own take any header that they can't read, and a file that stops between two members,
+    for the end: the rest of a cut shard would be lost without a word.
+    """
+
+    @classmethod
+    def fromtarfile(cls, tarfile_: tarfile.TarFile) -> Self:
+        """Return the next member.
+
+        Raises:
+            ReadError: There is none, and no mark of the end.
+            HeaderError: The end.
+        """
+        try:
+            return super().fromtarfile(tarfile_)
+        except tarfile.HeaderError as error:
+            if isinstance(error, tarfile.EOFHeaderError):  # type: ignore[attr-defined]
+                raise
+            raise tarfile.ReadError(f"it stops without an end ({first_line(error)})") from error
+
 
 Members = list[tuple[str, bytes]]
 """What follows the first dot of each member's name, in small letters, and what the member holds."""
@@ -51,7 +76,7 @@ class TarShards:
         try:
             with (
                 needed("fsspec").open(file, "rb") as data,
-                tarfile.open(fileobj=data, mode="r|*") as tar,
+                tarfile.open(fileobj=data, mode="r|*", tarinfo=_WholeHeaders) as tar,
             ):
                 for key, members in _samples(tar, start):
                     yield converted(f"{key} of {PurePosixPath(file).name}", members, _conversation)

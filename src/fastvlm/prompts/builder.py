@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Protocol, Unpack
+from collections.abc import Callable, Sequence
+from typing import Any, Protocol, Unpack
 
 from torch import Tensor
 
@@ -15,6 +15,14 @@ from fastvlm.vision.images import ImageOptions
 
 class PromptBuilder(Protocol):
     """Makes a model's prompts of dialogues, from any thread; it leaves the model as it is."""
+
+    @property
+    def prepare(self) -> Callable[[Sequence[Message]], Any]:
+        """What is done with a dialogue before the model sees it: images opened, texts tokenised.
+
+        It can be pickled, for the processes that prepare data, and raises what `inputs` does.
+        """
+        ...
 
     def inputs(
         self, messages: Sequence[Message], **options: Unpack[ImageOptions]
@@ -39,6 +47,7 @@ class PromptBuilder(Protocol):
         self,
         messages: Sequence[Message],
         cache: ImageFeatureCache | None = None,
+        prepared: Any = None,
         **options: Unpack[ImageOptions],
     ) -> DecoderInputs:
         """Return a dialogue as the model's decoder takes it.
@@ -46,6 +55,7 @@ class PromptBuilder(Protocol):
         Args:
             messages: The dialogue, the last turn the user's.
             cache: Where images' features are found and kept; None for nowhere.
+            prepared: What `prepare` made of the dialogue; None where that is still to be done.
             options: How the images are shown, see `ImageOptions`.
 
         Returns:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Hashable, Iterator, Sequence
+from dataclasses import dataclass
 from typing import Any, Unpack, cast
 
 import torch
@@ -17,6 +18,60 @@ from fastvlm.prompts.messages import IMAGES, dialogue, images_of, templated
 from fastvlm.vision.configuration import REDUCTION
 from fastvlm.vision.fastvithd import FastViTHD
 from fastvlm.vision.images import ImageOptions, prepare
+
+
+@dataclass(frozen=True, slots=True)
+class FastViTHDInputs:
+    """Makes a model's inputs without the model; it can be pickled.
+
+    Args:
+        tokenizer: The model's, with a chat template.
+        name: What names the model in errors.
+        image_token: The placeholder of visual tokens.
+        image_size: Side in pixels of the images that the model was made for.
+    """
+
+    tokenizer: PreTrainedTokenizerBase
+    name: str
+    image_token: int
+    image_size: int
+
+    def tokens(self, messages: Sequence[Message], visual: Sequence[int] | None = None) -> list[int]:
+        """Return a dialogue's tokens, with a placeholder for every visual token.
+
+        Args:
+            messages: The dialogue; what an image is does not matter.
+            visual: Visual tokens of each image, in their order; None for those of images as the
+                model takes them, of `image_size` and without tiles.
+
+        Raises:
+            InputError: The text has a placeholder of its own, or the chat template refuses it.
+        """
+        if visual is None:
+            contents = [turn["content"] for turn in messages if isinstance(turn["content"], list)]
+            images = sum(part["type"] in IMAGES for content in contents for part in content)
+            visual = [(self.image_size // REDUCTION) ** 2] * images
+        text = templated(self.tokenizer, self.name, messages)
+        numbers = iter(visual)
+        found = expand_image_tokens(self.tokenizer, text, self.image_token, numbers)
+        if next(numbers, None) is not None:
+            raise InputError("The chat template has no place for an image.")
+        return found
+
+    def __call__(
+        self, messages: Sequence[Message], **options: Unpack[ImageOptions]
+    ) -> tuple[list[int], list[Tensor]]:
+        """Return a dialogue's tokens, and of each image its (tiles, 3, size, size) in [0, 1]."""
+        shown: ImageOptions = {"image_size": self.image_size, **options}
+        turns = dialogue(messages)
+        tiles = [prepare(image, **shown) for image in images_of(turns)]
+        visual = [len(image) * (image.shape[-1] // REDUCTION) ** 2 for image in tiles]
+        written = [
+            # Templates may write a text and a list of one text differently.
+            given if isinstance(given["content"], str) else turn
+            for given, turn in zip(messages, turns, strict=True)
+        ]
+        return self.tokens(written, visual), tiles
 
 
 class FastViTHDPromptBuilder:
@@ -48,27 +103,19 @@ class FastViTHDPromptBuilder:
         """Side in pixels of the images that the model was made for."""
         return cast(FastViTHD, self.model.base_model.vision_tower).config.image_size
 
+    @property
+    def prepare(self) -> FastViTHDInputs:
+        """What makes tokens and tiles of a dialogue, as the model is now. See `PromptBuilder`."""
+        return FastViTHDInputs(
+            self.tokenizer,
+            type(self.model).__name__,
+            self.model.config.image_token_id,
+            self.image_size,
+        )
+
     def tokens(self, messages: Sequence[Message], visual: Sequence[int] | None = None) -> list[int]:
-        """Return a dialogue's tokens, with a placeholder for every visual token.
-
-        Args:
-            messages: The dialogue; what an image is does not matter.
-            visual: Visual tokens of each image, in their order; None for those of images as the
-                model takes them, of `image_size` and without tiles.
-
-        Raises:
-            InputError: The text has a placeholder of its own, or the chat template refuses it.
-        """
-        if visual is None:
-            contents = [turn["content"] for turn in messages if isinstance(turn["content"], list)]
-            images = sum(part["type"] in IMAGES for content in contents for part in content)
-            visual = [(self.image_size // REDUCTION) ** 2] * images
-        text = templated(self.tokenizer, type(self.model).__name__, messages)
-        numbers = iter(visual)
-        found = expand_image_tokens(self.tokenizer, text, self.model.config.image_token_id, numbers)
-        if next(numbers, None) is not None:
-            raise InputError("The chat template has no place for an image.")
-        return found
+        """Return a dialogue's tokens. See `FastViTHDInputs.tokens`."""
+        return self.prepare.tokens(messages, visual)
 
     def inputs(
         self, messages: Sequence[Message], **options: Unpack[ImageOptions]
@@ -79,7 +126,7 @@ class FastViTHDPromptBuilder:
             `input_ids` and `attention_mask`, (1, length); with images also `pixel_values`, (tiles
             of all images, 3, size, size) in [0, 1].
         """
-        tokens, tiles = self._tokens_and_tiles(messages, options)
+        tokens, tiles = self.prepare(messages, **options)
         row = torch.tensor([tokens], device=self.decoder.device)
         found = {"input_ids": row, "attention_mask": torch.ones_like(row)}
         if tiles:
@@ -91,10 +138,11 @@ class FastViTHDPromptBuilder:
         self,
         messages: Sequence[Message],
         cache: ImageFeatureCache | None = None,
+        prepared: Any = None,
         **options: Unpack[ImageOptions],
     ) -> DecoderInputs:
         """Return a dialogue as the decoder takes it. See `PromptBuilder.decoder_inputs`."""
-        tokens, tiles = self._tokens_and_tiles(messages, options)
+        tokens, tiles = self.prepare(messages, **options) if prepared is None else prepared
         row = torch.tensor(tokens, device=self.decoder.device)
         embeddings = self.decoder.embed(row)
         if not tiles:
@@ -116,21 +164,6 @@ class FastViTHDPromptBuilder:
         image_token = self.model.config.image_token_id
         keys = [next(seen) if token == image_token else token for token in tokens]
         return DecoderInputs(tokens, embeddings, keys=keys)
-
-    def _tokens_and_tiles(
-        self, messages: Sequence[Message], options: ImageOptions
-    ) -> tuple[list[int], list[Tensor]]:
-        """Return a dialogue's tokens, and of each image its (tiles, 3, size, size) in [0, 1]."""
-        shown: ImageOptions = {"image_size": self.image_size, **options}
-        turns = dialogue(messages)
-        tiles = [prepare(image, **shown) for image in images_of(turns)]
-        visual = [len(image) * (image.shape[-1] // REDUCTION) ** 2 for image in tiles]
-        written = [
-            # Templates may write a text and a list of one text differently.
-            given if isinstance(given["content"], str) else turn
-            for given, turn in zip(messages, turns, strict=True)
-        ]
-        return self.tokens(written, visual), tiles
 
     def _placed(self, tiles: Tensor) -> Tensor:
         return tiles.to(self.decoder.device, self.decoder.dtype)

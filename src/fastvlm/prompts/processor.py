@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Hashable, Sequence
+from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import replace
 from itertools import count
 from typing import Any, Unpack
 
+import torch
 from PIL import Image
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, ProcessorMixin
@@ -25,30 +26,28 @@ NEEDED = ("patch_size", "num_query_tokens", "vision_feature_select_strategy")
 """Settings without which a processor that has them can't count an image's tokens."""
 
 
-class ProcessorPromptBuilder:
-    """Makes prompts as `transformers` does: chat template, processor, the model up to its decoder.
+class ProcessorInputs:
+    """Makes a model's inputs as `transformers` does, without the model: chat template, processor.
 
-    See `PromptBuilder`.
+    It can be pickled, for the processes that prepare data.
 
     Args:
-        model: The model, which is left as it is.
+        model: The model that they are for.
         processor: Its processor, or the tokenizer of a model of text alone.
-        decoder: The model's decoder, split.
 
     Raises:
         InputError: The processor has no chat template, and is of a kind that has one.
     """
 
     def __init__(
-        self,
-        model: PreTrainedModel,
-        processor: PreTrainedTokenizerBase | ProcessorMixin,
-        decoder: SplitDecoder,
+        self, model: PreTrainedModel, processor: PreTrainedTokenizerBase | ProcessorMixin
     ) -> None:
         # What a processor has besides a tokenizer is its class's matter.
-        self.model, self.decoder = model, decoder
         self.processor: Any = processor
         self.name = type(model).__name__
+        config: Any = model.config
+        own = getattr(config, "image_token_index", None)
+        self.image_token: int | None = getattr(config, "image_token_id", own)
         self.shows_images = isinstance(processor, ProcessorMixin)
         # BLIP-2 and InstructBLIP learnt from texts without turns, and their processors take no
         # template; a decoder of text alone may have none either.
@@ -59,20 +58,13 @@ class ProcessorPromptBuilder:
                 " prompt is put to the model; set processor.chat_template and save it again."
             )
 
-    def inputs(
-        self, messages: Sequence[Message], **options: Unpack[ImageOptions]
-    ) -> dict[str, Tensor]:
-        """Return what the model's `generate` takes, of one row. See `PromptBuilder.inputs`.
+    def __call__(self, messages: Sequence[Message]) -> dict[str, Tensor]:
+        """Return what the model's `generate` takes, of one row, as the processor makes it.
 
         Raises:
-            InputError: An image can't be read, the text has a placeholder of its own, an option is
-                given, or the model, its template or its processor has no use for such a dialogue.
+            InputError: An image can't be read, the text has a placeholder of its own, or the model,
+                its template or its processor has no use for such a dialogue.
         """
-        if options:
-            raise InputError(
-                f"The processor of {self.name} decides how an image is shown; leave out"
-                f" {', '.join(options)}."
-            )
         turns = dialogue(messages)
         shown = images_of(turns)
         if shown and not self.shows_images:
@@ -88,65 +80,7 @@ class ProcessorPromptBuilder:
             ) from error
         if images:
             self.check_shown(found)
-        device, dtype = self.decoder.device, self.decoder.dtype
-        return {
-            name: value.to(device, dtype if value.is_floating_point() else None)
-            for name, value in found.items()
-        }
-
-    def decoder_inputs(
-        self,
-        messages: Sequence[Message],
-        cache: ImageFeatureCache | None = None,
-        **options: Unpack[ImageOptions],
-    ) -> DecoderInputs:
-        """Return a dialogue as the decoder takes it. See `PromptBuilder.decoder_inputs`."""
-        inputs = self.inputs(messages, **options)
-        if cache is None:
-            found, digests = self.captured(inputs), []
-        else:
-            with cache.patched(self.model) as digests:
-                found = self.captured(inputs)
-        if found.encoder_states is not None:
-            # An encoder reads the whole source before the decoder's first position.
-            return found
-        shows = bool(images_of(dialogue(messages)))
-        return replace(found, keys=self.keys(found.token_ids, digests if shows else None))
-
-    def captured(self, inputs: dict[str, Tensor]) -> DecoderInputs:
-        """Return what the decoder is given for one row of inputs.
-
-        Raises:
-            InputError: The model refuses them, or hands its decoder what fastvlm doesn't know.
-        """
-        try:
-            [found] = capture_decoder_inputs(self.model, inputs)
-        except (ValueError, RuntimeError, IndexError, TypeError) as error:
-            raise InputError(
-                f"{self.name} refuses what its processor made of the prompt: {first_line(error)}."
-            ) from error
         return found
-
-    def keys(
-        self, token_ids: Sequence[int], digests: Sequence[str] | None
-    ) -> list[Hashable] | None:
-        """Return what tells each position from others; None if nothing does for certain.
-
-        Args:
-            token_ids: The prompt's tokens.
-            digests: Of what the model asked of its encoder for the images; None for a prompt
-                without images. Together they name each of them, as a processor may show one image
-                differently beside another.
-        """
-        if digests is None:
-            return [*token_ids]
-        config: Any = self.model.config
-        image = getattr(config, "image_token_id", None)
-        # Without a digest or without a place, other images would have the same keys.
-        if not digests or image not in token_ids:
-            return None
-        images, number = "".join(digests), count()
-        return [(images, next(number)) if token == image else token for token in token_ids]
 
     @property
     def has_template(self) -> bool:
@@ -206,8 +140,7 @@ class ProcessorPromptBuilder:
                 f"The processor of {self.name} made no pixels of the image, so the model would not"
                 f" see it.{self.lacking()}"
             )
-        config: Any = self.model.config
-        token = getattr(config, "image_token_id", getattr(config, "image_token_index", None))
+        token = self.image_token
         if token is not None and not (inputs["input_ids"] == token).any():
             raise InputError(
                 f"The processor of {self.name} left no place for the image in the prompt, so the"
@@ -229,6 +162,114 @@ class ProcessorPromptBuilder:
             options["images"] = [list(images)]
         found: dict[str, Tensor] = dict(self.processor(**options))
         return found
+
+
+class ProcessorPromptBuilder:
+    """Makes prompts as `transformers` does: chat template, processor, the model up to its decoder.
+
+    See `PromptBuilder`.
+
+    Args:
+        model: The model, which is left as it is.
+        processor: Its processor, or the tokenizer of a model of text alone.
+        decoder: The model's decoder, split.
+
+    Raises:
+        InputError: The processor has no chat template, and is of a kind that has one.
+    """
+
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        processor: PreTrainedTokenizerBase | ProcessorMixin,
+        decoder: SplitDecoder,
+    ) -> None:
+        self.model, self.decoder = model, decoder
+        self.prepare = ProcessorInputs(model, processor)
+        self.name = self.prepare.name
+
+    def inputs(
+        self, messages: Sequence[Message], **options: Unpack[ImageOptions]
+    ) -> dict[str, Tensor]:
+        """Return what the model's `generate` takes, of one row. See `PromptBuilder.inputs`.
+
+        Raises:
+            InputError: As `ProcessorInputs`, or an option is given.
+        """
+        if options:
+            raise InputError(
+                f"The processor of {self.name} decides how an image is shown; leave out"
+                f" {', '.join(options)}."
+            )
+        return placed(self.prepare(messages), self.decoder.device, self.decoder.dtype)
+
+    def decoder_inputs(
+        self,
+        messages: Sequence[Message],
+        cache: ImageFeatureCache | None = None,
+        prepared: Any = None,
+        **options: Unpack[ImageOptions],
+    ) -> DecoderInputs:
+        """Return a dialogue as the decoder takes it. See `PromptBuilder.decoder_inputs`."""
+        if prepared is None:
+            inputs = self.inputs(messages, **options)
+        else:
+            inputs = placed(prepared, self.decoder.device, self.decoder.dtype)
+        if cache is None:
+            found, digests = self.captured(inputs), []
+        else:
+            with cache.patched(self.model) as digests:
+                found = self.captured(inputs)
+        if found.encoder_states is not None:
+            # An encoder reads the whole source before the decoder's first position.
+            return found
+        shows = bool(images_of(dialogue(messages)))
+        return replace(found, keys=self.keys(found.token_ids, digests if shows else None))
+
+    def captured(self, inputs: dict[str, Tensor]) -> DecoderInputs:
+        """Return what the decoder is given for one row of inputs.
+
+        Raises:
+            InputError: The model refuses them, or hands its decoder what fastvlm doesn't know.
+        """
+        try:
+            [found] = capture_decoder_inputs(self.model, inputs)
+        except (ValueError, RuntimeError, IndexError, TypeError) as error:
+            raise InputError(
+                f"{self.name} refuses what its processor made of the prompt: {first_line(error)}."
+            ) from error
+        return found
+
+    def keys(
+        self, token_ids: Sequence[int], digests: Sequence[str] | None
+    ) -> list[Hashable] | None:
+        """Return what tells each position from others; None if nothing does for certain.
+
+        Args:
+            token_ids: The prompt's tokens.
+            digests: Of what the model asked of its encoder for the images; None for a prompt
+                without images. Together they name each of them, as a processor may show one image
+                differently beside another.
+        """
+        if digests is None:
+            return [*token_ids]
+        config: Any = self.model.config
+        image = getattr(config, "image_token_id", None)
+        # Without a digest or without a place, other images would have the same keys.
+        if not digests or image not in token_ids:
+            return None
+        images, number = "".join(digests), count()
+        return [(images, next(number)) if token == image else token for token in token_ids]
+
+
+def placed(
+    inputs: Mapping[str, Tensor], device: torch.device | None, dtype: torch.dtype | None
+) -> dict[str, Tensor]:
+    """Return inputs on a device, and what of them is in floating point in a precision."""
+    return {
+        name: value.to(device, dtype if value.is_floating_point() else None)
+        for name, value in inputs.items()
+    }
 
 
 def bare(message: Message) -> list[dict[str, Any]]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -33,7 +34,17 @@ def write_checkpoint(path: Path, state: State) -> None:
     with written_file(path) as beside:
         torch.save(state, beside)
         if path.is_file():
-            path.replace(before(path))
+            _keep(path)
+
+
+def _keep(path: Path) -> None:
+    """Give a checkpoint a second name, under which it stays when another takes its place."""
+    before(path).unlink(missing_ok=True)
+    try:
+        os.link(path, before(path))
+    except OSError:
+        # A disk without hard links; a kill just now leaves it under the second name alone.
+        path.replace(before(path))
 
 
 def read_checkpoint(path: Path, plan: State, processes: int, *, streams: bool) -> State | None:

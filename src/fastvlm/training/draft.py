@@ -6,7 +6,6 @@ inputs: teacher forcing over whole replies is exactly what serving does.
 
 from __future__ import annotations
 
-import random
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -25,6 +24,7 @@ from fastvlm.functional.files import written_directory
 from fastvlm.functional.placement import moved
 from fastvlm.language.families import text_decoder
 from fastvlm.training.digests import digest_of_examples
+from fastvlm.training.draws import ExampleDraws
 from fastvlm.training.forcing import KEPT_BYTES, GradientCache, Kept, TeacherForcing
 from fastvlm.training.loop import train
 from fastvlm.training.processes import this_process
@@ -178,10 +178,11 @@ class DraftTask:
         }
         self.source: Source | None = None
         self.whole: str | None = None
+        self.draws = ExampleDraws(self.forcing, examples, batch)
 
     def draw(self, step: int) -> list[Example]:
         """Return the examples of a step."""
-        return random.sample(self.examples, min(self.batch, len(self.examples)))
+        return self.draws(step)
 
     def loss(self, examples: Sequence[Example]) -> Losses:
         """Return the networks' summed losses on some examples.
@@ -310,7 +311,8 @@ def train_draft(
         # A network that goes on may have begun with the target as it was then.
         network.config.target = fingerprint(vlm.model)
     task = DraftTask(vlm, networks, examples, plans)
-    train(task, schedule, output, HeldOut(vlm, networks, held_out) if held_out else None)
+    with task.draws.ahead(schedule):
+        train(task, schedule, output, HeldOut(vlm, networks, held_out) if held_out else None)
     if this_process().is_main_process:
         for name, network in networks.items():
             with written_directory(output / name) as beside:

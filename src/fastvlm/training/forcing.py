@@ -55,6 +55,10 @@ class Kept:
             self._found[key] = of, made
         return made
 
+    def has(self, of: object) -> bool:
+        """Say whether what is made of something is kept; it may be asked from any thread."""
+        return id(of) in self._found
+
 
 @dataclass(frozen=True, slots=True)
 class Forced:
@@ -83,6 +87,8 @@ class TeacherForcing:
 
     def __init__(self, vlm: VisionLanguageModel, kept: Kept) -> None:
         self.vlm, self.kept = vlm, kept
+        # What workers prepared, by the id of the messages, until it is taken.
+        self.prepared: dict[int, Any] = {}
 
     @torch.no_grad()
     def prompt(self, example: Example) -> DecoderInputs:
@@ -93,7 +99,9 @@ class TeacherForcing:
         """
         return self.kept.get(
             example.messages,
-            lambda: self.vlm.prompts.decoder_inputs(example.messages),
+            lambda: self.vlm.prompts.decoder_inputs(
+                example.messages, prepared=self.prepared.pop(id(example.messages), None)
+            ),
             lambda made: (
                 tensor
                 for tensor in (made.embeddings, made.position_ids, made.encoder_states)

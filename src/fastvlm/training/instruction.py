@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Generator, Mapping, Sequence
+from contextlib import closing
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -11,10 +13,9 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, ProcessorMixin
 
-from fastvlm.data.conversations import Broken, Conversation, Records, Shards
+from fastvlm.data.conversations import Records, Shards
 from fastvlm.data.feed import Feed
 from fastvlm.functional.digests import digest_of_weights
-from fastvlm.functional.errors import InputError
 from fastvlm.functional.files import written_into
 from fastvlm.functional.placement import moved
 from fastvlm.language.families import text_decoder
@@ -25,7 +26,7 @@ from fastvlm.training.loop import train
 from fastvlm.training.paper_stages import PaperStage
 from fastvlm.training.parts import learning
 from fastvlm.training.processes import this_process
-from fastvlm.training.rows import Row, Rows, rows_for
+from fastvlm.training.rows import Row, RowMaker, Rows, rows_for
 from fastvlm.training.schedule import Schedule
 from fastvlm.training.sharding import whole_state
 from fastvlm.training.task import Losses, Source
@@ -45,6 +46,8 @@ class InstructionTask:
         feed: The conversations.
         batch: Conversations that this process takes in a step.
         plan: See `Task`.
+        workers: Processes that prepare conversations ahead of the step that takes them; those of
+            a step are held ready. What is learnt is the same for any number.
     """
 
     def __init__(
@@ -54,6 +57,7 @@ class InstructionTask:
         feed: Feed,
         batch: int,
         plan: Mapping[str, Any] | None = None,
+        workers: int = 0,
     ) -> None:
         self.model = model.eval()
         # Gradient checkpointing asks for this mode.
@@ -63,27 +67,27 @@ class InstructionTask:
         self.plan: Mapping[str, Any] = plan or {}
         self.source: Source | None = feed
         self.whole: str | None = None
-        self.rows, self.feed, self.batch = rows, feed, batch
-        self.conversations: Iterator[Conversation] | None = None
+        self.rows, self.feed, self.batch, self.workers = rows, feed, batch, workers
+        self._prepared: Generator[list[Row]] | None = None
 
     def draw(self, step: int) -> list[Row]:
         """Return the rows of a step; conversations that make none are counted as broken.
 
         Raises:
             InputError: Too many are.
+            LostWorkerError: A worker was ended from outside.
         """
-        if self.conversations is None:
-            self.conversations = iter(self.feed)
-        rows: list[Row] = []
-        taken = 0
-        while taken < self.batch:
-            conversation = next(self.conversations)
-            try:
-                rows += self.rows.rows(conversation)
-                taken += 1
-            except InputError as error:
-                self.feed.broken.add(Broken(conversation.name, str(error)))
-        return rows
+        if self._prepared is None:
+            self._prepared = self.feed.prepared(
+                RowMaker(self.rows), workers=self.workers, ahead=self.batch
+            )
+        return [row for rows in islice(self._prepared, self.batch) for row in rows]
+
+    def close(self) -> None:
+        """End the workers; what they prepared ahead is prepared again by whoever goes on."""
+        if self._prepared is not None:
+            self._prepared.close()
+            self._prepared = None
 
     def loss(self, examples: Sequence[Row]) -> Losses:
         """Return the cross-entropy of some rows; reported is how often the best token is right."""
@@ -133,6 +137,7 @@ def tune_model(
 
     Raises:
         InputError: The model has no such part or can't be trained, or too many records are broken.
+        LostWorkerError: A worker was ended from outside.
     """
     torch.manual_seed(schedule.seed)
     process = this_process()
@@ -153,7 +158,8 @@ def tune_model(
     }
     with learning(model, stage.learns, rank):
         batch = max(1, stage.batch // process.num_processes)
-        train(InstructionTask(model, rows, feed, batch, plan), schedule, output / "training")
+        with closing(InstructionTask(model, rows, feed, batch, plan, schedule.workers)) as task:
+            train(task, schedule, output / "training")
     if stage.image_size is not None:
         show_pictures_of(model, stage.image_size)
     state = whole_state(moved(model, torch.bfloat16))

@@ -6,7 +6,6 @@ The frozen phase, in which an imitation network learns from the target as it is,
 
 from __future__ import annotations
 
-import random
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -22,6 +21,7 @@ from fastvlm.functional.placement import moved
 from fastvlm.language.families import text_decoder
 from fastvlm.training.digests import digest_of_examples
 from fastvlm.training.draft import full_precision
+from fastvlm.training.draws import ExampleDraws
 from fastvlm.training.forcing import Forced, GradientCache, Kept, TeacherForcing
 from fastvlm.training.loop import train
 from fastvlm.training.processes import reached, this_process
@@ -78,10 +78,11 @@ class JointTask:
         }
         self.source: Source | None = None
         self.whole: str | None = None
+        self.draws = ExampleDraws(self.forcing, examples, plan.batch)
 
     def draw(self, step: int) -> list[Example]:
         """Return the examples of a step."""
-        return random.sample(self.examples, min(self.joint.batch, len(self.examples)))
+        return self.draws(step)
 
     def loss(self, examples: Sequence[Example]) -> Losses:
         """Return the cross-entropy at the last layer plus that at the exit, weighed.
@@ -127,7 +128,9 @@ def train_joint(
     Raises:
         InputError: An image can't be read.
     """
-    train(JointTask(vlm, examples, plan), schedule, output / "training")
+    task = JointTask(vlm, examples, plan)
+    with task.draws.ahead(schedule):
+        train(task, schedule, output / "training")
     state = whole_state(moved(vlm.model, torch.bfloat16))
     if this_process().is_main_process:
         with written_into(output, last="config.json") as beside:

@@ -12,13 +12,13 @@ from torch.nn.utils.rnn import pad_sequence
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, ProcessorMixin
 
 from fastvlm.checkpoints.processors import tokenizer_of
-from fastvlm.data.conversations import Conversation, Message
+from fastvlm.data.conversations import Broken, Conversation, Message, opened
 from fastvlm.functional.errors import InputError
 from fastvlm.language import split_decoder
 from fastvlm.language.inputs import end_tokens
 from fastvlm.prompts.fastvithd import expand_image_tokens
 from fastvlm.prompts.messages import images_of
-from fastvlm.prompts.processor import ProcessorPromptBuilder
+from fastvlm.prompts.processor import ProcessorInputs, placed
 from fastvlm.training.dialogues import IGNORED
 from fastvlm.training.replies import end_token, text_of
 from fastvlm.vision.configuration import REDUCTION
@@ -41,7 +41,11 @@ class Row:
 
 
 class Rows(Protocol):
-    """Makes rows of conversations, and batches of rows."""
+    """Makes rows of conversations, and batches of rows.
+
+    It can be pickled, for the processes that prepare data; it holds no model, and its rows lie on
+    the CPU.
+    """
 
     def rows(self, conversation: Conversation) -> list[Row]:
         """Return the rows of a conversation.
@@ -54,6 +58,27 @@ class Rows(Protocol):
     def batches(self, rows: Sequence[Row]) -> Iterator[tuple[dict[str, Tensor], Tensor]]:
         """Yield what the model's forward takes, and its labels: (batch, length)."""
         ...
+
+
+@dataclass(frozen=True, slots=True)
+class RowMaker:
+    """Makes rows of a conversation whose images are not open yet, as a worker does.
+
+    Args:
+        rows: What makes them.
+    """
+
+    rows: Rows
+
+    def __call__(self, conversation: Conversation) -> list[Row] | Broken:
+        """Return the rows, or why there are none."""
+        record = opened(conversation)
+        if isinstance(record, Broken):
+            return record
+        try:
+            return self.rows.rows(record)
+        except InputError as error:
+            return Broken(conversation.name, str(error))
 
 
 class FastViTHDRows:
@@ -172,7 +197,10 @@ class ProcessorRows:
                 f"{type(model).__name__} can't be trained here; a draft for it can, and its decoder"
                 " with --phases joint,frozen."
             )
-        self.prompts = ProcessorPromptBuilder(model, processor, split_decoder(model))
+        # Refused here where a model's decoder isn't known.
+        split_decoder(model)
+        self.processor_inputs = ProcessorInputs(model, processor)
+        self.device, self.dtype = model.device, model.dtype
         self.tokenizer = tokenizer_of(processor)
         self.end = end_token(self.tokenizer, end_tokens(model))
 
@@ -182,7 +210,7 @@ class ProcessorRows:
         for place, turn in enumerate(conversation.messages):
             if turn["role"] != "assistant":
                 continue
-            inputs = self.prompts.inputs(conversation.messages[:place])
+            inputs = placed(self.processor_inputs(conversation.messages[:place]), None, self.dtype)
             before = inputs["input_ids"]
             said = self.tokenizer.encode(text_of(turn).strip(), add_special_tokens=False)
             reply = before.new_tensor([[*said, self.end]])
@@ -202,7 +230,7 @@ class ProcessorRows:
     def batches(self, rows: Sequence[Row]) -> Iterator[tuple[dict[str, Tensor], Tensor]]:
         """Yield each row alone: pictures' shapes differ. See `Rows.batches`."""
         for row in rows:
-            yield row.inputs, row.labels[None]
+            yield placed(row.inputs, self.device, None), row.labels[None].to(self.device)
 
 
 def rows_for(

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import nn
 
-HOW = frozenset({"accumulation", "trackers", "validation_steps"})
+HOW = frozenset({"accumulation", "trackers", "validation_steps", "workers"})
 """Settings that say how a run is computed and written down, besides its intervals in seconds."""
 
 
@@ -32,6 +32,9 @@ class Schedule:
         checkpoint_seconds: Time between two checkpoints.
         log_seconds: Time between two progress lines.
         trackers: Where accelerate writes the figures too: `tensorboard`, `wandb` or `trackio`.
+        workers: Processes that open and prepare images ahead of the steps of each process. A
+            program that takes any keeps what it does under `if __name__ == "__main__":`, as they
+            import it too.
     """
 
     steps: int
@@ -46,6 +49,7 @@ class Schedule:
     checkpoint_seconds: float = 120.0
     log_seconds: float = 20.0
     trackers: tuple[str, ...] = ()
+    workers: int = 0
 
     def rate(self, step: int) -> float:
         """Return the learning rate of a step."""
@@ -71,8 +75,14 @@ def seed_step(seed: int, step: int, part: int = 0) -> None:
         step: The step's number.
         part: 0 for what the step draws, then a number for each slice of it.
     """
-    random.seed(f"{seed}/{step}/{part}")
-    torch.manual_seed(random.getrandbits(63))
+    generator = step_random(seed, step, part)
+    torch.manual_seed(generator.getrandbits(63))
+    random.setstate(generator.getstate())
+
+
+def step_random(seed: int, step: int, part: int = 0) -> random.Random:
+    """Return a generator that is seeded as Python's is for a step. See `seed_step`."""
+    return random.Random(f"{seed}/{step}/{part}")
 
 
 def parameter_groups(module: nn.Module, weight_decay: float) -> list[dict[str, Any]]:

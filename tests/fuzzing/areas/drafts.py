@@ -19,7 +19,7 @@ class Drafts:
     """See `Area`."""
 
     name: ClassVar[str] = "drafts"
-    share: ClassVar[float] = 0.06
+    share: ClassVar[float] = 0.05
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder

@@ -65,7 +65,8 @@ class LoadedModels:
         place = changed(self.saved[case.model], self.folder / "changed", case.changes)
         torch.manual_seed(1)
         vlm = load(place)
-        shows = vlm.prompts.shows_images if hasattr(vlm.prompts, "shows_images") else True
+        shows = getattr(vlm.prompts, "prepare", None)
+        shows = getattr(shows, "shows_images", True)
         image = self.image if shows else None
         reply = vlm.generate(PROMPT, image, max_new_tokens=MAX_NEW_TOKENS)
         torch.manual_seed(2)

@@ -60,7 +60,7 @@ class Requests:
     """See `Area`."""
 
     name: ClassVar[str] = "requests"
-    share: ClassVar[float] = 0.12
+    share: ClassVar[float] = 0.1
 
     def __init__(self, folder: Path) -> None:
         self.models = small_models(folder)
