@@ -18,7 +18,7 @@ class Checkpoints(LoadedModels):
     """See `Area`."""
 
     name: ClassVar[str] = "checkpoints"
-    share: ClassVar[float] = 0.06
+    share: ClassVar[float] = 0.04
     models: ClassVar[Sequence[str]] = (FASTVITHD, "llama", "llava", "smolvlm")
 
     def __init__(self, folder: Path) -> None:

@@ -61,7 +61,7 @@ class CommandLines:
     """See `Area`."""
 
     name: ClassVar[str] = "command lines"
-    share: ClassVar[float] = 0.03
+    share: ClassVar[float] = 0.02
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder

@@ -12,7 +12,7 @@ class Configurations(LoadedModels):
     """See `Area`."""
 
     name: ClassVar[str] = "configurations"
-    share: ClassVar[float] = 0.06
+    share: ClassVar[float] = 0.04
     files: ClassVar[Sequence[str]] = (
         "config.json",
         "generation_config.json",

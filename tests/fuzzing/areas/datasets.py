@@ -47,7 +47,7 @@ class DataSets:
     """See `Area`."""
 
     name: ClassVar[str] = "data sets"
-    share: ClassVar[float] = 0.16
+    share: ClassVar[float] = 0.18
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder

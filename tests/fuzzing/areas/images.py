@@ -58,7 +58,7 @@ class Images:
     """See `Area`."""
 
     name: ClassVar[str] = "images"
-    share: ClassVar[float] = 0.5
+    share: ClassVar[float] = 0.54
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder

@@ -13,7 +13,7 @@ class Tokenizers(LoadedModels):
     """See `Area`."""
 
     name: ClassVar[str] = "tokenizers"
-    share: ClassVar[float] = 0.04
+    share: ClassVar[float] = 0.03
     models: ClassVar[Sequence[str]] = (FASTVITHD, "llama", "llava")
     files: ClassVar[Sequence[str]] = (
         "tokenizer.json",
