@@ -16,6 +16,7 @@ from hypothesis import strategies as st
 from fastvlm import embedded
 from fastvlm.cli import run
 from fastvlm.cli.verbs import app
+from fastvlm.functional.errors import InputError
 from fastvlm.scenes import render, sample
 from tests.fuzzing.area import WrongError
 from tests.fuzzing.models import save_family, save_fastvithd
@@ -125,6 +126,8 @@ class CommandLines:
             raise WrongError(f"{words}: {errors[-2000:]}")
         if code and not errors.strip():
             raise WrongError(f"exit code {code}, and not a word on standard error: {words}")
+        if code:
+            raise InputError(errors.strip().splitlines()[-1])
 
     def words(self, case: Typed) -> list[str]:
         """Return the words of a case."""

@@ -1,0 +1,188 @@
+"""Every script runs on a small model, and writes what it says."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import pytest
+import torch
+from PIL import Image
+
+import fastvlm
+from fastvlm import embedded
+from fastvlm.scenes import render, sample
+
+ROOT = Path(__file__).parents[2]
+SCRIPTS = sorted(file.stem for file in (ROOT / "benchmarks").glob("*.py"))
+ELSEWHERE = {"figures", "accelerator"}
+"""Scripts that have tests of their own."""
+SMALL_DEPTH = 5
+"""Layers of the small model."""
+Run = Callable[..., Any]
+
+
+def script(name: str) -> ModuleType:
+    """Return a script as a module; it does nothing yet."""
+    spec = importlib.util.spec_from_file_location(name, ROOT / "benchmarks" / f"{name}.py")
+    assert spec is not None
+    assert spec.loader is not None
+    # As Python has it for a script: what lies beside it can be imported.
+    if (folder := str(ROOT / "benchmarks")) not in sys.path:
+        sys.path.append(folder)
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[name] = module
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.fixture
+def run(shipped: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Run:
+    """Return a function that runs a script with some options, and returns the JSON it wrote."""
+    monkeypatch.setattr(embedded, "FOLDER", shipped)
+    for name in ("model", "draft", "pictures"):
+        monkeypatch.setattr(embedded, name.upper(), shipped / name)
+    file = tmp_path / "figures.json"
+
+    def call(name: str, *options: object, writes: bool = True, **changes: Any) -> Any:
+        module = script(name)
+        for what, value in changes.items():
+            monkeypatch.setattr(module, what, value)
+        words = [name, *map(str, options), *(["--json", str(file)] if writes else [])]
+        monkeypatch.setattr(sys, "argv", words)
+        try:
+            module.main()
+        finally:
+            torch.set_flush_denormal(False)
+        return json.loads(file.read_text()) if writes else None
+
+    return call
+
+
+@pytest.fixture
+def photographs(tmp_path: Path) -> Path:
+    """Return a folder in Flickr8k's layout."""
+    folder = tmp_path / "photographs"
+    (folder / "images").mkdir(parents=True)
+    names = [f"{number}.jpg" for number in range(6)]
+    for number, name in enumerate(names):
+        render(sample(number), 64).save(folder / "images" / name)
+    (folder / "captions.tsv").write_text("".join(f"{n}\tA red square .\n" for n in names))
+    (folder / "train.txt").write_text("\n".join(names[:4]))
+    (folder / "dev.txt").write_text("\n".join(names[4:]))
+    return folder
+
+
+@pytest.mark.parametrize("name", SCRIPTS)
+def test_importing_a_script_does_nothing_and_help_is_there(
+    name: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    module = script(name)
+    assert capsys.readouterr().out == ""
+    if name == "figures":
+        return
+    monkeypatch.setattr(sys, "argv", [name, "--help"])
+    with pytest.raises(SystemExit) as left:
+        module.main()
+    assert left.value.code == 0
+    assert "--" in capsys.readouterr().out
+
+
+def test_every_script_is_tested() -> None:
+    source = Path(__file__).read_text()
+    assert all(name in ELSEWHERE or f'("{name}"' in source for name in SCRIPTS)
+
+
+def test_batches(run: Run, photographs: Path) -> None:
+    images = photographs / "images"
+    found = run("batches", "--photographs", images, "--batches", 1, "--threads", 1, SIZES=(1, 2),
+                MAX_NEW_TOKENS=8)  # fmt: skip
+    assert set(found["sizes"]) == {"1", "2"}
+    assert all(row["ordinary"] > 0 and row["ratio"] > 0 for row in found["sizes"].values())
+
+
+def test_draft_length(run: Run, photographs: Path) -> None:
+    found = run("draft_length", "--photographs", photographs / "images", "--images", 1,
+                "--only", "photographs,untrained", "--threads", 1, FIXED=(2,),
+                MAX_NEW_TOKENS=8)  # fmt: skip
+    assert found["photographs"]["results"].keys() >= {"fixed 2"}
+    assert len(found["untrained drafts"]["results"]) >= 2
+
+
+def test_cost_model(run: Run, tmp_path: Path) -> None:
+    row = {"strategy": "imitation", "draft_length": 2.0, "acceptance_length": 1.5,
+           "speedup": 1.1, "speedup_iqr": [1.0, 1.2]}  # fmt: skip
+    results = tmp_path / "scenes.json"
+    results.write_text(json.dumps({"results": [row]}))
+    found = run("cost_model", results, "--threads", 1)
+    [one] = found["runs"]
+    assert one["pictures"] == "scenes"
+    costs = one["draft_length"] * one["drafted_ms"] + one["verify_ms"]
+    assert one["predicted"] == pytest.approx(1.5 * one["ordinary_ms"] / costs)
+
+
+@pytest.mark.slow
+def test_ablation(run: Run, photographs: Path, tmp_path: Path) -> None:
+    own, data = (
+        {name: plan for name, plan in plans.items() if plan.exit_layer < SMALL_DEPTH}
+        for plans in (script("ablation").OWN, script("ablation").DATA)
+    )
+    found = run("ablation", "--photographs", photographs, "--output", tmp_path / "out", "--scenes",
+                2, "--limit", 2, "--held-out", 1, "--steps", 1, "--threads", 1, OWN=own,
+                DATA=data)  # fmt: skip
+    assert found["drafts"].keys() == {*own, *data}
+    assert all(parts.keys() == {"scenes", "photographs"} for parts in found["drafts"].values())
+
+
+def test_packed(run: Run) -> None:
+    def small(packed_bytes: int) -> Any:
+        vlm = fastvlm.load(packed_bytes=packed_bytes)
+        return sys.modules["packed"].Named("small", vlm.model, vlm.decoder)
+
+    found = run("packed", "--threads", 1, like_qwen2_7b=small, WIDTHS=(1, 2))
+    assert [one["name"] for one in found["decoders"]][1] == "small"
+    assert all(len(one["passes"]) == 2 for one in found["decoders"])
+
+
+def test_second_question(run: Run, capsys: pytest.CaptureFixture[str]) -> None:
+    run("second_question", "--images", 1, "--threads", 1, writes=False,
+        whole_model=lambda dtype, _: fastvlm.load(dtype=dtype))  # fmt: skip
+    assert "the same tokens: 1 of 1" in capsys.readouterr().out
+
+
+def test_training_step(run: Run, capsys: pytest.CaptureFixture[str]) -> None:
+    run("training_step", "--threads", 1, writes=False, BATCH=4, ROUNDS=1)
+    assert capsys.readouterr().out.count("forward pass") == 2
+
+
+def test_wrong_picture(run: Run, photographs: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    run("wrong_picture", photographs, "--limit", 2, writes=False)
+    assert "another one" in capsys.readouterr().out
+
+
+def test_data_workers(run: Run, photographs: Path) -> None:
+    Image.new("RGB", (1600, 1600)).save(photographs / "images" / "0.jpg")
+    found = run("data_workers", "--photographs", photographs / "images", "--workers", 0, "--rounds",
+                1, "--steps", 1, "--batch", 1, "--size", 128, "--threads", 1, PIXELS=(64, 48),
+                PHOTOGRAPHS=2)  # fmt: skip
+    assert 0 <= found["workers"]["0"]["waited_share"][0] <= 1
+
+
+@pytest.mark.slow
+def test_encoder(run: Run) -> None:
+    pytest.importorskip("timm")
+    found = run("encoder", "--size", 64, "--rounds", 1, "--threads", 1)
+    assert found["results"][0]["largest_difference"] < 1e-2
+
+
+@pytest.mark.slow
+def test_before_after(run: Run, photographs: Path) -> None:
+    source = ROOT / "src"
+    found = run("before_after", "--before", source, "--after", source, "--limit", 1, "--cases",
+                "single", "--photographs", photographs / "images")  # fmt: skip
+    assert found["cases"]
