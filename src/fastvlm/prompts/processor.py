@@ -184,7 +184,7 @@ class ProcessorPromptBuilder:
         processor: PreTrainedTokenizerBase | ProcessorMixin,
         decoder: SplitDecoder,
     ) -> None:
-        self.model, self.decoder = model, decoder
+        self.model, self.decoder, self.processor = model, decoder, processor
         self.prepare = ProcessorInputs(model, processor)
         self.name = self.prepare.name
 
