@@ -13,10 +13,12 @@ from typing import Any
 import pytest
 import torch
 from PIL import Image
+from transformers import LlamaConfig, LlamaForCausalLM
 
 import fastvlm
 from fastvlm import embedded
 from fastvlm.scenes import render, sample
+from tests.processors import character_tokenizer
 
 ROOT = Path(__file__).parents[2]
 SCRIPTS = sorted(file.stem for file in (ROOT / "benchmarks").glob("*.py"))
@@ -186,3 +188,19 @@ def test_before_after(run: Run, photographs: Path) -> None:
     found = run("before_after", "--before", source, "--after", source, "--limit", 1, "--cases",
                 "single", "--photographs", photographs / "images")  # fmt: skip
     assert found["cases"]
+
+
+@pytest.mark.slow
+def test_loading(run: Run) -> None:
+    def small(folder: Path) -> None:
+        torch.manual_seed(0)
+        shape = {"hidden_size": 512, "intermediate_size": 2048, "num_hidden_layers": 6,
+                 "num_attention_heads": 4, "num_key_value_heads": 2, "vocab_size": 97}  # fmt: skip
+        model = LlamaForCausalLM(LlamaConfig(**shape, pad_token_id=0, eos_token_id=1))
+        model.bfloat16().save_pretrained(folder)
+        character_tokenizer().save_pretrained(folder)
+
+    found = run("loading", "--only", "small", MODELS={"small": small})["models"]["small"]
+    # What is loaded stays in its file until it is used.
+    assert found["file_bytes"] > 4e7
+    assert found["anonymous_bytes"] < 0.8 * found["file_bytes"]

@@ -11,7 +11,7 @@ from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from fastvlm.data.conversations import Message
-from fastvlm.functional.errors import InputError
+from fastvlm.functional.errors import InputError, first_line
 from fastvlm.language import DecoderInputs, SplitDecoder
 from fastvlm.prompts.features import ImageFeatureCache, digest
 from fastvlm.prompts.messages import IMAGES, dialogue, images_of, templated
@@ -198,10 +198,15 @@ def expand_image_tokens(
         visual: Visual tokens of the images that are left; those in the text are taken.
 
     Raises:
-        InputError: The text has a placeholder more than there are images.
+        InputError: The text has a placeholder more than there are images, or the tokenizer is
+            broken.
     """
+    try:
+        tokens = tokenizer.encode(text, add_special_tokens=False)
+    except Exception as error:  # of whatever its settings make it stumble over
+        raise InputError(f"The tokenizer refuses the prompt: {first_line(error)}.") from error
     found: list[int] = []
-    for token in tokenizer.encode(text, add_special_tokens=False):
+    for token in tokens:
         number = next(visual, None) if token == image else 1
         if number is None:
             raise InputError("The prompt must not contain the image's placeholder itself.")

@@ -6,8 +6,13 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 
+from accelerate.utils import broadcast_object_list
+
+from fastvlm.functional.files import write_json
+from fastvlm.functional.text_files import read_json
 from fastvlm.training.draft import DraftPlan, train_draft
 from fastvlm.training.held_out import Decoded, decode_held_out
+from fastvlm.training.processes import this_process
 from fastvlm.training.replies import Asked, Example
 from fastvlm.training.schedule import Schedule
 from fastvlm.vlm import VisionLanguageModel
@@ -28,6 +33,9 @@ def choose_exit_layer(
 ) -> tuple[int, Mapping[int, Decoded]]:
     """Return the exit layer that decodes held-out questions fastest, and how each one did.
 
+    The choice is kept: another measurement might find another layer, and a run that goes on would
+    then be another run. Where it is known from before, nothing is decoded.
+
     What counts is tokens per second on this machine, which is what acceptance and the costs of
     layers come to.
 
@@ -41,7 +49,19 @@ def choose_exit_layer(
     """
     tried = {layer: replace(plan, exit_layer=layer) for layer in exits_to_try(vlm.decoder.depth)}
     plans = {f"exit-{layer}": of for layer, of in tried.items()}
+    # Of a run with other options, it is refused here.
     networks = train_draft(vlm, plans, examples, output, schedule)
+    file = output / "choice.json"
+    if file.is_file():
+        known = read_json(file)
+        if isinstance(known, dict) and known.get("exit_layer") in tried:
+            return known["exit_layer"], {}
     found = decode_held_out(vlm, networks, held_out)
     decoded = {layer: found[f"exit-{layer}"] for layer in tried}
-    return max(decoded, key=lambda layer: decoded[layer].tokens_per_second), decoded
+    # Each process measures, and all take what the first one found.
+    [best] = broadcast_object_list(
+        [max(decoded, key=lambda layer: decoded[layer].tokens_per_second)]
+    )
+    if this_process().is_main_process:
+        write_json(file, {"exit_layer": best})
+    return best, decoded
