@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 import warnings
 from collections.abc import Iterator, Sequence
-from dataclasses import fields, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Unpack
 
@@ -20,6 +20,7 @@ from fastvlm.decoding import Engine, Request, Sampler, SamplingParams, Strategy
 from fastvlm.decoding.engine import MAX_SLOTS
 from fastvlm.decoding.generation_config import fit_length, processors_of, settings_of, stopper
 from fastvlm.decoding.layer_search import LayerChoice, find_skipped_layers
+from fastvlm.decoding.options import split_options
 from fastvlm.decoding.prefix_cache import PrefixCache
 from fastvlm.decoding.reply import Piece, Reply, ReplyStream
 from fastvlm.decoding.sampling_params import new_seed
@@ -50,8 +51,6 @@ __all__ = ["Piece", "Reply", "ReplyStream", "VisionLanguageModel", "load"]
 
 PREFIX_BYTES = 256 * 2**20
 """Memory for what is kept of images: a dozen and more at 1024 px, of FastVLM-0.5B in bfloat16."""
-SAMPLING = tuple(field.name for field in fields(SamplingParams))
-SHOWING = tuple(ImageOptions.__annotations__)
 
 
 class VisionLanguageModel:
@@ -345,18 +344,6 @@ class VisionLanguageModel:
     def reply(self, request: Request) -> Reply:
         """Return what a request has decoded."""
         return Reply.of(request, self.tokenizer)
-
-
-def split_options(options: dict[str, Any]) -> tuple[SamplingParams, ImageOptions]:
-    """Return the sampling options and those of images among options.
-
-    Raises:
-        InputError: One is unknown or out of range.
-    """
-    refuse_unknown(options, (*SAMPLING, *SHOWING), "there are")
-    sampling = {name: options[name] for name in SAMPLING if name in options}
-    shown: Any = {name: options[name] for name in SHOWING if name in options}
-    return SamplingParams(**sampling), shown
 
 
 def load(

@@ -11,9 +11,10 @@ from PIL import Image
 
 from fastvlm.data.conversations import Message
 from fastvlm.decoding import Request
+from fastvlm.decoding.options import split_options
 from fastvlm.evaluation.likelihood import likelihoods
 from fastvlm.functional.errors import InputError
-from fastvlm.vlm import load, split_options
+from fastvlm.vlm import load
 
 PLACEHOLDER = "<image>"
 """What some tasks write where an image stands; our images stand before the text."""
