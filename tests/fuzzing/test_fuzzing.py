@@ -50,6 +50,8 @@ FOUND: list[tuple[type[Any], Any]] = [
                                   Change("tokenizer_config.json", "missing", (), ())))),
     (Tokenizers, Loaded("fastvithd", (edit("chat_template.jinja", Edit("cut", 767170, 0, b"5")),))),
     (Drafts, (edit("config.json", JsonEdit("wrap", 182, True), JsonEdit("wrap", 5, {})),)),
+    (Drafts, (edit("config.json", JsonEdit("delete", 223, {}), JsonEdit("rename", 22, []),
+                   JsonEdit("rename", 1239, [])),)),
     (DataSets, Read("vqa", (edit(ANNOTATIONS, JsonEdit("replace", 1, False)),))),
     (DataSets, Read("vqa", (edit(ANNOTATIONS, JsonEdit("replace", 0, None)),))),
     (DataSets, Read("coco captions",

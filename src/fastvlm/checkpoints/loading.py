@@ -30,12 +30,11 @@ from transformers import (
     ProcessorMixin,
 )
 
-from fastvlm.checkpoints.files import OTHERS, check_folder
+from fastvlm.checkpoints.files import OTHERS, check_folder, weight_files
 from fastvlm.checkpoints.layouts import APPLE, CHATML, IMAGE, Layout, recognise
 from fastvlm.checkpoints.processors import load_processor
 from fastvlm.checkpoints.weights import (
     check_layers,
-    check_size,
     misshapen,
     named,
     read_weights,
@@ -48,7 +47,7 @@ from fastvlm.functional.errors import (
     first_line,
     shortened,
 )
-from fastvlm.functional.model_files import read_object
+from fastvlm.functional.model_files import check_size, read_object
 from fastvlm.functional.placement import moved
 from fastvlm.language.families import family
 from fastvlm.vision.fastvithd import FastViTHD
@@ -212,7 +211,8 @@ def _load_with_transformers(
         attempt(
             f"{folder / 'config.json'} is refused",
             check_size,
-            folder,
+            folder / "config.json",
+            weight_files(folder),
             lambda: automatic(config).from_config(config, **trusting),
         )
     target, found = attempt(

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file
-from torch import Tensor, nn
+from torch import Tensor
 
 from fastvlm.checkpoints.files import weight_files
 from fastvlm.functional.errors import CheckpointError, first_line
@@ -21,8 +21,6 @@ MAX_NAMED = 3
 LAYERS = re.compile(r"layers?$|^depths?$|^n_layer$")
 """Names of settings that count layers."""
 MAX_LAYERS = 4096
-MIN_EXCESS = 1_000_000
-"""Parameters by which a small model may be wrong before its size alone is refused."""
 
 
 def read_weights(folder: Path) -> dict[str, Tensor]:
@@ -113,27 +111,3 @@ def check_layers(folder: Path, config: Mapping[str, Any]) -> None:
             raise CheckpointError(
                 f"{folder / 'config.json'} has {name} {value:g}; at most {MAX_LAYERS:,} make sense."
             )
-
-
-def check_size(folder: Path, build: Callable[[], nn.Module]) -> None:
-    """Refuse a configuration whose model is far larger than the weights in its folder.
-
-    Loading it would fill the memory with random weights before it turned out to be wrong.
-
-    Args:
-        folder: The model's.
-        build: Makes the model.
-
-    Raises:
-        CheckpointError: It is too large.
-    """
-    stored = sum(file.stat().st_size for file in weight_files(folder))
-    with torch.device("meta"):
-        model = build()
-    # No format has less than half a byte a parameter, and none is quantised here.
-    described = sum({id(p): p.numel() for p in model.parameters()}.values())
-    if described > MIN_EXCESS + 2 * stored:
-        raise CheckpointError(
-            f"{folder / 'config.json'} describes a model of {described:,} parameters, and there are"
-            f" {stored:,} bytes of weights."
-        )

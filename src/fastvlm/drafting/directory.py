@@ -13,7 +13,7 @@ from transformers import AutoConfig, PreTrainedModel
 from fastvlm.drafting.fingerprint import difference
 from fastvlm.drafting.imitation import ImitationConfig, ImitationNetwork
 from fastvlm.functional.errors import CheckpointError, first_line, shortened
-from fastvlm.functional.model_files import check_weight_file, read_object
+from fastvlm.functional.model_files import check_size, check_weight_file, read_object
 from fastvlm.functional.placement import moved
 from fastvlm.language.families import family, split_decoder, text_decoder
 
@@ -47,10 +47,16 @@ def load_draft(directory: str | Path, target: PreTrainedModel) -> ImitationNetwo
         )
     check_weight_file(path / "model.safetensors")
     try:
+        config = ImitationConfig.from_pretrained(path)
+        check_size(
+            path / "config.json", [path / "model.safetensors"], lambda: ImitationNetwork(config)
+        )
         # transformers' annotation knows the model alone, not the pair that this option gives.
         loaded: Any = ImitationNetwork.from_pretrained(
             path, dtype=torch.float32, output_loading_info=True
         )
+    except CheckpointError:
+        raise
     except Exception as error:
         raise CheckpointError(f"The draft in {path} can't be read: {first_line(error)}.") from error
     network: ImitationNetwork = loaded[0]

@@ -4,8 +4,12 @@ from __future__ import annotations
 
 import json
 import zipfile
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
+
+import torch
+from torch import nn
 
 from fastvlm.functional.errors import CheckpointError, first_line
 
@@ -19,6 +23,8 @@ HEADS = {
     b"<": "is an HTML or XML page, perhaps of a download that failed",
 }
 """What the first bytes of a file tell of it."""
+MIN_EXCESS = 1_000_000
+"""Parameters by which a small model may be wrong before its size alone is refused."""
 LONGEST_HEADER = 100_000_000
 """Bytes: what safetensors takes as a file's header at most."""
 
@@ -94,3 +100,28 @@ def _check_safetensors(file: Path) -> None:
         raise CheckpointError(f"{file} is cut off: {missing:,} bytes are missing at its end.")
     if missing < 0:
         raise CheckpointError(f"{file} has {-missing:,} bytes more than its header tells of.")
+
+
+def check_size(config: Path, files: Sequence[Path], build: Callable[[], nn.Module]) -> None:
+    """Refuse a configuration whose model is far larger than the weights beside it.
+
+    Loading it would fill the memory with random weights before it turned out to be wrong.
+
+    Args:
+        config: Its file.
+        files: Those of the weights.
+        build: Makes the model.
+
+    Raises:
+        CheckpointError: It is too large.
+    """
+    stored = sum(file.stat().st_size for file in files)
+    with torch.device("meta"):
+        model = build()
+    # No format has less than half a byte a parameter, and none is quantised here.
+    described = sum(parameter.numel() for parameter in model.parameters())
+    if described > MIN_EXCESS + 2 * stored:
+        raise CheckpointError(
+            f"{config} describes a model of {described:,} parameters, and there are {stored:,}"
+            " bytes of weights."
+        )
