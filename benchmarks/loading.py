@@ -209,6 +209,8 @@ def main() -> None:
             "hardware": hardware(),
             "date": datetime.now(UTC).isoformat(timespec="seconds"),
             "dtype": "bfloat16",
+            "packed_bytes": 0,
+            "asked": "text alone",
             "models": found,
         }
         options.json.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
