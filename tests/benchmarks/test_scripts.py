@@ -108,6 +108,7 @@ def test_batches(run: Run, photographs: Path) -> None:
     assert all(row["ordinary"] > 0 and row["ratio"] > 0 for row in found["sizes"].values())
 
 
+@pytest.mark.slow
 def test_draft_length(run: Run, photographs: Path) -> None:
     found = run("draft_length", "--photographs", photographs / "images", "--images", 1,
                 "--only", "photographs,untrained", "--threads", 1, FIXED=(2,),

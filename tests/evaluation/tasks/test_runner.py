@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 
+from fastvlm.data.tasks import Item
 from fastvlm.data.tasks.captioning import Captioning
 from fastvlm.data.tasks.visdial import VisDial
 from fastvlm.decoding import Strategy
@@ -149,6 +150,46 @@ def test_what_fails_is_named_counted_and_left_out(
     evaluate(vlm, strategies, plan, again)
     assert not again.failures
     assert left_out(plan, again).tasks == plan.tasks
+
+
+def test_a_mended_item_is_counted_when_the_journal_is_read_again(
+    vlm: VisionLanguageModel,
+    strategies: dict[str, Strategy],
+    planned: Planned,
+    captions: Captioning,
+    pictures: list[Path],
+    tmp_path: Path,
+) -> None:
+    plan, file = planned({"flickr8k": captions}), tmp_path / "answers.jsonl"
+    kept = pictures[1].read_bytes()
+    pictures[1].unlink()
+    evaluate(vlm, strategies, plan, Journal(file, plan), max_failed=0.9)
+    pictures[1].write_bytes(kept)
+    evaluate(vlm, strategies, plan, Journal(file, plan))
+    finished = Journal(file, plan)
+    assert not finished.failures
+    assert left_out(plan, finished).tasks == plan.tasks
+
+
+def test_a_task_that_fails_as_a_whole_is_left_out(
+    vlm: VisionLanguageModel,
+    strategies: dict[str, Strategy],
+    planned: Planned,
+    captions: Captioning,
+    tmp_path: Path,
+) -> None:
+    gone = Captioning("Gone", (Item("x", "Describe.", tmp_path / "none.png"),), {"x": ["a"]})
+    plan = planned({"flickr8k": captions, "coco": gone})
+    journal = Journal(tmp_path / "answers.jsonl", plan)
+    evaluate(vlm, strategies, plan, journal, max_failed=0.9)
+    left = left_out(plan, journal)
+    assert set(left.tasks) == {"flickr8k"}
+    assert {row.task for row in rows(left, journal, {})} == {"flickr8k"}
+    alone = planned({"coco": gone})
+    journal = Journal(tmp_path / "alone.jsonl", alone)
+    evaluate(vlm, strategies, alone, journal, max_failed=1.0)
+    with pytest.raises(InputError, match="coco, item x"):
+        left_out(alone, journal)
 
 
 def test_the_contexts_of_cycles() -> None:

@@ -113,6 +113,7 @@ class Journal:
 
     def __init__(self, file: Path, plan: Plan) -> None:
         self.file = file
+        self.strategies = tuple(plan.strategies)
         self.sessions: list[dict[str, Any]] = []
         """When, on what and by what version the answers were measured."""
         self.answers: dict[tuple[str, str, int | None, str], Answer] = {}
@@ -148,7 +149,11 @@ class Journal:
             self.failures.pop((found.task, found.item, found.size), None)
         else:
             answer = Answer(**line)
-            self.answers[answer.task, answer.item, answer.size, answer.strategy] = answer
+            key = (answer.task, answer.item, answer.size)
+            self.answers[*key, answer.strategy] = answer
+            # What failed before and was mended since is known again once all have answered.
+            if all((*key, name) in self.answers for name in self.strategies):
+                self.failures.pop(key, None)
 
     def add(self, found: Answer | Ratings | Failure) -> None:
         """Keep a finding."""
@@ -166,7 +171,10 @@ class Journal:
 def left_out(plan: Plan, journal: Journal) -> Plan:
     """Return a plan without the items that failed, at whatever size, and forget their answers.
 
-    So every strategy and size is measured on the same items.
+    So every strategy and size is measured on the same items. A task that has none left is left out.
+
+    Raises:
+        InputError: No item of any task is left.
     """
     failed = {(one.task, one.item) for one in journal.failures.values()}
     answers, ratings = journal.answers, journal.ratings
@@ -176,7 +184,12 @@ def left_out(plan: Plan, journal: Journal) -> Plan:
         name: with_items(task, tuple(one for one in task.items if (name, one.id) not in failed))
         for name, task in plan.tasks.items()
     }
-    return replace(plan, tasks=tasks)
+    if not any(task.items for task in tasks.values()):
+        first = next(iter(journal.failures.values()))
+        raise InputError(
+            f"None of the items could be asked; {first.task}, item {first.item}: {first.reason}"
+        )
+    return replace(plan, tasks={name: task for name, task in tasks.items() if task.items})
 
 
 def recorded_plan(file: Path) -> dict[str, Any]:

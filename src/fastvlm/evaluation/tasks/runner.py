@@ -89,7 +89,6 @@ def _ask(
                     warm.add(asked.size)
                 for name in missing:
                     journal.add(answer(vlm, name, strategies[name], asked, plan.max_new_tokens))
-            journal.failures.pop(key, None)
         except InputError as error:
             journal.add(Failure(*key, str(error)))
             failed.add(Broken(f"{asked.task}, item {asked.item.id}", str(error)))
