@@ -127,7 +127,7 @@ def verbs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Verb]:
         ),
         "evaluate": Verb(
             ("evaluate", *of, "--tasks", "pope", "--data", str(data.parent), "--max-new-tokens",
-             "6", "--draft", str(folder / "draft")),
+             "6", "--skipped-layers", "2", "--draft", str(folder / "draft")),
             "--output",
             lambda out: lines(out / "answers.jsonl"),
         ),
