@@ -114,13 +114,15 @@ def verbs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Verb]:
             ("convert", str(model), "--dtype", "float32"), "", lambda out: contents(out, "**/*")
         ),
         "train draft": Verb(
-            ("train", "draft", *of, "--data", "scenes:6", "--held-out", "1", "--steps", "40", "--workers", "0",
+            ("train", "draft", *of, "--data", "scenes:6", "--held-out", "1",
+            "--steps", "40", "--workers", "0",
              "--exit-layer", "1"),
             "--output",
             lambda out: contents(out, "block/model.safetensors", "block/config.json"),
         ),
         "train model": Verb(
-            ("train", "model", *of, "--data", str(photographs), "--steps", "12", "--workers", "0", "--batch", "2",
+            ("train", "model", *of, "--data", str(photographs),
+            "--steps", "12", "--workers", "0", "--batch", "2",
              "--image-size", "128"),
             "--output",
             lambda out: contents(out, "*.safetensors", "*.json"),
