@@ -69,7 +69,7 @@ def small_encoder(**overrides: Any) -> FastViTHD:
     return encoder
 
 
-def small_vlm(dtype: torch.dtype = torch.float64) -> VisionLanguageModel:
+def small_vlm(dtype: torch.dtype = torch.float64, **options: Any) -> VisionLanguageModel:
     """Return a whole model with random weights, for inference, with a tokenizer of scenes."""
     tokenizer = learn_tokenizer([SCENE_PROMPT, *(describe(sample(n)) for n in range(20))], 320)
     torch.manual_seed(11)
@@ -84,4 +84,4 @@ def small_vlm(dtype: torch.dtype = torch.float64) -> VisionLanguageModel:
     randomise(model.model.vision_tower, shift=0.1)
     model.generation_config.eos_token_id = tokenizer.eos_token_id
     model.generation_config.pad_token_id = tokenizer.pad_token_id
-    return VisionLanguageModel(model.to(dtype).eval(), tokenizer)
+    return VisionLanguageModel(model.to(dtype).eval(), tokenizer, **options)

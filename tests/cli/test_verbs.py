@@ -180,14 +180,21 @@ def test_the_benchmark_compares_named_drafts_on_photographs(
     folder = broken.parent
     (folder / "whole.png").write_bytes((shipped / "pictures" / "1.png").read_bytes())
     figures = folder / "figures.json"
-    said = cli(
+    words = (
         "benchmark", "--model", shipped / "model", "--draft", f"ours={shipped / 'draft'}",
         "--draft", shipped / "draft-mlp", "--strategies", "ours,imitation", "--images", folder,
         "--prompt", "What?", "--max-new-tokens", 4, "--json", figures,
     )  # fmt: skip
-    assert said.code == 1  # a picture was left out, which is said
+    said = cli(*words)
+    assert said.code == 1
     assert str(broken) in said.err
-    assert [result["strategy"] for result in json.loads(figures.read_text())["results"]] == [
+    assert not figures.exists()  # half of the images are more than may fail
+    said = cli(*words, "--max-failed", 0.5)
+    assert said.code == 1  # an image was left out, which is said
+    assert str(broken) in said.err
+    found = json.loads(figures.read_text())
+    assert [one["picture"] for one in found["failed"]] == [str(broken)]
+    assert [result["strategy"] for result in found["results"]] == [
         "transformers",
         "autoregressive",
         "ours",

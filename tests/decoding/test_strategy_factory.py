@@ -90,7 +90,12 @@ def test_layers_to_skip_are_searched_for(vlm: VisionLanguageModel) -> None:
     from fastvlm.scenes import render, sample
 
     pictures = [render(sample(seed), 192) for seed in range(2)]
-    choice = vlm.find_skipped_layers(prompts, pictures, max_new_tokens=10)
+    with pytest.raises(InputError, match="gone"):
+        vlm.find_skipped_layers(["What is it?"], ["gone.png"])
+    # A sample that fails is passed over.
+    choice = vlm.find_skipped_layers(
+        ["What is it?", *prompts], ["gone.png", *pictures], max_new_tokens=10
+    )
     assert 1 <= len(choice.skipped) <= vlm.decoder.depth - 2
     assert 0 <= choice.acceptance <= 1
     strategy = vlm.strategy("layer-skip", skipped_layers=choice.skipped)

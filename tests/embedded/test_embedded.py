@@ -46,7 +46,7 @@ def test_every_strategys_tokens_are_transformers_own(
         "prompt-lookup": vlm.strategy("prompt-lookup"),
     }
     params = SamplingParams(max_new_tokens=140)
-    found = audit(vlm, strategies, questions, tmp_path / "audit.jsonl", params=params, batch=6)
+    found = audit(vlm, strategies, questions, tmp_path / "audit.jsonl", params=params)
     for name in strategies:
         assert found.identical(name) + found.ties(name) == len(questions)
 

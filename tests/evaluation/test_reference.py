@@ -26,7 +26,7 @@ from fastvlm.functional.errors import InputError
 from fastvlm.vlm import VisionLanguageModel
 from tests.families import FAMILIES
 from tests.models import small_vlm
-from tests.processors import PROCESSORS, TEXT_TEMPLATE, character_tokenizer
+from tests.processors import PROCESSORS, TEXT_TEMPLATE, character_tokenizer, picture
 
 QUESTIONS = [Question("What is it?", 1), Question("Name what is there.", 2)]
 NAMES = ("autoregressive", "early-exit", "layer-skip", "prompt-lookup")
@@ -58,7 +58,7 @@ def test_every_family_is_measured_and_audited(family: str, tmp_path: Path) -> No
     params = SamplingParams(max_new_tokens=8)
     found = audit(vlm, strategies(vlm), QUESTIONS, tmp_path / "audit.jsonl", params=params)
     expected = reference_replies(vlm, [dialogue_of(vlm, one) for one in QUESTIONS], 8)
-    assert found.replies == expected
+    assert list(found.replies.values()) == expected
     assert [found.identical(name) for name in NAMES] == [2] * 4
 
 
@@ -141,10 +141,10 @@ def test_the_gap_of_a_sampled_reply_is_with_its_noise() -> None:
 
 
 def test_sampled_replies_are_held_against_our_ordinary_ones(tmp_path: Path) -> None:
-    vlm = small_vlm()
+    vlm = small_vlm(max_slots=3)
     params = SamplingParams(0.9, seed=7, max_new_tokens=10)
     asked = [Question("What is it?", number) for number in range(5)]
-    found = audit(vlm, strategies(vlm), asked, tmp_path / "a.jsonl", params=params, batch=3)
+    found = audit(vlm, strategies(vlm), asked, tmp_path / "a.jsonl", params=params)
     assert [found.identical(name) for name in NAMES] == [5] * 4
     for number, question in enumerate(asked):
         reply = vlm.generate(
@@ -155,20 +155,85 @@ def test_sampled_replies_are_held_against_our_ordinary_ones(tmp_path: Path) -> N
     wide = audit(vlm, strategies(vlm), asked[:2], tmp_path / "b.jsonl", params=params, wide=True)
     assert [wide.identical(name) for name in NAMES] == [2] * 4
     with pytest.raises(InputError, match="belongs to an audit"):
-        audit(vlm, strategies(vlm), asked, tmp_path / "a.jsonl", batch=3)
+        audit(vlm, strategies(vlm), asked, tmp_path / "a.jsonl")
 
 
 def test_a_stopped_audit_goes_on_with_what_it_found(tmp_path: Path) -> None:
-    vlm = small_vlm(torch.float32)
+    vlm = small_vlm(torch.float32, max_slots=2)
 
     asked = [Question(f"What is it{'?' * number}", number) for number in range(4)]
     params, file = SamplingParams(max_new_tokens=6), tmp_path / "audit.jsonl"
-    whole = audit(vlm, strategies(vlm), asked, file, params=params, batch=2)
+    whole = audit(vlm, strategies(vlm), asked, file, params=params)
     lines = file.read_text().splitlines(keepends=True)
     file.write_text("".join(lines[:2]))
-    again = audit(vlm, strategies(vlm), asked, file, params=params, batch=2)
+    again = audit(vlm, strategies(vlm), asked, file, params=params)
     assert (again.replies, again.differences) == (whole.replies, whole.differences)
     assert file.read_text().startswith("".join(lines[:2]))
+
+
+@pytest.fixture
+def some_broken(tmp_path: Path) -> tuple[list[Question], set[int]]:
+    """Questions, and the numbers of those whose image is gone."""
+    asked = [Question("What is it?", number) for number in range(7)]
+    broken = {0, 3, 4}
+    for number in broken:
+        asked[number] = Question("What is it?", str(tmp_path / f"gone-{number}.png"))
+    return asked, broken
+
+
+def test_a_question_that_fails_is_left_out_of_every_figure(
+    some_broken: tuple[list[Question], set[int]], tmp_path: Path
+) -> None:
+    vlm = small_vlm(torch.float32, max_slots=4)
+    asked, broken = some_broken
+    failed: list[Question] = []
+
+    def leave_out(question: Question, error: InputError) -> None:
+        assert str(question.picture) in str(error)
+        failed.append(question)
+
+    sound = [question for number, question in enumerate(asked) if number not in broken]
+    results = measure(vlm, strategies(vlm), asked, max_new_tokens=6, failed=leave_out)
+    assert [(one.replies, one.identical) for one in results] == [(len(sound), True)] * 5
+    assert failed == [asked[number] for number in sorted(broken)]
+    failed.clear()
+    params, file = SamplingParams(max_new_tokens=6), tmp_path / "audit.jsonl"
+    found = audit(vlm, strategies(vlm), asked, file, params=params, failed=leave_out)
+    assert failed == [asked[number] for number in sorted(broken)]
+    replies = [vlm.generate(dialogue_of(vlm, one), max_new_tokens=6).token_ids for one in sound]
+    assert list(found.replies.values()) == replies
+    assert [found.identical(name) for name in NAMES] == [len(sound)] * 4
+    # What was mended is asked when the audit goes on, and nothing else.
+    picture(3).save(str(asked[3].picture))
+    failed.clear()
+    lines = len(file.read_text().splitlines())
+    again = audit(vlm, strategies(vlm), asked, file, params=params, failed=leave_out)
+    assert failed == [asked[0], asked[4]]
+    assert list(again.replies) == [1, 2, 3, 5, 6]
+    assert len(file.read_text().splitlines()) == lines + 1
+
+
+def test_a_question_that_fails_ends_the_work_unless_it_may(
+    some_broken: tuple[list[Question], set[int]], tmp_path: Path
+) -> None:
+    vlm = small_vlm(torch.float32)
+    asked, broken = some_broken
+    gone = [asked[number] for number in broken]
+    with pytest.raises(InputError, match="gone-0"):
+        measure(vlm, strategies(vlm), asked, max_new_tokens=6)
+    with pytest.raises(InputError, match="gone-0"):
+        audit(vlm, strategies(vlm), asked, tmp_path / "a.jsonl")
+    for call in (
+        lambda: measure(vlm, strategies(vlm), gone, failed=lambda *_: None),
+        lambda: audit(vlm, strategies(vlm), gone, tmp_path / "b.jsonl", failed=lambda *_: None),
+    ):
+        with pytest.raises(InputError, match="None of the questions"):
+            call()
+    (tmp_path / "a.jsonl").write_text(
+        (tmp_path / "a.jsonl").read_text() + '{"replies": [[1, 2]], "seconds": 1}\n'
+    )
+    with pytest.raises(InputError, match=r"a\.jsonl"):
+        audit(vlm, strategies(vlm), asked, tmp_path / "a.jsonl")
 
 
 def test_what_differs_is_found(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

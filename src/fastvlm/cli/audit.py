@@ -17,7 +17,7 @@ from fastvlm.cli.loading import (
     TemperatureOption,
     usage,
 )
-from fastvlm.cli.questions import SCENES, Asked
+from fastvlm.cli.questions import SCENES, Asked, FailedQuestions
 from fastvlm.cli.tables import FigureTable
 from fastvlm.cli.terminal import number
 from fastvlm.functional.files import write_json
@@ -100,7 +100,7 @@ def audit(
 
     With --temperature they are held against our own ordinary decoding of the same seeds. A
     difference is a tie where rounding alone decides, see --gap. Exits with 1 if any reply differs
-    otherwise, or an image can't be read.
+    otherwise, or a question failed.
     """
     params = replies.params()
     contenders.check()  # whatever is skipped, the tokens are the same: nothing is searched for
@@ -110,7 +110,8 @@ def audit(
 
     vlm = contenders.load(runtime, max_slots=replies.batch)
     images = asked.chosen_images(contenders.model, vlm)
-    questions, broken = asked.questions(images, limit)
+    questions = asked.questions(images, limit)
+    failed = FailedQuestions(len(questions), asked.max_failed)
     audited = contenders.strategies_of(vlm, contenders.skipped)
     with runtime.progress("Auditing") as report:
         found = compare(
@@ -119,9 +120,9 @@ def audit(
             questions,
             output / "audit.jsonl",
             params=params,
-            batch=replies.batch,
             wide=comparison.wide,
             progress=report,
+            failed=failed,
         )
     if comparison.gap is not None:
         found = replace(found, gap=comparison.gap)
@@ -134,6 +135,7 @@ def audit(
         "wide": comparison.wide,
         "gap": found.gap,
         "strategies": found.to_json(),
+        "failed": failed.found,
     }
     write_json(output / "audit.json", record)
     figures.write(record)
@@ -142,15 +144,19 @@ def audit(
     if images == SCENES:
         from fastvlm.evaluation.quality import score_scenes
 
-        texts = [str(vlm.tokenizer.decode(r, skip_special_tokens=True)) for r in found.replies]
-        scores = score_scenes(questions, texts)
+        texts = [
+            str(vlm.tokenizer.decode(reply, skip_special_tokens=True))
+            for reply in found.replies.values()
+        ]
+        scores = score_scenes([questions[number] for number in found.replies], texts)
         write_json(output / "facts.json", scores)
         console.print(
             f"{scores['accuracy']:.1%} of the facts of {scores['scenes']} scenes are right;"
             f" {scores['exact_descriptions']} descriptions are exact."
         )
-    if broken or any(row["different"] for row in found.to_json().values()):
+    if any(row["different"] for row in found.to_json().values()):
         raise typer.Exit(1)
+    failed.exit()
 
 
 def table(found: Audit) -> FigureTable:

@@ -12,7 +12,7 @@ from fastvlm.cli.command import Group, add_verb, grouped, verbs
 from fastvlm.cli.contenders import Contenders
 from fastvlm.cli.files import FiguresOutput
 from fastvlm.cli.loading import MaxNewTokensOption, Runtime
-from fastvlm.cli.questions import WORDS, Asked
+from fastvlm.cli.questions import WORDS, Asked, FailedQuestions
 from fastvlm.cli.strategies import describe
 from fastvlm.cli.tables import FigureTable
 from fastvlm.cli.terminal import hardware_line, number
@@ -50,14 +50,26 @@ def benchmark(
     asked.check()
     from fastvlm.evaluation.benchmark import measure
     from fastvlm.evaluation.measuring import hardware
+    from fastvlm.evaluation.reference import image_of
 
     vlm = contenders.load(runtime)
     images = asked.chosen_images(contenders.model, vlm)
-    questions, broken = asked.questions(images, limit)
-    skipped = contenders.skipped_layers_for(vlm, questions)
+    questions = asked.questions(images, limit)
+    failed = FailedQuestions(len(questions), asked.max_failed)
+    questions = failed.readable(questions)
+    skipped = contenders.skipped_layers_for(
+        vlm, ((question.prompt, image_of(vlm, question)) for question in questions)
+    )
     measured = contenders.strategies_of(vlm, skipped)
     with runtime.progress("Measuring") as report:
-        results = measure(vlm, measured, questions, max_new_tokens=max_new_tokens, progress=report)
+        results = measure(
+            vlm,
+            measured,
+            questions,
+            max_new_tokens=max_new_tokens,
+            progress=report,
+            failed=failed,
+        )
     machine = hardware(vlm.decoder.device)
     prompts = list(dict.fromkeys(question.prompt for question in questions))
     output.write(
@@ -73,6 +85,7 @@ def benchmark(
             "prompts": prompts,
             "limit": limit,
             "max_new_tokens": max_new_tokens,
+            "failed": failed.found,
             "results": [result.to_json() for result in results],
         }
     )
@@ -80,16 +93,16 @@ def benchmark(
     console.print()
     table(results).print(console)
     console.print()
+    replies = results[0].replies
     about = f"questions about {len(questions) // len(prompts)} " if len(prompts) > 1 else ""
     words = WORDS.get(images, "images")
-    words = words.removesuffix("s") if len(questions) == 1 else words
+    words = words.removesuffix("s") if replies == 1 else words
     console.print(
-        f"{len(questions)} {about}{words}, replies of"
+        f"{replies} {about}{words}, replies of"
         f" {results[0].tokens:.0f} tokens (median), on {hardware_line(machine)}.",
         style="dim",
     )
-    if broken:
-        raise typer.Exit(1)
+    failed.exit()
 
 
 app = verbs(

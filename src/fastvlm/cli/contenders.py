@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -20,10 +21,11 @@ from fastvlm.cli.strategies import (
     needs_search,
 )
 from fastvlm.cli.terminal import print_error
+from fastvlm.functional.errors import InputError
 
 if TYPE_CHECKING:
-    from fastvlm.data.questions import Question
     from fastvlm.decoding import Strategy
+    from fastvlm.vision.loading import ImageInput
     from fastvlm.vlm import VisionLanguageModel
 
 
@@ -77,25 +79,23 @@ class Contenders:
         return runtime.load(where, max_slots=max_slots)
 
     def skipped_layers_for(
-        self, vlm: VisionLanguageModel, questions: Sequence[Question]
+        self, vlm: VisionLanguageModel, asked: Iterable[tuple[str, ImageInput | None]]
     ) -> tuple[int, ...] | None:
         """Return the layers to skip: those given, or those found on replies to the first questions.
 
-        None for the strategy's usual ones, where the replies are too short to learn from: that is
-        said.
+        None for the strategy's usual ones, where there is nothing to learn from, as the replies are
+        too short: that is said.
+
+        Args:
+            vlm: The model.
+            asked: Prompts and images, of which the first are taken.
         """
         if not self.check():
             return self.skipped
-        from fastvlm.decoding.layer_search import NoSearchError
-        from fastvlm.evaluation.reference import image_of
-
-        searched = questions[:SEARCHED]
+        prompts, images = zip(*islice(asked, SEARCHED), strict=True)
         try:
-            return vlm.find_skipped_layers(
-                [question.prompt for question in searched],
-                [image_of(vlm, question) for question in searched],
-            ).skipped
-        except NoSearchError as error:
+            return vlm.find_skipped_layers(prompts, images).skipped
+        except InputError as error:
             print_error(f"{str(error).rstrip('.')}; layer-skip skips its usual layers.")
             return None
 

@@ -13,7 +13,8 @@ import typer
 from fastvlm.cli.contenders import Contenders
 from fastvlm.cli.files import FiguresOutput, check_folder
 from fastvlm.cli.loading import MaxNewTokensOption, Runtime, UsageError, whole_numbers
-from fastvlm.cli.strategies import LAYER_SKIP, SEARCHED, describe
+from fastvlm.cli.questions import MAX_FAILED, MaxFailedOption
+from fastvlm.cli.strategies import LAYER_SKIP, describe
 from fastvlm.cli.tables import FigureTable
 from fastvlm.cli.terminal import print_error
 from fastvlm.functional.errors import InputError
@@ -24,7 +25,6 @@ if TYPE_CHECKING:
     from fastvlm.evaluation.tasks.answers import Journal
     from fastvlm.evaluation.tasks.grades import Graded
     from fastvlm.evaluation.tasks.plan import Plan
-    from fastvlm.vlm import VisionLanguageModel
 
 KEY = "OPENAI_API_KEY"
 """The environment variable with the judge's key."""
@@ -75,16 +75,7 @@ def evaluate(  # noqa: PLR0913 (a parameter is an option)
         ),
     ] = None,
     max_new_tokens: MaxNewTokensOption = 256,
-    max_failed: Annotated[
-        float,
-        typer.Option(
-            metavar="SHARE",
-            min=0,
-            max=1,
-            help="Items that can't be asked, as their image can't be read, are named and left out;"
-            " more than this share of all of them ends the run.",
-        ),
-    ] = 0.05,
+    max_failed: MaxFailedOption = MAX_FAILED,
     prompt: Annotated[
         list[str] | None,
         typer.Option(
@@ -147,7 +138,9 @@ def evaluate(  # noqa: PLR0913 (a parameter is an option)
     if search:
         # A search measures, and finds others another time.
         before = recorded_plan(file).get("strategies", {}).get(LAYER_SKIP, {}).get("skipped_layers")
-        skipped = tuple(before) if before else searched(vlm, asked)
+        items = next(iter(asked.values())).items
+        first = ((item.prompt, item.open()) for item in items)
+        skipped = tuple(before) if before else contenders.skipped_layers_for(vlm, first)
     measured, chosen = contenders.strategies_of(vlm, skipped), contenders.chosen
     import torch
 
@@ -225,17 +218,6 @@ def pairs(given: Sequence[str] | None, option: str) -> dict[str, str]:
             raise UsageError(f"{option} takes NAME=VALUE; got {one!r}.")
         found[name] = value
     return found
-
-
-def searched(vlm: VisionLanguageModel, tasks: Mapping[str, Task[Any]]) -> tuple[int, ...]:
-    """Return the layers to skip, found on replies to the first items.
-
-    Raises:
-        InputError: No reply is long enough to learn from.
-    """
-    items = next(iter(tasks.values())).items[:SEARCHED]
-    prompts, images = [item.prompt for item in items], [item.open() for item in items]
-    return vlm.find_skipped_layers(prompts, images).skipped
 
 
 def check_grades(files: Mapping[str, str], tasks: Mapping[str, Task[Any]]) -> None:

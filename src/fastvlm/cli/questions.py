@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from fastvlm import embedded
 from fastvlm.cli.loading import UsageError
 from fastvlm.cli.terminal import print_error
-from fastvlm.functional.errors import InputError, StorageError
+from fastvlm.functional.errors import InputError
 from fastvlm.functional.text_files import read_text
 
 if TYPE_CHECKING:
@@ -22,6 +22,18 @@ if TYPE_CHECKING:
 SCENES, NO_IMAGES, SHIPPED = "scenes", "none", "shipped"
 WORDS = {SCENES: "scenes", NO_IMAGES: "prompts"}
 """What `--images` stands for, in a sentence; a folder's are images."""
+MAX_FAILED = 0.05
+"""The share of questions that may fail, if nothing else is said."""
+MaxFailedOption = Annotated[
+    float,
+    typer.Option(
+        metavar="SHARE",
+        min=0,
+        max=1,
+        help="Questions that can't be asked, such as one whose image can't be read, are named and"
+        " left out; more than this share of all ends the run.",
+    ),
+]
 TEXT_PROMPTS = (
     "Explain in a few sentences how a rainbow forms.",
     "Write a short story about a lighthouse keeper.",
@@ -67,6 +79,7 @@ class Asked:
             show_default="all of the folder",
         ),
     ] = None
+    max_failed: MaxFailedOption = MAX_FAILED
 
     def check(self) -> None:
         """Refuse what can be refused before a model is loaded.
@@ -86,39 +99,38 @@ class Asked:
         self._files(1)
 
     def chosen_images(self, model: str | None, vlm: VisionLanguageModel) -> str:
-        """Return what the images are: those asked for, or those that suit the model."""
-        if self.images is not None:
-            return self.images
-        if not getattr(vlm.prompts, "shows_images", True):
-            return NO_IMAGES
-        return SCENES if model is None else SHIPPED
+        """Return what the images are: those asked for, or those that suit the model.
 
-    def questions(self, images: str, limit: int) -> tuple[list[Question], bool]:
-        """Return the questions, and whether an image was left out because it can't be read.
+        Raises:
+            UsageError: The model reads text alone, and images are asked for.
+        """
+        if not vlm.prompts.shows_images:
+            if self.images not in (None, NO_IMAGES):
+                raise UsageError("The model reads text alone: give it --images none.")
+            return NO_IMAGES
+        return self.images or (SCENES if model is None else SHIPPED)
+
+    def questions(self, images: str, limit: int) -> list[Question]:
+        """Return the questions.
 
         Args:
             images: As `chosen_images` returns it.
             limit: The most images; the most prompts where there are none.
 
         Raises:
-            InputError: No image can be read.
+            InputError: There is no image.
         """
         from fastvlm.data.questions import HELD_OUT_SCENES, Question
 
         if images == NO_IMAGES:
-            prompts = (self.prompt or TEXT_PROMPTS)[:limit]
-            return [Question(prompt, None) for prompt in prompts], False
+            return [Question(prompt, None) for prompt in (self.prompt or TEXT_PROMPTS)[:limit]]
         if images == SCENES:
             scenes = range(HELD_OUT_SCENES, HELD_OUT_SCENES + limit)
             asked = self.prompt or [embedded.SCENE_PROMPT]
-            return [Question(prompt, scene) for scene in scenes for prompt in asked], False
+            return [Question(prompt, scene) for scene in scenes for prompt in asked]
         found = self._files(limit, embedded.PICTURES if images == SHIPPED else Path(images))
-        read = readable(found)
-        if not read:
-            raise InputError(f"No image in {images} can be read.")
         asked = self.prompt or [embedded.DESCRIPTION_PROMPT]
-        questions = [Question(prompt, str(path)) for path in read for prompt in asked]
-        return questions, len(read) < len(found)
+        return [Question(prompt, str(path)) for path in found for prompt in asked]
 
     def _files(self, limit: int, folder: Path | None = None) -> list[Path]:
         from fastvlm.data.questions import pictures_in
@@ -130,16 +142,61 @@ class Asked:
         return [folder / name.strip() for name in names if name.strip()][:limit]
 
 
-def readable(files: Sequence[Path]) -> list[Path]:
-    """Return the images that can be read, and say what is wrong with the others."""
-    from fastvlm.vision.loading import load_image
+class FailedQuestions:
+    """Names the questions that can't be asked; too many of them end the run.
 
-    read = []
-    for path in files:
-        try:
-            load_image(path)
-        except (InputError, StorageError) as error:
-            print_error(str(error))
-        else:
-            read.append(path)
-    return read
+    Args:
+        total: All questions of the run.
+        share: The largest share of them that may fail.
+    """
+
+    def __init__(self, total: int, share: float) -> None:
+        self.total, self.share = total, share
+        self.found: list[dict[str, Any]] = []
+        """The images and prompts of those that failed, and the reason: for the figures."""
+
+    def __call__(self, question: Question, error: InputError) -> None:
+        """Name a question that can't be asked.
+
+        Raises:
+            InputError: Too many failed.
+        """
+        self.found.append({**asdict(question), "reason": str(error)})
+        name = "" if question.picture is None else f" about {question.picture}"
+        print_error(f"A question{name} is left out: {error}")
+        if len(self.found) > self.share * self.total:
+            raise InputError(
+                f"{len(self.found)} of {self.total} questions failed, and --max-failed is"
+                f" {self.share:g}."
+            )
+
+    def readable(self, questions: Sequence[Question]) -> list[Question]:
+        """Return the questions without those whose image can't be read, before the long work.
+
+        Raises:
+            InputError: Too many can't be read, or all.
+        """
+        from fastvlm.vision.loading import load_image
+
+        found, errors = [], dict[Any, InputError | None]()
+        for question in questions:
+            picture = question.picture
+            if isinstance(picture, str) and picture not in errors:
+                errors[picture] = None
+                try:
+                    load_image(picture)
+                except InputError as error:
+                    errors[picture] = error
+            wrong = errors.get(picture)
+            if wrong is None:
+                found.append(question)
+            else:
+                self(question, wrong)
+        if not found:
+            raise InputError("None of the images can be read.")
+        return found
+
+    def exit(self) -> None:
+        """End with the exit code 1 if a question failed."""
+        if self.found:
+            raise typer.Exit(1)

@@ -7,6 +7,8 @@ from typing import Any
 from fastvlm.data.conversations import Broken
 from fastvlm.functional.errors import InputError
 
+SHARE = 0.05
+"""The largest share of broken records that a run goes on with, if nothing else is said."""
 NAMED = 5
 """Broken records that are named; the others are only counted."""
 
@@ -26,7 +28,7 @@ class BrokenRecords:
 
     def __init__(
         self,
-        share: float = 0.05,
+        share: float = SHARE,
         least: int = 100,
         *,
         what: str = "records",

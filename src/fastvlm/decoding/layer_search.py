@@ -22,10 +22,6 @@ EVALUATIONS = 600
 ROUNDS = 7
 
 
-class NoSearchError(InputError):
-    """There is nothing to choose between, or nothing to choose by."""
-
-
 @dataclass(frozen=True, slots=True)
 class StepCosts:
     """What the parts of decoding take, in any one unit of time.
@@ -118,21 +114,27 @@ class SampleReplies:
 
     Args:
         decoder: The target.
-        requests: The sample; they are decoded here.
+        requests: The sample; they are decoded here, and those that fail are passed over.
+
+    Raises:
+        InputError: No reply has two tokens.
+        Exception: What made the last request fail, if none is left.
     """
 
     @torch.inference_mode()
     def __init__(self, decoder: SplitDecoder, requests: Sequence[Request]) -> None:
         self.decoder = decoder
         self.samples: list[tuple[ContextCache, FirstDraftPositions, Tensor, Tensor]] = []
+        failed: Exception | None = None
         for request in Engine(decoder).run(requests):
             if request.error is not None:
-                raise request.error
-            self._add(request)
+                failed = request.error
+            else:
+                self._add(request)
         if not self.samples:
-            raise NoSearchError(
-                "No sample has a reply of two tokens or more; give it other prompts."
-            )
+            if failed is not None:
+                raise failed
+            raise InputError("No sample has a reply of two tokens or more; give it other prompts.")
 
     def _add(self, request: Request) -> None:
         """Take a finished request, whose positions are computed once more, all in one pass."""
@@ -226,7 +228,8 @@ def find_skipped_layers(
 
     Args:
         decoder: The target.
-        requests: Samples of what will be asked; they are decoded here, ordinarily.
+        requests: Samples of what will be asked; they are decoded here, ordinarily. Those that fail
+            are passed over.
         costs: What the parts of decoding take; None to measure it.
         evaluations: The most sets to try: of a model of 32 layers, 465 are all. Where they run
             out, what was best so far is returned.
@@ -237,7 +240,7 @@ def find_skipped_layers(
     """
     inner = decoder.depth - 2
     if inner < 1:
-        raise NoSearchError(
+        raise InputError(
             "A layer can be skipped between the first and the last one; this model has"
             f" {decoder.depth}."
         )

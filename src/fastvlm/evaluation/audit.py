@@ -15,12 +15,11 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from fastvlm.data.conversations import Message
 from fastvlm.data.journal import append_line, whole_lines
 from fastvlm.data.questions import Question
 from fastvlm.decoding import Autoregressive, Engine, Request, SamplingParams, Strategy
 from fastvlm.drafting.fingerprint import weights_hash
-from fastvlm.evaluation.measuring import no_progress, run_requests
+from fastvlm.evaluation.measuring import no_progress, refuse, run_requests
 from fastvlm.evaluation.reference import (
     TIES,
     ExactModel,
@@ -57,14 +56,15 @@ class Audit:
     """What an audit found.
 
     Args:
-        replies: The reference replies' tokens.
+        replies: The reference replies' tokens, by the questions' numbers; those that could not be
+            asked are left out.
         differences: For each strategy, the replies that differ.
         acceptance_length: For each strategy, its tokens per pass of the full model.
         gap: What the two best tokens must lie within, in float64, for a difference to be a tie:
             what is usual in the model's precision, and nothing where all passes were wide.
     """
 
-    replies: list[list[int]]
+    replies: dict[int, list[int]]
     differences: dict[str, list[Difference]]
     acceptance_length: dict[str, float]
     gap: float
@@ -99,28 +99,31 @@ def audit(
     journal: Path,
     *,
     params: SamplingParams = GREEDY,
-    batch: int = 50,
     wide: bool = False,
     progress: Callable[[int, int], None] = no_progress,
+    failed: Callable[[Question, InputError], None] = refuse,
 ) -> Audit:
     """Decode every question ordinarily and with every strategy, and compare.
 
     Args:
-        vlm: The model.
+        vlm: The model; its engine is given as many questions at a time as it has slots.
         strategies: By name.
         questions: At least one question.
-        journal: A JSON-lines file of finished batches; a stopped audit goes on from it.
+        journal: A JSON-lines file of finished batches; a stopped audit goes on from it, and asks
+            what failed once more.
         params: How replies are decoded: question i with the seed + i. What it doesn't say is as
             `GREEDY` and a seed of 0.
-        batch: Questions that the engine is given at a time.
         wide: Whether ordinary decoding is ours, with passes as wide as those that verify, one
             question at a time: then there is no difference in any precision.
         progress: Called with the questions done and their number.
+        failed: Called with a question that can't be asked and the reason; unless it raises, the
+            question is left out for every strategy.
 
     Raises:
-        InputError: A question can't be asked, or the journal belongs to another audit.
+        InputError: What `failed` raises, no question could be asked, or the journal belongs to
+            another audit.
     """
-    batch = 1 if wide else batch
+    batch = 1 if wide else vlm.engine.max_slots
     width = 1 + max(one.max_draft_tokens for one in strategies.values()) if wide else None
     if params.temperature and params.seed is None:
         params = replace(params, seed=0)
@@ -145,18 +148,38 @@ def audit(
         if not lines:
             append_line(journal, plan)
         done = lines[1:]
-        for start in range(len(done) * batch, len(questions), batch):
-            asked = {
-                number: dialogue_of(vlm, questions[number])
-                for number in range(start, min(start + batch, len(questions)))
-            }
-            done.append(audit_batch(exact, strategies, asked, params, width))
-            append_line(journal, done[-1])
-            progress(min(start + batch, len(questions)), len(questions))
+        if not all(isinstance(part, dict) and "numbers" in part for part in done):
+            raise InputError(f"{journal} has lines that are no batch of an audit.")
+        known = {number for part in done for number in part["numbers"]}
+        left = [number for number in range(len(questions)) if number not in known]
+
+        def parts(numbers: Sequence[int]) -> Iterator[dict[str, Any]]:
+            asked = {number: questions[number] for number in numbers}
+            try:
+                yield audit_batch(exact, strategies, asked, params, width)
+            except InputError as error:
+                if len(numbers) == 1:
+                    failed(questions[numbers[0]], error)
+                else:  # One of them: the others are asked without it.
+                    middle = len(numbers) // 2
+                    yield from parts(numbers[:middle])
+                    yield from parts(numbers[middle:])
+
+        for start in range(0, len(left), batch):
+            for part in parts(left[start : start + batch]):
+                append_line(journal, part)
+                done.append(part)
+            progress(len(known) + min(start + batch, len(left)), len(questions))
+    if not done:
+        raise InputError("None of the questions could be asked.")
     # Dividing logits by a small temperature enlarges their rounding, too.
     tie = TIES[vlm.decoder.dtype] / min(params.temperature or 1.0, 1.0)
     return Audit(
-        replies=[reply for part in done for reply in part["replies"]],
+        replies=dict(
+            sorted(
+                pair for part in done for pair in zip(part["numbers"], part["replies"], strict=True)
+            )
+        ),
         differences={
             name: [Difference(*found) for part in done for found in part[name]["differences"]]
             for name in strategies
@@ -184,7 +207,7 @@ def identity(strategy: Strategy) -> dict[str, Any]:
 def audit_batch(
     exact: ExactModel,
     strategies: Mapping[str, Strategy],
-    dialogues: Mapping[int, Sequence[Message]],
+    questions: Mapping[int, Question],
     params: SamplingParams,
     width: int | None,
 ) -> dict[str, Any]:
@@ -193,11 +216,15 @@ def audit_batch(
     Args:
         exact: The model.
         strategies: By name.
-        dialogues: What is asked, by the questions' numbers.
+        questions: What is asked, by their numbers.
         params: How replies are drawn; question i with the seed + i.
         width: Positions of every verify in the engine; None for those that it needs.
+
+    Raises:
+        InputError: One of them can't be asked.
     """
     vlm = exact.vlm
+    dialogues = {number: dialogue_of(vlm, asked) for number, asked in questions.items()}
     engine = vlm.engine
     if width is not None:
         engine = Engine(vlm.decoder, max_slots=1, verify_width=width)
@@ -229,6 +256,7 @@ def audit_batch(
     exits = sorted({exit_layer_of(strategy) for strategy in strategies.values()})
     references = {exit_layer: replies(exit_layer) for exit_layer in exits}
     found: dict[str, Any] = {
+        "numbers": list(dialogues),
         "replies": references[exits[0]],
         "seconds": time.perf_counter() - started,
     }

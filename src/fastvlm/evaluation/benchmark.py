@@ -14,7 +14,7 @@ from transformers.generation.streamers import BaseStreamer
 
 from fastvlm.data.questions import Question
 from fastvlm.decoding import Strategy
-from fastvlm.evaluation.measuring import no_progress, rotated, run_request, speedup
+from fastvlm.evaluation.measuring import no_progress, refuse, rotated, run_request, speedup
 from fastvlm.evaluation.reference import (
     TIES,
     ExactModel,
@@ -22,6 +22,7 @@ from fastvlm.evaluation.reference import (
     dialogue_of,
     generate_greedily,
 )
+from fastvlm.functional.errors import InputError
 from fastvlm.functional.statistics import Acceptance, DecodingStatistics, Spread
 from fastvlm.vlm import VisionLanguageModel
 
@@ -138,6 +139,7 @@ def measure(
     *,
     max_new_tokens: int = 160,
     progress: Callable[[int, int], None] = no_progress,
+    failed: Callable[[Question, InputError], None] = refuse,
 ) -> list[StrategyResult]:
     """Measure strategies, and `transformers`' generate, on the same questions.
 
@@ -151,6 +153,11 @@ def measure(
         questions: At least one question.
         max_new_tokens: The most tokens of a reply.
         progress: Called with the questions done and their number.
+        failed: Called with a question that can't be asked and the reason; unless it raises, the
+            question is left out for every contender.
+
+    Raises:
+        InputError: What `failed` raises, or no question could be asked.
     """
     contenders: dict[str, Callable[[Question], MeasuredReply]] = {
         TRANSFORMERS: lambda question: run_transformers(vlm, question, max_new_tokens)
@@ -158,15 +165,25 @@ def measure(
     for name, strategy in strategies.items():
         contenders[name] = partial(run_strategy, vlm, strategy, max_new_tokens=max_new_tokens)
     names = list(contenders)
-    for contender in contenders.values():
-        contender(questions[0])
     runs: dict[str, list[MeasuredReply]] = {name: [] for name in names}
+    asked: list[Question] = []
     for number, question in enumerate(questions):
-        for name in rotated(names, number):
-            runs[name].append(contenders[name](question))
+        try:
+            if not asked:
+                for contender in contenders.values():
+                    contender(question)
+            replies = {name: contenders[name](question) for name in rotated(names, number)}
+        except InputError as error:
+            failed(question, error)
+        else:
+            asked.append(question)
+            for name, reply in replies.items():
+                runs[name].append(reply)
         progress(number + 1, len(questions))
+    if not asked:
+        raise InputError("None of the questions could be asked.")
     with ExactModel(vlm) as exact:
-        return [summarise(exact, name, runs, questions) for name in names]
+        return [summarise(exact, name, runs, asked) for name in names]
 
 
 def summarise(

@@ -12,7 +12,9 @@ import torch
 import transformers
 
 from fastvlm.data.conversations import Message
+from fastvlm.data.questions import Question
 from fastvlm.decoding import Engine, Request, Strategy
+from fastvlm.functional.errors import InputError
 from fastvlm.functional.statistics import DecodingStatistics, Spread
 from fastvlm.vision.loading import ImageInput
 from fastvlm.vlm import VisionLanguageModel
@@ -21,6 +23,16 @@ from fastvlm.vlm import VisionLanguageModel
 def no_progress(done: int, total: int) -> None:
     """Show nothing."""
     del done, total
+
+
+def refuse(question: Question, error: InputError) -> None:
+    """Let a question that can't be asked end the work.
+
+    Raises:
+        InputError: What is wrong with it.
+    """
+    del question
+    raise error
 
 
 def rotated(names: Sequence[str], number: int) -> list[str]:

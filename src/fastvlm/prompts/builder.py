@@ -17,6 +17,11 @@ class PromptBuilder(Protocol):
     """Makes a model's prompts of dialogues, from any thread; it leaves the model as it is."""
 
     @property
+    def shows_images(self) -> bool:
+        """Whether the model sees images, or reads text alone."""
+        ...
+
+    @property
     def prepare(self) -> Callable[[Sequence[Message]], Any]:
         """What is done with a dialogue before the model sees it: images opened, texts tokenised.
 

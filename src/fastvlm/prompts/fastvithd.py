@@ -96,7 +96,7 @@ class FastViTHDPromptBuilder:
             )
         # Which methods and settings a composite model has is its class's matter.
         self.model: Any = model
-        self.tokenizer, self.decoder = tokenizer, decoder
+        self.tokenizer, self.decoder, self.shows_images = tokenizer, decoder, True
 
     @property
     def image_size(self) -> int:

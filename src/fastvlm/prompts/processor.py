@@ -186,7 +186,7 @@ class ProcessorPromptBuilder:
     ) -> None:
         self.model, self.decoder, self.processor = model, decoder, processor
         self.prepare = ProcessorInputs(model, processor)
-        self.name = self.prepare.name
+        self.name, self.shows_images = self.prepare.name, self.prepare.shows_images
 
     def inputs(
         self, messages: Sequence[Message], **options: Unpack[ImageOptions]

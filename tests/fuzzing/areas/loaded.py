@@ -65,9 +65,7 @@ class LoadedModels:
         place = changed(self.saved[case.model], self.folder / "changed", case.changes)
         torch.manual_seed(1)
         vlm = load(place)
-        shows = getattr(vlm.prompts, "prepare", None)
-        shows = getattr(shows, "shows_images", True)
-        image = self.image if shows else None
+        image = self.image if vlm.prompts.shows_images else None
         reply = vlm.generate(PROMPT, image, max_new_tokens=MAX_NEW_TOKENS)
         torch.manual_seed(2)
         expected = replied(place, vlm.prompts.inputs(question(PROMPT, image)))

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import fastvlm
-from fastvlm.data.broken import BrokenRecords
+from fastvlm.data.broken import SHARE, BrokenRecords
 from fastvlm.data.conversations import Broken
 from fastvlm.decoding import Strategy
 from fastvlm.evaluation.likelihood import likelihoods
@@ -21,9 +21,6 @@ from fastvlm.functional.files import locked
 from fastvlm.vision.images import ImageOptions
 from fastvlm.vlm import VisionLanguageModel
 
-MAX_FAILED = 0.05
-"""The share of questions that may fail, if nothing else is said."""
-
 
 def evaluate(
     vlm: VisionLanguageModel,
@@ -31,7 +28,7 @@ def evaluate(
     plan: Plan,
     journal: Journal,
     progress: Callable[[int, int], None] = no_progress,
-    max_failed: float = MAX_FAILED,
+    max_failed: float = SHARE,
 ) -> None:
     """Ask all that the journal does not know yet; what failed before is asked once more.
 
