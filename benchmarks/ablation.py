@@ -1,9 +1,9 @@
 """What makes a good draft: every choice of the training, one at a time, on the model that ships.
 
 The networks that learn from the same replies are taught side by side, from one pass of the model
-for all of them, and measured by decoding scenes and photographs that none has seen, interleaved in
+for all of them, and measured by decoding scenes and photos that none has seen, interleaved in
 one run. A stopped run goes on; a finished one is measured again. Run `python benchmarks/ablation.py
---photographs FLICKR8K --output DIR [--steps N] [--threads N] [--json FILE]`.
+--photos FLICKR8K --output DIR [--steps N] [--threads N] [--json FILE]`.
 """
 
 from __future__ import annotations
@@ -55,27 +55,27 @@ OWN = {
 DATA = {"the data set's replies": USUAL}
 
 
-def about(photographs: Sequence[Path], captions: Sequence[str]) -> list[Asked]:
-    """Return a question for a sentence about each photograph, with a person's sentence."""
+def about(photos: Sequence[Path], captions: Sequence[str]) -> list[Asked]:
+    """Return a question for a sentence about each photo, with a person's sentence."""
     return [
         Asked(path.name, tuple(question(SENTENCE_PROMPT, path)), caption)
-        for path, caption in zip(photographs, captions, strict=True)
+        for path, caption in zip(photos, captions, strict=True)
     ]
 
 
-def described(photographs: Sequence[Path]) -> list[Asked]:
-    """Return a question for a description of each photograph, which nobody has written."""
-    return [Asked(path.name, tuple(question(DESCRIPTION_PROMPT, path)), "") for path in photographs]
+def described(photos: Sequence[Path]) -> list[Asked]:
+    """Return a question for a description of each photo, which nobody has written."""
+    return [Asked(path.name, tuple(question(DESCRIPTION_PROMPT, path)), "") for path in photos]
 
 
 def main() -> None:
     """Train what is not trained yet, and measure all of it."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--photographs", type=Path, required=True, help="in Flickr8k's layout")
+    parser.add_argument("--photos", type=Path, required=True, help="in Flickr8k's layout")
     parser.add_argument("--output", type=Path, required=True)
     parser.add_argument("--scenes", type=int, default=400)
-    parser.add_argument("--limit", type=int, default=250, help="photographs to learn from")
-    parser.add_argument("--held-out", type=int, default=10, help="of scenes and of photographs")
+    parser.add_argument("--limit", type=int, default=250, help="photos to learn from")
+    parser.add_argument("--held-out", type=int, default=10, help="of scenes and of photos")
     parser.add_argument("--steps", type=int, default=250)
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--json", type=Path)
@@ -84,9 +84,9 @@ def main() -> None:
     vlm = fastvlm.load(prefix_bytes=0)
     broken = BrokenRecords()
     scenes = questions_of(scene_conversations(range(options.scenes), vlm.image_size), broken)
-    shown = read_flickr8k(options.photographs, "train")[: options.limit]
-    paths = [photograph.path for photograph in shown]
-    asked = [*scenes, *about(paths, [photograph.captions[0] for photograph in shown])]
+    shown = read_flickr8k(options.photos, "train")[: options.limit]
+    paths = [photo.path for photo in shown]
+    asked = [*scenes, *about(paths, [photo.captions[0] for photo in shown])]
     schedule = Schedule(steps=options.steps, learning_rate=1e-3, warmup=20)
     own = own_replies(vlm, asked + described(paths), options.output, broken)
     networks: dict[str, ImitationNetwork] = {}
@@ -98,10 +98,10 @@ def main() -> None:
         made = train_draft(vlm, numbered, examples, options.output / name, schedule)
         networks |= dict(zip(plans, made.values(), strict=True))
     seeds = range(HELD_OUT_SCENES, HELD_OUT_SCENES + options.held_out)
-    unseen = read_flickr8k(options.photographs, "dev")[: options.held_out]
+    unseen = read_flickr8k(options.photos, "dev")[: options.held_out]
     held_out = {
         "scenes": questions_of(scene_conversations(seeds, vlm.image_size), broken),
-        "photographs": described([photograph.path for photograph in unseen]),
+        "photos": described([photo.path for photo in unseen]),
     }
     networks = {name: moved(network, vlm.decoder.dtype) for name, network in networks.items()}
     drafts: dict[str, dict[str, Any]] = {name: {} for name in networks}

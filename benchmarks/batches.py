@@ -1,7 +1,7 @@
 """Batches of different images: tokens as alone, throughput with drafts and without.
 
 Batches of each size are decoded by every contender before the next batch, in an order that turns.
-Run `python benchmarks/batches.py [--photographs DIR] [--listing FILE] [--batches N] [--threads N]
+Run `python benchmarks/batches.py [--photos DIR] [--listing FILE] [--batches N] [--threads N]
 [--json FILE]`.
 """
 
@@ -16,7 +16,7 @@ import torch
 
 import fastvlm
 from fastvlm import embedded
-from fastvlm.data.questions import pictures_in
+from fastvlm.data.questions import images_in
 from fastvlm.decoding import Strategy
 from fastvlm.evaluation.measuring import hardware
 from fastvlm.functional.statistics import Spread
@@ -46,8 +46,8 @@ def decode(
 def main() -> None:
     """Measure."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--photographs", type=Path, default=embedded.PICTURES)
-    parser.add_argument("--listing", type=Path, help="names of the photographs to take")
+    parser.add_argument("--photos", type=Path, default=embedded.IMAGES)
+    parser.add_argument("--listing", type=Path, help="names of the photos to take")
     parser.add_argument("--batches", type=int, default=5, help="batches of each size")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--json", type=Path)
@@ -55,9 +55,9 @@ def main() -> None:
     torch.set_num_threads(options.threads)
     vlm = fastvlm.load(prefix_bytes=0)
     if options.listing is None:
-        paths = [p for p in pictures_in(options.photographs) if p.suffix == ".jpg"]
+        paths = [p for p in images_in(options.photos) if p.suffix == ".jpg"]
     else:
-        paths = [options.photographs / name for name in options.listing.read_text().split()]
+        paths = [options.photos / name for name in options.listing.read_text().split()]
     strategies = {"ordinary": vlm.strategy("autoregressive"), "drafts": vlm.strategy("imitation")}
     alone = {
         path: decode(vlm, strategies["ordinary"], [path])[0][0]

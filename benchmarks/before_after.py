@@ -15,7 +15,7 @@ Ratios are the time before over the time after (for a throughput: after over bef
 1 the second tree is faster.
 
 Run `python benchmarks/before_after.py --before SRC --after SRC [--threads N] [--limit N]
-[--photographs DIR [--listing FILE]] [--cases CASE,...] [--json FILE]`.
+[--photos DIR [--listing FILE]] [--cases CASE,...] [--json FILE]`.
 """
 
 from __future__ import annotations
@@ -187,8 +187,8 @@ def describe_tree(vlm: Any) -> Answer:
     return {
         "source": str(Path(fastvlm.__file__).parents[1]),
         "engine": hasattr(vlm, "engine"),
-        "prompts": {"scenes": embedded.SCENE_PROMPT, "photographs": embedded.DESCRIPTION_PROMPT},
-        "images": [str(path) for path in sorted(embedded.PICTURES.glob("*.jpg"))],
+        "prompts": {"scenes": embedded.SCENE_PROMPT, "photos": embedded.DESCRIPTION_PROMPT},
+        "images": [str(path) for path in sorted(embedded.IMAGES.glob("*.jpg"))],
     }
 
 
@@ -439,7 +439,7 @@ class Questions:
     scenes: list[str]
 
     def batches(self, number: int) -> Iterator[tuple[str, list[str]]]:
-        """Yield the prompt and the images of some batches, scenes and photographs in turn."""
+        """Yield the prompt and the images of some batches, scenes and photos in turn."""
         files = {kind: cycle(found) for kind, found in self.images.items()}
         for kind in islice(cycle(self.images), number):
             yield self.prompts[kind], list(islice(files[kind], SLOTS))
@@ -620,8 +620,8 @@ def commit_of(tree: Path) -> str | None:
     return found.stdout.strip() or None
 
 
-def photographs_in(folder: Path | None, listing: Path | None, embedded: list[str]) -> list[str]:
-    """Return the photographs to ask about, in the listing's order; the embedded ones by default.
+def photos_in(folder: Path | None, listing: Path | None, embedded: list[str]) -> list[str]:
+    """Return the photos to ask about, in the listing's order; the embedded ones by default.
 
     Raises:
         SystemExit: There are none.
@@ -632,7 +632,7 @@ def photographs_in(folder: Path | None, listing: Path | None, embedded: list[str
     folders = [folder, folder / "images"]
     found = [path for name in names for path in (at / name for at in folders) if path.is_file()]
     if not found:
-        raise SystemExit(f"There are no photographs in {folder}.")
+        raise SystemExit(f"There are no photos in {folder}.")
     return [str(path.resolve()) for path in found]
 
 
@@ -643,8 +643,8 @@ def options_of() -> argparse.Namespace:
     parser.add_argument("--after", type=Path, help="another one")
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--limit", type=int, default=20, help="images of each kind")
-    parser.add_argument("--photographs", type=Path, help="folder of photographs")
-    parser.add_argument("--listing", type=Path, help="names of the photographs to take")
+    parser.add_argument("--photos", type=Path, help="folder of photos")
+    parser.add_argument("--listing", type=Path, help="names of the photos to take")
     parser.add_argument("--cases", default=",".join(CASES))
     parser.add_argument("--json", type=Path)
     parser.add_argument("--worker", action="store_true", help=argparse.SUPPRESS)
@@ -688,8 +688,8 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         rounds = max(2, -(-options.limit // UNEVEN_REQUESTS))
         scenes = workers[0].ask("render", folder=folder, number=rounds * UNEVEN_REQUESTS)
-        shown = photographs_in(options.photographs, options.listing, about["images"])
-        images = {"scenes": scenes[: options.limit], "photographs": shown[: options.limit]}
+        shown = photos_in(options.photos, options.listing, about["images"])
+        images = {"scenes": scenes[: options.limit], "photos": shown[: options.limit]}
         asked = Questions(about["prompts"], images, scenes)
         for case in options.cases:
             for title, row in MEASURES[case](workers, asked):

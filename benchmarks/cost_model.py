@@ -76,7 +76,7 @@ def costs(vlm: fastvlm.VisionLanguageModel, draft_length: int) -> tuple[float, f
 def main() -> None:
     """Print one paragraph for each result."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    usual = [RESULTS / "scenes.json", RESULTS / "photographs.json"]
+    usual = [RESULTS / "scenes.json", RESULTS / "photos.json"]
     parser.add_argument("results", type=Path, nargs="*", default=usual)
     parser.add_argument("--model", help="the model of the results, if not the one that ships")
     parser.add_argument("--draft")
@@ -102,7 +102,7 @@ def main() -> None:
         low, high = row["speedup_iqr"]
         runs.append(
             {
-                "pictures": "photographs" if "photographs" in file.stem else "scenes",
+                "images": "photos" if "photos" in file.stem else "scenes",
                 "ordinary_ms": ordinary,
                 "drafted_ms": draft,
                 "verify_ms": verify,

@@ -1,11 +1,11 @@
 """What share of a training step waits for data, with workers and without.
 
-The model that ships is trained for a while on photographs of 12 megapixels, as cameras make them:
+The model that ships is trained for a while on photos of 12 megapixels, as cameras make them:
 COCO's, enlarged and saved as JPEG. Each round trains with every number of workers, in an order that
 turns; a training starts anew each time, and its first steps, in which workers start, are not
 measured. All trainings take the same steps, so their losses must be equal bit for bit.
 
-Run `python benchmarks/data_workers.py --photographs DIR [--workers N ...] [--batch N] [--size N]
+Run `python benchmarks/data_workers.py --photos DIR [--workers N ...] [--batch N] [--size N]
 [--rounds N] [--steps N] [--threads N] [--device NAME] [--json FILE]`.
 """
 
@@ -30,7 +30,7 @@ from fastvlm import embedded
 from fastvlm.checkpoints import load_checkpoint
 from fastvlm.data.conversations import Conversation, Records
 from fastvlm.data.feed import Feed
-from fastvlm.data.questions import pictures_in
+from fastvlm.data.questions import images_in
 from fastvlm.evaluation.measuring import hardware
 from fastvlm.functional.statistics import Spread
 from fastvlm.training.instruction import InstructionTask
@@ -41,16 +41,16 @@ from fastvlm.training.rows import rows_for
 from fastvlm.training.schedule import Schedule, seed_step
 
 PIXELS = (4000, 3000)
-PHOTOGRAPHS = 24
+PHOTOS = 24
 UNMEASURED = 2
 """Steps in the beginning of a training: workers start, and then have nothing ready."""
 REPLY = "Two people stand beside a small table in a room with a large window behind them."
 
 
-def enlarged(photographs: Sequence[Path], folder: Path) -> list[Path]:
-    """Save photographs as a camera would, and return where."""
+def enlarged(photos: Sequence[Path], folder: Path) -> list[Path]:
+    """Save photos as a camera would, and return where."""
     found = []
-    for path in photographs:
+    for path in photos:
         with Image.open(path) as image:
             large = image.convert("RGB").resize(PIXELS, Image.Resampling.BICUBIC)
         found.append(folder / path.name)
@@ -59,7 +59,7 @@ def enlarged(photographs: Sequence[Path], folder: Path) -> list[Path]:
 
 
 def conversations(paths: Sequence[Path]) -> Records:
-    """Return a question and an answer about each photograph."""
+    """Return a question and an answer about each photo."""
 
     def converted(name: str, path: Path) -> Conversation:
         shown = {"type": "image", "image": str(path)}
@@ -116,7 +116,7 @@ def train(source: Records, options: argparse.Namespace, workers: int, taken: Tak
 def main() -> None:
     """Measure."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--photographs", type=Path, required=True)
+    parser.add_argument("--photos", type=Path, required=True)
     parser.add_argument("--workers", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--batch", type=int, default=4, help="conversations in a step")
     parser.add_argument("--size", type=int, default=512, help="side in pixels of the images")
@@ -132,7 +132,7 @@ def main() -> None:
     compute_on(options.device)
     taken = {workers: Taken() for workers in options.workers}
     with tempfile.TemporaryDirectory() as folder:
-        paths = enlarged(pictures_in(options.photographs, PHOTOGRAPHS), Path(folder))
+        paths = enlarged(images_in(options.photos, PHOTOS), Path(folder))
         source = conversations(paths)
         for number in range(options.rounds):
             turn = number % len(options.workers)
@@ -143,7 +143,7 @@ def main() -> None:
         raise SystemExit("What is learnt depends on the number of workers.")
     out: dict[str, Any] = {
         "hardware": hardware(this_process().device),
-        "settings": {k: v for k, v in vars(options).items() if k not in ("photographs", "json")},
+        "settings": {k: v for k, v in vars(options).items() if k not in ("photos", "json")},
         "pixels": PIXELS,
         "workers": {},
     }

@@ -2,14 +2,14 @@
 
 Three questions, each answered interleaved in one run on the model that ships:
 
-- `scenes`, `photographs` and `mix`: adaptive drafts against fixed lengths, on a mix a scene, then a
-  photograph, with the estimates of one reply carried to the next;
+- `scenes`, `photos` and `mix`: adaptive drafts against fixed lengths, on a mix a scene, then a
+  photo, with the estimates of one reply carried to the next;
 - `untrained`: a draft of random weights, block and mlp, against ordinary decoding;
 - `short`: whole replies of one word (a token, and another that ends the reply, which nothing
   announces), image and prefill included.
 
 Every reply must have the tokens of ordinary decoding. Run `python benchmarks/draft_length.py
-[--photographs DIR] [--listing FILE] [--images N] [--threads N] [--only PART,...] [--json FILE]`.
+[--photos DIR] [--listing FILE] [--images N] [--threads N] [--only PART,...] [--json FILE]`.
 """
 
 from __future__ import annotations
@@ -27,9 +27,9 @@ from fastvlm import embedded
 from fastvlm.data.questions import (
     HELD_OUT_SCENES,
     Question,
-    about_photographs,
+    about_photos,
     about_scenes,
-    pictures_in,
+    images_in,
 )
 from fastvlm.decoding import Request, Strategy
 from fastvlm.drafting import ImitationConfig, ImitationNetwork
@@ -160,22 +160,22 @@ def untrained(vlm: fastvlm.VisionLanguageModel, kind: str) -> Strategy:
 def main() -> None:
     """Measure what is asked for."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--photographs", type=Path, default=embedded.PICTURES)
-    parser.add_argument("--listing", type=Path, help="names of the photographs to take")
+    parser.add_argument("--photos", type=Path, default=embedded.IMAGES)
+    parser.add_argument("--listing", type=Path, help="names of the photos to take")
     parser.add_argument("--images", type=int, default=20, help="images of each kind")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
-    parser.add_argument("--only", default="scenes,photographs,mix,untrained,short")
+    parser.add_argument("--only", default="scenes,photos,mix,untrained,short")
     parser.add_argument("--json", type=Path)
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
     vlm = fastvlm.load(prefix_bytes=0)
     if options.listing is None:
-        paths = [p for p in pictures_in(options.photographs) if p.suffix == ".jpg"]
+        paths = [p for p in images_in(options.photos) if p.suffix == ".jpg"]
     else:
-        paths = [options.photographs / name for name in options.listing.read_text().split()]
+        paths = [options.photos / name for name in options.listing.read_text().split()]
     scenes = about_scenes(range(HELD_OUT_SCENES, HELD_OUT_SCENES + options.images))
-    photographs = about_photographs(paths[: options.images], (embedded.DESCRIPTION_PROMPT,))
-    mix = [q for pair in zip(scenes, photographs, strict=False) for q in pair]
+    photos = about_photos(paths[: options.images], (embedded.DESCRIPTION_PROMPT,))
+    mix = [q for pair in zip(scenes, photos, strict=False) for q in pair]
     out: dict[str, Any] = {"hardware": hardware(), "images": options.images}
     wanted = options.only.split(",")
 
@@ -185,7 +185,7 @@ def main() -> None:
         if options.json is not None:
             options.json.write_text(json.dumps(out, indent=1) + "\n")
 
-    for title, questions in (("scenes", scenes), ("photographs", photographs), ("mix", mix)):
+    for title, questions in (("scenes", scenes), ("photos", photos), ("mix", mix)):
         if title in wanted:
             fixed = {
                 f"fixed {g}": vlm.strategy("imitation", num_speculative_tokens=g, confidence=0)

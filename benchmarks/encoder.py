@@ -1,6 +1,6 @@
 """FastViTHD as our engine runs it, against timm's fused one as `transformers` runs it.
 
-Both get the same random weights and the same pictures, in turns, and must agree. timm is not part
+Both get the same random weights and the same images, in turns, and must agree. timm is not part
 of fastvlm's environment; `tests/checkpoints/test_timm.py` says how to make one that has it.
 
 Run `python benchmarks/encoder.py [--size 1024] [--dtype float32] [--rounds 7] [--json FILE]`.
@@ -51,7 +51,7 @@ def ours(weights: dict[str, Tensor], dtype: torch.dtype) -> nn.Module:
 
 @torch.inference_mode()
 def measure(size: int, dtype: torch.dtype, rounds: int) -> dict[str, Any]:
-    """Time both in turns at a size of picture."""
+    """Time both in turns at a size of image."""
     reference = theirs(dtype)
     prefix = "timm_model."
     weights = {

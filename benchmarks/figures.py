@@ -12,7 +12,7 @@ from typing import Any
 
 ROOT = Path(__file__).parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
-RUNS = {"scenes": "rendered scenes", "photographs": "photographs"}
+RUNS = {"scenes": "rendered scenes", "photos": "photos"}
 
 
 def read(name: str) -> Any:
@@ -113,7 +113,7 @@ def tables() -> str:
     different = sum(row["different"] for row in rows)
     replies = sum(row["speed"]["replies"] for row in rows)
     asked = " and ".join(
-        f"{task['items']:,} photographs of {task['name']}"
+        f"{task['items']:,} photos of {task['name']}"
         f" (replies of {_median(rows, name, 'tokens'):.0f} tokens)"
         for name, task in tasks.items()
     )
@@ -167,7 +167,7 @@ def sizes() -> str:
         costs = read(f"costs-{name}")
         size = f"{costs['parameters'] / 1e6:.0f} M, {costs['layers']} layers"
         lines += [
-            f"| {size} | {run['pictures']} | {run['ordinary_ms']:.2f} | {run['drafted_ms']:.2f}"
+            f"| {size} | {run['images']} | {run['ordinary_ms']:.2f} | {run['drafted_ms']:.2f}"
             f" | {run['verify_ms']:.2f} | {run['acceptance_length']:.2f}"
             f" | {run['predicted']:.2f}x | {_times(run['speedup'])} |"
             for run in costs["runs"]
@@ -217,7 +217,7 @@ def ablation(record: dict[str, Any]) -> str:
         "",
         (
             f"{record['steps']} steps on {record['replies']:,} replies; measured on"
-            f" {record['held_out']} unseen scenes and as many photographs, interleaved, float32,"
+            f" {record['held_out']} unseen scenes and as many photos, interleaved, float32,"
             f" {machine['threads']} thread of {machine['processor']}, {record['date'][:10]}, commit"
             f" {record['commit']}."
         ),

@@ -1,4 +1,4 @@
-"""Small models with random weights of every family, and inputs with pictures for them."""
+"""Small models with random weights of every family, and inputs with images for them."""
 
 from __future__ import annotations
 
@@ -94,7 +94,7 @@ TOWER: dict[str, Any] = {
     "patch_size": 8,
 }
 PATCHES = 16
-"""Patches of a picture, or of a tile of one."""
+"""Patches of an image, or of a tile of one."""
 
 
 def finished(model: PreTrainedModel, gain: float = 3.0) -> PreTrainedModel:
@@ -158,8 +158,8 @@ def lengths(rows: int) -> list[int]:
     return [5, 9, 3, 7, 4, 11, 6, 8][:rows]
 
 
-def pictures(*shape: int) -> Tensor:
-    """Return random pictures."""
+def images(*shape: int) -> Tensor:
+    """Return random images."""
     random = torch.Generator().manual_seed(4)
     return torch.randn(*shape, generator=random, dtype=torch.float64)
 
@@ -184,16 +184,16 @@ def llava() -> Family:
     )
     return finished(LlavaForConditionalGeneration(config)), lambda rows: {
         **written(lengths(rows), [PATCHES] * rows),
-        "pixel_values": pictures(rows, 3, 32, 32),
+        "pixel_values": images(rows, 3, 32, 32),
     }
 
 
 def tiled(model: PreTrainedModel) -> Callable[[int], Inputs]:
-    """Return what makes inputs of pictures in tiles, of different shapes."""
+    """Return what makes inputs of images in tiles, of different shapes."""
 
     def inputs(rows: int) -> Inputs:
         sizes = torch.tensor([[40, 64], [64, 30], [32, 64], [50, 35]])[:rows]
-        shown = {"pixel_values": pictures(rows, 3, 3, 32, 32), "image_sizes": sizes}
+        shown = {"pixel_values": images(rows, 3, 3, 32, 32), "image_sizes": sizes}
         with torch.no_grad():
             features = model.get_image_features(**shown).pooler_output
         return {**written(lengths(rows), list(map(len, features))), **shown}
@@ -243,18 +243,18 @@ def fast_vlm() -> Family:
     model.generation_config.pad_token_id = PAD
     return model, lambda rows: {
         **written(lengths(rows), [VISUAL_TOKENS] * rows),
-        "pixel_values": pictures(rows, 3, IMAGE_SIZE, IMAGE_SIZE).sigmoid(),
+        "pixel_values": images(rows, 3, IMAGE_SIZE, IMAGE_SIZE).sigmoid(),
     }
 
 
 def gridded(rows: int) -> Inputs:
-    """Return inputs of pictures in grids of different shapes, in patches of 8 by 8 by 2."""
+    """Return inputs of images in grids of different shapes, in patches of 8 by 8 by 2."""
     grids = torch.tensor([[1, 4, 6], [1, 8, 4], [1, 2, 4], [1, 6, 6]])[:rows]
     asked = written(lengths(rows), (grids.prod(-1) // 4).tolist())
     return {
         **asked,
         "mm_token_type_ids": (asked["input_ids"] == IMAGE).int(),
-        "pixel_values": pictures(int(grids.prod(-1).sum()), 3 * 2 * 8 * 8),
+        "pixel_values": images(int(grids.prod(-1).sum()), 3 * 2 * 8 * 8),
         "image_grid_thw": grids,
     }
 
@@ -307,10 +307,10 @@ def qwen2_vl() -> Family:
 
 
 def idefics(model: PreTrainedModel) -> Family:
-    """Idefics3 and SmolVLM: a picture's patches, shuffled to a quarter of them."""
+    """Idefics3 and SmolVLM: an image's patches, shuffled to a quarter of them."""
     return finished(model), lambda rows: {
         **written(lengths(rows), [PATCHES // 4] * rows),
-        "pixel_values": pictures(rows, 1, 3, 32, 32),
+        "pixel_values": images(rows, 1, 3, 32, 32),
         "pixel_attention_mask": torch.ones(rows, 1, 32, 32, dtype=torch.bool),
     }
 
@@ -360,7 +360,7 @@ def blip2(language: dict[str, Any], **options: Any) -> Family:
     model.query_tokens.data.normal_()
     return model, lambda rows: {
         **written(lengths(rows), [QUERIES] * rows),
-        "pixel_values": pictures(rows, 3, 32, 32),
+        "pixel_values": images(rows, 3, 32, 32),
     }
 
 
@@ -382,7 +382,7 @@ def instructblip(language: dict[str, Any], gain: float = 3.0) -> Family:
     model.query_tokens.data.normal_()
     return model, lambda rows: {
         **written(lengths(rows), [QUERIES] * rows),
-        "pixel_values": pictures(rows, 3, 32, 32),
+        "pixel_values": images(rows, 3, 32, 32),
         "qformer_input_ids": torch.arange(rows * 4).view(rows, 4) % 19 + 1,
         "qformer_attention_mask": torch.ones(rows, 4, dtype=torch.long),
     }

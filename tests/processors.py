@@ -31,14 +31,14 @@ from transformers import (
     SmolVLMProcessor,
 )
 
-from fastvlm.checkpoints.processors import StillPictures
+from fastvlm.checkpoints.processors import StillImages
 from fastvlm.scenes import render, sample
 from tests.families import END, FAMILIES, IMAGE, PAD, PATCHES, QUERIES, START, Inputs
 
 TEMPLATE = (
     "{{ bos_token }}{% for turn in messages %}{{ turn.role[0] }}:"
     "{% for part in turn.content %}"
-    "{% if part.type == 'image' %}PICTURE{% else %}{{ part.text }}{% endif %}"
+    "{% if part.type == 'image' %}SHOWN{% else %}{{ part.text }}{% endif %}"
     "{% endfor %}\n{% endfor %}{% if add_generation_prompt %}a:{% endif %}"
 )
 """As checkpoints have them: of a turn whose content is a text it would show nothing."""
@@ -86,12 +86,12 @@ def character_tokenizer(
 
 
 def template(image: str) -> str:
-    return TEMPLATE.replace("PICTURE", image)
+    return TEMPLATE.replace("SHOWN", image)
 
 
 def still(kind: type[ProcessorMixin], *parts: Any, **options: Any) -> ProcessorMixin:
     """Return a processor of a class with a video processor, which would need torchvision."""
-    return type(kind.__name__, (StillPictures, kind), {})(*parts, video_processor=None, **options)
+    return type(kind.__name__, (StillImages, kind), {})(*parts, video_processor=None, **options)
 
 
 def llava() -> ProcessorMixin:
@@ -168,14 +168,14 @@ def smolvlm() -> ProcessorMixin:
 
 
 def blip2() -> ProcessorMixin:
-    pictures = BlipImageProcessor(size={"height": 32, "width": 32})
-    return Blip2Processor(pictures, character_tokenizer(), num_query_tokens=QUERIES)
+    images = BlipImageProcessor(size={"height": 32, "width": 32})
+    return Blip2Processor(images, character_tokenizer(), num_query_tokens=QUERIES)
 
 
 def instructblip() -> ProcessorMixin:
-    pictures = BlipImageProcessor(size={"height": 32, "width": 32})
+    images = BlipImageProcessor(size={"height": 32, "width": 32})
     reader = character_tokenizer(size=20)
-    return InstructBlipProcessor(pictures, character_tokenizer(), reader, num_query_tokens=QUERIES)
+    return InstructBlipProcessor(images, character_tokenizer(), reader, num_query_tokens=QUERIES)
 
 
 PROCESSORS: dict[str, Callable[[], ProcessorMixin]] = {
@@ -205,20 +205,20 @@ def saved(family: str, folder: Path) -> tuple[PreTrainedModel, ProcessorMixin]:
     return model, processor
 
 
-def picture(number: int) -> Image.Image:
-    """Return a picture; they are of different shapes."""
+def sample_image(number: int) -> Image.Image:
+    """Return an image; they are of different shapes."""
     width, height = ((64, 32), (32, 64), (60, 25), (48, 48))[number % 4]
     return render(sample(number), 64).crop((0, 0, width, height))
 
 
 def asked(
-    processor: ProcessorMixin, prompts: Sequence[str], pictures: Sequence[Image.Image]
+    processor: ProcessorMixin, prompts: Sequence[str], images: Sequence[Image.Image]
 ) -> Inputs:
-    """Return what transformers makes of questions with a picture each, as a user writes it."""
-    images: Any = list(pictures)
+    """Return what transformers makes of questions with an image each, as a user writes it."""
+    shown: Any = list(images)
     texts = list(prompts)
     if processor.chat_template:
-        images = [[one] for one in pictures]
+        shown = [[one] for one in images]
         texts = [
             processor.apply_chat_template(
                 [
@@ -232,5 +232,5 @@ def asked(
             for prompt in prompts
         ]
     options = {"add_special_tokens": not processor.chat_template}
-    inputs = processor(images=images, text=texts, padding=True, return_tensors="pt", **options)
+    inputs = processor(images=shown, text=texts, padding=True, return_tensors="pt", **options)
     return dict(inputs.to(torch.float64))

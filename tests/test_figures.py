@@ -11,7 +11,7 @@ import pytest
 
 ROOT = Path(__file__).parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
-RUNS = ("scenes", "photographs", "large-scenes", "large-photographs")
+RUNS = ("scenes", "photos", "large-scenes", "large-photos")
 
 
 def figures() -> ModuleType:

@@ -94,15 +94,15 @@ def verbs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Verb]:
     torch.set_num_threads(1)
     folder = tmp_path_factory.mktemp("interrupted")
     model = save_fastvithd(folder)
-    data, photographs = folder / "data" / "pope", folder / "photographs"
-    for place in (data / "coco", data / "val2014", photographs):
+    data, photos = folder / "data" / "pope", folder / "photos"
+    for place in (data / "coco", data / "val2014", photos):
         place.mkdir(parents=True)
     rows = []
     for number in range(4):
         image = render(sample(number), 128)
         image.save(data / "val2014" / f"{number}.png")
-        image.save(photographs / f"{number}.png")
-        (photographs / f"{number}.txt").write_text("A red square.")
+        image.save(photos / f"{number}.png")
+        (photos / f"{number}.txt").write_text("A red square.")
         rows.append({"question_id": number, "image": f"{number}.png", "text": "A dog?",
                      "label": "yes" if number % 2 else "no"})  # fmt: skip
     for sampling in ("random", "popular", "adversarial"):
@@ -121,7 +121,7 @@ def verbs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Verb]:
             lambda out: contents(out, "block/model.safetensors", "block/config.json"),
         ),
         "train model": Verb(
-            ("train", "model", *of, "--data", str(photographs),
+            ("train", "model", *of, "--data", str(photos),
             "--steps", "12", "--workers", "0", "--batch", "2",
              "--image-size", "128"),
             "--output",
@@ -134,7 +134,7 @@ def verbs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Verb]:
             lambda out: lines(out / "answers.jsonl"),
         ),
         "audit": Verb(
-            ("audit", *of, "--images", str(photographs), "--batch", "1", "--max-new-tokens", "8",
+            ("audit", *of, "--images", str(photos), "--batch", "1", "--max-new-tokens", "8",
              "--draft", str(folder / "draft")),
             "--output",
             lambda out: [untimed(json.loads((out / "audit.json").read_text())["strategies"]),

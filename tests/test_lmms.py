@@ -118,8 +118,8 @@ def test_a_batch_shares_the_engine(model: Any) -> None:
 
 
 def test_likelihoods_of_targets(model: Any) -> None:
-    picture = model.task_dict["scenes"]["test"][0]["image"]
-    request = model.vlm.request("What is it?", picture)
+    image = model.task_dict["scenes"]["test"][0]["image"]
+    request = model.vlm.request("What is it?", image)
     [red, blue] = likelihoods(model.vlm, request, ["red", "a large blue circle"])
     found = model.loglikelihood(
         [

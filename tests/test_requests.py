@@ -20,7 +20,7 @@ from fastvlm.vlm import VisionLanguageModel
 from tests.decoding.conftest import imitation
 from tests.families import END, PAD, replies
 from tests.models import IMAGE_SIZE, small_vlm
-from tests.processors import asked, picture, saved
+from tests.processors import asked, sample_image, saved
 
 QUESTION = "Describe the picture."
 SAMPLED: dict[str, Any] = {"temperature": 1.0, "max_new_tokens": 16}
@@ -220,10 +220,10 @@ def test_a_checkpoints_generation_settings_are_honoured(
     if family.startswith("blip2"):
         vlm.model.language_model.generation_config = generator.generation_config
     for number in range(2):
-        inputs = asked(processor, ["What?"], [picture(number)])
+        inputs = asked(processor, ["What?"], [sample_image(number)])
         [expected] = replies(vlm.model, inputs, 12)
         for strategy in ("autoregressive", "early-exit", "prompt-lookup"):
-            reply = vlm.generate("What?", picture(number), strategy=strategy)
+            reply = vlm.generate("What?", sample_image(number), strategy=strategy)
             assert reply.token_ids == expected
 
 

@@ -14,7 +14,7 @@ import torch
 import fastvlm
 from fastvlm.vlm import VisionLanguageModel
 from tests.families import replies
-from tests.processors import asked, picture, saved
+from tests.processors import asked, sample_image, saved
 
 QUESTIONS = ("What?", "Who is it?", "Where is A?")
 LIMIT = 10
@@ -24,7 +24,7 @@ LIMIT = 10
 def test_replies_are_right_in_every_thread(family: str, tmp_path: Path) -> None:
     _, processor = saved(family, tmp_path)
     vlm = fastvlm.load(tmp_path, dtype=torch.float64)
-    inputs = [asked(processor, [text], [picture(n)]) for n, text in enumerate(QUESTIONS)]
+    inputs = [asked(processor, [text], [sample_image(n)]) for n, text in enumerate(QUESTIONS)]
     expected = [replies(vlm.model, given, LIMIT)[0] for given in inputs]
     state = {name: list(vars(part)) for name, part in vlm.model.named_modules()}
 
@@ -36,12 +36,12 @@ def test_replies_are_right_in_every_thread(family: str, tmp_path: Path) -> None:
             strategy = chance.choice(("autoregressive", "early-exit", "prompt-lookup"))
             if chance.random() < 0.3:
                 stream = vlm.stream(
-                    QUESTIONS[number], picture(number), strategy=strategy, max_new_tokens=LIMIT
+                    QUESTIONS[number], sample_image(number), strategy=strategy, max_new_tokens=LIMIT
                 )
                 tokens = [token for piece in stream for token in piece.token_ids]
             else:
                 reply = vlm.generate(
-                    QUESTIONS[number], picture(number), strategy=strategy, max_new_tokens=LIMIT
+                    QUESTIONS[number], sample_image(number), strategy=strategy, max_new_tokens=LIMIT
                 )
                 tokens = reply.token_ids
             found.append(tokens == expected[number])

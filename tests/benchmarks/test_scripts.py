@@ -47,7 +47,7 @@ def script(name: str) -> ModuleType:
 def run(shipped: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Run:
     """Return a function that runs a script with some options, and returns the JSON it wrote."""
     monkeypatch.setattr(embedded, "FOLDER", shipped)
-    for name in ("model", "draft", "pictures"):
+    for name in ("model", "draft", "images"):
         monkeypatch.setattr(embedded, name.upper(), shipped / name)
     file = tmp_path / "figures.json"
 
@@ -67,9 +67,9 @@ def run(shipped: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Run:
 
 
 @pytest.fixture
-def photographs(tmp_path: Path) -> Path:
+def photos(tmp_path: Path) -> Path:
     """Return a folder in Flickr8k's layout."""
-    folder = tmp_path / "photographs"
+    folder = tmp_path / "photos"
     (folder / "images").mkdir(parents=True)
     names = [f"{number}.jpg" for number in range(6)]
     for number, name in enumerate(names):
@@ -100,20 +100,20 @@ def test_every_script_is_tested() -> None:
     assert all(name in ELSEWHERE or f'("{name}"' in source for name in SCRIPTS)
 
 
-def test_batches(run: Run, photographs: Path) -> None:
-    images = photographs / "images"
-    found = run("batches", "--photographs", images, "--batches", 1, "--threads", 1, SIZES=(1, 2),
+def test_batches(run: Run, photos: Path) -> None:
+    images = photos / "images"
+    found = run("batches", "--photos", images, "--batches", 1, "--threads", 1, SIZES=(1, 2),
                 MAX_NEW_TOKENS=8)  # fmt: skip
     assert set(found["sizes"]) == {"1", "2"}
     assert all(row["ordinary"] > 0 and row["ratio"] > 0 for row in found["sizes"].values())
 
 
 @pytest.mark.slow
-def test_draft_length(run: Run, photographs: Path) -> None:
-    found = run("draft_length", "--photographs", photographs / "images", "--images", 1,
-                "--only", "photographs,untrained", "--threads", 1, FIXED=(2,),
+def test_draft_length(run: Run, photos: Path) -> None:
+    found = run("draft_length", "--photos", photos / "images", "--images", 1,
+                "--only", "photos,untrained", "--threads", 1, FIXED=(2,),
                 MAX_NEW_TOKENS=8)  # fmt: skip
-    assert found["photographs"]["results"].keys() >= {"fixed 2"}
+    assert found["photos"]["results"].keys() >= {"fixed 2"}
     assert len(found["untrained drafts"]["results"]) >= 2
 
 
@@ -124,22 +124,22 @@ def test_cost_model(run: Run, tmp_path: Path) -> None:
     results.write_text(json.dumps({"results": [row]}))
     found = run("cost_model", results, "--threads", 1)
     [one] = found["runs"]
-    assert one["pictures"] == "scenes"
+    assert one["images"] == "scenes"
     costs = one["draft_length"] * one["drafted_ms"] + one["verify_ms"]
     assert one["predicted"] == pytest.approx(1.5 * one["ordinary_ms"] / costs)
 
 
 @pytest.mark.slow
-def test_ablation(run: Run, photographs: Path, tmp_path: Path) -> None:
+def test_ablation(run: Run, photos: Path, tmp_path: Path) -> None:
     own, data = (
         {name: plan for name, plan in plans.items() if plan.exit_layer < SMALL_DEPTH}
         for plans in (script("ablation").OWN, script("ablation").DATA)
     )
-    found = run("ablation", "--photographs", photographs, "--output", tmp_path / "out", "--scenes",
+    found = run("ablation", "--photos", photos, "--output", tmp_path / "out", "--scenes",
                 2, "--limit", 2, "--held-out", 1, "--steps", 1, "--threads", 1, OWN=own,
                 DATA=data)  # fmt: skip
     assert found["drafts"].keys() == {*own, *data}
-    assert all(parts.keys() == {"scenes", "photographs"} for parts in found["drafts"].values())
+    assert all(parts.keys() == {"scenes", "photos"} for parts in found["drafts"].values())
 
 
 def test_packed(run: Run) -> None:
@@ -163,16 +163,16 @@ def test_training_step(run: Run, capsys: pytest.CaptureFixture[str]) -> None:
     assert capsys.readouterr().out.count("forward pass") == 2
 
 
-def test_wrong_picture(run: Run, photographs: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    run("wrong_picture", photographs, "--limit", 2, writes=False)
+def test_wrong_image(run: Run, photos: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    run("wrong_image", photos, "--limit", 2, writes=False)
     assert "another one" in capsys.readouterr().out
 
 
-def test_data_workers(run: Run, photographs: Path) -> None:
-    Image.new("RGB", (1600, 1600)).save(photographs / "images" / "0.jpg")
-    found = run("data_workers", "--photographs", photographs / "images", "--workers", 0, "--rounds",
+def test_data_workers(run: Run, photos: Path) -> None:
+    Image.new("RGB", (1600, 1600)).save(photos / "images" / "0.jpg")
+    found = run("data_workers", "--photos", photos / "images", "--workers", 0, "--rounds",
                 1, "--steps", 1, "--batch", 1, "--size", 128, "--threads", 1, PIXELS=(64, 48),
-                PHOTOGRAPHS=2)  # fmt: skip
+                PHOTOS=2)  # fmt: skip
     assert 0 <= found["workers"]["0"]["waited_share"][0] <= 1
 
 
@@ -184,10 +184,10 @@ def test_encoder(run: Run) -> None:
 
 
 @pytest.mark.slow
-def test_before_after(run: Run, photographs: Path) -> None:
+def test_before_after(run: Run, photos: Path) -> None:
     source = ROOT / "src"
     found = run("before_after", "--before", source, "--after", source, "--limit", 1, "--cases",
-                "single", "--photographs", photographs / "images")  # fmt: skip
+                "single", "--photos", photos / "images")  # fmt: skip
     assert found["cases"]
 
 

@@ -39,7 +39,7 @@ def small_release(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def chatml_tokenizer() -> PreTrainedTokenizerFast:
-    """Return a tokenizer with Qwen2's special tokens and none for pictures."""
+    """Return a tokenizer with Qwen2's special tokens and none for images."""
     bpe = Tokenizer(models.BPE())
     bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     bpe.decoder = decoders.ByteLevel()

@@ -66,7 +66,7 @@ def all_drawn(shapes: Mapping[str, tuple[int, ...]]) -> dict[str, Tensor]:
 
 
 def pixels(shape: tuple[int, ...]) -> Tensor:
-    """Return pictures in [0, 1] that their size decides."""
+    """Return images in [0, 1] that their size decides."""
     generator = torch.Generator().manual_seed(sum(shape))
     return torch.rand(shape, generator=generator)
 

@@ -37,16 +37,16 @@ from tests.checkpoints.reference import SMALL, pixels
 pytestmark = pytest.mark.usefixtures("small_release")
 
 Writer = Callable[..., Path]
-PICTURE = pixels((1, 3, SIZE, SIZE))
+IMAGE = pixels((1, 3, SIZE, SIZE))
 BEFORE, AFTER = [1, 60, 61], [62, 63, 2]
 
 
 @torch.inference_mode()
 def by_parts(tied: bool) -> Tensor:
-    """Return the logits of a picture between two texts, computed part by part."""
+    """Return the logits of an image between two texts, computed part by part."""
     encoder = FastViTHD(FastViTHDConfig(**SMALL, form=FORM)).eval()
     encoder.load_state_dict({from_timm(name): w for name, w in encoder_weights().items()})
-    seen = encoder(PICTURE).last_hidden_state.flatten(2).transpose(1, 2)
+    seen = encoder(IMAGE).last_hidden_state.flatten(2).transpose(1, 2)
     layers = projector_weights()
     seen = F.gelu(F.linear(seen, layers["1.weight"], layers["1.bias"]))
     seen = F.linear(seen, layers["2.weight"], layers["2.bias"])
@@ -68,7 +68,7 @@ def test_a_checkpoint_computes_what_its_parts_compute(
     model, _ = load_checkpoint(write(tmp_path / "model", tied=tied), torch.float32, "cpu")
     tokens = torch.tensor([[*BEFORE, *[model.config.image_token_id] * 9, *AFTER]])
     with torch.inference_mode():
-        found = model(input_ids=tokens, pixel_values=PICTURE).logits
+        found = model(input_ids=tokens, pixel_values=IMAGE).logits
     torch.testing.assert_close(found, by_parts(tied), rtol=1e-4, atol=1e-4)
 
 

@@ -12,7 +12,7 @@ from transformers import LlavaConfig, LlavaNextProcessor, LlavaProcessor, Qwen2C
 from fastvlm.checkpoints.processors import load_processor, processor_class
 from fastvlm.functional.errors import CheckpointError
 from tests.families import FAMILIES
-from tests.processors import PROCESSORS, asked, picture
+from tests.processors import PROCESSORS, asked, sample_image
 
 
 @pytest.mark.parametrize("family", PROCESSORS)
@@ -25,10 +25,10 @@ def test_a_processor_survives_its_directory(family: str, tmp_path: Path) -> None
     once = load_processor(tmp_path / "first", config)
     once.save_pretrained(tmp_path / "second")
     again = load_processor(tmp_path / "second", config)
-    expected = asked(processor, ["What?"] * 2, [picture(0), picture(1)])
+    expected = asked(processor, ["What?"] * 2, [sample_image(0), sample_image(1)])
     for other in (once, again):
         assert type(other).__name__ == type(processor).__name__
-        found = asked(other, ["What?"] * 2, [picture(0), picture(1)])
+        found = asked(other, ["What?"] * 2, [sample_image(0), sample_image(1)])
         assert found.keys() == expected.keys()
         assert all(torch.equal(found[name], expected[name]) for name in expected)
 
@@ -41,14 +41,14 @@ def test_a_directory_with_a_video_processor(tmp_path: Path) -> None:
     file = tmp_path / "processor_config.json"
     stored = json.loads(file.read_text())
     file.write_text(json.dumps({**stored, "video_processor": video}))
-    expected = asked(processor, ["What?"], [picture(0)])
-    found = asked(load_processor(tmp_path, Qwen2VLConfig()), ["What?"], [picture(0)])
+    expected = asked(processor, ["What?"], [sample_image(0)])
+    found = asked(load_processor(tmp_path, Qwen2VLConfig()), ["What?"], [sample_image(0)])
     assert all(torch.equal(found[name], expected[name]) for name in expected)
     file.unlink()
     older = {**stored["image_processor"], "processor_class": "Qwen2VLProcessor"}
     (tmp_path / "preprocessor_config.json").write_text(json.dumps(older))
     (tmp_path / "video_preprocessor_config.json").write_text(json.dumps(video))
-    found = asked(load_processor(tmp_path, Qwen2VLConfig()), ["What?"], [picture(0)])
+    found = asked(load_processor(tmp_path, Qwen2VLConfig()), ["What?"], [sample_image(0)])
     assert all(torch.equal(found[name], expected[name]) for name in expected)
 
 

@@ -73,10 +73,10 @@ def test_outputs_agree_at_full_size(form: str) -> None:
     )
     ours[1].fuse()
     for height, width in SIZES:
-        picture = pixels((1, 3, height, width))
-        expected = theirs.forward_features(picture)
+        image = pixels((1, 3, height, width))
+        expected = theirs.forward_features(image)
         for encoder in ours:
-            found = encoder(picture).last_hidden_state
+            found = encoder(image).last_hidden_state
             assert found.shape == (1, 3072, height // 64, width // 64)
             # float32 rounds each sum relative to its largest terms, so the largest feature is the
             # measure; timm's own float32 lies as far from its float64.

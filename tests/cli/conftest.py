@@ -1,4 +1,4 @@
-"""A tiny model, its drafts and some pictures in the places of those that ship."""
+"""A tiny model, its drafts and some images in the places of those that ship."""
 
 from __future__ import annotations
 
@@ -102,17 +102,17 @@ def shipped(tmp_path_factory: pytest.TempPathFactory) -> Path:
         if name == "model":
             save_draft(model, "block", folder / "draft")
             save_draft(model, "mlp", folder / "draft-mlp")
-    pictures = folder / "pictures"
-    pictures.mkdir()
+    images = folder / "images"
+    images.mkdir()
     for seed in range(2):
-        render(sample(seed), 192).save(pictures / f"{seed}.png")
+        render(sample(seed), 192).save(images / f"{seed}.png")
     listing = [
         {"file": "0.png", "kind": "scene", "title": "A scene", "credit": None, "licence": None,
          "source": None},
-        {"file": "1.png", "kind": "photograph", "title": "A photograph", "credit": "Jane Doe",
+        {"file": "1.png", "kind": "photo", "title": "A photo", "credit": "Jane Doe",
          "licence": "CC BY 2.0", "source": "https://example.org/1"},
     ]  # fmt: skip
-    (pictures / "pictures.json").write_text(json.dumps(listing))
+    (images / "images.json").write_text(json.dumps(listing))
     return folder
 
 
@@ -122,7 +122,7 @@ def cli(
 ) -> Callable[..., Output]:
     """Return a function that runs a command line where the tiny model is the one that ships."""
     monkeypatch.setattr(embedded, "FOLDER", shipped)
-    for name in ("model", "draft", "pictures"):
+    for name in ("model", "draft", "images"):
         monkeypatch.setattr(embedded, name.upper(), shipped / name)
     assert verbs  # which imports the modules of all verbs
     monkeypatch.setattr(sys.modules["fastvlm.cli.demo"], "MAX_NEW_TOKENS", 12)
@@ -138,8 +138,8 @@ def cli(
 
 @pytest.fixture
 def broken(shipped: Path, tmp_path: Path) -> Path:
-    """Return a picture that ends too early."""
-    whole = (shipped / "pictures" / "0.png").read_bytes()
+    """Return an image that ends too early."""
+    whole = (shipped / "images" / "0.png").read_bytes()
     file = tmp_path / "truncated.png"
     file.write_bytes(whole[: len(whole) // 2])
     return file

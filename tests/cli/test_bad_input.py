@@ -18,25 +18,25 @@ Cli = Callable[..., Output]
 
 
 @pytest.fixture
-def picture(shipped: Path) -> Path:
-    return shipped / "pictures" / "0.png"
+def sample_image(shipped: Path) -> Path:
+    return shipped / "images" / "0.png"
 
 
-def test_a_file_that_is_no_picture(cli: Cli, tmp_path: Path) -> None:
+def test_a_file_that_is_no_image(cli: Cli, tmp_path: Path) -> None:
     file = tmp_path / "text.png"
-    file.write_text("not a picture")
+    file.write_text("not an image")
     said = cli("generate", file)
     assert said.code == 1
     assert str(file) in said.sentence()
 
 
-def test_a_picture_that_is_not_there(cli: Cli, tmp_path: Path) -> None:
+def test_a_image_that_is_not_there(cli: Cli, tmp_path: Path) -> None:
     said = cli("generate", tmp_path / "none.png")
     assert said.code == 1
     assert "There is no image at" in said.sentence()
 
 
-def test_a_truncated_picture(cli: Cli, broken: Path) -> None:
+def test_a_truncated_image(cli: Cli, broken: Path) -> None:
     said = cli("generate", broken)
     assert said.code == 1
     assert f"{broken} can't be decoded as an image" in said.sentence()
@@ -44,42 +44,42 @@ def test_a_truncated_picture(cli: Cli, broken: Path) -> None:
 
 @pytest.mark.parametrize("option", ["--model", "--draft"])
 def test_a_model_or_a_draft_that_is_not_there(
-    cli: Cli, picture: Path, tmp_path: Path, option: str
+    cli: Cli, image: Path, tmp_path: Path, option: str
 ) -> None:
-    said = cli("generate", picture, option, tmp_path / "none")
+    said = cli("generate", image, option, tmp_path / "none")
     assert said.code == 1
     assert f"There is no {option[2:]} in {tmp_path / 'none'}" in said.sentence()
 
 
 def test_a_relative_path_is_no_name_on_the_hub(
-    cli: Cli, picture: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    cli: Cli, image: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     (tmp_path / "runs").mkdir()
     monkeypatch.chdir(tmp_path)
-    said = cli("generate", picture, "--model", "runs/modle")
+    said = cli("generate", image, "--model", "runs/modle")
     assert said.code == 1
     assert "There is no model in runs/modle" in said.sentence()
 
 
-def test_a_broken_model(cli: Cli, picture: Path, tmp_path: Path) -> None:
+def test_a_broken_model(cli: Cli, image: Path, tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text("{")
-    said = cli("generate", picture, "--model", tmp_path)
+    said = cli("generate", image, "--model", tmp_path)
     assert said.code == 1
     assert str(tmp_path / "config.json") in said.sentence()
 
 
-def test_a_draft_for_another_model(cli: Cli, picture: Path, shipped: Path) -> None:
-    words = ("generate", picture, "--model", shipped / "other", "--draft", shipped / "draft")
+def test_a_draft_for_another_model(cli: Cli, image: Path, shipped: Path) -> None:
+    words = ("generate", image, "--model", shipped / "other", "--draft", shipped / "draft")
     said = cli(*words)
     assert said.code == 0
     assert any(line.startswith("fastvlm: ") for line in said.err.splitlines())
 
 
-def test_a_prompt_longer_than_the_context(cli: Cli, picture: Path) -> None:
-    said = cli("generate", picture, "--prompt", "word " * CONTEXT)
+def test_a_prompt_longer_than_the_context(cli: Cli, image: Path) -> None:
+    said = cli("generate", image, "--prompt", "word " * CONTEXT)
     assert said.code == 1
     assert f"the model's context is {CONTEXT}" in said.sentence()
-    said = cli("generate", picture, picture, "--prompt", "word " * CONTEXT)
+    said = cli("generate", image, image, "--prompt", "word " * CONTEXT)
     assert (said.code, said.out) == (1, "")
 
 
@@ -92,7 +92,7 @@ def test_a_prompt_longer_than_the_context(cli: Cli, picture: Path) -> None:
         ("generate", "a.png", "--threads", "0"),
         ("benchmark", "--limit", "-1"),
         ("demo", "--images", "0"),
-        ("train", "example-encoder", "--photographs", "a", "--output", "b", "--learning-rate", "0"),
+        ("train", "example-encoder", "--photos", "a", "--output", "b", "--learning-rate", "0"),
     ],
 )
 def test_an_option_out_of_range(cli: Cli, words: tuple[str, ...]) -> None:
@@ -170,23 +170,23 @@ def test_an_audit_that_can_not_be_run(
     ],
 )
 def test_options_that_nothing_takes(
-    cli: Cli, picture: Path, words: tuple[str, ...], told: str
+    cli: Cli, image: Path, words: tuple[str, ...], told: str
 ) -> None:
-    said = cli("generate", picture, *words)
+    said = cli("generate", image, *words)
     assert said.code == 2
     assert told in said.sentence()
 
 
 @pytest.mark.parametrize("listing", [None, "{", '[{"file": "0.png"}]', "[]"])
-def test_a_demo_without_its_pictures(
+def test_a_demo_without_its_images(
     cli: Cli, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, listing: str | None
 ) -> None:
-    monkeypatch.setattr("fastvlm.embedded.PICTURES", tmp_path)
+    monkeypatch.setattr("fastvlm.embedded.IMAGES", tmp_path)
     if listing is not None:
-        (tmp_path / "pictures.json").write_text(listing)
+        (tmp_path / "images.json").write_text(listing)
     said = cli("demo")
     assert said.code == 1
-    assert "pictures.json" in said.sentence()
+    assert "images.json" in said.sentence()
 
 
 @pytest.mark.parametrize(
@@ -202,7 +202,7 @@ def test_a_demo_without_its_pictures(
 def test_a_training_that_can_not_start(
     cli: Cli, tmp_path: Path, words: tuple[str, ...], code: int, told: str
 ) -> None:
-    said = cli("train", *words, "--photographs", tmp_path, "--output", tmp_path / "out")
+    said = cli("train", *words, "--photos", tmp_path, "--output", tmp_path / "out")
     assert said.code == code
     assert told in said.sentence()
 

@@ -173,7 +173,7 @@ def test_names_and_images_in_ascii(
     folder = broken.parent
     names = ["café.png", os.fsdecode(b"caf\xe9.png"), "two\nlines.png", ":+1: [red].png"]
     for name in names:
-        (folder / name).write_bytes((shipped / "pictures" / "0.png").read_bytes())
+        (folder / name).write_bytes((shipped / "images" / "0.png").read_bytes())
     streams = Streams(monkeypatch, "ascii")
     images = [str(folder / name) for name in (names[0], "sûr.png", *names[1:])]
     assert run(["generate", *images, "--max-new-tokens", "3", "--stats"]) == 1
@@ -199,7 +199,7 @@ def test_the_demo_and_help_in_ascii(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.usefixtures("cli")
 def test_an_output_that_is_closed(monkeypatch: pytest.MonkeyPatch, shipped: Path) -> None:
-    words = ["generate", str(shipped / "pictures" / "0.png"), "--max-new-tokens", "3"]
+    words = ["generate", str(shipped / "images" / "0.png"), "--max-new-tokens", "3"]
     for names in (("stdout",), ("stderr",), ("stdin", "stdout", "stderr")):
         with monkeypatch.context() as patch:
             for name in names:
@@ -265,7 +265,7 @@ def test_quiet_is_without_warnings_and_progress(
     cli: Cli, shipped: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("fastvlm.cli.terminal.LINE_SECONDS", -1)
-    words = ("generate", shipped / "pictures" / "0.png", "--max-new-tokens", 3, "--model",
+    words = ("generate", shipped / "images" / "0.png", "--max-new-tokens", 3, "--model",
              shipped / "other", "--draft", shipped / "draft")  # fmt: skip
     said = cli(*words)
     assert said.err

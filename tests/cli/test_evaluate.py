@@ -13,7 +13,7 @@ from fastvlm.scenes import render, sample
 from tests.cli.conftest import Output
 
 Cli = Callable[..., Output]
-PICTURES = 4
+IMAGES = 4
 
 
 @pytest.fixture
@@ -21,7 +21,7 @@ def data(tmp_path: Path) -> Path:
     """Return a folder of data sets: Flickr8k's layout in `flickr8k`, MM-Vet's in `mmvet`."""
     folder = tmp_path / "data" / "flickr8k"
     (folder / "images").mkdir(parents=True)
-    names = [f"{seed}.png" for seed in range(PICTURES)]
+    names = [f"{seed}.png" for seed in range(IMAGES)]
     for seed, name in enumerate(names):
         render(sample(seed), 128).save(folder / "images" / name)
     (folder / "dev.txt").write_text("\n".join(names))

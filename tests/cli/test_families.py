@@ -23,7 +23,7 @@ from fastvlm.training import processes
 from fastvlm.training.processes import compute_on
 from tests.cli.conftest import Output
 from tests.families import FAMILIES, ROTARY
-from tests.processors import TEXT_TEMPLATE, character_tokenizer, picture, saved
+from tests.processors import TEXT_TEMPLATE, character_tokenizer, sample_image, saved
 
 Cli = Callable[..., Output]
 STRATEGIES = [*ALWAYS, *WITHOUT_DRAFT]
@@ -34,7 +34,7 @@ def images(tmp_path: Path) -> Path:
     folder = tmp_path / "images"
     folder.mkdir()
     for number in range(2):
-        picture(number).save(folder / f"{number}.png")
+        sample_image(number).save(folder / f"{number}.png")
     return folder
 
 
@@ -168,8 +168,8 @@ def test_every_verb_that_computes_says_where_and_in_what_precision() -> None:
         ("export", "onnx", "f"),
         ("train", "draft", "--data", "d", "--output", "o"),
         ("train", "model", "--data", "d", "--output", "o"),
-        ("train", "example-encoder", "--photographs", "d", "--output", "o"),
-        ("train", "example-model", "--photographs", "d", "--output", "o"),
+        ("train", "example-encoder", "--photos", "d", "--output", "o"),
+        ("train", "example-model", "--photos", "d", "--output", "o"),
     ],
 )
 def test_a_device_that_is_not_there(cli: Cli, words: tuple[str, ...], device: str) -> None:
@@ -180,13 +180,13 @@ def test_a_device_that_is_not_there(cli: Cli, words: tuple[str, ...], device: st
 
 @pytest.mark.parametrize("dtype", ["float64", "float16", "bfloat16"])
 def test_a_reply_in_another_precision(cli: Cli, shipped: Path, dtype: str) -> None:
-    file = shipped / "pictures" / "0.png"
+    file = shipped / "images" / "0.png"
     words = ("generate", file, "--max-new-tokens", 4, "--device", "cpu", "--dtype", dtype)
     assert cli(*words).code == 0
 
 
 def test_a_sampled_reply_is_one_of_its_seed(cli: Cli, shipped: Path) -> None:
-    words = ("generate", shipped / "pictures" / "0.png", "--max-new-tokens", 12, "--temperature", 1)
+    words = ("generate", shipped / "images" / "0.png", "--max-new-tokens", 12, "--temperature", 1)
     said = [
         cli(*words, "--seed", 3, "--strategy", strategy).out
         for strategy in ("autoregressive", "imitation", "layer-skip", "prompt-lookup")

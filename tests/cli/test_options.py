@@ -25,8 +25,8 @@ REQUIRED = {
     "benchmark ttft": ("--output", "o"),
     "train draft": ("--data", "d", "--output", "o"),
     "train model": ("--data", "d", "--output", "o", "--model", "m"),
-    "train example-encoder": ("--photographs", "d", "--output", "o"),
-    "train example-model": ("--photographs", "d", "--output", "o", "--encoder", "e"),
+    "train example-encoder": ("--photos", "d", "--output", "o"),
+    "train example-model": ("--photos", "d", "--output", "o", "--encoder", "e"),
 }
 """What a verb needs besides the option that is looked at."""
 NO_TEXTS = ("caf\udce9", "a\0b")

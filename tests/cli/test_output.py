@@ -81,7 +81,7 @@ def test_json_goes_to_a_file_or_alone_to_standard_output(
     cli: Cli, shipped: Path, tmp_path: Path, words: tuple[Any, ...]
 ) -> None:
     file = tmp_path / "figures.json"
-    places = {"IMAGE": shipped / "pictures" / "0.png", "MODEL": shipped / "model"}
+    places = {"IMAGE": shipped / "images" / "0.png", "MODEL": shipped / "model"}
 
     def given(number: int) -> list[Any]:
         return [places.get(word, tmp_path / f"{number}" if word == "OUT" else word)
@@ -96,7 +96,7 @@ def test_json_goes_to_a_file_or_alone_to_standard_output(
 
 
 def test_replies_as_json_are_those_of_the_stream(cli: Cli, shipped: Path, broken: Path) -> None:
-    image, prompt = shipped / "pictures" / "0.png", "What is it?"
+    image, prompt = shipped / "images" / "0.png", "What is it?"
     words = ("generate", image, broken, "--prompt", prompt, "--max-new-tokens", 6, "--json", "-")
     said = cli(*words)
     assert said.code == 1
@@ -129,7 +129,7 @@ def test_json_that_could_not_be_written_is_refused_first(
 
 
 def test_json_into_a_device(cli: Cli, shipped: Path) -> None:
-    image = shipped / "pictures" / "0.png"
+    image = shipped / "images" / "0.png"
     said = cli("generate", image, "--max-new-tokens", 3, "--json", os.devnull)
     assert (said.code, said.err) == (0, "")
     assert Path(os.devnull).is_char_device()
@@ -143,7 +143,7 @@ def test_json_into_a_device(cli: Cli, shipped: Path) -> None:
         ("benchmark", "ttft"),
         ("train", "draft", "--data", "scenes:3"),
         ("train", "model", "--data", "scenes:3", "--model", "m"),
-        ("train", "example-encoder", "--photographs", "."),
+        ("train", "example-encoder", "--photos", "."),
     ],
 )
 def test_an_output_that_is_no_folder_is_refused_first(

@@ -132,7 +132,7 @@ def test_no_option_of_a_model_changes_on_the_way(cli: Cli, tmp_path: Path, shipp
     data = tmp_path / "data"
     data.mkdir()
     for number in range(4):
-        shutil.copy(shipped / "pictures" / "0.png", data / f"{number}.png")
+        shutil.copy(shipped / "images" / "0.png", data / f"{number}.png")
         (data / f"{number}.txt").write_text("A red square.")
     output, model = tmp_path / "run", ("--model", shipped / "model", "--data", data)
     assert cli(*words("model", MODEL, output, *model)).code == 0

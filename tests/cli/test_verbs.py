@@ -38,10 +38,10 @@ FIELDS = {
 Cli = Callable[..., Output]
 
 
-def expected_reply(shipped: Path, picture: Path, prompt: str, limit: int) -> str:
+def expected_reply(shipped: Path, image: Path, prompt: str, limit: int) -> str:
     """Return the reply of transformers' own generate."""
     vlm = fastvlm.load(shipped / "model")
-    inputs = vlm.prompts.inputs(question(prompt, picture))
+    inputs = vlm.prompts.inputs(question(prompt, image))
     out = vlm.model.generate(**inputs, max_new_tokens=limit, do_sample=False)
     reply = out[0, inputs["input_ids"].shape[1] :]
     return vlm.tokenizer.decode(reply, skip_special_tokens=True).lstrip()
@@ -81,18 +81,18 @@ def test_help_needs_no_torch() -> None:
     "strategy", ["autoregressive", "imitation", "early-exit", "layer-skip", "prompt-lookup"]
 )
 def test_a_reply_is_that_of_transformers(cli: Cli, shipped: Path, strategy: str) -> None:
-    picture, prompt = shipped / "pictures" / "0.png", "What is it?"
+    image, prompt = shipped / "images" / "0.png", "What is it?"
     said = cli(
-        "generate", picture, "--prompt", prompt, "--max-new-tokens", 12, "--strategy", strategy
+        "generate", image, "--prompt", prompt, "--max-new-tokens", 12, "--strategy", strategy
     )
-    assert said == Output(0, expected_reply(shipped, picture, prompt, 12) + "\n", "")
+    assert said == Output(0, expected_reply(shipped, image, prompt, 12) + "\n", "")
 
 
 def test_layers_to_skip_are_given(cli: Cli, shipped: Path, tmp_path: Path) -> None:
-    picture, figures = shipped / "pictures" / "0.png", tmp_path / "figures.json"
+    image, figures = shipped / "images" / "0.png", tmp_path / "figures.json"
     given = ("--skipped-layers", "1, 3")
     said = cli(
-        "generate", picture, "--max-new-tokens", 8, "--strategy", "layer-skip", *given, "--stats"
+        "generate", image, "--max-new-tokens", 8, "--strategy", "layer-skip", *given, "--stats"
     )
     assert said.code == 0
     assert "drafted tokens accepted" in said.err
@@ -105,8 +105,8 @@ def test_layers_to_skip_are_given(cli: Cli, shipped: Path, tmp_path: Path) -> No
 
 
 def test_a_given_model_is_used_without_a_draft(cli: Cli, shipped: Path) -> None:
-    picture = shipped / "pictures" / "0.png"
-    said = cli("generate", picture, "--model", shipped / "other", "--max-new-tokens", 8, "--stats")
+    image = shipped / "images" / "0.png"
+    said = cli("generate", image, "--model", shipped / "other", "--max-new-tokens", 8, "--stats")
     assert said.code == 0
     assert re.fullmatch(r".+: \d+ tokens, TTFT [\d.]+ ms, TPOT [\d.]+ ms\n", said.err)
 
@@ -115,18 +115,18 @@ def test_a_model_of_another_family_uses_its_own_processor(
     cli: Cli, shipped: Path, tmp_path: Path
 ) -> None:
     model, processor = saved("llava", tmp_path)
-    file = shipped / "pictures" / "0.png"
+    file = shipped / "images" / "0.png"
     said = cli("generate", file, "--model", tmp_path, "--prompt", "What?", "--max-new-tokens", 8)
     [expected] = replies(model, asked(processor, ["What?"], [Image.open(file)]), 8)
     assert said.out == processor.decode(expected, skip_special_tokens=True).lstrip() + "\n"
     assert (said.code, said.err) == (0, "")
 
 
-def test_a_broken_picture_does_not_lose_the_others(cli: Cli, shipped: Path, broken: Path) -> None:
-    one, two = (shipped / "pictures" / f"{number}.png" for number in range(2))
+def test_a_broken_image_does_not_lose_the_others(cli: Cli, shipped: Path, broken: Path) -> None:
+    one, two = (shipped / "images" / f"{number}.png" for number in range(2))
     said = cli("generate", one, broken, two, "--prompt", "What?", "--max-new-tokens", 8)
     assert said.code == 1
-    replies = [expected_reply(shipped, picture, "What?", 8) for picture in (one, two)]
+    replies = [expected_reply(shipped, image, "What?", 8) for image in (one, two)]
     assert said.out == f"{one}: {replies[0]}\n{two}: {replies[1]}\n"
     assert said.err.startswith(f"fastvlm: {broken} can't be decoded as an image")
     assert said.err.count("\n") == 1
@@ -160,25 +160,25 @@ def test_the_benchmark_measures_every_strategy(cli: Cli, tmp_path: Path) -> None
     assert not list(tmp_path.glob("*.partial"))
 
 
-def test_a_listing_names_the_photographs_to_measure_with(
+def test_a_listing_names_the_photos_to_measure_with(
     cli: Cli, shipped: Path, tmp_path: Path
 ) -> None:
     listing = tmp_path / "dev.txt"
     listing.write_text("1.png\n")
     figures = tmp_path / "figures.json"
     said = cli(
-        "benchmark", "--images", shipped / "pictures", "--listing", listing,
+        "benchmark", "--images", shipped / "images", "--listing", listing,
         "--strategies", "prompt-lookup", "--max-new-tokens", 4, "--json", figures,
     )  # fmt: skip
     assert said.code == 0
     assert {result["replies"] for result in json.loads(figures.read_text())["results"]} == {1}
 
 
-def test_the_benchmark_compares_named_drafts_on_photographs(
+def test_the_benchmark_compares_named_drafts_on_photos(
     cli: Cli, shipped: Path, broken: Path
 ) -> None:
     folder = broken.parent
-    (folder / "whole.png").write_bytes((shipped / "pictures" / "1.png").read_bytes())
+    (folder / "whole.png").write_bytes((shipped / "images" / "1.png").read_bytes())
     figures = folder / "figures.json"
     words = (
         "benchmark", "--model", shipped / "model", "--draft", f"ours={shipped / 'draft'}",
@@ -193,7 +193,7 @@ def test_the_benchmark_compares_named_drafts_on_photographs(
     assert said.code == 1  # an image was left out, which is said
     assert str(broken) in said.err
     found = json.loads(figures.read_text())
-    assert [one["picture"] for one in found["failed"]] == [str(broken)]
+    assert [one["image"] for one in found["failed"]] == [str(broken)]
     assert [result["strategy"] for result in found["results"]] == [
         "transformers",
         "autoregressive",
@@ -246,7 +246,7 @@ def test_a_streamed_reply_is_wrapped_at_words() -> None:
 
 
 @pytest.mark.parametrize(("size", "lines"), [((90, 90), 12), ((160, 40), 3), ((20, 100), 12)])
-def test_a_thumbnail_keeps_the_shape_of_a_picture(size: tuple[int, int], lines: int) -> None:
+def test_a_thumbnail_keeps_the_shape_of_a_image(size: tuple[int, int], lines: int) -> None:
     drawn = thumbnail(render(sample(0), 192).resize(size)).plain.split("\n")
     assert len(drawn) == lines
     assert max(map(len, drawn)) == (THUMBNAIL if size[0] >= size[1] else 5)
@@ -284,10 +284,10 @@ def test_a_draft_is_trained_and_serves_its_model(cli: Cli, shipped: Path, tmp_pa
     assert (again.code, again.err) == (0, "")
     assert (tmp_path / "mlp" / "model.safetensors").read_bytes() == weights
     assert (tmp_path / "log.jsonl").read_text() == log
-    picture = shipped / "pictures" / "0.png"
-    told = cli("generate", picture, "--model", shipped / "model", "--draft", tmp_path / "mlp")
+    image = shipped / "images" / "0.png"
+    told = cli("generate", image, "--model", shipped / "model", "--draft", tmp_path / "mlp")
     assert told.code == 0
-    assert told.out == cli("generate", picture, "--model", shipped / "model").out
+    assert told.out == cli("generate", image, "--model", shipped / "model").out
 
 
 def test_a_model_is_trained_stage_after_stage(cli: Cli, shipped: Path, tmp_path: Path) -> None:
@@ -305,7 +305,7 @@ def test_a_model_is_trained_stage_after_stage(cli: Cli, shipped: Path, tmp_path:
     said = cli(*words, "--stage", "2", *more, "--model", first, "--output", second)
     assert said.code == 0, said.err
     assert "Stage 2 (decoder), 3 steps of 3; saved in" in said.out
-    told = cli("generate", shipped / "pictures" / "0.png", "--model", second)
+    told = cli("generate", shipped / "images" / "0.png", "--model", second)
     assert told.code == 0
     made = (*words, "--stage", "1", "--encoder", second, "--decoder", tmp_path / "text")
     vlm = fastvlm.load(shipped / "model")
@@ -326,13 +326,13 @@ def test_a_target_is_fine_tuned_before_its_draft(cli: Cli, shipped: Path, tmp_pa
     )  # fmt: skip
     assert said.code == 0, said.err
     assert "The target, fine-tuned with exit 1, is saved in" in said.out
-    picture = shipped / "pictures" / "0.png"
+    image = shipped / "images" / "0.png"
     tuned = tmp_path / "model"
-    told = cli("generate", picture, "--model", tuned, "--draft", tmp_path / "mlp")
+    told = cli("generate", image, "--model", tuned, "--draft", tmp_path / "mlp")
     assert told.code == 0, told.err
-    assert told.out == cli("generate", picture, "--model", tuned).out
+    assert told.out == cli("generate", image, "--model", tuned).out
     # The draft is for the new target: the old one's tokens are its own, but it is warned.
-    old = ("generate", picture, "--model", shipped / "model")
+    old = ("generate", image, "--model", shipped / "model")
     told = cli(*old, "--draft", tmp_path / "mlp")
     assert told.code == 0, told.err
     assert any(line.startswith("fastvlm: ") for line in told.err.splitlines())

@@ -1,4 +1,4 @@
-"""Captions as prose, and photographs in Flickr8k's layout."""
+"""Captions as prose, and photos in Flickr8k's layout."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import pytest
 import torch
 from PIL import Image
 
-from fastvlm.data.captioned import CaptionedPhotograph, decode, read_flickr8k, tidy, typical_first
+from fastvlm.data.captioned import CaptionedImage, decode, read_flickr8k, tidy, typical_first
 from fastvlm.functional.errors import InputError
 
 LINES = (
@@ -59,13 +59,13 @@ def folder(tmp_path: Path) -> Path:
 
 def test_a_split_is_read_in_its_order(folder: Path) -> None:
     assert read_flickr8k(folder, "train") == [
-        CaptionedPhotograph(folder / "images" / "b.jpg", ("Two dogs play.", "A dog runs.")),
-        CaptionedPhotograph(
+        CaptionedImage(folder / "images" / "b.jpg", ("Two dogs play.", "A dog runs.")),
+        CaptionedImage(
             folder / "images" / "a.jpg", ("A child in a pink dress, on stairs.",)
         ),
     ]  # fmt: skip
-    [photograph] = read_flickr8k(folder, "test")
-    assert photograph.captions == ("A man's hat.",)
+    [photo] = read_flickr8k(folder, "test")
+    assert photo.captions == ("A man's hat.",)
 
 
 @pytest.mark.parametrize("name", ["captions.tsv", "train.txt"])
@@ -82,7 +82,7 @@ def test_a_folder_that_is_not_there_is_named(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("line", ["", "d.jpg\t .\n"])
-def test_a_photograph_without_a_caption_is_named(line: str, folder: Path) -> None:
+def test_a_photo_without_a_caption_is_named(line: str, folder: Path) -> None:
     with (folder / "captions.tsv").open("a") as table:
         table.write(line)
     (folder / "train.txt").write_text("a.jpg\nd.jpg\n")
@@ -90,28 +90,28 @@ def test_a_photograph_without_a_caption_is_named(line: str, folder: Path) -> Non
         read_flickr8k(folder, "train")
 
 
-def test_photographs_are_decoded_into_one_tensor(tmp_path: Path) -> None:
+def test_photos_are_decoded_into_one_tensor(tmp_path: Path) -> None:
     red, grey = Image.new("RGB", (9, 5), (200, 0, 10)), Image.new("L", (3, 8), 77)
     red.save(tmp_path / "red.png")
     grey.save(tmp_path / "grey.png")
-    pixels = decode([CaptionedPhotograph(tmp_path / f"{n}.png", ()) for n in ("red", "grey")], 4)
+    pixels = decode([CaptionedImage(tmp_path / f"{n}.png", ()) for n in ("red", "grey")], 4)
     assert (pixels.shape, pixels.dtype) == ((2, 3, 4, 4), torch.uint8)
     assert pixels[0].flatten(1).unique(dim=1).flatten().tolist() == [200, 0, 10]
     assert pixels[1].unique().tolist() == [77]
 
 
 def test_the_caption_that_agrees_most_with_the_others_comes_first() -> None:
-    photographs = [
-        CaptionedPhotograph(
+    photos = [
+        CaptionedImage(
             Path("a.jpg"),
             ("Sun shines.", "A dog.", "A brown dog runs in the snow.", "A brown dog in snow."),
         ),
-        CaptionedPhotograph(Path("b.jpg"), ("A child.", "A child plays.")),
-        CaptionedPhotograph(Path("c.jpg"), ("A child sleeps.",)),
+        CaptionedImage(Path("b.jpg"), ("A child.", "A child plays.")),
+        CaptionedImage(Path("c.jpg"), ("A child sleeps.",)),
     ]
-    first, second, third = typical_first(photographs)
-    assert set(first.captions) == set(photographs[0].captions)
+    first, second, third = typical_first(photos)
+    assert set(first.captions) == set(photos[0].captions)
     assert first.captions[0] == "A brown dog in snow."
     assert first.captions[-1] == "Sun shines."
-    assert second == photographs[1]
-    assert third == photographs[2]
+    assert second == photos[1]
+    assert third == photos[2]

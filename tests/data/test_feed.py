@@ -193,7 +193,7 @@ def test_an_epoch_without_a_conversation_ends_the_run() -> None:
         names(feed, 1)
 
 
-def test_pictures_are_opened_or_named(tmp_path: Path) -> None:
+def test_images_are_opened_or_named(tmp_path: Path) -> None:
     Image.new("RGBA", (8, 6), (255, 0, 0, 255)).save(tmp_path / "good.png")
     whole = (tmp_path / "good.png").read_bytes()
     (tmp_path / "cut.png").write_bytes(whole[: len(whole) // 2])
@@ -201,37 +201,37 @@ def test_pictures_are_opened_or_named(tmp_path: Path) -> None:
     noise = (tmp_path / "noise.jpg").read_bytes()
     (tmp_path / "noise.jpg").write_bytes(noise[: len(noise) // 2])
 
-    def about(picture: Any) -> Conversation:
-        part = {"type": "image", "image": picture}
+    def about(image: Any) -> Conversation:
+        part = {"type": "image", "image": image}
         return Conversation("it", ({**TURNS[0], "content": [part]}, TURNS[1]))
 
     found = opened(about(tmp_path / "good.png"))
     assert isinstance(found, Conversation)
     assert found.messages[0]["content"][0]["image"].mode == "RGB"
     assert found.messages[1] == TURNS[1]
-    for picture in (
+    for image in (
         tmp_path / "cut.png",
         tmp_path / "none.png",
         Image.open(tmp_path / "noise.jpg"),
     ):
-        broken = opened(about(picture))
+        broken = opened(about(image))
         assert isinstance(broken, Broken)
-        assert broken.reason.startswith("unreadable picture: ")
+        assert broken.reason.startswith("unreadable image: ")
 
 
-def test_a_blocks_pictures_are_let_go_when_they_are_used() -> None:
+def test_a_blocks_images_are_let_go_when_they_are_used() -> None:
     kept: list[weakref.ref[Image.Image]] = []
 
-    class Pictures(Numbers):
+    class Images(Numbers):
         def read(self, shard: int, start: int) -> Iterator[Record]:
             for _ in super().read(shard, start):
-                picture = Image.new("RGB", (4, 3))
-                kept.append(weakref.ref(picture))
-                part = {"type": "image", "image": picture}
+                image = Image.new("RGB", (4, 3))
+                kept.append(weakref.ref(image))
+                part = {"type": "image", "image": image}
                 yield Conversation("it", ({**TURNS[0], "content": [part]}, TURNS[1]))
-                del picture, part
+                del image, part
 
-    for fed, _ in enumerate(islice(Feed(Pictures([20])), 19)):
+    for fed, _ in enumerate(islice(Feed(Images([20])), 19)):
         assert sum(reference() is not None for reference in kept) <= 20 - fed
 
 

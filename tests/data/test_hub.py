@@ -14,7 +14,7 @@ from PIL import Image
 from fastvlm.data import hub
 from fastvlm.data.conversations import Broken, Conversation, Records, opened
 from fastvlm.data.feed import Feed
-from fastvlm.data.picture_folders import PictureFolders
+from fastvlm.data.image_folders import ImageFolders
 from fastvlm.data.reading import read_conversations
 from fastvlm.functional.errors import InputError
 
@@ -32,7 +32,7 @@ def captioned(count: int) -> Any:
         "image": [{"bytes": encoded(number), "path": None} for number in range(count)],
         "caption": [f"Number {number}." for number in range(count)],
     }
-    rows["image"][1]["bytes"] = b"no picture"
+    rows["image"][1]["bytes"] = b"no image"
     features = datasets.Features({"image": datasets.Image(), "caption": datasets.Value("string")})
     return datasets.Dataset.from_dict(rows, features=features)
 
@@ -41,8 +41,8 @@ def told(record: Any) -> tuple[int, str]:
     assert isinstance(record, Conversation), record
     found = opened(record)
     assert isinstance(found, Conversation)
-    picture = found.messages[0]["content"][0]["image"]
-    return picture.getpixel((0, 0))[0], found.messages[-1]["content"][0]["text"]
+    image = found.messages[0]["content"][0]["image"]
+    return image.getpixel((0, 0))[0], found.messages[-1]["content"][0]["text"]
 
 
 def test_a_saved_data_set(tmp_path: Path) -> None:
@@ -56,13 +56,13 @@ def test_a_saved_data_set(tmp_path: Path) -> None:
     ]
     assert isinstance(broken, Broken)
     assert broken.name == "row 1 of one"
-    assert broken.reason.startswith("unreadable picture")
+    assert broken.reason.startswith("unreadable image")
     assert len(read_conversations(tmp_path / "splits", split="dev")) == 3
     with pytest.raises(InputError, match="no split train; it has dev"):
         read_conversations(tmp_path / "splits")
 
 
-def test_messages_and_lists_of_pictures(tmp_path: Path) -> None:
+def test_messages_and_lists_of_images(tmp_path: Path) -> None:
     part = {"type": "text", "text": "Which?"}
     rows = [
         {
@@ -124,8 +124,8 @@ def test_what_is_missing_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
         hub.stream_from_hub("owner/name", None, "train")
 
 
-def test_a_streamed_row_may_name_its_picture(tmp_path: Path) -> None:
+def test_a_streamed_row_may_name_its_image(tmp_path: Path) -> None:
     (tmp_path / "a.png").write_bytes(encoded(9))
     rows = datasets.Dataset.from_dict({"image": ["a.png"], "text": ["Nine."]})
-    stream = hub.HubShards(rows.to_iterable_dataset(), "it", PictureFolders([tmp_path]))
+    stream = hub.HubShards(rows.to_iterable_dataset(), "it", ImageFolders([tmp_path]))
     assert told(next(stream.read(0, 0))) == (9, "Nine.")

@@ -36,10 +36,10 @@ def test_cocos_captions_are_all_sound(data: Path) -> None:
     assert len(records) == 380
     sound = [record for record in records if isinstance(record, Conversation)]
     assert len(sound) == 380
-    pictures = {record.messages[0]["content"][0]["image"] for record in sound}
-    assert len(pictures) == 76
-    images = load_json(data / "coco_val2017_subset" / "captions.json")["images"]
-    sizes = {(image["width"], image["height"]) for image in images}
+    images = {record.messages[0]["content"][0]["image"] for record in sound}
+    assert len(images) == 76
+    rows = load_json(data / "coco_val2017_subset" / "captions.json")["images"]
+    sizes = {(row["width"], row["height"]) for row in rows}
     feed = Feed(records)
     for conversation in islice(feed, 20):
         assert conversation.messages[0]["content"][0]["image"].size in sizes
@@ -63,7 +63,7 @@ def test_vqas_answers_are_as_frequent_as_the_annotators_own_choice(data: Path) -
     assert same >= 95  # of answers that are equally frequent they chose at will
 
 
-def test_flickr8ks_captions_are_those_of_its_pictures(data: Path) -> None:
+def test_flickr8ks_captions_are_those_of_its_images(data: Path) -> None:
     records = read(data / "flickr8k")
     assert len(records) == 30_000
     assert all(isinstance(record, Conversation) for record in islice(records, 500))

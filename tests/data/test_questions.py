@@ -1,4 +1,4 @@
-"""Questions and their pictures."""
+"""Questions and their images."""
 
 from __future__ import annotations
 
@@ -10,9 +10,9 @@ from PIL import Image
 from fastvlm.data.questions import (
     HELD_OUT_SCENES,
     Question,
-    about_photographs,
+    about_photos,
     about_scenes,
-    pictures_in,
+    images_in,
 )
 from fastvlm.embedded import DESCRIPTION_PROMPT, SCENE_PROMPT, SENTENCE_PROMPT
 from fastvlm.functional.errors import InputError
@@ -25,45 +25,45 @@ def test_a_scenes_question_shows_the_scene() -> None:
     asked = about_scenes(iter(seeds))
     assert asked == [Question(SCENE_PROMPT, seed) for seed in seeds]
     for question, seed in zip(asked, seeds, strict=True):
-        picture = question.open(128)
-        assert isinstance(picture, Image.Image)
-        assert picture.size == (128, 128)
-        assert picture.tobytes() == render(sample(seed), 128).tobytes()
+        image = question.open(128)
+        assert isinstance(image, Image.Image)
+        assert image.size == (128, 128)
+        assert image.tobytes() == render(sample(seed), 128).tobytes()
 
 
-def test_each_photograph_is_asked_each_prompt(tmp_path: Path) -> None:
+def test_each_photo_is_asked_each_prompt(tmp_path: Path) -> None:
     paths = [tmp_path / "b.jpg", tmp_path / "a.jpg"]
     Image.new("RGB", (5, 4), (255, 0, 0)).save(paths[0], quality=100)
-    asked = about_photographs(paths)
-    assert [(question.picture, question.prompt) for question in asked] == [
+    asked = about_photos(paths)
+    assert [(question.image, question.prompt) for question in asked] == [
         (str(path), prompt) for path in paths for prompt in (DESCRIPTION_PROMPT, SENTENCE_PROMPT)
     ]
     assert asked[0].open(64) == paths[0]
     assert load_image(asked[0].open(64)).size == (5, 4)
-    assert about_photographs(paths[:1], ("Why?",)) == [Question("Why?", str(paths[0]))]
+    assert about_photos(paths[:1], ("Why?",)) == [Question("Why?", str(paths[0]))]
 
 
-def test_a_folders_pictures_come_in_the_order_of_their_names(tmp_path: Path) -> None:
+def test_a_folders_images_come_in_the_order_of_their_names(tmp_path: Path) -> None:
     for name in ("c.JPG", "a.png", "b.jpeg", "notes.txt", "d", ".jpg"):
         (tmp_path / name).write_bytes(b"")
     (tmp_path / "deeper").mkdir()
     (tmp_path / "deeper" / "e.png").write_bytes(b"")
-    assert [path.name for path in pictures_in(tmp_path)] == ["a.png", "b.jpeg", "c.JPG"]
-    assert [path.name for path in pictures_in(tmp_path, 2)] == ["a.png", "b.jpeg"]
-    assert len(pictures_in(tmp_path, 9)) == 3
+    assert [path.name for path in images_in(tmp_path)] == ["a.png", "b.jpeg", "c.JPG"]
+    assert [path.name for path in images_in(tmp_path, 2)] == ["a.png", "b.jpeg"]
+    assert len(images_in(tmp_path, 9)) == 3
 
 
-def test_a_folder_in_a_folder_of_pictures_is_no_picture(tmp_path: Path) -> None:
+def test_a_folder_in_a_folder_of_images_is_no_image(tmp_path: Path) -> None:
     (tmp_path / "a.png").mkdir()
     (tmp_path / "b.png").write_bytes(b"")
-    assert [path.name for path in pictures_in(tmp_path)] == ["b.png"]
+    assert [path.name for path in images_in(tmp_path)] == ["b.png"]
 
 
-def test_a_folder_without_pictures_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(InputError, match=f"no folder of pictures at {tmp_path}/none"):
-        pictures_in(tmp_path / "none")
-    with pytest.raises(InputError, match=f"no picture in {tmp_path}"):
-        pictures_in(tmp_path)
+def test_a_folder_without_images_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match=f"no folder of images at {tmp_path}/none"):
+        images_in(tmp_path / "none")
+    with pytest.raises(InputError, match=f"no image in {tmp_path}"):
+        images_in(tmp_path)
     (tmp_path / "file.png").write_bytes(b"")
-    with pytest.raises(InputError, match="no folder of pictures"):
-        pictures_in(tmp_path / "file.png")
+    with pytest.raises(InputError, match="no folder of images"):
+        images_in(tmp_path / "file.png")

@@ -31,7 +31,7 @@ def draw(*files: Path) -> None:
 
 
 def shown(source: str | Path, **options: Any) -> list[tuple[str, str, str]]:
-    """Return each record's picture, prompt and reply; of a broken one its name and reason."""
+    """Return each record's image, prompt and reply; of a broken one its name and reason."""
     records = read_conversations(source, **options)
     assert isinstance(records, Records)
     assert list(records) == [records[index] for index in range(len(records))]
@@ -41,9 +41,9 @@ def shown(source: str | Path, **options: Any) -> list[tuple[str, str, str]]:
             found.append(("broken", record.name, record.reason))
         else:
             user, assistant = record.messages
-            picture, prompt = user["content"]
+            image, prompt = user["content"]
             [reply] = assistant["content"]
-            found.append((Path(picture["image"]).name, prompt["text"], reply["text"]))
+            found.append((Path(image["image"]).name, prompt["text"], reply["text"]))
     return found
 
 
@@ -53,7 +53,7 @@ NOTHING = "none of messages, conversations, question, caption, text, captions in
 
 
 def test_llavas_file(tmp_path: Path) -> None:
-    draw(tmp_path / "pictures" / "coco" / "train2017" / "a.jpg")
+    draw(tmp_path / "images" / "coco" / "train2017" / "a.jpg")
     turns = [
         {"from": "human", "value": "<image>\nWhat?"},
         {"from": "gpt", "value": "A bus."},
@@ -66,14 +66,14 @@ def test_llavas_file(tmp_path: Path) -> None:
         {"conversations": [{"from": "human", "value": "Hi"}, {"from": "gpt", "value": "Hello"}]},
     ]
     file = write(tmp_path / "llava.json", rows)
-    records = read_conversations(file, pictures=tmp_path / "pictures")
+    records = read_conversations(file, images=tmp_path / "images")
     assert isinstance(records, Records)
     first, *broken, text = records
     assert isinstance(first, Conversation)
     assert first.messages[0]["content"][0]["image"].name == "a.jpg"
     name = "record of llava.json"
     assert broken == [
-        Broken(f"{name} 8", "missing picture: coco/train2017/b.jpg"),
+        Broken(f"{name} 8", "missing image: coco/train2017/b.jpg"),
         Broken(f"{name} at 2", "no reply: there is no user's turn with an assistant's after it"),
         Broken(f"{name} at 3", broken[2].reason),
     ]
@@ -81,7 +81,7 @@ def test_llavas_file(tmp_path: Path) -> None:
     assert [message["role"] for message in text.messages] == ["user", "assistant"]
     # Without the folder they are looked for around the file.
     assert isinstance(read_conversations(file)[0], Broken)
-    shutil.move(tmp_path / "pictures", tmp_path / "images")
+    shutil.move(tmp_path / "images", tmp_path / "images")
     assert isinstance(read_conversations(file)[0], Conversation)
     lines = tmp_path / "llava.jsonl"
     lines.write_text("\n".join(['{"half": ', *map(json.dumps, rows[:2])]))
@@ -111,9 +111,9 @@ def test_cocos_captions(tmp_path: Path) -> None:
     )
     expected = [
         ("000000000009.jpg", CAPTION, "A dish."),
-        ("broken", "caption 2", "missing picture: 000000000025.jpg"),
+        ("broken", "caption 2", "missing image: 000000000025.jpg"),
         ("000000000009.jpg", CAPTION, "Some food"),
-        ("broken", "caption 4", "missing picture: no image has the id 30"),
+        ("broken", "caption 4", "missing image: no image has the id 30"),
         ("broken", "caption 5", "malformed record: KeyError: 'caption'"),
         ("broken", "caption at 5", "malformed record: KeyError: 'image_id'"),
     ]
@@ -156,7 +156,7 @@ def test_vqa_v2(tmp_path: Path) -> None:
         (
             "broken",
             "question 7000",
-            "missing picture: COCO_train2014_000000000007.jpg or 000000000007.jpg",
+            "missing image: COCO_train2014_000000000007.jpg or 000000000007.jpg",
         ),
     ]
     assert shown(asked) == shown(answered) == shown(tmp_path) == expected
@@ -177,14 +177,14 @@ def test_karpathys_file(tmp_path: Path) -> None:
         for name, split in (("a", "restval"), ("b", "val"), ("c", "train"))
     ]  # fmt: skip
     file = write(tmp_path / "dataset_coco.json", {"images": images, "dataset": "coco"})
-    missing = ("broken", "val2014/c.jpg", "missing picture: val2014/c.jpg")
+    missing = ("broken", "val2014/c.jpg", "missing image: val2014/c.jpg")
     assert shown(file) == [("a.jpg", CAPTION, "a 0."), ("a.jpg", CAPTION, "a 1."), missing, missing]
     assert shown(file, split="val") == [("b.jpg", CAPTION, "b 0."), ("b.jpg", CAPTION, "b 1.")]
     with pytest.raises(InputError, match="no split test; it has restval, train, val"):
         read_conversations(file, split="test")
 
 
-def test_captions_by_picture(tmp_path: Path) -> None:
+def test_captions_by_image(tmp_path: Path) -> None:
     draw(tmp_path / "a.jpg")
     file = write(tmp_path / "captions.json.gz", {"a.jpg": ["One.", "Two."]})
     assert shown(file) == [("a.jpg", CAPTION, "One."), ("a.jpg", CAPTION, "Two.")]
@@ -200,7 +200,7 @@ def test_flickr8ks_folder(tmp_path: Path) -> None:
         ("a.jpg", CAPTION, "It runs."),
         ("broken", "b.jpg", NOTHING),
     ]
-    assert shown(tmp_path, split="dev") == [("broken", "c.jpg", "missing picture: c.jpg")]
+    assert shown(tmp_path, split="dev") == [("broken", "c.jpg", "missing image: c.jpg")]
 
 
 @pytest.mark.parametrize("name", ["metadata.jsonl", "metadata.csv", "captions.txt"])
@@ -227,13 +227,13 @@ def test_a_folder_with_a_table(name: str, tmp_path: Path) -> None:
     assert [record[0] for record in found] == ["a.png", "broken", "broken", "b.png"]
 
 
-def test_a_table_that_names_no_picture(tmp_path: Path) -> None:
+def test_a_table_that_names_no_image(tmp_path: Path) -> None:
     (tmp_path / "metadata.csv").write_text("path,text\na.png,A cat.\n")
     with pytest.raises(InputError, match="no column file_name or image"):
         read_conversations(tmp_path)
 
 
-def test_a_caption_beside_each_picture(tmp_path: Path) -> None:
+def test_a_caption_beside_each_image(tmp_path: Path) -> None:
     draw(tmp_path / "a.jpg", tmp_path / "b.png")
     (tmp_path / "a.txt").write_text("A cat.\n")
     assert shown(tmp_path) == [
@@ -256,5 +256,5 @@ def test_what_is_not_recognised_is_said_in_a_sentence(tmp_path: Path) -> None:
     (tmp_path / "a.json").write_text("{")
     with pytest.raises(InputError, match=r"a\.json can't be read as JSON"):
         read_conversations(tmp_path / "a.json")
-    with pytest.raises(InputError, match=r"no folder of pictures at"):
-        read_conversations(tmp_path / "b.json", pictures=tmp_path / "none")
+    with pytest.raises(InputError, match=r"no folder of images at"):
+        read_conversations(tmp_path / "b.json", images=tmp_path / "none")

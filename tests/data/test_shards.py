@@ -52,12 +52,12 @@ def captioned(first: int, last: int) -> bytes:
 
 
 def told(record: Any) -> tuple[int, str]:
-    """Return the red of a record's picture, and its reply."""
+    """Return the red of a record's image, and its reply."""
     assert isinstance(record, Conversation), record
     found = opened(record)
     assert isinstance(found, Conversation)
-    picture = found.messages[0]["content"][0]["image"]
-    return picture.getpixel((0, 0))[0], found.messages[-1]["content"][0]["text"]
+    image = found.messages[0]["content"][0]["image"]
+    return image.getpixel((0, 0))[0], found.messages[-1]["content"][0]["text"]
 
 
 def test_a_record_is_the_members_of_one_name(tmp_path: Path) -> None:
@@ -74,7 +74,7 @@ def test_a_record_is_the_members_of_one_name(tmp_path: Path) -> None:
                 ("two/x.json", json.dumps({"conversations": turns, "image": "y.jpg"}).encode()),
                 ("three.png", encoded(4)),
                 ("four.txt", b"Four."),
-                ("five.jpg", b"no picture"),
+                ("five.jpg", b"no image"),
                 ("five.txt", b"Five."),
                 ("six.png", encoded(6)),
                 ("six.json", b"{"),
@@ -100,8 +100,8 @@ def test_a_record_is_the_members_of_one_name(tmp_path: Path) -> None:
     ]
     assert [(record.name, re.split("[:,]", record.reason)[0]) for record in broken] == [
         ("three of a.tar", "none of messages"),
-        ("four of a.tar", "missing picture"),
-        ("five of a.tar", "unreadable picture"),
+        ("four of a.tar", "missing image"),
+        ("five of a.tar", "unreadable image"),
         ("six of a.tar", "malformed turn"),
     ]
     assert [record.name for record in shards.read(0, 5)] == ["six of a.tar", "seven of a.tar"]

@@ -9,7 +9,7 @@ import pytest
 from PIL import Image
 
 from fastvlm.data.conversations import BrokenRecordError
-from fastvlm.data.picture_folders import PictureFolders
+from fastvlm.data.image_folders import ImageFolders
 from fastvlm.data.turns import CAPTION_PROMPT, SHORT_ANSWER_PROMPT, conversation_of
 
 
@@ -21,8 +21,8 @@ def folder(tmp_path: Path) -> Path:
 
 
 def turns(row: Any, folder: Path) -> list[tuple[str, list[Any]]]:
-    """Return roles with texts and pictures' names."""
-    found = conversation_of("it", row, PictureFolders([folder]))
+    """Return roles with texts and images' names."""
+    found = conversation_of("it", row, ImageFolders([folder]))
     assert found.name == "it"
     return [
         (
@@ -59,7 +59,7 @@ def test_llavas_conversation(folder: Path) -> None:
     ]
 
 
-def test_the_only_picture_of_a_turn_comes_first_and_several_stay(folder: Path) -> None:
+def test_the_only_image_of_a_turn_comes_first_and_several_stay(folder: Path) -> None:
     one = {
         "image": "a.jpg",
         "conversations": said(("human", "Who?\n<image>"), ("gpt", "A man.")),
@@ -72,7 +72,7 @@ def test_the_only_picture_of_a_turn_comes_first_and_several_stay(folder: Path) -
     assert turns(two, folder)[0] == ("user", ["First", "a.jpg", "then", "b.png", "which?"])
 
 
-def test_a_conversation_without_a_picture_is_cut_to_what_can_be_learnt(folder: Path) -> None:
+def test_a_conversation_without_a_image_is_cut_to_what_can_be_learnt(folder: Path) -> None:
     row = {
         "conversations": [
             {"from": "system", "value": "Be brief."},
@@ -111,7 +111,7 @@ def test_messages_as_chat_templates_take_them(folder: Path) -> None:
     assert turns(own, folder) == [("user", ["a.jpg"]), ("assistant", ["A dog."])]
 
 
-def test_pictures_that_no_turn_places_come_first(folder: Path) -> None:
+def test_images_that_no_turn_places_come_first(folder: Path) -> None:
     row = {
         "images": ["a.jpg", "b.png"],
         "messages": [
@@ -153,12 +153,12 @@ def test_the_most_frequent_answer_is_learnt(folder: Path) -> None:
     [
         ({"image": "a.jpg"}, "none of messages, conversations"),
         ("a text", "none of messages"),
-        ({"image": "c.jpg", "caption": "A cat."}, r"missing picture: c\.jpg"),
-        ({"caption": "A cat."}, "missing picture: there is a caption and no image"),
-        ({"image": 7, "caption": "A cat."}, "missing picture: 7"),
-        ({"image": b"GIF89a", "caption": "A cat."}, "unreadable picture"),
-        ({"image": "x" * 5000, "caption": "A cat."}, "missing picture"),
-        ({"image": "a\0.jpg", "caption": "A cat."}, "missing picture"),
+        ({"image": "c.jpg", "caption": "A cat."}, r"missing image: c\.jpg"),
+        ({"caption": "A cat."}, "missing image: there is a caption and no image"),
+        ({"image": 7, "caption": "A cat."}, "missing image: 7"),
+        ({"image": b"GIF89a", "caption": "A cat."}, "unreadable image"),
+        ({"image": "x" * 5000, "caption": "A cat."}, "missing image"),
+        ({"image": "a\0.jpg", "caption": "A cat."}, "missing image"),
         ({"image": "a.jpg", "caption": "  "}, "no reply"),
         ({"image": "a.jpg", "captions": []}, "no reply"),
         ({"image": "a.jpg", "question": "Why?"}, "no reply"),
@@ -175,11 +175,11 @@ def test_the_most_frequent_answer_is_learnt(folder: Path) -> None:
         ),
         (
             {"image": "a.jpg", "conversations": said(("human", "Hi"), ("gpt", "<image>"))},
-            "a picture in the assistant's",
+            "an image in the assistant's",
         ),
         (
             {"image": "a.jpg", "conversations": said(("human", "<image><image>"), ("gpt", "Yes"))},
-            "missing picture: places for 2, and 1 given",
+            "missing image: places for 2, and 1 given",
         ),
         (
             {
@@ -202,4 +202,4 @@ def test_the_most_frequent_answer_is_learnt(folder: Path) -> None:
 )
 def test_a_broken_row_says_what_is_wrong(row: Any, reason: str, folder: Path) -> None:
     with pytest.raises(BrokenRecordError, match=reason):
-        conversation_of("it", row, PictureFolders([folder]))
+        conversation_of("it", row, ImageFolders([folder]))

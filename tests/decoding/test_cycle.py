@@ -152,7 +152,7 @@ def test_an_end_token_inside_a_draft_ends_the_reply(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", STRATEGIES)
-def test_a_picture_in_the_prompt(name: str, vision_model: FastVlmForConditionalGeneration) -> None:
+def test_a_image_in_the_prompt(name: str, vision_model: FastVlmForConditionalGeneration) -> None:
     model = vision_model
     pixels = torch.rand(3, 3, 128, 128, dtype=torch.float64)
     prompts = [[4, *[96] * 4, 7, 8], [4, *[96] * 4, 9], [5, 6, *[96] * 4, 30, 31, 32]]

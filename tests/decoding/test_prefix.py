@@ -1,4 +1,4 @@
-"""What is kept of a picture makes a second question cheaper, and changes no token."""
+"""What is kept of an image makes a second question cheaper, and changes no token."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ def drafter(name: str, vlm: VisionLanguageModel) -> Strategy:
 
 @contextmanager
 def counted(module: nn.Module) -> Iterator[list[int]]:
-    """Collect how many positions (or pictures) each call of a module computes."""
+    """Collect how many positions (or images) each call of a module computes."""
     calls: list[int] = []
 
     def seen(_: nn.Module, given: tuple, named: dict) -> None:
@@ -56,18 +56,18 @@ def counted(module: nn.Module) -> Iterator[list[int]]:
 @pytest.mark.parametrize("name", DRAFTERS)
 def test_a_second_question_costs_its_own_text(name: str, fresh: VisionLanguageModel) -> None:
     vlm = small_vlm()
-    picture = render(sample(1), 192)
+    image = render(sample(1), 192)
     speculative = drafter(name, vlm)
     before: list[list[int]] = []
     with (
-        counted(vlm.model.model.vision_tower) as pictures,
+        counted(vlm.model.model.vision_tower) as images,
         counted(vlm.model.get_decoder().layers[-1]) as positions,
     ):
         for number, question in enumerate(QUESTIONS):
             positions.clear()
-            found = vlm.generate(question, picture, max_new_tokens=12, strategy=speculative)
+            found = vlm.generate(question, image, max_new_tokens=12, strategy=speculative)
             alone = fresh.generate(
-                question, picture, max_new_tokens=12, strategy=drafter(name, fresh)
+                question, image, max_new_tokens=12, strategy=drafter(name, fresh)
             )
             assert found.token_ids == alone.token_ids
             assert found.statistics.accepted == alone.statistics.accepted
@@ -76,7 +76,7 @@ def test_a_second_question_costs_its_own_text(name: str, fresh: VisionLanguageMo
             assert not number or kept > whole.index(vlm.model.config.image_token_id)
             assert positions[0] == len(whole) - kept
             before.append(whole + found.token_ids[:-1])
-    assert pictures == [1]
+    assert images == [1]
 
 
 def shared(tokens: list[int], before: list[list[int]]) -> int:
@@ -92,14 +92,14 @@ def shared(tokens: list[int], before: list[list[int]]) -> int:
 
 
 @pytest.mark.parametrize("name", ["autoregressive", "block"])
-def test_ten_rounds_about_one_picture_encode_it_once(name: str, fresh: VisionLanguageModel) -> None:
+def test_ten_rounds_about_one_image_encode_it_once(name: str, fresh: VisionLanguageModel) -> None:
     vlm = small_vlm()
     speculative = drafter(name, vlm)
     show = {"type": "image", "image": render(sample(7), 192)}
     messages: list[dict] = []
     before: list[list[int]] = []
     with (
-        counted(vlm.model.model.vision_tower) as pictures,
+        counted(vlm.model.model.vision_tower) as images,
         counted(vlm.model.get_decoder().layers[-1]) as positions,
     ):
         for number in range(10):
@@ -117,10 +117,10 @@ def test_ten_rounds_about_one_picture_encode_it_once(name: str, fresh: VisionLan
             assert not number or kept >= len(before[-1]) - 5
             before.append(whole + found.token_ids[:-1])
             messages.append({"role": "assistant", "content": found.text})
-    assert pictures == [1]
+    assert images == [1]
 
 
-def test_pictures_in_any_turn() -> None:
+def test_images_in_any_turn() -> None:
     vlm = small_vlm()
     one, other = ({"type": "image", "image": render(sample(n), 192)} for n in (8, 9))
     text = {"type": "text", "text": QUESTIONS[0]}
@@ -138,55 +138,55 @@ def test_pictures_in_any_turn() -> None:
         max_new_tokens=9,
         do_sample=False,
     )[0, tokens.shape[1] :].tolist()
-    with counted(vlm.model.model.vision_tower) as pictures:
+    with counted(vlm.model.model.vision_tower) as images:
         assert vlm.generate(messages, max_new_tokens=9).token_ids == expected
-    assert pictures == [1, 1]
+    assert images == [1, 1]
     with pytest.raises(InputError, match="leave out the image"):
         vlm.generate(messages, render(sample(1), 192))
     with pytest.raises(InputError, match="A part of a message is"):
         vlm.generate([{"role": "user", "content": [{"type": "video"}]}])
 
 
-def test_rows_of_known_and_of_new_pictures(fresh: VisionLanguageModel) -> None:
+def test_rows_of_known_and_of_new_images(fresh: VisionLanguageModel) -> None:
     vlm = small_vlm()
     known, new = render(sample(2), 192), render(sample(3), 192)
     block = drafter("block", vlm)
     vlm.generate(QUESTIONS[0], known, max_new_tokens=3, strategy=block)
     asked = [(QUESTIONS[1], known), (QUESTIONS[2] * 9, new), (QUESTIONS[0], known)]
-    prompts, pictures = zip(*asked, strict=True)
-    found = vlm.generate_batch(prompts, pictures, max_new_tokens=9, strategy=block)
-    for reply, (prompt, picture) in zip(found, asked, strict=True):
-        alone = fresh.generate(prompt, picture, max_new_tokens=9)
+    prompts, images = zip(*asked, strict=True)
+    found = vlm.generate_batch(prompts, images, max_new_tokens=9, strategy=block)
+    for reply, (prompt, image) in zip(found, asked, strict=True):
+        alone = fresh.generate(prompt, image, max_new_tokens=9)
         assert reply.token_ids == alone.token_ids
 
 
 def test_another_network_finds_the_targets_layers_only(fresh: VisionLanguageModel) -> None:
     vlm = small_vlm()
-    picture = render(sample(4), 192)
-    expected = fresh.generate(QUESTIONS[0], picture, max_new_tokens=9).token_ids
+    image = render(sample(4), 192)
+    expected = fresh.generate(QUESTIONS[0], image, max_new_tokens=9).token_ids
     for name in ("block", "autoregressive", "block", "mlp"):
-        reply = vlm.generate(QUESTIONS[0], picture, max_new_tokens=9, strategy=drafter(name, vlm))
+        reply = vlm.generate(QUESTIONS[0], image, max_new_tokens=9, strategy=drafter(name, vlm))
         assert reply.token_ids == expected
 
 
-def test_other_words_before_the_picture_keep_its_features_only() -> None:
+def test_other_words_before_the_image_keep_its_features_only() -> None:
     vlm = small_vlm()
-    picture = render(sample(5), 192)
-    with counted(vlm.model.model.vision_tower) as pictures:
-        vlm.generate(QUESTIONS[0], picture, max_new_tokens=3)
+    image = render(sample(5), 192)
+    with counted(vlm.model.model.vision_tower) as images:
+        vlm.generate(QUESTIONS[0], image, max_new_tokens=3)
         template = "Look: " + vlm.tokenizer.chat_template
         vlm.tokenizer.chat_template = template
-        found = vlm.generate(QUESTIONS[0], picture, max_new_tokens=9)
-    assert pictures == [1]
+        found = vlm.generate(QUESTIONS[0], image, max_new_tokens=9)
+    assert images == [1]
     other = small_vlm()
     other.tokenizer.chat_template = template
-    assert found.token_ids == other.generate(QUESTIONS[0], picture, max_new_tokens=9).token_ids
+    assert found.token_ids == other.generate(QUESTIONS[0], image, max_new_tokens=9).token_ids
 
 
 def test_what_is_kept_is_bounded_in_bytes() -> None:
     vlm = small_vlm()
-    pictures = [render(sample(seed), 192) for seed in range(4)]
-    vlm.generate(QUESTIONS[0], pictures[0], max_new_tokens=2)
+    images = [render(sample(seed), 192) for seed in range(4)]
+    vlm.generate(QUESTIONS[0], images[0], max_new_tokens=2)
     one = vlm.lru.nbytes
     layers, heads, size = 5, 2, 16
     # The prompt, and the first of the reply's two tokens.
@@ -196,13 +196,13 @@ def test_what_is_kept_is_bounded_in_bytes() -> None:
     vlm.lru.limit = 2 * one
     with counted(vlm.model.model.vision_tower) as encoded:
         for shown in (0, 1, 0, 2, 0, 1):
-            vlm.generate(QUESTIONS[0], pictures[shown], max_new_tokens=2)
+            vlm.generate(QUESTIONS[0], images[shown], max_new_tokens=2)
             assert vlm.lru.nbytes <= 2 * one
     # The second was used longest ago when the third came.
     assert len(encoded) == 4
     vlm.lru.clear()
     vlm.lru.limit = 1000
-    vlm.generate(QUESTIONS[0], pictures[0], max_new_tokens=2)
+    vlm.generate(QUESTIONS[0], images[0], max_new_tokens=2)
     assert vlm.lru.nbytes == 0
 
 
@@ -210,13 +210,13 @@ def test_what_is_kept_is_bounded_in_bytes() -> None:
     ("options", "visual"),
     [({"image_size": 192}, 9), ({"tiles": 2}, 5 * VISUAL_TOKENS), ({"fit": "crop"}, VISUAL_TOKENS)],
 )
-def test_a_picture_is_shown_as_it_is_asked_for(options: dict, visual: int) -> None:
+def test_a_image_is_shown_as_it_is_asked_for(options: dict, visual: int) -> None:
     vlm = small_vlm()
-    picture = render(sample(6), 192).crop((0, 0, 192, 100))
-    found = vlm.generate(QUESTIONS[0], picture, max_new_tokens=9, **options)
+    image = render(sample(6), 192).crop((0, 0, 192, 100))
+    found = vlm.generate(QUESTIONS[0], image, max_new_tokens=9, **options)
     tokens = torch.tensor([vlm.tokens(QUESTIONS[0], images=1, visual=visual)])
     size = options.get("image_size", IMAGE_SIZE)
-    views = prepare(picture, size, options.get("fit", "pad"), options.get("tiles", 1))
+    views = prepare(image, size, options.get("fit", "pad"), options.get("tiles", 1))
     expected = vlm.model.generate(
         input_ids=tokens,
         attention_mask=torch.ones_like(tokens),
@@ -226,4 +226,4 @@ def test_a_picture_is_shown_as_it_is_asked_for(options: dict, visual: int) -> No
     )
     assert found.token_ids == expected[0, tokens.shape[1] :].tolist()
     with pytest.raises(InputError, match="multiple of 64; got 100"):
-        vlm.generate(QUESTIONS[0], picture, image_size=100)
+        vlm.generate(QUESTIONS[0], image, image_size=100)

@@ -89,16 +89,16 @@ def test_layers_to_skip_are_searched_for(vlm: VisionLanguageModel) -> None:
     prompts = ["What is it?", "Describe the scene."]
     from fastvlm.scenes import render, sample
 
-    pictures = [render(sample(seed), 192) for seed in range(2)]
+    images = [render(sample(seed), 192) for seed in range(2)]
     with pytest.raises(InputError, match="gone"):
         vlm.find_skipped_layers(["What is it?"], ["gone.png"])
     # A sample that fails is passed over.
     choice = vlm.find_skipped_layers(
-        ["What is it?", *prompts], ["gone.png", *pictures], max_new_tokens=10
+        ["What is it?", *prompts], ["gone.png", *images], max_new_tokens=10
     )
     assert 1 <= len(choice.skipped) <= vlm.decoder.depth - 2
     assert 0 <= choice.acceptance <= 1
     strategy = vlm.strategy("layer-skip", skipped_layers=choice.skipped)
-    for prompt, picture in zip(prompts, pictures, strict=True):
-        found = vlm.generate(prompt, picture, max_new_tokens=12, strategy=strategy)
-        assert found.token_ids == vlm.generate(prompt, picture, max_new_tokens=12).token_ids
+    for prompt, image in zip(prompts, images, strict=True):
+        found = vlm.generate(prompt, image, max_new_tokens=12, strategy=strategy)
+        assert found.token_ids == vlm.generate(prompt, image, max_new_tokens=12).token_ids

@@ -77,15 +77,15 @@ def test_what_begins_a_stop_string_is_shown_when_nothing_follows(
 
 @pytest.mark.parametrize("strategy", STRATEGIES)
 def test_replies_and_streams_end_at_stop_strings(vlm: VisionLanguageModel, strategy: str) -> None:
-    picture = render(sample(3), IMAGE_SIZE)
-    whole = vlm.generate(QUESTION, picture, max_new_tokens=40)
+    image = render(sample(3), IMAGE_SIZE)
+    whole = vlm.generate(QUESTION, image, max_new_tokens=40)
     place = len(whole.text) // 2
     for stop in (whole.text[place : place + 1], whole.text[place : place + 7]):
         expected = whole.text[: whole.text.index(stop)]
         options = {} if strategy == "autoregressive" else {"num_speculative_tokens": 5}
         drafting = vlm.strategy(strategy, **options)
         # A string alone is one stop string, not as many as it has letters.
-        stream = vlm.stream(QUESTION, picture, max_new_tokens=40, stop=stop, strategy=drafting)
+        stream = vlm.stream(QUESTION, image, max_new_tokens=40, stop=stop, strategy=drafting)
         pieces = list(stream)
         assert "".join(piece.text for piece in pieces) == expected
         assert stream.reply.text == expected
@@ -93,13 +93,13 @@ def test_replies_and_streams_end_at_stop_strings(vlm: VisionLanguageModel, strat
         # The tokens that make up the stop string are the last ones, and no others follow.
         assert [token for piece in pieces for token in piece.token_ids] == stream.reply.token_ids
         assert stream.reply.token_ids == whole.token_ids[: len(stream.reply.token_ids)]
-        ordinary = vlm.generate(QUESTION, picture, max_new_tokens=40, stop=[stop])
+        ordinary = vlm.generate(QUESTION, image, max_new_tokens=40, stop=[stop])
         assert ordinary.token_ids == stream.reply.token_ids
 
 
 def test_every_token_streams_once_with_where_it_came_from(vlm: VisionLanguageModel) -> None:
-    picture = render(sample(4), IMAGE_SIZE)
-    stream = vlm.stream(QUESTION, picture, max_new_tokens=30, strategy="early-exit")
+    image = render(sample(4), IMAGE_SIZE)
+    stream = vlm.stream(QUESTION, image, max_new_tokens=30, strategy="early-exit")
     pieces = list(stream)
     assert [token for piece in pieces for token in piece.token_ids] == stream.reply.token_ids
     assert [flag for piece in pieces for flag in piece.drafted] == stream.reply.drafted

@@ -9,7 +9,7 @@ import pytest
 
 from fastvlm import embedded
 from fastvlm.data.broken import BrokenRecords
-from fastvlm.data.questions import HELD_OUT_SCENES, about_photographs, about_scenes
+from fastvlm.data.questions import HELD_OUT_SCENES, about_photos, about_scenes
 from fastvlm.decoding import SamplingParams
 from fastvlm.drafting import FixedLength
 from fastvlm.drafting.directory import load_draft
@@ -22,9 +22,7 @@ from fastvlm.vlm import VisionLanguageModel, load
 from tests.decoding.conftest import decoding_acceptance
 
 SCENES = about_scenes(range(HELD_OUT_SCENES + 5000, HELD_OUT_SCENES + 5012))
-PHOTOGRAPHS = about_photographs(
-    sorted(embedded.PICTURES.glob("*.jpg")), (embedded.DESCRIPTION_PROMPT,)
-)
+PHOTOS = about_photos(sorted(embedded.IMAGES.glob("*.jpg")), (embedded.DESCRIPTION_PROMPT,))
 
 
 @pytest.fixture(scope="module")
@@ -32,7 +30,7 @@ def vlm() -> VisionLanguageModel:
     return load()
 
 
-@pytest.mark.parametrize("questions", [SCENES, PHOTOGRAPHS], ids=["scenes", "photographs"])
+@pytest.mark.parametrize("questions", [SCENES, PHOTOS], ids=["scenes", "photos"])
 def test_every_strategys_tokens_are_transformers_own(
     vlm: VisionLanguageModel, questions: list, tmp_path: Path
 ) -> None:
@@ -52,8 +50,8 @@ def test_every_strategys_tokens_are_transformers_own(
 
 
 def test_the_facts_of_unseen_scenes_are_right(vlm: VisionLanguageModel) -> None:
-    pictures = [question.open(vlm.image_size) for question in SCENES]
-    replies = vlm.generate_batch([question.prompt for question in SCENES], pictures)
+    images = [question.open(vlm.image_size) for question in SCENES]
+    replies = vlm.generate_batch([question.prompt for question in SCENES], images)
     assert score_scenes(SCENES, [reply.text for reply in replies])["accuracy"] >= 0.95
 
 
@@ -61,7 +59,7 @@ def test_acceptance_in_training_is_acceptance_in_decoding(
     vlm: VisionLanguageModel, tmp_path: Path
 ) -> None:
     """Teacher forcing over whole replies is what serving does: within two points."""
-    questions = SCENES + PHOTOGRAPHS
+    questions = SCENES + PHOTOS
     asked = [Asked("", tuple(question(q.prompt, q.open(vlm.image_size))), "") for q in questions]
     examples = own_replies(vlm, asked, tmp_path, BrokenRecords())
     assert vlm.network is not None

@@ -22,13 +22,11 @@ def vlm() -> VisionLanguageModel:
     return small_vlm()
 
 
-def naive(
-    vlm: VisionLanguageModel, prompt: str, picture: object, reply: str
-) -> tuple[float, float]:
+def naive(vlm: VisionLanguageModel, prompt: str, image: object, reply: str) -> tuple[float, float]:
     """Return the log-likelihoods of a reply's tokens and of its end, in float64."""
     before = vlm.tokens(prompt, images=1)
     tokens = vlm.tokenizer.encode(reply, add_special_tokens=False)
-    pixels = prepare(picture, vlm.image_size).double()
+    pixels = prepare(image, vlm.image_size).double()
     row = torch.tensor([[*before, *tokens]])
     logits = vlm.model(input_ids=row, pixel_values=pixels).logits[0].double()
     total = 0.0
@@ -41,22 +39,22 @@ def naive(
 @pytest.mark.parametrize("batch", [1, 2, 20])
 @torch.inference_mode()
 def test_against_a_pass_for_each(vlm: VisionLanguageModel, batch: int) -> None:
-    picture = render(sample(5), 128)
-    request = vlm.request("What is it?", picture)
+    image = render(sample(5), 128)
+    request = vlm.request("What is it?", image)
     found = likelihoods(vlm, request, REPLIES, batch)
     for reply, one in zip(REPLIES, found, strict=True):
-        text, end = naive(vlm, "What is it?", picture, reply)
+        text, end = naive(vlm, "What is it?", image, reply)
         assert one.text == pytest.approx(text, abs=1e-9)
         assert one.end == pytest.approx(end, abs=1e-9)
         assert one.whole == pytest.approx(text + end, abs=1e-9)
 
 
 def test_the_greedy_reply_is_greedy(vlm: VisionLanguageModel) -> None:
-    picture = render(sample(5), 128)
-    reply = vlm.generate("What is it?", picture, max_new_tokens=1)
+    image = render(sample(5), 128)
+    reply = vlm.generate("What is it?", image, max_new_tokens=1)
     text = vlm.tokenizer.decode(reply.token_ids)
     assert vlm.tokenizer.encode(text, add_special_tokens=False) == reply.token_ids
-    found = likelihoods(vlm, vlm.request("What is it?", picture), [text, "red"])
+    found = likelihoods(vlm, vlm.request("What is it?", image), [text, "red"])
     assert [one.greedy for one in found] == [True, False]
 
 

@@ -26,7 +26,7 @@ from fastvlm.functional.errors import InputError
 from fastvlm.vlm import VisionLanguageModel
 from tests.families import FAMILIES
 from tests.models import small_vlm
-from tests.processors import PROCESSORS, TEXT_TEMPLATE, character_tokenizer, picture
+from tests.processors import PROCESSORS, TEXT_TEMPLATE, character_tokenizer, sample_image
 
 QUESTIONS = [Question("What is it?", 1), Question("Name what is there.", 2)]
 NAMES = ("autoregressive", "early-exit", "layer-skip", "prompt-lookup")
@@ -189,7 +189,7 @@ def test_a_question_that_fails_is_left_out_of_every_figure(
     failed: list[Question] = []
 
     def leave_out(question: Question, error: InputError) -> None:
-        assert str(question.picture) in str(error)
+        assert str(question.image) in str(error)
         failed.append(question)
 
     sound = [question for number, question in enumerate(asked) if number not in broken]
@@ -204,7 +204,7 @@ def test_a_question_that_fails_is_left_out_of_every_figure(
     assert list(found.replies.values()) == replies
     assert [found.identical(name) for name in NAMES] == [len(sound)] * 4
     # What was mended is asked when the audit goes on, and nothing else.
-    picture(3).save(str(asked[3].picture))
+    sample_image(3).save(str(asked[3].image))
     failed.clear()
     lines = len(file.read_text().splitlines())
     again = audit(vlm, strategies(vlm), asked, file, params=params, failed=leave_out)

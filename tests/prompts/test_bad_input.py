@@ -14,7 +14,7 @@ from fastvlm.functional.errors import InputError
 from fastvlm.prompts import question
 from fastvlm.vlm import VisionLanguageModel
 from tests.processors import character_tokenizer, saved
-from tests.processors import picture as image
+from tests.processors import sample_image as image
 
 
 @pytest.fixture(scope="module")

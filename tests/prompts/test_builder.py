@@ -23,7 +23,7 @@ from fastvlm.scenes import render, sample
 from tests.families import END, FAMILIES, IMAGE, replies
 from tests.models import IMAGE_SIZE, VISUAL_TOKENS
 from tests.processors import PROCESSORS, asked, character_tokenizer, template
-from tests.processors import picture as image
+from tests.processors import sample_image as image
 
 QUESTION = "What is it?"
 

@@ -17,7 +17,7 @@ from fastvlm.language.families import text_decoder
 from fastvlm.vlm import VisionLanguageModel
 from tests.families import FAMILIES, replies
 from tests.processors import PROCESSORS, TEXT_TEMPLATE, character_tokenizer, saved
-from tests.processors import picture as image
+from tests.processors import sample_image as image
 
 TALKING = [name for name in PROCESSORS if not name.startswith(("blip2", "instructblip"))]
 

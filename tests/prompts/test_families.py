@@ -10,7 +10,7 @@ import torch
 import fastvlm
 from tests.families import replies
 from tests.processors import PROCESSORS, asked, saved
-from tests.processors import picture as image
+from tests.processors import sample_image as image
 
 QUESTIONS = ["What is it?", "Where is A?", "How many b?", "Say a word."]
 STRATEGIES = ["autoregressive", "prompt-lookup", "early-exit", "layer-skip"]

@@ -21,7 +21,7 @@ from fastvlm.training.tokenizer import learn_tokenizer
 from fastvlm.vlm import VisionLanguageModel
 from tests.cli.conftest import tiny_model
 from tests.fuzzing.models import CORPUS
-from tests.processors import picture as image
+from tests.processors import sample_image as image
 from tests.processors import saved
 
 TEXT = {"type": "text", "text": "What?"}

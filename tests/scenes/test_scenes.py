@@ -1,4 +1,4 @@
-"""Scenes: pictures that show what is said, descriptions that score in full, errors that cost."""
+"""Scenes: images that show what is said, descriptions that score in full, errors that cost."""
 
 from __future__ import annotations
 
@@ -189,11 +189,11 @@ def test_scores_add() -> None:
 
 
 @pytest.mark.parametrize("size", [64, 192, 256])
-def test_a_picture_follows_from_its_scene(size: int) -> None:
-    picture = render(SCENE, size)
-    assert (picture.mode, picture.size) == ("RGB", (size, size))
-    assert picture.tobytes() == render(SCENE, size).tobytes()
-    assert picture.tobytes() != render(dataclasses.replace(SCENE, seed=8), size).tobytes()
+def test_a_image_follows_from_its_scene(size: int) -> None:
+    image = render(SCENE, size)
+    assert (image.mode, image.size) == ("RGB", (size, size))
+    assert image.tobytes() == render(SCENE, size).tobytes()
+    assert image.tobytes() != render(dataclasses.replace(SCENE, seed=8), size).tobytes()
 
 
 def test_an_odd_size_is_refused() -> None:
@@ -216,10 +216,10 @@ def _shown(cell: Image.Image) -> dict[str, int]:
 def test_each_cell_shows_its_thing_alone() -> None:
     for seed in range(40):
         scene = sample(seed)
-        picture = render(scene)
+        image = render(scene)
         for cell, thing in enumerate(by_place(scene)):
             x, y = cell % 3 * 64, cell // 3 * 64
-            shown = _shown(picture.crop((x, y, x + 64, y + 64)))
+            shown = _shown(image.crop((x, y, x + 64, y + 64)))
             assert list(shown) == ([thing.colour] if thing else [])
             if thing:
                 assert (shown[thing.colour] > 430) == (thing.size == "large")

@@ -14,7 +14,7 @@ from PIL import Image
 from torch import Tensor
 
 from fastvlm.data.broken import BrokenRecords
-from fastvlm.data.questions import Question, about_photographs, about_scenes
+from fastvlm.data.questions import Question, about_photos, about_scenes
 from fastvlm.decoding import Request
 from fastvlm.drafting import ImitationConfig, ImitationNetwork
 from fastvlm.drafting.directory import load_draft
@@ -45,10 +45,9 @@ DEPTH = LIVELY["num_hidden_layers"]
 def own_replies(
     vlm: VisionLanguageModel, questions: Sequence[Question], folder: Path, **options: Any
 ) -> list[Example]:
-    """The target's replies to questions about scenes and photographs."""
+    """The target's replies to questions about scenes and photos."""
     asked = [
-        Asked(str(q.picture), tuple(asking(q.prompt, q.open(vlm.image_size))), "")
-        for q in questions
+        Asked(str(q.image), tuple(asking(q.prompt, q.open(vlm.image_size))), "") for q in questions
     ]
     return replies.own_replies(vlm, asked, folder, BrokenRecords(), **options)
 
@@ -251,9 +250,9 @@ def test_another_failure_ends_the_run(
         own_replies(vlm, questions[:2], tmp_path, max_new_tokens=6)
 
 
-def test_photographs_are_answered_too(vlm: VisionLanguageModel, tmp_path: Path) -> None:
+def test_photos_are_answered_too(vlm: VisionLanguageModel, tmp_path: Path) -> None:
     Image.effect_noise((90, 60), 90).convert("RGB").save(tmp_path / "noise.png")
-    asked = about_photographs([tmp_path / "noise.png"])
+    asked = about_photos([tmp_path / "noise.png"])
     told = own_replies(vlm, [*asked, *about_scenes([3])], tmp_path, max_new_tokens=8)
     for question, example in zip(asked, told, strict=False):
         reply = vlm.generate(question.prompt, tmp_path / "noise.png", max_new_tokens=8)
@@ -537,8 +536,8 @@ def test_drafts_trained_for_a_stored_model_serve_it(tmp_path: Path) -> None:
         assert {p.dtype for p in network.parameters()} == {torch.float32}
         strategy = vlm.strategy(network=network)
         for question, example in zip(asked, told, strict=True):
-            picture = question.open(vlm.image_size)
-            reply = vlm.generate(question.prompt, picture, max_new_tokens=12, strategy=strategy)
+            image = question.open(vlm.image_size)
+            reply = vlm.generate(question.prompt, image, max_new_tokens=12, strategy=strategy)
             assert reply.token_ids == list(example.reply)
 
 

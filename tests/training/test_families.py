@@ -1,4 +1,4 @@
-"""A draft for a model of any family: it learns from real photographs and drafts losslessly."""
+"""A draft for a model of any family: it learns from real photos and drafts losslessly."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from PIL import Image
 import fastvlm
 from fastvlm import embedded
 from fastvlm.data.broken import BrokenRecords
-from fastvlm.data.questions import pictures_in
+from fastvlm.data.questions import images_in
 from fastvlm.drafting.directory import load_draft
 from fastvlm.prompts import question
 from fastvlm.training.draft import DraftPlan, DraftTask, new_network, train_draft
@@ -21,19 +21,19 @@ from fastvlm.training.schedule import Schedule
 from tests.families import replies
 from tests.processors import PROCESSORS, asked, saved
 
-PHOTOGRAPHS = [path for path in pictures_in(embedded.PICTURES) if path.suffix == ".jpg"][:4]
+PHOTOS = [path for path in images_in(embedded.IMAGES) if path.suffix == ".jpg"][:4]
 QUESTIONS = ["What is it?", "Where is A?", "How many b?", "Say a word."]
 
 
 @pytest.mark.parametrize("family", PROCESSORS)
-def test_a_draft_learns_from_photographs_and_drafts_losslessly(family: str, tmp_path: Path) -> None:
+def test_a_draft_learns_from_photos_and_drafts_losslessly(family: str, tmp_path: Path) -> None:
     if family == "smolvlm":
         pytest.importorskip("num2words")
     model, processor = saved(family, tmp_path / "model")
     vlm = fastvlm.load(tmp_path / "model", dtype=torch.float64)
     turns = [
         Asked(text, tuple(question(text, path)), "")
-        for text, path in zip(QUESTIONS, PHOTOGRAPHS, strict=True)
+        for text, path in zip(QUESTIONS, PHOTOS, strict=True)
     ]
     examples = own_replies(vlm, turns, tmp_path, BrokenRecords(), max_new_tokens=12)
     assert sum(len(example.reply) for example in examples) > 8
@@ -56,7 +56,7 @@ def test_a_draft_learns_from_photographs_and_drafts_losslessly(family: str, tmp_
     assert all(found.acceptance_length >= 1 for found in measured.values())
     expected = [
         replies(model, asked(processor, [text], [Image.open(path)]), 12)[0]
-        for text, path in zip(QUESTIONS, PHOTOGRAPHS, strict=True)
+        for text, path in zip(QUESTIONS, PHOTOS, strict=True)
     ]
     for name in plans:
         strategy = vlm.strategy(
@@ -64,5 +64,5 @@ def test_a_draft_learns_from_photographs_and_drafts_losslessly(family: str, tmp_
             num_speculative_tokens=3,
             confidence=0,
         )
-        together = vlm.generate_batch(QUESTIONS, PHOTOGRAPHS, strategy=strategy, max_new_tokens=12)
+        together = vlm.generate_batch(QUESTIONS, PHOTOS, strategy=strategy, max_new_tokens=12)
         assert [reply.token_ids for reply in together] == expected

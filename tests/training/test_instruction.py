@@ -47,7 +47,7 @@ def turn(role: str, *parts: str | Image.Image) -> dict[str, Any]:
 
 
 def conversations(size: int = 128) -> list[Conversation]:
-    """One of two turns, one of text alone, and one with two pictures."""
+    """One of two turns, one of text alone, and one with two images."""
     first, second = render(sample(1), size), render(sample(2), size)
     return [
         Conversation(
@@ -61,7 +61,7 @@ def conversations(size: int = 128) -> list[Conversation]:
         ),
         Conversation("text", (turn("user", "Hello"), turn("assistant", "A blue circle."))),
         Conversation(
-            "pictures",
+            "images",
             (turn("user", second, "and", first), turn("assistant", "Two.")),
         ),
     ]
@@ -311,5 +311,5 @@ def test_a_new_model_is_an_encoder_and_a_decoder(tmp_path: Path) -> None:
     assert len(load(tmp_path / "new").tokens("What?", 1)) > VISUAL_TOKENS
     tokenizer.chat_template = "{% for m in messages %}{{ m.role + ': ' + m.content }}{% endfor %}"
     tokenizer.save_pretrained(tmp_path / "decoder")
-    with pytest.raises(InputError, match="no place for pictures"):
+    with pytest.raises(InputError, match="no place for images"):
         assemble(small_encoder(), tmp_path / "decoder")

@@ -11,7 +11,7 @@ import torch
 from PIL import Image
 from torch.nn.modules.module import register_module_forward_hook
 
-from fastvlm.data.captioned import CaptionedPhotograph
+from fastvlm.data.captioned import CaptionedImage
 from fastvlm.embedded import SCENE_PROMPT
 from fastvlm.functional.errors import CheckpointError
 from fastvlm.scenes import describe, render, sample
@@ -29,9 +29,9 @@ CAPTIONS = ("A dog runs .", "A brown dog runs fast .", "The sun")
 
 
 @pytest.fixture
-def photographs(tmp_path: Path) -> Path:
-    """Three photographs in Flickr8k's layout."""
-    folder = tmp_path / "photographs"
+def photos(tmp_path: Path) -> Path:
+    """Three photos in Flickr8k's layout."""
+    folder = tmp_path / "photos"
     (folder / "images").mkdir(parents=True)
     names = [f"{colour}.jpg" for colour in ("red", "green", "blue")]
     for name in names:
@@ -60,14 +60,14 @@ def test_a_pass_gives_each_dialogue_the_loss_it_has_alone() -> None:
         torch.testing.assert_close(losses, alone)
 
 
-def test_the_stages_make_a_model_that_loads_and_replies(tmp_path: Path, photographs: Path) -> None:
+def test_the_stages_make_a_model_that_loads_and_replies(tmp_path: Path, photos: Path) -> None:
     torch.manual_seed(2)
     FastViTHD(small_encoder_config(image_size=192)).save_pretrained(tmp_path / "encoder")
     shape = DecoderShape(layers=2, width=32, hidden=32, heads=4, kv_heads=2, vocabulary=300)
     schedule = Schedule(steps=2, learning_rate=1e-3, warmup=1, log_seconds=0)
     stages = [replace(stage, schedule=schedule) for stage in STAGES]
     train_model(
-        photographs, tmp_path / "model", encoder=tmp_path / "encoder", stages=stages, shape=shape
+        photos, tmp_path / "model", encoder=tmp_path / "encoder", stages=stages, shape=shape
     )
     reports = {
         stage.name: json.loads(
@@ -83,9 +83,7 @@ def test_the_stages_make_a_model_that_loads_and_replies(tmp_path: Path, photogra
     assert len(vlm.generate(SCENE_PROMPT, render(sample(3), 192), max_new_tokens=5).token_ids) == 5
 
 
-def test_a_model_goes_on_from_another_with_a_better_encoder(
-    tmp_path: Path, photographs: Path
-) -> None:
+def test_a_model_goes_on_from_another_with_a_better_encoder(tmp_path: Path, photos: Path) -> None:
     schedule = Schedule(steps=1, learning_rate=1e-9, warmup=1, log_seconds=0)
     stage = replace(STAGES[0], schedule=schedule)
     torch.manual_seed(3)
@@ -94,10 +92,10 @@ def test_a_model_goes_on_from_another_with_a_better_encoder(
     better.save_pretrained(tmp_path / "better")
     shape = DecoderShape(layers=2, width=32, hidden=32, heads=4, kv_heads=2, vocabulary=300)
     train_model(
-        photographs, tmp_path / "first", encoder=tmp_path / "encoder", stages=[stage], shape=shape
+        photos, tmp_path / "first", encoder=tmp_path / "encoder", stages=[stage], shape=shape
     )
     train_model(
-        photographs,
+        photos,
         tmp_path / "second",
         encoder=tmp_path / "better",
         start=tmp_path / "first",
@@ -115,23 +113,23 @@ def test_a_model_goes_on_from_another_with_a_better_encoder(
         seen, expected, rtol=0.05, atol=0.05 * float(expected.detach().std())
     )
     with pytest.raises(CheckpointError, match="needs an encoder, or a model"):
-        train_model(photographs, tmp_path / "third", stages=[stage])
+        train_model(photos, tmp_path / "third", stages=[stage])
 
 
 def test_the_reward_is_for_what_people_say() -> None:
-    photographs = [
-        CaptionedPhotograph(Path("a"), ("A dog runs in the grass.", "A brown dog is running.")),
-        CaptionedPhotograph(Path("b"), ("Two men sit on a bench.", "Men on a bench.")),
-        CaptionedPhotograph(Path("c"), ("A girl swims.", "A girl in a pool.")),
+    photos = [
+        CaptionedImage(Path("a"), ("A dog runs in the grass.", "A brown dog is running.")),
+        CaptionedImage(Path("b"), ("Two men sit on a bench.", "Men on a bench.")),
+        CaptionedImage(Path("c"), ("A girl swims.", "A girl in a pool.")),
     ]
-    consensus = Consensus(photographs)
+    consensus = Consensus(photos)
     right = consensus.reward(0, "A dog runs in the grass.", ended=True)
     assert right > consensus.reward(0, "A dog runs in the grass.", ended=False)
     assert right > consensus.reward(0, "A dog runs.", ended=True) > 0
     assert consensus.reward(1, "A dog runs.", ended=True) < 0.1
 
 
-def test_samples_are_set_against_the_others_of_their_photograph() -> None:
+def test_samples_are_set_against_the_others_of_their_photo() -> None:
     found = advantages(torch.tensor([[0.0, 1.0, 2.0], [5.0, 5.0, 5.0]]))
     # Against the mean of the other two: -1.5, 0, 1.5.
     assert found[0].tolist() == pytest.approx([-float(found[0, 2]), 0.0, float(found[0, 2])])
@@ -157,7 +155,7 @@ def test_sampled_sentences_are_the_models_own() -> None:
     assert len({tuple(dialogue.tokens.tolist()) for dialogue in drawn[0]}) > 1
 
 
-def test_gradient_checkpointing_learns_the_same(tmp_path: Path, photographs: Path) -> None:
+def test_gradient_checkpointing_learns_the_same(tmp_path: Path, photos: Path) -> None:
     torch.manual_seed(2)
     FastViTHD(small_encoder_config(image_size=192)).save_pretrained(tmp_path / "encoder")
     shape = DecoderShape(layers=2, width=32, hidden=32, heads=4, kv_heads=2, vocabulary=300)
@@ -170,7 +168,7 @@ def test_gradient_checkpointing_learns_the_same(tmp_path: Path, photographs: Pat
             lambda module, *_, seen=seen: seen.append(type(module).__name__)
         )
         train_model(
-            photographs, output, encoder=tmp_path / "encoder", shape=shape,
+            photos, output, encoder=tmp_path / "encoder", shape=shape,
             stages=[replace(STAGES[1], schedule=schedule)], gradient_checkpointing=again,
         )  # fmt: skip
         hook.remove()

@@ -1,4 +1,4 @@
-"""What a run tells: the log, the curves, trackers, and what decoding held-out pictures says."""
+"""What a run tells: the log, the curves, trackers, and what decoding held-out images says."""
 
 from __future__ import annotations
 
@@ -74,9 +74,9 @@ def test_validation_and_curves_are_in_the_output(tmp_path: Path) -> None:
     assert curves["acceptance_rate"] == {
         "held-out acceptance_rate": [(step, step / 12) for step in (5, 10, 12)]
     }
-    with Image.open(tmp_path / "validated" / "curves.png") as picture:
-        assert picture.size[0] > 500
-        assert len(picture.convert("L").getcolors()) > 10
+    with Image.open(tmp_path / "validated" / "curves.png") as image:
+        assert image.size[0] > 500
+        assert len(image.convert("L").getcolors()) > 10
     # It leaves no trace in what is learnt.
     train(Rows(), SCHEDULE, tmp_path / "blind")
     one, other = (

@@ -74,7 +74,7 @@ def test_what_makes_rows_can_be_sent_to_a_worker_without_the_model(
         assert_same_rows(sent(conversation), maker(conversation))
 
 
-def photograph(number: int) -> bytes:
+def photo(number: int) -> bytes:
     data = io.BytesIO()
     Image.effect_noise((150 + number, 120), 60 + number).convert("RGB").save(data, "JPEG")
     return data.getvalue()
@@ -89,7 +89,7 @@ def test_a_model_learns_the_same_with_workers(tmp_path: Path) -> None:
                 {
                     "role": "user",
                     "content": [
-                        {"type": "image", "image": photograph(number) if number != 4 else b"cut"},
+                        {"type": "image", "image": photo(number) if number != 4 else b"cut"},
                         {"type": "text", "text": "What is it?"},
                     ],
                 },
@@ -128,7 +128,7 @@ def test_a_draft_learns_the_same_with_workers_which_open_its_images(
     examples = []
     for number in range(7):
         path = tmp_path / f"{number}.jpg"
-        path.write_bytes(photograph(number))
+        path.write_bytes(photo(number))
         asked = Asked(path.name, tuple(question("What is it?", path)), f"{number} of them.")
         examples += data_replies(vlm, [asked])
     schedule = Schedule(steps=5, learning_rate=1e-3, warmup=0, log_seconds=0)

@@ -51,7 +51,7 @@ def released() -> FastViTHD:
 
 @pytest.fixture
 def pixels() -> Tensor:
-    """Two pictures, wider than high."""
+    """Two images, wider than high."""
     return torch.rand(2, 3, 128, 192, dtype=torch.float64)
 
 
@@ -108,7 +108,7 @@ def test_folding_changes_no_output(dtype: torch.dtype, tolerance: float, pixels:
     assert before.dtype == dtype
     scale = before.abs().max()
     assert scale > 0.1
-    assert (before[0] - before[1]).abs().max() > 0.1 * scale  # it sees the pictures
+    assert (before[0] - before[1]).abs().max() > 0.1 * scale  # it sees the images
     for folded in (reparameterized, fused):
         assert (folded - before).abs().max() <= tolerance * max(1, scale)
     assert not any(isinstance(part, nn.BatchNorm2d) for part in encoder.modules())
@@ -262,7 +262,7 @@ def whole() -> FastVlmForConditionalGeneration:
 
 @torch.no_grad()
 def answers(model: FastVlmForConditionalGeneration) -> tuple[Tensor, Tensor]:
-    """Visual tokens and logits of one prompt about a picture."""
+    """Visual tokens and logits of one prompt about an image."""
     torch.manual_seed(9)
     pixels = torch.rand(1, 3, 128, 128)
     tokens = torch.tensor([[3, *[49] * VISUAL_TOKENS, 7, 8]])

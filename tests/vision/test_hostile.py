@@ -1,4 +1,4 @@
-"""Odd, broken and hostile files: each gives the right picture or one clear sentence, soon."""
+"""Odd, broken and hostile files: each gives the right image or one clear sentence, soon."""
 
 from __future__ import annotations
 
@@ -20,15 +20,15 @@ SECONDS = 20
 MOST_BYTES = 2**30
 
 
-def saved(picture: Image.Image, kind: str, **options: object) -> bytes:
-    """Return a picture as a file's contents."""
+def saved(image: Image.Image, kind: str, **options: object) -> bytes:
+    """Return an image as a file's contents."""
     out = io.BytesIO()
-    picture.save(out, kind, **options)
+    image.save(out, kind, **options)
     return out.getvalue()
 
 
 def flat(mode: str = "RGB", size: tuple[int, int] = (40, 30)) -> Image.Image:
-    """Return a red picture in a mode."""
+    """Return a red image in a mode."""
     return Image.new("RGB", size, RED).convert(mode)
 
 
@@ -44,10 +44,10 @@ def png(width: int, height: int, *chunks: bytes, depth: int = 8, colour: int = 2
 
 
 def transparent() -> Image.Image:
-    """Return a palette picture, red and opaque, with one transparent entry that is not used."""
-    picture = flat("P")
-    picture.info["transparency"] = 255
-    return picture
+    """Return a palette image, red and opaque, with one transparent entry that is not used."""
+    image = flat("P")
+    image.info["transparency"] = 255
+    return image
 
 
 def commented() -> bytes:
@@ -58,7 +58,7 @@ def commented() -> bytes:
 
 
 def pages(kind: str, **options: object) -> bytes:
-    """Return a file of two pictures, of which the first is red."""
+    """Return a file of two images, of which the first is red."""
     other = Image.new("RGB", (40, 30))
     return saved(flat(), kind, save_all=True, append_images=[other], **options)
 

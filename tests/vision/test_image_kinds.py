@@ -271,7 +271,7 @@ print(*image.size, peak() - before)
 """
 
 
-def test_a_large_photograph_is_halved_while_it_is_decoded(tmp_path: Path) -> None:
+def test_a_large_photo_is_halved_while_it_is_decoded(tmp_path: Path) -> None:
     file = tmp_path / "large.jpg"
     size = (9000, 6000)
     assert size[0] * size[1] > MAX_PIXELS_BEFORE_HALVING

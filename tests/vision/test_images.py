@@ -1,4 +1,4 @@
-"""Pictures: upright, in RGB, padded; and what is said of files that can't be one."""
+"""Images: upright, in RGB, padded; and what is said of files that can't be one."""
 
 from __future__ import annotations
 
@@ -19,19 +19,19 @@ ORIENTATION, DESCRIPTION = 0x0112, 0x010E
 
 def quarters(width: int = 32, height: int = 32) -> Image.Image:
     """Red and green over blue and white."""
-    picture = Image.new("RGB", (2, 2))
+    image = Image.new("RGB", (2, 2))
     for corner, colour in zip(CORNERS, (RED, GREEN, BLUE, (255, 255, 255)), strict=True):
-        picture.putpixel(corner, colour)
-    return picture.resize((width, height), Image.Resampling.NEAREST)
+        image.putpixel(corner, colour)
+    return image.resize((width, height), Image.Resampling.NEAREST)
 
 
-def seen(picture: Image.Image) -> list[tuple[int, ...]]:
+def seen(image: Image.Image) -> list[tuple[int, ...]]:
     """The colours of the four quarters' middles, each channel rounded to 0 or 255."""
     return [
         tuple(
             255 * (channel > 127)
-            for channel in picture.getpixel(
-                (picture.width * (1 + 2 * x) // 4, picture.height * (1 + 2 * y) // 4)
+            for channel in image.getpixel(
+                (image.width * (1 + 2 * x) // 4, image.height * (1 + 2 * y) // 4)
             )
         )
         for x, y in CORNERS
@@ -63,10 +63,10 @@ def test_a_tensor_holds_the_pixels() -> None:
     assert to_tensor(Image.new("RGB", (5, 3))).shape == (3, 3, 5)
 
 
-def test_a_prepared_picture_keeps_its_shape(tmp_path: Path) -> None:
+def test_a_prepared_image_keeps_its_shape(tmp_path: Path) -> None:
     quarters(96, 48).save(tmp_path / "wide.png")
-    for picture in (tmp_path / "wide.png", str(tmp_path / "wide.png"), quarters(96, 48)):
-        [pixels] = prepare(picture, 64)
+    for image in (tmp_path / "wide.png", str(tmp_path / "wide.png"), quarters(96, 48)):
+        [pixels] = prepare(image, 64)
         assert pixels.shape == (3, 64, 64)
         assert 0 <= pixels.min() <= pixels.max() <= 1
         assert not pixels[:, :13].any()  # bicubic reaches two pixels over the edge
@@ -88,7 +88,7 @@ def test_cropping_keeps_the_middle(size: tuple[int, int]) -> None:
     assert square.getpixel((0, 0)) == ((size[0] - side) // 2, (size[1] - side) // 2, 0)
 
 
-def test_a_wide_picture_fits_in_three_ways() -> None:
+def test_a_wide_image_fits_in_three_ways() -> None:
     wide = Image.new("RGB", (256, 128), BLUE)
     wide.paste(RED, (64, 0, 192, 128))
     padded, cropped, stretched = (prepare(wide, 128, fit)[0] for fit in ("pad", "crop", "stretch"))
@@ -104,13 +104,13 @@ def test_a_wide_picture_fits_in_three_ways() -> None:
 
 
 def test_tiles_show_the_whole_and_its_parts() -> None:
-    picture = quarters(256, 256)
-    views = prepare(picture, 128, tiles=2)
+    image = quarters(256, 256)
+    views = prepare(image, 128, tiles=2)
     assert views.shape == (5, 3, 128, 128)
-    assert views[0].equal(prepare(picture, 128)[0])
+    assert views[0].equal(prepare(image, 128)[0])
     for view, colour in zip(views[1:], seen(quarters()), strict=True):
         assert (view[:, 64, 64] * 255).tolist() == list(colour)
-    assert prepare(picture, 64, tiles=3).shape == (10, 3, 64, 64)
+    assert prepare(image, 64, tiles=3).shape == (10, 3, 64, 64)
 
 
 @pytest.mark.parametrize(
@@ -127,7 +127,7 @@ def test_options_out_of_range_are_refused(options: dict, told: str) -> None:
         prepare(quarters(), **options)
 
 
-def test_a_very_long_picture_is_reduced_before_it_is_padded() -> None:
+def test_a_very_long_image_is_reduced_before_it_is_padded() -> None:
     line = Image.new("RGB", (3 * MAX_SIDE, 9), RED)
     square = pad_to_square(line)
     assert square.size == (MAX_SIDE, MAX_SIDE)
@@ -138,7 +138,7 @@ def test_a_very_long_picture_is_reduced_before_it_is_padded() -> None:
 @pytest.mark.parametrize("orientation", range(1, 9))
 @pytest.mark.parametrize("suffix", ["jpg", "png"])
 def test_the_cameras_orientation_is_honoured(orientation: int, suffix: str, tmp_path: Path) -> None:
-    # How a camera stores an upright picture so that each orientation's turn rights it again.
+    # How a camera stores an upright image so that each orientation's turn rights it again.
     turned = {
         1: None,
         2: Image.Transpose.FLIP_LEFT_RIGHT,
@@ -153,13 +153,13 @@ def test_the_cameras_orientation_is_honoured(orientation: int, suffix: str, tmp_
     exif = Image.Exif()
     exif[ORIENTATION] = orientation
     stored.save(tmp_path / f"turned.{suffix}", exif=exif)
-    picture = load_image(tmp_path / f"turned.{suffix}")
-    assert (picture.mode, picture.size) == ("RGB", (64, 32))
-    assert seen(picture) == seen(quarters())
+    image = load_image(tmp_path / f"turned.{suffix}")
+    assert (image.mode, image.size) == ("RGB", (64, 32))
+    assert seen(image) == seen(quarters())
 
 
 @pytest.mark.parametrize("tag", [b"\x01\x56", b"\x01\x54", b"\x01\x1a"])
-def test_a_photograph_with_broken_metadata_is_still_a_picture(tag: bytes, tmp_path: Path) -> None:
+def test_a_photo_with_broken_metadata_is_still_a_image(tag: bytes, tmp_path: Path) -> None:
     exif = Image.Exif()
     exif[ORIENTATION], exif[DESCRIPTION] = 6, "hello"
     file = tmp_path / "broken.jpg"
@@ -183,15 +183,15 @@ def test_a_photograph_with_broken_metadata_is_still_a_picture(tag: bytes, tmp_pa
     ],
 )
 def test_colours_survive_any_mode(mode: str, suffix: str, tmp_path: Path) -> None:
-    file = tmp_path / f"picture.{suffix}"
+    file = tmp_path / f"image.{suffix}"
     quarters().convert(mode).save(file)
-    picture = load_image(file)
-    assert picture.mode == "RGB"
-    assert seen(picture) == seen(quarters())
+    image = load_image(file)
+    assert image.mode == "RGB"
+    assert seen(image) == seen(quarters())
 
 
 def spoilt(name: str, folder: Path) -> Path:
-    """Write a file that is no whole picture."""
+    """Write a file that is no whole image."""
     file = folder / name
     whole = folder / "whole.jpg"
     quarters(64, 64).save(whole)
@@ -219,7 +219,7 @@ def spoilt(name: str, folder: Path) -> Path:
         ("head.jpg", "image"),
     ],
 )
-def test_what_is_no_picture_is_named(name: str, reason: str, tmp_path: Path) -> None:
+def test_what_is_no_image_is_named(name: str, reason: str, tmp_path: Path) -> None:
     file = spoilt(name, tmp_path)
     for given in (file, str(file)):
         with pytest.raises(InputError, match=reason) as caught:

@@ -31,7 +31,7 @@ CHATML = (
     "{% endfor %}{% endif %}<|im_end|>\n{% endfor %}"
     "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
 )
-"""Apple's conversation (`qwen_2`): ChatML, a picture as a line of its own before the question."""
+"""Apple's conversation (`qwen_2`): ChatML, an image as a line of its own before the question."""
 
 _APPLE_VISION = "model.vision_tower.vision_tower.model."
 _TIMM_VISION = "model.vision_tower.timm_model."
@@ -143,7 +143,7 @@ def _transformers_config(config: dict[str, Any], form: str) -> FastVlmConfig:
 
 def _configured(text: dict[str, Any], size: int, form: str) -> FastVlmConfig:
     if size % REDUCTION:
-        raise InputError(f"The encoder's picture size is {size}, no multiple of {REDUCTION}.")
+        raise InputError(f"The encoder's image size is {size}, no multiple of {REDUCTION}.")
     vision = FastViTHDConfig.variant("fastvithd", image_size=size, form=form)
     return FastVlmConfig(
         vision_config=vision.to_dict(),

@@ -19,7 +19,7 @@ NAMING = ("processor_config.json", "preprocessor_config.json", "tokenizer_config
 """Files that may name the processor's class, the first to do so decides."""
 
 
-class StillPictures(ProcessorMixin):
+class StillImages(ProcessorMixin):
     """Goes before a processor's own class, and leaves out its video processor.
 
     That part alone needs torchvision, which brings the risk of a build for another torch.
@@ -53,7 +53,7 @@ class StillPictures(ProcessorMixin):
 @cache
 def without_video(kind: Any) -> type[ProcessorMixin]:
     """Return a class of processors without its part for videos."""
-    return type(kind.__name__, (StillPictures, kind), {})
+    return type(kind.__name__, (StillImages, kind), {})
 
 
 def _blank(kind: Any) -> ProcessorMixin:

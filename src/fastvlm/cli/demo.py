@@ -37,7 +37,7 @@ MAX_NEW_TOKENS = 160
 BESIDE_CELLS = 60
 """Width from which an image stands beside its title, not above it."""
 
-PROMPTS = {"scene": embedded.SCENE_PROMPT, "photograph": embedded.DESCRIPTION_PROMPT}
+PROMPTS = {"scene": embedded.SCENE_PROMPT, "photo": embedded.DESCRIPTION_PROMPT}
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,7 +46,7 @@ class DemoImage:
 
     Args:
         file: Where it is.
-        kind: `scene` or `photograph`.
+        kind: `scene` or `photo`.
         title: What it is called.
         credit: Who made it, and where it is from and under which licence, if that is to be said.
     """
@@ -103,7 +103,7 @@ def demo(
     With --json it only measures: the hardware, and under `results` an object for each way of
     decoding.
     """
-    shown = read_images(embedded.PICTURES)[:images]
+    shown = read_images(embedded.IMAGES)[:images]
     vlm = runtime.load(None)
     strategies = {name: vlm.strategy(name) for name in ("autoregressive", "imitation")}
     if output.json is None:
@@ -130,12 +130,12 @@ def demo(
 
 
 def read_images(folder: Path) -> list[DemoImage]:
-    """Return the images that a folder's `pictures.json` lists.
+    """Return the images that a folder's `images.json` lists.
 
     Raises:
         CheckpointError: The list is missing or not in the form that it should have.
     """
-    listing = folder / "pictures.json"
+    listing = folder / "images.json"
     if not listing.is_file():
         raise CheckpointError(f"The demo's images are missing: there is no {listing}.")
     try:

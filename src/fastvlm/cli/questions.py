@@ -128,16 +128,16 @@ class Asked:
             scenes = range(HELD_OUT_SCENES, HELD_OUT_SCENES + limit)
             asked = self.prompt or [embedded.SCENE_PROMPT]
             return [Question(prompt, scene) for scene in scenes for prompt in asked]
-        found = self._files(limit, embedded.PICTURES if images == SHIPPED else Path(images))
+        found = self._files(limit, embedded.IMAGES if images == SHIPPED else Path(images))
         asked = self.prompt or [embedded.DESCRIPTION_PROMPT]
         return [Question(prompt, str(path)) for path in found for prompt in asked]
 
     def _files(self, limit: int, folder: Path | None = None) -> list[Path]:
-        from fastvlm.data.questions import pictures_in
+        from fastvlm.data.questions import images_in
 
         folder = folder or Path(self.images or "")
         if self.listing is None:
-            return pictures_in(folder, limit)
+            return images_in(folder, limit)
         names = read_text(self.listing).splitlines()
         return [folder / name.strip() for name in names if name.strip()][:limit]
 
@@ -162,7 +162,7 @@ class FailedQuestions:
             InputError: Too many failed.
         """
         self.found.append({**asdict(question), "reason": str(error)})
-        name = "" if question.picture is None else f" about {question.picture}"
+        name = "" if question.image is None else f" about {question.image}"
         print_error(f"A question{name} is left out: {error}")
         if len(self.found) > self.share * self.total:
             raise InputError(
@@ -180,14 +180,14 @@ class FailedQuestions:
 
         found, errors = [], dict[Any, InputError | None]()
         for question in questions:
-            picture = question.picture
-            if isinstance(picture, str) and picture not in errors:
-                errors[picture] = None
+            image = question.image
+            if isinstance(image, str) and image not in errors:
+                errors[image] = None
                 try:
-                    load_image(picture)
+                    load_image(image)
                 except InputError as error:
-                    errors[picture] = error
-            wrong = errors.get(picture)
+                    errors[image] = error
+            wrong = errors.get(image)
             if wrong is None:
                 found.append(question)
             else:

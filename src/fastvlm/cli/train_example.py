@@ -15,7 +15,7 @@ from fastvlm.cli.training_options import (
     CheckpointingOption,
     ModelTrainingRuntime,
     OutputOption,
-    PhotographsOption,
+    PhotosOption,
     RateOption,
     SeedOption,
     StepsOption,
@@ -25,7 +25,7 @@ from fastvlm.cli.training_options import (
 
 def example_encoder(
     *,
-    photographs: PhotographsOption,
+    photos: PhotosOption,
     output: OutputOption,
     start: Annotated[
         Path | None,
@@ -51,12 +51,12 @@ def example_encoder(
         trackers=tuple(tracker or ()),
     )
     with runtime.progress():
-        train_encoder(photographs, output, schedule, start=start)
+        train_encoder(photos, output, schedule, start=start)
 
 
 def example_model(  # noqa: PLR0913 (a parameter is an option)
     *,
-    photographs: PhotographsOption,
+    photos: PhotosOption,
     output: OutputOption,
     encoder: Annotated[
         Path | None, typer.Option(metavar="DIR", help="What `fastvlm train example-encoder` made.")
@@ -120,7 +120,7 @@ def example_model(  # noqa: PLR0913 (a parameter is an option)
     tracker: TrackerOption = None,
     runtime: ModelTrainingRuntime,
 ) -> None:
-    """Teach a model around a trained encoder to describe scenes and photographs."""
+    """Teach a model around a trained encoder to describe scenes and photos."""
     check_folder(output)
     if encoder is None and start is None:
         raise UsageError("Give --encoder for a new model, or --start for one to go on from.")
@@ -143,7 +143,7 @@ def example_model(  # noqa: PLR0913 (a parameter is an option)
     )
     with runtime.progress():
         train_model(
-            photographs,
+            photos,
             output,
             encoder=encoder,
             start=start,

@@ -206,7 +206,7 @@ def has_fastvithd(model: PreTrainedModel) -> bool:
 
 
 def shown_at(model: PreTrainedModel, stage: PaperStage) -> int | None:
-    """Return the side in pixels of the pictures of a stage; None where the processor decides."""
+    """Return the side in pixels of the images of a stage; None where the processor decides."""
     if not has_fastvithd(model):
         return None
     own: int = model.config.vision_config.image_size

@@ -17,11 +17,11 @@ from fastvlm.functional.errors import InputError
 if TYPE_CHECKING:
     from fastvlm.data.conversations import Records, Shards
 
-PhotographsOption = Annotated[
+PhotosOption = Annotated[
     Path,
     typer.Option(
         metavar="DIR",
-        help="Captioned photographs in Flickr8k's layout: captions.tsv, train.txt and images/.",
+        help="Captioned photos in Flickr8k's layout: captions.tsv, train.txt and images/.",
     ),
 ]
 OutputOption = Annotated[
@@ -174,7 +174,7 @@ def conversations_in(source: str, image_size: int | None) -> Records | Shards:
     if name != "scenes" or not number.isdecimal():
         return read_conversations(source)
     if image_size is None:
-        raise InputError(f"{source} is for models around FastViTHD, whose picture size is known.")
+        raise InputError(f"{source} is for models around FastViTHD, whose image size is known.")
     return scene_conversations(range(int(number)), image_size)
 
 

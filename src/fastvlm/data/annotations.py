@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from fastvlm.data.conversations import BrokenRecordError, Conversation, Records
-from fastvlm.data.picture_folders import PictureFolders, folders_beside, split_in
+from fastvlm.data.image_folders import ImageFolders, folders_beside, split_in
 from fastvlm.data.turns import KEYS, conversation_of, is_known
 from fastvlm.functional.errors import InputError
 from fastvlm.functional.text_files import parse_json, read_json, read_text, reads
@@ -19,25 +19,25 @@ JUDGED = 100
 
 
 @reads("These annotations")
-def read_annotations(file: Path, pictures: Path | None, split: str) -> Records:
+def read_annotations(file: Path, images: Path | None, split: str) -> Records:
     """Read an annotation file, whose layout is recognised by what it holds.
 
     Args:
         file: The file; of VQA v2 its questions or its annotations, with the other beside it.
-        pictures: The folder of its pictures; None for those around the file.
+        images: The folder of its images; None for those around the file.
         split: Which part of a file of Karpathy's; the other layouts have a file for each.
 
     Raises:
         InputError: The file can't be read, its layout is none of these, or it is empty.
     """
-    content, folders = load_json(file), folders_beside(file, pictures)
+    content, folders = load_json(file), folders_beside(file, images)
     match content:
         case list() if any(map(is_known, content[:JUDGED])):
             return records_of(content, folders, file.name)
-        case {"images": list(images), "annotations": [{"caption": _}, *_] as captions}:
-            return _coco(images, captions, folders)
-        case {"images": [{"sentences": _}, *_] as images}:
-            return _karpathy(file, images, folders, split)
+        case {"images": list(rows), "annotations": [{"caption": _}, *_] as captions}:
+            return _coco(rows, captions, folders)
+        case {"images": [{"sentences": _}, *_] as rows}:
+            return _karpathy(file, rows, folders, split)
         case {"questions": [{"question_id": _}, *_]}:
             return _vqa(file, annotations_of(file), folders)
         case {"annotations": [{"question_id": _}, *_]}:
@@ -48,7 +48,7 @@ def read_annotations(file: Path, pictures: Path | None, split: str) -> Records:
     raise InputError(
         f"{file} has none of the layouts that fastvlm knows: a list of objects with one of"
         f" {', '.join(KEYS)} (LLaVA's and alike), COCO's images and annotations, VQA v2's questions"
-        " or annotations, Karpathy's images with sentences, or lists of captions by picture."
+        " or annotations, Karpathy's images with sentences, or lists of captions by image."
     )
 
 
@@ -70,7 +70,7 @@ def _line(line: str) -> Any:
         return line
 
 
-def records_of(rows: list[Any], folders: PictureFolders, source: str) -> Records:
+def records_of(rows: list[Any], folders: ImageFolders, source: str) -> Records:
     """Return rows of a known kind, named by their ids, or by their numbers in the source."""
 
     def convert(name: str, row: Any) -> Conversation:
@@ -89,8 +89,8 @@ def named_by(key: str, kind: str) -> Callable[[int, Any], str]:
     return name
 
 
-def captioned(pairs: list[tuple[str, Any]], folders: PictureFolders) -> Records:
-    """Return pairs of a picture's file and a caption, named by the files."""
+def captioned(pairs: list[tuple[str, Any]], folders: ImageFolders) -> Records:
+    """Return pairs of an image's file and a caption, named by the files."""
 
     def convert(name: str, pair: tuple[str, Any]) -> Conversation:
         return conversation_of(name, {"image": pair[0], "caption": pair[1]}, folders)
@@ -98,19 +98,19 @@ def captioned(pairs: list[tuple[str, Any]], folders: PictureFolders) -> Records:
     return Records(pairs, convert, lambda _, pair: pair[0])
 
 
-def _coco(images: list[Any], captions: list[Any], folders: PictureFolders) -> Records:
+def _coco(images: list[Any], captions: list[Any], folders: ImageFolders) -> Records:
     files = {image.get("id"): image.get("file_name") for image in images}
 
     def convert(name: str, row: Any) -> Conversation:
         if (file := files.get(row["image_id"])) is None:
-            raise BrokenRecordError(f"missing picture: no image has the id {row['image_id']}")
+            raise BrokenRecordError(f"missing image: no image has the id {row['image_id']}")
         return conversation_of(name, {"image": file, "caption": row["caption"]}, folders)
 
     return Records(captions, convert, named_by("id", "caption"))
 
 
-def _karpathy(file: Path, images: list[Any], folders: PictureFolders, split: str) -> Records:
-    # What was left of COCO's validation pictures is trained on too, by everyone.
+def _karpathy(file: Path, images: list[Any], folders: ImageFolders, split: str) -> Records:
+    # What was left of COCO's validation images is trained on too, by everyone.
     splits = ("train", "restval") if split == "train" else (split,)
     pairs = [
         (str(Path(image.get("filepath", ""), image["filename"])), sentence.get("raw"))
@@ -142,7 +142,7 @@ def questions_of(annotations: Path) -> Path:
     raise InputError(f"The questions that {annotations.name} answers are not beside it.")
 
 
-def _vqa(questions: Path, annotations: Path, folders: PictureFolders) -> Records:
+def _vqa(questions: Path, annotations: Path, folders: ImageFolders) -> Records:
     if not annotations.is_file():
         raise InputError(f"The answers to {questions.name} are missing: {annotations}.")
     asked = load_json(questions)
@@ -155,8 +155,8 @@ def _vqa(questions: Path, annotations: Path, folders: PictureFolders) -> Records
         if answers.get(row["question_id"]) is None:
             raise BrokenRecordError("no reply: it has no annotation")
         file = f"{row['image_id']:012d}.jpg"
-        picture = folders.find(*([f"COCO_{split}_{file}"] if split else []), file)
-        found = {"image": picture, "answers": answers[row["question_id"]]}
+        image = folders.find(*([f"COCO_{split}_{file}"] if split else []), file)
+        found = {"image": image, "answers": answers[row["question_id"]]}
         return conversation_of(name, {**row, **found}, folders)
 
     return Records(asked["questions"], convert, named_by("question_id", "question"))

@@ -1,4 +1,4 @@
-"""Photographs with several human captions each, in Flickr8k's layout."""
+"""Photos with several human captions each, in Flickr8k's layout."""
 
 from __future__ import annotations
 
@@ -18,8 +18,8 @@ from fastvlm.functional.text_files import read_text
 
 
 @dataclass(frozen=True, slots=True)
-class CaptionedPhotograph:
-    """A photograph's file and what people wrote of it."""
+class CaptionedImage:
+    """A photo's file and what people wrote of it."""
 
     path: Path
     captions: tuple[str, ...]
@@ -34,23 +34,23 @@ def tidy(caption: str) -> str:
     return text[:1].upper() + text[1:] + "." if text else ""
 
 
-def read_flickr8k(folder: Path, split: str) -> list[CaptionedPhotograph]:
+def read_flickr8k(folder: Path, split: str) -> list[CaptionedImage]:
     """Read a split of a folder with `captions.tsv`, `<split>.txt` and `images/`.
 
     Raises:
-        InputError: A file is missing, or a photograph of the split has no caption.
+        InputError: A file is missing, or a photo of the split has no caption.
     """
-    photographs = flickr8k_split(folder, split)
-    for photograph in photographs:
-        if not photograph.captions:
+    photos = flickr8k_split(folder, split)
+    for photo in photos:
+        if not photo.captions:
             raise InputError(
-                f"{photograph.path.name}, listed in {split}.txt, has no caption in captions.tsv."
+                f"{photo.path.name}, listed in {split}.txt, has no caption in captions.tsv."
             )
-    return photographs
+    return photos
 
 
-def flickr8k_split(folder: Path, split: str) -> list[CaptionedPhotograph]:
-    """Read a split as `read_flickr8k` does, with the photographs that have no caption.
+def flickr8k_split(folder: Path, split: str) -> list[CaptionedImage]:
+    """Read a split as `read_flickr8k` does, with the photos that have no caption.
 
     Raises:
         InputError: A file is missing.
@@ -65,7 +65,7 @@ def flickr8k_split(folder: Path, split: str) -> list[CaptionedPhotograph]:
         if text := tidy(caption):
             captions.setdefault(name, []).append(text)
     return [
-        CaptionedPhotograph(folder / "images" / name, tuple(captions.get(name, ())))
+        CaptionedImage(folder / "images" / name, tuple(captions.get(name, ())))
         for name in read_text(listing).split()
     ]
 
@@ -75,20 +75,20 @@ def words_of(text: str) -> set[str]:
     return set(re.findall(r"[a-z]+", text.lower()))
 
 
-def typical_first(photographs: Sequence[CaptionedPhotograph]) -> list[CaptionedPhotograph]:
-    """Return the photographs with the captions first that say most of what the others say.
+def typical_first(photos: Sequence[CaptionedImage]) -> list[CaptionedImage]:
+    """Return the photos with the captions first that say most of what the others say.
 
-    A caption's typicality is the sum of its cosines with the photograph's other captions, words
-    weighted by their rarity among photographs (CIDEr's consensus with single words, Vedantam et al.
+    A caption's typicality is the sum of its cosines with the photo's other captions, words
+    weighted by their rarity among photos (CIDEr's consensus with single words, Vedantam et al.
     2015, section 4).
     """
-    words = [[words_of(caption) for caption in shown.captions] for shown in photographs]
+    words = [[words_of(caption) for caption in shown.captions] for shown in photos]
     frequency: Counter[str] = Counter()
     for captions in words:
         frequency.update(set().union(*captions))
-    rarity = {word: math.log(len(photographs) / count) for word, count in frequency.items()}
+    rarity = {word: math.log(len(photos) / count) for word, count in frequency.items()}
     ordered = []
-    for photograph, captions in zip(photographs, words, strict=True):
+    for photo, captions in zip(photos, words, strict=True):
         norms = [math.sqrt(sum(rarity[word] ** 2 for word in said)) or 1.0 for said in captions]
         typicality = [
             sum(
@@ -99,17 +99,17 @@ def typical_first(photographs: Sequence[CaptionedPhotograph]) -> list[CaptionedP
             for row, said in enumerate(captions)
         ]
         order = sorted(range(len(captions)), key=lambda row: -typicality[row])
-        captions_ordered = tuple(photograph.captions[row] for row in order)
-        ordered.append(replace(photograph, captions=captions_ordered))
+        captions_ordered = tuple(photo.captions[row] for row in order)
+        ordered.append(replace(photo, captions=captions_ordered))
     return ordered
 
 
-def decode(photographs: Sequence[CaptionedPhotograph], size: int) -> Tensor:
-    """Return all photographs as one uint8 tensor (photographs, 3, size, size), stretched."""
-    pixels = torch.empty(len(photographs), 3, size, size, dtype=torch.uint8)
-    for index, photograph in enumerate(photographs):
-        with Image.open(photograph.path) as image:
-            picture = image.convert("RGB").resize((size, size), Image.Resampling.BICUBIC)
-        flat = torch.frombuffer(bytearray(picture.tobytes()), dtype=torch.uint8)
+def decode(photos: Sequence[CaptionedImage], size: int) -> Tensor:
+    """Return all photos as one uint8 tensor (photos, 3, size, size), stretched."""
+    pixels = torch.empty(len(photos), 3, size, size, dtype=torch.uint8)
+    for index, photo in enumerate(photos):
+        with Image.open(photo.path) as file:
+            image = file.convert("RGB").resize((size, size), Image.Resampling.BICUBIC)
+        flat = torch.frombuffer(bytearray(image.tobytes()), dtype=torch.uint8)
         pixels[index] = flat.view(size, size, 3).permute(2, 0, 1)
     return pixels

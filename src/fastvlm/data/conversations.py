@@ -101,7 +101,7 @@ def converted(name: str, row: Any, convert: Callable[[str, Any], Conversation]) 
 
 
 def opened(conversation: Conversation) -> Record:
-    """Return a conversation with every picture open, upright and in RGB, or say which can't be."""
+    """Return a conversation with every image open, upright and in RGB, or say which can't be."""
     messages = []
     for message in conversation.messages:
         parts = []
@@ -111,7 +111,7 @@ def opened(conversation: Conversation) -> Record:
                     part = {**part, "image": load_image(part["image"])}  # noqa: PLW2901
                 # A Pillow image decodes here too, and raises what its format's decoder raises.
                 except (InputError, OSError, SyntaxError, ValueError) as error:
-                    return Broken(conversation.name, f"unreadable picture: {first_line(error)}")
+                    return Broken(conversation.name, f"unreadable image: {first_line(error)}")
             parts.append(part)
         messages.append({**message, "content": parts})
     return replace(conversation, messages=tuple(messages))

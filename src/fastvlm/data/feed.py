@@ -60,7 +60,7 @@ class _Preparation:
 
 
 class Feed:
-    """Endless conversations with their pictures open; broken records are counted and passed over.
+    """Endless conversations with their images open; broken records are counted and passed over.
 
     What is fed depends on the seed and the position alone. `Records` are permuted anew in each
     epoch. Of `Shards` the order is permuted, and records are shuffled within blocks of `buffer`, so
@@ -71,7 +71,7 @@ class Feed:
         seed: Decides the order; the same in all processes.
         process: This process's number.
         processes: Processes that share the source: no record goes to two of them in an epoch.
-        buffer: Records of a block. Their pictures are held as they are encoded.
+        buffer: Records of a block. Their images are held as they are encoded.
         broken: Counts this process's broken records.
 
     Raises:

@@ -1,4 +1,4 @@
-"""Folders of pictures with captions: Flickr8k's, with a table, or a text beside each picture."""
+"""Folders of images with captions: Flickr8k's, with a table, or a text beside each image."""
 
 from __future__ import annotations
 
@@ -9,15 +9,15 @@ from typing import Any
 from fastvlm.data.annotations import captioned, load_json, records_of
 from fastvlm.data.captioned import flickr8k_split
 from fastvlm.data.conversations import BrokenRecordError, Conversation, Records
-from fastvlm.data.picture_folders import PictureFolders
-from fastvlm.data.questions import pictures_in
+from fastvlm.data.image_folders import ImageFolders
+from fastvlm.data.questions import images_in
 from fastvlm.data.turns import conversation_of
 from fastvlm.functional.errors import InputError
 
 TABLES = ("metadata.jsonl", "metadata.csv", "captions.csv", "captions.txt")
 """Hugging Face's image folder has the first two, Flickr8k as it is handed on the last."""
 FILES = ("file_name", "image")
-"""The column that names the picture."""
+"""The column that names the image."""
 
 
 def read_flickr8k_captions(folder: Path, split: str) -> Records:
@@ -27,23 +27,23 @@ def read_flickr8k_captions(folder: Path, split: str) -> Records:
         InputError: A file is missing.
     """
     pairs = [
-        (photograph.path.name, caption)
-        for photograph in flickr8k_split(folder, split)
+        (photo.path.name, caption)
+        for photo in flickr8k_split(folder, split)
         # One without captions is a record all the same: a broken one.
-        for caption in photograph.captions or (None,)
+        for caption in photo.captions or (None,)
     ]
-    return captioned(pairs, PictureFolders([folder / "images"]))
+    return captioned(pairs, ImageFolders([folder / "images"]))
 
 
-def read_table(table: Path, pictures: Path | None) -> Records:
-    """Read a table whose rows name a picture and otherwise are of a kind that is known.
+def read_table(table: Path, images: Path | None) -> Records:
+    """Read a table whose rows name an image and otherwise are of a kind that is known.
 
     Args:
         table: JSON lines or comma-separated values with a header.
-        pictures: The folder of the pictures; None for the table's own and its `images`.
+        images: The folder of the images; None for the table's own and its `images`.
 
     Raises:
-        InputError: It is no such table, or no column names the pictures.
+        InputError: It is no such table, or no column names the images.
     """
     rows: list[Any]
     if table.suffix == ".jsonl":
@@ -58,19 +58,19 @@ def read_table(table: Path, pictures: Path | None) -> Records:
     column = next((name for name in FILES if name in columns), None)
     if column is None:
         raise InputError(
-            f"The rows of {table} name no picture: there is no column {' or '.join(FILES)}."
+            f"The rows of {table} name no image: there is no column {' or '.join(FILES)}."
         )
     named = [{**row, "image": row.get(column)} if isinstance(row, dict) else row for row in rows]
     near = [table.parent, table.parent / "images", table.parent / "Images"]
-    folders = PictureFolders(near if pictures is None else [pictures])
+    folders = ImageFolders(near if images is None else [images])
     return records_of(named, folders, table.name)
 
 
 def read_captions_beside(folder: Path) -> Records:
-    """Return a record for each picture of a folder; its caption is in a `.txt` of the same name.
+    """Return a record for each image of a folder; its caption is in a `.txt` of the same name.
 
     Raises:
-        InputError: There is no picture.
+        InputError: There is no image.
     """
 
     def convert(name: str, path: Path) -> Conversation:
@@ -78,6 +78,6 @@ def read_captions_beside(folder: Path) -> Records:
             caption = path.with_suffix(".txt").read_text(encoding="utf-8")
         except (OSError, ValueError) as error:
             raise BrokenRecordError(f"no reply: {path.stem}.txt can't be read") from error
-        return conversation_of(name, {"image": path, "caption": caption}, PictureFolders([]))
+        return conversation_of(name, {"image": path, "caption": caption}, ImageFolders([]))
 
-    return Records(pictures_in(folder), convert, lambda _, path: path.name)
+    return Records(images_in(folder), convert, lambda _, path: path.name)

@@ -9,7 +9,7 @@ from typing import Any
 
 from fastvlm.data.conversations import Conversation, Record, Records, converted
 from fastvlm.data.extras import needed
-from fastvlm.data.picture_folders import PictureFolders
+from fastvlm.data.image_folders import ImageFolders
 from fastvlm.data.turns import KEYS, conversation_of
 from fastvlm.functional.errors import InputError, first_line
 
@@ -24,12 +24,12 @@ class HubShards:
     Args:
         dataset: A `datasets.IterableDataset`.
         name: What names it.
-        folders: Where pictures are looked for that are given by name.
+        folders: Where images are looked for that are given by name.
     """
 
     dataset: Any
     name: str
-    folders: PictureFolders
+    folders: ImageFolders
 
     def __len__(self) -> int:
         return int(self.dataset.num_shards)
@@ -48,7 +48,7 @@ class HubShards:
             raise InputError(f"{self.name} can't be streamed: {first_line(error)}.") from error
 
 
-def read_saved(folder: Path, pictures: Path | None, split: str) -> Records:
+def read_saved(folder: Path, images: Path | None, split: str) -> Records:
     """Read a folder that `save_to_disk` wrote.
 
     Raises:
@@ -60,7 +60,7 @@ def read_saved(folder: Path, pictures: Path | None, split: str) -> Records:
         if split not in dataset:
             raise InputError(f"{folder} has no split {split}; it has {', '.join(dataset)}.")
         dataset = dataset[split]
-    folders = PictureFolders([folder.parent if pictures is None else pictures])
+    folders = ImageFolders([folder.parent if images is None else images])
 
     def convert(name: str, row: Any) -> Conversation:
         return conversation_of(name, row, folders)
@@ -69,12 +69,12 @@ def read_saved(folder: Path, pictures: Path | None, split: str) -> Records:
     return Records(rows, convert, lambda number, _: f"row {number} of {folder.name}")
 
 
-def stream_from_hub(name: str, pictures: Path | None, split: str) -> HubShards:
+def stream_from_hub(name: str, images: Path | None, split: str) -> HubShards:
     """Stream a data set from the hub.
 
     Args:
         name: `owner/name`, or `owner/name:configuration`.
-        pictures: Where pictures are that its rows give by name.
+        images: Where images are that its rows give by name.
         split: Which of its splits.
 
     Raises:
@@ -90,16 +90,16 @@ def stream_from_hub(name: str, pictures: Path | None, split: str) -> HubShards:
             f"There is no file or folder {name}, and it can't be streamed from the hub:"
             f" {first_line(error)}."
         ) from error
-    folders = PictureFolders([] if pictures is None else [pictures])
+    folders = ImageFolders([] if images is None else [images])
     return HubShards(_undecoded(dataset, name), name, folders)
 
 
-def _record(name: str, row: Any, folders: PictureFolders) -> Record:
+def _record(name: str, row: Any, folders: ImageFolders) -> Record:
     return converted(name, row, lambda name, row: conversation_of(name, row, folders))
 
 
 def _undecoded(dataset: Any, name: str) -> Any:
-    """Return a data set that hands pictures out as they are encoded, so that we see broken ones.
+    """Return a data set that hands images out as they are encoded, so that we see broken ones.
 
     Raises:
         InputError: None of its columns is known.

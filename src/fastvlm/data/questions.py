@@ -1,4 +1,4 @@
-"""Questions about pictures: what benchmarks measure with and drafts learn from."""
+"""Questions about images: what benchmarks measure with and drafts learn from."""
 
 from __future__ import annotations
 
@@ -21,22 +21,22 @@ SUFFIXES = frozenset({".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", 
 
 @dataclass(frozen=True, slots=True)
 class Question:
-    """A prompt about a scene (its seed), about a photograph (its path), or about no image."""
+    """A prompt about a scene (its seed), about a photo (its path), or about no image."""
 
     prompt: str
-    picture: int | str | None
+    image: int | str | None
 
     def open(self, size: int) -> Image.Image | Path:
-        """Return the image: a scene rendered at `size` pixels, or the photograph's path.
+        """Return the image: a scene rendered at `size` pixels, or the photo's path.
 
         Raises:
             InputError: It is a question without an image.
         """
-        if self.picture is None:
+        if self.image is None:
             raise InputError("This is a question without an image.")
-        if isinstance(self.picture, int):
-            return render(sample(self.picture), size)
-        return Path(self.picture)
+        if isinstance(self.image, int):
+            return render(sample(self.image), size)
+        return Path(self.image)
 
 
 def about_scenes(seeds: Iterable[int]) -> list[Question]:
@@ -63,24 +63,24 @@ def scene_conversations(seeds: Sequence[int], size: int) -> Records:
     return Records(seeds, convert, lambda _, seed: f"scene {seed}")
 
 
-def about_photographs(
+def about_photos(
     paths: Iterable[Path], prompts: tuple[str, ...] = (DESCRIPTION_PROMPT, SENTENCE_PROMPT)
 ) -> list[Question]:
-    """Return each prompt's question about each photograph."""
+    """Return each prompt's question about each photo."""
     return [Question(prompt, str(path)) for path in paths for prompt in prompts]
 
 
-def pictures_in(folder: Path, limit: int | None = None) -> list[Path]:
-    """Return the pictures of a folder in the order of their names.
+def images_in(folder: Path, limit: int | None = None) -> list[Path]:
+    """Return the images of a folder in the order of their names.
 
     Raises:
-        InputError: There is no such folder, or no picture in it.
+        InputError: There is no such folder, or no image in it.
     """
     if not folder.is_dir():
-        raise InputError(f"There is no folder of pictures at {folder}.")
+        raise InputError(f"There is no folder of images at {folder}.")
     found = sorted(
         path for path in folder.iterdir() if path.suffix.lower() in SUFFIXES and path.is_file()
     )
     if not found:
-        raise InputError(f"There is no picture in {folder}.")
+        raise InputError(f"There is no image in {folder}.")
     return found[:limit]

@@ -13,17 +13,17 @@ from fastvlm.functional.errors import InputError
 
 
 def read_conversations(
-    source: str | Path, *, pictures: Path | None = None, split: str = "train"
+    source: str | Path, *, images: Path | None = None, split: str = "train"
 ) -> Records | Shards:
     """Return the conversations of a data set, whose layout is recognised by what is there.
 
     Args:
         source: An annotation file (LLaVA's, COCO's, Karpathy's or VQA v2's JSON, or JSON lines); a
-            folder of pictures with captions (Flickr8k's, with a table, or with a `.txt` beside each
-            picture), with one annotation file, with shards, or written by `datasets`; a pattern or
+            folder of images with captions (Flickr8k's, with a table, or with a `.txt` beside each
+            image), with one annotation file, with shards, or written by `datasets`; a pattern or
             URL of shards (`part-{000..127}.tar`, `hf://datasets/owner/name/*.tar`); or the name
             of a data set on the hub (`owner/name`, `owner/name:configuration`), which is streamed.
-        pictures: The folder of the pictures, if it is not where the layout has it.
+        images: The folder of the images, if it is not where the layout has it.
         split: Which split, where a source has several.
 
     Returns:
@@ -33,30 +33,30 @@ def read_conversations(
         InputError: There is nothing at the source, its layout is none of these, or it is broken.
     """
     name, path = str(source), Path(source)
-    if pictures is not None and not pictures.is_dir():
-        raise InputError(f"There is no folder of pictures at {pictures}.")
+    if images is not None and not images.is_dir():
+        raise InputError(f"There is no folder of images at {images}.")
     if name.endswith(shards.ENDINGS):
         return shards.find_shards(name)
     if path.is_dir():
-        return _read_folder(path, pictures, split)
+        return _read_folder(path, images, split)
     if path.is_file():
         if path.name in folders.TABLES or path.suffix == ".csv":
-            return folders.read_table(path, pictures)
-        return read_annotations(path, pictures, split)
+            return folders.read_table(path, images)
+        return read_annotations(path, images, split)
     # A name of the hub's has one slash; what ends like a file was meant as one.
     if re.fullmatch(r"[\w-][\w.-]*/[\w.-]+(:[\w.-]+)?", name) and not name.endswith(ENDINGS):
-        return hub.stream_from_hub(name, pictures, split)
+        return hub.stream_from_hub(name, images, split)
     raise InputError(f"There is no data set at {name}: no such file, folder or shards.")
 
 
-def _read_folder(folder: Path, pictures: Path | None, split: str) -> Records | Shards:
+def _read_folder(folder: Path, images: Path | None, split: str) -> Records | Shards:
     if any((folder / name).is_file() for name in hub.SAVED):
-        return hub.read_saved(folder, pictures, split)
+        return hub.read_saved(folder, images, split)
     if (folder / "captions.tsv").is_file():
         return folders.read_flickr8k_captions(folder, split)
     for name in folders.TABLES:
         if (folder / name).is_file():
-            return folders.read_table(folder / name, pictures)
+            return folders.read_table(folder / name, images)
     names = sorted(path.name for path in folder.iterdir() if path.is_file())
     if found := [name for name in names if name.endswith(shards.ENDINGS)]:
         return shards.TarShards(tuple(str(folder / name) for name in found))
@@ -65,7 +65,7 @@ def _read_folder(folder: Path, pictures: Path | None, split: str) -> Records | S
     answers = {annotations_of(file) for file in files if "questions" in file.name}
     files = [file for file in files if file not in answers]
     if len(files) == 1:
-        return read_annotations(files[0], pictures, split)
+        return read_annotations(files[0], images, split)
     if files:
         listed = ", ".join(file.name for file in files)
         raise InputError(f"{folder} has several annotation files; give one of {listed}.")
@@ -76,5 +76,5 @@ def _read_folder(folder: Path, pictures: Path | None, split: str) -> Records | S
     raise InputError(
         f"No data set is recognised in {folder}: it has no captions.tsv,"
         f" {', '.join(folders.TABLES)}, shards (*.tar), annotation file (*.json, *.jsonl), folder"
-        " saved by datasets, or pictures with a .txt beside each."
+        " saved by datasets, or images with a .txt beside each."
     )

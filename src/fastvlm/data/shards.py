@@ -11,7 +11,7 @@ from typing import Self
 
 from fastvlm.data.conversations import Broken, BrokenRecordError, Conversation, Record, converted
 from fastvlm.data.extras import needed
-from fastvlm.data.picture_folders import PictureFolders
+from fastvlm.data.image_folders import ImageFolders
 from fastvlm.data.questions import SUFFIXES
 from fastvlm.data.turns import conversation_of, is_known
 from fastvlm.functional.errors import InputError, first_line
@@ -52,7 +52,7 @@ Members = list[tuple[str, bytes]]
 class TarShards:
     """Tar files, here or wherever fsspec reaches (`hf://`, `s3://`, `https://`), read as streams.
 
-    A record's members are its pictures, and a `.json` with a row of a kind that is known or a
+    A record's members are its images, and a `.json` with a row of a kind that is known or a
     `.txt` with a caption.
 
     Args:
@@ -105,20 +105,20 @@ def _samples(tar: tarfile.TarFile, start: int) -> Iterator[tuple[str, Members]]:
 
 
 def _conversation(name: str, members: Members) -> Conversation:
-    pictures = [data for ending, data in members if "." + ending.rpartition(".")[2] in SUFFIXES]
+    images = [data for ending, data in members if "." + ending.rpartition(".")[2] in SUFFIXES]
     held = dict(members)
     row = {}
     try:
-        # What img2dataset writes besides a picture and its caption is a json about the download.
+        # What img2dataset writes besides an image and its caption is a json about the download.
         if "json" in held and is_known(found := parse_json(held["json"])):
             row = found
         elif "txt" in held:
             row = {"caption": held["txt"].decode()}
     except ValueError as error:
         raise BrokenRecordError(f"malformed turn: {first_line(error)}") from error
-    # Its pictures are the members, whatever the row calls them.
+    # Its images are the members, whatever the row calls them.
     apart = {key: value for key, value in row.items() if key not in ("image", "images")}
-    return conversation_of(name, {**apart, "images": pictures}, PictureFolders([]))
+    return conversation_of(name, {**apart, "images": images}, ImageFolders([]))
 
 
 def find_shards(pattern: str) -> TarShards:

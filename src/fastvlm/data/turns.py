@@ -7,7 +7,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from fastvlm.data.conversations import BrokenRecordError, Conversation, Message
-from fastvlm.data.picture_folders import PictureFolders
+from fastvlm.data.image_folders import ImageFolders
 from fastvlm.vision.loading import ImageInput
 
 CAPTION_PROMPT = "Provide a one-sentence caption for the provided image."
@@ -32,18 +32,18 @@ def is_known(row: Any) -> bool:
     return isinstance(row, Mapping) and any(row.get(key) is not None for key in KEYS)
 
 
-def conversation_of(name: str, row: Any, folders: PictureFolders) -> Conversation:
+def conversation_of(name: str, row: Any, folders: ImageFolders) -> Conversation:
     """Return the conversation that a row holds.
 
     Args:
         name: What names it in errors.
         row: With `messages` (`role`, `content`), `conversations` (LLaVA's `from`, `value`),
             `question` and its `answers` or `answer`, or a `caption` (`text`); of several `captions`
-            the first is learnt. Its pictures are `image` or `images`, one or a list.
-        folders: Where its pictures are looked for.
+            the first is learnt. Its images are `image` or `images`, one or a list.
+        folders: Where its images are looked for.
 
     Raises:
-        BrokenRecordError: It is none of these, a picture is missing, a turn is malformed, or there
+        BrokenRecordError: It is none of these, an image is missing, a turn is malformed, or there
             is no reply.
     """
     if not is_known(row):
@@ -53,13 +53,13 @@ def conversation_of(name: str, row: Any, folders: PictureFolders) -> Conversatio
     values = [] if shown is None else list(shown) if several else [shown]
     key = next(key for key in KEYS if row.get(key) is not None)
     if not values and key not in ("messages", "conversations"):
-        raise BrokenRecordError(f"missing picture: there is a {key} and no image")
+        raise BrokenRecordError(f"missing image: there is a {key} and no image")
     # The text is judged first: no file is looked for on behalf of a record that is broken anyway.
     return Conversation(name, _messages(_turns(row, key), values, folders))
 
 
 Turn = tuple[str, list[Any]]
-"""A role, and its texts and pictures in their order: `None` for a picture that the row gives apart
+"""A role, and its texts and images in their order: `None` for an image that the row gives apart
 from its turns, `{"image": ...}` for one of the turn's own."""
 
 
@@ -119,7 +119,7 @@ def _turn(turn: Any) -> Turn:
 def _split(text: str) -> list[Any]:
     """Return a text's pieces with its placeholders between them.
 
-    A turn's only picture comes first, as LLaVA itself shows it; several stay where they stand.
+    A turn's only image comes first, as LLaVA itself shows it; several stay where they stand.
     """
     pieces: list[Any] = []
     for index, piece in enumerate(text.split(PLACEHOLDER)):
@@ -130,8 +130,8 @@ def _split(text: str) -> list[Any]:
     return pieces
 
 
-def _messages(turns: list[Turn], values: list[Any], folders: PictureFolders) -> tuple[Message, ...]:
-    """Return checked turns with the pictures in their places."""
+def _messages(turns: list[Turn], values: list[Any], folders: ImageFolders) -> tuple[Message, ...]:
+    """Return checked turns with the images in their places."""
     # ShareGPT's conversations, which LLaVA took over, are cut anywhere: a reply to nothing at the
     # start and a question without a reply at the end are no part of what can be learnt.
     system = turns[:1] if turns and turns[0][0] == "system" else []
@@ -149,13 +149,13 @@ def _messages(turns: list[Turn], values: list[Any], folders: PictureFolders) -> 
             raise BrokenRecordError(f"no reply: turn {index + 1} is empty")
     for role, parts in [*system, *turns]:
         if role != "user" and not all(isinstance(part, str) for part in parts):
-            raise BrokenRecordError(f"malformed turn: a picture in the {role}'s")
+            raise BrokenRecordError(f"malformed turn: an image in the {role}'s")
     shown = [part for _, parts in turns for part in parts if not isinstance(part, str)]
     if values and not shown:
         role, parts = turns[0]
         turns = [(role, [*[None] * len(values), *parts]), *turns[1:]]
     elif shown.count(None) != len(values):
-        reason = "missing picture" if shown.count(None) > len(values) else "malformed turn"
+        reason = "missing image" if shown.count(None) > len(values) else "malformed turn"
         raise BrokenRecordError(
             f"{reason}: places for {shown.count(None)}, and {len(values)} given"
         )
@@ -174,8 +174,8 @@ def _messages(turns: list[Turn], values: list[Any], folders: PictureFolders) -> 
     )
 
 
-def _shown(part: Any, remaining: Iterator[Any], folders: PictureFolders) -> ImageInput:
-    return folders.picture(next(remaining) if part is None else part["image"])
+def _shown(part: Any, remaining: Iterator[Any], folders: ImageFolders) -> ImageInput:
+    return folders.image(next(remaining) if part is None else part["image"])
 
 
 def _text(value: Any, what: str) -> str:

@@ -34,7 +34,7 @@ from fastvlm.vision.configuration import REDUCTION
 from fastvlm.vision.images import count_views
 
 TEXT_BEFORE, TEXT_AFTER = 14, 16
-"""Tokens of the prompt around the picture: ChatML, a system prompt and a short question."""
+"""Tokens of the prompt around the image: ChatML, a system prompt and a short question."""
 DECODERS: dict[str, dict[str, Any]] = {
     "0.5B": {
         "model_type": "qwen2",
@@ -66,14 +66,14 @@ SIZES = ((256, 1), (512, 1), (768, 1), (1024, 1), (1152, 1), (1536, 1), (2048, 2
 
 @dataclass(frozen=True, slots=True)
 class Contender:
-    """A model and a picture of one size, ready to be timed.
+    """A model and an image of one size, ready to be timed.
 
     Args:
         name: The model.
         software: Whose code runs it: `fastvlm` or `transformers`.
-        side: Side in pixels of the picture that is shown.
+        side: Side in pixels of the image that is shown.
         pixels: Shape of what the encoder takes.
-        visual_tokens: Tokens that the picture becomes.
+        visual_tokens: Tokens that the image becomes.
         vision: The encoder.
         projector: The projector.
         decoder: The language model, head included.

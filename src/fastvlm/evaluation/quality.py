@@ -1,4 +1,4 @@
-"""Whether the model sees: facts of unseen scenes, losses with a wrong photograph."""
+"""Whether the model sees: facts of unseen scenes, losses with a wrong photo."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from fastvlm.data.captioned import CaptionedPhotograph
+from fastvlm.data.captioned import CaptionedImage
 from fastvlm.data.questions import Question
 from fastvlm.embedded import SENTENCE_PROMPT
 from fastvlm.scenes import FactScore, sample, score
@@ -21,7 +21,7 @@ IGNORED = -100
 
 def score_scenes(questions: Sequence[Question], replies: Sequence[str]) -> dict[str, Any]:
     """Return the share of right facts in descriptions of scenes, in all and by kind."""
-    seeds = [int(question.picture) for question in questions if question.picture is not None]
+    seeds = [int(question.image) for question in questions if question.image is not None]
     scores = [score(reply, sample(seed)) for seed, reply in zip(seeds, replies, strict=True)]
     total = sum(scores, FactScore())
     exact = sum(one.accuracy == 1.0 for one in scores)
@@ -38,17 +38,17 @@ def score_scenes(questions: Sequence[Question], replies: Sequence[str]) -> dict[
 
 @torch.inference_mode()
 def caption_losses(
-    vlm: VisionLanguageModel, photographs: Sequence[CaptionedPhotograph], batch: int = 50
+    vlm: VisionLanguageModel, photos: Sequence[CaptionedImage], batch: int = 50
 ) -> dict[str, float]:
-    """Return the cross-entropy per token of human captions with the right and a wrong picture.
+    """Return the cross-entropy per token of human captions with the right and a wrong image.
 
-    The wrong picture is the next photograph's. One caption of each photograph is taken.
+    The wrong image is the next photo's. One caption of each photo is taken.
     """
     prompt = vlm.tokens(SENTENCE_PROMPT, images=1)
     sums = {"right": 0.0, "wrong": 0.0}
     count = 0
-    for start in range(0, len(photographs), batch):
-        shown = photographs[start : start + batch]
+    for start in range(0, len(photos), batch):
+        shown = photos[start : start + batch]
         captions = [[*vlm.tokenizer.encode(p.captions[0]), min(vlm.end_tokens)] for p in shown]
         width = max(len(caption) for caption in captions)
         tokens = torch.zeros(len(shown), len(prompt) + width, dtype=torch.long)

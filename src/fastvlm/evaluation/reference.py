@@ -29,7 +29,7 @@ often lie."""
 
 def image_of(vlm: VisionLanguageModel, asked: Question) -> ImageInput | None:
     """Return a question's image, a scene drawn in the size that the model was made for."""
-    if asked.picture is None:
+    if asked.image is None:
         return None
     own = isinstance(vlm.prompts, FastViTHDPromptBuilder)
     return asked.open(vlm.image_size if own else SCENE_PIXELS)

@@ -1,4 +1,4 @@
-"""Made scenes of plain shapes: a picture, its one exact description, and the facts in a reply."""
+"""Made scenes of plain shapes: an image, its one exact description, and the facts in a reply."""
 
 from fastvlm.scenes.describe import describe
 from fastvlm.scenes.facts import KINDS, FactScore, Tally, score

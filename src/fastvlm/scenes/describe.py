@@ -1,4 +1,4 @@
-"""The one exact description of a scene, settled by what can be seen in its picture."""
+"""The one exact description of a scene, settled by what can be seen in its image."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ def describe(scene: Scene) -> str:
     """Describe `scene`: the count, each thing in reading order, the rows, then relations."""
     things = scene.things
     lines = [f"{NUMBERS[len(things)]} objects lie on a {scene.background} background"]
-    # The place comes first: whoever reads the picture then looks there for what is said next.
+    # The place comes first: whoever reads the image then looks there for what is said next.
     lines += [f"{where(thing.place)} is a {thing.name}" for thing in things]
     # Counted by row, and not by colour or shape: how many are red was hardly learnt by a model of
     # ten million parameters (half of these counts were right where all else was exact).

@@ -76,7 +76,7 @@ REACH = 1.24
 
 
 def render(scene: Scene, size: int = 192) -> Image.Image:
-    """Draw `scene` as an RGB picture of `size` by `size` pixels, the same one every time.
+    """Draw `scene` as an RGB image of `size` by `size` pixels, the same one every time.
 
     Raises:
         ValueError: `size` is not a positive multiple of 64.
@@ -85,7 +85,7 @@ def render(scene: Scene, size: int = 192) -> Image.Image:
         raise ValueError(f"size {size}: want a positive multiple of 64")
     # Not the stream that `sample` drew from, so that jitter says nothing about the words.
     rng = random.Random(scene.seed ^ 0x5CE9E)
-    picture = _backdrop(BACKDROP[scene.background], size, rng)
+    image = _backdrop(BACKDROP[scene.background], size, rng)
     cell = size / GRID
     for thing in scene.things:
         radius = cell * rng.uniform(*RADIUS[thing.size])
@@ -96,8 +96,8 @@ def render(scene: Scene, size: int = 192) -> Image.Image:
         left, top = math.floor(x - REACH * radius), math.floor(y - REACH * radius)
         width = math.ceil(2 * REACH * radius) + 1
         mask = _mask(OUTLINES.get(thing.shape), (x - left, y - top), radius, angle, width)
-        picture.paste(_vary(PALETTE[thing.colour], TINT, rng), (left, top), mask)
-    return picture
+        image.paste(_vary(PALETTE[thing.colour], TINT, rng), (left, top), mask)
+    return image
 
 
 def _vary(colour: Rgb, by: int, rng: random.Random) -> Rgb:

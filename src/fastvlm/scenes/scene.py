@@ -1,4 +1,4 @@
-"""What is in a picture: four to six things on a 3x3 grid, drawn from a seed."""
+"""What is in an image: four to six things on a 3x3 grid, drawn from a seed."""
 
 from __future__ import annotations
 

@@ -27,7 +27,7 @@ TURN_END = "<|im_end|>"
 def assemble(
     encoder: FastViTHD, decoder: Path
 ) -> tuple[FastVlmForConditionalGeneration, PreTrainedTokenizerBase]:
-    """Return a new model in float32, and its tokenizer with a place for pictures.
+    """Return a new model in float32, and its tokenizer with a place for images.
 
     Args:
         encoder: The encoder, in the form in which it is trained on.
@@ -36,7 +36,7 @@ def assemble(
     Raises:
         CheckpointError: The decoder can't be read.
         InputError: It is no decoder of text, of a family that is not known, or its tokenizer's chat
-            template has no place for pictures.
+            template has no place for images.
     """
     text, processor = load_checkpoint(decoder, torch.float32, "cpu")
     if not isinstance(processor, PreTrainedTokenizerBase) or text.base_model is text:
@@ -79,13 +79,13 @@ def take_over(
 
 
 def prepare_tokenizer(tokenizer: PreTrainedTokenizerBase, decoder: Path) -> int | None:
-    """Give a tokenizer a token for pictures, and Apple's template if its own shows none.
+    """Give a tokenizer a token for images, and Apple's template if its own shows none.
 
     Returns:
         The token that ends a turn of Apple's template; None where the tokenizer's own stays.
 
     Raises:
-        InputError: Its template has no place for pictures, and it doesn't know Apple's tokens.
+        InputError: Its template has no place for images, and it doesn't know Apple's tokens.
     """
     if IMAGE not in tokenizer.get_vocab():
         tokenizer.add_special_tokens({"additional_special_tokens": [IMAGE]})
@@ -100,7 +100,7 @@ def prepare_tokenizer(tokenizer: PreTrainedTokenizerBase, decoder: Path) -> int 
     end = tokenizer.get_vocab().get(TURN_END)
     if end is None:
         raise InputError(
-            f"The chat template of {decoder} has no place for pictures, and its tokenizer doesn't"
+            f"The chat template of {decoder} has no place for images, and its tokenizer doesn't"
             " know ChatML's tokens; set a tokenizer.chat_template that writes <image>."
         )
     tokenizer.chat_template = CHATML

@@ -1,4 +1,4 @@
-"""Random views of photographs, so that a few thousand of them teach more than themselves."""
+"""Random views of photos, so that a few thousand of them teach more than themselves."""
 
 from __future__ import annotations
 
@@ -7,20 +7,20 @@ from torch import Tensor
 from torch.nn import functional as F
 
 
-def random_views(pictures: Tensor, size: int, *, smallest: float = 0.5) -> Tensor:
-    """Crop, mirror and recolour pictures at random.
+def random_views(images: Tensor, size: int, *, smallest: float = 0.5) -> Tensor:
+    """Crop, mirror and recolour images at random.
 
     Args:
-        pictures: (batch, 3, height, width), uint8.
+        images: (batch, 3, height, width), uint8.
         size: Side of the views in pixels.
-        smallest: The smallest share of a picture's side that a view shows.
+        smallest: The smallest share of an image's side that a view shows.
 
     Returns:
         (batch, 3, size, size) in [0, 1].
     """
-    batch = len(pictures)
+    batch = len(images)
     side = torch.empty(batch, 2).uniform_(smallest, 1.0)
-    # Sides of one crop differ by a quarter at most: the photographs are squashed already.
+    # Sides of one crop differ by a quarter at most: the photos are squashed already.
     side[:, 1] = torch.minimum(torch.maximum(side[:, 1], side[:, 0] / 1.25), side[:, 0] * 1.25)
     side = side.clamp(max=1.0)
     centre = (torch.rand(batch, 2) * 2 - 1) * (1 - side)
@@ -29,7 +29,7 @@ def random_views(pictures: Tensor, size: int, *, smallest: float = 0.5) -> Tenso
     theta[:, 0, 0], theta[:, 1, 1] = side[:, 0] * mirror, side[:, 1]
     theta[:, :, 2] = centre
     grid = F.affine_grid(theta, [batch, 3, size, size], align_corners=False)
-    views = F.grid_sample(pictures.float() / 255, grid, padding_mode="border", align_corners=False)
+    views = F.grid_sample(images.float() / 255, grid, padding_mode="border", align_corners=False)
     gain = torch.empty(batch, 3, 1, 1).uniform_(0.9, 1.1) * torch.empty(batch, 1, 1, 1).uniform_(
         0.7, 1.3
     )

@@ -1,7 +1,7 @@
 """Self-critical training: sentences of the model's own, rewarded by what people say.
 
 Teacher forcing teaches to imitate people's captions word by word, whatever is unsure of them. Here
-the model samples sentences, and those that agree better with a photograph's human captions than its
+the model samples sentences, and those that agree better with a photo's human captions than its
 other samples become likelier (Rennie et al. 2017, arXiv 1612.00563; the mean of the other samples
 as baseline: Luo 2020, arXiv 2003.09971).
 """
@@ -19,13 +19,13 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
-from fastvlm.data.captioned import CaptionedPhotograph
+from fastvlm.data.captioned import CaptionedImage
 from fastvlm.metrics.captions import CiderD
 from fastvlm.metrics.tokenization import tokenize_caption
 from fastvlm.training.dialogues import IGNORED, Dialogue, embed_dialogue, encode_prompt
 
 SAMPLES = 5
-"""Sentences sampled of a photograph."""
+"""Sentences sampled of a photo."""
 LONGEST = 24
 """Tokens of the longest sentence."""
 END = "</s>"
@@ -33,24 +33,23 @@ END = "</s>"
 
 
 class Consensus:
-    """CIDEr-D of sentences, by the captions of a set of photographs.
+    """CIDEr-D of sentences, by the captions of a set of photos.
 
     Args:
-        photographs: They give the references and the document frequencies.
+        photos: They give the references and the document frequencies.
     """
 
-    def __init__(self, photographs: Sequence[CaptionedPhotograph]) -> None:
+    def __init__(self, photos: Sequence[CaptionedImage]) -> None:
         self.references = [
-            [[*tokenize_caption(caption), END] for caption in shown.captions]
-            for shown in photographs
+            [[*tokenize_caption(caption), END] for caption in shown.captions] for shown in photos
         ]
         self.scorer = CiderD(self.references)
 
     def reward(self, row: int, sentence: str, *, ended: bool) -> float:
-        """Score a sentence about a photograph, given by its index.
+        """Score a sentence about a photo, given by its index.
 
         Args:
-            row: The photograph.
+            row: The photo.
             sentence: The sentence.
             ended: Whether it came to its end, or ran into the limit.
         """
@@ -64,13 +63,13 @@ def sample_sentences(
     prompt: str,
     features: Tensor,
 ) -> list[list[Dialogue]]:
-    """Return `SAMPLES` dialogues for each picture, whose replies the model drew at temperature 1.
+    """Return `SAMPLES` dialogues for each image, whose replies the model drew at temperature 1.
 
     Args:
         model: The model.
         tokenizer: Its tokenizer.
-        prompt: What is asked of every picture.
-        features: (pictures, visual tokens, d_model).
+        prompt: What is asked of every image.
+        features: (images, visual tokens, d_model).
     """
     asked = encode_prompt(tokenizer, prompt, features.shape[1])
     tokens = torch.tensor([asked] * len(features), device=features.device)
@@ -104,10 +103,10 @@ def sample_sentences(
 
 
 def advantages(rewards: Tensor) -> Tensor:
-    """Return by how much each sample is better than the mean of the others of its photograph.
+    """Return by how much each sample is better than the mean of the others of its photo.
 
     Args:
-        rewards: (photographs, samples).
+        rewards: (photos, samples).
 
     Returns:
         The same shape, in standard deviations of the step's advantages, so that the loss weighs as

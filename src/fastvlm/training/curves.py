@@ -40,7 +40,7 @@ def read_curves(log: Path) -> dict[str, dict[str, list[tuple[int, float]]]]:
     return curves
 
 
-def draw_curves(log: Path, picture: Path) -> None:
+def draw_curves(log: Path, image: Path) -> None:
     """Draw a log's curves over the steps, those of one measure together.
 
     Raises:
@@ -66,5 +66,5 @@ def draw_curves(log: Path, picture: Path) -> None:
         axes.grid(alpha=0.3)
         if set(named) != {measure}:
             axes.legend(frameon=False, fontsize=8)
-    with written_file(picture) as beside:
+    with written_file(image) as beside:
         figure.savefig(beside, format="png", dpi=110)

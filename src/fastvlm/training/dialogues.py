@@ -1,4 +1,4 @@
-"""What a model's lessons are made of: a prompt about a picture, and the reply to be learnt."""
+"""What a model's lessons are made of: a prompt about an image, and the reply to be learnt."""
 
 from __future__ import annotations
 
@@ -28,13 +28,13 @@ PROMPTS = {
 
 @dataclass(slots=True)
 class Dialogue:
-    """A prompt about a picture and the reply to be learnt.
+    """A prompt about an image and the reply to be learnt.
 
     Args:
         kind: A key of `PROMPTS`.
         tokens: Prompt and reply.
         labels: The reply's tokens, `IGNORED` elsewhere.
-        features: The picture's projected features, (visual tokens, d_model).
+        features: The image's projected features, (visual tokens, d_model).
     """
 
     kind: str
@@ -44,7 +44,7 @@ class Dialogue:
 
 
 def encode_prompt(tokenizer: PreTrainedTokenizerFast, prompt: str, visual: int) -> list[int]:
-    """Return a prompt's tokens, the picture first."""
+    """Return a prompt's tokens, the image first."""
     chat = [{"role": "user", "content": f"{IMAGE * visual}{prompt}"}]
     text = tokenizer.apply_chat_template(chat, tokenize=False, add_generation_prompt=True)
     return tokenizer.encode(text)
@@ -53,7 +53,7 @@ def encode_prompt(tokenizer: PreTrainedTokenizerFast, prompt: str, visual: int) 
 def encode_dialogue(
     tokenizer: PreTrainedTokenizerFast, prompt: str, reply: str, visual: int
 ) -> tuple[Tensor, Tensor]:
-    """Return one dialogue's tokens, the picture first, and the labels of its reply."""
+    """Return one dialogue's tokens, the image first, and the labels of its reply."""
     before = encode_prompt(tokenizer, prompt, visual)
     after = [*tokenizer.encode(reply), tokenizer.eos_token_id]
     tokens = torch.tensor(before + after)
@@ -63,7 +63,7 @@ def encode_dialogue(
 def embed_dialogue(
     model: FastVlmForConditionalGeneration, tokens: Tensor, features: Tensor
 ) -> Tensor:
-    """Return the embeddings of tokens, the pictures' features in their places.
+    """Return the embeddings of tokens, the images' features in their places.
 
     Args:
         model: The model.
@@ -71,8 +71,8 @@ def embed_dialogue(
         features: (batch, visual tokens, d_model).
     """
     embeddings = model.model.language_model.embed_tokens(tokens)
-    pictures = tokens == model.config.image_token_id
-    return embeddings.masked_scatter(pictures[..., None], features)
+    images = tokens == model.config.image_token_id
+    return embeddings.masked_scatter(images[..., None], features)
 
 
 def token_losses(

@@ -1,7 +1,7 @@
 """The encoder's own lesson, before any text: the facts of scenes and the words of captions.
 
 Captions alone teach an encoder slowly. What a rendered scene shows is known for each of its nine
-places, and what a photograph shows is told by the words that its captions share.
+places, and what a photo shows is told by the words that its captions share.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from fastvlm.data.captioned import CaptionedPhotograph, decode, read_flickr8k, words_of
+from fastvlm.data.captioned import CaptionedImage, decode, read_flickr8k, words_of
 from fastvlm.data.questions import HELD_OUT_SCENES
 from fastvlm.functional.digests import digest, digest_of_weights
 from fastvlm.functional.files import written_into
@@ -34,19 +34,19 @@ from fastvlm.vision.fastvithd import FastViTHD
 from fastvlm.vision.images import to_tensor
 
 SCENE_SIZE = 192
-PHOTOGRAPH_SIZE = 128
+PHOTO_SIZE = 128
 
 
 def scene_pixels(scenes: Sequence[Scene], size: int) -> Tensor:
-    """Return scenes as pictures: (scenes, 3, size, size) in [0, 1]."""
+    """Return scenes as images: (scenes, 3, size, size) in [0, 1]."""
     return torch.stack([to_tensor(render(scene, size)) for scene in scenes])
 
 
-def frequent_words(photographs: Sequence[CaptionedPhotograph], least: int) -> list[str]:
-    """Return the words that occur in the captions of at least so many photographs."""
+def frequent_words(photos: Sequence[CaptionedImage], least: int) -> list[str]:
+    """Return the words that occur in the captions of at least so many photos."""
     counts: Counter[str] = Counter()
-    for photograph in photographs:
-        counts.update(words_of(" ".join(photograph.captions)))
+    for photo in photos:
+        counts.update(words_of(" ".join(photo.captions)))
     return sorted(word for word, count in counts.items() if count >= least)
 
 
@@ -69,8 +69,8 @@ class Shown:
 
     Args:
         scenes: Scenes, whose facts are read.
-        views: Photographs as (photographs, 3, height, width).
-        targets: How common each word is in their captions: (photographs, words).
+        views: Photos as (photos, 3, height, width).
+        targets: How common each word is in their captions: (photos, words).
         settled: Whether batch norms keep the statistics that they have.
     """
 
@@ -81,11 +81,11 @@ class Shown:
 
 
 class EncoderTask:
-    """Teaches a FastViTHD the facts of scenes and the words of photographs' captions.
+    """Teaches a FastViTHD the facts of scenes and the words of photos' captions.
 
     Args:
         encoder: The encoder, in either form.
-        photographs: Photographs with captions.
+        photos: Photos with captions.
         steps: Steps of the run.
         knows_scenes: Whether scenes need only be kept in memory from the first step on.
     """
@@ -93,63 +93,63 @@ class EncoderTask:
     def __init__(
         self,
         encoder: FastViTHD,
-        photographs: Sequence[CaptionedPhotograph],
+        photos: Sequence[CaptionedImage],
         *,
         steps: int,
         knows_scenes: bool = False,
     ) -> None:
         self.device = this_process().device
         self.encoder = moved(encoder, self.device, memory_format=torch.channels_last).train()
-        self.unit = "pictures"
+        self.unit = "images"
         self.plan: Mapping[str, Any] = {
             "encoder": digest_of_weights(encoder),
-            "photographs": digest([[p.path, p.captions] for p in photographs]),
+            "photos": digest([[p.path, p.captions] for p in photos]),
             "knows_scenes": knows_scenes,
         }
         self.source: Source | None = None
         self.whole: str | None = "the encoder's batch norms see all of a step"
-        self.photographs = photographs
+        self.photos = photos
         self.scenes_first = 0 if knows_scenes else steps // 3
         self.settled_from = 7 * steps // 10
-        words = frequent_words(photographs, 30)
+        words = frequent_words(photos, 30)
         self.heads = Heads(encoder.config.hidden_size, len(words))
         self.module: nn.Module = nn.ModuleDict({"encoder": self.encoder, "heads": self.heads})
         index = {word: number for number, word in enumerate(words)}
-        self.targets = torch.zeros(len(photographs), len(words))
-        for row, photograph in enumerate(photographs):
-            for caption in photograph.captions:
+        self.targets = torch.zeros(len(photos), len(words))
+        for row, photo in enumerate(photos):
+            for caption in photo.captions:
                 for word in words_of(caption) & index.keys():
-                    self.targets[row, index[word]] += 1 / len(photograph.captions)
+                    self.targets[row, index[word]] += 1 / len(photo.captions)
         # A log-odds start saves the steps that would only learn how common each word is.
         common = self.targets.mean(0).clamp(1e-3, 1 - 1e-3)
         self.heads.words.bias.data = torch.log(common / (1 - common))
         self.heads.to(self.device)
-        self.pixels = decode(photographs, 160)
+        self.pixels = decode(photos, 160)
 
     def draw(self, step: int) -> list[Shown]:
         """Return what a step shows."""
         # Scenes are learnt within a third of the run; after it they are only kept in memory.
         first = step < self.scenes_first
         scenes = [sample(random.randrange(HELD_OUT_SCENES)) for _ in range(32 if first else 8)]
-        rows = torch.randint(len(self.photographs), (64 if first else 80,))
-        views = random_views(self.pixels[rows], PHOTOGRAPH_SIZE)
+        rows = torch.randint(len(self.photos), (64 if first else 80,))
+        views = random_views(self.pixels[rows], PHOTO_SIZE)
         views, targets = mixed(views, self.targets[rows])
         return [Shown(scenes, views, targets, settled=step >= self.settled_from)]
 
     def loss(self, examples: Sequence[Shown]) -> Losses:
-        """Return the facts' and the words' loss of one step, times its pictures."""
+        """Return the facts' and the words' loss of one step, times its images."""
         [shown] = examples
-        # While it learns, a BatchNorm sees scenes or photographs alone, but its statistics are
+        # While it learns, a BatchNorm sees scenes or photos alone, but its statistics are
         # those of both. The last steps are taken with these, as all later use is.
         for part in self.encoder.modules():
             if isinstance(part, nn.BatchNorm2d):
                 part.train(not shown.settled)
         facts, things = self.facts(shown.scenes)
         words = self.words(shown.views.to(self.device), shown.targets.to(self.device))
-        pictures = len(shown.scenes) + len(shown.views)
+        images = len(shown.scenes) + len(shown.views)
         measures = {"facts": facts, "things": things, "words": words}
         report = {name: (float(value.detach()), 1.0) for name, value in measures.items()}
-        return Losses((facts + words) * pictures, pictures, report)
+        return Losses((facts + words) * images, images, report)
 
     def features(self, pixels: Tensor) -> Tensor:
         """Return (batch, positions, width) normalised features."""
@@ -200,7 +200,7 @@ class EncoderTask:
 
 
 def train_encoder(
-    photographs: Path,
+    photos: Path,
     output: Path,
     schedule: Schedule,
     *,
@@ -210,7 +210,7 @@ def train_encoder(
     """Train a FastViTHD and save it as `output`, in the form in which it was trained.
 
     Args:
-        photographs: A folder in Flickr8k's layout.
+        photos: A folder in Flickr8k's layout.
         output: The directory of the checkpoint while it runs, and of the encoder in the end.
         schedule: Length and learning rate of the run.
         variant: A row of `fastvlm.vision.VARIANTS`, for a new encoder.
@@ -222,8 +222,8 @@ def train_encoder(
     torch.manual_seed(schedule.seed)
     encoder = FastViTHD(FastViTHDConfig.variant(variant)) if start is None else read_encoder(start)
     encoder.requires_grad_(True)
-    pictures = read_flickr8k(photographs, "train")
-    lesson = EncoderTask(encoder, pictures, steps=schedule.steps, knows_scenes=start is not None)
+    images = read_flickr8k(photos, "train")
+    lesson = EncoderTask(encoder, images, steps=schedule.steps, knows_scenes=start is not None)
     train(lesson, schedule, output)
     if this_process().is_main_process:
         with written_into(output, last="config.json") as beside:

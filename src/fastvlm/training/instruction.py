@@ -37,7 +37,7 @@ from fastvlm.vision.fastvithd import FastViTHD
 class InstructionTask:
     """Teaches a model the replies of conversations: cross-entropy at each of their tokens.
 
-    BatchNorms keep the statistics that they came with: those of a step's few pictures would be
+    BatchNorms keep the statistics that they came with: those of a step's few images would be
     poor ones, and what is trained is then exactly what inference folds.
 
     Args:
@@ -129,7 +129,7 @@ def tune_model(
         model: The model, in float32.
         processor: Its processor, or its tokenizer alone.
         source: The conversations.
-        stage: What learns, and from how large pictures and steps.
+        stage: What learns, and from how large images and steps.
         schedule: Length and learning rate.
         output: The directory of the model in the end, and of the checkpoint, in `training`.
         rank: Of LoRA's adapters.
@@ -161,7 +161,7 @@ def tune_model(
         with closing(InstructionTask(model, rows, feed, batch, plan, schedule.workers)) as task:
             train(task, schedule, output / "training")
     if stage.image_size is not None:
-        show_pictures_of(model, stage.image_size)
+        show_images_of(model, stage.image_size)
     state = whole_state(moved(model, torch.bfloat16))
     if process.is_main_process:
         with written_into(output, last="config.json") as beside:
@@ -169,7 +169,7 @@ def tune_model(
             model.save_pretrained(beside, state_dict=state)
 
 
-def show_pictures_of(model: PreTrainedModel, image_size: int) -> None:
+def show_images_of(model: PreTrainedModel, image_size: int) -> None:
     """Make a side in pixels the model's own."""
     tower = model.base_model.vision_tower
     assert isinstance(tower, FastViTHD)  # no other model's size is given

@@ -1,4 +1,4 @@
-"""The whole model's lesson: to describe scenes exactly and photographs as people do."""
+"""The whole model's lesson: to describe scenes exactly and photos as people do."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from transformers import FastVlmForConditionalGeneration, PreTrainedTokenizerFast
 
 from fastvlm.checkpoints import load_checkpoint
-from fastvlm.data.captioned import CaptionedPhotograph, decode, read_flickr8k, typical_first
+from fastvlm.data.captioned import CaptionedImage, decode, read_flickr8k, typical_first
 from fastvlm.data.questions import HELD_OUT_SCENES
 from fastvlm.functional.digests import digest, digest_of_weights
 from fastvlm.functional.errors import CheckpointError
@@ -38,16 +38,16 @@ PASS = 11
 """Dialogues in one pass of the decoder; a step has up to three passes."""
 
 
-def corpus(photographs: Sequence[CaptionedPhotograph]) -> list[str]:
+def corpus(photos: Sequence[CaptionedImage]) -> list[str]:
     """Return the texts that the tokenizer learns from."""
-    captions = [caption for photograph in photographs for caption in photograph.captions]
+    captions = [caption for photo in photos for caption in photo.captions]
     scenes = [describe(sample(seed)) for seed in range(1000)]
     return captions + scenes + [prompt for prompts in PROMPTS.values() for prompt in prompts]
 
 
 @dataclass(frozen=True, slots=True)
 class Shown:
-    """A picture, and what is to be said of it.
+    """An image, and what is to be said of it.
 
     Args:
         pixels: (3, height, width) in [0, 1].
@@ -64,8 +64,8 @@ class ModelTask:
     Args:
         model: The model, its encoder frozen.
         tokenizer: Its tokenizer.
-        photographs: Photographs with captions, the most typical caption first.
-        pixels: The photographs as (photographs, 3, height, width), uint8.
+        photos: Photos with captions, the most typical caption first.
+        pixels: The photos as (photos, 3, height, width), uint8.
         stage: The stage.
     """
 
@@ -73,7 +73,7 @@ class ModelTask:
         self,
         model: FastVlmForConditionalGeneration,
         tokenizer: PreTrainedTokenizerFast,
-        photographs: Sequence[CaptionedPhotograph],
+        photos: Sequence[CaptionedImage],
         pixels: Tensor,
         stage: Stage,
     ) -> None:
@@ -87,25 +87,25 @@ class ModelTask:
         self.plan: Mapping[str, Any] = {
             **shown,
             "model": digest_of_weights(model),
-            "photographs": digest([[p.path, p.captions] for p in photographs]),
+            "photos": digest([[p.path, p.captions] for p in photos]),
         }
         self.source: Source | None = None
         self.whole: str | None = None
         if stage.sampled:
             self.whole = "the rewards of a step are set against one another"
         self.tokenizer = tokenizer
-        self.photographs, self.pixels = photographs, pixels
+        self.photos, self.pixels = photos, pixels
         self.stage = stage
         self.size = cast(FastViTHDConfig, model.config.vision_config).image_size
         self.visual = (self.size // REDUCTION) ** 2
-        self.consensus = Consensus(photographs) if stage.sampled else None
+        self.consensus = Consensus(photos) if stage.sampled else None
 
     def draw(self, step: int) -> list[Shown]:
-        """Return the pictures of a step, with what is to be said of them."""
-        return self.scenes(self.stage.scenes) + self.photos(self.stage.photographs)
+        """Return the images of a step, with what is to be said of them."""
+        return self.draw_scenes(self.stage.scenes) + self.draw_photos(self.stage.photos)
 
     def loss(self, examples: Sequence[Shown]) -> Losses:
-        """Return the loss of some pictures' replies; reported is the mean of each kind."""
+        """Return the loss of some images' replies; reported is the mean of each kind."""
         losses: dict[str, list[Tensor]] = {}
         for kind, part in self.passes(self.dialogues(examples)):
             losses.setdefault(kind, []).append(part)
@@ -129,7 +129,7 @@ class ModelTask:
                 yield dialogue.kind, part
 
     def dialogues(self, examples: Sequence[Shown]) -> list[Dialogue]:
-        """Return the dialogues about some pictures, with the pictures' visual tokens."""
+        """Return the dialogues about some images, with the images' visual tokens."""
         features = self.visual_tokens(torch.stack([shown.pixels for shown in examples]))
         return [
             Dialogue(kind, tokens.to(self.device), labels.to(self.device), seen)
@@ -138,8 +138,8 @@ class ModelTask:
         ]
 
     def sampled(self, consensus: Consensus, number: int) -> tuple[Tensor, float]:
-        """Return the self-critical loss of sentences sampled of photographs; their mean reward."""
-        rows = torch.randint(len(self.photographs), (number,))
+        """Return the self-critical loss of sentences sampled of photos; their mean reward."""
+        rows = torch.randint(len(self.photos), (number,))
         features = self.visual_tokens(random_views(self.pixels[rows], self.size, smallest=0.7))
         prompt = random.choice(PROMPTS["sentence"])
         drawn = sample_sentences(self.model, self.tokenizer, prompt, features)
@@ -156,12 +156,12 @@ class ModelTask:
         return torch.cat(weighted).mean(), float(rewards.mean())
 
     def reward(self, consensus: Consensus, row: int, dialogue: Dialogue) -> float:
-        """Return the reward of a sampled sentence about a photograph."""
+        """Return the reward of a sampled sentence about a photo."""
         reply = dialogue.tokens[dialogue.labels != IGNORED].tolist()
         sentence = cast(str, self.tokenizer.decode(reply, skip_special_tokens=True))
         return consensus.reward(row, sentence, ended=reply[-1] == self.tokenizer.eos_token_id)
 
-    def scenes(self, number: int) -> list[Shown]:
+    def draw_scenes(self, number: int) -> list[Shown]:
         """Return so many scenes with their exact descriptions."""
         scenes = [sample(random.randrange(HELD_OUT_SCENES)) for _ in range(number)]
         return [
@@ -176,15 +176,15 @@ class ModelTask:
             return ".".join(text.split(".")[: 1 + len(scene.things)]) + "."
         return text
 
-    def photos(self, number: int) -> list[Shown]:
-        """Return so many photographs, each with all of its captions and with one of the best."""
+    def draw_photos(self, number: int) -> list[Shown]:
+        """Return so many photos, each with all of its captions and with one of the best."""
         if not number:
             return []
-        rows = torch.randint(len(self.photographs), (number,))
+        rows = torch.randint(len(self.photos), (number,))
         views = random_views(self.pixels[rows], self.size, smallest=0.7)
         shown = []
         for row, pixels in zip(rows.tolist(), views, strict=True):
-            captions = self.photographs[row].captions
+            captions = self.photos[row].captions
             several = self.said("description", " ".join(captions))
             # The captions that agree most with the others teach what most people would say.
             shown.append(
@@ -198,7 +198,7 @@ class ModelTask:
         return (kind, *encode_dialogue(self.tokenizer, prompt, reply, self.visual))
 
     def visual_tokens(self, pixels: Tensor) -> Tensor:
-        """Return the projected features: (pictures, visual tokens, d_model)."""
+        """Return the projected features: (images, visual tokens, d_model)."""
         tower, project = self.model.model.vision_tower, self.model.model.multi_modal_projector
         with torch.no_grad():
             states = tower(pixels.to(self.device)).last_hidden_state
@@ -206,7 +206,7 @@ class ModelTask:
 
 
 def train_model(
-    photographs: Path,
+    photos: Path,
     output: Path,
     *,
     encoder: Path | None = None,
@@ -222,7 +222,7 @@ def train_model(
     was stopped goes on in the stage where it stopped.
 
     Args:
-        photographs: A folder in Flickr8k's layout.
+        photos: A folder in Flickr8k's layout.
         output: The directory of the checkpoints while it runs, and of the model in the end.
         encoder: What `train_encoder` saved.
         start: A model to go on from; None for a new one around the encoder. With an encoder too,
@@ -239,22 +239,22 @@ def train_model(
     """
     torch.manual_seed(stages[0].schedule.seed)
     vision = None if encoder is None else read_encoder(encoder)
-    pictures = typical_first(read_flickr8k(photographs, "train"))
+    images = typical_first(read_flickr8k(photos, "train"))
     if start is not None:
         model, tokenizer = read_model(start)
         model = grown(model, size)
         use_encoder(model, vision or model.model.vision_tower)
     elif vision is not None:
         shape = shape or DecoderShape()
-        tokenizer = learn_tokenizer(corpus(pictures), shape.vocabulary)
+        tokenizer = learn_tokenizer(corpus(images), shape.vocabulary)
         model = new_model(vision, tokenizer, shape)
     else:
         raise CheckpointError("A model needs an encoder, or a model to go on from.")
     if gradient_checkpointing:
         model.model.language_model.activation_checkpointing_enable()
-    pixels = decode(pictures, 224)
+    pixels = decode(images, 224)
     for stage in stages:
-        lesson = ModelTask(model, tokenizer, pictures, pixels, stage)
+        lesson = ModelTask(model, tokenizer, images, pixels, stage)
         train(lesson, stage.schedule, output / stage.name)
     save_model(model, tokenizer, output)
 

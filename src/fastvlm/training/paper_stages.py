@@ -18,7 +18,7 @@ class PaperStage:
     Args:
         learns: One of `PARTS`.
         learning_rate: The peak.
-        image_size: Side in pixels of the pictures; None for the model's own.
+        image_size: Side in pixels of the images; None for the model's own.
         batch: Conversations in a step, of all processes together.
         epochs: How often each conversation is shown.
         data: What the paper trains it on, in words.
@@ -47,7 +47,7 @@ class PaperStage:
 
 PAPER_STAGES = {
     "1": PaperStage("projector", 1e-3, None, 256, 1, "558K captions (LLaVA-558K)"),
-    "1.5": PaperStage("everything", 2e-5, 1024, 128, 1, "15M recaptioned pictures"),
+    "1.5": PaperStage("everything", 2e-5, 1024, 128, 1, "15M recaptioned images"),
     "2": PaperStage("everything", 2e-5, 1024, 128, 1, "visual instructions"),
     "3": PaperStage("everything", 2e-5, 1024, 128, 1, "visual instructions of high quality"),
 }

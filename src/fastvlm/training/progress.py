@@ -56,7 +56,7 @@ class Progress:
         self, schedule: Schedule, first: int, unit: str, output: Path, accelerator: Accelerator
     ) -> None:
         self.schedule, self.first, self.unit = schedule, first, unit
-        self.log, self.picture = output / "log.jsonl", output / "curves.png"
+        self.log, self.image = output / "log.jsonl", output / "curves.png"
         self.accelerator = accelerator
         self.started = self.written = time.monotonic()
         self.sums: dict[str, tuple[float, float]] = {}
@@ -114,9 +114,9 @@ class Progress:
         if not ended and (started - self.drawn) * DRAWING < self.drawing:
             return
         try:
-            draw_curves(self.log, self.picture)
+            draw_curves(self.log, self.image)
         except (InputError, StorageError) as error:
-            # A picture is no reason to end a run.
+            # An image is no reason to end a run.
             if ended:
                 print(error, file=sys.stderr, flush=True)  # noqa: T201
         self.drawn = time.monotonic()

@@ -87,11 +87,11 @@ def questions_of(
         if isinstance(record, Broken):
             broken.add(record)
         elif prompts:
-            pictures = [part for turn in record.messages for part in images_of(turn)]
-            if pictures and (place := place_of(pictures[0]) or record.name) not in shown:
+            images = [part for turn in record.messages for part in images_of(turn)]
+            if images and (place := place_of(images[0]) or record.name) not in shown:
                 shown.add(place)
                 found += [
-                    Asked(record.name, (_user([pictures[0], _text(prompt)]),), "")
+                    Asked(record.name, (_user([images[0], _text(prompt)]),), "")
                     for prompt in prompts
                 ]
         else:

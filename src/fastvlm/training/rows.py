@@ -86,8 +86,8 @@ class FastViTHDRows:
 
     Args:
         model: The model.
-        tokenizer: Its tokenizer, with a chat template that has a place for pictures.
-        image_size: Side in pixels of the pictures.
+        tokenizer: Its tokenizer, with a chat template that has a place for images.
+        image_size: Side in pixels of the images.
 
     Raises:
         InputError: It is no multiple of 64, or the model has no end token.
@@ -98,7 +98,7 @@ class FastViTHDRows:
     ) -> None:
         if image_size % REDUCTION:
             raise InputError(
-                f"Pictures are shown at a multiple of {REDUCTION} pixels; got {image_size}."
+                f"Images are shown at a multiple of {REDUCTION} pixels; got {image_size}."
             )
         # Which settings a composite model has is its class's matter.
         config: Any = model.config
@@ -125,7 +125,7 @@ class FastViTHDRows:
         tokens.append(self.end)
         labels.append(self.end)
         if next(visual, None) is not None:
-            raise InputError("The chat template has no place for a picture.")
+            raise InputError("The chat template has no place for an image.")
         if len(tokens) > self.context:
             raise InputError(f"It has {len(tokens)} tokens; the model's context is {self.context}.")
         inputs = {"input_ids": torch.tensor(tokens)}
@@ -228,7 +228,7 @@ class ProcessorRows:
         return found
 
     def batches(self, rows: Sequence[Row]) -> Iterator[tuple[dict[str, Tensor], Tensor]]:
-        """Yield each row alone: pictures' shapes differ. See `Rows.batches`."""
+        """Yield each row alone: images' shapes differ. See `Rows.batches`."""
         for row in rows:
             yield placed(row.inputs, self.device, None), row.labels[None].to(self.device)
 
@@ -243,10 +243,10 @@ def rows_for(
     Args:
         model: The model.
         processor: Its processor, or its tokenizer alone.
-        image_size: Side in pixels of the pictures; None for the model's own.
+        image_size: Side in pixels of the images; None for the model's own.
 
     Raises:
-        InputError: The model can't be trained, or shows pictures in a size of its own.
+        InputError: The model can't be trained, or shows images in a size of its own.
     """
     tower = getattr(model.base_model, "vision_tower", None)
     if isinstance(tower, FastViTHD):
@@ -254,7 +254,7 @@ def rows_for(
         return FastViTHDRows(model, tokenizer_of(processor), size)
     if image_size is not None:
         raise InputError(
-            f"The processor of {type(model).__name__} decides how a picture is shown; leave out the"
+            f"The processor of {type(model).__name__} decides how an image is shown; leave out the"
             " image size."
         )
     return ProcessorRows(model, processor)

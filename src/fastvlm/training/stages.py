@@ -17,22 +17,22 @@ class Stage:
         name: Its name, and the folder of its checkpoint and log.
         schedule: Its length and learning rate.
         scenes: Scenes in a step.
-        photographs: Photographs in a step, each with two dialogues.
-        sampled: Photographs in a step of which the model's own sentences are rewarded.
+        photos: Photos in a step, each with two dialogues.
+        sampled: Photos in a step of which the model's own sentences are rewarded.
         shortened: The share of scenes' descriptions that end with the last thing.
     """
 
     name: str
     schedule: Schedule
     scenes: int = 0
-    photographs: int = 0
+    photos: int = 0
     sampled: int = 0
     shortened: float = 0.0
 
 
 STAGES = (
     # Scenes alone. Looking at the place that a sentence names, and repeating what was said before,
-    # are learnt from scenes, where they decide every word; photographs hardly teach them.
+    # are learnt from scenes, where they decide every word; photos hardly teach them.
     Stage(
         "scenes",
         Schedule(steps=450, learning_rate=1e-3, warmup=50),
@@ -43,13 +43,13 @@ STAGES = (
         "together",
         Schedule(steps=1500, learning_rate=1.2e-3, warmup=30),
         scenes=5,
-        photographs=14,
+        photos=14,
     ),
     Stage(
         "consensus",
         Schedule(steps=140, learning_rate=3e-4, warmup=5),
         scenes=2,
-        photographs=3,
+        photos=3,
         sampled=16,
     ),
 )

@@ -45,7 +45,7 @@ class Task(Protocol):
     module: nn.Module
     """Everything that a checkpoint must hold; what requires a gradient is trained."""
     unit: str
-    """What the weight of its losses counts: tokens, pictures."""
+    """What the weight of its losses counts: tokens, images."""
     source: Source | None
     """The stream that this process draws its own examples from; None where the step's number
     decides the examples of all processes. A position is restored before the first draw."""

@@ -1,4 +1,4 @@
-"""FastViTHD: the encoder, its configuration, and the preparation of pictures."""
+"""FastViTHD: the encoder, its configuration, and the preparation of images."""
 
 from fastvlm.vision.configuration import VARIANTS, FastViTHDConfig
 from fastvlm.vision.fastvithd import FastViTHD

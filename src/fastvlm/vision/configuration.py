@@ -9,7 +9,7 @@ from transformers import AutoConfig, PreTrainedConfig
 from fastvlm.functional.errors import InputError
 
 REDUCTION = 64
-"""Pixels a side of the picture for each visual token."""
+"""Pixels a side of the image for each visual token."""
 FORMS = ("training", "reparameterized", "fused")
 
 # One row a variant. The first is the one that Apple released (arXiv 2412.13303, section 3.2).
@@ -37,7 +37,7 @@ class FastViTHDConfig(PreTrainedConfig):
         mlp_ratio: Hidden width of a feed-forward network over its input width.
         head_dim: Size of one attention head in stages 4 and 5.
         layer_scale_init: Initial value of every layer scale.
-        image_size: Side in pixels of the square pictures that the model is meant for. Any height
+        image_size: Side in pixels of the square images that the model is meant for. Any height
             and width that are multiples of 64 are accepted.
         form: `training` (with the parallel branches), `reparameterized` (branches folded into one
             convolution each: the form of Apple's released checkpoints) or `fused` (the remaining

@@ -50,7 +50,7 @@ class Stage(nn.Module):
 
 
 class FastViTHD(PreTrainedModel):
-    """A picture in, a grid of visual features out: one for every 64 x 64 pixels.
+    """An image in, a grid of visual features out: one for every 64 x 64 pixels.
 
     The model type is `fastvithd`; `AutoModel` builds it, so that it serves as the vision tower of
     `transformers`' `FastVlmForConditionalGeneration`.
@@ -90,7 +90,7 @@ class FastViTHD(PreTrainedModel):
             super()._init_weights(module)
 
     def forward(self, pixel_values: Tensor, **_: Any) -> BaseModelOutputWithPooling:
-        """Encode pictures.
+        """Encode images.
 
         Args:
             pixel_values: (batch, 3, height, width) in [0, 1]; height and width multiples of 64.
@@ -104,7 +104,7 @@ class FastViTHD(PreTrainedModel):
         height, width = pixel_values.shape[-2:]
         if height % REDUCTION or width % REDUCTION or not height * width:
             raise InputError(
-                f"A picture's height and width must be multiples of {REDUCTION} pixels;"
+                f"An image's height and width must be multiples of {REDUCTION} pixels;"
                 f" got {height} x {width}."
             )
         # Channels side by side make the products over channels (1x1 convolutions, attention) plain.

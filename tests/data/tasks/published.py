@@ -18,8 +18,8 @@ def write_lines(path: Path, rows: Iterable[Any]) -> None:
     path.write_text("".join(f"{json.dumps(row)}\n" for row in rows), encoding="utf-8")
 
 
-def write_pictures(folder: Path, names: Iterable[str]) -> None:
-    """Make files in the place of pictures, which loaders never open."""
+def write_images(folder: Path, names: Iterable[str]) -> None:
+    """Make files in the place of images, which loaders never open."""
     folder.mkdir(parents=True, exist_ok=True)
     for name in names:
         (folder / name).touch()

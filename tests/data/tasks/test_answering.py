@@ -13,7 +13,7 @@ from fastvlm.data.tasks import docvqa, mmmu, pope, textvqa, vqav2
 from fastvlm.data.tasks.mmmu import mmmu_questions
 from fastvlm.functional.errors import InputError
 from fastvlm.metrics.multidiscipline import DISCIPLINES, Key
-from tests.data.tasks.published import write_json, write_lines, write_pictures
+from tests.data.tasks.published import write_images, write_json, write_lines
 
 SHORT = "\nAnswer the question using a single word or phrase."
 QUESTIONS = "v2_OpenEnded_mscoco_val2014_questions.json"
@@ -37,17 +37,17 @@ def asked_in_vqa() -> tuple[dict[str, Any], dict[str, Any]]:
 
 
 @pytest.mark.parametrize(
-    "picture", ["val2014/COCO_val2014_000000000025.jpg", "images/000000000025.jpg"]
+    "image", ["val2014/COCO_val2014_000000000025.jpg", "images/000000000025.jpg"]
 )
-def test_vqav2(tmp_path: Path, picture: str) -> None:
+def test_vqav2(tmp_path: Path, image: str) -> None:
     questions, annotations = asked_in_vqa()
     write_json(tmp_path / QUESTIONS, questions)
     write_json(tmp_path / "annotations" / ANNOTATIONS, annotations)
-    write_pictures((tmp_path / picture).parent, [Path(picture).name])
+    write_images((tmp_path / image).parent, [Path(image).name])
     task = vqav2(tmp_path)
-    assert [(item.id, item.prompt, item.picture) for item in task.items] == [
-        ("250", f"How many?{SHORT}", tmp_path / picture),
-        ("251", f"Is it red?{SHORT}", tmp_path / picture),
+    assert [(item.id, item.prompt, item.image) for item in task.items] == [
+        ("250", f"How many?{SHORT}", tmp_path / image),
+        ("251", f"Is it red?{SHORT}", tmp_path / image),
     ]
     assert task.score({"250": "Two.", "251": "no"}) == {
         "accuracy": 0.5,
@@ -74,11 +74,11 @@ def test_textvqa(tmp_path: Path) -> None:
         "answers": ["dakota"] * 10,
     }
     write_json(tmp_path / "TextVQA_0.5.1_val.json", {"data": [question]})
-    write_pictures(tmp_path / "train_images", ["003a.jpg"])
+    write_images(tmp_path / "train_images", ["003a.jpg"])
     task = textvqa(tmp_path)
     [item] = task.items
     assert (item.id, item.prompt) == ("34602", f"What is the brand?{SHORT}")
-    assert item.picture == tmp_path / "train_images" / "003a.jpg"
+    assert item.image == tmp_path / "train_images" / "003a.jpg"
     assert task.score({"34602": "Dakota"}) == {"accuracy": 1}
 
     asked = f"What is the brand?\nReference OCR token: DAKOTA{SHORT}"
@@ -104,10 +104,10 @@ def test_docvqa(tmp_path: Path, name: str, place: str) -> None:
         "answers": ["Coca Cola", "Coca Cola Company"],
     }
     write_json(tmp_path / name, {"data": [question]})
-    write_pictures(tmp_path / place, ["p_1.png"])
+    write_images(tmp_path / place, ["p_1.png"])
     task = docvqa(tmp_path)
     [item] = task.items
-    assert (item.prompt, item.picture) == (f"Who?{SHORT}", tmp_path / place / "p_1.png")
+    assert (item.prompt, item.image) == (f"Who?{SHORT}", tmp_path / place / "p_1.png")
     assert task.score({"5": "CocaCola"}) == {"ANLS": pytest.approx(8 / 9)}
 
 
@@ -118,7 +118,7 @@ def test_pope(tmp_path: Path) -> None:
     ]
     for sampling in ("random", "popular", "adversarial"):
         write_lines(tmp_path / "coco" / f"coco_pope_{sampling}.json", rows)
-    write_pictures(tmp_path / "val2014", ["a.jpg", "b.jpg"])
+    write_images(tmp_path / "val2014", ["a.jpg", "b.jpg"])
     task = pope(tmp_path)
     assert [item.id for item in task.items][:3] == ["random/1", "random/2", "popular/1"]
     assert task.items[0].prompt == f"Is there a dog?{SHORT}"
@@ -131,14 +131,14 @@ def test_pope(tmp_path: Path) -> None:
     assert scores["yes ratio random"] == 1
 
 
-def picture_bytes() -> bytes:
+def image_bytes() -> bytes:
     packed = BytesIO()
     Image.new("RGB", (2, 2)).save(packed, "PNG")
     return packed.getvalue()
 
 
 def rows_of_mmmu(subject: str) -> list[dict[str, Any]]:
-    shown = {"bytes": picture_bytes(), "path": "a.png"}
+    shown = {"bytes": image_bytes(), "path": "a.png"}
     return [
         {
             "id": f"validation_{subject}_1",
@@ -175,7 +175,7 @@ def test_mmmu() -> None:
         "Answer with the option's letter from the given choices directly."
     )
     assert salt.prompt == f"Which salt?{SHORT}"
-    assert choice.picture == picture_bytes()
+    assert choice.image == image_bytes()
     assert task.keys == {
         "validation_Chemistry_1": Key(("B",), ("$6", "it's 7")),
         "validation_Chemistry_2": Key(("$MgS$", "MgS"), None),
@@ -216,7 +216,7 @@ def test_real_vqav2(data: Path, tmp_path: Path) -> None:
     (tmp_path / "images").symlink_to(folder / "images")
     task = vqav2(tmp_path)
     assert len(task.items) == 102
-    assert len({item.picture for item in task.items}) == 67
+    assert len({item.image for item in task.items}) == 67
     assert set(map(len, task.answers.values())) == {10}
     # What most people say is right to most of them.
     most = {key: max(given, key=list(given).count) for key, given in task.answers.items()}

@@ -13,7 +13,7 @@ import pytest
 from fastvlm.data.tasks import coco, flickr8k, nocaps
 from fastvlm.functional.errors import InputError
 from fastvlm.metrics.captions import score_captions
-from tests.data.tasks.published import write_json, write_pictures
+from tests.data.tasks.published import write_images, write_json
 
 PROMPT = "Provide a one-sentence caption for the provided image."
 CAPTIONS = {"7": ["A red bird sits.", "a bird"], "3": ["Two boats.", "Boats at sea, two."]}
@@ -42,9 +42,9 @@ def test_karpathys_split(tmp_path: Path) -> None:
         )
     ]
     write_json(tmp_path / "dataset_coco.json", {"images": images})
-    write_pictures(tmp_path / "val2014", [image["filename"] for image in images[:2]])
+    write_images(tmp_path / "val2014", [image["filename"] for image in images[:2]])
     task = coco(tmp_path, "test")
-    assert [(item.id, item.prompt, item.picture) for item in task.items] == [
+    assert [(item.id, item.prompt, item.image) for item in task.items] == [
         ("7", PROMPT, tmp_path / "val2014" / "COCO_val2014_000000000007.jpg"),
         ("3", PROMPT, tmp_path / "val2014" / "COCO_val2014_000000000003.jpg"),
     ]
@@ -52,7 +52,7 @@ def test_karpathys_split(tmp_path: Path) -> None:
     scores = task.score(REPLIES)
     assert list(scores) == ["BLEU-1", "BLEU-2", "BLEU-3", "BLEU-4", "ROUGE-L", "CIDEr"]
     assert tuple(scores.values()) == (*direct.bleu, direct.rouge_l, direct.cider)
-    with pytest.raises(InputError, match="no captioned picture of the split 'val'"):
+    with pytest.raises(InputError, match="no captioned image of the split 'val'"):
         coco(tmp_path, "val")
 
 
@@ -60,10 +60,10 @@ def test_cocos_own_file(tmp_path: Path) -> None:
     images = [{"id": int(image), "file_name": f"{image}.jpg"} for image in (*CAPTIONS, "99")]
     content = {"images": images, "annotations": annotations()}
     write_json(tmp_path / "annotations" / "captions_val2014.json", content)
-    write_pictures(tmp_path / "images", ["7.jpg", "3.jpg"])
+    write_images(tmp_path / "images", ["7.jpg", "3.jpg"])
     task = coco(tmp_path, "val2014")
-    assert task.references == CAPTIONS  # a picture without captions is no item
-    assert [item.picture for item in task.items] == [
+    assert task.references == CAPTIONS  # an image without captions is no item
+    assert [item.image for item in task.items] == [
         tmp_path / "images" / "7.jpg",
         tmp_path / "images" / "3.jpg",
     ]
@@ -88,14 +88,14 @@ def test_nocaps_scores_each_domain_alone(tmp_path: Path) -> None:
         ],
     }
     write_json(tmp_path / "nocaps_val_4500_captions.json", content)
-    write_pictures(tmp_path / "val", [f"{image}.jpg" for image in captions])
+    write_images(tmp_path / "val", [f"{image}.jpg" for image in captions])
     task = nocaps(tmp_path)
     replies = {**REPLIES, "4": "A cat."}
     scores = task.score(replies)
     assert scores["CIDEr"] == score_captions(replies, captions).cider
     assert scores["CIDEr in-domain"] == score_captions(REPLIES, CAPTIONS).cider
     assert scores["CIDEr in-domain"] != scores["CIDEr"]
-    assert scores["CIDEr out-domain"] == 0  # of a single picture
+    assert scores["CIDEr out-domain"] == 0  # of a single image
     part = replace(task, items=task.items[:2]).score(REPLIES)
     assert part["CIDEr"] == part["CIDEr in-domain"]
     assert "CIDEr out-domain" not in part
@@ -112,17 +112,17 @@ def test_flickr8k(tmp_path: Path, table: str, listing: str, place: str, number: 
     lines = f"a.jpg{number}\tA dog .\nb.jpg{number}\tA cat on 3rd St .\n"
     (tmp_path / table).write_text(lines, encoding="utf-8")
     (tmp_path / listing).write_text("b.jpg\n", encoding="utf-8")
-    with pytest.raises(InputError, match=r"1 of 1 pictures are missing in .*/b\.jpg$"):
+    with pytest.raises(InputError, match=r"1 of 1 images are missing in .*/b\.jpg$"):
         flickr8k(tmp_path, "dev")
-    write_pictures(tmp_path / place, ["b.jpg"])
+    write_images(tmp_path / place, ["b.jpg"])
     task = flickr8k(tmp_path, "dev")
-    assert [(item.id, item.prompt, item.picture) for item in task.items] == [
+    assert [(item.id, item.prompt, item.image) for item in task.items] == [
         ("b.jpg", PROMPT, tmp_path / place / "b.jpg")
     ]
     assert task.references == {"b.jpg": ["A cat on 3rd St ."]}
     assert task.score({"b.jpg": "a cat on 3rd st"})["BLEU-1"] == pytest.approx(1)
     (tmp_path / listing).write_text("b.jpg\nc.jpg\n", encoding="utf-8")
-    with pytest.raises(InputError, match=r"1 of 2 photographs .* the first of them c\.jpg"):
+    with pytest.raises(InputError, match=r"1 of 2 photos .* the first of them c\.jpg"):
         flickr8k(tmp_path, "dev")
 
 
@@ -149,7 +149,7 @@ def test_real_flickr8k(data: Path) -> None:
     task = flickr8k(folder, "dev")
     assert len(task.items) == 1000
     assert {len(texts) for texts in task.references.values()} == {5}
-    assert all(isinstance(item.picture, Path) and item.picture.is_file() for item in task.items)
+    assert all(isinstance(item.image, Path) and item.image.is_file() for item in task.items)
 
 
 @pytest.mark.slow
@@ -170,7 +170,7 @@ def test_published_nocaps(data: Path, tmp_path: Path) -> None:
         ],
     }
     write_json(tmp_path / "nocaps_val_4500_captions.json", content)
-    write_pictures(tmp_path / "val", [row["image_name"] for row in rows])
+    write_images(tmp_path / "val", [row["image_name"] for row in rows])
     scores = nocaps(tmp_path).score({str(n): row["prediction"] for n, row in enumerate(rows)})
     published = {"in_domain": 0.611, "near_domain": 0.643, "out_domain": 0.650}
     for domain, cider in published.items():

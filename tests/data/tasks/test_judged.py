@@ -11,7 +11,7 @@ from fastvlm.data.tasks import llava_wild, mmvet
 from fastvlm.data.tasks.llava_wild import read_reviews
 from fastvlm.data.tasks.mmvet import read_grades
 from fastvlm.functional.errors import InputError
-from tests.data.tasks.published import write_json, write_lines, write_pictures
+from tests.data.tasks.published import write_images, write_json, write_lines
 
 
 def test_mmvet(tmp_path: Path) -> None:
@@ -22,11 +22,11 @@ def test_mmvet(tmp_path: Path) -> None:
         "capability": ["ocr", "math"],
     }
     write_json(tmp_path / "mm-vet.json", {"v1_0": question})
-    write_pictures(tmp_path / "images", ["v1_0.png"])
+    write_images(tmp_path / "images", ["v1_0.png"])
     task = mmvet(tmp_path)
     [item] = task.items
     assert (item.id, item.prompt) == ("v1_0", "What is x?")
-    assert item.picture == tmp_path / "images" / "v1_0.png"
+    assert item.image == tmp_path / "images" / "v1_0.png"
     assert task.answers == {"v1_0": "-1<AND>-5"}
     assert task.score({"v1_0": [0.5, 0.7]}) == pytest.approx({"ocr": 60, "math": 60, "total": 60})
     with pytest.raises(InputError, match="'v1_0' has no reply"):
@@ -40,7 +40,7 @@ def test_llava_wild(tmp_path: Path) -> None:
     )
     write_lines(tmp_path / "context.jsonl", [{"image": "001.jpg", "caption": "Diamond Head."}])
     write_lines(tmp_path / "answers_gpt4.jsonl", [{"question_id": 0, "text": "In Hawaii."}])
-    write_pictures(tmp_path / "images", ["001.jpg"])
+    write_images(tmp_path / "images", ["001.jpg"])
     task = llava_wild(tmp_path)
     assert [(item.id, item.prompt) for item in task.items] == [("0", "Where?")]
     assert (task.contexts, task.references) == ({"0": "Diamond Head."}, {"0": "In Hawaii."})
@@ -56,7 +56,7 @@ def test_published_mmvet(data: Path, tmp_path: Path) -> None:
         pytest.skip(f"No folder {folder}.")
     (tmp_path / "mm-vet.json").symlink_to(folder / "mm-vet.json")
     asked = json.loads((folder / "mm-vet.json").read_text(encoding="utf-8"))
-    write_pictures(tmp_path / "images", {line["imagename"] for line in asked.values()})
+    write_images(tmp_path / "images", {line["imagename"] for line in asked.values()})
     task = mmvet(tmp_path)
     by_llava = (folder / "llava15" / "llava-mm-vet.jsonl").read_text(encoding="utf-8").splitlines()
     assert [item.prompt for item in task.items] == [json.loads(line)["text"] for line in by_llava]
@@ -79,7 +79,7 @@ def test_published_llava_wild(data: Path) -> None:
         pytest.skip(f"No folder {folder}.")
     task = llava_wild(folder)
     assert len(task.items) == 60
-    assert len({item.picture for item in task.items}) == 24
+    assert len({item.image for item in task.items}) == 24
     answers = folder / "llava15" / "answers" / "llava-v1.5-7b.jsonl"
     asked = [json.loads(line)["prompt"] for line in answers.read_text("utf-8").splitlines()]
     assert [item.prompt for item in task.items] == asked

@@ -1,4 +1,4 @@
-"""What tasks have in common: replies for items, files that are found, pictures that are not."""
+"""What tasks have in common: replies for items, files that are found, images that are not."""
 
 from __future__ import annotations
 
@@ -17,12 +17,12 @@ from fastvlm.functional.text_files import read_json, read_json_lines
 from fastvlm.vision.loading import load_image
 
 
-def test_an_item_opens_its_picture() -> None:
+def test_an_item_opens_its_image() -> None:
     assert Item("a", "?", Path("a.jpg")).open() == Path("a.jpg")
     packed = BytesIO()
     Image.new("RGB", (3, 2), (1, 2, 3)).save(packed, "PNG")
-    picture = load_image(Item("b", "?", packed.getvalue()).open())
-    assert (picture.size, picture.getpixel((0, 0))) == ((3, 2), (1, 2, 3))
+    image = load_image(Item("b", "?", packed.getvalue()).open())
+    assert (image.size, image.getpixel((0, 0))) == ((3, 2), (1, 2, 3))
 
 
 def test_replies_and_items_must_match() -> None:
@@ -87,7 +87,7 @@ def test_files_that_are_no_json_are_named(tmp_path: Path) -> None:
     assert read_json_lines(path) == [{"a": 1}]
 
 
-def test_the_first_place_that_has_a_picture_counts(tmp_path: Path) -> None:
+def test_the_first_place_that_has_a_image_counts(tmp_path: Path) -> None:
     for place in ("one", "two"):
         (tmp_path / place).mkdir()
         (tmp_path / place / f"{place}.jpg").touch()
@@ -98,13 +98,13 @@ def test_the_first_place_that_has_a_picture_counts(tmp_path: Path) -> None:
     assert found == {"x": tmp_path / "one" / "one.jpg", "y": tmp_path / "two" / "two.jpg"}
 
 
-def test_missing_pictures_are_counted_and_a_few_are_named(tmp_path: Path) -> None:
+def test_missing_images_are_counted_and_a_few_are_named(tmp_path: Path) -> None:
     (tmp_path / "0.jpg").touch()
     places = {str(number): [f"{number}.jpg", f"val/{number}.jpg"] for number in range(6)}
     with pytest.raises(InputError) as error:
         locate(tmp_path, places)
     assert str(error.value) == (
-        f"5 of 6 pictures are missing in {tmp_path}: 1.jpg, 2.jpg, 3.jpg, ..."
+        f"5 of 6 images are missing in {tmp_path}: 1.jpg, 2.jpg, 3.jpg, ..."
     )
-    with pytest.raises(InputError, match=r"1 of 1 pictures are missing in .*: 1\.jpg$"):
+    with pytest.raises(InputError, match=r"1 of 1 images are missing in .*: 1\.jpg$"):
         locate(tmp_path, {"1": places["1"]})

@@ -11,7 +11,7 @@ import pytest
 
 from fastvlm.data.tasks import visdial
 from fastvlm.functional.errors import InputError
-from tests.data.tasks.published import write_json, write_pictures
+from tests.data.tasks.published import write_images, write_json
 
 PLACE = "VisualDialog_val2018"
 
@@ -30,14 +30,14 @@ def folder(tmp_path: Path) -> Path:
     write_json(tmp_path / "visdial_1.0_val.json", {"data": content})
     relevance = [{"image_id": 77, "round_id": 2, "gt_relevance": [0.0, 1.0, 0.0]}]
     write_json(tmp_path / "visdial_1.0_val_dense_annotations.json", relevance)
-    write_pictures(tmp_path / PLACE, [f"{PLACE}_000000000077.jpg"])
+    write_images(tmp_path / PLACE, [f"{PLACE}_000000000077.jpg"])
     return tmp_path
 
 
 def test_a_round_asks_with_what_was_said_before_it(folder: Path) -> None:
     first, second = visdial(folder).items
     assert (first.id, first.options) == ("77/1", ("no", "yes", "a bit"))
-    assert first.picture == folder / PLACE / f"{PLACE}_000000000077.jpg"
+    assert first.image == folder / PLACE / f"{PLACE}_000000000077.jpg"
     assert first.prompt.splitlines() == [
         "a red bus.",
         "Question: is it red?",
@@ -70,7 +70,7 @@ def test_official_scores(data: Path, tmp_path: Path) -> None:
         folder / "visdial_1.0_val_dense_annotations_vispro.json"
     )
     dialogues = json.loads(packed)["data"]["dialogs"]
-    write_pictures(tmp_path / PLACE, [f"{PLACE}_{d['image_id']:012}.jpg" for d in dialogues])
+    write_images(tmp_path / PLACE, [f"{PLACE}_{d['image_id']:012}.jpg" for d in dialogues])
     task = visdial(tmp_path)
     assert len(task.items) == 760
     assert {len(item.options) for item in task.items} == {100}

@@ -40,8 +40,8 @@ def strategies(vlm: VisionLanguageModel) -> dict[str, Strategy]:
 
 
 @pytest.fixture
-def pictures(tmp_path: Path) -> list[Path]:
-    folder = tmp_path / "pictures"
+def images(tmp_path: Path) -> list[Path]:
+    folder = tmp_path / "images"
     folder.mkdir()
     paths = [folder / f"{seed}.png" for seed in range(3)]
     for seed, path in enumerate(paths):
@@ -50,8 +50,8 @@ def pictures(tmp_path: Path) -> list[Path]:
 
 
 @pytest.fixture
-def captions(pictures: list[Path]) -> Captioning:
-    items = tuple(Item(path.stem, "Describe the picture.", path) for path in pictures)
+def captions(images: list[Path]) -> Captioning:
+    items = tuple(Item(path.stem, "Describe the picture.", path) for path in images)
     said = ["a small red square", "a large blue circle", "a square above a circle"]
     return Captioning(
         "Scenes", items, {item.id: [text] for item, text in zip(items, said, strict=True)}
@@ -59,11 +59,11 @@ def captions(pictures: list[Path]) -> Captioning:
 
 
 @pytest.fixture
-def dialogue(pictures: list[Path]) -> VisDial:
+def dialogue(images: list[Path]) -> VisDial:
     options = ("red", "a large blue circle", "a small square")
     items = (
-        Item("0/1", "What is it?", pictures[0], options),
-        Item("1/1", "And that?", pictures[1], options),
+        Item("0/1", "What is it?", images[0], options),
+        Item("1/1", "And that?", images[1], options),
     )
     return VisDial(items, {"0/1": 1, "1/1": 0}, {"1/1": [1.0, 0.5, 0.0]})
 

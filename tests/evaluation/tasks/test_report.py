@@ -50,8 +50,8 @@ class Addresses(HTMLParser):
 
 
 @pytest.fixture
-def mmvet(pictures: list[Path]) -> MmVet:
-    items = tuple(Item(f"v1_{n}", QUESTION, path) for n, path in enumerate(pictures[:2]))
+def mmvet(images: list[Path]) -> MmVet:
+    items = tuple(Item(f"v1_{n}", QUESTION, path) for n, path in enumerate(images[:2]))
     return MmVet(items, {"v1_0": "red", "v1_1": "blue"}, {"v1_0": ["ocr"], "v1_1": ["math"]})
 
 

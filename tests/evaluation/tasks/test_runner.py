@@ -128,12 +128,12 @@ def test_what_fails_is_named_counted_and_left_out(
     strategies: dict[str, Strategy],
     planned: Planned,
     captions: Captioning,
-    pictures: list[Path],
+    images: list[Path],
     tmp_path: Path,
 ) -> None:
     plan, file = planned({"flickr8k": captions}), tmp_path / "answers.jsonl"
-    kept = pictures[1].read_bytes()
-    pictures[1].unlink()
+    kept = images[1].read_bytes()
+    images[1].unlink()
     with pytest.raises(InputError, match="flickr8k, item 1: There is no image"):
         evaluate(vlm, strategies, plan, Journal(file, plan))
     journal = Journal(file, plan)
@@ -145,7 +145,7 @@ def test_what_fails_is_named_counted_and_left_out(
     assert {key[1] for key in journal.answers} == set(others)
     assert all(row.speed.replies == len(others) for row in rows(left, journal, {}) if row.speed)
     # It is asked again when the run goes on.
-    pictures[1].write_bytes(kept)
+    images[1].write_bytes(kept)
     again = Journal(file, plan)
     evaluate(vlm, strategies, plan, again)
     assert not again.failures
@@ -157,14 +157,14 @@ def test_a_mended_item_is_counted_when_the_journal_is_read_again(
     strategies: dict[str, Strategy],
     planned: Planned,
     captions: Captioning,
-    pictures: list[Path],
+    images: list[Path],
     tmp_path: Path,
 ) -> None:
     plan, file = planned({"flickr8k": captions}), tmp_path / "answers.jsonl"
-    kept = pictures[1].read_bytes()
-    pictures[1].unlink()
+    kept = images[1].read_bytes()
+    images[1].unlink()
     evaluate(vlm, strategies, plan, Journal(file, plan), max_failed=0.9)
-    pictures[1].write_bytes(kept)
+    images[1].write_bytes(kept)
     evaluate(vlm, strategies, plan, Journal(file, plan))
     finished = Journal(file, plan)
     assert not finished.failures

@@ -72,17 +72,17 @@ class CommandLines:
             {"file": "0.png", "kind": "scene", "title": "A scene", "credit": None,
              "licence": None, "source": None},
         ]  # fmt: skip
-        images = folder / "pictures"
+        images = folder / "images"
         images.mkdir()
         render(sample(1), 128).save(images / "0.png")
-        (images / "pictures.json").write_text(json.dumps(listing))
+        (images / "images.json").write_text(json.dumps(listing))
         embedded.FOLDER = folder
         embedded.MODEL, embedded.DRAFT = folder / "model", folder / "draft"
-        embedded.PICTURES = images
+        embedded.IMAGES = images
         sys.modules["fastvlm.cli.demo"].MAX_NEW_TOKENS = 4  # type: ignore[attr-defined]
         self.options = sorted(set(_options()))
         self.places = tuple(
-            str(folder / name) for name in ("model", "llava", "draft", "pictures", "none", "out")
+            str(folder / name) for name in ("model", "llava", "draft", "images", "none", "out")
         )
 
     def cases(self) -> st.SearchStrategy[Any]:
@@ -152,12 +152,12 @@ class CommandLines:
 
 VERBS: dict[str, Sequence[str]] = {
     "demo": ("demo",),
-    "generate": ("generate", "{folder}/pictures/0.png", "--max-new-tokens", "4"),
-    "audit": ("audit", "--images", "{folder}/pictures", "--max-new-tokens", "4"),
+    "generate": ("generate", "{folder}/images/0.png", "--max-new-tokens", "4"),
+    "audit": ("audit", "--images", "{folder}/images", "--max-new-tokens", "4"),
     "evaluate": ("evaluate", "--tasks", "pope", "--data", "{folder}/none", "--output",
                  "{folder}/out", "--max-new-tokens", "2"),
     "convert": ("convert", "{folder}/model", "{folder}/converted"),
-    "benchmark": ("benchmark", "--images", "{folder}/pictures", "--max-new-tokens", "3",
+    "benchmark": ("benchmark", "--images", "{folder}/images", "--max-new-tokens", "3",
                   "--strategies", "imitation"),
     "train draft": ("train", "draft", "--data", "scenes:4", "--held-out", "1", "--steps", "1",
                     "--workers", "0", "--output", "{folder}/trained"),

@@ -1,4 +1,4 @@
-"""Captioning as a task: one caption a picture, against several human ones."""
+"""Captioning as a task: one caption an image, against several human ones."""
 
 from __future__ import annotations
 
@@ -17,9 +17,9 @@ class Captioning:
 
     Attributes:
         name: The benchmark's name in a table.
-        items: The pictures.
+        items: The images.
         references: Human captions, by item; `fastvlm.metrics.java` takes them too.
-        domains: By item, a part of the pictures that is scored apart as well; may be empty.
+        domains: By item, a part of the images that is scored apart as well; may be empty.
     """
 
     name: str
@@ -46,7 +46,7 @@ class Captioning:
             if item in self.domains:
                 members.setdefault(self.domains[item], []).append(item)
         for domain, its in members.items():
-            # Alone, as the weights of CIDEr's n-grams depend on which pictures are scored.
+            # Alone, as the weights of CIDEr's n-grams depend on which images are scored.
             alone = score_captions(
                 {item: replies[item] for item in its}, {item: self.references[item] for item in its}
             )
@@ -56,10 +56,10 @@ class Captioning:
 
 def captioning(
     name: str,
-    pictures: Mapping[str, Path],
+    images: Mapping[str, Path],
     references: Mapping[str, Sequence[str]],
     domains: Mapping[str, str] | None = None,
 ) -> Captioning:
-    """Return the task of captioning pictures, each named by its item's id."""
-    items = tuple(Item(picture, CAPTION, path) for picture, path in pictures.items())
+    """Return the task of captioning images, each named by its item's id."""
+    items = tuple(Item(image, CAPTION, path) for image, path in images.items())
     return Captioning(name, items, references, domains or {})

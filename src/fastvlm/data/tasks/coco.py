@@ -20,13 +20,13 @@ def coco(folder: Path, split: str = "test") -> Captioning:
 
     Args:
         folder: Holds `dataset_coco.json` for Karpathy's splits, or `captions_val2014.json` or
-            `captions_val2017.json`, here or in `annotations/`, and the pictures in folders that
+            `captions_val2017.json`, here or in `annotations/`, and the images in folders that
             are named as COCO's (`val2014/`) or in `images/`.
-        split: `test` or `val` of Karpathy's (5,000 pictures each, what papers report), or
+        split: `test` or `val` of Karpathy's (5,000 images each, what papers report), or
             `val2014` or `val2017`.
 
     Raises:
-        InputError: There is no such split, a file is missing or empty, or pictures are missing.
+        InputError: There is no such split, a file is missing or empty, or images are missing.
     """
     if split in KARPATHY:
         path = find(folder, "dataset_coco.json")
@@ -54,12 +54,12 @@ def coco(folder: Path, split: str = "test") -> Captioning:
     else:
         raise InputError(f"COCO has no split {split!r}; take one of {(*KARPATHY, *PUBLISHED)}.")
     if not places:
-        raise InputError(f"{path} has no captioned picture of the split {split!r}.")
+        raise InputError(f"{path} has no captioned image of the split {split!r}.")
     return captioning(f"COCO {split}", locate(folder, places), references)
 
 
 def captions_by_image(content: Any) -> dict[str, list[str]]:
-    """Return the captions in a file of COCO's layout, by the id of their picture."""
+    """Return the captions in a file of COCO's layout, by the id of their image."""
     captions: dict[str, list[str]] = {}
     for annotation in content["annotations"]:
         captions.setdefault(str(annotation["image_id"]), []).append(annotation["caption"])

@@ -20,10 +20,10 @@ def docvqa(folder: Path) -> Answering:
             in `documents/` or `spdocvqa_images/`.
 
     Raises:
-        InputError: The file or pictures are missing.
+        InputError: The file or images are missing.
     """
     questions = read_json(find(folder, "val_v1.0.json", "val_v1.0_withQT.json"))["data"]
-    pictures = locate(
+    images = locate(
         folder,
         {
             question["image"]: (
@@ -37,7 +37,7 @@ def docvqa(folder: Path) -> Answering:
         Item(
             str(question["questionId"]),
             f"{question['question']}\n{SHORT_ANSWER}",
-            pictures[question["image"]],
+            images[question["image"]],
         )
         for question in questions
     )

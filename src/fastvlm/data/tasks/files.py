@@ -24,27 +24,25 @@ def find(folder: Path, *names: str) -> Path:
 
 
 def locate(folder: Path, places: Mapping[str, Sequence[str]]) -> dict[str, Path]:
-    """Return where each picture is.
+    """Return where each image is.
 
     Args:
         folder: What the places are relative to.
-        places: By any name for a picture, where it may be; the first place that has it counts.
+        places: By any name for an image, where it may be; the first place that has it counts.
 
     Raises:
-        InputError: Pictures are missing; it says how many and names the first few.
+        InputError: Images are missing; it says how many and names the first few.
     """
     found: dict[str, Path] = {}
     missing = []
-    for picture, candidates in places.items():
+    for image, candidates in places.items():
         for candidate in candidates:
             if (folder / candidate).is_file():
-                found[picture] = folder / candidate
+                found[image] = folder / candidate
                 break
         else:
             missing.append(candidates[0])
     if missing:
         named = ", ".join(missing[:_NAMED]) + (", ..." if len(missing) > _NAMED else "")
-        raise InputError(
-            f"{len(missing)} of {len(places)} pictures are missing in {folder}: {named}"
-        )
+        raise InputError(f"{len(missing)} of {len(places)} images are missing in {folder}: {named}")
     return found

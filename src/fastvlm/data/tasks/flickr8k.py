@@ -1,4 +1,4 @@
-"""Flickr8k: photographs with five captions each (Hodosh et al. 2013)."""
+"""Flickr8k: photos with five captions each (Hodosh et al. 2013)."""
 
 from __future__ import annotations
 
@@ -14,12 +14,12 @@ def flickr8k(folder: Path, split: str = "test") -> Captioning:
     """Read a split of Flickr8k; its captions are the references as people wrote them.
 
     Args:
-        folder: Holds `Flickr8k.token.txt`, `Flickr_8k.testImages.txt` and the photographs in
+        folder: Holds `Flickr8k.token.txt`, `Flickr_8k.testImages.txt` and the photos in
             `Flicker8k_Dataset/` (so spelt), or `captions.tsv`, `test.txt` and `images/`.
         split: `train`, `dev` or `test`.
 
     Raises:
-        InputError: A file or pictures are missing, or a photograph has no caption.
+        InputError: A file or images are missing, or a photo has no caption.
     """
     listing = find(folder, f"Flickr_8k.{split}Images.txt", f"{split}.txt")
     table = find(folder, "Flickr8k.token.txt", "captions.tsv")
@@ -31,7 +31,7 @@ def flickr8k(folder: Path, split: str = "test") -> Captioning:
     names = read_text(listing).split()
     if bare := [name for name in names if name not in captions]:
         raise InputError(
-            f"{len(bare)} of {len(names)} photographs of {listing.name} have no caption in"
+            f"{len(bare)} of {len(names)} photos of {listing.name} have no caption in"
             f" {table.name}, the first of them {bare[0]}."
         )
     places = {name: (f"Flicker8k_Dataset/{name}", f"images/{name}") for name in names}

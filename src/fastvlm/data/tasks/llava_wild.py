@@ -20,7 +20,7 @@ class LlavaWild:
 
     Attributes:
         items: The questions.
-        contexts: What the picture shows, by item: for a judge that can't see it.
+        contexts: What the image shows, by item: for a judge that can't see it.
         references: The answers that replies are compared with, by item.
         categories: `conv`, `detail` or `complex`, by item.
         name: The benchmark's name in a table.
@@ -48,14 +48,14 @@ class LlavaWild:
 
 @reads("LLaVA-Bench's files")
 def llava_wild(folder: Path) -> LlavaWild:
-    """Read LLaVA-Bench's 60 questions about 24 pictures.
+    """Read LLaVA-Bench's 60 questions about 24 images.
 
     Args:
-        folder: Holds `questions.jsonl`, `context.jsonl`, `answers_gpt4.jsonl` and the pictures in
+        folder: Holds `questions.jsonl`, `context.jsonl`, `answers_gpt4.jsonl` and the images in
             `images/`.
 
     Raises:
-        InputError: A file or pictures are missing, or a question has no context or reference.
+        InputError: A file or images are missing, or a question has no context or reference.
     """
     asked = {
         str(line["question_id"]): line for line in read_json_lines(find(folder, "questions.jsonl"))
@@ -70,10 +70,10 @@ def llava_wild(folder: Path) -> LlavaWild:
     for key, line in asked.items():
         if line["image"] not in shown or key not in references:
             raise InputError(f"Question {key} of {folder} has no context or no reference answer.")
-    images = dict.fromkeys(line["image"] for line in asked.values())
-    pictures = locate(folder, {image: [f"images/{image}"] for image in images})
+    names = dict.fromkeys(line["image"] for line in asked.values())
+    images = locate(folder, {name: [f"images/{name}"] for name in names})
     return LlavaWild(
-        tuple(Item(key, line["text"], pictures[line["image"]]) for key, line in asked.items()),
+        tuple(Item(key, line["text"], images[line["image"]]) for key, line in asked.items()),
         {key: shown[line["image"]] for key, line in asked.items()},
         {key: references[key] for key in asked},
         {key: line["category"] for key, line in asked.items()},

@@ -45,7 +45,7 @@ class Mmmu:
 
 @reads("MMMU's files")
 def mmmu(folder: Path) -> Mmmu:
-    """Read MMMU's 900 validation questions, with their pictures in memory.
+    """Read MMMU's 900 validation questions, with their images in memory.
 
     Args:
         folder: Holds a folder for each subject with its `validation-*.parquet`, as on the Hugging
@@ -81,7 +81,7 @@ def mmmu(folder: Path) -> Mmmu:
 def mmmu_questions(rows: Iterable[Mapping[str, Any]]) -> Mmmu:
     """Make the task of MMMU's rows, asked as MMMU's own authors ask LLaVA-1.5.
 
-    The model sees a question's first picture alone; where the text speaks of others, it stays so.
+    The model sees a question's first image alone; where the text speaks of others, it stays so.
 
     Args:
         rows: With the columns of the published files: `options` a list as Python writes it,

@@ -48,17 +48,17 @@ def mmvet(folder: Path) -> MmVet:
     """Read MM-Vet's 218 questions.
 
     Args:
-        folder: Holds `mm-vet.json` and the pictures in `images/`.
+        folder: Holds `mm-vet.json` and the images in `images/`.
 
     Raises:
-        InputError: The file or pictures are missing.
+        InputError: The file or images are missing.
     """
     asked = read_json(find(folder, "mm-vet.json"))
     names = {line["imagename"] for line in asked.values()}
-    pictures = locate(folder, {name: [f"images/{name}"] for name in sorted(names)})
+    images = locate(folder, {name: [f"images/{name}"] for name in sorted(names)})
     return MmVet(
         tuple(
-            Item(key, line["question"], pictures[line["imagename"]]) for key, line in asked.items()
+            Item(key, line["question"], images[line["imagename"]]) for key, line in asked.items()
         ),
         {key: line["answer"] for key, line in asked.items()},
         {key: tuple(line["capability"]) for key, line in asked.items()},

@@ -12,14 +12,14 @@ from fastvlm.functional.text_files import read_json, reads
 
 @reads("nocaps' files")
 def nocaps(folder: Path) -> Captioning:
-    """Read nocaps' validation set: 4,500 pictures with ten captions, in three domains.
+    """Read nocaps' validation set: 4,500 images with ten captions, in three domains.
 
     Args:
-        folder: Holds `nocaps_val_4500_captions.json`, here or in `annotations/`, and the pictures
+        folder: Holds `nocaps_val_4500_captions.json`, here or in `annotations/`, and the images
             in `val/` or `images/`.
 
     Raises:
-        InputError: The file or pictures are missing.
+        InputError: The file or images are missing.
     """
     content = read_json(find(folder, "nocaps_val_4500_captions.json"))
     places = {

@@ -1,4 +1,4 @@
-"""POPE: is there such an object in the picture? (Li et al. 2023, arXiv 2305.10355)."""
+"""POPE: is there such an object in the image? (Li et al. 2023, arXiv 2305.10355)."""
 
 from __future__ import annotations
 
@@ -65,11 +65,11 @@ def pope(folder: Path) -> Pope:
 
     Args:
         folder: Holds `coco_pope_random.json`, `coco_pope_popular.json` and
-            `coco_pope_adversarial.json`, here or in `coco/`, and COCO's pictures in `val2014/` or
+            `coco_pope_adversarial.json`, here or in `coco/`, and COCO's images in `val2014/` or
             `images/`.
 
     Raises:
-        InputError: A file or pictures are missing.
+        InputError: A file or images are missing.
     """
     lines = {
         sampling: read_json_lines(
@@ -80,7 +80,7 @@ def pope(folder: Path) -> Pope:
     asked = {
         f"{sampling}/{line['question_id']}": line for sampling in lines for line in lines[sampling]
     }
-    pictures = locate(
+    images = locate(
         folder,
         {
             line["image"]: (f"val2014/{line['image']}", f"images/{line['image']}")
@@ -88,7 +88,7 @@ def pope(folder: Path) -> Pope:
         },
     )
     items = tuple(
-        Item(key, f"{line['text']}\n{SHORT_ANSWER}", pictures[line["image"]])
+        Item(key, f"{line['text']}\n{SHORT_ANSWER}", images[line["image"]])
         for key, line in asked.items()
     )
     return Pope(items, {key: line["label"] == "yes" for key, line in asked.items()})

@@ -20,23 +20,23 @@ Reply_contra = TypeVar("Reply_contra", contravariant=True)
 
 @dataclass(frozen=True, slots=True)
 class Item:
-    """What a task asks about one picture.
+    """What a task asks about one image.
 
     Attributes:
         id: Names the item in `score`; no other item of the task has it.
-        prompt: The question, as LLaVA-1.5 asks it, the picture standing before it.
-        picture: The picture's path, or its file's bytes where the data set packs pictures.
+        prompt: The question, as LLaVA-1.5 asks it, the image standing before it.
+        image: The image's path, or its file's bytes where the data set packs images.
         options: Answers to be ranked by the model's log-likelihoods; empty where it writes its own.
     """
 
     id: str
     prompt: str
-    picture: Path | bytes
+    image: Path | bytes
     options: tuple[str, ...] = ()
 
     def open(self) -> Path | bytes:
-        """Return the picture as a model takes it."""
-        return self.picture
+        """Return the image as a model takes it."""
+        return self.image
 
 
 class Task(Protocol[Reply_contra]):

@@ -1,4 +1,4 @@
-"""TextVQA: questions whose answers are to be read in the picture (Singh et al. 2019)."""
+"""TextVQA: questions whose answers are to be read in the image (Singh et al. 2019)."""
 
 from __future__ import annotations
 
@@ -20,14 +20,14 @@ def textvqa(folder: Path, ocr: bool = False) -> Answering:
     """Read TextVQA's validation set, scored by TextVQA's accuracy.
 
     Args:
-        folder: Holds `TextVQA_0.5.1_val.json` and the pictures in `train_images/` (where the
+        folder: Holds `TextVQA_0.5.1_val.json` and the images in `train_images/` (where the
             publisher packs those of validation too) or `images/`.
-        ocr: Ask with the words that an OCR system read in the picture, as LLaVA-1.5's published
+        ocr: Ask with the words that an OCR system read in the image, as LLaVA-1.5's published
             figure does; they are in LLaVA's own `llava_textvqa_val_v051_ocr.jsonl`, to be put
             into the folder.
 
     Raises:
-        InputError: A file or pictures are missing, or a question has no words of OCR.
+        InputError: A file or images are missing, or a question has no words of OCR.
     """
     questions = read_json(find(folder, ANNOTATIONS))["data"]
     prompts = {
@@ -35,7 +35,7 @@ def textvqa(folder: Path, ocr: bool = False) -> Answering:
         for question in questions
     }
     if ocr:
-        # LLaVA's file names questions by their picture and their text alone.
+        # LLaVA's file names questions by their image and their text alone.
         asked = {
             (line["question_id"], line["text"].split("\n")[0].lower()): line["text"]
             for line in read_json_lines(find(folder, WITH_OCR))
@@ -48,7 +48,7 @@ def textvqa(folder: Path, ocr: bool = False) -> Answering:
                     f" {question['image_id']}."
                 )
             prompts[str(question["question_id"])] = asked[key]
-    pictures = locate(
+    images = locate(
         folder,
         {
             question["image_id"]: [
@@ -58,7 +58,7 @@ def textvqa(folder: Path, ocr: bool = False) -> Answering:
         },
     )
     items = tuple(
-        Item(key, prompts[key], pictures[question["image_id"]])
+        Item(key, prompts[key], images[question["image_id"]])
         for question in questions
         for key in [str(question["question_id"])]
     )

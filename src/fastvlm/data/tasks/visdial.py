@@ -20,7 +20,7 @@ class VisDial:
     """Rounds of dialogues.
 
     Attributes:
-        items: The rounds, each with its options; their ids are `picture/round`, rounds from 1 on.
+        items: The rounds, each with its options; their ids are `image/round`, rounds from 1 on.
         answers: Which option the human gave, by item, from 0 on.
         relevance: The share of people who found each option right, for one round of a dialogue.
         name: The benchmark's name in a table.
@@ -65,14 +65,14 @@ def visdial(folder: Path) -> VisDial:
 
     Args:
         folder: Holds `visdial_1.0_val.json`, `visdial_1.0_val_dense_annotations.json` and the
-            pictures in `VisualDialog_val2018/` or `images/`.
+            images in `VisualDialog_val2018/` or `images/`.
 
     Raises:
-        InputError: A file or pictures are missing.
+        InputError: A file or images are missing.
     """
     content = read_json(find(folder, "visdial_1.0_val.json"))["data"]
     annotations = read_json(find(folder, "visdial_1.0_val_dense_annotations.json"))
-    pictures = locate(
+    images = locate(
         folder,
         {
             str(dialogue["image_id"]): [
@@ -85,11 +85,11 @@ def visdial(folder: Path) -> VisDial:
     items = []
     answers = {}
     for dialogue in content["dialogs"]:
-        picture = str(dialogue["image_id"])
+        image = str(dialogue["image_id"])
         for number, turn in enumerate(dialogue["dialog"], 1):
-            key = f"{picture}/{number}"
+            key = f"{image}/{number}"
             options = tuple(content["answers"][option] for option in turn["answer_options"])
-            items.append(Item(key, _prompt(content, dialogue, number), pictures[picture], options))
+            items.append(Item(key, _prompt(content, dialogue, number), images[image], options))
             answers[key] = turn["gt_index"]
     relevance = {
         f"{annotation['image_id']}/{annotation['round_id']}": annotation["gt_relevance"]

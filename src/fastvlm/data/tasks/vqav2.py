@@ -1,4 +1,4 @@
-"""VQA v2: questions about COCO's pictures, each answered by ten people (Goyal et al. 2017)."""
+"""VQA v2: questions about COCO's images, each answered by ten people (Goyal et al. 2017)."""
 
 from __future__ import annotations
 
@@ -31,10 +31,10 @@ def vqav2(folder: Path) -> Answering:
 
     Args:
         folder: Holds the questions and the annotations, here or in `annotations/`, and COCO's
-            pictures in `val2014/` or `images/`, named as in 2014 or as in 2017.
+            images in `val2014/` or `images/`, named as in 2014 or as in 2017.
 
     Raises:
-        InputError: A file or pictures are missing, or a question has no annotation.
+        InputError: A file or images are missing, or a question has no annotation.
     """
     questions = read_json(find(folder, QUESTIONS))["questions"]
     annotations = {
@@ -47,7 +47,7 @@ def vqav2(folder: Path) -> Answering:
             f"{len(unanswered)} questions of {QUESTIONS} have no answers in {ANNOTATIONS}, the"
             f" first of them {unanswered[0]['question_id']}."
         )
-    pictures = locate(
+    images = locate(
         folder,
         {
             str(question["image_id"]): [
@@ -62,7 +62,7 @@ def vqav2(folder: Path) -> Answering:
         Item(
             str(question["question_id"]),
             f"{question['question']}\n{SHORT_ANSWER}",
-            pictures[str(question["image_id"])],
+            images[str(question["image_id"])],
         )
         for question in questions
     )

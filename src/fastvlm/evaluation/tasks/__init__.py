@@ -1,1 +1,1 @@
-"""Tasks run with every strategy on the same pictures: quality and speed, and their report."""
+"""Tasks run with every strategy on the same images: quality and speed, and their report."""

@@ -20,12 +20,12 @@ class Answer:
     Args:
         task: The task's name.
         item: The item's id.
-        size: Side of the picture in pixels; None for the model's own.
+        size: Side of the image in pixels; None for the model's own.
         strategy: The strategy's name.
         text: The reply.
         tokens: Its tokens, the end token included.
-        prompt_tokens: Tokens of the prompt with its picture.
-        ttft_ms: Time to first token, from the picture on.
+        prompt_tokens: Tokens of the prompt with its image.
+        ttft_ms: Time to first token, from the image on.
         tpot_ms: Time per output token after the first; None for one token.
         proposed: Drafted tokens of each cycle.
         accepted: Accepted tokens of each cycle.
@@ -58,7 +58,7 @@ class Answer:
     def cycles(self) -> Iterator[tuple[int, int, int]]:
         """Yield, for each cycle, the context's length before it, and what it drafted and accepted.
 
-        The context is what the model has read: prompt, picture and the reply so far.
+        The context is what the model has read: prompt, image and the reply so far.
         """
         context = self.prompt_tokens + 1
         for proposed, accepted in zip(self.proposed, self.accepted, strict=True):
@@ -73,7 +73,7 @@ class Ratings:
     Args:
         task: The task's name.
         item: The item's id.
-        size: Side of the picture in pixels; None for the model's own.
+        size: Side of the image in pixels; None for the model's own.
         ratings: One for each option.
     """
 

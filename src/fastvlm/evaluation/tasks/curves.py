@@ -70,7 +70,7 @@ def charts(plan: Plan, journal: Journal, rows: Sequence[Row]) -> list[Chart]:
         Chart(
             "acceptance_by_context",
             "Acceptance against context length",
-            "tokens of prompt, picture and reply before the cycle",
+            "tokens of prompt, image and reply before the cycle",
             "accepted share of drafted tokens",
             by_strategy(plan, answers, acceptance_by_context),
             f"All tasks together. A point needs drafts of at least {FEWEST} tokens in all.",
@@ -88,7 +88,7 @@ def charts(plan: Plan, journal: Journal, rows: Sequence[Row]) -> list[Chart]:
             "speedup_by_length",
             "Speedup against reply length",
             "tokens of the reply, up to",
-            "speedup of whole replies, picture included",
+            "speedup of whole replies, image included",
             by_strategy(plan, answers, speedup_by_length(plan, answers)),
             "Medians and quartiles, all tasks together. The first token costs every strategy the"
             " same, so that a short answer can gain little.",
@@ -243,7 +243,7 @@ def settings_charts(plan: Plan, answers: Sequence[Answer]) -> list[Chart]:
 
 
 def quality_charts(plan: Plan, rows: Sequence[Row]) -> list[Chart]:
-    """Return each task's quality against the time to first token, where pictures had sizes."""
+    """Return each task's quality against the time to first token, where images had sizes."""
     first = next(iter(plan.strategies))
     found = []
     for task in plan.tasks if len(plan.sizes) > 1 else ():
@@ -267,7 +267,7 @@ def quality_charts(plan: Plan, rows: Sequence[Row]) -> list[Chart]:
                 "time to first token, ms (median)",
                 headline(task),
                 curves if points else [],
-                "A point for each size of the pictures.",
+                "A point for each size of the images.",
             )
         )
     return found

@@ -116,14 +116,14 @@ class Plot:
 
 @dataclass(frozen=True, slots=True)
 class Example:
-    """A question about a picture (JPEG), and replies by who gave them."""
+    """A question about an image (JPEG), and replies by who gave them."""
 
-    picture: bytes
+    image: bytes
     question: str
     replies: Sequence[tuple[str, str]]
 
     def markdown(self) -> str:
-        """Return it as Markdown, without the picture."""
+        """Return it as Markdown, without the image."""
         lines = [("asked", self.question), *self.replies]
         return "\n".join(f"- {label}: {' '.join(text.split())}" for label, text in lines)
 
@@ -133,7 +133,7 @@ class Example:
             f"<dt>{escape(label)}</dt><dd>{escape(text)}</dd>"
             for label, text in [("asked", self.question), *self.replies]
         )
-        data = embedded(self.picture, "image/jpeg")
+        data = embedded(self.image, "image/jpeg")
         return f'<div class="example"><img src="{data}" alt=""><dl>{said}</dl></div>'
 
 

@@ -26,7 +26,7 @@ TOO_MANY, BROKEN = 429, 500
 NUMBER = re.compile(r"\d+(?:\.\d+)?")
 
 CORRECTNESS = """\
-Grade a reply to a question about a picture that you can't see. You are given the right answer, in \
+Grade a reply to a question about an image that you can't see. You are given the right answer, in \
 which <AND> joins parts that are all needed and <OR> separates answers that are each right. Give a \
 number from 0.0 (nothing of it is right) to 1.0 (all of it is right) in steps of 0.1; more detail \
 than the right answer has is no mistake. Answer with the number alone.
@@ -37,7 +37,7 @@ Reply: {reply}
 Grade:"""
 
 COMPARISON = """\
-Two assistants were asked about a picture. You can't see it; this is what it shows:
+Two assistants were asked about an image. You can't see it; this is what it shows:
 {context}
 
 The question: {question}

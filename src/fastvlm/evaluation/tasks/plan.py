@@ -15,12 +15,12 @@ from fastvlm.functional.errors import InputError
 
 @dataclass(frozen=True, slots=True)
 class Asked:
-    """One question: an item of a task, its picture shown in one size.
+    """One question: an item of a task, its image shown in one size.
 
     Args:
         task: The task's name.
         item: The item.
-        size: Side of the picture in pixels; None for the model's own.
+        size: Side of the image in pixels; None for the model's own.
     """
 
     task: str
@@ -36,7 +36,7 @@ class Plan:
         model: What the model is called.
         tasks: By the names that were typed, each with the items to ask.
         strategies: By name, what each is; the first is what the others are compared with.
-        sizes: Sides in pixels of the pictures; None for the model's own.
+        sizes: Sides in pixels of the images; None for the model's own.
         max_new_tokens: The most tokens of a reply.
         dtype: The precision.
         threads: CPU threads.
@@ -85,8 +85,8 @@ class Plan:
 
 def identity(item: Item) -> list[Any]:
     """Return what tells an item from others; a file's contents don't, as it may be mended."""
-    picture = item.picture
-    return [item.id, item.prompt, picture.name if isinstance(picture, Path) else picture]
+    image = item.image
+    return [item.id, item.prompt, image.name if isinstance(image, Path) else image]
 
 
 def read_tasks(

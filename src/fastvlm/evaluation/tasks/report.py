@@ -42,8 +42,8 @@ from fastvlm.vision.loading import load_image
 EXAMPLES = 2
 """Items of each task that are shown."""
 SIDE = 440
-"""Pixels of the longer side of a picture that is shown."""
-TITLE = "Quality and speed on the same pictures"
+"""Pixels of the longer side of an image that is shown."""
+TITLE = "Quality and speed on the same images"
 
 
 def write_report(folder: Path, plan: Plan, journal: Journal, rows: Sequence[Row]) -> None:
@@ -86,7 +86,7 @@ def parts(plan: Plan, journal: Journal, rows: Sequence[Row], plots: Sequence[Plo
                 " the replies, and quartiles."
             ),
             overview(plan, written, speedup),
-            Paragraph("Whole replies, picture and prefill included:"),
+            Paragraph("Whole replies, image and prefill included:"),
             overview(plan, written, speedup_end_to_end),
             Heading("Acceptance"),
             Paragraph(
@@ -140,7 +140,7 @@ def provenance(plan: Plan, journal: Journal) -> list[Part]:
         Paragraph(
             f"Model: {plan.model}, {plan.dtype}, greedy, one reply at a time of at most"
             f" {plan.max_new_tokens} tokens. Every strategy answers a question before the next one"
-            " is asked, in turns of being first, and pays for its picture."
+            " is asked, in turns of being first, and pays for its image."
         )
     )
     rows = [
@@ -165,7 +165,7 @@ def drafts(what: Mapping[str, Any]) -> str:
 
 
 def example(plan: Plan, journal: Journal, task: str, item: Item) -> Example:
-    """Return an item with its picture and what was replied."""
+    """Return an item with its image and what was replied."""
     size = plan.sizes[0]
     if item.options:
         ratings = journal.ratings[task, item.id, size].ratings
@@ -180,8 +180,8 @@ def example(plan: Plan, journal: Journal, task: str, item: Item) -> Example:
             ("all strategies" if everybody else ", ".join(names), text)
             for text, names in by_text.items()
         ]
-    picture = load_image(item.open())
-    picture.thumbnail((SIDE, SIDE))
+    image = load_image(item.open())
+    image.thumbnail((SIDE, SIDE))
     out = BytesIO()
-    picture.save(out, "JPEG", quality=80)
+    image.save(out, "JPEG", quality=80)
     return Example(out.getvalue(), item.prompt, replies)

@@ -44,7 +44,7 @@ class Speed:
         ttft_ms: Time to first token.
         tpot_ms: Time per output token after the first.
         decode_rate: Tokens per second after the first token.
-        whole_rate: Tokens per second, picture and prefill included.
+        whole_rate: Tokens per second, image and prefill included.
         passes: Calls of the full model, the prefill among them.
         acceptance_rate: Accepted tokens per drafted one.
         acceptance_length: Tokens per call of the full model after the prefill.
@@ -100,11 +100,11 @@ def _spread(values: Sequence[float | None]) -> Spread | None:
 
 @dataclass(frozen=True, slots=True)
 class Row:
-    """What one strategy did on one task with pictures of one size.
+    """What one strategy did on one task with images of one size.
 
     Args:
         task: The task's name.
-        size: Side of the pictures in pixels; None for the model's own.
+        size: Side of the images in pixels; None for the model's own.
         strategy: The strategy's name.
         scores: The task's scores by name; None where replies were not judged.
         different: Replies whose tokens are not the reference's.

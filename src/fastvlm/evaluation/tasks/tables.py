@@ -51,7 +51,7 @@ COLUMNS: Sequence[Sequence[tuple[str, Callable[[Row, Speed], str]]]] = (
 
 
 def overview(plan: Plan, rows: Sequence[Row], value: Callable[[Row], str]) -> Table:
-    """Return a table of strategies, and tasks in every size of their pictures."""
+    """Return a table of strategies, and tasks in every size of their images."""
     found = {(row.strategy, row.task, row.size): value(row) for row in rows}
     columns = list(dict.fromkeys((row.task, row.size) for row in rows))
     heading = [
@@ -67,7 +67,7 @@ def overview(plan: Plan, rows: Sequence[Row], value: Callable[[Row], str]) -> Ta
 
 
 def label(name: str, size: int | None) -> str:
-    """Return a name with the size of its pictures."""
+    """Return a name with the size of its images."""
     return name if size is None else f"{name}, {size} px"
 
 

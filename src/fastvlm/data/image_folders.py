@@ -1,4 +1,4 @@
-"""Where the pictures of a data set are: in folders, in bytes, or already open."""
+"""Where the images of a data set are: in folders, in bytes, or already open."""
 
 from __future__ import annotations
 
@@ -16,8 +16,8 @@ from fastvlm.functional.errors import first_line
 from fastvlm.vision.loading import ImageInput
 
 
-class PictureFolders:
-    """Folders in which a data set's pictures are looked for.
+class ImageFolders:
+    """Folders in which a data set's images are looked for.
 
     Args:
         folders: The folders, the likeliest first; those that aren't there are left out.
@@ -40,13 +40,13 @@ class PictureFolders:
                         return path
                 except (OSError, ValueError):
                     continue
-        raise BrokenRecordError(f"missing picture: {' or '.join(names)}")
+        raise BrokenRecordError(f"missing image: {' or '.join(names)}")
 
-    def picture(self, value: Any) -> ImageInput:
-        """Return what a data set gives as a picture: a name, bytes or a Pillow image.
+    def image(self, value: Any) -> ImageInput:
+        """Return what a data set gives as an image: a name, bytes or a Pillow image.
 
         Raises:
-            BrokenRecordError: The file is missing, the bytes are no picture, or it's none of these.
+            BrokenRecordError: The file is missing, the bytes are no image, or it's none of these.
         """
         match value:
             case str() if value:
@@ -54,20 +54,20 @@ class PictureFolders:
             case Path() | Image.Image():
                 return value
             case bytes():
-                return picture_of_bytes(value)
-            # What Hugging Face's datasets make of a picture that they don't decode.
+                return image_of_bytes(value)
+            # What Hugging Face's datasets make of an image that they don't decode.
             case {"bytes": bytes(data)}:
-                return picture_of_bytes(data)
+                return image_of_bytes(data)
             case {"path": str(name)}:
                 return self.find(name)
-        raise BrokenRecordError(f"missing picture: {_kind(value)} stands in its place")
+        raise BrokenRecordError(f"missing image: {_kind(value)} stands in its place")
 
 
-def picture_of_bytes(data: bytes) -> Image.Image:
-    """Return an encoded picture; only its header is read, its pixels when they are asked for.
+def image_of_bytes(data: bytes) -> Image.Image:
+    """Return an encoded image; only its header is read, its pixels when they are asked for.
 
     Raises:
-        BrokenRecordError: It is no picture, or far too large.
+        BrokenRecordError: It is no image, or far too large.
     """
     try:
         with warnings.catch_warnings():
@@ -80,26 +80,26 @@ def picture_of_bytes(data: bytes) -> Image.Image:
         SyntaxError,
         ValueError,
     ) as error:
-        raise BrokenRecordError(f"unreadable picture: {first_line(error)}") from error
+        raise BrokenRecordError(f"unreadable image: {first_line(error)}") from error
 
 
-def folders_beside(file: Path, pictures: Path | None) -> PictureFolders:
-    """Return the folders in which the pictures of an annotation file are looked for.
+def folders_beside(file: Path, images: Path | None) -> ImageFolders:
+    """Return the folders in which the images of an annotation file are looked for.
 
     Args:
-        file: The file; COCO's name the folder of their pictures (`train2017`), which lies beside
+        file: The file; COCO's name the folder of their images (`train2017`), which lies beside
             the file's own folder.
-        pictures: The folder that the user gave; nothing else is looked at then.
+        images: The folder that the user gave; nothing else is looked at then.
     """
-    if pictures is not None:
-        return PictureFolders([pictures])
+    if images is not None:
+        return ImageFolders([images])
     near = [file.parent, file.parent / "images", file.parent.parent, file.parent.parent / "images"]
     split = split_in(file.name)
-    return PictureFolders([*([folder / split for folder in near] if split else []), *near])
+    return ImageFolders([*([folder / split for folder in near] if split else []), *near])
 
 
 def split_in(name: str) -> str | None:
-    """Return which of COCO's splits a file's name says, as its pictures' folder is called."""
+    """Return which of COCO's splits a file's name says, as its images' folder is called."""
     found = re.search(r"(train|val|test)20\d\d", name)
     return found[0] if found else None
 
