@@ -57,11 +57,11 @@ benchmark: $(INSTALLED) ## Measure every decoding strategy in one run
 # release, and on Linux its usual build brings several GB of CUDA packages along; the exact version
 # also matches the CPU build of that release (2.13.0+cpu) wherever pip is set up to find one, and
 # prefers it. The second command then finds torch installed and leaves it alone.
-$(INSTALLED): pyproject.toml constraints.txt
+$(INSTALLED): pyproject.toml packages/example-model/pyproject.toml constraints.txt
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' \
 		|| { echo "fastvlm needs Python 3.11 or newer; $(PYTHON) is $$($(PYTHON) --version 2>&1 | head -n 1). Try make PYTHON=python3.11."; exit 1; }
 	@$(BIN)/python -m pip --version >/dev/null 2>&1 || $(PYTHON) -m venv --clear $(VENV)
 	@echo "Installing fastvlm into $(VENV); the first time takes a few minutes."
 	@$(PIP) install --constraint constraints.txt torch==2.13.0
-	@$(PIP) install --constraint constraints.txt --editable '.[dev]'
+	@$(PIP) install --constraint constraints.txt --editable '.[dev]' --editable packages/example-model
 	@touch $@

@@ -17,14 +17,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from figures import ablation
 
 import fastvlm
 from fastvlm.data.broken import BrokenRecords
 from fastvlm.data.captioned import read_flickr8k
-from fastvlm.data.questions import HELD_OUT_SCENES, scene_conversations
+from fastvlm.data.questions import scene_conversations
 from fastvlm.drafting import ImitationNetwork
-from fastvlm.embedded import DESCRIPTION_PROMPT, SENTENCE_PROMPT
 from fastvlm.evaluation.measuring import hardware
 from fastvlm.evaluation.tasks.runner import commit
 from fastvlm.functional.placement import moved
@@ -34,6 +32,8 @@ from fastvlm.training.held_out import decode_held_out
 from fastvlm.training.loop import Schedule
 from fastvlm.training.replies import Asked, data_replies, own_replies, questions_of
 from fastvlm.training.validation import DRAFTED, HeldOut
+from fastvlm_example import DESCRIPTION_PROMPT, HELD_OUT_SCENES, SENTENCE_PROMPT
+from figures import ablation
 
 USUAL = DraftPlan()
 OWN = {

@@ -224,9 +224,9 @@ class Contest:
 def shipped(device: torch.device, dtype: torch.dtype, scale: Scale) -> Contest:
     """Return the model that ships, with its draft."""
     import fastvlm
-    from fastvlm import embedded
-    from fastvlm.data.questions import HELD_OUT_SCENES
-    from fastvlm.scenes import render, sample
+    import fastvlm_example
+    from fastvlm_example import HELD_OUT_SCENES
+    from fastvlm_example.scenes import render, sample
 
     vlm = fastvlm.load(device=device, dtype=dtype, prefix_bytes=0)
     seeds = range(HELD_OUT_SCENES, HELD_OUT_SCENES + 16)
@@ -236,18 +236,18 @@ def shipped(device: torch.device, dtype: torch.dtype, scale: Scale) -> Contest:
         "imitation": vlm.strategy("imitation", **scale.drafting),
         "prompt-lookup": vlm.strategy("prompt-lookup"),
     }
-    return Contest("shipped", vlm, embedded.SCENE_PROMPT, images, strategies, scale.tokens)
+    return Contest("shipped", vlm, fastvlm_example.SCENE_PROMPT, images, strategies, scale.tokens)
 
 
 def random_weights(device: torch.device, dtype: torch.dtype, scale: Scale) -> Contest:
     """Return a larger model with random weights, whose first layers draft."""
     from transformers import FastVlmConfig, FastVlmForConditionalGeneration
 
-    from fastvlm.embedded import SCENE_PROMPT
-    from fastvlm.scenes import describe, render, sample
-    from fastvlm.training.tokenizer import IMAGE, learn_tokenizer
     from fastvlm.vision import FastViTHDConfig
     from fastvlm.vlm import VisionLanguageModel
+    from fastvlm_example import SCENE_PROMPT
+    from fastvlm_example.scenes import describe, render, sample
+    from fastvlm_example.tokenizer import IMAGE, learn_tokenizer
 
     tokenizer = learn_tokenizer([SCENE_PROMPT, *(describe(sample(n)) for n in range(50))], 400)
     vision = FastViTHDConfig.variant("fastvithd", form="fused", image_size=scale.image_size)

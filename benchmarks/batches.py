@@ -15,7 +15,7 @@ from typing import Any
 import torch
 
 import fastvlm
-from fastvlm import embedded
+import fastvlm_example
 from fastvlm.data.questions import images_in
 from fastvlm.decoding import Strategy
 from fastvlm.evaluation.measuring import hardware
@@ -31,7 +31,10 @@ def decode(
     """Return the replies, and the seconds after their first tokens."""
     requests = [
         vlm.request(
-            embedded.DESCRIPTION_PROMPT, path, strategy=strategy, max_new_tokens=MAX_NEW_TOKENS
+            fastvlm_example.DESCRIPTION_PROMPT,
+            path,
+            strategy=strategy,
+            max_new_tokens=MAX_NEW_TOKENS,
         )
         for path in images
     ]
@@ -46,7 +49,7 @@ def decode(
 def main() -> None:
     """Measure."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--photos", type=Path, default=embedded.IMAGES)
+    parser.add_argument("--photos", type=Path, default=fastvlm_example.IMAGES)
     parser.add_argument("--listing", type=Path, help="names of the photos to take")
     parser.add_argument("--batches", type=int, default=5, help="batches of each size")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())

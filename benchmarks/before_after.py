@@ -98,10 +98,10 @@ def loaded() -> Any:
 @cache
 def draft_of_kind_mlp(vlm: Any) -> Any:
     """Return the shipped draft of the other kind."""
-    from fastvlm import embedded
+    import fastvlm_example
     from fastvlm.drafting.directory import load_draft
 
-    return load_draft(embedded.FOLDER / "draft-mlp", vlm.model)
+    return load_draft(fastvlm_example.DRAFT_MLP, vlm.model)
 
 
 def decode(vlm: Any, job: Job) -> tuple[list[Any], list[list[int]], float, float]:
@@ -182,20 +182,23 @@ def describe_machine() -> Answer:
 def describe_tree(vlm: Any) -> Answer:
     """Return what a worker's tree is, and the prompts that the model was trained on."""
     import fastvlm
-    from fastvlm import embedded
+    import fastvlm_example
 
     return {
         "source": str(Path(fastvlm.__file__).parents[1]),
         "engine": hasattr(vlm, "engine"),
-        "prompts": {"scenes": embedded.SCENE_PROMPT, "photos": embedded.DESCRIPTION_PROMPT},
-        "images": [str(path) for path in sorted(embedded.IMAGES.glob("*.jpg"))],
+        "prompts": {
+            "scenes": fastvlm_example.SCENE_PROMPT,
+            "photos": fastvlm_example.DESCRIPTION_PROMPT,
+        },
+        "images": [str(path) for path in sorted(fastvlm_example.IMAGES.glob("*.jpg"))],
     }
 
 
 def render_scenes(vlm: Any, folder: str, number: int) -> list[str]:
     """Render held-out scenes into a folder, and return their files."""
-    from fastvlm.data.questions import HELD_OUT_SCENES
-    from fastvlm.scenes import render, sample
+    from fastvlm_example import HELD_OUT_SCENES
+    from fastvlm_example.scenes import render, sample
 
     files = [Path(folder) / f"scene-{index}.png" for index in range(number)]
     for index, file in enumerate(files):

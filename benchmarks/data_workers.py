@@ -26,7 +26,7 @@ from accelerate import Accelerator
 from PIL import Image
 from transformers.utils import logging
 
-from fastvlm import embedded
+import fastvlm_example
 from fastvlm.checkpoints import load_checkpoint
 from fastvlm.data.conversations import Conversation, Records
 from fastvlm.data.feed import Feed
@@ -88,7 +88,7 @@ class Taken:
 
 def train(source: Records, options: argparse.Namespace, workers: int, taken: Taken) -> None:
     """Train for a while, and add what the steps took."""
-    model, tokenizer = load_checkpoint(embedded.MODEL, torch.float32, "cpu")
+    model, tokenizer = load_checkpoint(fastvlm_example.MODEL, torch.float32, "cpu")
     model.to(this_process().device)
     rows = rows_for(model, tokenizer, options.size)
     schedule = Schedule(UNMEASURED + options.steps, 1e-5, warmup=0)

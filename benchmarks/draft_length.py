@@ -23,18 +23,13 @@ from typing import Any
 import torch
 
 import fastvlm
-from fastvlm import embedded
-from fastvlm.data.questions import (
-    HELD_OUT_SCENES,
-    Question,
-    about_photos,
-    about_scenes,
-    images_in,
-)
+import fastvlm_example
+from fastvlm.data.questions import Question, images_in
 from fastvlm.decoding import Request, Strategy
 from fastvlm.drafting import ImitationConfig, ImitationNetwork
 from fastvlm.evaluation.measuring import hardware
 from fastvlm.functional.statistics import Spread
+from fastvlm_example import HELD_OUT_SCENES
 
 FIXED = (1, 2, 4, 6, 8, 10, 14, 24)
 MAX_NEW_TOKENS = 160
@@ -160,7 +155,7 @@ def untrained(vlm: fastvlm.VisionLanguageModel, kind: str) -> Strategy:
 def main() -> None:
     """Measure what is asked for."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--photos", type=Path, default=embedded.IMAGES)
+    parser.add_argument("--photos", type=Path, default=fastvlm_example.IMAGES)
     parser.add_argument("--listing", type=Path, help="names of the photos to take")
     parser.add_argument("--images", type=int, default=20, help="images of each kind")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
@@ -173,8 +168,10 @@ def main() -> None:
         paths = [p for p in images_in(options.photos) if p.suffix == ".jpg"]
     else:
         paths = [options.photos / name for name in options.listing.read_text().split()]
-    scenes = about_scenes(range(HELD_OUT_SCENES, HELD_OUT_SCENES + options.images))
-    photos = about_photos(paths[: options.images], (embedded.DESCRIPTION_PROMPT,))
+    seeds = range(HELD_OUT_SCENES, HELD_OUT_SCENES + options.images)
+    scenes = [Question(fastvlm_example.SCENE_PROMPT, seed) for seed in seeds]
+    asked = fastvlm_example.DESCRIPTION_PROMPT
+    photos = [Question(asked, str(path)) for path in paths[: options.images]]
     mix = [q for pair in zip(scenes, photos, strict=False) for q in pair]
     out: dict[str, Any] = {"hardware": hardware(), "images": options.images}
     wanted = options.only.split(",")

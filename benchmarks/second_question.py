@@ -16,14 +16,14 @@ import tempfile
 from pathlib import Path
 
 import torch
+from fastvlm.evaluation.contenders import DECODERS
 from transformers import FastVlmConfig, FastVlmForConditionalGeneration
 
-from fastvlm.evaluation.contenders import DECODERS
 from fastvlm.evaluation.measuring import hardware
-from fastvlm.scenes import describe, render, sample
-from fastvlm.training.tokenizer import IMAGE, learn_tokenizer
 from fastvlm.vision import FastViTHDConfig
 from fastvlm.vlm import VisionLanguageModel
+from fastvlm_example.scenes import describe, render, sample
+from fastvlm_example.tokenizer import IMAGE, learn_tokenizer
 
 FIRST = "Describe the picture in several sentences."
 SECOND = "What is at the top left, and what is at the bottom right?"

@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Any
 
 import torch
 from torch import nn
 from transformers import FastVlmConfig, FastVlmForConditionalGeneration
 
-from fastvlm.embedded import SCENE_PROMPT
-from fastvlm.scenes import describe, sample
-from fastvlm.training.tokenizer import IMAGE, learn_tokenizer
+from fastvlm.data.questions import Question
 from fastvlm.vision import FastViTHD, FastViTHDConfig
 from fastvlm.vision.layers import LayerScale
 from fastvlm.vlm import VisionLanguageModel
+from fastvlm_example import SCENE_PROMPT
+from fastvlm_example.scenes import describe, sample
+from fastvlm_example.tokenizer import IMAGE, learn_tokenizer
 
 IMAGE_SIZE = 128
 VISUAL_TOKENS = 4
@@ -85,3 +87,8 @@ def small_vlm(dtype: torch.dtype = torch.float64, **options: Any) -> VisionLangu
     model.generation_config.eos_token_id = tokenizer.eos_token_id
     model.generation_config.pad_token_id = tokenizer.pad_token_id
     return VisionLanguageModel(model.to(dtype).eval(), tokenizer, **options)
+
+
+def about_scenes(seeds: Iterable[int]) -> list[Question]:
+    """Return the question for an exact description of each scene."""
+    return [Question(SCENE_PROMPT, seed) for seed in seeds]

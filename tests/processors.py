@@ -32,7 +32,7 @@ from transformers import (
 )
 
 from fastvlm.checkpoints.processors import StillImages
-from fastvlm.scenes import render, sample
+from fastvlm_example.scenes import render, sample
 from tests.families import END, FAMILIES, IMAGE, PAD, PATCHES, QUERIES, START, Inputs
 
 TEMPLATE = (

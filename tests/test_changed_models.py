@@ -21,8 +21,8 @@ from fastvlm.drafting import ImitationConfig, ImitationNetwork
 from fastvlm.drafting.fingerprint import fingerprint
 from fastvlm.drafting.imitation import initialise_from
 from fastvlm.language import split_decoder
-from fastvlm.scenes import render, sample
 from fastvlm.vlm import VisionLanguageModel
+from fastvlm_example.scenes import render, sample
 from tests.families import FAMILIES, Inputs
 from tests.language.test_placement import Int8Linear, quantise
 from tests.models import IMAGE_SIZE, small_vlm

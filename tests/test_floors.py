@@ -12,10 +12,9 @@ INIT = ""  # the part that `fastvlm/__init__.py` is
 
 FLOORS = {
     "functional": 0,
-    "embedded": 1,
+    "example": 1,
     "language": 1,
     "metrics": 1,
-    "scenes": 1,
     "vision": 1,
     "checkpoints": 2,
     "data": 2,

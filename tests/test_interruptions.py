@@ -28,8 +28,8 @@ import pytest
 import torch
 
 from fastvlm.cli import run
-from fastvlm.scenes import render, sample
 from fastvlm.training import loop
+from fastvlm_example.scenes import render, sample
 from tests.fuzzing.models import save_fastvithd
 
 pytestmark = [

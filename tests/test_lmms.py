@@ -17,7 +17,7 @@ from PIL import Image
 import fastvlm.lmms
 from fastvlm.evaluation.likelihood import likelihoods
 from fastvlm.functional.errors import InputError
-from fastvlm.scenes import render, sample
+from fastvlm_example.scenes import render, sample
 from tests.models import small_vlm
 
 

@@ -15,8 +15,8 @@ from fastvlm.decoding import SamplingParams
 from fastvlm.drafting import AdaptiveLength, FixedLength
 from fastvlm.functional.errors import InputError
 from fastvlm.prompts import question
-from fastvlm.scenes import render, sample
 from fastvlm.vlm import VisionLanguageModel
+from fastvlm_example.scenes import render, sample
 from tests.decoding.conftest import imitation
 from tests.families import END, PAD, replies
 from tests.models import IMAGE_SIZE, small_vlm

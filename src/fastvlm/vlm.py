@@ -13,7 +13,6 @@ import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, ProcessorMixin
 from transformers.generation.stopping_criteria import StoppingCriteriaList
 
-from fastvlm import embedded
 from fastvlm.checkpoints import PretrainedOptions, load_checkpoint
 from fastvlm.checkpoints.processors import tokenizer_of
 from fastvlm.decoding import Engine, Request, Sampler, SamplingParams, Strategy
@@ -28,6 +27,7 @@ from fastvlm.decoding.strategy_factory import StrategyFactory
 from fastvlm.decoding.text import ReplyText
 from fastvlm.drafting import ImitationNetwork
 from fastvlm.drafting.directory import load_draft
+from fastvlm.example import example
 from fastvlm.functional.errors import FastVlmError, InputError
 from fastvlm.functional.lru import LruBytes
 from fastvlm.functional.options import refuse_unknown
@@ -381,7 +381,8 @@ def load(
     """
     refuse_unknown(pretrained, tuple(PretrainedOptions.__annotations__), "load takes")
     if model is None:
-        model, draft = embedded.MODEL, embedded.DRAFT if draft is None else draft
+        shipped = example()
+        model, draft = shipped.MODEL, shipped.DRAFT if draft is None else draft
     target, processor = load_checkpoint(model, dtype, device, pretrained)
     tower = getattr(target.base_model, "vision_tower", None)
     if isinstance(tower, FastViTHD):

@@ -1,4 +1,4 @@
-"""A small model in the place of the one that ships, as the command line's tests have it."""
+"""A small model in the place of the example model, as the command line's tests have it."""
 
 from tests.cli.conftest import shipped
 

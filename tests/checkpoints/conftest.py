@@ -13,8 +13,8 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from torch import Tensor
 from transformers import PreTrainedTokenizerFast, Qwen2Config, Qwen2ForCausalLM
 
-from fastvlm.scenes import describe, sample
 from fastvlm.vision.configuration import VARIANTS
+from fastvlm_example.scenes import describe, sample
 from tests.checkpoints.reference import SMALL, all_drawn, apple_name, read_fixture
 
 WIDTH, VOCABULARY, SIZE = 32, 320, 192

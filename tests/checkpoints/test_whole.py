@@ -7,12 +7,12 @@ from pathlib import Path
 
 import pytest
 import torch
+from fastvlm.evaluation.contenders import DECODERS
 from huggingface_hub import save_torch_state_dict
 
 import fastvlm
 from fastvlm.checkpoints import load_checkpoint, save_checkpoint
-from fastvlm.evaluation.contenders import DECODERS
-from fastvlm.scenes import render, sample
+from fastvlm_example.scenes import render, sample
 from tests.checkpoints.conftest import chatml_tokenizer
 from tests.checkpoints.reference import all_drawn, apple_name, read_fixture
 

@@ -12,14 +12,14 @@ import pytest
 import torch
 from transformers import FastVlmConfig, FastVlmForConditionalGeneration, PreTrainedTokenizerFast
 
-from fastvlm import embedded
+import fastvlm_example
 from fastvlm.cli import run, verbs
 from fastvlm.drafting import ImitationConfig, ImitationNetwork
 from fastvlm.drafting.fingerprint import fingerprint
 from fastvlm.drafting.imitation import initialise_from
-from fastvlm.scenes import render, sample
-from fastvlm.training.tokenizer import IMAGE, learn_tokenizer
 from fastvlm.vision import FastViTHDConfig
+from fastvlm_example.scenes import render, sample
+from fastvlm_example.tokenizer import IMAGE, learn_tokenizer
 
 CONTEXT = 256
 
@@ -91,8 +91,8 @@ def save_draft(model: FastVlmForConditionalGeneration, kind: str, folder: Path) 
 
 @pytest.fixture(scope="session")
 def shipped(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Return a folder like `fastvlm.embedded`, with another model in `other`."""
-    folder = tmp_path_factory.mktemp("embedded")
+    """Return a folder like `fastvlm_example`, with another model in `other`."""
+    folder = tmp_path_factory.mktemp("shipped")
     corpus = ["a small red square is above a large blue circle", "Describe the picture."] * 20
     tokenizer = learn_tokenizer(corpus, 320)
     for name, seed in (("model", 6), ("other", 7)):
@@ -120,10 +120,11 @@ def shipped(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def cli(
     shipped: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> Callable[..., Output]:
-    """Return a function that runs a command line where the tiny model is the one that ships."""
-    monkeypatch.setattr(embedded, "FOLDER", shipped)
+    """Return a function that runs a command line where the tiny model is the example model."""
+    monkeypatch.setattr(fastvlm_example, "FOLDER", shipped)
     for name in ("model", "draft", "images"):
-        monkeypatch.setattr(embedded, name.upper(), shipped / name)
+        monkeypatch.setattr(fastvlm_example, name.upper(), shipped / name)
+    monkeypatch.setattr(fastvlm_example, "DRAFT_MLP", shipped / "draft-mlp")
     assert verbs  # which imports the modules of all verbs
     monkeypatch.setattr(sys.modules["fastvlm.cli.demo"], "MAX_NEW_TOKENS", 12)
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")

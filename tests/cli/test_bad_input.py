@@ -92,7 +92,6 @@ def test_a_prompt_longer_than_the_context(cli: Cli, image: Path) -> None:
         ("generate", "a.png", "--threads", "0"),
         ("benchmark", "--limit", "-1"),
         ("demo", "--images", "0"),
-        ("train", "example-encoder", "--photos", "a", "--output", "b", "--learning-rate", "0"),
     ],
 )
 def test_an_option_out_of_range(cli: Cli, words: tuple[str, ...]) -> None:
@@ -181,30 +180,12 @@ def test_options_that_nothing_takes(
 def test_a_demo_without_its_images(
     cli: Cli, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, listing: str | None
 ) -> None:
-    monkeypatch.setattr("fastvlm.embedded.IMAGES", tmp_path)
+    monkeypatch.setattr("fastvlm_example.IMAGES", tmp_path)
     if listing is not None:
         (tmp_path / "images.json").write_text(listing)
     said = cli("demo")
     assert said.code == 1
     assert "images.json" in said.sentence()
-
-
-@pytest.mark.parametrize(
-    ("words", "code", "told"),
-    [
-        (("example-encoder",), 1, "Flickr8k"),
-        (("example-model",), 2, "--encoder"),
-        (("example-model", "--encoder", "e", "--layers", "24"), 2, "--layers"),
-        (("example-model", "--encoder", "e", "--stage", "last"), 2, "--stage"),
-        (("example-model", "--encoder", "/nowhere"), 1, "/nowhere"),
-    ],
-)
-def test_a_training_that_can_not_start(
-    cli: Cli, tmp_path: Path, words: tuple[str, ...], code: int, told: str
-) -> None:
-    said = cli("train", *words, "--photos", tmp_path, "--output", tmp_path / "out")
-    assert said.code == code
-    assert told in said.sentence()
 
 
 @pytest.mark.parametrize(

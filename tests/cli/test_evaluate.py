@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from fastvlm.scenes import render, sample
+from fastvlm_example.scenes import render, sample
 from tests.cli.conftest import Output
 
 Cli = Callable[..., Output]

@@ -15,7 +15,7 @@ import typer
 from accelerate.state import AcceleratorState
 from accelerate.utils import parse_flag_from_env
 
-from fastvlm import embedded
+from fastvlm.cli.questions import DESCRIPTION_PROMPT
 from fastvlm.cli.strategies import ALWAYS, WITHOUT_DRAFT
 from fastvlm.cli.verbs import app
 from fastvlm.functional.errors import InputError
@@ -69,7 +69,7 @@ def test_a_family_needs_no_images_and_no_prompt(cli: Cli, tmp_path: Path, family
     )  # fmt: skip
     assert (said.code, said.err) == (0, "")
     found = json.loads(figures.read_text())
-    assert (found["images"], found["prompts"]) == ("shipped", [embedded.DESCRIPTION_PROMPT])
+    assert (found["images"], found["prompts"]) == ("example", [DESCRIPTION_PROMPT])
     assert all(result["identical"] and result["replies"] == 2 for result in found["results"])
 
 
@@ -136,7 +136,7 @@ def test_a_model_of_text_alone(cli: Cli, images: Path, tmp_path: Path) -> None:
 def verbs(command: Any, words: tuple[str, ...] = ()) -> Iterator[tuple[str, set[str]]]:
     """Yield each verb that there is, and the names of its options."""
     inner = getattr(command, "commands", None)
-    if inner is None or getattr(command, "invoke_without_command", False):
+    if inner is None:
         yield " ".join(words), {name for option in command.params for name in option.opts}
     for name, one in (inner or {}).items():
         yield from verbs(one, (*words, name))
@@ -145,14 +145,13 @@ def verbs(command: Any, words: tuple[str, ...] = ()) -> Iterator[tuple[str, set[
 def test_every_verb_that_computes_says_where_and_in_what_precision() -> None:
     found = dict(verbs(typer.main.get_command(app)))
     assert found.keys() >= {
-        "demo", "generate", "benchmark", "benchmark ttft", "audit", "evaluate", "export onnx",
-        "train draft", "train model", "train example-encoder", "train example-model",
+        "demo", "generate", "benchmark", "audit", "evaluate", "export onnx",
+        "train draft", "train model",
     }  # fmt: skip
     for verb, options in found.items():
         assert options >= {"--device", "--dtype", "--threads", "--quiet"}, verb
         # What trains a model leaves the model, and no figures.
-        without_figures = {"train model", "train example-encoder", "train example-model"}
-        assert ("--json" in options) == (verb not in without_figures), verb
+        assert ("--json" in options) == (verb != "train model"), verb
 
 
 @pytest.mark.parametrize("device", ["telephone", "cuda:99", "meta", "cpu:x"])
@@ -162,14 +161,11 @@ def test_every_verb_that_computes_says_where_and_in_what_precision() -> None:
         ("demo",),
         ("generate", "a.png"),
         ("benchmark",),
-        ("benchmark", "ttft", "--output", "o"),
         ("audit", "--output", "o"),
         ("evaluate", "--tasks", "coco", "--data", "d", "--output", "o"),
         ("export", "onnx", "f"),
         ("train", "draft", "--data", "d", "--output", "o"),
         ("train", "model", "--data", "d", "--output", "o"),
-        ("train", "example-encoder", "--photos", "d", "--output", "o"),
-        ("train", "example-model", "--photos", "d", "--output", "o"),
     ],
 )
 def test_a_device_that_is_not_there(cli: Cli, words: tuple[str, ...], device: str) -> None:

@@ -22,11 +22,8 @@ REQUIRED = {
     "evaluate": ("--tasks", "coco", "--data", "d", "--output", "o"),
     "convert": ("m", "o"),
     "export onnx": ("f",),
-    "benchmark ttft": ("--output", "o"),
     "train draft": ("--data", "d", "--output", "o"),
     "train model": ("--data", "d", "--output", "o", "--model", "m"),
-    "train example-encoder": ("--photos", "d", "--output", "o"),
-    "train example-model": ("--photos", "d", "--output", "o", "--encoder", "e"),
 }
 """What a verb needs besides the option that is looked at."""
 NO_TEXTS = ("caf\udce9", "a\0b")
@@ -40,7 +37,7 @@ NO_NUMBERS = (
 def verbs(command: Any, words: tuple[str, ...] = ()) -> Iterator[tuple[str, Any]]:
     """Yield each verb that there is, and its command."""
     inner = getattr(command, "commands", {})
-    if not inner or command.invoke_without_command:
+    if not inner:
         yield " ".join(words), command
     for name, one in inner.items():
         yield from verbs(one, (*words, name))

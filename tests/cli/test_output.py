@@ -140,10 +140,8 @@ def test_json_into_a_device(cli: Cli, shipped: Path) -> None:
     [
         ("audit",),
         ("evaluate", "--tasks", "coco", "--data", "."),
-        ("benchmark", "ttft"),
         ("train", "draft", "--data", "scenes:3"),
         ("train", "model", "--data", "scenes:3", "--model", "m"),
-        ("train", "example-encoder", "--photos", "."),
     ],
 )
 def test_an_output_that_is_no_folder_is_refused_first(

@@ -16,10 +16,10 @@ from rich.console import Console
 from transformers import AutoModelForCausalLM
 
 import fastvlm
-from fastvlm import embedded
+import fastvlm_example
 from fastvlm.cli.streaming import THUMBNAIL, ReplyWriter, thumbnail
 from fastvlm.prompts import question
-from fastvlm.scenes import render, sample
+from fastvlm_example.scenes import render, sample
 from tests.cli.conftest import Output
 from tests.families import replies
 from tests.processors import asked, saved
@@ -57,7 +57,7 @@ def test_help_lists_the_verbs(cli: Cli) -> None:
 def test_training_lists_its_stages(cli: Cli) -> None:
     said = cli("train", "--help")
     assert said.code == 0
-    for stage in ("model", "draft", "example-encoder", "example-model"):
+    for stage in ("model", "draft"):
         assert stage in said.out
 
 
@@ -139,7 +139,7 @@ def test_the_benchmark_measures_every_strategy(cli: Cli, tmp_path: Path) -> None
     figures = json.loads(file.read_text())
     assert {"hardware", "images", "prompts", "limit", "date", "results"} <= figures.keys()
     assert figures["images"] == "scenes"
-    assert figures["prompts"] == [embedded.SCENE_PROMPT]
+    assert figures["prompts"] == [fastvlm_example.SCENE_PROMPT]
     results = {result["strategy"]: result for result in figures["results"]}
     assert list(results) == [
         "transformers",

@@ -8,15 +8,15 @@ import pytest
 import torch
 
 import fastvlm
-from fastvlm import embedded
-from fastvlm.data.questions import HELD_OUT_SCENES
+import fastvlm_example
 from fastvlm.prompts import question
-from fastvlm.scenes import render, sample
 from fastvlm.vlm import VisionLanguageModel
+from fastvlm_example import HELD_OUT_SCENES
+from fastvlm_example.scenes import render, sample
 from tests.cuda.reference import reference
 from tests.models import IMAGE_SIZE, small_vlm
 
-PROMPT = embedded.SCENE_PROMPT
+PROMPT = fastvlm_example.SCENE_PROMPT
 LIMIT = 24
 SAMPLING: dict[str, Any] = {"temperature": 1.0, "top_p": 0.9, "repetition_penalty": 1.1}
 IMAGES = [render(sample(number), IMAGE_SIZE) for number in range(6)]

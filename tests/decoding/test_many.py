@@ -12,8 +12,8 @@ import torch
 
 from fastvlm.decoding import Engine, Request, Strategy
 from fastvlm.drafting import AdaptiveLength, FixedLength
-from fastvlm.scenes import render, sample
 from fastvlm.vlm import VisionLanguageModel
+from fastvlm_example.scenes import render, sample
 from tests.decoding.conftest import finish, imitation, inputs_of, text_model
 from tests.models import IMAGE_SIZE, small_vlm
 

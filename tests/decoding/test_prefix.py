@@ -11,9 +11,9 @@ from torch import nn
 
 from fastvlm.decoding import Autoregressive, PromptLookup, SelfSpeculative, Strategy
 from fastvlm.functional.errors import InputError
-from fastvlm.scenes import render, sample
 from fastvlm.vision.images import prepare
 from fastvlm.vlm import VisionLanguageModel
+from fastvlm_example.scenes import render, sample
 from tests.decoding.conftest import imitation
 from tests.models import IMAGE_SIZE, VISUAL_TOKENS, small_vlm
 

@@ -21,8 +21,8 @@ from fastvlm.decoding.prefix_cache import PrefixCache
 from fastvlm.drafting import AdaptiveLength, FixedLength
 from fastvlm.functional.lru import LruBytes
 from fastvlm.prompts import ImageFeatureCache
-from fastvlm.scenes import render, sample
 from fastvlm.vlm import VisionLanguageModel
+from fastvlm_example.scenes import render, sample
 from tests.decoding.conftest import imitation
 from tests.models import small_vlm
 

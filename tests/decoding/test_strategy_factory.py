@@ -87,7 +87,7 @@ def test_options_out_of_range_are_refused(vlm: VisionLanguageModel, options: dic
 
 def test_layers_to_skip_are_searched_for(vlm: VisionLanguageModel) -> None:
     prompts = ["What is it?", "Describe the scene."]
-    from fastvlm.scenes import render, sample
+    from fastvlm_example.scenes import render, sample
 
     images = [render(sample(seed), 192) for seed in range(2)]
     with pytest.raises(InputError, match="gone"):

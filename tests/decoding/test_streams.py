@@ -10,8 +10,8 @@ import pytest
 
 from fastvlm.decoding import Strategy
 from fastvlm.drafting import FixedLength
-from fastvlm.scenes import render, sample
 from fastvlm.vlm import VisionLanguageModel
+from fastvlm_example.scenes import render, sample
 from tests.decoding.conftest import imitation
 from tests.models import IMAGE_SIZE, small_vlm
 

@@ -7,8 +7,8 @@ from transformers import PreTrainedTokenizerBase
 
 from fastvlm.decoding.text import HALF, ReplyText
 from fastvlm.functional.errors import InputError
-from fastvlm.scenes import render, sample
 from fastvlm.vlm import VisionLanguageModel
+from fastvlm_example.scenes import render, sample
 from tests.models import IMAGE_SIZE, small_vlm
 
 MANY = "naïve 😀 · größer, 漢字 and again 😀😀"

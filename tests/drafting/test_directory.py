@@ -16,7 +16,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
-from fastvlm import embedded
+import fastvlm_example
 from fastvlm.checkpoints.loading import load_checkpoint
 from fastvlm.drafting import ImitationConfig, ImitationNetwork
 from fastvlm.drafting.directory import load_draft
@@ -356,11 +356,11 @@ def test_replies_are_told_apart_by_all_weights(target: PreTrainedModel) -> None:
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 def test_the_drafts_that_ship_know_the_model_that_ships(dtype: torch.dtype) -> None:
-    model, _ = load_checkpoint(embedded.MODEL, dtype, "cpu")
+    model, _ = load_checkpoint(fastvlm_example.MODEL, dtype, "cpu")
     if dtype != torch.float16:
         assert decoder_hash(model) == "008fa8cee833ae7d"  # as they recorded it before
     for folder in ("draft", "draft-mlp"):
-        loaded = quietly(embedded.FOLDER / folder, model)
+        loaded = quietly(fastvlm_example.FOLDER / folder, model)
         assert {parameter.dtype for parameter in loaded.parameters()} == {dtype}
 
 

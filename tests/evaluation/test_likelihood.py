@@ -9,9 +9,9 @@ import torch
 
 from fastvlm.evaluation.likelihood import likelihoods
 from fastvlm.functional.errors import InputError
-from fastvlm.scenes import render, sample
 from fastvlm.vision.images import prepare
 from fastvlm.vlm import VisionLanguageModel
+from fastvlm_example.scenes import render, sample
 from tests.models import small_vlm
 
 REPLIES = ["red", "a large blue circle", "Red!", "a square is above a circle", "a"]

@@ -7,8 +7,8 @@ from pathlib import Path
 import torch
 
 from fastvlm import load
-from fastvlm.training.tokenizer import learn_tokenizer
 from fastvlm.vlm import VisionLanguageModel
+from fastvlm_example.tokenizer import learn_tokenizer
 from tests import processors
 from tests.cli.conftest import save_draft, tiny_model
 from tests.families import FAMILIES

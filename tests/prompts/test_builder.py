@@ -19,7 +19,7 @@ from fastvlm.prompts import (
     prompt_builder,
     question,
 )
-from fastvlm.scenes import render, sample
+from fastvlm_example.scenes import render, sample
 from tests.families import END, FAMILIES, IMAGE, replies
 from tests.models import IMAGE_SIZE, VISUAL_TOKENS
 from tests.processors import PROCESSORS, asked, character_tokenizer, template

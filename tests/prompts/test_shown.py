@@ -17,8 +17,8 @@ from transformers.image_utils import load_image as transformers_load_image
 
 import fastvlm
 from fastvlm.functional.errors import InputError
-from fastvlm.training.tokenizer import learn_tokenizer
 from fastvlm.vlm import VisionLanguageModel
+from fastvlm_example.tokenizer import learn_tokenizer
 from tests.cli.conftest import tiny_model
 from tests.fuzzing.models import CORPUS
 from tests.processors import sample_image as image

@@ -14,7 +14,7 @@ from PIL import Image
 from torch import Tensor
 
 from fastvlm.data.broken import BrokenRecords
-from fastvlm.data.questions import Question, about_photos, about_scenes
+from fastvlm.data.questions import Question
 from fastvlm.decoding import Request
 from fastvlm.drafting import ImitationConfig, ImitationNetwork
 from fastvlm.drafting.directory import load_draft
@@ -34,7 +34,8 @@ from fastvlm.training.replies import Asked, Example
 from fastvlm.training.schedule import Schedule
 from fastvlm.vision.images import prepare
 from fastvlm.vlm import VisionLanguageModel, load
-from tests.models import LIVELY, small_vlm
+from fastvlm_example import DESCRIPTION_PROMPT, SENTENCE_PROMPT
+from tests.models import LIVELY, about_scenes, small_vlm
 
 MOST = 40
 """Tokens of a reply at most."""
@@ -252,7 +253,10 @@ def test_another_failure_ends_the_run(
 
 def test_photos_are_answered_too(vlm: VisionLanguageModel, tmp_path: Path) -> None:
     Image.effect_noise((90, 60), 90).convert("RGB").save(tmp_path / "noise.png")
-    asked = about_photos([tmp_path / "noise.png"])
+    asked = [
+        Question(prompt, str(tmp_path / "noise.png"))
+        for prompt in (DESCRIPTION_PROMPT, SENTENCE_PROMPT)
+    ]
     told = own_replies(vlm, [*asked, *about_scenes([3])], tmp_path, max_new_tokens=8)
     for question, example in zip(asked, told, strict=False):
         reply = vlm.generate(question.prompt, tmp_path / "noise.png", max_new_tokens=8)

@@ -9,7 +9,7 @@ import torch
 from PIL import Image
 
 import fastvlm
-from fastvlm import embedded
+import fastvlm_example
 from fastvlm.data.broken import BrokenRecords
 from fastvlm.data.questions import images_in
 from fastvlm.drafting.directory import load_draft
@@ -21,7 +21,7 @@ from fastvlm.training.schedule import Schedule
 from tests.families import replies
 from tests.processors import PROCESSORS, asked, saved
 
-PHOTOS = [path for path in images_in(embedded.IMAGES) if path.suffix == ".jpg"][:4]
+PHOTOS = [path for path in images_in(fastvlm_example.IMAGES) if path.suffix == ".jpg"][:4]
 QUESTIONS = ["What is it?", "Where is A?", "How many b?", "Say a word."]
 
 

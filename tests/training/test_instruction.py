@@ -17,16 +17,15 @@ from fastvlm.checkpoints import load_checkpoint
 from fastvlm.data.conversations import Conversation, Records
 from fastvlm.data.feed import Feed
 from fastvlm.functional.errors import InputError
-from fastvlm.scenes import render, sample
 from fastvlm.training.assembly import assemble
-from fastvlm.training.dialogues import IGNORED
 from fastvlm.training.instruction import InstructionTask, tune_model
 from fastvlm.training.paper_stages import PAPER_STAGES, PaperStage
 from fastvlm.training.parts import learning
-from fastvlm.training.rows import FastViTHDRows, rows_for
+from fastvlm.training.rows import IGNORED, FastViTHDRows, rows_for
 from fastvlm.training.schedule import Schedule
 from fastvlm.vision import FastViTHD
 from fastvlm.vlm import VisionLanguageModel, load
+from fastvlm_example.scenes import render, sample
 from tests.families import ROTARY
 from tests.models import IMAGE_SIZE, VISUAL_TOKENS, small_encoder, small_vlm
 from tests.processors import saved

@@ -15,7 +15,7 @@ import torch
 from PIL import Image
 
 from fastvlm.data.broken import BrokenRecords
-from fastvlm.data.questions import HELD_OUT_SCENES, scene_conversations
+from fastvlm.data.questions import scene_conversations
 from fastvlm.functional.errors import InputError
 from fastvlm.training import progress
 from fastvlm.training.curves import read_curves
@@ -25,6 +25,7 @@ from fastvlm.training.progress import keep_until
 from fastvlm.training.replies import Asked, Example, own_replies, questions_of
 from fastvlm.training.schedule import Schedule
 from fastvlm.training.validation import HeldOut
+from fastvlm_example import HELD_OUT_SCENES
 from tests.models import small_vlm
 from tests.training.children import Rows
 from tests.training.test_loop import Fit

@@ -20,8 +20,8 @@ from transformers.image_transforms import to_pil_image
 from transformers.image_utils import load_image as transformers_load_image
 
 from fastvlm.functional.errors import InputError
-from fastvlm.scenes import render, sample
 from fastvlm.vision.loading import MAX_PIXELS_BEFORE_HALVING, load_image
+from fastvlm_example.scenes import render, sample
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 

@@ -5,12 +5,12 @@ from __future__ import annotations
 import os
 import sys
 from collections.abc import Sequence
-from typing import NoReturn
+from typing import Any, NoReturn
 
 INTERRUPTED = 130
 
 
-def run(arguments: Sequence[str] | None = None) -> int:
+def run(arguments: Sequence[str] | None = None, app: Any = None) -> int:
     """Run a command line and return its exit code.
 
     0 is success. What went wrong is told in one sentence on standard error: 1 for an image, a
@@ -20,6 +20,7 @@ def run(arguments: Sequence[str] | None = None) -> int:
 
     Args:
         arguments: The words after `fastvlm`; None for the process's own.
+        app: The verbs, a `typer.Typer`; None for those of `fastvlm`.
     """
     os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
     try:
@@ -28,7 +29,7 @@ def run(arguments: Sequence[str] | None = None) -> int:
         from fastvlm.cli.streams import prepare_streams
 
         prepare_streams()
-        return run_verb(sys.argv[1:] if arguments is None else arguments)
+        return run_verb(sys.argv[1:] if arguments is None else arguments, app)
     except KeyboardInterrupt:
         return INTERRUPTED
 

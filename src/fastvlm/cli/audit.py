@@ -20,6 +20,7 @@ from fastvlm.cli.loading import (
 from fastvlm.cli.questions import SCENES, Asked, FailedQuestions
 from fastvlm.cli.tables import FigureTable
 from fastvlm.cli.terminal import number
+from fastvlm.example import example
 from fastvlm.functional.files import write_json
 
 if TYPE_CHECKING:
@@ -110,7 +111,7 @@ def audit(
 
     vlm = contenders.load(runtime, max_slots=replies.batch)
     images = asked.chosen_images(contenders.model, vlm)
-    questions = asked.questions(images, limit)
+    questions = asked.questions(contenders.model, images, limit)
     failed = FailedQuestions(len(questions), asked.max_failed)
     audited = contenders.strategies_of(vlm, contenders.skipped)
     with runtime.progress("Auditing") as report:
@@ -142,13 +143,12 @@ def audit(
     console = figures.console
     table(found).print(console)
     if images == SCENES:
-        from fastvlm.evaluation.quality import score_scenes
-
         texts = [
             str(vlm.tokenizer.decode(reply, skip_special_tokens=True))
             for reply in found.replies.values()
         ]
-        scores = score_scenes([questions[number] for number in found.replies], texts)
+        seeds = [questions[number].image for number in found.replies]
+        scores = example().scenes.score_all(seeds, texts)
         write_json(output / "facts.json", scores)
         console.print(
             f"{scores['accuracy']:.1%} of the facts of {scores['scenes']} scenes are right;"

@@ -8,7 +8,6 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from fastvlm.cli.command import Group, add_verb, grouped, verbs
 from fastvlm.cli.contenders import Contenders
 from fastvlm.cli.files import FiguresOutput
 from fastvlm.cli.loading import MaxNewTokensOption, Runtime
@@ -16,7 +15,6 @@ from fastvlm.cli.questions import WORDS, Asked, FailedQuestions
 from fastvlm.cli.strategies import describe
 from fastvlm.cli.tables import FigureTable
 from fastvlm.cli.terminal import hardware_line, number
-from fastvlm.cli.ttft import ttft
 
 if TYPE_CHECKING:
     from fastvlm.evaluation.benchmark import StrategyResult
@@ -24,7 +22,6 @@ if TYPE_CHECKING:
 
 
 def benchmark(
-    context: typer.Context,
     *,
     contenders: Contenders,
     asked: Asked,
@@ -41,11 +38,7 @@ def benchmark(
     The table has medians, with quartiles for the speedup, which compares times per output token
     with autoregressive decoding. A reply is identical if its tokens are those of transformers' own
     greedy generate.
-
-    With the verb ttft: the time to first token.
     """
-    if context.invoked_subcommand is not None:
-        return
     contenders.check()
     asked.check()
     from fastvlm.evaluation.benchmark import measure
@@ -54,7 +47,7 @@ def benchmark(
 
     vlm = contenders.load(runtime)
     images = asked.chosen_images(contenders.model, vlm)
-    questions = asked.questions(images, limit)
+    questions = asked.questions(contenders.model, images, limit)
     failed = FailedQuestions(len(questions), asked.max_failed)
     questions = failed.readable(questions)
     skipped = contenders.skipped_layers_for(
@@ -103,13 +96,6 @@ def benchmark(
         style="dim",
     )
     failed.exit()
-
-
-app = verbs(
-    "Measure decoding strategies; with `ttft`, the time to first token.", no_args_is_help=False
-)
-app.callback(cls=Group, invoke_without_command=True)(grouped(benchmark))
-add_verb(app, ttft)
 
 
 def table(results: Sequence[StrategyResult]) -> FigureTable:

@@ -8,7 +8,6 @@ from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from fastvlm import embedded
 from fastvlm.cli.loading import ModelOption, Runtime, SkippedLayersOption, layers_in
 from fastvlm.cli.strategies import (
     SEARCHED,
@@ -21,6 +20,7 @@ from fastvlm.cli.strategies import (
     needs_search,
 )
 from fastvlm.cli.terminal import print_error
+from fastvlm.example import example
 from fastvlm.functional.errors import InputError
 
 if TYPE_CHECKING:
@@ -75,7 +75,7 @@ class Contenders:
             CheckpointError: It is missing or broken.
             InputError: Its family is not known.
         """
-        where = embedded.MODEL if self.model is None else self.model
+        where = example().MODEL if self.model is None else self.model
         return runtime.load(where, max_slots=max_slots)
 
     def skipped_layers_for(

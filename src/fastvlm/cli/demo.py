@@ -13,12 +13,12 @@ from rich.padding import Padding
 from rich.table import Table
 from rich.text import Text
 
-from fastvlm import embedded
 from fastvlm.cli.files import FiguresOutput
 from fastvlm.cli.loading import Runtime
 from fastvlm.cli.streaming import ReplyWriter, in_colour, thumbnail
 from fastvlm.cli.tables import FigureTable
 from fastvlm.cli.terminal import hardware_line, number
+from fastvlm.example import example
 from fastvlm.functional.errors import CheckpointError, InputError
 from fastvlm.functional.text_files import read_json
 
@@ -34,10 +34,10 @@ DRAFTED, OWN = "green", "bold"
 """The styles of drafted and accepted tokens, and of the full model's own."""
 
 MAX_NEW_TOKENS = 160
+SCENE, PHOTO = "scene", "photo"
+"""Kinds of images."""
 BESIDE_CELLS = 60
 """Width from which an image stands beside its title, not above it."""
-
-PROMPTS = {"scene": embedded.SCENE_PROMPT, "photo": embedded.DESCRIPTION_PROMPT}
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,7 +61,9 @@ class DemoImage:
         """What the model is asked about it."""
         from fastvlm.data.questions import Question
 
-        return Question(PROMPTS[self.kind], str(self.file))
+        shipped = example()
+        prompt = shipped.SCENE_PROMPT if self.kind == SCENE else shipped.DESCRIPTION_PROMPT
+        return Question(prompt, str(self.file))
 
 
 @dataclass(frozen=True, slots=True)
@@ -103,7 +105,7 @@ def demo(
     With --json it only measures: the hardware, and under `results` an object for each way of
     decoding.
     """
-    shown = read_images(embedded.IMAGES)[:images]
+    shown = read_images(example().IMAGES)[:images]
     vlm = runtime.load(None)
     strategies = {name: vlm.strategy(name) for name in ("autoregressive", "imitation")}
     if output.json is None:
@@ -146,7 +148,7 @@ def read_images(folder: Path) -> list[DemoImage]:
     except (InputError, TypeError, KeyError) as error:
         raise CheckpointError(f"{listing} can't be read: {error!r}.") from error
     for image in found:
-        if image.kind not in PROMPTS:
+        if image.kind not in (SCENE, PHOTO):
             raise CheckpointError(f"{listing} has an image of unknown kind {image.kind!r}.")
     if not found:
         raise CheckpointError(f"{listing} lists no image.")

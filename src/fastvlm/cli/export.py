@@ -11,7 +11,7 @@ import typer
 from fastvlm.cli.command import add_verb, verbs
 from fastvlm.cli.files import FiguresOutput, check_writable
 from fastvlm.cli.loading import ModelOption, Runtime
-from fastvlm.embedded import MODEL
+from fastvlm.example import example
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,7 +36,7 @@ def onnx(
     What is written has been run in ONNX Runtime and compared at several sizes.
     """
     check_writable(output)
-    vlm = runtime.load(MODEL if model is None else model)
+    vlm = runtime.load(example().MODEL if model is None else model)
     from fastvlm.export import export_onnx
 
     worst = export_onnx(vlm, output)

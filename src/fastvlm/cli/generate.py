@@ -11,9 +11,9 @@ import typer
 
 from fastvlm.cli.files import STANDARD_OUTPUT, FiguresOutput
 from fastvlm.cli.loading import ModelOption, Runtime, SkippedLayersOption, layers_in, usage
+from fastvlm.cli.questions import DESCRIPTION_PROMPT, description_prompt
 from fastvlm.cli.streams import printable
 from fastvlm.cli.terminal import print_aside, print_error
-from fastvlm.embedded import DESCRIPTION_PROMPT
 from fastvlm.functional.errors import InputError
 
 if TYPE_CHECKING:
@@ -149,8 +149,13 @@ def generate(
     *,
     images: Annotated[list[Path], typer.Argument(metavar="IMAGE", help="Images, one reply each.")],
     prompt: Annotated[
-        str, typer.Option(metavar="TEXT", help="What is asked of each image.")
-    ] = DESCRIPTION_PROMPT,
+        str | None,
+        typer.Option(
+            metavar="TEXT",
+            help="What is asked of each image.",
+            show_default=f"'{DESCRIPTION_PROMPT}'; the example model is asked in its own words",
+        ),
+    ] = None,
     model: ModelOption = None,
     drafting: Drafting,
     sampling: Sampling,
@@ -168,6 +173,7 @@ def generate(
     layers_in(drafting.skipped_layers)
     # What is wrong with an option is said once, before anything is loaded.
     given = sampling.given()
+    prompt = prompt or description_prompt(model)
     vlm = runtime.load(model, drafting.draft)
     strategy = drafting.strategy_of(vlm)
     silent = output.json == STANDARD_OUTPUT

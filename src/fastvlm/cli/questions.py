@@ -9,9 +9,9 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from fastvlm import embedded
 from fastvlm.cli.loading import UsageError
 from fastvlm.cli.terminal import print_error
+from fastvlm.example import example
 from fastvlm.functional.errors import InputError
 from fastvlm.functional.text_files import read_text
 
@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from fastvlm.data.questions import Question
     from fastvlm.vlm import VisionLanguageModel
 
-SCENES, NO_IMAGES, SHIPPED = "scenes", "none", "shipped"
+SCENES, NO_IMAGES, EXAMPLE = "scenes", "none", "example"
 WORDS = {SCENES: "scenes", NO_IMAGES: "prompts"}
 """What `--images` stands for, in a sentence; a folder's are images."""
 MAX_FAILED = 0.05
@@ -34,6 +34,8 @@ MaxFailedOption = Annotated[
         " left out; more than this share of all ends the run.",
     ),
 ]
+DESCRIPTION_PROMPT = "Describe the image in several sentences."
+"""What is asked of an image, if nothing is said."""
 TEXT_PROMPTS = (
     "Explain in a few sentences how a rainbow forms.",
     "Write a short story about a lighthouse keeper.",
@@ -47,7 +49,7 @@ class Asked:
     """What a model is asked: options of `benchmark` and `audit`.
 
     Args:
-        images: `scenes`, `shipped`, `none` or a folder; None for what suits the model.
+        images: `scenes`, `example`, `none` or a folder; None for what suits the model.
         prompt: What is asked of each image.
         listing: A file with the names of the folder's images to take.
     """
@@ -55,11 +57,11 @@ class Asked:
     images: Annotated[
         str | None,
         typer.Option(
-            metavar="scenes|shipped|none|DIR",
-            help="Rendered scenes that no training has seen, the images that ship with fastvlm, no"
-            " image at all, or a folder of images.",
-            show_default="scenes for the model that ships, shipped for any other, none for one of"
-            " text alone",
+            metavar="scenes|example|none|DIR",
+            help="Rendered scenes that no training has seen, the images of the example model, no image"
+            " at all, or a folder of images.",
+            show_default="scenes for the example model, example for any other, none for one of text"
+            " alone",
         ),
     ] = None
     prompt: Annotated[
@@ -67,8 +69,7 @@ class Asked:
         typer.Option(
             metavar="TEXT",
             help="What is asked of each image. Give it again for several.",
-            show_default=f"'{embedded.SCENE_PROMPT}' of scenes, else"
-            f" '{embedded.DESCRIPTION_PROMPT}'",
+            show_default=f"'{DESCRIPTION_PROMPT}'; the example model is asked in its own words",
         ),
     ] = None
     listing: Annotated[
@@ -88,7 +89,7 @@ class Asked:
             UsageError: A listing is given where there is no folder, or there is nothing to ask.
             InputError: There is no such folder or listing.
         """
-        if self.images in (None, SCENES, SHIPPED, NO_IMAGES):
+        if self.images in (None, SCENES, EXAMPLE, NO_IMAGES):
             if self.listing is not None:
                 raise UsageError("--listing names images of a folder: give that as --images DIR.")
             if self.images == NO_IMAGES and not self.prompt:
@@ -108,28 +109,30 @@ class Asked:
             if self.images not in (None, NO_IMAGES):
                 raise UsageError("The model reads text alone: give it --images none.")
             return NO_IMAGES
-        return self.images or (SCENES if model is None else SHIPPED)
+        return self.images or (SCENES if model is None else EXAMPLE)
 
-    def questions(self, images: str, limit: int) -> list[Question]:
+    def questions(self, model: str | None, images: str, limit: int) -> list[Question]:
         """Return the questions.
 
         Args:
+            model: As it was typed.
             images: As `chosen_images` returns it.
             limit: The most images; the most prompts where there are none.
 
         Raises:
             InputError: There is no image.
         """
-        from fastvlm.data.questions import HELD_OUT_SCENES, Question
+        from fastvlm.data.questions import Question
 
         if images == NO_IMAGES:
             return [Question(prompt, None) for prompt in (self.prompt or TEXT_PROMPTS)[:limit]]
         if images == SCENES:
-            scenes = range(HELD_OUT_SCENES, HELD_OUT_SCENES + limit)
-            asked = self.prompt or [embedded.SCENE_PROMPT]
+            asked = self.prompt or [example().SCENE_PROMPT]
+            first = example().HELD_OUT_SCENES
+            scenes = range(first, first + limit)
             return [Question(prompt, scene) for scene in scenes for prompt in asked]
-        found = self._files(limit, embedded.IMAGES if images == SHIPPED else Path(images))
-        asked = self.prompt or [embedded.DESCRIPTION_PROMPT]
+        found = self._files(limit, example().IMAGES if images == EXAMPLE else Path(images))
+        asked = self.prompt or [description_prompt(model)]
         return [Question(prompt, str(path)) for path in found for prompt in asked]
 
     def _files(self, limit: int, folder: Path | None = None) -> list[Path]:
@@ -140,6 +143,15 @@ class Asked:
             return images_in(folder, limit)
         names = read_text(self.listing).splitlines()
         return [folder / name.strip() for name in names if name.strip()][:limit]
+
+
+def description_prompt(model: str | None) -> str:
+    """Return what a model is asked of an image, if nothing is said.
+
+    Args:
+        model: As it was typed; None for the example model, which knows the words it learnt from.
+    """
+    return str(example().DESCRIPTION_PROMPT) if model is None else DESCRIPTION_PROMPT
 
 
 class FailedQuestions:

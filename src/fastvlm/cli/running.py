@@ -38,15 +38,16 @@ ENDING = [
 """Signals that end a process at once, and would leave what it was writing half done."""
 
 
-def run_verb(arguments: Sequence[str]) -> int:
+def run_verb(arguments: Sequence[str], app: typer.Typer | None = None) -> int:
     """Run a verb, say in one sentence what went wrong, and return the exit code.
 
     Args:
         arguments: The words after `fastvlm`.
+        app: The verbs; None for those of `fastvlm`.
     """
     try:
         with plain_warnings(), ended_by_signals():
-            code = invoked(arguments)
+            code = invoked(arguments, app)
             flush_output()
     except SystemExit as left:
         # A signal, or typer's own completion.
@@ -56,7 +57,7 @@ def run_verb(arguments: Sequence[str]) -> int:
     return code
 
 
-def invoked(arguments: Sequence[str]) -> int:
+def invoked(arguments: Sequence[str], app: typer.Typer | None = None) -> int:
     """Run a verb and return its exit code.
 
     What typer does beside this is left out: it has its own ideas of what ends a process, and how.
@@ -66,7 +67,7 @@ def invoked(arguments: Sequence[str]) -> int:
     """
     from fastvlm.cli.verbs import command
 
-    root = command()
+    root: Any = command() if app is None else typer.main.get_command(app)
     root._main_shell_completion({}, "fastvlm")
     try:
         with root.make_context("fastvlm", list(arguments)) as context:

@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from fastvlm import embedded
 from fastvlm.cli.loading import UsageError, usage
+from fastvlm.example import example
 
 if TYPE_CHECKING:
     from fastvlm.decoding import Strategy
@@ -103,8 +103,7 @@ def named_drafts(given: Sequence[str] | None, model: str | None) -> dict[str, Pa
     if not given:
         if model is not None:
             return {}
-        mlp = embedded.FOLDER / "draft-mlp"
-        return {"imitation": embedded.DRAFT} | ({"imitation-mlp": mlp} if mlp.is_dir() else {})
+        return {"imitation": example().DRAFT, "imitation-mlp": example().DRAFT_MLP}
     drafts: dict[str, Path] = {}
     for draft in given:
         name, equals, directory = draft.partition("=")

@@ -180,8 +180,7 @@ def loaded_or_new(
     import torch
 
     from fastvlm.checkpoints import load_checkpoint
-    from fastvlm.training.architecture import read_encoder
-    from fastvlm.training.assembly import assemble
+    from fastvlm.training.assembly import assemble, read_encoder
 
     place = resolve_model(model)
     if place is not None:

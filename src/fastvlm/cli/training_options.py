@@ -17,13 +17,6 @@ from fastvlm.functional.errors import InputError
 if TYPE_CHECKING:
     from fastvlm.data.conversations import Records, Shards
 
-PhotosOption = Annotated[
-    Path,
-    typer.Option(
-        metavar="DIR",
-        help="Captioned photos in Flickr8k's layout: captions.tsv, train.txt and images/.",
-    ),
-]
 OutputOption = Annotated[
     Path,
     typer.Option(

@@ -8,7 +8,7 @@ from typing import Annotated, Any
 import typer
 
 from fastvlm.cli.audit import audit
-from fastvlm.cli.benchmark import app as benchmark
+from fastvlm.cli.benchmark import benchmark
 from fastvlm.cli.command import add_verb, verbs
 from fastvlm.cli.convert import convert
 from fastvlm.cli.crash import DEBUG
@@ -25,10 +25,9 @@ app = verbs(
     epilog="Exit codes: 0; 1 where something failed, 2 for a wrong command line, 130 after Ctrl-C."
     f" {DEBUG}=1 shows the traceback of a failure of fastvlm's own.",
 )
-for verb in (demo, generate, audit, evaluate, convert):
+for verb in (demo, generate, benchmark, audit, evaluate, convert):
     add_verb(app, verb)
 app.add_typer(export, name="export")
-app.add_typer(benchmark, name="benchmark")
 app.add_typer(train, name="train")
 
 

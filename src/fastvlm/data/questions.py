@@ -2,19 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from PIL import Image
 
 from fastvlm.data.conversations import Conversation, Records
-from fastvlm.embedded import DESCRIPTION_PROMPT, SCENE_PROMPT, SENTENCE_PROMPT
+from fastvlm.example import example
 from fastvlm.functional.errors import InputError
-from fastvlm.scenes import describe, render, sample
-
-HELD_OUT_SCENES = 1_000_000_000
-"""Scenes with seeds from here on are never trained on."""
 
 SUFFIXES = frozenset({".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff"})
 
@@ -35,23 +31,22 @@ class Question:
         if self.image is None:
             raise InputError("This is a question without an image.")
         if isinstance(self.image, int):
-            return render(sample(self.image), size)
+            scenes = example().scenes
+            drawn: Image.Image = scenes.render(scenes.sample(self.image), size)
+            return drawn
         return Path(self.image)
-
-
-def about_scenes(seeds: Iterable[int]) -> list[Question]:
-    """Return the question for an exact description of each scene."""
-    return [Question(SCENE_PROMPT, seed) for seed in seeds]
 
 
 def scene_conversations(seeds: Sequence[int], size: int) -> Records:
     """Return a conversation about each scene, drawn at `size` pixels: its exact description."""
+    shipped = example()
+    scenes = shipped.scenes
 
     def convert(name: str, seed: int) -> Conversation:
-        scene = sample(seed)
-        shown = {"type": "image", "image": render(scene, size)}
-        asked = {"type": "text", "text": SCENE_PROMPT}
-        said = {"type": "text", "text": describe(scene)}
+        scene = scenes.sample(seed)
+        shown = {"type": "image", "image": scenes.render(scene, size)}
+        asked = {"type": "text", "text": shipped.SCENE_PROMPT}
+        said = {"type": "text", "text": scenes.describe(scene)}
         return Conversation(
             name,
             (
@@ -61,13 +56,6 @@ def scene_conversations(seeds: Sequence[int], size: int) -> Records:
         )
 
     return Records(seeds, convert, lambda _, seed: f"scene {seed}")
-
-
-def about_photos(
-    paths: Iterable[Path], prompts: tuple[str, ...] = (DESCRIPTION_PROMPT, SENTENCE_PROMPT)
-) -> list[Question]:
-    """Return each prompt's question about each photo."""
-    return [Question(prompt, str(path)) for path in paths for prompt in prompts]
 
 
 def images_in(folder: Path, limit: int | None = None) -> list[Path]:

@@ -8,6 +8,8 @@ from typing import Any, cast
 import torch
 from torch import Tensor
 from transformers import (
+    AutoConfig,
+    AutoModel,
     FastVlmConfig,
     FastVlmForConditionalGeneration,
     PreTrainedModel,
@@ -16,9 +18,9 @@ from transformers import (
 
 from fastvlm.checkpoints import load_checkpoint
 from fastvlm.checkpoints.layouts import CHATML, IMAGE
-from fastvlm.functional.errors import InputError
+from fastvlm.functional.errors import CheckpointError, InputError
 from fastvlm.language.families import family
-from fastvlm.vision.configuration import REDUCTION
+from fastvlm.vision.configuration import REDUCTION, FastViTHDConfig
 from fastvlm.vision.fastvithd import FastViTHD
 
 TURN_END = "<|im_end|>"
@@ -105,3 +107,19 @@ def prepare_tokenizer(tokenizer: PreTrainedTokenizerBase, decoder: Path) -> int 
         )
     tokenizer.chat_template = CHATML
     return end
+
+
+def read_encoder(path: Path) -> FastViTHD:
+    """Read a FastViTHD from its own directory, or out of a model's.
+
+    Raises:
+        CheckpointError: There is none, or it can't be read.
+    """
+    if not (path / "config.json").is_file():
+        raise CheckpointError(f"There is no encoder in {path}: config.json is missing.")
+    if AutoConfig.from_pretrained(path).model_type == FastViTHDConfig.model_type:
+        return cast(FastViTHD, AutoModel.from_pretrained(path))
+    tower = load_checkpoint(path, torch.float32, "cpu")[0].base_model.vision_tower
+    if not isinstance(tower, FastViTHD):
+        raise CheckpointError(f"The model in {path} has no FastViTHD encoder.")
+    return tower

@@ -19,14 +19,13 @@ from fastvlm.functional.digests import digest_of_weights
 from fastvlm.functional.files import written_into
 from fastvlm.functional.placement import moved
 from fastvlm.language.families import text_decoder
-from fastvlm.training.dialogues import IGNORED
 from fastvlm.training.digests import digest_of_source
 from fastvlm.training.draft import full_precision
 from fastvlm.training.loop import train
 from fastvlm.training.paper_stages import PaperStage
 from fastvlm.training.parts import learning
 from fastvlm.training.processes import this_process
-from fastvlm.training.rows import Row, RowMaker, Rows, rows_for
+from fastvlm.training.rows import IGNORED, Row, RowMaker, Rows, rows_for
 from fastvlm.training.schedule import Schedule
 from fastvlm.training.sharding import whole_state
 from fastvlm.training.task import Losses, Source

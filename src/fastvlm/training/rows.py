@@ -19,11 +19,13 @@ from fastvlm.language.inputs import end_tokens
 from fastvlm.prompts.fastvithd import expand_image_tokens
 from fastvlm.prompts.messages import images_of
 from fastvlm.prompts.processor import ProcessorInputs, placed
-from fastvlm.training.dialogues import IGNORED
 from fastvlm.training.replies import end_token, text_of
 from fastvlm.vision.configuration import REDUCTION
 from fastvlm.vision.fastvithd import FastViTHD
 from fastvlm.vision.images import prepare
+
+IGNORED = -100
+"""The label of a token whose loss `transformers` leaves out."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -15,8 +15,8 @@ from fastvlm.data.tasks.captioning import Captioning
 from fastvlm.data.tasks.visdial import VisDial
 from fastvlm.decoding import Strategy
 from fastvlm.evaluation.tasks.plan import Plan
-from fastvlm.scenes import render, sample
 from fastvlm.vlm import VisionLanguageModel
+from fastvlm_example.scenes import render, sample
 from tests.models import small_vlm
 
 NAMES = ("autoregressive", "early-exit@2:3", "prompt-lookup:4")

@@ -13,11 +13,11 @@ from typing import Any, ClassVar
 import typer
 from hypothesis import strategies as st
 
-from fastvlm import embedded
+import fastvlm_example
 from fastvlm.cli import run
 from fastvlm.cli.verbs import app
 from fastvlm.functional.errors import InputError
-from fastvlm.scenes import render, sample
+from fastvlm_example.scenes import render, sample
 from tests.fuzzing.area import WrongError
 from tests.fuzzing.models import save_family, save_fastvithd
 
@@ -76,9 +76,9 @@ class CommandLines:
         images.mkdir()
         render(sample(1), 128).save(images / "0.png")
         (images / "images.json").write_text(json.dumps(listing))
-        embedded.FOLDER = folder
-        embedded.MODEL, embedded.DRAFT = folder / "model", folder / "draft"
-        embedded.IMAGES = images
+        fastvlm_example.FOLDER = folder
+        fastvlm_example.MODEL, fastvlm_example.DRAFT = folder / "model", folder / "draft"
+        fastvlm_example.DRAFT_MLP, fastvlm_example.IMAGES = folder / "draft", images
         sys.modules["fastvlm.cli.demo"].MAX_NEW_TOKENS = 4  # type: ignore[attr-defined]
         self.options = sorted(set(_options()))
         self.places = tuple(

@@ -19,8 +19,8 @@ from fastvlm.data.reading import read_conversations
 from fastvlm.data.tasks import LOADERS
 from fastvlm.functional.errors import InputError
 from fastvlm.prompts.messages import images_of
-from fastvlm.scenes import render, sample
 from fastvlm.vision.loading import load_image
+from fastvlm_example.scenes import render, sample
 from tests.fuzzing.area import WrongError
 from tests.fuzzing.folders import Change, changed, changes
 

@@ -9,7 +9,7 @@ from typing import Any, ClassVar
 from hypothesis import strategies as st
 
 from fastvlm.drafting.directory import load_draft
-from fastvlm.scenes import render, sample
+from fastvlm_example.scenes import render, sample
 from tests.fuzzing.area import WrongError
 from tests.fuzzing.folders import Change, changed, changes
 from tests.fuzzing.models import FASTVITHD, small_models

@@ -15,8 +15,8 @@ from hypothesis import strategies as st
 from PIL import Image
 from transformers.image_utils import load_image as transformers_load_image
 
-from fastvlm.scenes import render, sample
 from fastvlm.vision.loading import load_image
+from fastvlm_example.scenes import render, sample
 from tests.fuzzing.area import WrongError
 from tests.fuzzing.mutations import Edit, edited, edits, odd_values
 

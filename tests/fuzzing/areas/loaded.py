@@ -15,7 +15,7 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_
 
 from fastvlm import load
 from fastvlm.prompts import question
-from fastvlm.scenes import render, sample
+from fastvlm_example.scenes import render, sample
 from tests.fuzzing.area import WrongError
 from tests.fuzzing.folders import Change, changed, changes
 from tests.fuzzing.models import FASTVITHD, save_family, save_fastvithd

@@ -9,7 +9,7 @@ from typing import Any, ClassVar
 from hypothesis import strategies as st
 
 from fastvlm.functional.errors import FastVlmError
-from fastvlm.scenes import render, sample
+from fastvlm_example.scenes import render, sample
 from tests.fuzzing.area import WrongError
 from tests.fuzzing.models import LLAVA, small_models
 from tests.fuzzing.mutations import odd_numbers, odd_texts, odd_values

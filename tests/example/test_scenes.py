@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 
 import pytest
 
-from fastvlm.scenes import (
+from fastvlm_example.scenes import (
     COLOURS,
     PLACES,
     SHAPES,
@@ -24,7 +24,7 @@ from fastvlm.scenes import (
     sample,
     score,
 )
-from fastvlm.scenes.render import PALETTE, TINT
+from fastvlm_example.scenes.render import PALETTE, TINT
 
 if TYPE_CHECKING:
     from PIL import Image

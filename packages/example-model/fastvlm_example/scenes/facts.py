@@ -8,12 +8,12 @@ from __future__ import annotations
 
 import re
 from collections import Counter
-from collections.abc import Hashable, Iterator
+from collections.abc import Hashable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import TypeAlias
+from typing import Any, TypeAlias
 
-from fastvlm.scenes.describe import NUMBERS, RELATIONS, describe, holds
-from fastvlm.scenes.scene import BACKGROUNDS, COLOURS, PLACES, SHAPES, SIZES, Scene
+from fastvlm_example.scenes.describe import NUMBERS, RELATIONS, describe, holds
+from fastvlm_example.scenes.scene import BACKGROUNDS, COLOURS, PLACES, SHAPES, SIZES, Scene, sample
 
 KINDS = ("size", "colour", "shape", "place", "count", "background", "relation", "unparsed")
 
@@ -118,6 +118,27 @@ def score(reply: str, scene: Scene) -> FactScore:
         fact.kind for fact in _facts(describe(scene), scene) if fact.slot not in filled
     )
     return FactScore(tuple(Tally(stated[kind], right[kind], missing[kind]) for kind in KINDS))
+
+
+def score_all(seeds: Sequence[int], replies: Sequence[str]) -> dict[str, Any]:
+    """Return the share of right facts in descriptions of scenes, in all and by kind.
+
+    Args:
+        seeds: Of the scenes, see `sample`.
+        replies: A description of each.
+    """
+    scores = [score(reply, sample(seed)) for seed, reply in zip(seeds, replies, strict=True)]
+    total = sum(scores, FactScore())
+    exact = sum(one.accuracy == 1.0 for one in scores)
+    return {
+        "scenes": len(seeds),
+        "facts_stated": total.stated,
+        "facts_right": total.right,
+        "facts_missing": total.missing,
+        "accuracy": total.accuracy,
+        "exact_descriptions": exact,
+        "by_kind": {kind: total.of(kind).accuracy for kind in KINDS if total.of(kind).stated},
+    }
 
 
 def _facts(reply: str, scene: Scene) -> Iterator[Fact]:

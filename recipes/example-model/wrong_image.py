@@ -1,39 +1,22 @@
-"""Whether the model sees: facts of unseen scenes, losses with a wrong photo."""
+"""Whether the example model looks: its loss on captions with the right and a wrong image.
+
+Run `python recipes/example-model/wrong_image.py FLICKR8K`; the figures stand in the model's card.
+"""
 
 from __future__ import annotations
 
+import argparse
 from collections.abc import Sequence
-from typing import Any
+from pathlib import Path
 
 import torch
 
-from fastvlm.data.captioned import CaptionedImage
-from fastvlm.data.questions import Question
-from fastvlm.embedded import SENTENCE_PROMPT
-from fastvlm.scenes import FactScore, sample, score
-from fastvlm.scenes.facts import KINDS
+import fastvlm
+from fastvlm.data.captioned import CaptionedImage, read_flickr8k
+from fastvlm.training.rows import IGNORED
 from fastvlm.vision.images import prepare
 from fastvlm.vlm import VisionLanguageModel
-
-IGNORED = -100
-"""The label of a token whose loss `transformers` leaves out."""
-
-
-def score_scenes(questions: Sequence[Question], replies: Sequence[str]) -> dict[str, Any]:
-    """Return the share of right facts in descriptions of scenes, in all and by kind."""
-    seeds = [int(question.image) for question in questions if question.image is not None]
-    scores = [score(reply, sample(seed)) for seed, reply in zip(seeds, replies, strict=True)]
-    total = sum(scores, FactScore())
-    exact = sum(one.accuracy == 1.0 for one in scores)
-    return {
-        "scenes": len(questions),
-        "facts_stated": total.stated,
-        "facts_right": total.right,
-        "facts_missing": total.missing,
-        "accuracy": total.accuracy,
-        "exact_descriptions": exact,
-        "by_kind": {kind: total.of(kind).accuracy for kind in KINDS if total.of(kind).stated},
-    }
+from fastvlm_example import SENTENCE_PROMPT
 
 
 @torch.inference_mode()
@@ -65,3 +48,19 @@ def caption_losses(
             sums[kind] += float(loss) * learnt
         count += learnt
     return {kind: value / count for kind, value in sums.items()}
+
+
+def main() -> None:
+    """Print the two losses per token."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("photos", type=Path, help="captioned ones, in Flickr8k's layout")
+    parser.add_argument("--split", default="dev")
+    parser.add_argument("--limit", type=int, default=1000)
+    given = parser.parse_args()
+    shown = read_flickr8k(given.photos, given.split)[: given.limit]
+    losses = caption_losses(fastvlm.load(prefix_bytes=0), shown)
+    print(f"right image {losses['right']:.3f}, another one {losses['wrong']:.3f}")  # noqa: T201
+
+
+if __name__ == "__main__":
+    main()

@@ -9,7 +9,7 @@ from typing import TypeAlias
 
 from PIL import Image, ImageDraw
 
-from fastvlm.scenes.scene import GRID, Scene
+from fastvlm_example.scenes.scene import GRID, Scene
 
 Rgb: TypeAlias = tuple[int, int, int]
 Point: TypeAlias = tuple[float, float]

@@ -13,10 +13,10 @@ from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from fastvlm.data.journal import append_line, whole_lines
-from fastvlm.evaluation.contenders import TEXT_AFTER, TEXT_BEFORE, Contender, Contenders
 from fastvlm.evaluation.measuring import no_progress
 from fastvlm.functional.errors import InputError
 from fastvlm.functional.statistics import Spread
+from ttft_models import TEXT_AFTER, TEXT_BEFORE, Contender, Contenders
 
 STAGES = ("vision", "projector", "prefill", "first_token")
 """Encoder; projector and packing; all decoder layers over the prompt; norm, head and choice."""

@@ -14,25 +14,27 @@ from transformers import FastVlmForConditionalGeneration, PreTrainedTokenizerFas
 
 from fastvlm.checkpoints import load_checkpoint
 from fastvlm.data.captioned import CaptionedImage, decode, read_flickr8k, typical_first
-from fastvlm.data.questions import HELD_OUT_SCENES
 from fastvlm.functional.digests import digest, digest_of_weights
 from fastvlm.functional.errors import CheckpointError
 from fastvlm.functional.files import written_into
 from fastvlm.functional.placement import moved
-from fastvlm.scenes import Scene, describe, sample
-from fastvlm.training.architecture import DecoderShape, new_model, read_encoder, use_encoder
-from fastvlm.training.augmentation import random_views
-from fastvlm.training.consensus import Consensus, advantages, sample_sentences
-from fastvlm.training.dialogues import IGNORED, PROMPTS, Dialogue, encode_dialogue, token_losses
-from fastvlm.training.encoder import scene_pixels
-from fastvlm.training.growth import AS_IT_IS, Size, grown
+from fastvlm.training.assembly import read_encoder
 from fastvlm.training.loop import train
 from fastvlm.training.processes import this_process
+from fastvlm.training.rows import IGNORED
 from fastvlm.training.sharding import whole_state
-from fastvlm.training.stages import STAGES, Stage
 from fastvlm.training.task import Losses, Source
-from fastvlm.training.tokenizer import learn_tokenizer
 from fastvlm.vision.configuration import REDUCTION, FastViTHDConfig
+from fastvlm_example import HELD_OUT_SCENES
+from fastvlm_example.scenes import Scene, describe, sample
+from fastvlm_example.tokenizer import learn_tokenizer
+from recipe.architecture import DecoderShape, new_model, use_encoder
+from recipe.augmentation import random_views
+from recipe.consensus import Consensus, advantages, sample_sentences
+from recipe.dialogues import PROMPTS, Dialogue, encode_dialogue, token_losses
+from recipe.encoder import scene_pixels
+from recipe.growth import AS_IT_IS, Size, grown
+from recipe.stages import STAGES, Stage
 
 PASS = 11
 """Dialogues in one pass of the decoder; a step has up to three passes."""

@@ -22,7 +22,8 @@ from transformers import (
 from fastvlm.data.captioned import CaptionedImage
 from fastvlm.metrics.captions import CiderD
 from fastvlm.metrics.tokenization import tokenize_caption
-from fastvlm.training.dialogues import IGNORED, Dialogue, embed_dialogue, encode_prompt
+from fastvlm.training.rows import IGNORED
+from recipe.dialogues import Dialogue, embed_dialogue, encode_prompt
 
 SAMPLES = 5
 """Sentences sampled of a photo."""

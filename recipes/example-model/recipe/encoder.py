@@ -18,13 +18,10 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from fastvlm.data.captioned import CaptionedImage, decode, read_flickr8k, words_of
-from fastvlm.data.questions import HELD_OUT_SCENES
 from fastvlm.functional.digests import digest, digest_of_weights
 from fastvlm.functional.files import written_into
 from fastvlm.functional.placement import moved
-from fastvlm.scenes import BACKGROUNDS, COLOURS, SHAPES, SIZES, Scene, by_place, render, sample
-from fastvlm.training.architecture import read_encoder
-from fastvlm.training.augmentation import mixed, random_views
+from fastvlm.training.assembly import read_encoder
 from fastvlm.training.loop import train
 from fastvlm.training.processes import this_process
 from fastvlm.training.schedule import Schedule
@@ -32,6 +29,18 @@ from fastvlm.training.task import Losses, Source
 from fastvlm.vision.configuration import FastViTHDConfig
 from fastvlm.vision.fastvithd import FastViTHD
 from fastvlm.vision.images import to_tensor
+from fastvlm_example import HELD_OUT_SCENES
+from fastvlm_example.scenes import (
+    BACKGROUNDS,
+    COLOURS,
+    SHAPES,
+    SIZES,
+    Scene,
+    by_place,
+    render,
+    sample,
+)
+from recipe.augmentation import mixed, random_views
 
 SCENE_SIZE = 192
 PHOTO_SIZE = 128

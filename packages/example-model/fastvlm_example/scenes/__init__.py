@@ -1,9 +1,9 @@
 """Made scenes of plain shapes: an image, its one exact description, and the facts in a reply."""
 
-from fastvlm.scenes.describe import describe
-from fastvlm.scenes.facts import KINDS, FactScore, Tally, score
-from fastvlm.scenes.render import render
-from fastvlm.scenes.scene import (
+from fastvlm_example.scenes.describe import describe
+from fastvlm_example.scenes.facts import KINDS, FactScore, Tally, score, score_all
+from fastvlm_example.scenes.render import render
+from fastvlm_example.scenes.scene import (
     BACKGROUNDS,
     COLOURS,
     PLACES,
@@ -31,4 +31,5 @@ __all__ = [
     "render",
     "sample",
     "score",
+    "score_all",
 ]

@@ -1,4 +1,4 @@
-"""The model that ships: it sees, and speculation changes none of its tokens."""
+"""The example model: it sees, and speculation changes none of its tokens."""
 
 from __future__ import annotations
 
@@ -7,22 +7,27 @@ from pathlib import Path
 
 import pytest
 
-from fastvlm import embedded
+import fastvlm_example
 from fastvlm.data.broken import BrokenRecords
-from fastvlm.data.questions import HELD_OUT_SCENES, about_photos, about_scenes
+from fastvlm.data.questions import Question
 from fastvlm.decoding import SamplingParams
 from fastvlm.drafting import FixedLength
 from fastvlm.drafting.directory import load_draft
 from fastvlm.evaluation.audit import audit
-from fastvlm.evaluation.quality import score_scenes
 from fastvlm.prompts import question
 from fastvlm.training.draft import DraftTask
 from fastvlm.training.replies import Asked, own_replies
 from fastvlm.vlm import VisionLanguageModel, load
+from fastvlm_example import HELD_OUT_SCENES
+from fastvlm_example.scenes import score_all
 from tests.decoding.conftest import decoding_acceptance
+from tests.models import about_scenes
 
 SCENES = about_scenes(range(HELD_OUT_SCENES + 5000, HELD_OUT_SCENES + 5012))
-PHOTOS = about_photos(sorted(embedded.IMAGES.glob("*.jpg")), (embedded.DESCRIPTION_PROMPT,))
+PHOTOS = [
+    Question(fastvlm_example.DESCRIPTION_PROMPT, str(path))
+    for path in sorted(fastvlm_example.IMAGES.glob("*.jpg"))
+]
 
 
 @pytest.fixture(scope="module")
@@ -34,7 +39,7 @@ def vlm() -> VisionLanguageModel:
 def test_every_strategys_tokens_are_transformers_own(
     vlm: VisionLanguageModel, questions: list, tmp_path: Path
 ) -> None:
-    mlp = load_draft(embedded.FOLDER / "draft-mlp", vlm.model)
+    mlp = load_draft(fastvlm_example.DRAFT_MLP, vlm.model)
     strategies = {
         "autoregressive": vlm.strategy("autoregressive"),
         "imitation": vlm.strategy("imitation"),
@@ -52,7 +57,8 @@ def test_every_strategys_tokens_are_transformers_own(
 def test_the_facts_of_unseen_scenes_are_right(vlm: VisionLanguageModel) -> None:
     images = [question.open(vlm.image_size) for question in SCENES]
     replies = vlm.generate_batch([question.prompt for question in SCENES], images)
-    assert score_scenes(SCENES, [reply.text for reply in replies])["accuracy"] >= 0.95
+    seeds = [int(one.image) for one in SCENES]
+    assert score_all(seeds, [reply.text for reply in replies])["accuracy"] >= 0.95
 
 
 def test_acceptance_in_training_is_acceptance_in_decoding(
@@ -70,5 +76,5 @@ def test_acceptance_in_training_is_acceptance_in_decoding(
 
 
 def test_what_ships_names_no_place_on_a_machine() -> None:
-    for file in embedded.FOLDER.rglob("*.json"):
+    for file in fastvlm_example.FOLDER.rglob("*.json"):
         assert not re.search(r'"/\w+/', file.read_text(encoding="utf-8")), file

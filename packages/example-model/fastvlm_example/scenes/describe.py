@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from fastvlm.scenes.scene import GRID, Scene, Thing
+from fastvlm_example.scenes.scene import GRID, Scene, Thing
 
 NUMBERS = ("none", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
 RELATIONS = ("above", "below", "left of", "right of")

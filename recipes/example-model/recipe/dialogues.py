@@ -11,10 +11,10 @@ from torch.nn import functional as F
 from torch.nn.utils.rnn import pad_sequence
 from transformers import FastVlmForConditionalGeneration, PreTrainedTokenizerFast
 
-from fastvlm.embedded import DESCRIPTION_PROMPT, SCENE_PROMPT, SENTENCE_PROMPT
-from fastvlm.training.tokenizer import IMAGE
+from fastvlm.training.rows import IGNORED
+from fastvlm_example import DESCRIPTION_PROMPT, SCENE_PROMPT, SENTENCE_PROMPT
+from fastvlm_example.tokenizer import IMAGE
 
-IGNORED = -100
 PROMPTS = {
     "scene": (SCENE_PROMPT, "Describe the scene.", "What is in the scene? Describe all of it."),
     "sentence": (SENTENCE_PROMPT, "Describe the picture.", "What is in this picture?"),

@@ -12,17 +12,17 @@ from PIL import Image
 from torch.nn.modules.module import register_module_forward_hook
 
 from fastvlm.data.captioned import CaptionedImage
-from fastvlm.embedded import SCENE_PROMPT
 from fastvlm.functional.errors import CheckpointError
-from fastvlm.scenes import describe, render, sample
-from fastvlm.training.architecture import DecoderShape
-from fastvlm.training.consensus import SAMPLES, Consensus, advantages, sample_sentences
-from fastvlm.training.dialogues import Dialogue, encode_dialogue, token_losses
-from fastvlm.training.model import train_model
 from fastvlm.training.schedule import Schedule
-from fastvlm.training.stages import STAGES
 from fastvlm.vision import FastViTHD
 from fastvlm.vlm import load
+from fastvlm_example import SCENE_PROMPT
+from fastvlm_example.scenes import describe, render, sample
+from recipe.architecture import DecoderShape
+from recipe.consensus import SAMPLES, Consensus, advantages, sample_sentences
+from recipe.dialogues import Dialogue, encode_dialogue, token_losses
+from recipe.model import train_model
+from recipe.stages import STAGES
 from tests.models import VISUAL_TOKENS, small_encoder_config, small_vlm
 
 CAPTIONS = ("A dog runs .", "A brown dog runs fast .", "The sun")

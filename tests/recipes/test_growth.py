@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from fastvlm.functional.errors import InputError
-from fastvlm.training.growth import Size, grown
+from recipe.growth import Size, grown
 from tests.models import VISUAL_TOKENS, small_vlm
 
 

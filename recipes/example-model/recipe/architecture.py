@@ -4,24 +4,19 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, cast
 
-import torch
 from torch import nn
 from transformers import (
-    AutoConfig,
-    AutoModel,
     FastVlmConfig,
     FastVlmForConditionalGeneration,
     PreTrainedTokenizerFast,
 )
 
-from fastvlm.checkpoints import load_checkpoint
 from fastvlm.functional.errors import CheckpointError
-from fastvlm.training.tokenizer import IMAGE
-from fastvlm.vision.configuration import REDUCTION, FastViTHDConfig
+from fastvlm.vision.configuration import REDUCTION
 from fastvlm.vision.fastvithd import FastViTHD
+from fastvlm_example.tokenizer import IMAGE
 
 INITIAL = 0.04
 """Standard deviation of the decoder's first weights: near 1 / sqrt(width), so that each layer's
@@ -88,22 +83,6 @@ def new_model(
         nn.init.normal_(linear.weight, std=gain * linear.in_features**-0.5)
         nn.init.zeros_(linear.bias)
     return model
-
-
-def read_encoder(path: Path) -> FastViTHD:
-    """Read a FastViTHD from its own directory, or out of a model's.
-
-    Raises:
-        CheckpointError: There is none, or it can't be read.
-    """
-    if not (path / "config.json").is_file():
-        raise CheckpointError(f"There is no encoder in {path}: config.json is missing.")
-    if AutoConfig.from_pretrained(path).model_type == FastViTHDConfig.model_type:
-        return cast(FastViTHD, AutoModel.from_pretrained(path))
-    tower = load_checkpoint(path, torch.float32, "cpu")[0].base_model.vision_tower
-    if not isinstance(tower, FastViTHD):
-        raise CheckpointError(f"The model in {path} has no FastViTHD encoder.")
-    return tower
 
 
 def use_encoder(model: FastVlmForConditionalGeneration, encoder: FastViTHD) -> None:

@@ -1,13 +1,19 @@
-"""`fastvlm train example-encoder` and `example-model`: how the model that ships was made."""
+"""How the example model was made: its encoder, then the model around it.
+
+python recipes/example-model/train.py encoder --photos FLICKR8K --output runs/encoder
+python recipes/example-model/train.py model --photos FLICKR8K --encoder runs/encoder --output DIR
+"""
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
-from fastvlm.cli.command import each_of
+from fastvlm.cli import run
+from fastvlm.cli.command import add_verb, each_of, verbs
 from fastvlm.cli.files import check_folder
 from fastvlm.cli.loading import UsageError
 from fastvlm.cli.training_options import (
@@ -15,15 +21,22 @@ from fastvlm.cli.training_options import (
     CheckpointingOption,
     ModelTrainingRuntime,
     OutputOption,
-    PhotosOption,
     RateOption,
     SeedOption,
     StepsOption,
     TrackerOption,
 )
 
+PhotosOption = Annotated[
+    Path,
+    typer.Option(
+        metavar="DIR",
+        help="Captioned photos in Flickr8k's layout: captions.tsv, train.txt and images/.",
+    ),
+]
 
-def example_encoder(
+
+def encoder(
     *,
     photos: PhotosOption,
     output: OutputOption,
@@ -40,8 +53,8 @@ def example_encoder(
     """Teach a FastViTHD the facts of rendered scenes and the words of captions."""
     check_folder(output)
     runtime.prepare()
-    from fastvlm.training.encoder import train_encoder
     from fastvlm.training.schedule import Schedule
+    from recipe.encoder import train_encoder
 
     schedule = Schedule(
         steps=steps,
@@ -54,12 +67,12 @@ def example_encoder(
         train_encoder(photos, output, schedule, start=start)
 
 
-def example_model(  # noqa: PLR0913 (a parameter is an option)
+def model(  # noqa: PLR0913 (a parameter is an option)
     *,
     photos: PhotosOption,
     output: OutputOption,
     encoder: Annotated[
-        Path | None, typer.Option(metavar="DIR", help="What `fastvlm train example-encoder` made.")
+        Path | None, typer.Option(metavar="DIR", help="What `train.py encoder` made.")
     ] = None,
     start: Annotated[
         Path | None,
@@ -127,9 +140,9 @@ def example_model(  # noqa: PLR0913 (a parameter is an option)
     if start is None and (widen > 1 or layers is not None):
         raise UsageError("--widen and --layers need a model to grow: give it as --start.")
     runtime.prepare()
-    from fastvlm.training.growth import Size
-    from fastvlm.training.model import train_model
-    from fastvlm.training.stages import STAGES, scaled
+    from recipe.growth import Size
+    from recipe.model import train_model
+    from recipe.stages import STAGES, scaled
 
     chosen = [planned for planned in STAGES if not stage or planned.name in stage]
     stages = scaled(
@@ -151,3 +164,11 @@ def example_model(  # noqa: PLR0913 (a parameter is an option)
             size=Size(widen, layers),
             gradient_checkpointing=gradient_checkpointing,
         )
+
+
+app = verbs("Make the example model: an encoder first, then the model around it.")
+for verb in (encoder, model):
+    add_verb(app, verb)
+
+if __name__ == "__main__":
+    sys.exit(run(app=app))

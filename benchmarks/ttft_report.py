@@ -1,4 +1,4 @@
-"""The table and the plot of a run of `fastvlm benchmark ttft`."""
+"""The table and the plot of a run of `benchmarks/ttft.py`."""
 
 from __future__ import annotations
 
@@ -6,8 +6,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from fastvlm.evaluation.ttft import STAGES
 from fastvlm.functional.errors import InputError
+from ttft_stages import STAGES
 
 Record = Mapping[str, Any]
 
