@@ -16,7 +16,6 @@ import tempfile
 from pathlib import Path
 
 import torch
-from fastvlm.evaluation.contenders import DECODERS
 from transformers import FastVlmConfig, FastVlmForConditionalGeneration
 
 from fastvlm.evaluation.measuring import hardware
@@ -24,6 +23,7 @@ from fastvlm.vision import FastViTHDConfig
 from fastvlm.vlm import VisionLanguageModel
 from fastvlm_example.scenes import describe, render, sample
 from fastvlm_example.tokenizer import IMAGE, learn_tokenizer
+from ttft_models import DECODERS
 
 FIRST = "Describe the picture in several sentences."
 SECOND = "What is at the top left, and what is at the bottom right?"

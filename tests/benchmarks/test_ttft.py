@@ -12,6 +12,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+import ttft_models
 import ttft_stages
 from fastvlm.functional.errors import InputError
 from fastvlm.vision.configuration import VARIANTS

@@ -18,7 +18,7 @@ Cli = Callable[..., Output]
 
 
 @pytest.fixture
-def sample_image(shipped: Path) -> Path:
+def image(shipped: Path) -> Path:
     return shipped / "images" / "0.png"
 
 

@@ -58,8 +58,8 @@ class Asked:
         str | None,
         typer.Option(
             metavar="scenes|example|none|DIR",
-            help="Rendered scenes that no training has seen, the images of the example model, no image"
-            " at all, or a folder of images.",
+            help="Rendered scenes that no training has seen, the images of the example model, no"
+            " image at all, or a folder of images.",
             show_default="scenes for the example model, example for any other, none for one of text"
             " alone",
         ),
