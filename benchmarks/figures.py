@@ -7,11 +7,13 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
+LEAST_CIDER = 0.001
 RUNS = {"scenes": "rendered scenes", "photos": "photos"}
 
 
@@ -64,7 +66,7 @@ def first_token() -> str:
     lines = [
         (
             "| model | px | visual tokens | encoder ms | prefill ms | TTFT ms"
-            " | sooner than LLaVA-OneVision |"
+            " | speedup over LLaVA-OneVision |"
         ),
         "|---|---:|---:|---:|---:|---:|---:|",
     ]
@@ -89,7 +91,7 @@ def first_token() -> str:
             f" {machine['processor']}; FastVLM through our engine, the others through"
             " `transformers`. FastViTHD alone encodes sooner than timm's fused one as"
             f" `transformers` runs it: {ratios}. All of them, and the arithmetic:"
-            " [benchmarks/results/ttft.md](benchmarks/results/ttft.md)."
+            " `benchmarks/results/ttft.md`."
         ),
     ]
     return "\n".join(lines)
@@ -101,14 +103,20 @@ def tables() -> str:
     report = json.loads((folder / "report.json").read_text())
     plan, rows = report["plan"], report["results"]
     tasks = plan["tasks"]
-    heading = " | ".join(
-        f"{task['name']}: CIDEr | speedup | whole reply | accepted | tokens a pass"
-        for task in tasks.values()
-    )
-    lines = [f"| strategy | {heading} |", f"|---|{'---:|' * 5 * len(tasks)}"]
+    # Of replies that are no captions CIDEr says nothing.
+    scored = {row["task"] for row in rows if row["scores"]["CIDEr"] >= LEAST_CIDER}
+    titles = ["speedup", "whole reply", "accepted", "tokens a pass"]
+    heading = [
+        f"{tasks[task]['name']}: {title}"
+        for task in tasks
+        for title in (["CIDEr", *titles] if task in scored else titles)
+    ]
+    lines = [f"| strategy | {' | '.join(heading)} |", f"|---|{'---:|' * len(heading)}"]
     for strategy in plan["strategies"]:
         own = {row["task"]: row for row in rows if row["strategy"] == strategy}
-        cells = " | ".join(cell for task in tasks for cell in _task_cells(own[task]))
+        cells = " | ".join(
+            cell for task in tasks for cell in _task_cells(own[task])[0 if task in scored else 1 :]
+        )
         lines.append(f"| {strategy} | {cells} |")
     different = sum(row["different"] for row in rows)
     replies = sum(row["speed"]["replies"] for row in rows)
@@ -127,7 +135,7 @@ def tables() -> str:
             f" tokens than ordinary decoding. {plan['dtype']}, {plan['threads']} thread of"
             f" {machine['processor']}, {session['date'][:10]}, commit {session['commit']}, torch"
             f" {machine['torch']}, transformers {machine['transformers']}. All of it, with plots:"
-            f" [{where}]({where})."
+            f" `{where}`."
         ),
     ]
     return "\n".join(lines)
@@ -286,20 +294,134 @@ def sampling() -> str:
     return "\n".join(lines)
 
 
+CHARTED = (
+    "autoregressive",
+    "imitation",
+    "imitation-mlp",
+    "early-exit",
+    "layer-skip",
+    "prompt-lookup",
+)
+CHART_STYLE = """text { font: 13px system-ui, sans-serif; fill: #24292f } .axis { stroke: #8b949e }
+.scenes { fill: #5b7fd6 } .photos { fill: #e0925a }
+@media (prefers-color-scheme: dark) { text { fill: #e6edf3 } }"""
+
+
+def chart() -> str:
+    """Return the speedups of every strategy as an SVG: bars, with their quartiles."""
+    runs = {name: {row["strategy"]: row for row in read(name)["results"]} for name in RUNS}
+    most = max(runs[name][one]["speedup_iqr"][1] for name in RUNS for one in CHARTED)
+    left, top, step, bar, width = 130, 54, 46, 16, 700
+    scale = (width - left - 60) / most
+    height = top + step * len(CHARTED) + 10
+    parts = [
+        f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {width} {height}" role="img">',
+        "<title>Speedup over autoregressive decoding</title>",
+        f"<style>{CHART_STYLE}</style>",
+        f'<text x="{left}" y="18">Speedup over autoregressive decoding: medians, quartiles</text>',
+    ]
+    for place, (name, title) in enumerate(RUNS.items()):
+        x = left + 160 * place
+        parts.append(f'<rect class="{name}" x="{x}" y="28" width="12" height="12"/>')
+        parts.append(f'<text x="{x + 18}" y="39">{title}</text>')
+    for row, strategy in enumerate(CHARTED):
+        y = top + step * row
+        parts.append(f'<text x="{left - 10}" y="{y + 22}" text-anchor="end">{strategy}</text>')
+        for place, name in enumerate(RUNS):
+            found = runs[name][strategy]
+            (low, high), bar_y = found["speedup_iqr"], y + 2 + place * (bar + 2)
+            wide, middle = found["speedup"] * scale, bar_y + bar / 2
+            parts.append(
+                f'<rect class="{name}" x="{left}" y="{bar_y}" width="{wide:.1f}" height="{bar}"/>'
+            )
+            parts.append(
+                f'<line class="axis" x1="{left + low * scale:.1f}" x2="{left + high * scale:.1f}"'
+                f' y1="{middle}" y2="{middle}"/>'
+            )
+            parts.append(
+                f'<text x="{left + high * scale + 6:.1f}" y="{bar_y + 13}">'
+                f"{found['speedup']:.2f}x</text>"
+            )
+    return "\n".join([*parts, "</svg>", ""])
+
+
+@dataclass(frozen=True)
+class Target:
+    """A decoder of a usual size: its layers, width, inner width and vocabulary."""
+
+    name: str
+    layers: int
+    width: int
+    inner: int
+    vocabulary: int
+
+    @property
+    def layer(self) -> float:
+        """Parameters of a layer."""
+        return 4 * self.width**2 + 3 * self.width * self.inner
+
+    @property
+    def head(self) -> float:
+        """Parameters of the LM head."""
+        return self.width * self.vocabulary
+
+    @property
+    def size(self) -> float:
+        """Parameters that a token passes."""
+        return self.layers * self.layer + self.head
+
+
+TARGETS = (Target("2B", 28, 1536, 8960, 151936), Target("7B", 32, 4096, 11008, 32000))
+REPLIES, PROMPT, REPLY, EPOCHS, TOGETHER = 100_000, 600, 100, 3, 64
+FLOPS, BYTES, SHARE = 989e12, 3.35e12, 0.4
+"""An H100's bfloat16 arithmetic and memory per second, and the share of both that is reached."""
+
+
+def hours() -> str:
+    """Return what a draft costs to train, by arithmetic, as Markdown."""
+    lines = [
+        "| model | own replies, hours | training, hours | together |",
+        "|---|---:|---:|---:|",
+    ]
+    for target in TARGETS:
+        prefill = 2 * target.size * REPLIES * PROMPT / (FLOPS * SHARE)
+        decode = REPLIES * REPLY / TOGETHER * 2 * target.size / (BYTES * SHARE)
+        tokens = REPLIES * (PROMPT + REPLY) * EPOCHS
+        forward = 2 * target.size * tokens
+        # The network is a layer; the head is differentiated through at the reply's tokens alone.
+        backward = 6 * target.layer * tokens + 4 * target.head * REPLIES * REPLY * EPOCHS
+        made, trained = (prefill + decode) / 3600, (forward + backward) / (FLOPS * SHARE) / 3600
+        lines.append(f"| {target.name} | {made:.1f} | {trained:.1f} | {made + trained:.1f} |")
+    lines += [
+        "",
+        (
+            f"What it costs on one H100, by the arithmetic of the cost model and not measured:"
+            f" {REPLIES:,} replies of {REPLY} tokens to prompts of {PROMPT} with their images,"
+            f" {TOGETHER} decoded together, {EPOCHS} epochs, {SHARE:.0%} of peak arithmetic and"
+            " bandwidth."
+        ),
+    ]
+    return "\n".join(lines)
+
+
 DOCUMENTS: dict[str, dict[str, Callable[[], str]]] = {
-    "README.md": {"figures": decoding, "tables": tables, "ttft": first_token},
+    "README.md": {"hours": hours},
+    "docs/evaluation.md": {"figures": decoding, "tables": tables, "ttft": first_token},
     "docs/drafts.md": {
         "ablation": lambda: ablation(read("ablation")),
         "packed": packed,
         "sizes": sizes,
     },
     "docs/architecture.md": {"sampling": sampling, "uneven": uneven},
+    "docs/images/speedup.svg": {},
 }
 """The sections of each document that are written from results."""
 
 
 def rewritten(name: str) -> str:
     """Return a document with its figures renewed."""
+    if name == "docs/images/speedup.svg":
+        return chart()
     document = (ROOT / name).read_text(encoding="utf-8")
     for section, text in DOCUMENTS[name].items():
         begin, end = f"<!-- {section} -->", f"<!-- /{section} -->"

@@ -2,31 +2,21 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
 from pathlib import Path
-from types import ModuleType
 
 import pytest
+
+import figures
 
 ROOT = Path(__file__).parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
 RUNS = ("scenes", "photos", "large-scenes", "large-photos")
 
 
-def figures() -> ModuleType:
-    """Return the module that writes them."""
-    spec = importlib.util.spec_from_file_location("figures", ROOT / "benchmarks" / "figures.py")
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
-@pytest.mark.parametrize("document", figures().DOCUMENTS)
+@pytest.mark.parametrize("document", figures.DOCUMENTS)
 def test_the_figures_are_the_committed_ones(document: str) -> None:
-    assert figures().rewritten(document) == (ROOT / document).read_text(encoding="utf-8")
+    assert figures.rewritten(document) == (ROOT / document).read_text(encoding="utf-8")
 
 
 @pytest.mark.parametrize("run", RUNS)
