@@ -1,4 +1,4 @@
-"""What makes a good draft: every choice of the training, one at a time, on the model that ships.
+"""What makes a good draft: every choice of the training, one at a time, on the example model.
 
 The networks that learn from the same replies are taught side by side, from one pass of the model
 for all of them, and measured by decoding scenes and photos that none has seen, interleaved in
@@ -30,7 +30,7 @@ from fastvlm.prompts import question
 from fastvlm.training.draft import DraftPlan, train_draft
 from fastvlm.training.held_out import decode_held_out
 from fastvlm.training.loop import Schedule
-from fastvlm.training.replies import Asked, data_replies, own_replies, questions_of
+from fastvlm.training.replies import TrainingPrompt, data_replies, own_replies, questions_of
 from fastvlm.training.validation import DRAFTED, HeldOut
 from fastvlm_example import DESCRIPTION_PROMPT, HELD_OUT_SCENES, SENTENCE_PROMPT
 from figures import ablation
@@ -55,17 +55,19 @@ OWN = {
 DATA = {"the data set's replies": USUAL}
 
 
-def about(photos: Sequence[Path], captions: Sequence[str]) -> list[Asked]:
+def about(photos: Sequence[Path], captions: Sequence[str]) -> list[TrainingPrompt]:
     """Return a question for a sentence about each photo, with a person's sentence."""
     return [
-        Asked(path.name, tuple(question(SENTENCE_PROMPT, path)), caption)
+        TrainingPrompt(path.name, tuple(question(SENTENCE_PROMPT, path)), caption)
         for path, caption in zip(photos, captions, strict=True)
     ]
 
 
-def described(photos: Sequence[Path]) -> list[Asked]:
+def described(photos: Sequence[Path]) -> list[TrainingPrompt]:
     """Return a question for a description of each photo, which nobody has written."""
-    return [Asked(path.name, tuple(question(DESCRIPTION_PROMPT, path)), "") for path in photos]
+    return [
+        TrainingPrompt(path.name, tuple(question(DESCRIPTION_PROMPT, path)), "") for path in photos
+    ]
 
 
 def main() -> None:

@@ -2,7 +2,7 @@
 
 - `pytest tests/cuda`: the tests that need a device;
 - ordinary and speculative decoding beside `transformers`' own `generate`, in float32 and bfloat16,
-  one request at a time and eight: the model that ships with its draft, and a model of two billion
+  one request at a time and eight: the example model with its draft, and a model of two billion
   parameters with random weights, whose later layers change little, so that its first layers are a
   good draft, as a trained one is;
 - an audit: how many replies have the tokens of `generate`, and where they differ how far apart the
@@ -222,7 +222,7 @@ class Contest:
 
 
 def shipped(device: torch.device, dtype: torch.dtype, scale: Scale) -> Contest:
-    """Return the model that ships, with its draft."""
+    """Return the example model, with its draft."""
     import fastvlm
     import fastvlm_example
     from fastvlm_example import HELD_OUT_SCENES

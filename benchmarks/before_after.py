@@ -1,4 +1,4 @@
-"""Two source trees of fastvlm compared in one run, interleaved, on the model that ships.
+"""Two source trees of fastvlm compared in one run, interleaved, on the example model.
 
 One worker process per tree answers the same questions, case by case, in an order that alternates,
 and only one of the two computes at a time: a machine whose speed drifts treats both alike.
@@ -83,7 +83,7 @@ class Job:
 
 
 def loaded() -> Any:
-    """Return the model that ships, without a prefix cache and with as many slots as are needed."""
+    """Return the example model, without a prefix cache and with as many slots as are needed."""
     import fastvlm
 
     options: dict[str, Any] = {"prefix_bytes": 0}

@@ -78,7 +78,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     usual = [RESULTS / "scenes.json", RESULTS / "photos.json"]
     parser.add_argument("results", type=Path, nargs="*", default=usual)
-    parser.add_argument("--model", help="the model of the results, if not the one that ships")
+    parser.add_argument("--model", help="the model of the results, if not the example model")
     parser.add_argument("--draft")
     parser.add_argument("--threads", type=int, help="CPU threads to compute with")
     parser.add_argument("--json", type=Path)

@@ -1,6 +1,6 @@
 """What share of a training step waits for data, with workers and without.
 
-The model that ships is trained for a while on photos of 12 megapixels, as cameras make them:
+The example model is trained for a while on photos of 12 megapixels, as cameras make them:
 COCO's, enlarged and saved as JPEG. Each round trains with every number of workers, in an order that
 turns; a training starts anew each time, and its first steps, in which workers start, are not
 measured. All trainings take the same steps, so their losses must be equal bit for bit.
@@ -34,11 +34,11 @@ from fastvlm.data.questions import images_in
 from fastvlm.evaluation.measuring import hardware
 from fastvlm.functional.statistics import Spread
 from fastvlm.training.instruction import InstructionTask
-from fastvlm.training.learner import Learner
 from fastvlm.training.parts import learning
 from fastvlm.training.processes import Processes, compute_on, this_process
 from fastvlm.training.rows import rows_for
 from fastvlm.training.schedule import Schedule, seed_step
+from fastvlm.training.train_state import TrainState
 
 PIXELS = (4000, 3000)
 PHOTOS = 24
@@ -97,15 +97,15 @@ def train(source: Records, options: argparse.Namespace, workers: int, taken: Tak
         learning(model, "decoder", 1),
         closing(InstructionTask(model, rows, Feed(source), options.batch, workers=workers)) as task,
     ):
-        learner = Learner(task, schedule, Accelerator(), Processes())
+        train_state = TrainState(task, schedule, Accelerator(), Processes())
         for step in range(schedule.steps):
             seed_step(0, step)
             started = time.perf_counter()
             examples = task.draw(step)
             drawn = time.perf_counter()
-            losses = learner.losses(examples)
+            losses = train_state.losses(examples)
             losses.total.backward()
-            learner.step(step, losses.weight)
+            train_state.step(step, losses.weight)
             taken.losses.append(float(losses.total.detach()))
             ended = time.perf_counter()
             if step >= UNMEASURED:

@@ -1,6 +1,6 @@
 """How long drafts should be: adaptive drafts against fixed ones, and where drafting can only lose.
 
-Three questions, each answered interleaved in one run on the model that ships:
+Three questions, each answered interleaved in one run on the example model:
 
 - `scenes`, `photos` and `mix`: adaptive drafts against fixed lengths, on a mix a scene, then a
   photo, with the estimates of one reply carried to the next;

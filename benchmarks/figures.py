@@ -254,7 +254,7 @@ def uneven() -> str:
     lines += [
         "",
         (
-            "The model that ships, interleaved; with drafts a verify of eight rows is bound by"
+            "The example model, interleaved; with drafts a verify of eight rows is bound by"
             f" arithmetic, so filling slots saves less. float32, {machine['threads']} threads of"
             f" {machine['processor']} ({machine['instructions']}), {record['date'][:10]}."
         ),

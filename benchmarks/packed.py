@@ -91,7 +91,7 @@ def milliseconds(
 def main() -> None:
     """Print a table for each decoder."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--model", help="the model; the one that ships, if not given")
+    parser.add_argument("--model", help="the model; the example model, if not given")
     parser.add_argument("--threads", type=int, help="CPU threads to compute with")
     parser.add_argument("--json", type=Path)
     options = parser.parse_args()

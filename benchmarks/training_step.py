@@ -23,11 +23,11 @@ import fastvlm
 from fastvlm.data.broken import BrokenRecords
 from fastvlm.data.questions import scene_conversations
 from fastvlm.training.draft import DraftPlan, DraftTask, new_network
-from fastvlm.training.forcing import Kept, TeacherForcing
-from fastvlm.training.learner import Learner
+from fastvlm.training.forcing import ExampleCache, TeacherForcing
 from fastvlm.training.processes import Processes
 from fastvlm.training.replies import Example, data_replies, questions_of
 from fastvlm.training.schedule import Schedule
+from fastvlm.training.train_state import TrainState
 
 BATCH = 24
 ROUNDS = 8
@@ -59,7 +59,7 @@ def main() -> None:
     torch.set_flush_denormal(True)
     vlm = fastvlm.load()
     learnt = examples(vlm)
-    forced = TeacherForcing(vlm, Kept()).batch(learnt)
+    forced = TeacherForcing(vlm, ExampleCache()).batch(learnt)
     least = int(forced.loss_mask.nonzero()[:, 1].min())
 
     @torch.no_grad()
@@ -96,14 +96,16 @@ def step(
     network = new_network(vlm, DraftPlan(kind), learnt)
     task = DraftTask(vlm, {kind: network}, learnt, batch=BATCH)
     task.target.keeps = keeps
-    learner = Learner(task, Schedule(steps=1000, learning_rate=1e-3), Accelerator(), Processes())
+    train_state = TrainState(
+        task, Schedule(steps=1000, learning_rate=1e-3), Accelerator(), Processes()
+    )
 
     def take() -> None:
         if forgets:
-            task.target.kept = Kept()
-        losses = learner.losses(task.draw(0))
+            task.target.kept = ExampleCache()
+        losses = train_state.losses(task.draw(0))
         losses.total.backward()
-        learner.step(0, losses.weight)
+        train_state.step(0, losses.weight)
 
     return take
 

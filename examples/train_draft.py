@@ -22,11 +22,10 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=300)
     parser.add_argument("--max-new-tokens", type=int, default=64)
     options = parser.parse_args()
-    code = run(
-        ["train", "draft", "--model", options.model, "--data", str(options.captions)]
-        + ["--output", str(options.output), "--kind", "block", "--steps", str(options.steps)]
-        + ["--held-out", "1", "--quiet"]
-    )
+    words = ["train", "draft", "--model", options.model, "--data", str(options.captions)]
+    words += ["--output", str(options.output), "--kind", "block", "--steps", str(options.steps)]
+    words += ["--held-out", "1", "--quiet"]
+    code = run(words)
     if code:
         raise SystemExit(code)
     vlm = fastvlm.load(options.model, draft=options.output / "block")

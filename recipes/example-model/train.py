@@ -7,6 +7,7 @@ python recipes/example-model/train.py model --photos FLICKR8K --encoder runs/enc
 from __future__ import annotations
 
 import sys
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated
 
@@ -67,47 +68,21 @@ def encoder(
         train_encoder(photos, output, schedule, start=start)
 
 
-def model(  # noqa: PLR0913 (a parameter is an option)
-    *,
-    photos: PhotosOption,
-    output: OutputOption,
+@dataclass(frozen=True, slots=True)
+class ModelParts:
+    """What the model is made of."""
+
+    photos: PhotosOption
     encoder: Annotated[
         Path | None, typer.Option(metavar="DIR", help="What `train.py encoder` made.")
-    ] = None,
+    ] = None
     start: Annotated[
         Path | None,
         typer.Option(
             metavar="DIR",
             help="A model to go on from, instead of a new one; --encoder then replaces its own.",
         ),
-    ] = None,
-    stage: Annotated[
-        list[str] | None,
-        typer.Option(
-            metavar="scenes|together|consensus",
-            callback=each_of("scenes", "together", "consensus"),
-            help="A stage to train; give it again for several. All of them, if not given.",
-        ),
-    ] = None,
-    share: Annotated[
-        float,
-        typer.Option(
-            metavar="X",
-            min=0.01,
-            max=100,
-            help="Steps of each stage, as a share of the plan's.",
-        ),
-    ] = 1.0,
-    learning_rate: Annotated[
-        float | None,
-        typer.Option(
-            metavar="X",
-            min=1e-8,
-            max=1,
-            help="The peak, in every stage.",
-            show_default="the stage's",
-        ),
-    ] = None,
+    ] = None
     widen: Annotated[
         int,
         typer.Option(
@@ -116,7 +91,7 @@ def model(  # noqa: PLR0913 (a parameter is an option)
             max=16,
             help="Make the decoder of --start so many times as wide first; it computes the same.",
         ),
-    ] = 1,
+    ] = 1
     layers: Annotated[
         int | None,
         typer.Option(
@@ -126,43 +101,83 @@ def model(  # noqa: PLR0913 (a parameter is an option)
             help="Make the decoder of --start so deep first; it computes the same.",
             show_default="as it is",
         ),
-    ] = None,
-    seed: SeedOption = 0,
-    accumulation: AccumulationOption = 1,
-    gradient_checkpointing: CheckpointingOption = False,
-    tracker: TrackerOption = None,
+    ] = None
+
+
+@dataclass(frozen=True, slots=True)
+class ModelRun:
+    """Which stages it learns in, how long and how fast."""
+
+    stage: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="scenes|together|consensus",
+            callback=each_of("scenes", "together", "consensus"),
+            help="A stage to train; give it again for several. All of them, if not given.",
+        ),
+    ] = None
+    share: Annotated[
+        float,
+        typer.Option(
+            metavar="X",
+            min=0.01,
+            max=100,
+            help="Steps of each stage, as a share of the plan's.",
+        ),
+    ] = 1.0
+    learning_rate: Annotated[
+        float | None,
+        typer.Option(
+            metavar="X",
+            min=1e-8,
+            max=1,
+            help="The peak, in every stage.",
+            show_default="the stage's",
+        ),
+    ] = None
+    seed: SeedOption = 0
+    accumulation: AccumulationOption = 1
+    gradient_checkpointing: CheckpointingOption = False
+    tracker: TrackerOption = None
+
+
+def model(
+    *,
+    parts: ModelParts,
+    output: OutputOption,
+    run: ModelRun,
     runtime: ModelTrainingRuntime,
 ) -> None:
     """Teach a model around a trained encoder to describe scenes and photos."""
     check_folder(output)
-    if encoder is None and start is None:
+    if parts.encoder is None and parts.start is None:
         raise UsageError("Give --encoder for a new model, or --start for one to go on from.")
-    if start is None and (widen > 1 or layers is not None):
+    if parts.start is None and (parts.widen > 1 or parts.layers is not None):
         raise UsageError("--widen and --layers need a model to grow: give it as --start.")
     runtime.prepare()
     from recipe.growth import Size
     from recipe.model import train_model
     from recipe.stages import STAGES, scaled
 
-    chosen = [planned for planned in STAGES if not stage or planned.name in stage]
+    chosen = [planned for planned in STAGES if not run.stage or planned.name in run.stage]
     stages = scaled(
         chosen,
-        share,
-        seed=seed,
+        run.share,
+        seed=run.seed,
         precision=runtime.mixed_precision,
-        accumulation=accumulation,
-        trackers=tuple(tracker or ()),
-        **({} if learning_rate is None else {"learning_rate": learning_rate}),
+        accumulation=run.accumulation,
+        trackers=tuple(run.tracker or ()),
+        **({} if run.learning_rate is None else {"learning_rate": run.learning_rate}),
     )
     with runtime.progress():
         train_model(
-            photos,
+            parts.photos,
             output,
-            encoder=encoder,
-            start=start,
+            encoder=parts.encoder,
+            start=parts.start,
             stages=stages,
-            size=Size(widen, layers),
-            gradient_checkpointing=gradient_checkpointing,
+            size=Size(parts.widen, parts.layers),
+            gradient_checkpointing=run.gradient_checkpointing,
         )
 
 

@@ -361,7 +361,7 @@ def load(
 
     Args:
         model: A directory in Apple's layout or in `transformers`', or a name on the Hugging Face
-            hub; None for the model that ships with fastvlm, with its own draft.
+            hub; None for the example model, with its own draft.
         draft: A draft's directory; None to decode without one.
         dtype: The precision to compute in.
         device: Where to compute; the CPU, if neither it nor a `device_map` is given.

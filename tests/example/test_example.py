@@ -16,7 +16,7 @@ from fastvlm.drafting.directory import load_draft
 from fastvlm.evaluation.audit import audit
 from fastvlm.prompts import question
 from fastvlm.training.draft import DraftTask
-from fastvlm.training.replies import Asked, own_replies
+from fastvlm.training.replies import TrainingPrompt, own_replies
 from fastvlm.vlm import VisionLanguageModel, load
 from fastvlm_example import HELD_OUT_SCENES
 from fastvlm_example.scenes import score_all
@@ -66,7 +66,9 @@ def test_acceptance_in_training_is_acceptance_in_decoding(
 ) -> None:
     """Teacher forcing over whole replies is what serving does: within two points."""
     questions = SCENES + PHOTOS
-    asked = [Asked("", tuple(question(q.prompt, q.open(vlm.image_size))), "") for q in questions]
+    asked = [
+        TrainingPrompt("", tuple(question(q.prompt, q.open(vlm.image_size))), "") for q in questions
+    ]
     examples = own_replies(vlm, asked, tmp_path, BrokenRecords())
     assert vlm.network is not None
     report = DraftTask(vlm, {"it": vlm.network}, examples).loss(examples).report

@@ -30,7 +30,7 @@ from fastvlm.training.draft import (
     train_draft,
 )
 from fastvlm.training.loop import train
-from fastvlm.training.replies import Asked, Example
+from fastvlm.training.replies import Example, TrainingPrompt
 from fastvlm.training.schedule import Schedule
 from fastvlm.vision.images import prepare
 from fastvlm.vlm import VisionLanguageModel, load
@@ -48,7 +48,8 @@ def own_replies(
 ) -> list[Example]:
     """The target's replies to questions about scenes and photos."""
     asked = [
-        Asked(str(q.image), tuple(asking(q.prompt, q.open(vlm.image_size))), "") for q in questions
+        TrainingPrompt(str(q.image), tuple(asking(q.prompt, q.open(vlm.image_size))), "")
+        for q in questions
     ]
     return replies.own_replies(vlm, asked, folder, BrokenRecords(), **options)
 
@@ -224,11 +225,11 @@ def test_a_question_that_fails_is_its_own_failure(
 ) -> None:
     """An image that can't be read, and a prompt without room for a reply, are passed over."""
     asked = [
-        Asked(str(n), tuple(asking(q.prompt, q.open(vlm.image_size))), "")
+        TrainingPrompt(str(n), tuple(asking(q.prompt, q.open(vlm.image_size))), "")
         for n, q in enumerate(questions[:4])
     ]
-    asked[1] = Asked("1", tuple(asking("What?", tmp_path / "nowhere.png")), "")
-    asked[2] = Asked("2", tuple(asking("What? " * 300, None)), "")
+    asked[1] = TrainingPrompt("1", tuple(asking("What?", tmp_path / "nowhere.png")), "")
+    asked[2] = TrainingPrompt("2", tuple(asking("What? " * 300, None)), "")
     for _ in range(2):
         broken = BrokenRecords(share=0.5)
         told = replies.own_replies(vlm, asked, tmp_path, broken, max_new_tokens=6)

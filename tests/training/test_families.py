@@ -16,7 +16,7 @@ from fastvlm.drafting.directory import load_draft
 from fastvlm.prompts import question
 from fastvlm.training.draft import DraftPlan, DraftTask, new_network, train_draft
 from fastvlm.training.held_out import decode_held_out
-from fastvlm.training.replies import Asked, own_replies
+from fastvlm.training.replies import TrainingPrompt, own_replies
 from fastvlm.training.schedule import Schedule
 from tests.families import replies
 from tests.processors import PROCESSORS, asked, saved
@@ -32,7 +32,7 @@ def test_a_draft_learns_from_photos_and_drafts_losslessly(family: str, tmp_path:
     model, processor = saved(family, tmp_path / "model")
     vlm = fastvlm.load(tmp_path / "model", dtype=torch.float64)
     turns = [
-        Asked(text, tuple(question(text, path)), "")
+        TrainingPrompt(text, tuple(question(text, path)), "")
         for text, path in zip(QUESTIONS, PHOTOS, strict=True)
     ]
     examples = own_replies(vlm, turns, tmp_path, BrokenRecords(), max_new_tokens=12)

@@ -13,7 +13,13 @@ from fastvlm.data.questions import scene_conversations
 from fastvlm.drafting.directory import load_draft
 from fastvlm.training.draft import DraftPlan, train_draft
 from fastvlm.training.joint import JointPlan, JointTask, train_joint
-from fastvlm.training.replies import Asked, Example, data_replies, own_replies, questions_of
+from fastvlm.training.replies import (
+    Example,
+    TrainingPrompt,
+    data_replies,
+    own_replies,
+    questions_of,
+)
 from fastvlm.training.schedule import Schedule
 from fastvlm.vlm import VisionLanguageModel
 from tests.models import IMAGE_SIZE, small_vlm
@@ -22,7 +28,7 @@ from tests.processors import saved
 EXIT = 2
 
 
-def asked_of(number: int) -> list[Asked]:
+def asked_of(number: int) -> list[TrainingPrompt]:
     return questions_of(scene_conversations(range(number), IMAGE_SIZE), BrokenRecords())
 
 

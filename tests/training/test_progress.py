@@ -22,7 +22,7 @@ from fastvlm.training.curves import read_curves
 from fastvlm.training.draft import DraftPlan, DraftTask, new_network
 from fastvlm.training.loop import train
 from fastvlm.training.progress import keep_until
-from fastvlm.training.replies import Asked, Example, own_replies, questions_of
+from fastvlm.training.replies import Example, TrainingPrompt, own_replies, questions_of
 from fastvlm.training.schedule import Schedule
 from fastvlm.training.validation import HeldOut
 from fastvlm_example import HELD_OUT_SCENES
@@ -158,7 +158,7 @@ def test_tensorboard_gets_the_figures(tmp_path: Path) -> None:
     assert b"tokens/s" in events.read_bytes()
 
 
-def asked_of(seeds: range, size: int) -> list[Asked]:
+def asked_of(seeds: range, size: int) -> list[TrainingPrompt]:
     return questions_of(scene_conversations(seeds, size), BrokenRecords())
 
 

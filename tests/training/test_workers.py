@@ -28,8 +28,8 @@ from fastvlm.training.draft import DraftPlan, DraftTask, new_network
 from fastvlm.training.instruction import tune_model
 from fastvlm.training.loop import train
 from fastvlm.training.paper_stages import PaperStage
-from fastvlm.training.replies import Asked, data_replies
-from fastvlm.training.rows import Row, RowMaker, rows_for
+from fastvlm.training.replies import TrainingPrompt, data_replies
+from fastvlm.training.rows import RowMaker, TrainingRow, rows_for
 from fastvlm.training.schedule import Schedule, seed_step, step_random
 from tests.models import small_vlm
 from tests.processors import saved
@@ -39,7 +39,9 @@ from tests.training.test_instruction import conversations, turn
 from tests.training.test_loop import assert_same
 
 
-def assert_same_rows(found: list[Row] | Broken, expected: list[Row] | Broken) -> None:
+def assert_same_rows(
+    found: list[TrainingRow] | Broken, expected: list[TrainingRow] | Broken
+) -> None:
     if isinstance(found, Broken) or isinstance(expected, Broken):
         assert found == expected
         return
@@ -129,7 +131,9 @@ def test_a_draft_learns_the_same_with_workers_which_open_its_images(
     for number in range(7):
         path = tmp_path / f"{number}.jpg"
         path.write_bytes(photo(number))
-        asked = Asked(path.name, tuple(question("What is it?", path)), f"{number} of them.")
+        asked = TrainingPrompt(
+            path.name, tuple(question("What is it?", path)), f"{number} of them."
+        )
         examples += data_replies(vlm, [asked])
     schedule = Schedule(steps=5, learning_rate=1e-3, warmup=0, log_seconds=0)
     learnt = []

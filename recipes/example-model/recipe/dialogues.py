@@ -1,4 +1,4 @@
-"""What a model's lessons are made of: a prompt about an image, and the reply to be learnt."""
+"""What a model's tasks are made of: a prompt about an image, and the reply to be learnt."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The encoder's own lesson, before any text: the facts of scenes and the words of captions.
+"""The encoder's own task, before any text: the facts of scenes and the words of captions.
 
 Captions alone teach an encoder slowly. What a rendered scene shows is known for each of its nine
 places, and what a photo shows is told by the words that its captions share.
@@ -25,7 +25,7 @@ from fastvlm.training.assembly import read_encoder
 from fastvlm.training.loop import train
 from fastvlm.training.processes import this_process
 from fastvlm.training.schedule import Schedule
-from fastvlm.training.task import Losses, Source
+from fastvlm.training.task import ExampleStream, Losses
 from fastvlm.vision.configuration import FastViTHDConfig
 from fastvlm.vision.fastvithd import FastViTHD
 from fastvlm.vision.images import to_tensor
@@ -60,7 +60,7 @@ def frequent_words(photos: Sequence[CaptionedImage], least: int) -> list[str]:
 
 
 class Heads(nn.Module):
-    """Linear read-outs of the encoder's features, thrown away after this lesson."""
+    """Linear read-outs of the encoder's features, thrown away after this task."""
 
     def __init__(self, width: int, words: int) -> None:
         super().__init__()
@@ -74,7 +74,7 @@ class Heads(nn.Module):
 
 @dataclass(frozen=True, slots=True)
 class Shown:
-    """What one step of the lesson shows.
+    """What one step of the task shows.
 
     Args:
         scenes: Scenes, whose facts are read.
@@ -115,7 +115,7 @@ class EncoderTask:
             "photos": digest([[p.path, p.captions] for p in photos]),
             "knows_scenes": knows_scenes,
         }
-        self.source: Source | None = None
+        self.source: ExampleStream | None = None
         self.whole: str | None = "the encoder's batch norms see all of a step"
         self.photos = photos
         self.scenes_first = 0 if knows_scenes else steps // 3
@@ -232,8 +232,8 @@ def train_encoder(
     encoder = FastViTHD(FastViTHDConfig.variant(variant)) if start is None else read_encoder(start)
     encoder.requires_grad_(True)
     images = read_flickr8k(photos, "train")
-    lesson = EncoderTask(encoder, images, steps=schedule.steps, knows_scenes=start is not None)
-    train(lesson, schedule, output)
+    task = EncoderTask(encoder, images, steps=schedule.steps, knows_scenes=start is not None)
+    train(task, schedule, output)
     if this_process().is_main_process:
         with written_into(output, last="config.json") as beside:
             encoder.save_pretrained(beside)

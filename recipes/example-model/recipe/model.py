@@ -1,4 +1,4 @@
-"""The whole model's lesson: to describe scenes exactly and photos as people do."""
+"""The whole model's task: to describe scenes exactly and photos as people do."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from fastvlm.training.loop import train
 from fastvlm.training.processes import this_process
 from fastvlm.training.rows import IGNORED
 from fastvlm.training.sharding import whole_state
-from fastvlm.training.task import Losses, Source
+from fastvlm.training.task import ExampleStream, Losses
 from fastvlm.vision.configuration import REDUCTION, FastViTHDConfig
 from fastvlm_example import HELD_OUT_SCENES
 from fastvlm_example.scenes import Scene, describe, sample
@@ -91,7 +91,7 @@ class ModelTask:
             "model": digest_of_weights(model),
             "photos": digest([[p.path, p.captions] for p in photos]),
         }
-        self.source: Source | None = None
+        self.source: ExampleStream | None = None
         self.whole: str | None = None
         if stage.sampled:
             self.whole = "the rewards of a step are set against one another"
@@ -256,8 +256,8 @@ def train_model(
         model.model.language_model.activation_checkpointing_enable()
     pixels = decode(images, 224)
     for stage in stages:
-        lesson = ModelTask(model, tokenizer, images, pixels, stage)
-        train(lesson, stage.schedule, output / stage.name)
+        task = ModelTask(model, tokenizer, images, pixels, stage)
+        train(task, stage.schedule, output / stage.name)
     save_model(model, tokenizer, output)
 
 

@@ -17,7 +17,7 @@ from fastvlm.cli.loading import (
     TemperatureOption,
     usage,
 )
-from fastvlm.cli.questions import SCENES, Asked, FailedQuestions
+from fastvlm.cli.questions import SCENES, FailedQuestions, QuestionOptions
 from fastvlm.cli.tables import FigureTable
 from fastvlm.cli.terminal import number
 from fastvlm.example import example
@@ -29,7 +29,7 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True, slots=True)
-class Replies:
+class ReplyOptions:
     """How an audit's replies are decoded."""
 
     batch: Annotated[
@@ -54,7 +54,7 @@ class Replies:
 
 
 @dataclass(frozen=True, slots=True)
-class Comparison:
+class ComparisonOptions:
     """What replies are held against, and what counts as a difference."""
 
     gap: Annotated[
@@ -88,12 +88,12 @@ def audit(
     ],
     *,
     contenders: Contenders,
-    asked: Asked,
+    asked: QuestionOptions,
     limit: Annotated[
         int, typer.Option(metavar="N", min=1, max=1_000_000, help="The most images.")
     ] = 1000,
-    replies: Replies,
-    comparison: Comparison,
+    replies: ReplyOptions,
+    comparison: ComparisonOptions,
     runtime: Runtime,
     figures: FiguresOutput,
 ) -> None:

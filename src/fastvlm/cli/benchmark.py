@@ -11,7 +11,7 @@ import typer
 from fastvlm.cli.contenders import Contenders
 from fastvlm.cli.files import FiguresOutput
 from fastvlm.cli.loading import MaxNewTokensOption, Runtime
-from fastvlm.cli.questions import WORDS, Asked, FailedQuestions
+from fastvlm.cli.questions import WORDS, FailedQuestions, QuestionOptions
 from fastvlm.cli.strategies import describe
 from fastvlm.cli.tables import FigureTable
 from fastvlm.cli.terminal import hardware_line, number
@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 def benchmark(
     *,
     contenders: Contenders,
-    asked: Asked,
+    asked: QuestionOptions,
     limit: Annotated[
         int,
         typer.Option(metavar="N", min=1, max=1_000_000, help="The most images to measure with."),
@@ -69,7 +69,7 @@ def benchmark(
         {
             "hardware": machine,
             "date": datetime.now(UTC).isoformat(timespec="seconds"),
-            "model": contenders.model or "the one that ships",
+            "model": contenders.model or "the example model",
             "strategies": {
                 one.name: describe(one, measured[one.name]) for one in contenders.chosen
             },

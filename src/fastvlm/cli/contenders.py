@@ -34,7 +34,7 @@ class Contenders:
     """A model and the strategies to decode it with, as they are typed.
 
     Args:
-        model: Its directory, or its name on the hub; None for the one that ships.
+        model: Its directory, or its name on the hub; None for the example model.
         draft: Drafts, `NAME=DIR`.
         strategies: Names separated by commas; None for all that there are.
         skipped_layers: Numbers separated by commas; None to search for them.

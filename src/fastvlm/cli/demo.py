@@ -1,4 +1,4 @@
-"""`fastvlm demo`: the model that ships, at work on the images that ship."""
+"""`fastvlm demo`: the example model, at work on its images."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ BESIDE_CELLS = 60
 
 @dataclass(frozen=True, slots=True)
 class DemoImage:
-    """An image that ships with the package.
+    """An image of the example model.
 
     Args:
         file: Where it is.
@@ -67,7 +67,7 @@ class DemoImage:
 
 
 @dataclass(frozen=True, slots=True)
-class Comparison:
+class DemoResult:
     """One image's reply decoded both ways."""
 
     title: str
@@ -91,14 +91,14 @@ def demo(
             min=1,
             max=1_000_000,
             help="How many images to show.",
-            show_default="all that ship",
+            show_default="all of the example model",
         ),
     ] = None,
     *,
     runtime: Runtime,
     output: FiguresOutput,
 ) -> None:
-    """See the model that ships describe images, ordinarily and self-speculatively.
+    """See the example model describe images, ordinarily and self-speculatively.
 
     Tokens that were drafted and accepted have one colour, those that the full model gave another.
 
@@ -223,7 +223,7 @@ def compare(
     vlm: VisionLanguageModel,
     strategies: dict[str, Strategy],
     image: DemoImage,
-) -> Comparison:
+) -> DemoResult:
     """Stream an image's reply both ways, then measure both without the terminal in between."""
     from fastvlm.evaluation.benchmark import run_strategy
 
@@ -246,10 +246,10 @@ def compare(
         for name in ("autoregressive", "imitation")
     ]
     replies += [run.token_ids for run in runs]
-    return Comparison(image.title, len(set(replies)) == 1, runs[0].statistics, runs[1].statistics)
+    return DemoResult(image.title, len(set(replies)) == 1, runs[0].statistics, runs[1].statistics)
 
 
-def line(of: Comparison) -> Padding:
+def line(of: DemoResult) -> Padding:
     """Return what one image's reply took, both ways."""
     text = Text()
     text.append("identical" if of.identical else "different", "" if of.identical else "bold red")
@@ -262,7 +262,7 @@ def line(of: Comparison) -> Padding:
     return Padding.indent(text, 2)
 
 
-def table(compared: Sequence[Comparison]) -> FigureTable:
+def table(compared: Sequence[DemoResult]) -> FigureTable:
     """Return the summary of all images: medians, and the acceptance length over all tokens."""
     out = FigureTable(
         (

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -21,7 +22,7 @@ from fastvlm.functional.errors import InputError
 from fastvlm.functional.files import storage_errors
 
 if TYPE_CHECKING:
-    from fastvlm.data.tasks import Task
+    from fastvlm.data.tasks import EvaluationTask
     from fastvlm.evaluation.tasks.answers import Journal
     from fastvlm.evaluation.tasks.grades import Graded
     from fastvlm.evaluation.tasks.plan import Plan
@@ -30,7 +31,10 @@ KEY = "OPENAI_API_KEY"
 """The environment variable with the judge's key."""
 
 
-def evaluate(  # noqa: PLR0913 (a parameter is an option)
+@dataclass(frozen=True, slots=True)
+class BenchmarkOptions:
+    """Which benchmarks are run, and how they are asked."""
+
     tasks: Annotated[
         str,
         typer.Option(
@@ -38,7 +42,7 @@ def evaluate(  # noqa: PLR0913 (a parameter is an option)
             help="Benchmarks, separated by commas: coco, nocaps, flickr8k, visdial, vqav2, textvqa,"
             " docvqa, mmmu, pope, mmvet, llava-wild. coco and flickr8k have splits: flickr8k:dev.",
         ),
-    ],
+    ]
     data: Annotated[
         Path,
         typer.Option(
@@ -46,16 +50,7 @@ def evaluate(  # noqa: PLR0913 (a parameter is an option)
             help="A folder with one for each benchmark, under its name as above, that holds the"
             " files as they were published.",
         ),
-    ],
-    output: Annotated[
-        Path,
-        typer.Option(
-            metavar="DIR",
-            help="Where answers and the report go; a stopped run goes on from there.",
-        ),
-    ],
-    *,
-    contenders: Contenders,
+    ]
     limit: Annotated[
         int | None,
         typer.Option(
@@ -65,7 +60,7 @@ def evaluate(  # noqa: PLR0913 (a parameter is an option)
             help="The most items of each benchmark, spread evenly over it.",
             show_default="all",
         ),
-    ] = None,
+    ] = None
     image_sizes: Annotated[
         str | None,
         typer.Option(
@@ -73,9 +68,9 @@ def evaluate(  # noqa: PLR0913 (a parameter is an option)
             help="Show the images in each of these sizes, sides in pixels: 256,512,1024.",
             show_default="the model's own",
         ),
-    ] = None,
-    max_new_tokens: MaxNewTokensOption = 256,
-    max_failed: MaxFailedOption = MAX_FAILED,
+    ] = None
+    max_new_tokens: MaxNewTokensOption = 256
+    max_failed: MaxFailedOption = MAX_FAILED
     prompt: Annotated[
         list[str] | None,
         typer.Option(
@@ -83,7 +78,13 @@ def evaluate(  # noqa: PLR0913 (a parameter is an option)
             help="What to ask of a captioning benchmark's images instead of its usual words, for"
             " a model that learnt others. Give it again for another benchmark.",
         ),
-    ] = None,
+    ] = None
+
+
+@dataclass(frozen=True, slots=True)
+class GradingOptions:
+    """What grades the benchmarks whose replies are judged."""
+
     judge: Annotated[
         str | None,
         typer.Option(
@@ -91,10 +92,10 @@ def evaluate(  # noqa: PLR0913 (a parameter is an option)
             help="An OpenAI-compatible endpoint that grades mmvet and llava-wild, such as"
             f" http://localhost:8000/v1; its key is read from {KEY}.",
         ),
-    ] = None,
+    ] = None
     judge_model: Annotated[
         str | None, typer.Option(metavar="NAME", help="The judge's name at that endpoint.")
-    ] = None,
+    ] = None
     grades: Annotated[
         list[str] | None,
         typer.Option(
@@ -102,7 +103,21 @@ def evaluate(  # noqa: PLR0913 (a parameter is an option)
             help="Grades of mmvet or llava-wild as its publisher's evaluator wrote them, of the"
             " replies in the output's submissions/.",
         ),
-    ] = None,
+    ] = None
+
+
+def evaluate(
+    *,
+    benchmarks: BenchmarkOptions,
+    output: Annotated[
+        Path,
+        typer.Option(
+            metavar="DIR",
+            help="Where answers and the report go; a stopped run goes on from there.",
+        ),
+    ],
+    contenders: Contenders,
+    grading: GradingOptions,
     runtime: Runtime,
     figures: FiguresOutput,
 ) -> None:
@@ -111,12 +126,12 @@ def evaluate(  # noqa: PLR0913 (a parameter is an option)
     Strategies take turns, an item at a time. The report is report.html, report.md and report.json
     in the output folder; on a finished folder it is written anew.
     """
-    if (judge is None) != (judge_model is None):
+    if (grading.judge is None) != (grading.judge_model is None):
         raise UsageError("A judge is an address and a name: give both --judge and --judge-model.")
     search = contenders.check()
-    sizes = sizes_in(image_sizes)
-    prompts, graded_files = pairs(prompt, "--prompt"), pairs(grades, "--grades")
-    names = names_in(tasks)
+    sizes = sizes_in(benchmarks.image_sizes)
+    prompts, graded_files = pairs(benchmarks.prompt, "--prompt"), pairs(grading.grades, "--grades")
+    names = names_in(benchmarks.tasks)
     check_folder(output)
     from fastvlm.drafting.fingerprint import weights_hash
     from fastvlm.evaluation.tasks.answers import Journal, left_out, recorded_plan
@@ -128,7 +143,7 @@ def evaluate(  # noqa: PLR0913 (a parameter is an option)
     from fastvlm.evaluation.tasks.tables import lossless, overview, quality
 
     pyplot()  # what the report needs in the end had better be there at the start
-    asked = read_tasks(names, data, limit, prompts)
+    asked = read_tasks(names, benchmarks.data, benchmarks.limit, prompts)
     check_grades(graded_files, asked)
     with storage_errors(output):
         output.mkdir(parents=True, exist_ok=True)
@@ -145,11 +160,11 @@ def evaluate(  # noqa: PLR0913 (a parameter is an option)
     import torch
 
     plan = Plan(
-        model=contenders.model or "the one that ships with fastvlm",
+        model=contenders.model or "the example model",
         tasks=asked,
         strategies={one.name: describe(one, measured[one.name]) for one in chosen},
         sizes=sizes,
-        max_new_tokens=max_new_tokens,
+        max_new_tokens=benchmarks.max_new_tokens,
         dtype=runtime.dtype,
         threads=torch.get_num_threads(),
         device=runtime.device,
@@ -157,13 +172,15 @@ def evaluate(  # noqa: PLR0913 (a parameter is an option)
     )
     journal = Journal(file, plan)
     with runtime.progress("Answering") as report:
-        run(vlm, measured, plan, journal, report, max_failed)
+        run(vlm, measured, plan, journal, report, benchmarks.max_failed)
     for failure in journal.failures.values():
         print_error(f"{failure.task}, item {failure.item}, is left out: {failure.reason}")
     plan = left_out(plan, journal)
     graded = all_grades(plan, journal, graded_files, output)
-    if judge is not None and judge_model is not None:
-        graded |= judged_by(judge, judge_model, plan, journal, output / "grades.jsonl", runtime)
+    if grading.judge is not None and grading.judge_model is not None:
+        graded |= judged_by(
+            grading.judge, grading.judge_model, plan, journal, output / "grades.jsonl", runtime
+        )
     found = rows(plan, journal, graded)
     write_report(output, plan, journal, found)
     if figures.json is not None:
@@ -220,7 +237,7 @@ def pairs(given: Sequence[str] | None, option: str) -> dict[str, str]:
     return found
 
 
-def check_grades(files: Mapping[str, str], tasks: Mapping[str, Task[Any]]) -> None:
+def check_grades(files: Mapping[str, str], tasks: Mapping[str, EvaluationTask[Any]]) -> None:
     """Refuse files of grades that could not be read after the long work.
 
     Raises:

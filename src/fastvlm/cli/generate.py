@@ -30,7 +30,7 @@ def strategy_names() -> list[str]:
 
 
 @dataclass(frozen=True, slots=True)
-class Drafting:
+class DraftOptions:
     """How drafts are made. None is what the draft records, or the strategy's own."""
 
     draft: Annotated[
@@ -38,7 +38,7 @@ class Drafting:
         typer.Option(
             metavar="DIR",
             help="The draft's directory: an imitation network made for this model.",
-            show_default="the one that ships, for the model that ships; else none",
+            show_default="the example model's own, for it; else none",
         ),
     ] = None
     strategy: Annotated[
@@ -90,7 +90,7 @@ class Drafting:
 
 
 @dataclass(frozen=True, slots=True)
-class Sampling:
+class SamplingOptions:
     """How tokens are chosen and where replies end. None is the checkpoint's."""
 
     max_new_tokens: Annotated[
@@ -157,8 +157,8 @@ def generate(
         ),
     ] = None,
     model: ModelOption = None,
-    drafting: Drafting,
-    sampling: Sampling,
+    drafting: DraftOptions,
+    sampling: SamplingOptions,
     runtime: Runtime,
     stats: Annotated[
         bool, typer.Option("--stats", help="Write each reply's timings to standard error.")
@@ -193,7 +193,7 @@ def generate(
         if stats:
             print_aside(f"{name}: {in_words(statistics)}")
     output.write(
-        {"prompt": prompt, "model": model or "the one that ships", "dtype": runtime.dtype,
+        {"prompt": prompt, "model": model or "the example model", "dtype": runtime.dtype,
          "replies": replies}
     )  # fmt: skip
     if any("error" in reply for reply in replies):

@@ -66,7 +66,7 @@ ModelOption = Annotated[
         "--model",
         metavar="DIR",
         help="The model: a directory in transformers' layout, or a name on the Hugging Face hub.",
-        show_default="the one that ships with fastvlm",
+        show_default="the example model",
     ),
 ]
 ThreadsOption = Annotated[
@@ -196,7 +196,7 @@ def whole_numbers(listed: str, what: str, example: str) -> tuple[int, ...]:
 
 
 def resolve_model(model: str | None) -> str | Path | None:
-    """Return where a model is: a path, a name on the hub, or None for the one that ships.
+    """Return where a model is: a path, a name on the hub, or None for the example model.
 
     `owner/name` may be either. It is a path if it exists, or if `owner` is a folder here: then it
     is a path typed wrong, which no hub need be asked for.

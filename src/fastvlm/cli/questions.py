@@ -45,7 +45,7 @@ TEXT_PROMPTS = (
 
 
 @dataclass(frozen=True, slots=True)
-class Asked:
+class QuestionOptions:
     """What a model is asked: options of `benchmark` and `audit`.
 
     Args:

@@ -32,7 +32,7 @@ DraftsOption = Annotated[
         metavar="[NAME=]DIR",
         help="A draft made for this model, measured as the strategy NAME (without one:"
         " imitation). Give it again to compare several.",
-        show_default="those that ship, for the model that ships: imitation and imitation-mlp",
+        show_default="for the example model its own: imitation and imitation-mlp",
     ),
 ]
 StrategiesOption = Annotated[

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Sequence
-from dataclasses import asdict, replace
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
 
@@ -36,13 +36,15 @@ from fastvlm.functional.errors import InputError
 if TYPE_CHECKING:
     from fastvlm.data.broken import BrokenRecords
     from fastvlm.training.draft import DraftPlan
-    from fastvlm.training.replies import Asked, Example
+    from fastvlm.training.replies import Example, TrainingPrompt
     from fastvlm.training.schedule import Schedule
     from fastvlm.vlm import VisionLanguageModel
 
 
-def draft(  # noqa: PLR0913 (a parameter is an option)
-    *,
+@dataclass(frozen=True, slots=True)
+class DraftData:
+    """What a draft learns from, and whose replies."""
+
     data: Annotated[
         list[str],
         typer.Option(
@@ -50,9 +52,7 @@ def draft(  # noqa: PLR0913 (a parameter is an option)
             help="What it learns from: a folder, file, shards or hub data set of conversations or"
             " captions, or scenes:N for rendered scenes. Give it again for several.",
         ),
-    ],
-    output: OutputOption,
-    model: ModelOption = None,
+    ]
     prompt: Annotated[
         list[str] | None,
         typer.Option(
@@ -60,68 +60,20 @@ def draft(  # noqa: PLR0913 (a parameter is an option)
             help="Ask this of each image, not what the data asks; not of scenes. Give it again"
             " for several.",
         ),
-    ] = None,
+    ] = None
     limit: Annotated[
         int | None,
         typer.Option(metavar="N", min=1, max=10**9, help="The most questions of each --data."),
-    ] = None,
+    ] = None
     replies: Annotated[
         Literal["own", "data"], typer.Option(help="Learn the model's own replies, or the data's.")
-    ] = "own",
+    ] = "own"
     temperature: Annotated[
         float,
         typer.Option(
             metavar="T", min=0, max=1e6, help="Of the model's own replies; 0 for greedy ones."
         ),
-    ] = 0.0,
-    kind: Annotated[
-        list[str],
-        typer.Option(
-            metavar="block|mlp",
-            callback=each_of("block", "mlp"),
-            help="What the imitation network is: decoder layers with their own cache, or the"
-            " paper's gated feed-forward network. Give it again to train both side by side.",
-        ),
-    ] = ["block"],  # noqa: B006 (typer reads it only)
-    exit_layer: Annotated[
-        str,
-        typer.Option(
-            metavar="N|auto",
-            help="Layers of the model that run before the network; auto teaches a few for a short"
-            " while and takes the one that decodes fastest here.",
-        ),
-    ] = "1",
-    blocks: Annotated[
-        int,
-        typer.Option(metavar="N", min=1, max=64, help="Decoder layers of a block."),
-    ] = 1,
-    draft_vocabulary: Annotated[
-        int,
-        typer.Option(
-            metavar="N",
-            min=0,
-            max=2**31 - 1,
-            help="The most tokens that can be drafted, the replies' most frequent; 0: all.",
-        ),
-    ] = 1024,
-    random_start: Annotated[
-        bool,
-        typer.Option(
-            "--random-start", help="Start at random, not as the layers that it stands for."
-        ),
-    ] = False,
-    cosine: Annotated[
-        float,
-        typer.Option(metavar="X", min=0, max=1e6, help="Weight of 1 - cos in the loss."),
-    ] = 0.1,
-    cross_entropy: Annotated[
-        float,
-        typer.Option(metavar="X", min=0, max=1e6, help="Weight of the cross-entropy in the loss."),
-    ] = 0.1,
-    start: Annotated[
-        Path | None,
-        typer.Option(metavar="DIR", help="The output of an earlier run, whose networks go on."),
-    ] = None,
+    ] = 0.0
     held_out: Annotated[
         int,
         typer.Option(
@@ -130,31 +82,107 @@ def draft(  # noqa: PLR0913 (a parameter is an option)
             max=1_000_000,
             help="Questions that are kept from it, to measure it by decoding.",
         ),
-    ] = 8,
+    ] = 8
+
+
+@dataclass(frozen=True, slots=True)
+class NetworkOptions:
+    """What the imitation network is, and its loss."""
+
+    kind: Annotated[
+        list[str],
+        typer.Option(
+            metavar="block|mlp",
+            callback=each_of("block", "mlp"),
+            help="What the imitation network is: decoder layers with their own cache, or the"
+            " paper's gated feed-forward network. Give it again to train both side by side.",
+        ),
+    ] = field(default_factory=lambda: ["block"])
+    exit_layer: Annotated[
+        str,
+        typer.Option(
+            metavar="N|auto",
+            help="Layers of the model that run before the network; auto teaches a few for a short"
+            " while and takes the one that decodes fastest here.",
+        ),
+    ] = "1"
+    blocks: Annotated[
+        int,
+        typer.Option(metavar="N", min=1, max=64, help="Decoder layers of a block."),
+    ] = 1
+    draft_vocabulary: Annotated[
+        int,
+        typer.Option(
+            metavar="N",
+            min=0,
+            max=2**31 - 1,
+            help="The most tokens that can be drafted, the replies' most frequent; 0: all.",
+        ),
+    ] = 1024
+    random_start: Annotated[
+        bool,
+        typer.Option(
+            "--random-start", help="Start at random, not as the layers that it stands for."
+        ),
+    ] = False
+    cosine: Annotated[
+        float,
+        typer.Option(metavar="X", min=0, max=1e6, help="Weight of 1 - cos in the loss."),
+    ] = 0.1
+    cross_entropy: Annotated[
+        float,
+        typer.Option(metavar="X", min=0, max=1e6, help="Weight of the cross-entropy in the loss."),
+    ] = 0.1
+    start: Annotated[
+        Path | None,
+        typer.Option(metavar="DIR", help="The output of an earlier run, whose networks go on."),
+    ] = None
+
+
+@dataclass(frozen=True, slots=True)
+class JointOptions:
+    """Whether and how the model is fine-tuned beforehand."""
+
     phases: Annotated[
         Literal["frozen", "joint,frozen"],
         typer.Option(help="Whether the model is fine-tuned on the data's replies beforehand."),
-    ] = "frozen",
+    ] = "frozen"
     exit_weight: Annotated[
         float,
         typer.Option(
             metavar="X", min=0, max=1e6, help="Weight of the exit's loss in the joint phase."
         ),
-    ] = 1.0,
+    ] = 1.0
     joint_steps: Annotated[
         int,
         typer.Option(metavar="N", min=1, max=2**31 - 1, help="Steps of the joint phase."),
-    ] = 400,
+    ] = 400
     joint_learning_rate: Annotated[
         float,
         typer.Option(metavar="X", min=1e-8, max=1, help="The peak of the joint phase."),
-    ] = 2e-5,
-    steps: StepsOption = 400,
-    learning_rate: RateOption = 1e-3,
-    seed: SeedOption = 0,
-    accumulation: AccumulationOption = 1,
-    workers: WorkersOption = None,
-    tracker: TrackerOption = None,
+    ] = 2e-5
+
+
+@dataclass(frozen=True, slots=True)
+class DraftRun:
+    """How long and how fast a draft learns."""
+
+    steps: StepsOption = 400
+    learning_rate: RateOption = 1e-3
+    seed: SeedOption = 0
+    accumulation: AccumulationOption = 1
+    workers: WorkersOption = None
+    tracker: TrackerOption = None
+
+
+def draft(
+    *,
+    questions: DraftData,
+    output: OutputOption,
+    model: ModelOption = None,
+    network: NetworkOptions,
+    joint_phase: JointOptions,
+    run: DraftRun,
     runtime: TrainingRuntime,
     figures: FiguresOutput,
 ) -> None:
@@ -167,15 +195,15 @@ def draft(  # noqa: PLR0913 (a parameter is an option)
     as a folder named after its kind there, with a model card.
     """
     check_folder(output)
-    check_temperature(temperature, replies)
-    joint = phases == "joint,frozen"
+    check_temperature(questions.temperature, questions.replies)
+    joint = joint_phase.phases == "joint,frozen"
     if joint:
-        check_joint(exit_layer, prompt, runtime.target_dtype)
+        check_joint(network.exit_layer, questions.prompt, runtime.target_dtype)
     from fastvlm.training.processes import process_0_first, this_process
 
     runtime.prepare()
     vlm = load_quietly(model, dtype=runtime.target_dtype, device=this_process().device)
-    check_exit_layer(exit_layer, vlm.decoder.depth)
+    check_exit_layer(network.exit_layer, vlm.decoder.depth)
     from fastvlm.data.broken import BrokenRecords
     from fastvlm.evaluation.measuring import hardware
     from fastvlm.training.draft import DraftPlan, train_draft
@@ -186,68 +214,79 @@ def draft(  # noqa: PLR0913 (a parameter is an option)
     from fastvlm.training.schedule import Schedule
 
     broken, unread = BrokenRecords(), BrokenRecords()
-    asked = questions_in(data, vlm, broken, prompt or [], limit)
-    kept, learnt = held_apart(asked, held_out, seed)
+    asked = questions_in(questions.data, vlm, broken, questions.prompt or [], questions.limit)
+    kept, learned = held_apart(asked, questions.held_out, run.seed)
     schedule = Schedule(
-        steps=steps,
-        learning_rate=learning_rate,
+        steps=run.steps,
+        learning_rate=run.learning_rate,
         warmup=20,
-        seed=seed,
+        seed=run.seed,
         precision=runtime.mixed_precision,
-        accumulation=accumulation,
-        trackers=tuple(tracker or ()),
-        workers=workers_of(workers),
+        accumulation=run.accumulation,
+        trackers=tuple(run.tracker or ()),
+        workers=workers_of(run.workers),
     )
     console = figures.console
     target = str(model or "fastvlm's own model")
     if joint:
         tuned = output / "model"
-        slower = replace(schedule, steps=joint_steps, learning_rate=joint_learning_rate)
-        plan = JointPlan(int(exit_layer), exit_weight)
+        slower = replace(
+            schedule, steps=joint_phase.joint_steps, learning_rate=joint_phase.joint_learning_rate
+        )
+        plan = JointPlan(int(network.exit_layer), joint_phase.exit_weight)
         with runtime.progress():
-            train_joint(vlm, data_replies(vlm, learnt), plan, slower, tuned)
+            train_joint(vlm, data_replies(vlm, learned), plan, slower, tuned)
         vlm, target = load_quietly(tuned, device=this_process().device), str(tuned)
-        console.print(f"The target, fine-tuned with exit {exit_layer}, is saved in {tuned}.")
-    if replies == "data":
-        examples = data_replies(vlm, learnt)
+        console.print(
+            f"The target, fine-tuned with exit {network.exit_layer}, is saved in {tuned}."
+        )
+    if questions.replies == "data":
+        examples = data_replies(vlm, learned)
     else:
         with process_0_first(), runtime.progress():
-            examples = own_replies(vlm, learnt, output, unread, temperature=temperature)
+            examples = own_replies(vlm, learned, output, unread, temperature=questions.temperature)
     console.print(f"{len(examples):,} replies. {broken.summary()}.")
     if unread.count:
         console.print(f"{unread.summary()}.")
     usual = DraftPlan(
-        blocks=blocks,
-        draft_vocabulary=draft_vocabulary or None,
-        initialised=not random_start,
-        cosine=cosine,
-        cross_entropy=cross_entropy,
+        blocks=network.blocks,
+        draft_vocabulary=network.draft_vocabulary or None,
+        initialised=not network.random_start,
+        cosine=network.cosine,
+        cross_entropy=network.cross_entropy,
     )
     plans = {
-        name: replace(usual, kind=name, exit_layer=int(exit_layer))
-        if exit_layer != "auto"
+        name: replace(usual, kind=name, exit_layer=int(network.exit_layer))
+        if network.exit_layer != "auto"
         else best_plan(vlm, replace(usual, kind=name), examples, kept, output, schedule, console)
-        for name in kind
+        for name in network.kind
     }
     with runtime.progress():
-        networks = train_draft(vlm, plans, examples, output, schedule, start, kept)
+        networks = train_draft(vlm, plans, examples, output, schedule, network.start, kept)
     if not this_process().is_main_process:
         return
     for name, decoded in (found := decode_held_out(vlm, networks, kept)).items():
-        whose = "the data set's" if replies == "data" else "the model's own"
+        whose = "the data set's" if questions.replies == "data" else "the model's own"
         card = Card(
-            target, data, whose, plans[name], held_out, hardware_line(hardware(vlm.decoder.device))
+            target,
+            questions.data,
+            whose,
+            plans[name],
+            questions.held_out,
+            hardware_line(hardware(vlm.decoder.device)),
         )
         card.write(output / name, networks[name], decoded)
         console.print(
             f"{name}: acceptance rate {decoded.acceptance_rate:.3f},"
             f" {decoded.acceptance_length:.2f} tokens a pass, {decoded.speedup.median:.2f}x on"
-            f" {held_out} held-out questions; saved in {output / name}."
+            f" {questions.held_out} held-out questions; saved in {output / name}."
         )
     figures.write({"target": target, "drafts": {name: asdict(one) for name, one in found.items()}})
 
 
-def held_apart(asked: list[Asked], held_out: int, seed: int) -> tuple[list[Asked], list[Asked]]:
+def held_apart(
+    asked: list[TrainingPrompt], held_out: int, seed: int
+) -> tuple[list[TrainingPrompt], list[TrainingPrompt]]:
     """Return the questions that are held out, drawn at random, and those that are learnt.
 
     Raises:
@@ -308,7 +347,7 @@ def best_plan(
     vlm: VisionLanguageModel,
     plan: DraftPlan,
     examples: Sequence[Example],
-    kept: Sequence[Asked],
+    kept: Sequence[TrainingPrompt],
     output: Path,
     schedule: Schedule,
     console: PlainConsole,
@@ -333,7 +372,7 @@ def questions_in(
     broken: BrokenRecords,
     prompts: Sequence[str],
     limit: int | None,
-) -> list[Asked]:
+) -> list[TrainingPrompt]:
     """Return the questions of data sets.
 
     Raises:

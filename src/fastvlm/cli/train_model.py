@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
@@ -31,7 +31,100 @@ if TYPE_CHECKING:
     from fastvlm.training.paper_stages import PaperStage
 
 
-def model(  # noqa: PLR0913 (a parameter is an option)
+@dataclass(frozen=True, slots=True)
+class ModelParts:
+    """The model to train, or what a new one is made of."""
+
+    model: Annotated[
+        str | None,
+        typer.Option(metavar="DIR", help="The model to train: a directory, or a name on the hub."),
+    ] = None
+    encoder: Annotated[
+        Path | None,
+        typer.Option(metavar="DIR", help="For a new model: a FastViTHD, or a model with one."),
+    ] = None
+    decoder: Annotated[
+        Path | None, typer.Option(metavar="DIR", help="For a new model: a language model.")
+    ] = None
+
+
+@dataclass(frozen=True, slots=True)
+class StageOptions:
+    """A stage of the paper, and what of it is overridden."""
+
+    stage: Annotated[
+        Literal["1", "1.5", "2", "3"],
+        typer.Option(help="The paper's stage; 1 trains the projector, the others everything."),
+    ] = "2"
+    learns: Annotated[
+        Literal["projector", "decoder", "everything", "lora"] | None,
+        typer.Option(
+            help="What learns: decoder is all but the encoder, lora an adapter beside each of the"
+            " decoder's linear layers.",
+            show_default="the stage's",
+        ),
+    ] = None
+    lora_rank: Annotated[
+        int, typer.Option(metavar="N", min=1, max=65536, help="Rank of the adapters.")
+    ] = 64
+    image_size: Annotated[
+        int | None,
+        typer.Option(
+            metavar="PIXELS",
+            min=64,
+            max=16384,
+            help="Side of the images, a multiple of 64.",
+            show_default="the stage's",
+        ),
+    ] = None
+    batch: Annotated[
+        int | None,
+        typer.Option(
+            metavar="N",
+            min=1,
+            max=1_000_000,
+            help="Conversations in a step.",
+            show_default="the stage's",
+        ),
+    ] = None
+    epochs: Annotated[
+        float | None,
+        typer.Option(
+            metavar="X",
+            min=0.001,
+            max=1e6,
+            help="Times that the data is shown.",
+            show_default="the stage's",
+        ),
+    ] = None
+    steps: Annotated[
+        int | None,
+        typer.Option(
+            metavar="N",
+            min=1,
+            max=2**31 - 1,
+            help="Optimiser steps in all.",
+            show_default="what the epochs make",
+        ),
+    ] = None
+    learning_rate: Annotated[
+        float | None,
+        typer.Option(metavar="X", min=1e-8, max=1, help="The peak.", show_default="the stage's"),
+    ] = None
+
+
+@dataclass(frozen=True, slots=True)
+class ModelRun:
+    """How a step is computed, and what is told of it."""
+
+    seed: SeedOption = 0
+    accumulation: AccumulationOption = 1
+    gradient_checkpointing: CheckpointingOption = False
+    workers: WorkersOption = None
+    tracker: TrackerOption = None
+
+
+def model(
     *,
     data: Annotated[
         str,
@@ -42,81 +135,9 @@ def model(  # noqa: PLR0913 (a parameter is an option)
         ),
     ],
     output: OutputOption,
-    model: Annotated[
-        str | None,
-        typer.Option(metavar="DIR", help="The model to train: a directory, or a name on the hub."),
-    ] = None,
-    encoder: Annotated[
-        Path | None,
-        typer.Option(metavar="DIR", help="For a new model: a FastViTHD, or a model with one."),
-    ] = None,
-    decoder: Annotated[
-        Path | None, typer.Option(metavar="DIR", help="For a new model: a language model.")
-    ] = None,
-    stage: Annotated[
-        Literal["1", "1.5", "2", "3"],
-        typer.Option(help="The paper's stage; 1 trains the projector, the others everything."),
-    ] = "2",
-    learns: Annotated[
-        Literal["projector", "decoder", "everything", "lora"] | None,
-        typer.Option(
-            help="What learns: decoder is all but the encoder, lora an adapter beside each of the"
-            " decoder's linear layers.",
-            show_default="the stage's",
-        ),
-    ] = None,
-    lora_rank: Annotated[
-        int, typer.Option(metavar="N", min=1, max=65536, help="Rank of the adapters.")
-    ] = 64,
-    image_size: Annotated[
-        int | None,
-        typer.Option(
-            metavar="PIXELS",
-            min=64,
-            max=16384,
-            help="Side of the images, a multiple of 64.",
-            show_default="the stage's",
-        ),
-    ] = None,
-    batch: Annotated[
-        int | None,
-        typer.Option(
-            metavar="N",
-            min=1,
-            max=1_000_000,
-            help="Conversations in a step.",
-            show_default="the stage's",
-        ),
-    ] = None,
-    epochs: Annotated[
-        float | None,
-        typer.Option(
-            metavar="X",
-            min=0.001,
-            max=1e6,
-            help="Times that the data is shown.",
-            show_default="the stage's",
-        ),
-    ] = None,
-    steps: Annotated[
-        int | None,
-        typer.Option(
-            metavar="N",
-            min=1,
-            max=2**31 - 1,
-            help="Optimiser steps in all.",
-            show_default="what the epochs make",
-        ),
-    ] = None,
-    learning_rate: Annotated[
-        float | None,
-        typer.Option(metavar="X", min=1e-8, max=1, help="The peak.", show_default="the stage's"),
-    ] = None,
-    seed: SeedOption = 0,
-    accumulation: AccumulationOption = 1,
-    gradient_checkpointing: CheckpointingOption = False,
-    workers: WorkersOption = None,
-    tracker: TrackerOption = None,
+    parts: ModelParts,
+    recipe: StageOptions,
+    run: ModelRun,
     runtime: ModelTrainingRuntime,
 ) -> None:
     """Teach a model what the assistant says in conversations, in the paper's stages.
@@ -125,31 +146,33 @@ def model(  # noqa: PLR0913 (a parameter is an option)
     an encoder and a decoder.
     """
     check_folder(output)
-    if (model is None) == (decoder is None) or (encoder is None) != (decoder is None):
+    if (parts.model is None) == (parts.decoder is None) or (parts.encoder is None) != (
+        parts.decoder is None
+    ):
         raise UsageError("Give --model, or --encoder and --decoder for a new one.")
-    if model is not None and Path(model).resolve() == output.resolve():
+    if parts.model is not None and Path(parts.model).resolve() == output.resolve():
         raise UsageError("--output is the model itself, from which the run starts; give another.")
     runtime.prepare()
     from fastvlm.training.instruction import tune_model
     from fastvlm.training.paper_stages import PAPER_STAGES
 
     given = {
-        "learns": learns,
-        "image_size": image_size,
-        "batch": batch,
-        "epochs": epochs,
-        "learning_rate": learning_rate,
+        "learns": recipe.learns,
+        "image_size": recipe.image_size,
+        "batch": recipe.batch,
+        "epochs": recipe.epochs,
+        "learning_rate": recipe.learning_rate,
     }
-    target, processor = loaded_or_new(model, encoder, decoder)
-    chosen = fitting(target, PAPER_STAGES[stage], given)
+    target, processor = loaded_or_new(parts.model, parts.encoder, parts.decoder)
+    chosen = fitting(target, PAPER_STAGES[recipe.stage], given)
     source = conversations_in(data, shown_at(target, chosen))
     schedule = replace(
-        chosen.schedule(steps_of(chosen, source, data, steps)),
-        seed=seed,
+        chosen.schedule(steps_of(chosen, source, data, recipe.steps)),
+        seed=run.seed,
         precision=runtime.mixed_precision,
-        accumulation=accumulation,
-        trackers=tuple(tracker or ()),
-        workers=workers_of(workers),
+        accumulation=run.accumulation,
+        trackers=tuple(run.tracker or ()),
+        workers=workers_of(run.workers),
     )
     with runtime.progress():
         tune_model(
@@ -159,12 +182,12 @@ def model(  # noqa: PLR0913 (a parameter is an option)
             chosen,
             schedule,
             output,
-            rank=lora_rank,
-            gradient_checkpointing=gradient_checkpointing,
+            rank=recipe.lora_rank,
+            gradient_checkpointing=run.gradient_checkpointing,
         )
     PlainConsole().print(
-        f"Stage {stage} ({chosen.learns}), {schedule.steps:,} steps of {chosen.batch}; saved in"
-        f" {output}."
+        f"Stage {recipe.stage} ({chosen.learns}), {schedule.steps:,} steps of {chosen.batch}; saved"
+        f" in {output}."
     )
 
 

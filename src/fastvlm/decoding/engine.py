@@ -15,7 +15,7 @@ import torch
 
 from fastvlm.decoding.batch import Batch
 from fastvlm.decoding.cycle import cycle, prefill
-from fastvlm.decoding.prefix_reuse import recall, remember
+from fastvlm.decoding.prefix_reuse import restore_prefix, store_prefix
 from fastvlm.decoding.request import Request
 from fastvlm.decoding.slot import ExitStates, Slot
 from fastvlm.functional.errors import InputError, first_line
@@ -325,13 +325,13 @@ class Engine:
         if request.strategy.cache_layers:
             exits = ExitStates(kept=request.prefix_cache is not None and inputs.keys is not None)
         slot = Slot(index, request, exits)
-        recall(slot, self.decoder, self.cache)
+        restore_prefix(slot, self.decoder, self.cache)
         self.slots.append(slot)
 
     def _keep(self, slot: Slot) -> None:
         """Tell its strategy of a request that has ended, and keep what others begin with."""
         slot.request.strategy.on_finish(len(slot.request.output_token_ids))
-        remember(slot, self.decoder, self.cache, self._dtype)
+        store_prefix(slot, self.decoder, self.cache, self._dtype)
 
     def _follow_model(self) -> None:
         """Take over where and in what precision the model computes now."""

@@ -10,7 +10,7 @@ from fastvlm.language.cache import DecoderCache
 from fastvlm.language.decoder import SplitDecoder
 
 
-def recall(slot: Slot, decoder: SplitDecoder, cache: DecoderCache) -> None:
+def restore_prefix(slot: Slot, decoder: SplitDecoder, cache: DecoderCache) -> None:
     """Fill a new slot with what is known of its prompt's beginning.
 
     Args:
@@ -38,7 +38,9 @@ def recall(slot: Slot, decoder: SplitDecoder, cache: DecoderCache) -> None:
         slot.prefilled = slot.length = known
 
 
-def remember(slot: Slot, decoder: SplitDecoder, cache: DecoderCache, dtype: torch.dtype) -> None:
+def store_prefix(
+    slot: Slot, decoder: SplitDecoder, cache: DecoderCache, dtype: torch.dtype
+) -> None:
     """Keep what was computed of a request that has ended, for those that begin as it does.
 
     Args:

@@ -78,8 +78,8 @@ class OptDecoder(SplitDecoder):
         if self.decoder.project_in is not None:
             x = self.decoder.project_in(x)
         # What is drafted past a row's limit is never accepted, but is computed beside other rows.
-        learnt = positions.indices.clamp(max=self.max_positions - 1)
-        return x + self.decoder.embed_positions(None, position_ids=learnt)
+        indices = positions.indices.clamp(max=self.max_positions - 1)
+        return x + self.decoder.embed_positions(None, position_ids=indices)
 
     def _run(
         self, x: Tensor, positions: Positions, cache: KeyValueCache, layers: Sequence[nn.Module]

@@ -216,17 +216,17 @@ class ProcessorPromptBuilder:
         else:
             inputs = placed(prepared, self.decoder.device, self.decoder.dtype)
         if cache is None:
-            found, digests = self.captured(inputs), []
+            found, digests = self.capture(inputs), []
         else:
             with cache.patched(self.model) as digests:
-                found = self.captured(inputs)
+                found = self.capture(inputs)
         if found.encoder_states is not None:
             # An encoder reads the whole source before the decoder's first position.
             return found
         shows = bool(images_of(dialogue(messages)))
         return replace(found, keys=self.keys(found.token_ids, digests if shows else None))
 
-    def captured(self, inputs: dict[str, Tensor]) -> DecoderInputs:
+    def capture(self, inputs: dict[str, Tensor]) -> DecoderInputs:
         """Return what the decoder is given for one row of inputs.
 
         Raises:

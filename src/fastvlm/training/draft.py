@@ -25,13 +25,18 @@ from fastvlm.functional.placement import moved
 from fastvlm.language.families import text_decoder
 from fastvlm.training.digests import digest_of_examples
 from fastvlm.training.draws import ExampleDraws
-from fastvlm.training.forcing import KEPT_BYTES, GradientCache, Kept, TeacherForcing
+from fastvlm.training.forcing import (
+    EXAMPLE_CACHE_BYTES,
+    ExampleCache,
+    GradientCache,
+    TeacherForcing,
+)
 from fastvlm.training.loop import train
 from fastvlm.training.processes import this_process
-from fastvlm.training.replies import Asked, Example
+from fastvlm.training.replies import Example, TrainingPrompt
 from fastvlm.training.schedule import Schedule
 from fastvlm.training.target import FrozenTarget, TargetStates
-from fastvlm.training.task import Losses, Source
+from fastvlm.training.task import ExampleStream, Losses
 from fastvlm.training.validation import HeldOut
 from fastvlm.vlm import VisionLanguageModel
 
@@ -148,14 +153,14 @@ class DraftTask:
         plans: Mapping[str, DraftPlan] | None = None,
         *,
         batch: int = 24,
-        kept_bytes: int = KEPT_BYTES,
+        kept_bytes: int = EXAMPLE_CACHE_BYTES,
     ) -> None:
         vlm.model.requires_grad_(False)
         # Dropout, which OPT and T5 have, would hide part of what is to be imitated.
         self.vlm, self.networks = vlm, {name: net.eval() for name, net in networks.items()}
         self.plans = {name: (plans or {}).get(name, DraftPlan()) for name in networks}
         self.examples, self.batch = examples, batch
-        self.forcing = TeacherForcing(vlm, Kept(kept_bytes))
+        self.forcing = TeacherForcing(vlm, ExampleCache(kept_bytes))
         exits = [network.config.exit_layer for network in networks.values()]
         self.target = FrozenTarget(self.forcing, exits, examples, kept_bytes)
         self.module: nn.Module = nn.ModuleDict(self.networks)
@@ -176,7 +181,7 @@ class DraftTask:
                 for name, network in networks.items()
             },
         }
-        self.source: Source | None = None
+        self.source: ExampleStream | None = None
         self.whole: str | None = None
         self.draws = ExampleDraws(self.forcing, examples, batch)
 
@@ -283,7 +288,7 @@ def train_draft(
     output: Path,
     schedule: Schedule,
     start: Path | None = None,
-    held_out: Sequence[Asked] = (),
+    held_out: Sequence[TrainingPrompt] = (),
 ) -> dict[str, ImitationNetwork]:
     """Train networks for a frozen target and save each as `output/<name>`, in bfloat16.
 

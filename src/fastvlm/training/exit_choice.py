@@ -13,7 +13,7 @@ from fastvlm.functional.text_files import read_json
 from fastvlm.training.draft import DraftPlan, train_draft
 from fastvlm.training.held_out import Decoded, decode_held_out
 from fastvlm.training.processes import this_process
-from fastvlm.training.replies import Asked, Example
+from fastvlm.training.replies import Example, TrainingPrompt
 from fastvlm.training.schedule import Schedule
 from fastvlm.vlm import VisionLanguageModel
 
@@ -27,7 +27,7 @@ def choose_exit_layer(
     vlm: VisionLanguageModel,
     plan: DraftPlan,
     examples: Sequence[Example],
-    held_out: Sequence[Asked],
+    held_out: Sequence[TrainingPrompt],
     output: Path,
     schedule: Schedule,
 ) -> tuple[int, Mapping[int, Decoded]]:

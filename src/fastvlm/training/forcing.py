@@ -17,11 +17,11 @@ from fastvlm.vlm import VisionLanguageModel
 
 T = TypeVar("T")
 
-KEPT_BYTES = 2 * 2**30
+EXAMPLE_CACHE_BYTES = 2 * 2**30
 """Memory for what a frozen model makes of examples, so that it need not be made again."""
 
 
-class Kept:
+class ExampleCache:
     """What was made of examples, as much of it as fits into memory.
 
     What fits is kept for good: a step draws at random, and would find as little of what was used
@@ -32,7 +32,7 @@ class Kept:
         most_bytes: The most memory.
     """
 
-    def __init__(self, most_bytes: int = KEPT_BYTES) -> None:
+    def __init__(self, most_bytes: int = EXAMPLE_CACHE_BYTES) -> None:
         self.left = most_bytes
         # With what it was made of, which stays alive so that its id stays its own.
         self._found: dict[int, tuple[object, Any]] = {}
@@ -85,7 +85,7 @@ class TeacherForcing:
         kept: Where prompts are kept.
     """
 
-    def __init__(self, vlm: VisionLanguageModel, kept: Kept) -> None:
+    def __init__(self, vlm: VisionLanguageModel, kept: ExampleCache) -> None:
         self.vlm, self.kept = vlm, kept
         # What workers prepared, by the id of the messages, until it is taken.
         self.prepared: dict[int, Any] = {}

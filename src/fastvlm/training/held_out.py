@@ -12,7 +12,7 @@ from fastvlm.drafting import ImitationNetwork
 from fastvlm.functional.errors import InputError
 from fastvlm.functional.placement import moved
 from fastvlm.functional.statistics import Acceptance, DecodingStatistics, Spread
-from fastvlm.training.replies import Asked
+from fastvlm.training.replies import TrainingPrompt
 from fastvlm.vlm import VisionLanguageModel
 
 ORDINARY = ""
@@ -39,7 +39,7 @@ class Decoded:
 def decode_held_out(
     vlm: VisionLanguageModel,
     networks: Mapping[str, ImitationNetwork],
-    asked: Sequence[Asked],
+    asked: Sequence[TrainingPrompt],
     *,
     max_new_tokens: int = 160,
 ) -> dict[str, Decoded]:

@@ -1,4 +1,4 @@
-"""The lesson of a model itself: to say what the assistant says in conversations."""
+"""The task of a model itself: to say what the assistant says in conversations."""
 
 from __future__ import annotations
 
@@ -25,10 +25,10 @@ from fastvlm.training.loop import train
 from fastvlm.training.paper_stages import PaperStage
 from fastvlm.training.parts import learning
 from fastvlm.training.processes import this_process
-from fastvlm.training.rows import IGNORED, Row, RowMaker, Rows, rows_for
+from fastvlm.training.rows import IGNORED, RowBuilder, RowMaker, TrainingRow, rows_for
 from fastvlm.training.schedule import Schedule
 from fastvlm.training.sharding import whole_state
-from fastvlm.training.task import Losses, Source
+from fastvlm.training.task import ExampleStream, Losses
 from fastvlm.vision.configuration import REDUCTION
 from fastvlm.vision.fastvithd import FastViTHD
 
@@ -44,7 +44,7 @@ class InstructionTask:
         rows: What makes its rows.
         feed: The conversations.
         batch: Conversations that this process takes in a step.
-        plan: See `Task`.
+        plan: See `TrainingTask`.
         workers: Processes that prepare conversations ahead of the step that takes them; those of
             a step are held ready. What is learnt is the same for any number.
     """
@@ -52,7 +52,7 @@ class InstructionTask:
     def __init__(
         self,
         model: PreTrainedModel,
-        rows: Rows,
+        rows: RowBuilder,
         feed: Feed,
         batch: int,
         plan: Mapping[str, Any] | None = None,
@@ -64,12 +64,12 @@ class InstructionTask:
         self.module: nn.Module = model
         self.unit = "tokens"
         self.plan: Mapping[str, Any] = plan or {}
-        self.source: Source | None = feed
+        self.source: ExampleStream | None = feed
         self.whole: str | None = None
         self.rows, self.feed, self.batch, self.workers = rows, feed, batch, workers
-        self._prepared: Generator[list[Row]] | None = None
+        self._prepared: Generator[list[TrainingRow]] | None = None
 
-    def draw(self, step: int) -> list[Row]:
+    def draw(self, step: int) -> list[TrainingRow]:
         """Return the rows of a step; conversations that make none are counted as broken.
 
         Raises:
@@ -88,10 +88,10 @@ class InstructionTask:
             self._prepared.close()
             self._prepared = None
 
-    def loss(self, examples: Sequence[Row]) -> Losses:
+    def loss(self, examples: Sequence[TrainingRow]) -> Losses:
         """Return the cross-entropy of some rows; reported is how often the best token is right."""
         losses: list[Tensor] = []
-        right = learnt = 0
+        right = counted = 0
         for inputs, labels in self.rows.batches(examples):
             states = self.model.base_model(**inputs, use_cache=False).last_hidden_state
             # Each position predicts the next; logits of the others would fill the memory.
@@ -101,12 +101,12 @@ class InstructionTask:
             logits = full_precision(head(states[:, :-1][places]))
             losses.append(F.cross_entropy(logits, targets[places], reduction="sum"))
             right += int((logits.argmax(-1) == targets[places]).sum())
-            learnt += int(places.sum())
+            counted += int(places.sum())
         total = torch.stack(losses).sum()
         if not total.requires_grad:
             # Text alone reaches no projector; the step goes on without a gradient.
             total.requires_grad_()
-        return Losses(total, learnt, {"right": (right, learnt)})
+        return Losses(total, counted, {"right": (right, counted)})
 
 
 def tune_model(

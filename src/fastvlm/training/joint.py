@@ -22,13 +22,13 @@ from fastvlm.language.families import text_decoder
 from fastvlm.training.digests import digest_of_examples
 from fastvlm.training.draft import full_precision
 from fastvlm.training.draws import ExampleDraws
-from fastvlm.training.forcing import Forced, GradientCache, Kept, TeacherForcing
+from fastvlm.training.forcing import ExampleCache, Forced, GradientCache, TeacherForcing
 from fastvlm.training.loop import train
 from fastvlm.training.processes import reached, this_process
 from fastvlm.training.replies import Example
 from fastvlm.training.schedule import Schedule
 from fastvlm.training.sharding import whole_state
-from fastvlm.training.task import Losses, Source
+from fastvlm.training.task import ExampleStream, Losses
 from fastvlm.vlm import VisionLanguageModel
 
 
@@ -69,14 +69,14 @@ class JointTask:
         for part in fixed:
             part.requires_grad_(False)
         self.module: nn.Module = vlm.model
-        self.forcing = TeacherForcing(vlm, Kept())
+        self.forcing = TeacherForcing(vlm, ExampleCache())
         self.unit = "tokens"
         self.plan: Mapping[str, Any] = {
             **asdict(plan),
             "target": fingerprint(vlm.model),
             "examples": digest_of_examples(examples),
         }
-        self.source: Source | None = None
+        self.source: ExampleStream | None = None
         self.whole: str | None = None
         self.draws = ExampleDraws(self.forcing, examples, plan.batch)
 

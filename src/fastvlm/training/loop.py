@@ -22,12 +22,12 @@ from accelerate import Accelerator
 from fastvlm.functional.errors import CheckpointError, FastVlmError, InputError, first_line
 from fastvlm.functional.files import locked
 from fastvlm.training.checkpoint import read_checkpoint, write_checkpoint
-from fastvlm.training.learner import Learner
 from fastvlm.training.processes import Processes
-from fastvlm.training.progress import Progress, check_trackers
+from fastvlm.training.progress import RunProgress, check_trackers
 from fastvlm.training.schedule import Schedule, seed_step
-from fastvlm.training.sharding import ShardedLearner, is_sharded_run
-from fastvlm.training.task import Task, Validate
+from fastvlm.training.sharding import ShardedTrainState, is_sharded_run
+from fastvlm.training.task import TrainingTask, Validate
+from fastvlm.training.train_state import TrainState
 
 STOPPING = tuple(
     getattr(signal, name) for name in ("SIGTERM", "SIGINT", "SIGHUP") if hasattr(signal, name)
@@ -48,7 +48,9 @@ class StoppedError(FastVlmError):
         self.signal_number = signal_number
 
 
-def train(task: Task, schedule: Schedule, output: Path, validate: Validate | None = None) -> None:
+def train(
+    task: TrainingTask, schedule: Schedule, output: Path, validate: Validate | None = None
+) -> None:
     """Run a task to its last step, resuming from `output/checkpoint.pt` where there is one.
 
     Progress goes to standard error and, one JSON object a line, to `output/log.jsonl`; the curves
@@ -99,7 +101,7 @@ class Run:
 
     def __init__(
         self,
-        task: Task,
+        task: TrainingTask,
         schedule: Schedule,
         output: Path,
         accelerator: Accelerator,
@@ -113,8 +115,8 @@ class Run:
                 f" {processes.number} and {schedule.accumulation}."
             )
         self.accelerator = accelerator
-        learner = ShardedLearner if is_sharded_run() else Learner
-        self.learner = learner(task, schedule, accelerator, processes)
+        train_state = ShardedTrainState if is_sharded_run() else TrainState
+        self.train_state = train_state(task, schedule, accelerator, processes)
         output.mkdir(parents=True, exist_ok=True)
         self.output, self.file = output, output / "checkpoint.pt"
         self.plan = {**schedule.plan(), "task": dict(task.plan)}
@@ -125,7 +127,9 @@ class Run:
         first = self.resume()
         progress = None
         if self.processes.index == 0:
-            progress = Progress(self.schedule, first, self.task.unit, self.output, self.accelerator)
+            progress = RunProgress(
+                self.schedule, first, self.task.unit, self.output, self.accelerator
+            )
         settings = {name: value for name, value in self.schedule.plan().items() if value}
         self.accelerator.init_trackers("fastvlm", config=settings)
         with asked_to_stop() as asked, without_denormals():
@@ -146,13 +150,15 @@ class Run:
         for tracker in self.accelerator.trackers:
             tracker.finish()
 
-    def step(self, step: int, progress: Progress | None, asked: Sequence[int]) -> tuple[bool, bool]:
+    def step(
+        self, step: int, progress: RunProgress | None, asked: Sequence[int]
+    ) -> tuple[bool, bool]:
         """Take a step; return whether any process was asked to stop, and whether to save."""
         seed_step(self.schedule.seed, step)
         weight, sums = 0.0, dict[str, tuple[float, float]]()
         for number, examples in self.mine(self.task.draw(step)):
             seed_step(self.schedule.seed, step, 1 + number)
-            losses = self.learner.losses(examples)
+            losses = self.train_state.losses(examples)
             self.accelerator.backward(losses.total)
             weight += losses.weight
             add(sums, {"loss": (float(losses.total.detach()), losses.weight), **losses.report})
@@ -163,14 +169,14 @@ class Run:
             add(report, said[1])
         if not weight:
             raise InputError(f"There is nothing to learn from in the examples of step {step + 1}.")
-        self.learner.step(step, weight)
+        self.train_state.step(step, weight)
         if progress is not None:
             progress.add(step, weight, report)
         # Process 0 has the clock.
         return any(said[2] for said in told), told[0][3]
 
     @staticmethod
-    def validate(validate: Validate, step: int, progress: Progress | None) -> None:
+    def validate(validate: Validate, step: int, progress: RunProgress | None) -> None:
         """Write what a validation finds after so many steps."""
         if progress is None:
             validate(step)
@@ -208,7 +214,7 @@ class Run:
             )
         if state is not None:
             try:
-                self.learner.load(state)
+                self.train_state.load(state)
             except (RuntimeError, ValueError, KeyError) as error:
                 raise CheckpointError(
                     f"{self.file} doesn't fit what is trained: {first_line(error)}."
@@ -217,11 +223,11 @@ class Run:
                 source.load_state_dict(state["streams"][processes.index])
         return first
 
-    def save(self, step: int, progress: Progress | None, *, ended: bool) -> None:
+    def save(self, step: int, progress: RunProgress | None, *, ended: bool) -> None:
         """Write the checkpoint to go on from with a step; return when it is there."""
         source = self.task.source
         streams = self.processes.tell(None if source is None else source.state_dict())
-        state = self.learner.state()
+        state = self.train_state.state()
         if progress is not None:
             # What is logged after the checkpoint is forgotten on resuming, and told again.
             progress.close()

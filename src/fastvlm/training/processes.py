@@ -17,7 +17,7 @@ from fastvlm.functional.errors import FastVlmError, InputError
 
 Said = TypeVar("Said")
 
-PATIENCE = timedelta(minutes=10)
+COLLECTIVE_TIMEOUT = timedelta(minutes=10)
 """How long a process that has gone silent is waited for; one that ends is noticed at once."""
 PREPARATION = timedelta(days=1)
 """How long a process may be alone at work before the run, such as one that decodes replies."""
@@ -107,7 +107,7 @@ class Processes:
         if self.number > 1:
             # Apart from the gradients' own, so that what is told never waits on a device.
             with reached():
-                self.group = distributed.new_group(backend="gloo", timeout=PATIENCE)
+                self.group = distributed.new_group(backend="gloo", timeout=COLLECTIVE_TIMEOUT)
 
     def tell(self, mine: Said) -> list[Said]:
         """Return what each process says, in their order; all of them have to speak.

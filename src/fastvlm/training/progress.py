@@ -41,7 +41,7 @@ def check_trackers(names: tuple[str, ...]) -> None:
             raise InputError(f"The tracker {name} is not installed: pip install {name}.")
 
 
-class Progress:
+class RunProgress:
     """Adds up what steps report, and writes the means every so often with the time left.
 
     Args:

@@ -32,7 +32,7 @@ REPORTED = 48
 
 
 @dataclass(frozen=True, slots=True)
-class Asked:
+class TrainingPrompt:
     """A dialogue up to a question, and what the data set says to it.
 
     Args:
@@ -65,7 +65,7 @@ def questions_of(
     *,
     prompts: Sequence[str] = (),
     limit: int | None = None,
-) -> list[Asked]:
+) -> list[TrainingPrompt]:
     """Return the questions of conversations, each assistant's turn being a reply to one.
 
     Args:
@@ -78,7 +78,7 @@ def questions_of(
     Raises:
         InputError: Too many records are broken.
     """
-    found: list[Asked] = []
+    found: list[TrainingPrompt] = []
     shown: set[str] = set()
     for record in records:
         if limit is not None and len(found) >= limit:
@@ -91,12 +91,12 @@ def questions_of(
             if images and (place := place_of(images[0]) or record.name) not in shown:
                 shown.add(place)
                 found += [
-                    Asked(record.name, (_user([images[0], _text(prompt)]),), "")
+                    TrainingPrompt(record.name, (_user([images[0], _text(prompt)]),), "")
                     for prompt in prompts
                 ]
         else:
             found += [
-                Asked(record.name, record.messages[:place], text_of(turn))
+                TrainingPrompt(record.name, record.messages[:place], text_of(turn))
                 for place, turn in enumerate(record.messages)
                 if turn["role"] == "assistant"
             ]
@@ -128,7 +128,7 @@ def _user(parts: list[Any]) -> Message:
     return {"role": "user", "content": parts}
 
 
-def data_replies(vlm: VisionLanguageModel, asked: Sequence[Asked]) -> list[Example]:
+def data_replies(vlm: VisionLanguageModel, asked: Sequence[TrainingPrompt]) -> list[Example]:
     """Return the data set's replies as tokens, each with the model's end token.
 
     Raises:
@@ -162,7 +162,7 @@ def end_token(tokenizer: PreTrainedTokenizerBase, ends: Collection[int]) -> int:
 
 def own_replies(
     vlm: VisionLanguageModel,
-    asked: Sequence[Asked],
+    asked: Sequence[TrainingPrompt],
     cache: Path,
     broken: BrokenRecords,
     *,
@@ -216,7 +216,7 @@ def own_replies(
 
 def answers(
     vlm: VisionLanguageModel,
-    asked: Sequence[Asked],
+    asked: Sequence[TrainingPrompt],
     first: int,
     max_new_tokens: int,
     temperature: float,
@@ -260,7 +260,7 @@ def _identity(part: Mapping[str, Any]) -> list[Any]:
     return [place, Path(place).stat().st_size if place and Path(place).is_file() else None]
 
 
-def _named(asked: Asked) -> list[Any]:
+def _named(asked: TrainingPrompt) -> list[Any]:
     """Return what tells a question from others: its name, texts and images."""
     return [
         asked.name,

@@ -29,7 +29,7 @@ IGNORED = -100
 
 
 @dataclass(frozen=True, slots=True)
-class Row:
+class TrainingRow:
     """What is learnt in one row.
 
     Args:
@@ -42,14 +42,14 @@ class Row:
     labels: Tensor
 
 
-class Rows(Protocol):
+class RowBuilder(Protocol):
     """Makes rows of conversations, and batches of rows.
 
     It can be pickled, for the processes that prepare data; it holds no model, and its rows lie on
     the CPU.
     """
 
-    def rows(self, conversation: Conversation) -> list[Row]:
+    def rows(self, conversation: Conversation) -> list[TrainingRow]:
         """Return the rows of a conversation.
 
         Raises:
@@ -57,7 +57,7 @@ class Rows(Protocol):
         """
         ...
 
-    def batches(self, rows: Sequence[Row]) -> Iterator[tuple[dict[str, Tensor], Tensor]]:
+    def batches(self, rows: Sequence[TrainingRow]) -> Iterator[tuple[dict[str, Tensor], Tensor]]:
         """Yield what the model's forward takes, and its labels: (batch, length)."""
         ...
 
@@ -70,9 +70,9 @@ class RowMaker:
         rows: What makes them.
     """
 
-    rows: Rows
+    rows: RowBuilder
 
-    def __call__(self, conversation: Conversation) -> list[Row] | Broken:
+    def __call__(self, conversation: Conversation) -> list[TrainingRow] | Broken:
         """Return the rows, or why there are none."""
         record = opened(conversation)
         if isinstance(record, Broken):
@@ -109,21 +109,21 @@ class FastViTHDRows:
         self.context: int = config.get_text_config().max_position_embeddings
         self.end = end_token(tokenizer, end_tokens(model))
 
-    def rows(self, conversation: Conversation) -> list[Row]:
-        """Return the one row of a conversation. See `Rows.rows`."""
+    def rows(self, conversation: Conversation) -> list[TrainingRow]:
+        """Return the one row of a conversation. See `RowBuilder.rows`."""
         views = [prepare(shown, self.image_size) for shown in images_of(conversation.messages)]
         visual = iter([len(view) * (view.shape[-1] // REDUCTION) ** 2 for view in views])
         tokens: list[int] = []
         labels: list[int] = []
         replied = False
-        for text, learnt in self.pieces(conversation.messages):
+        for text, counted in self.pieces(conversation.messages):
             found = expand_image_tokens(self.tokenizer, text, self.image, visual)
             tokens += found
-            labels += found if learnt else [IGNORED] * len(found)
+            labels += found if counted else [IGNORED] * len(found)
             if replied and found:
                 # A reply's end is learnt also where the template doesn't write it.
                 labels[-len(found)] = self.end
-            replied = learnt
+            replied = counted
         tokens.append(self.end)
         labels.append(self.end)
         if next(visual, None) is not None:
@@ -133,7 +133,7 @@ class FastViTHDRows:
         inputs = {"input_ids": torch.tensor(tokens)}
         if views:
             inputs["pixel_values"] = torch.cat(views)
-        return [Row(inputs, torch.tensor(labels))]
+        return [TrainingRow(inputs, torch.tensor(labels))]
 
     def pieces(self, messages: Sequence[Message]) -> Iterator[tuple[str, bool]]:
         """Yield a conversation's text up to its last reply, and whether each piece is learnt.
@@ -146,16 +146,16 @@ class FastViTHDRows:
             if turn["role"] != "assistant":
                 continue
             prompt = self.written(messages[:place], asks=True)
-            answered = self.written(messages[: place + 1], asks=False)
+            with_reply = self.written(messages[: place + 1], asks=False)
             reply = text_of(turn).strip()
-            at = answered.find(reply, len(prompt))
-            if not prompt.startswith(done) or not answered.startswith(prompt) or at < 0:
+            at = with_reply.find(reply, len(prompt))
+            if not prompt.startswith(done) or not with_reply.startswith(prompt) or at < 0:
                 raise InputError(
                     "The chat template rewrites earlier turns, so the replies of a whole"
                     " conversation can't be told apart; set a template that writes turn after turn."
                 )
             yield prompt[len(done) :], False
-            done = answered[: at + len(reply)]
+            done = with_reply[: at + len(reply)]
             yield done[len(prompt) :], True
 
     def written(self, messages: Sequence[Message], *, asks: bool) -> str:
@@ -165,8 +165,8 @@ class FastViTHDRows:
             self.tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=asks)
         )
 
-    def batches(self, rows: Sequence[Row]) -> Iterator[tuple[dict[str, Tensor], Tensor]]:
-        """Yield one batch of all rows. See `Rows.batches`."""
+    def batches(self, rows: Sequence[TrainingRow]) -> Iterator[tuple[dict[str, Tensor], Tensor]]:
+        """Yield one batch of all rows. See `RowBuilder.batches`."""
         # Padding stands on the right, where the causal mask alone keeps it out of sight.
         tokens = [row.inputs["input_ids"] for row in rows]
         inputs = {"input_ids": pad_sequence(tokens, batch_first=True, padding_value=self.end)}
@@ -206,8 +206,8 @@ class ProcessorRows:
         self.tokenizer = tokenizer_of(processor)
         self.end = end_token(self.tokenizer, end_tokens(model))
 
-    def rows(self, conversation: Conversation) -> list[Row]:
-        """Return a row for each reply of a conversation. See `Rows.rows`."""
+    def rows(self, conversation: Conversation) -> list[TrainingRow]:
+        """Return a row for each reply of a conversation. See `RowBuilder.rows`."""
         found = []
         for place, turn in enumerate(conversation.messages):
             if turn["role"] != "assistant":
@@ -226,11 +226,11 @@ class ProcessorRows:
             inputs["attention_mask"] = torch.ones_like(inputs["input_ids"])
             labels = inputs["input_ids"][0].clone()
             labels[: before.shape[1]] = IGNORED
-            found.append(Row(inputs, labels))
+            found.append(TrainingRow(inputs, labels))
         return found
 
-    def batches(self, rows: Sequence[Row]) -> Iterator[tuple[dict[str, Tensor], Tensor]]:
-        """Yield each row alone: images' shapes differ. See `Rows.batches`."""
+    def batches(self, rows: Sequence[TrainingRow]) -> Iterator[tuple[dict[str, Tensor], Tensor]]:
+        """Yield each row alone: images' shapes differ. See `RowBuilder.batches`."""
         for row in rows:
             yield placed(row.inputs, self.device, None), row.labels[None].to(self.device)
 
@@ -239,7 +239,7 @@ def rows_for(
     model: PreTrainedModel,
     processor: PreTrainedTokenizerBase | ProcessorMixin,
     image_size: int | None,
-) -> Rows:
+) -> RowBuilder:
     """Return what makes a model's rows.
 
     Args:

@@ -20,10 +20,10 @@ from torch.distributed.fsdp import FSDPModule, fully_shard, register_fsdp_forwar
 
 from fastvlm.functional.errors import InputError
 from fastvlm.training.checkpoint import State
-from fastvlm.training.learner import Learner
 from fastvlm.training.processes import Processes, this_process
 from fastvlm.training.schedule import Schedule
-from fastvlm.training.task import Losses, Task
+from fastvlm.training.task import Losses, TrainingTask
+from fastvlm.training.train_state import TrainState
 
 WHOLE = StateDictOptions(full_state_dict=True, cpu_offload=True)
 # Weights that never had a gradient have no state.
@@ -48,7 +48,7 @@ def sharded(module: nn.Module) -> bool:
     return isinstance(module, FSDPModule)
 
 
-class ShardedLearner(Learner):
+class ShardedTrainState(TrainState):
     """Weights of which every process holds a part, and their optimiser.
 
     Layers of the classes that accelerate's configuration names are gathered one at a time. Every
@@ -65,7 +65,7 @@ class ShardedLearner(Learner):
     """
 
     def __init__(
-        self, task: Task, schedule: Schedule, accelerator: Accelerator, processes: Processes
+        self, task: TrainingTask, schedule: Schedule, accelerator: Accelerator, processes: Processes
     ) -> None:
         module: Any = task.module
         if type(module) in (nn.ModuleList, nn.ModuleDict):

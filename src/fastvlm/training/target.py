@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
-from fastvlm.training.forcing import Forced, GradientCache, Kept, TeacherForcing
+from fastvlm.training.forcing import ExampleCache, Forced, GradientCache, TeacherForcing
 from fastvlm.training.replies import Example
 
 LOOKED_AT = 16
@@ -54,7 +54,7 @@ class FrozenTarget:
         kept_bytes: int,
     ) -> None:
         self.forcing, self.exit_layers = forcing, sorted(set(exit_layers))
-        self.examples, self.kept = examples, Kept(kept_bytes)
+        self.examples, self.kept = examples, ExampleCache(kept_bytes)
 
     @cached_property
     def keeps(self) -> bool:

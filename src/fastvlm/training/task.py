@@ -27,7 +27,7 @@ class Losses:
     report: Mapping[str, tuple[float, float]] = field(default_factory=dict)
 
 
-class Source(Protocol):
+class ExampleStream(Protocol):
     """A stream of data with a position, such as `fastvlm.data.feed.Feed`."""
 
     def state_dict(self) -> dict[str, Any]:
@@ -39,14 +39,14 @@ class Source(Protocol):
         ...
 
 
-class Task(Protocol):
+class TrainingTask(Protocol):
     """What a run trains."""
 
     module: nn.Module
     """Everything that a checkpoint must hold; what requires a gradient is trained."""
     unit: str
     """What the weight of its losses counts: tokens, images."""
-    source: Source | None
+    source: ExampleStream | None
     """The stream that this process draws its own examples from; None where the step's number
     decides the examples of all processes. A position is restored before the first draw."""
     plan: Mapping[str, Any]

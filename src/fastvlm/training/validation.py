@@ -9,7 +9,7 @@ from fastvlm.decoding import SelfSpeculative
 from fastvlm.drafting import FixedLength, ImitationNetwork
 from fastvlm.functional.placement import moved
 from fastvlm.functional.statistics import Acceptance
-from fastvlm.training.replies import Asked
+from fastvlm.training.replies import TrainingPrompt
 from fastvlm.vlm import VisionLanguageModel
 
 DRAFTED = 4
@@ -30,7 +30,7 @@ class HeldOut:
         self,
         vlm: VisionLanguageModel,
         networks: Mapping[str, ImitationNetwork],
-        asked: Sequence[Asked],
+        asked: Sequence[TrainingPrompt],
         *,
         max_new_tokens: int = 64,
     ) -> None:

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from fastvlm.cli.strategies import TypedStrategy, describe
-from fastvlm.data.tasks import Item, Task
+from fastvlm.data.tasks import EvaluationTask, Item
 from fastvlm.data.tasks.captioning import Captioning
 from fastvlm.data.tasks.visdial import VisDial
 from fastvlm.decoding import Strategy
@@ -72,7 +72,9 @@ def dialogue(images: list[Path]) -> VisDial:
 def planned(strategies: dict[str, Strategy]) -> Callable[..., Plan]:
     """Return a function that plans tasks with these strategies."""
 
-    def plan(tasks: dict[str, Task[Any]], sizes: tuple[int | None, ...] = (None,)) -> Plan:
+    def plan(
+        tasks: dict[str, EvaluationTask[Any]], sizes: tuple[int | None, ...] = (None,)
+    ) -> Plan:
         known = ["autoregressive", "early-exit", "prompt-lookup"]
         described = {
             name: describe(TypedStrategy.of(name, known), strategy)

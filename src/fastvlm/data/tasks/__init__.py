@@ -16,12 +16,12 @@ from fastvlm.data.tasks.mmmu import mmmu
 from fastvlm.data.tasks.mmvet import mmvet
 from fastvlm.data.tasks.nocaps import nocaps
 from fastvlm.data.tasks.pope import pope
-from fastvlm.data.tasks.task import Item, Task, checked
+from fastvlm.data.tasks.task import EvaluationTask, Item, checked
 from fastvlm.data.tasks.textvqa import textvqa
 from fastvlm.data.tasks.visdial import visdial
 from fastvlm.data.tasks.vqav2 import vqav2
 
-LOADERS: Mapping[str, Callable[[Path], Task[Any]]] = {
+LOADERS: Mapping[str, Callable[[Path], EvaluationTask[Any]]] = {
     loader.__name__: checked(loader)
     for loader in (
         coco,
@@ -41,8 +41,8 @@ LOADERS: Mapping[str, Callable[[Path], Task[Any]]] = {
 
 __all__ = [
     "LOADERS",
+    "EvaluationTask",
     "Item",
-    "Task",
     "coco",
     "docvqa",
     "flickr8k",

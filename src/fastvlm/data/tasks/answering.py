@@ -43,7 +43,7 @@ class Answering:
                 raise InputError(f"The answers to {self.name}'s item {key} are no texts.")
 
     def score(self, replies: Mapping[str, str]) -> dict[str, float]:
-        """Return the mean over all items and over each kind, 0 to 1, as `Task.score`.
+        """Return the mean over all items and over each kind, 0 to 1; see `EvaluationTask`.
 
         Raises:
             InputError: An item has no reply, or a reply no item.

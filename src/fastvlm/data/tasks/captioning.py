@@ -29,7 +29,7 @@ class Captioning:
     judged: ClassVar[bool] = False
 
     def score(self, replies: Mapping[str, str]) -> dict[str, float]:
-        """Return `BLEU-1` to `BLEU-4`, `ROUGE-L` (0 to 1) and `CIDEr` (0 to 10), as `Task.score`.
+        """Return `BLEU-1` to `BLEU-4`, `ROUGE-L` (0 to 1) and `CIDEr` (0 to 10).
 
         CIDEr is also given for each domain alone, as `CIDEr in-domain`.
 

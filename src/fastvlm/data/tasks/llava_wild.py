@@ -34,7 +34,7 @@ class LlavaWild:
     judged: ClassVar[bool] = True
 
     def score(self, replies: Mapping[str, tuple[float, float]]) -> dict[str, float]:
-        """Return the relative score of each category and of `all`, 0 to 100, as `Task.score`.
+        """Return the relative score of each category and of `all`, 0 to 100; see `EvaluationTask`.
 
         Args:
             replies: By item, the judge's grades of the reference and of the reply.

@@ -33,7 +33,7 @@ class Mmmu:
     judged: ClassVar[bool] = False
 
     def score(self, replies: Mapping[str, str]) -> dict[str, float]:
-        """Return the share of right replies, `overall` and by discipline, 0 to 1, as `Task.score`.
+        """Return the share of right replies, `overall` and by discipline, 0 to 1.
 
         Raises:
             InputError: An item has no reply, or a reply no item.

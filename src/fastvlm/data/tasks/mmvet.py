@@ -31,7 +31,7 @@ class MmVet:
     judged: ClassVar[bool] = True
 
     def score(self, replies: Mapping[str, Sequence[float]]) -> dict[str, float]:
-        """Return the mean grade of each capability and the `total`, 0 to 100, as `Task.score`.
+        """Return the mean grade of each capability and the `total`, 0 to 100; see `EvaluationTask`.
 
         Args:
             replies: By item, the grade of its reply (0 to 1) in each of the judge's runs.

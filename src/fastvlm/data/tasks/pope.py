@@ -33,7 +33,7 @@ class Pope:
     judged: ClassVar[bool] = False
 
     def score(self, replies: Mapping[str, str]) -> dict[str, float]:
-        """Return `accuracy`, `precision`, `recall`, `F1` and `yes ratio`, 0 to 1, as `Task.score`.
+        """Return `accuracy`, `precision`, `recall`, `F1` and `yes ratio`, 0 to 1.
 
         Each is the mean over the samplings, and is given for each sampling, as `F1 random`.
 

@@ -39,7 +39,7 @@ class Item:
         return self.image
 
 
-class Task(Protocol[Reply_contra]):
+class EvaluationTask(Protocol[Reply_contra]):
     """A benchmark whose files were read.
 
     What `score` takes for an item is the model's text (str); for Visual Dialog the
@@ -84,11 +84,11 @@ def check_replies(items: Sequence[Item], replies: Mapping[str, object]) -> None:
         )
 
 
-def checked(loader: Callable[Given, Task[Any]]) -> Callable[Given, Task[Any]]:
+def checked(loader: Callable[Given, EvaluationTask[Any]]) -> Callable[Given, EvaluationTask[Any]]:
     """Make a loader refuse a task with nothing to ask, or with what is no text."""
 
     @functools.wraps(loader)
-    def load(*args: Given.args, **kwargs: Given.kwargs) -> Task[Any]:
+    def load(*args: Given.args, **kwargs: Given.kwargs) -> EvaluationTask[Any]:
         task = loader(*args, **kwargs)
         if not task.items:
             raise InputError(f"There is nothing to ask in the files of {task.name}.")

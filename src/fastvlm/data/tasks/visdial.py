@@ -33,7 +33,7 @@ class VisDial:
     judged: ClassVar[bool] = False
 
     def score(self, replies: Mapping[str, Sequence[float]]) -> dict[str, float]:
-        """Return `R@1`, `R@5`, `R@10`, `MRR`, `mean rank` and `NDCG`, as `Task.score`.
+        """Return `R@1`, `R@5`, `R@10`, `MRR`, `mean rank` and `NDCG`; see `EvaluationTask`.
 
         NDCG is the mean over the items with dense relevance, and left out where none has it.
 

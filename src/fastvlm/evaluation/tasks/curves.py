@@ -10,7 +10,7 @@ from typing import Any
 from fastvlm.evaluation.measuring import speedup
 from fastvlm.evaluation.tasks.answers import Answer, Journal
 from fastvlm.evaluation.tasks.plan import Plan
-from fastvlm.evaluation.tasks.scores import Row, headline, length_class
+from fastvlm.evaluation.tasks.scores import ScoreRow, headline, length_class
 from fastvlm.functional.statistics import Spread
 
 BINS = 12
@@ -63,7 +63,7 @@ class Chart:
     doubling: bool = False
 
 
-def charts(plan: Plan, journal: Journal, rows: Sequence[Row]) -> list[Chart]:
+def charts(plan: Plan, journal: Journal, rows: Sequence[ScoreRow]) -> list[Chart]:
     """Return the plots that an evaluation has the data for."""
     answers = list(journal.answers.values())
     found = [
@@ -242,7 +242,7 @@ def settings_charts(plan: Plan, answers: Sequence[Answer]) -> list[Chart]:
     return found
 
 
-def quality_charts(plan: Plan, rows: Sequence[Row]) -> list[Chart]:
+def quality_charts(plan: Plan, rows: Sequence[ScoreRow]) -> list[Chart]:
     """Return each task's quality against the time to first token, where images had sizes."""
     first = next(iter(plan.strategies))
     found = []

@@ -115,7 +115,7 @@ class Plot:
 
 
 @dataclass(frozen=True, slots=True)
-class Example:
+class ExampleBox:
     """A question about an image (JPEG), and replies by who gave them."""
 
     image: bytes
@@ -137,7 +137,7 @@ class Example:
         return f'<div class="example"><img src="{data}" alt=""><dl>{said}</dl></div>'
 
 
-Part = Heading | Paragraph | Table | Plot | Example
+Part = Heading | Paragraph | Table | Plot | ExampleBox
 
 
 def cell(text: str) -> str:

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from fastvlm.data.journal import append_line, whole_lines
-from fastvlm.data.tasks import Task
+from fastvlm.data.tasks import EvaluationTask
 from fastvlm.data.tasks.llava_wild import LlavaWild, read_reviews
 from fastvlm.data.tasks.mmvet import read_grades
 from fastvlm.evaluation.measuring import no_progress
@@ -20,7 +20,9 @@ Graded = dict[tuple[str, str, str], Any]
 """By task, item and reply, what a task's `score` takes: equal replies have equal grades."""
 
 
-def published(name: str, task: Task[Any], file: Path, answers: Iterable[Answer]) -> Graded:
+def published(
+    name: str, task: EvaluationTask[Any], file: Path, answers: Iterable[Answer]
+) -> Graded:
     """Return grades that a publisher's own evaluator wrote.
 
     Args:
@@ -44,7 +46,7 @@ def published(name: str, task: Task[Any], file: Path, answers: Iterable[Answer])
 
 def judged(
     judge: Judge,
-    tasks: Mapping[str, Task[Any]],
+    tasks: Mapping[str, EvaluationTask[Any]],
     answers: Iterable[Answer],
     journal: Path,
     progress: Callable[[int, int], None] = no_progress,
@@ -80,7 +82,7 @@ def judged(
 
 
 def write_submission(
-    folder: Path, name: str, task: Task[Any], answers: Sequence[Answer], model: str
+    folder: Path, name: str, task: EvaluationTask[Any], answers: Sequence[Answer], model: str
 ) -> Path:
     """Write replies as a judged benchmark's own evaluator takes them; return the file.
 

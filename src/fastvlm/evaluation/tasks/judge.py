@@ -14,7 +14,7 @@ from typing import Any
 from urllib.error import HTTPError, URLError
 from urllib.request import Request, urlopen
 
-from fastvlm.data.tasks import Task
+from fastvlm.data.tasks import EvaluationTask
 from fastvlm.data.tasks.llava_wild import LlavaWild
 from fastvlm.data.tasks.mmvet import MmVet
 from fastvlm.functional.errors import InputError
@@ -73,7 +73,7 @@ class Judge:
             raise InputError(f"A judge's address starts with http:// or https://; got {url!r}.")
         self.url, self.model, self.key, self.sleep = url.rstrip("/"), model, key, sleep
 
-    def grade(self, task: Task[Any], item: str, reply: str) -> Any:
+    def grade(self, task: EvaluationTask[Any], item: str, reply: str) -> Any:
         """Return what a judged task's `score` takes for a reply.
 
         Args:

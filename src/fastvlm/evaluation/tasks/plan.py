@@ -8,13 +8,13 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from fastvlm.data.tasks import LOADERS, Item, Task
+from fastvlm.data.tasks import LOADERS, EvaluationTask, Item
 from fastvlm.functional.digests import digest
 from fastvlm.functional.errors import InputError
 
 
 @dataclass(frozen=True, slots=True)
-class Asked:
+class PlannedItem:
     """One question: an item of a task, its image shown in one size.
 
     Args:
@@ -45,7 +45,7 @@ class Plan:
     """
 
     model: str
-    tasks: Mapping[str, Task[Any]]
+    tasks: Mapping[str, EvaluationTask[Any]]
     strategies: Mapping[str, Mapping[str, Any]]
     sizes: Sequence[int | None]
     max_new_tokens: int
@@ -54,12 +54,12 @@ class Plan:
     device: str = "cpu"
     weights: str = ""
 
-    def __iter__(self) -> Iterator[Asked]:
+    def __iter__(self) -> Iterator[PlannedItem]:
         """Yield the questions, an item in all sizes before the next."""
         for name, task in self.tasks.items():
             for item in task.items:
                 for size in self.sizes:
-                    yield Asked(name, item, size)
+                    yield PlannedItem(name, item, size)
 
     def to_json(self) -> dict[str, Any]:
         """Return what tells this evaluation from others."""
@@ -91,7 +91,7 @@ def identity(item: Item) -> list[Any]:
 
 def read_tasks(
     names: Sequence[str], data: Path, limit: int | None, prompts: Mapping[str, str]
-) -> dict[str, Task[Any]]:
+) -> dict[str, EvaluationTask[Any]]:
     """Return tasks by the names that were typed.
 
     Args:
@@ -104,7 +104,7 @@ def read_tasks(
         InputError: There is no such task, split or folder, the task's files are not there, or the
             items of a task have prompts of their own.
     """
-    tasks: dict[str, Task[Any]] = {}
+    tasks: dict[str, EvaluationTask[Any]] = {}
     for name in names:
         task = read_task(name, data)
         if limit is not None and limit < len(task.items):
@@ -124,7 +124,7 @@ def read_tasks(
     return tasks
 
 
-def read_task(typed: str, data: Path) -> Task[Any]:
+def read_task(typed: str, data: Path) -> EvaluationTask[Any]:
     """Read a task, `NAME` or `NAME:SPLIT`. See `read_tasks`."""
     name, _, split = typed.partition(":")
     loader = LOADERS.get(name.replace("-", "_"))
@@ -142,6 +142,6 @@ def read_task(typed: str, data: Path) -> Task[Any]:
     return loader(folder, split=split)  # type: ignore[call-arg]
 
 
-def with_items(task: Task[Any], items: Sequence[Item]) -> Task[Any]:
+def with_items(task: EvaluationTask[Any], items: Sequence[Item]) -> EvaluationTask[Any]:
     """Return a task with other items; every task is a dataclass with such a field."""
     return replace(task, items=items)  # type: ignore[type-var]

@@ -13,7 +13,7 @@ from fastvlm.data.tasks import Item
 from fastvlm.evaluation.tasks.answers import Journal
 from fastvlm.evaluation.tasks.curves import charts
 from fastvlm.evaluation.tasks.document import (
-    Example,
+    ExampleBox,
     Heading,
     Paragraph,
     Part,
@@ -24,7 +24,7 @@ from fastvlm.evaluation.tasks.document import (
 )
 from fastvlm.evaluation.tasks.plan import Plan
 from fastvlm.evaluation.tasks.plots import drawn
-from fastvlm.evaluation.tasks.scores import Row
+from fastvlm.evaluation.tasks.scores import ScoreRow
 from fastvlm.evaluation.tasks.tables import (
     acceptance,
     lossless,
@@ -46,7 +46,7 @@ SIDE = 440
 TITLE = "Quality and speed on the same images"
 
 
-def write_report(folder: Path, plan: Plan, journal: Journal, rows: Sequence[Row]) -> None:
+def write_report(folder: Path, plan: Plan, journal: Journal, rows: Sequence[ScoreRow]) -> None:
     """Write `report.json`, `report.md`, `report.html` and `figures/`.
 
     Raises:
@@ -72,7 +72,9 @@ def write_report(folder: Path, plan: Plan, journal: Journal, rows: Sequence[Row]
     write_text(folder / "report.html", html(TITLE, found))
 
 
-def parts(plan: Plan, journal: Journal, rows: Sequence[Row], plots: Sequence[Plot]) -> list[Part]:
+def parts(
+    plan: Plan, journal: Journal, rows: Sequence[ScoreRow], plots: Sequence[Plot]
+) -> list[Part]:
     """Return all that the report holds."""
     written = [row for row in rows if row.speed is not None]
     found: list[Part] = [*provenance(plan, journal)]
@@ -164,7 +166,7 @@ def drafts(what: Mapping[str, Any]) -> str:
     return "its own rule" if what["draft_length"] is None else str(what["draft_length"])
 
 
-def example(plan: Plan, journal: Journal, task: str, item: Item) -> Example:
+def example(plan: Plan, journal: Journal, task: str, item: Item) -> ExampleBox:
     """Return an item with its image and what was replied."""
     size = plan.sizes[0]
     if item.options:
@@ -184,4 +186,4 @@ def example(plan: Plan, journal: Journal, task: str, item: Item) -> Example:
     image.thumbnail((SIDE, SIDE))
     out = BytesIO()
     image.save(out, "JPEG", quality=80)
-    return Example(out.getvalue(), item.prompt, replies)
+    return ExampleBox(out.getvalue(), item.prompt, replies)

@@ -15,7 +15,7 @@ from fastvlm.decoding import Strategy
 from fastvlm.evaluation.likelihood import likelihoods
 from fastvlm.evaluation.measuring import hardware, no_progress, rotated, run_request
 from fastvlm.evaluation.tasks.answers import Answer, Failure, Journal, Ratings
-from fastvlm.evaluation.tasks.plan import Asked, Plan
+from fastvlm.evaluation.tasks.plan import Plan, PlannedItem
 from fastvlm.functional.errors import InputError
 from fastvlm.functional.files import locked
 from fastvlm.vision.images import ImageOptions
@@ -93,7 +93,7 @@ def _ask(
     failed.check()
 
 
-def unknown(journal: Journal, asked: Asked, names: list[str]) -> list[str]:
+def unknown(journal: Journal, asked: PlannedItem, names: list[str]) -> list[str]:
     """Return whose answers to a question are not known yet; options are the model's to rate."""
     key = (asked.task, asked.item.id, asked.size)
     if asked.item.options:
@@ -101,13 +101,13 @@ def unknown(journal: Journal, asked: Asked, names: list[str]) -> list[str]:
     return [name for name in names if (*key, name) not in journal.answers]
 
 
-def shown(asked: Asked) -> ImageOptions:
+def shown(asked: PlannedItem) -> ImageOptions:
     """Return how a question's image is shown."""
     return {} if asked.size is None else {"image_size": asked.size}
 
 
 def answer(
-    vlm: VisionLanguageModel, name: str, strategy: Strategy, asked: Asked, limit: int
+    vlm: VisionLanguageModel, name: str, strategy: Strategy, asked: PlannedItem, limit: int
 ) -> Answer:
     """Return one strategy's answer."""
     item = asked.item
@@ -129,7 +129,7 @@ def answer(
     )
 
 
-def rated(vlm: VisionLanguageModel, asked: Asked) -> Ratings:
+def rated(vlm: VisionLanguageModel, asked: PlannedItem) -> Ratings:
     """Return how likely the model finds each option as the whole of its reply."""
     item = asked.item
     request = vlm.request(item.prompt, item.open(), **shown(asked))

@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from fastvlm.data.tasks import Task
+from fastvlm.data.tasks import EvaluationTask
 from fastvlm.evaluation.measuring import speedup
 from fastvlm.evaluation.tasks.answers import Answer, Journal
 from fastvlm.evaluation.tasks.grades import Graded
@@ -99,7 +99,7 @@ def _spread(values: Sequence[float | None]) -> Spread | None:
 
 
 @dataclass(frozen=True, slots=True)
-class Row:
+class ScoreRow:
     """What one strategy did on one task with images of one size.
 
     Args:
@@ -130,7 +130,7 @@ def length_class(tokens: int) -> int:
     return max(4, 1 << (tokens - 1).bit_length())
 
 
-def rows(plan: Plan, journal: Journal, graded: Graded) -> list[Row]:
+def rows(plan: Plan, journal: Journal, graded: Graded) -> list[ScoreRow]:
     """Return the figures of a finished evaluation, in the plan's order."""
     found = []
     names = list(plan.strategies)
@@ -141,7 +141,7 @@ def rows(plan: Plan, journal: Journal, graded: Graded) -> list[Row]:
                     item.id: journal.ratings[task_name, item.id, size].ratings
                     for item in task.items
                 }
-                found.append(Row(task_name, size, names[0], task.score(ratings), 0, None, {}))
+                found.append(ScoreRow(task_name, size, names[0], task.score(ratings), 0, None, {}))
                 continue
             by_name = {
                 name: [journal.answers[task_name, item.id, size, name] for item in task.items]
@@ -155,7 +155,7 @@ def rows(plan: Plan, journal: Journal, graded: Graded) -> list[Row]:
                 if texts not in known:
                     known[texts] = quality(task, own, graded)
                 found.append(
-                    Row(
+                    ScoreRow(
                         task_name,
                         size,
                         name,
@@ -172,7 +172,7 @@ def rows(plan: Plan, journal: Journal, graded: Graded) -> list[Row]:
 
 
 def quality(
-    task: Task[Any], answers: Sequence[Answer], graded: Graded
+    task: EvaluationTask[Any], answers: Sequence[Answer], graded: Graded
 ) -> Mapping[str, float] | None:
     """Return a task's scores of one strategy's answers; None where a grade is missing."""
     if not task.judged:

@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 
 from fastvlm.evaluation.tasks.document import Paragraph, Part, Table
 from fastvlm.evaluation.tasks.plan import Plan
-from fastvlm.evaluation.tasks.scores import Row, Speed, headline
+from fastvlm.evaluation.tasks.scores import ScoreRow, Speed, headline
 from fastvlm.functional.statistics import Spread
 
 
@@ -15,7 +15,7 @@ def reference(plan: Plan) -> str:
     return next(iter(plan.strategies))
 
 
-def lossless(plan: Plan, rows: Sequence[Row]) -> str:
+def lossless(plan: Plan, rows: Sequence[ScoreRow]) -> str:
     """Return in a sentence whether all strategies replied the same."""
     compared = [row for row in rows if row.speed is not None and row.strategy != reference(plan)]
     replies = sum(row.speed.replies for row in compared if row.speed is not None)
@@ -31,7 +31,7 @@ def lossless(plan: Plan, rows: Sequence[Row]) -> str:
     )
 
 
-COLUMNS: Sequence[Sequence[tuple[str, Callable[[Row, Speed], str]]]] = (
+COLUMNS: Sequence[Sequence[tuple[str, Callable[[ScoreRow, Speed], str]]]] = (
     (
         ("tokens", lambda _, speed: spread(speed.tokens, 0)),
         ("TTFT ms", lambda _, speed: spread(speed.ttft_ms, 0)),
@@ -50,7 +50,7 @@ COLUMNS: Sequence[Sequence[tuple[str, Callable[[Row, Speed], str]]]] = (
 """Two tables of how replies came: times, and what drafts were worth."""
 
 
-def overview(plan: Plan, rows: Sequence[Row], value: Callable[[Row], str]) -> Table:
+def overview(plan: Plan, rows: Sequence[ScoreRow], value: Callable[[ScoreRow], str]) -> Table:
     """Return a table of strategies, and tasks in every size of their images."""
     found = {(row.strategy, row.task, row.size): value(row) for row in rows}
     columns = list(dict.fromkeys((row.task, row.size) for row in rows))
@@ -71,22 +71,22 @@ def label(name: str, size: int | None) -> str:
     return name if size is None else f"{name}, {size} px"
 
 
-def quality(row: Row) -> str:
+def quality(row: ScoreRow) -> str:
     """Return a task's main score."""
     return "not judged" if row.scores is None else score(row.scores[headline(row.task)])
 
 
-def speedup(row: Row) -> str:
+def speedup(row: ScoreRow) -> str:
     """Return the speedup per token."""
     return "-" if row.speed is None else times(row.speed.speedup)
 
 
-def speedup_end_to_end(row: Row) -> str:
+def speedup_end_to_end(row: ScoreRow) -> str:
     """Return the speedup of whole replies."""
     return "-" if row.speed is None else times(row.speed.speedup_end_to_end)
 
 
-def acceptance(row: Row) -> str:
+def acceptance(row: ScoreRow) -> str:
     """Return rate and length of what was accepted."""
     if row.speed is None or row.speed.acceptance_rate is None:
         return "-"
@@ -95,7 +95,7 @@ def acceptance(row: Row) -> str:
     return f"{row.speed.acceptance_rate.median:.0%}, {number(tokens, 2)}"
 
 
-def task_parts(plan: Plan, rows: Sequence[Row]) -> list[Part]:
+def task_parts(plan: Plan, rows: Sequence[ScoreRow]) -> list[Part]:
     """Return a task's scores and speed in full."""
     found: list[Part] = []
     scored = [row for row in rows if row.scores is not None]
@@ -121,7 +121,7 @@ def task_parts(plan: Plan, rows: Sequence[Row]) -> list[Part]:
     return found
 
 
-def score_table(plan: Plan, rows: Sequence[Row]) -> Table:
+def score_table(plan: Plan, rows: Sequence[ScoreRow]) -> Table:
     """Return all scores of a task; strategies whose scores are equal share a column."""
     groups: dict[tuple[int | None, tuple[tuple[str, float], ...]], list[str]] = {}
     for row in rows:
@@ -135,7 +135,7 @@ def score_table(plan: Plan, rows: Sequence[Row]) -> Table:
     return Table(["score", *heading], body)
 
 
-def length_table(plan: Plan, rows: Sequence[Row]) -> list[Part]:
+def length_table(plan: Plan, rows: Sequence[ScoreRow]) -> list[Part]:
     """Return the speedups by the length of the reply, where there are several lengths."""
     lengths = sorted({length for row in rows for length in row.by_length})
     compared = [row for row in rows if row.strategy != reference(plan)]
@@ -147,7 +147,7 @@ def length_table(plan: Plan, rows: Sequence[Row]) -> list[Part]:
     }
     heading = ["strategy", *(f"to {length} tokens ({most[length]})" for length in lengths)]
 
-    def cells(row: Row, value: Callable[[Speed], Spread | None]) -> list[str]:
+    def cells(row: ScoreRow, value: Callable[[Speed], Spread | None]) -> list[str]:
         return [
             times(value(row.by_length[length])) if length in row.by_length else "-"
             for length in lengths

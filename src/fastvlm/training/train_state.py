@@ -12,10 +12,10 @@ from torch import nn
 from fastvlm.training.checkpoint import State
 from fastvlm.training.processes import Processes
 from fastvlm.training.schedule import Schedule, parameter_groups
-from fastvlm.training.task import Losses, Task
+from fastvlm.training.task import Losses, TrainingTask
 
 
-class Learner:
+class TrainState:
     """Weights that every process holds whole, and their optimiser.
 
     Args:
@@ -26,7 +26,7 @@ class Learner:
     """
 
     def __init__(
-        self, task: Task, schedule: Schedule, accelerator: Accelerator, processes: Processes
+        self, task: TrainingTask, schedule: Schedule, accelerator: Accelerator, processes: Processes
     ) -> None:
         self.task, self.schedule = task, schedule
         self.accelerator, self.processes = accelerator, processes
