@@ -20,9 +20,10 @@ from fastvlm.functional.errors import InputError
 from fastvlm.vlm import VisionLanguageModel
 from fastvlm_example.tokenizer import learn_tokenizer
 from tests.cli.conftest import tiny_model
+from tests.families import FAMILIES
 from tests.fuzzing.models import CORPUS
+from tests.processors import PROCESSORS, saved
 from tests.processors import sample_image as image
-from tests.processors import saved
 
 TEXT = {"type": "text", "text": "What?"}
 
@@ -130,6 +131,14 @@ def test_a_dark_drawing_on_nothing_is_shown_as_transformers_shows_it(
     torch.testing.assert_close(own["pixel_values"].float(), expected["pixel_values"].float())
     # Not all black.
     assert own["pixel_values"].std() > 0.1
+
+
+def test_a_model_that_fails_on_its_prompt_is_refused_in_a_sentence() -> None:
+    model, _ = FAMILIES["blip2-t5"]()
+    model.config.image_token_id = model.config.image_token_index = None
+    vlm = VisionLanguageModel(model.eval(), PROCESSORS["blip2-t5"]())
+    with pytest.raises(InputError, match="Blip2ForConditionalGeneration refuses"):
+        vlm.generate("What?", image(1), max_new_tokens=3)
 
 
 @pytest.mark.parametrize(

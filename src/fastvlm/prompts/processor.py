@@ -15,7 +15,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase, ProcessorMixi
 
 from fastvlm.checkpoints.processors import tokenizer_of
 from fastvlm.data.conversations import Message
-from fastvlm.functional.errors import InputError, first_line
+from fastvlm.functional.errors import FastVlmError, InputError, first_line
 from fastvlm.language import DecoderInputs, SplitDecoder, capture_decoder_inputs
 from fastvlm.prompts.features import ImageFeatureCache
 from fastvlm.prompts.messages import dialogue, images_of, templated
@@ -234,7 +234,9 @@ class ProcessorPromptBuilder:
         """
         try:
             [found] = capture_decoder_inputs(self.model, inputs)
-        except (ValueError, RuntimeError, IndexError, TypeError) as error:
+        except FastVlmError:
+            raise
+        except Exception as error:  # a model whose configuration lacks something fails in any way
             raise InputError(
                 f"{self.name} refuses what its processor made of the prompt: {first_line(error)}."
             ) from error
