@@ -38,6 +38,15 @@ test-torchao: $(INSTALLED) ## Run the tests of int8 weights, for which torchao i
 	@test -d $(VENV)/aside/torchao || $(PIP) install --no-deps --target $(VENV)/aside torchao==0.18.0
 	@PYTHONPATH=$(VENV)/aside $(BIN)/python -m pytest -k torchao tests/language/test_placement.py
 
+.PHONY: package
+package: $(INSTALLED) ## Build the wheels, check them, and use fastvlm's alone in a clean environment
+	@.ci/package
+
+.PHONY: docs
+docs: $(INSTALLED) ## Build the documentation into site/
+	@$(PIP) install --constraint constraints.txt --editable '.[docs]'
+	@NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict --quiet
+
 .PHONY: check
 check: $(INSTALLED) ## Check format, style and types
 	@$(BIN)/ruff format --check --quiet || { echo "Some files are not formatted: run make format."; exit 1; }
