@@ -31,7 +31,7 @@ from fastvlm.functional.placement import moved
 from fastvlm.language import split_decoder
 from fastvlm.vision import FastViTHD, FastViTHDConfig
 from fastvlm.vision.configuration import REDUCTION
-from fastvlm.vision.images import count_views
+from fastvlm.vision.images import count_parts
 
 TEXT_BEFORE, TEXT_AFTER = 14, 16
 """Tokens of the prompt around the image: ChatML, a system prompt and a short question."""
@@ -153,7 +153,7 @@ class Contenders:
         vision = self.fastvithd
         width = int(language.config.hidden_size)
         projector = self.projector(vision.config.hidden_size, width)
-        views = count_views(tiles)
+        views = count_parts(tiles)
 
         return Contender(
             f"FastVLM-{decoder}",

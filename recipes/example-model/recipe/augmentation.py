@@ -1,4 +1,4 @@
-"""Random views of photos, so that a few thousand of them teach more than themselves."""
+"""Random crops of photos, so that a few thousand of them teach more than themselves."""
 
 from __future__ import annotations
 
@@ -7,13 +7,13 @@ from torch import Tensor
 from torch.nn import functional as F
 
 
-def random_views(images: Tensor, size: int, *, smallest: float = 0.5) -> Tensor:
+def random_crops(images: Tensor, size: int, *, smallest: float = 0.5) -> Tensor:
     """Crop, mirror and recolour images at random.
 
     Args:
         images: (batch, 3, height, width), uint8.
-        size: Side of the views in pixels.
-        smallest: The smallest share of an image's side that a view shows.
+        size: Side of the crops in pixels.
+        smallest: The smallest share of an image's side that a crop shows.
 
     Returns:
         (batch, 3, size, size) in [0, 1].
@@ -29,20 +29,20 @@ def random_views(images: Tensor, size: int, *, smallest: float = 0.5) -> Tensor:
     theta[:, 0, 0], theta[:, 1, 1] = side[:, 0] * mirror, side[:, 1]
     theta[:, :, 2] = centre
     grid = F.affine_grid(theta, [batch, 3, size, size], align_corners=False)
-    views = F.grid_sample(images.float() / 255, grid, padding_mode="border", align_corners=False)
+    crops = F.grid_sample(images.float() / 255, grid, padding_mode="border", align_corners=False)
     gain = torch.empty(batch, 3, 1, 1).uniform_(0.9, 1.1) * torch.empty(batch, 1, 1, 1).uniform_(
         0.7, 1.3
     )
-    mean = views.mean((1, 2, 3), keepdim=True)
+    mean = crops.mean((1, 2, 3), keepdim=True)
     contrast = torch.empty(batch, 1, 1, 1).uniform_(0.7, 1.3)
-    return (((views - mean) * contrast + mean) * gain).clamp(0, 1)
+    return (((crops - mean) * contrast + mean) * gain).clamp(0, 1)
 
 
-def mixed(views: Tensor, targets: Tensor, *, alpha: float = 0.4) -> tuple[Tensor, Tensor]:
-    """Mix each view, and its targets, with the one before it (mixup, arXiv 1710.09412).
+def mixed(crops: Tensor, targets: Tensor, *, alpha: float = 0.4) -> tuple[Tensor, Tensor]:
+    """Mix each crop, and its targets, with the one before it (mixup, arXiv 1710.09412).
 
     Args:
-        views: (batch, 3, height, width).
+        crops: (batch, 3, height, width).
         targets: (batch, words).
         alpha: Both parameters of the Beta distribution that the shares are drawn from.
 
@@ -50,10 +50,10 @@ def mixed(views: Tensor, targets: Tensor, *, alpha: float = 0.4) -> tuple[Tensor
         The same two shapes.
     """
     beta = torch.tensor(alpha)
-    share = torch.distributions.Beta(beta, beta).sample((len(views),))
+    share = torch.distributions.Beta(beta, beta).sample((len(crops),))
     kept = torch.maximum(share, 1 - share)
     wide, narrow = kept[:, None, None, None], kept[:, None]
     return (
-        wide * views + (1 - wide) * views.roll(1, 0),
+        wide * crops + (1 - wide) * crops.roll(1, 0),
         narrow * targets + (1 - narrow) * targets.roll(1, 0),
     )

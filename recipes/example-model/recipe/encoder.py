@@ -40,7 +40,7 @@ from fastvlm_example.scenes import (
     render,
     sample,
 )
-from recipe.augmentation import mixed, random_views
+from recipe.augmentation import mixed, random_crops
 
 SCENE_SIZE = 192
 PHOTO_SIZE = 128
@@ -78,13 +78,13 @@ class Shown:
 
     Args:
         scenes: Scenes, whose facts are read.
-        views: Photos as (photos, 3, height, width).
+        crops: Photos as (photos, 3, height, width).
         targets: How common each word is in their captions: (photos, words).
         settled: Whether batch norms keep the statistics that they have.
     """
 
     scenes: Sequence[Scene]
-    views: Tensor
+    crops: Tensor
     targets: Tensor
     settled: bool
 
@@ -141,9 +141,9 @@ class EncoderTask:
         first = step < self.scenes_first
         scenes = [sample(random.randrange(HELD_OUT_SCENES)) for _ in range(32 if first else 8)]
         rows = torch.randint(len(self.photos), (64 if first else 80,))
-        views = random_views(self.pixels[rows], PHOTO_SIZE)
-        views, targets = mixed(views, self.targets[rows])
-        return [Shown(scenes, views, targets, settled=step >= self.settled_from)]
+        crops = random_crops(self.pixels[rows], PHOTO_SIZE)
+        crops, targets = mixed(crops, self.targets[rows])
+        return [Shown(scenes, crops, targets, settled=step >= self.settled_from)]
 
     def loss(self, examples: Sequence[Shown]) -> Losses:
         """Return the facts' and the words' loss of one step, times its images."""
@@ -154,8 +154,8 @@ class EncoderTask:
             if isinstance(part, nn.BatchNorm2d):
                 part.train(not shown.settled)
         facts, things = self.facts(shown.scenes)
-        words = self.words(shown.views.to(self.device), shown.targets.to(self.device))
-        images = len(shown.scenes) + len(shown.views)
+        words = self.words(shown.crops.to(self.device), shown.targets.to(self.device))
+        images = len(shown.scenes) + len(shown.crops)
         measures = {"facts": facts, "things": things, "words": words}
         report = {name: (float(value.detach()), 1.0) for name, value in measures.items()}
         return Losses((facts + words) * images, images, report)
@@ -165,9 +165,9 @@ class EncoderTask:
         states = self.encoder(pixels).last_hidden_state
         return self.heads.norm(states.flatten(2).transpose(1, 2))
 
-    def words(self, views: Tensor, targets: Tensor) -> Tensor:
+    def words(self, crops: Tensor, targets: Tensor) -> Tensor:
         """Return the loss of the captions' words, summed over words."""
-        logits = self.heads.words(self.features(views).mean(1))
+        logits = self.heads.words(self.features(crops).mean(1))
         losses = F.binary_cross_entropy_with_logits(logits, targets, reduction="none")
         return losses.sum(1).mean() / 10
 

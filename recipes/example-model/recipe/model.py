@@ -29,14 +29,14 @@ from fastvlm_example import HELD_OUT_SCENES
 from fastvlm_example.scenes import Scene, describe, sample
 from fastvlm_example.tokenizer import learn_tokenizer
 from recipe.architecture import DecoderShape, new_model, use_encoder
-from recipe.augmentation import random_views
+from recipe.augmentation import random_crops
 from recipe.consensus import Consensus, advantages, sample_sentences
 from recipe.dialogues import PROMPTS, Dialogue, encode_dialogue, token_losses
 from recipe.encoder import scene_pixels
 from recipe.growth import AS_IT_IS, Size, grown
 from recipe.stages import STAGES, Stage
 
-PASS = 11
+DIALOGUES_A_PASS = 11
 """Dialogues in one pass of the decoder; a step has up to three passes."""
 
 
@@ -125,8 +125,8 @@ class ModelTask:
         """Yield each dialogue's kind and the losses of its reply's tokens."""
         # Dialogues of like length share a pass, so that little is computed for padding.
         dialogues.sort(key=lambda dialogue: len(dialogue.tokens))
-        for start in range(0, len(dialogues), PASS):
-            passed = dialogues[start : start + PASS]
+        for start in range(0, len(dialogues), DIALOGUES_A_PASS):
+            passed = dialogues[start : start + DIALOGUES_A_PASS]
             for dialogue, part in zip(passed, token_losses(self.model, passed), strict=True):
                 yield dialogue.kind, part
 
@@ -142,7 +142,7 @@ class ModelTask:
     def sampled(self, consensus: Consensus, number: int) -> tuple[Tensor, float]:
         """Return the self-critical loss of sentences sampled of photos; their mean reward."""
         rows = torch.randint(len(self.photos), (number,))
-        features = self.visual_tokens(random_views(self.pixels[rows], self.size, smallest=0.7))
+        features = self.visual_tokens(random_crops(self.pixels[rows], self.size, smallest=0.7))
         prompt = random.choice(PROMPTS["sentence"])
         drawn = sample_sentences(self.model, self.tokenizer, prompt, features)
         rewards = torch.tensor(
@@ -183,9 +183,9 @@ class ModelTask:
         if not number:
             return []
         rows = torch.randint(len(self.photos), (number,))
-        views = random_views(self.pixels[rows], self.size, smallest=0.7)
+        crops = random_crops(self.pixels[rows], self.size, smallest=0.7)
         shown = []
-        for row, pixels in zip(rows.tolist(), views, strict=True):
+        for row, pixels in zip(rows.tolist(), crops, strict=True):
             captions = self.photos[row].captions
             several = self.said("description", " ".join(captions))
             # The captions that agree most with the others teach what most people would say.

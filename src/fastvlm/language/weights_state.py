@@ -59,7 +59,7 @@ def weights_state(model: Any) -> Hashable:
     before = _samples.get(model)
     if before is None or before[0] != identity:
         before = _samples[model] = identity, _sample(tensors)
-    return identity, tuple(_values(views) for views in before[1])
+    return identity, tuple(_values(samples) for samples in before[1])
 
 
 _samples: WeakKeyDictionary[nn.Module, tuple[Hashable, list[list[Tensor]]]] = WeakKeyDictionary()
@@ -134,12 +134,12 @@ def _sample(tensors: list[Tensor]) -> list[list[Tensor]]:
     found: dict[tuple[torch.device, torch.dtype], list[Tensor]] = {}
     for tensor in tensors:
         for part in plain_parts(tensor):
-            if (view := _view(part)) is not None:
+            if (view := _values_of(part)) is not None:
                 found.setdefault((view.device, view.dtype), []).append(view)
     return list(found.values())
 
 
-def _view(tensor: Tensor) -> Tensor | None:
+def _values_of(tensor: Tensor) -> Tensor | None:
     """Return a view of a few values; None where they can't be read."""
     if tensor.is_meta or tensor.dtype.itemsize not in BITS:
         return None
@@ -150,7 +150,7 @@ def _view(tensor: Tensor) -> Tensor | None:
         return None
 
 
-def _values(views: list[Tensor]) -> tuple[int, ...]:
+def _values(samples: list[Tensor]) -> tuple[int, ...]:
     """Return the bits of values of one device and type, in one transfer."""
-    joined = torch.cat(views)
+    joined = torch.cat(samples)
     return tuple(joined.view(BITS[joined.dtype.itemsize]).tolist())

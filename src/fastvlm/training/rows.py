@@ -111,8 +111,8 @@ class FastViTHDRows:
 
     def rows(self, conversation: Conversation) -> list[TrainingRow]:
         """Return the one row of a conversation. See `RowBuilder.rows`."""
-        views = [prepare(shown, self.image_size) for shown in images_of(conversation.messages)]
-        visual = iter([len(view) * (view.shape[-1] // REDUCTION) ** 2 for view in views])
+        parts = [prepare(shown, self.image_size) for shown in images_of(conversation.messages)]
+        visual = iter([len(part) * (part.shape[-1] // REDUCTION) ** 2 for part in parts])
         tokens: list[int] = []
         labels: list[int] = []
         replied = False
@@ -131,8 +131,8 @@ class FastViTHDRows:
         if len(tokens) > self.context:
             raise InputError(f"It has {len(tokens)} tokens; the model's context is {self.context}.")
         inputs = {"input_ids": torch.tensor(tokens)}
-        if views:
-            inputs["pixel_values"] = torch.cat(views)
+        if parts:
+            inputs["pixel_values"] = torch.cat(parts)
         return [TrainingRow(inputs, torch.tensor(labels))]
 
     def pieces(self, messages: Sequence[Message]) -> Iterator[tuple[str, bool]]:

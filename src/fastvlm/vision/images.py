@@ -61,15 +61,15 @@ def crop_to_square(image: Image.Image) -> Image.Image:
 
 
 def prepare(image: ImageInput, image_size: int, fit: str = "pad", tiles: int = 1) -> Tensor:
-    """Return an image as the encoder takes it: (views, 3, image_size, image_size) in [0, 1].
+    """Return an image as the encoder takes it: (parts, 3, image_size, image_size) in [0, 1].
 
     Args:
         image: See `load_image`.
-        image_size: Side of a view in pixels, a multiple of 64.
+        image_size: Side of a part in pixels, a multiple of 64.
         fit: What makes it square, one of `FITS`: `pad` shows all of it between black bars (Apple's
             reference), `crop` its middle (`transformers`' processor), `stretch` squashes it.
         tiles: With more than 1, the whole is followed by so many rows and columns of tiles, each as
-            large as a view (the paper's 2048 px are two times two tiles of 1024).
+            large as a part (the paper's 2048 px are two times two tiles of 1024).
 
     Raises:
         InputError: The image can't be opened, or an option is out of range.
@@ -89,19 +89,19 @@ def prepare(image: ImageInput, image_size: int, fit: str = "pad", tiles: int = 1
         )
     opened = load_image(image)
     square = {"pad": pad_to_square, "crop": crop_to_square}.get(fit, _unchanged)(opened)
-    views = [square.resize((size, size), Image.Resampling.BICUBIC)]
+    parts = [square.resize((size, size), Image.Resampling.BICUBIC)]
     if tiles > 1:
         large = square.resize((tiles * size, tiles * size), Image.Resampling.BICUBIC)
-        views += [
+        parts += [
             large.crop((column * size, row * size, (column + 1) * size, (row + 1) * size))
             for row in range(tiles)
             for column in range(tiles)
         ]
-    return torch.stack([to_tensor(view) for view in views])
+    return torch.stack([to_tensor(part) for part in parts])
 
 
-def count_views(tiles: int) -> int:
-    """Return how many views `prepare` makes."""
+def count_parts(tiles: int) -> int:
+    """Return how many parts `prepare` makes: the whole, and its tiles."""
     return 1 if tiles == 1 else 1 + tiles * tiles
 
 
