@@ -128,8 +128,8 @@ def test_likelihoods_of_targets(model: Any) -> None:
         ]
     )
     assert found == [
-        (pytest.approx(red.text), red.greedy),
-        (pytest.approx(blue.text), blue.greedy),
+        (pytest.approx(-one.text / len(model.vlm.tokenizer.encode(text))), one.greedy)
+        for one, text in ((red, "red"), (blue, "a large blue circle"))
     ]
 
 

@@ -7,7 +7,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from fastvlm.evaluation.contenders import DECODERS
 from huggingface_hub import save_torch_state_dict
 
 import fastvlm
@@ -15,6 +14,7 @@ from fastvlm.checkpoints import load_checkpoint, save_checkpoint
 from fastvlm_example.scenes import render, sample
 from tests.checkpoints.conftest import chatml_tokenizer
 from tests.checkpoints.reference import all_drawn, apple_name, read_fixture
+from ttft_models import DECODERS
 
 pytestmark = pytest.mark.slow
 

@@ -2,8 +2,7 @@
 
     lmms-eval --model fastvlm --model_args pretrained=DIR,draft=DIR --tasks mme --batch_size 16
 
-lmms-eval finds it by the entry point `lmms_eval.models`. It was written to lmms-eval's published
-interface and tested with stand-ins for its classes, not with lmms-eval itself.
+lmms-eval finds it by the entry point `lmms_eval.models`.
 """
 
 from __future__ import annotations

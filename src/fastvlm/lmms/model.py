@@ -26,8 +26,8 @@ class FastVlm(lmms):
     """A model and its draft.
 
     Args:
-        pretrained: The model: a directory, or a name on the Hugging Face hub; None for the one that
-            ships.
+        pretrained: The model: a directory, or a name on the Hugging Face hub; None for the
+            example model.
         draft: Its draft's directory; None for none.
         strategy: How drafts are made; None for the model's best.
         device: Where to compute.
@@ -94,7 +94,9 @@ class FastVlm(lmms):
         return replies
 
     def loglikelihood(self, requests: Sequence[Any]) -> list[tuple[float, bool]]:
-        """Return the log-likelihood of each target, and whether greedy decoding writes it.
+        """Return the mean loss of each target's tokens, and whether greedy decoding writes it.
+
+        That is what lmms-eval takes the least of, and what its own models return.
 
         Args:
             requests: As for `generate_until`, the target in the place of how to generate: a text,
@@ -107,7 +109,8 @@ class FastVlm(lmms):
             prompt = self.vlm.request(self.messages(context, visual(content)))
             text = target if isinstance(target, str) else target(content)
             [one] = likelihoods(self.vlm, prompt, [text])
-            found.append((one.text, one.greedy))
+            tokens = self.vlm.tokenizer.encode(text, add_special_tokens=False)
+            found.append((-one.text / len(tokens), one.greedy))
         return found
 
     def generate_until_multi_round(self, requests: Sequence[Any]) -> list[str]:
