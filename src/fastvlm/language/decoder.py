@@ -175,11 +175,11 @@ class SplitDecoder(ABC):
     def forward_blocks(
         self, x: Tensor, positions: Positions, cache: KeyValueCache, blocks: Iterable[nn.Module]
     ) -> Tensor:
-        """Run layers of the target's own kind that are not the target's."""
+        """Run layers of the target's own kind that are not its own: (batch, new, d_model)."""
 
     @abstractmethod
     def norm(self, x: Tensor) -> Tensor:
-        """Return what the LM head is given: the final norm of hidden states, and what follows."""
+        """Return what the LM head is given, after the final norm: (batch, new, d_model)."""
 
     def head(self, x: Tensor) -> Tensor:
         """Return the logits of (batch, new, d_model): `norm`, then LM head."""
@@ -231,7 +231,7 @@ class SplitDecoder(ABC):
 
 
 def additive(seen: Tensor, dtype: torch.dtype) -> Tensor:
-    """Return a mask to add to attention scores: 0 where something is seen."""
+    """Return a mask to add to attention scores: 0 where `seen` holds, in the shape of `seen`."""
     # The least number rather than minus infinity: a row that sees nothing stays finite.
     return torch.zeros_like(seen, dtype=dtype).masked_fill(~seen, torch.finfo(dtype).min)
 

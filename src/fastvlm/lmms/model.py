@@ -114,7 +114,11 @@ class FastVlm(lmms):
         return found
 
     def generate_until_multi_round(self, requests: Sequence[Any]) -> list[str]:
-        """Refuse: tasks of several rounds are not asked of this model."""
+        """Refuse tasks of several rounds.
+
+        Raises:
+            InputError: Always.
+        """
         raise InputError(f"fastvlm answers tasks of one round; got {len(requests)} of several.")
 
     def messages(self, context: str, visuals: Iterable[Any] | None) -> list[Message]:

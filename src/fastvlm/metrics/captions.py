@@ -237,7 +237,11 @@ def cider_d(predictions: Sequence[Tokens], references: Sequence[Sequence[Tokens]
 
 
 def check_captions(predictions: Mapping[str, str], references: Mapping[str, Sequence[str]]) -> None:
-    """Raise InputError unless every prediction is text and has references that are."""
+    """Check that every prediction is text and has references that are.
+
+    Raises:
+        InputError: One is not, or has none.
+    """
     if not predictions:
         raise InputError("There are no predicted captions to score.")
     unmatched = predictions.keys() ^ references.keys()

@@ -277,7 +277,7 @@ def master(dtype: torch.dtype) -> torch.dtype:
 
 
 def full_precision(logits: Tensor) -> Tensor:
-    """Return logits in float32 at least: a softmax of bfloat16 is none."""
+    """Return logits in float32 at least, in their shape: bfloat16 is too coarse for a softmax."""
     return logits.to(torch.promote_types(logits.dtype, torch.float32))
 
 

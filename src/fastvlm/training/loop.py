@@ -153,7 +153,11 @@ class Run:
     def step(
         self, step: int, progress: RunProgress | None, asked: Sequence[int]
     ) -> tuple[bool, bool]:
-        """Take a step; return whether any process was asked to stop, and whether to save."""
+        """Take a step; return whether any process was asked to stop, and whether to save.
+
+        Raises:
+            InputError: There is nothing to learn from in the examples.
+        """
         seed_step(self.schedule.seed, step)
         weight, sums = 0.0, dict[str, tuple[float, float]]()
         for number, examples in self.mine(self.task.draw(step)):
@@ -188,6 +192,9 @@ class Run:
         """Yield this process's slices of a step, with their numbers among those of all processes.
 
         They are the same slices for two processes as for one with twice the accumulation.
+
+        Raises:
+            InputError: The examples are fewer than the slices.
         """
         accumulation, streams = self.schedule.accumulation, self.task.source is not None
         slices = accumulation if streams else self.slices
@@ -203,7 +210,11 @@ class Run:
             yield number, examples[first:end]
 
     def resume(self) -> int:
-        """Return the step to begin with, everything restored for it."""
+        """Return the step to begin with, everything restored for it.
+
+        Raises:
+            CheckpointError: The checkpoint is broken, or of another run.
+        """
         source, processes = self.task.source, self.processes
         state = read_checkpoint(self.file, self.plan, processes.number, streams=source is not None)
         first = 0 if state is None else state["step"]

@@ -70,7 +70,11 @@ class EvaluationTask(Protocol[Reply_contra]):
 
 
 def check_replies(items: Sequence[Item], replies: Mapping[str, object]) -> None:
-    """Raise InputError unless there are items, and one reply for each."""
+    """Check that there are items, and one reply for each.
+
+    Raises:
+        InputError: There are not.
+    """
     if not items:
         raise InputError("There are no items to score.")
     asked = {item.id for item in items}

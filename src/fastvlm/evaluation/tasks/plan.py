@@ -125,7 +125,11 @@ def read_tasks(
 
 
 def read_task(typed: str, data: Path) -> EvaluationTask[Any]:
-    """Read a task, `NAME` or `NAME:SPLIT`. See `read_tasks`."""
+    """Read a task, `NAME` or `NAME:SPLIT`. See `read_tasks`.
+
+    Raises:
+        InputError: There is no such task or split, or its files are missing or broken.
+    """
     name, _, split = typed.partition(":")
     loader = LOADERS.get(name.replace("-", "_"))
     if loader is None:
