@@ -243,7 +243,7 @@ def main() -> None:
             "block": untrained(vlm, "block"),
             "mlp": untrained(vlm, "mlp"),
         }
-        runs = interleaved(vlm, with_rule(strategies, rule), mix)
+        runs = interleaved(vlm, with_rule(strategies, rule), mix[: 2 * options.images])
         measured("untrained drafts", ORDINARY, compared(runs, ORDINARY))
     if "short" in wanted:
         # What was learnt from longer replies must not help here.

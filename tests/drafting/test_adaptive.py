@@ -181,8 +181,8 @@ def test_rows_stop_together() -> None:
 
 def test_batches_of_other_sizes_are_measured_for_themselves() -> None:
     length = taught(1, 0.1, 0.01, accepted=True)
-    assert length.throughput(1).step.value == pytest.approx(0.1)
-    assert not length.throughput(4).step.weight
+    assert length.throughputs[1].step.value == pytest.approx(0.1)
+    assert not length.throughputs[4].step.weight
 
 
 def test_a_draft_has_at_most_its_maximum() -> None:
@@ -292,7 +292,7 @@ def test_a_load_that_came_and_went_stops_a_good_draft_for_moments_only() -> None
     for reply in replies(world, 5):
         decoded(length, world, reply)
     usual = sum(decoded(length, world, reply) for reply in replies(world, 5))
-    length.throughput(1).budget_steps = -BUDGET_STEPS
+    length.throughputs[1].budget_steps = -BUDGET_STEPS
     for reply in replies(world, 2):
         # Cycles that are four times as long, while ordinary steps are believed to be as before.
         decoded(length, world, reply, lambda: 4.0)

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+import statistics
+from collections import defaultdict
 from collections.abc import Sequence
 
 from fastvlm.drafting.draft_length import Progress, Timings, check_maximum
@@ -13,8 +15,8 @@ PRIOR_TOKENS = 3
 """Tokens that an assumed acceptance counts for, beside those measured."""
 AVERAGED_TOKENS = 50
 """Tokens over which acceptances are averaged."""
-AVERAGED_CYCLES = 10
-"""Cycles over which costs and gains are averaged: those of one reply, more or less."""
+AVERAGED_CYCLES = 20
+"""Cycles over which costs and gains are averaged: those of a few replies."""
 OUTLIER_RATIO = 2
 """A time counts as at most so many times the mean: the machine may have had other work."""
 BUDGET_STEPS = 8
@@ -26,13 +28,7 @@ MEASURE_ORDINARY_EVERY = 64
 
 
 class Mean:
-    """A running mean: of the first values exactly, then exponential.
-
-    Args:
-        window: Values that it remembers, more or less.
-        value: What is assumed before there is a value.
-        weight: Values that the assumption counts for.
-    """
+    """A running mean of about the last `window` values; `value` is assumed with a `weight`."""
 
     def __init__(self, window: int = AVERAGED_CYCLES, value: float = 0.0, weight: int = 0) -> None:
         self.window, self.value, self.weight = window, value, weight
@@ -43,7 +39,7 @@ class Mean:
         self.value += (value - self.value) / self.weight
 
     def without_outlier(self, value: float) -> float:
-        """Return a time, or the longest that counts if it is longer."""
+        """Return a value, or the largest that counts if that is smaller."""
         return min(value, OUTLIER_RATIO * self.value) if self.weight else value
 
 
@@ -59,13 +55,14 @@ class Throughput:
         """Of a verify's width, and of its width and seconds."""
         self.budget_steps: float = BUDGET_STEPS
         self.since_ordinary, self.ordinary_due = 0, 2
+        """Drafts since an ordinary step was measured, and with how many the next one is."""
 
     @property
     def slope(self) -> float:
-        """Seconds that another token adds to a verify.
+        """Seconds that another token adds to a verify, by least squares.
 
-        By least squares; while widths hardly vary, what a verify takes beyond an ordinary step
-        tells. It is too much for narrow ones, as two tokens may be much dearer than one.
+        While widths hardly vary, what a verify takes beyond an ordinary step tells, although it
+        overestimates: two tokens may be much dearer than one, and further ones cheap.
         """
         if not (self.ordinary.weight and self.verify.weight):
             return 0.0
@@ -74,18 +71,14 @@ class Throughput:
         return min(max(slope, 0.0), self.ordinary.value)
 
     @property
-    def drafting(self) -> float:
-        """Tokens per second of cycles with a draft; 0 before the first."""
-        return self.tokens.value / self.cycle.value if self.cycle.weight else 0.0
-
-    @property
     def best(self) -> float:
-        """Tokens per second with drafts or without, whichever is faster; 0 before any is known."""
-        return max(self.drafting, 1 / self.ordinary.value if self.ordinary.weight else 0.0)
+        """Tokens per second with drafts or without, whichever are more; 0 where none is known."""
+        rates = ((self.tokens.value, self.cycle.value), (1.0, self.ordinary.value))
+        return max(tokens / seconds if seconds else 0.0 for tokens, seconds in rates)
 
     def should_draft(self) -> bool:
         """Return whether drafts pay or have a budget, and no ordinary step has to be measured."""
-        pays = self.drafting * self.ordinary.value > 1
+        pays = self.tokens.value * self.ordinary.value > self.cycle.value
         return (pays or self.budget_steps >= 0) and self.since_ordinary < self.ordinary_due
 
     def add_ordinary(self, seconds: float) -> None:
@@ -99,9 +92,10 @@ class Throughput:
 
     def add_draft(self, tokens: float, timings: Timings) -> None:
         """Learn from a cycle with a draft, which brought a row so many tokens."""
-        # The first step may have caught up on what the drafter had not seen.
-        later = timings.steps[1:] or timings.steps
-        self.step.add(self.step.without_outlier(sum(later) / len(later)))
+        # The first step may have caught up on what the drafter had not seen, and single ones may
+        # have waited for other work: what counts is what one more step usually takes.
+        step = statistics.median(timings.steps[1:] or timings.steps)
+        self.step.add(self.step.without_outlier(step))
         width, verify = len(timings.steps) + 1, self.verify.without_outlier(timings.verify)
         if self.verify.weight:
             self.variance.add((width - self.width.value) ** 2)
@@ -153,18 +147,15 @@ class AdaptiveLength:
         self.by_confidence = [Mean(AVERAGED_TOKENS, value, PRIOR_TOKENS) for value in assumed]
         self.after_accepted = Mean(AVERAGED_TOKENS, 1.0, PRIOR_TOKENS)
         """Acceptance of a token after an accepted one."""
-        self.throughputs: dict[int, Throughput] = {}
+        self.throughputs: defaultdict[int, Throughput] = defaultdict(Throughput)
+        """By the rows of a batch."""
         self.one_word = Mean()
-        """The share of replies that end with the token after the prefill's."""
+        """The share of replies that an ordinary step after the prefill ends."""
 
     def acceptance(self, confidence: float) -> Mean:
         """Return the mean acceptance of tokens of about this confidence."""
         halvings = -math.log2(max(1 - confidence, 2.0**-CONFIDENCE_BINS))
         return self.by_confidence[min(int(2 * halvings), CONFIDENCE_BINS - 1)]
-
-    def throughput(self, rows: int) -> Throughput:
-        """Return what is known of batches of a size."""
-        return self.throughputs.setdefault(rows, Throughput())
 
     def should_continue(self, progress: Progress) -> list[bool]:
         """Return whether each row drafts another token: all that can, or none.
@@ -184,28 +175,23 @@ class AdaptiveLength:
         if self.one_word.value > 0.5 and max(progress.generated) <= 1:  # noqa: PLR2004 (most)
             # An ordinary step ends most replies here, and shows which of them go on.
             return False
-        return self.throughput(len(progress.active)).should_draft()
+        return self.throughputs[len(progress.active)].should_draft()
 
     def should_extend(self, progress: Progress) -> bool:
         """Return whether one more token raises the expected tokens per second."""
-        gain = (
-            sum(
-                math.prod(self.acceptance(confidence).value for confidence in confidences)
-                for is_active, confidences in zip(
-                    progress.active, progress.confidences, strict=True
-                )
-                if is_active
-            )
-            * self.after_accepted.value
+        accepted = sum(
+            math.prod(self.acceptance(confidence).value for confidence in confidences)
+            for is_active, confidences in zip(progress.active, progress.confidences, strict=True)
+            if is_active
         )
-        throughput = self.throughput(len(progress.active))
+        throughput = self.throughputs[len(progress.active)]
         # Before anything is measured, a token is drafted if it is more likely right than wrong.
         needed = throughput.best * (throughput.step.value + throughput.slope) or 0.5
-        return gain > needed * sum(map(bool, progress.confidences))
+        return accepted * self.after_accepted.value > needed * sum(map(bool, progress.confidences))
 
     def update(self, progress: Progress, accepted: Sequence[int], timings: Timings) -> None:
         """Learn from a cycle: what was accepted, and what it took."""
-        throughput = self.throughput(len(progress.active))
+        throughput = self.throughputs[len(progress.active)]
         if not progress.steps:
             throughput.add_ordinary(timings.verify)
             return
