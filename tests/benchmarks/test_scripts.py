@@ -17,6 +17,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 import fastvlm
 from fastvlm import embedded
+from fastvlm.drafting import adaptive
 from fastvlm.scenes import render, sample
 from tests.processors import character_tokenizer
 
@@ -111,9 +112,9 @@ def test_batches(run: Run, photographs: Path) -> None:
 @pytest.mark.slow
 def test_draft_length(run: Run, photographs: Path) -> None:
     found = run("draft_length", "--photographs", photographs / "images", "--images", 1,
-                "--only", "photographs,untrained", "--threads", 1, FIXED=(2,),
-                MAX_NEW_TOKENS=8)  # fmt: skip
-    assert found["photographs"]["results"].keys() >= {"fixed 2"}
+                "--only", "photographs,untrained", "--threads", 1, "--rule", adaptive.__file__,
+                FIXED=(2,), MAX_NEW_TOKENS=8)  # fmt: skip
+    assert found["photographs"]["results"].keys() >= {"fixed 2", "other rule"}
     assert len(found["untrained drafts"]["results"]) >= 2
 
 

@@ -298,3 +298,14 @@ def test_a_load_that_came_and_went_stops_a_good_draft_for_moments_only() -> None
         decoded(length, world, reply, lambda: 4.0)
     taken = sum(decoded(length, world, reply) for reply in replies(world, 5))
     assert taken < 1.1 * usual
+
+
+def test_a_clock_that_stands_still_is_no_failure() -> None:
+    length = taught(1, 0.0, 0.0, accepted=True)
+    still = Throughput()
+    for _ in range(3):
+        still.add_ordinary(0.0)
+        still.add_draft(2.0, Timings([0.0], 0.0))
+    assert still.best == still.slope == 0
+    assert still.should_draft()
+    assert length.should_continue(Progress([True], [[]], [100], [5], 1)) == [True]

@@ -106,7 +106,7 @@ class Throughput:
         self.cycle.add(seconds)
         self.tokens.add(tokens)
         self.since_ordinary += 1
-        if self.ordinary.weight:
+        if self.ordinary.value:
             budget = self.budget_steps + tokens - seconds / self.ordinary.value
             self.budget_steps = min(max(budget, -BUDGET_STEPS), BUDGET_STEPS)
 
