@@ -8,15 +8,22 @@ Three questions, each answered interleaved in one run on the example model:
 - `short`: whole replies of one word (a token, and another that ends the reply, which nothing
   announces), image and prefill included.
 
+Another rule for the length can be measured beside the package's in the same run: `--rule FILE`, a
+Python file with a class `AdaptiveLength`.
+
 Every reply must have the tokens of ordinary decoding. Run `python benchmarks/draft_length.py
-[--photos DIR] [--listing FILE] [--images N] [--threads N] [--only PART,...] [--json FILE]`.
+[--photos DIR] [--listing FILE] [--images N] [--repeats N] [--rule FILE] [--threads N]
+[--only PART,...] [--json FILE]`.
 """
 
 from __future__ import annotations
 
 import argparse
+import importlib.util
 import json
-from collections.abc import Mapping, Sequence
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -26,14 +33,16 @@ import fastvlm
 import fastvlm_example
 from fastvlm.data.questions import Question, images_in
 from fastvlm.decoding import Request, Strategy
-from fastvlm.drafting import ImitationConfig, ImitationNetwork
+from fastvlm.decoding.strategies import SelfSpeculative
+from fastvlm.drafting import DraftLength, ImitationConfig, ImitationNetwork
 from fastvlm.evaluation.measuring import hardware
 from fastvlm.functional.statistics import Spread
 from fastvlm_example import HELD_OUT_SCENES
 
 FIXED = (1, 2, 4, 6, 8, 10, 14, 24)
 MAX_NEW_TOKENS = 160
-ORDINARY, ADAPTIVE = "ordinary", "adaptive"
+ORDINARY, ADAPTIVE, OTHER_RULE = "ordinary", "adaptive", "other rule"
+Rule = Callable[[int], DraftLength]
 
 
 def run_request(
@@ -152,17 +161,45 @@ def untrained(vlm: fastvlm.VisionLanguageModel, kind: str) -> Strategy:
     return vlm.strategy("imitation", network=network.to(vlm.decoder.dtype))
 
 
+def loaded_rule(file: Path) -> Rule:
+    """Return the class `AdaptiveLength` of a file, which may import files beside it."""
+    spec = importlib.util.spec_from_file_location("other_rule", file)
+    if spec is None or spec.loader is None:
+        raise SystemExit(f"{file} is no Python file.")
+    module = importlib.util.module_from_spec(spec)
+    sys.path.append(str(file.parent))
+    spec.loader.exec_module(module)
+    rule: Rule = module.AdaptiveLength
+    return rule
+
+
+def with_rule(strategies: Mapping[str, Strategy], rule: Rule | None) -> dict[str, Strategy]:
+    """Return strategies, and beside each that drafts one that does so by another rule."""
+    both = dict(strategies)
+    for name, strategy in strategies.items():
+        if rule is not None and isinstance(strategy, SelfSpeculative):
+            # The network is shared, and nothing that is learnt.
+            other = replace(strategy, length=rule(strategy.max_draft_tokens))
+            both[OTHER_RULE if name == ADAPTIVE else f"{name}, {OTHER_RULE}"] = other
+    return both
+
+
 def main() -> None:
     """Measure what is asked for."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--photos", type=Path, default=fastvlm_example.IMAGES)
     parser.add_argument("--listing", type=Path, help="names of the photos to take")
     parser.add_argument("--images", type=int, default=20, help="images of each kind")
+    parser.add_argument("--repeats", type=int, default=1, help="of every question")
+    parser.add_argument("--rule", type=Path, help="another rule's file, to measure beside this one")
+    parser.add_argument("--fixed", default=",".join(map(str, FIXED)), help="fixed lengths")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--only", default="scenes,photos,mix,untrained,short")
     parser.add_argument("--json", type=Path)
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
+    rule = None if options.rule is None else loaded_rule(options.rule)
+    lengths = [int(length) for length in options.fixed.split(",") if length]
     vlm = fastvlm.load(prefix_bytes=0)
     if options.listing is None:
         paths = [p for p in images_in(options.photos) if p.suffix == ".jpg"]
@@ -172,8 +209,13 @@ def main() -> None:
     scenes = [Question(fastvlm_example.SCENE_PROMPT, seed) for seed in seeds]
     asked = fastvlm_example.DESCRIPTION_PROMPT
     photos = [Question(asked, str(path)) for path in paths[: options.images]]
-    mix = [q for pair in zip(scenes, photos, strict=False) for q in pair]
-    out: dict[str, Any] = {"hardware": hardware(), "images": options.images}
+    mix = [q for pair in zip(scenes, photos, strict=False) for q in pair] * options.repeats
+    scenes, photos = scenes * options.repeats, photos * options.repeats
+    out: dict[str, Any] = {
+        "hardware": hardware(),
+        "images": options.images,
+        "repeats": options.repeats,
+    }
     wanted = options.only.split(",")
 
     def measured(title: str, reference: str, rows: dict[str, dict[str, Any]]) -> None:
@@ -186,11 +228,11 @@ def main() -> None:
         if title in wanted:
             fixed = {
                 f"fixed {g}": vlm.strategy("imitation", num_speculative_tokens=g, confidence=0)
-                for g in FIXED
+                for g in lengths
             }
-            strategies = {ADAPTIVE: vlm.strategy("imitation"), **fixed}
+            adaptive = with_rule({ADAPTIVE: vlm.strategy("imitation")}, rule)
             ordinary = {ORDINARY: vlm.strategy("autoregressive")}
-            runs = interleaved(vlm, {**ordinary, **strategies}, questions)
+            runs = interleaved(vlm, {**ordinary, **adaptive, **fixed}, questions)
             measured(title, ADAPTIVE, compared(runs, ADAPTIVE))
     if "untrained" in wanted:
         strategies = {
@@ -198,13 +240,13 @@ def main() -> None:
             "block": untrained(vlm, "block"),
             "mlp": untrained(vlm, "mlp"),
         }
-        runs = interleaved(vlm, strategies, mix[: options.images])
+        runs = interleaved(vlm, with_rule(strategies, rule), mix[: 2 * options.images])
         measured("untrained drafts", ORDINARY, compared(runs, ORDINARY))
     if "short" in wanted:
         # What was learnt from longer replies must not help here.
         vlm = fastvlm.load(prefix_bytes=0)
         strategies = {ORDINARY: vlm.strategy("autoregressive"), ADAPTIVE: vlm.strategy("imitation")}
-        runs = interleaved(vlm, strategies, mix, short=True)
+        runs = interleaved(vlm, with_rule(strategies, rule), mix, short=True)
         measured("one-word answers", ORDINARY, compared(runs, ORDINARY, whole=True))
 
 

@@ -17,6 +17,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 import fastvlm
 import fastvlm_example
+from fastvlm.drafting import adaptive
 from fastvlm_example.scenes import render, sample
 from tests.processors import character_tokenizer
 
@@ -114,9 +115,9 @@ def test_batches(run: Run, photos: Path) -> None:
 @pytest.mark.slow
 def test_draft_length(run: Run, photos: Path) -> None:
     found = run("draft_length", "--photos", photos / "images", "--images", 1,
-                "--only", "photos,untrained", "--threads", 1, FIXED=(2,),
-                MAX_NEW_TOKENS=8)  # fmt: skip
-    assert found["photos"]["results"].keys() >= {"fixed 2"}
+                "--only", "photos,untrained", "--threads", 1, "--rule", adaptive.__file__,
+                FIXED=(2,), MAX_NEW_TOKENS=8)  # fmt: skip
+    assert found["photos"]["results"].keys() >= {"fixed 2", "other rule"}
     assert len(found["untrained drafts"]["results"]) >= 2
 
 
