@@ -2,7 +2,8 @@
 
     lmms-eval --model fastvlm --model_args pretrained=DIR,draft=DIR --tasks mme --batch_size 16
 
-lmms-eval finds it by the entry point `lmms_eval.models`.
+lmms-eval finds it by the entry point `lmms_eval.models`. A slow test runs tasks of both
+kinds, replies and choices, with lmms-eval itself.
 """
 
 from __future__ import annotations

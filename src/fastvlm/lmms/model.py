@@ -6,6 +6,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 import torch
+from lmms_eval.api import instance as lmms_instance
 from lmms_eval.api.model import lmms
 from PIL import Image
 
@@ -93,10 +94,11 @@ class FastVlm(lmms):
             self.cache_hook.add_partial("generate_until", key, replies[place])
         return replies
 
-    def loglikelihood(self, requests: Sequence[Any]) -> list[tuple[float, bool]]:
-        """Return the mean loss of each target's tokens, and whether greedy decoding writes it.
+    def loglikelihood(self, requests: Sequence[Any]) -> list[Any]:
+        """Return the loss of each target, and whether greedy decoding writes it.
 
-        That is what lmms-eval takes the least of, and what its own models return.
+        lmms-eval calls it a log-likelihood, but its tasks choose the smallest one: what its own
+        models return is the mean cross-entropy of the target's tokens.
 
         Args:
             requests: As for `generate_until`, the target in the place of how to generate: a text,
@@ -109,16 +111,12 @@ class FastVlm(lmms):
             prompt = self.vlm.request(self.messages(context, visual(content)))
             text = target if isinstance(target, str) else target(content)
             [one] = likelihoods(self.vlm, prompt, [text])
-            tokens = self.vlm.tokenizer.encode(text, add_special_tokens=False)
-            found.append((-one.text / len(tokens), one.greedy))
+            length = len(self.vlm.tokenizer.encode(text, add_special_tokens=False))
+            found.append(scored(-one.text / length, greedy=one.greedy))
         return found
 
     def generate_until_multi_round(self, requests: Sequence[Any]) -> list[str]:
-        """Refuse tasks of several rounds.
-
-        Raises:
-            InputError: Always.
-        """
+        """Refuse: tasks of several rounds are not asked of this model."""
         raise InputError(f"fastvlm answers tasks of one round; got {len(requests)} of several.")
 
     def messages(self, context: str, visuals: Iterable[Any] | None) -> list[Message]:
@@ -134,6 +132,16 @@ class FastVlm(lmms):
         text = context.replace(PLACEHOLDER, "").strip()
         images = [{"type": "image", "image": image} for image in shown]
         return [{"role": "user", "content": [*images, {"type": "text", "text": text}]}]
+
+
+def scored(loss: float, *, greedy: bool) -> Any:
+    """Return a target's loss and whether it is the greedy reply, as lmms-eval reads them.
+
+    lmms-eval 0.7.3 makes a string of a pair, which its choice tasks then can't read; what a
+    `GenerationResult` holds it leaves as it is. Versions before have no such class.
+    """
+    wrapper = getattr(lmms_instance, "GenerationResult", None)
+    return (loss, greedy) if wrapper is None else wrapper((loss, greedy))
 
 
 def generation(options: dict[str, Any]) -> dict[str, Any]:
