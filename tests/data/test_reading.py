@@ -53,7 +53,7 @@ NOTHING = "none of messages, conversations, question, caption, text, captions in
 
 
 def test_llavas_file(tmp_path: Path) -> None:
-    draw(tmp_path / "images" / "coco" / "train2017" / "a.jpg")
+    draw(tmp_path / "elsewhere" / "coco" / "train2017" / "a.jpg")
     turns = [
         {"from": "human", "value": "<image>\nWhat?"},
         {"from": "gpt", "value": "A bus."},
@@ -66,7 +66,7 @@ def test_llavas_file(tmp_path: Path) -> None:
         {"conversations": [{"from": "human", "value": "Hi"}, {"from": "gpt", "value": "Hello"}]},
     ]
     file = write(tmp_path / "llava.json", rows)
-    records = read_conversations(file, images=tmp_path / "images")
+    records = read_conversations(file, images=tmp_path / "elsewhere")
     assert isinstance(records, Records)
     first, *broken, text = records
     assert isinstance(first, Conversation)
@@ -81,7 +81,7 @@ def test_llavas_file(tmp_path: Path) -> None:
     assert [message["role"] for message in text.messages] == ["user", "assistant"]
     # Without the folder they are looked for around the file.
     assert isinstance(read_conversations(file)[0], Broken)
-    shutil.move(tmp_path / "images", tmp_path / "images")
+    shutil.move(tmp_path / "elsewhere", tmp_path / "images")
     assert isinstance(read_conversations(file)[0], Conversation)
     lines = tmp_path / "llava.jsonl"
     lines.write_text("\n".join(['{"half": ', *map(json.dumps, rows[:2])]))
