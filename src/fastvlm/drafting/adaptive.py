@@ -26,6 +26,11 @@ PROBE_TIME_SHARE = 0.01
 MEASURE_ORDINARY_EVERY = 64
 """Cycles with a draft after which an ordinary step is measured again."""
 
+ONE_WORD_TOKENS = 2
+"""Tokens of a reply of one word: the word, and the end token."""
+MOST_REPLIES = 0.5
+"""The share of replies from which on they are most of them."""
+
 
 class Mean:
     """A running mean of about the last `window` values; `value` is assumed with a `weight`."""
@@ -172,7 +177,7 @@ class AdaptiveLength:
 
     def should_draft(self, progress: Progress) -> bool:
         """Return whether to draft at all in this cycle."""
-        if self.one_word.value > 0.5 and max(progress.generated) <= 1:  # noqa: PLR2004 (most)
+        if self.one_word.value > MOST_REPLIES and max(progress.generated) <= 1:
             # An ordinary step ends most replies here, and shows which of them go on.
             return False
         return self.throughputs[len(progress.active)].should_draft()
@@ -207,4 +212,4 @@ class AdaptiveLength:
 
     def on_finish(self, tokens: int) -> None:
         """Learn a reply's length."""
-        self.one_word.add(tokens <= 2)  # noqa: PLR2004 (a word, and the end token)
+        self.one_word.add(tokens <= ONE_WORD_TOKENS)
