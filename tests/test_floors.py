@@ -120,6 +120,19 @@ def test_imports_go_down() -> None:
     assert not found, "\n" + "\n".join(found)
 
 
+def test_inference_imports_neither_data_nor_training_nor_evaluation() -> None:
+    inference = {"functional", "language", "vision", "drafting", "decoding", "prompts"}
+    inference |= {"checkpoints", "custom_generate", "vlm", "example", INIT}
+    found = [
+        f"{file}:{line} imports {name}"
+        for file in sorted(PACKAGE.rglob("*.py"))
+        if part_of(file, PACKAGE) in inference
+        for line, name in imported_names(file, PACKAGE)
+        if imported_part(name, PACKAGE) in {"data", "training", "evaluation"}
+    ]
+    assert not found
+
+
 @pytest.mark.parametrize(
     ("place", "source", "imported", "floors"),
     [

@@ -2,17 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Protocol, overload
 
 from fastvlm.functional.errors import FastVlmError, InputError, first_line
+from fastvlm.functional.messages import Message
 from fastvlm.vision.loading import load_image
-
-Message = Mapping[str, Any]
-"""A turn of a dialogue, as `transformers`' chat templates take it: its `role`, and as `content` a
-text, or a list of `{"type": "image", "image": path or Pillow image}` and `{"type": "text", "text":
-...}`; of what is read here, a list always."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -6,8 +6,9 @@ from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
-from fastvlm.data.conversations import BrokenRecordError, Conversation, Message
+from fastvlm.data.conversations import BrokenRecordError, Conversation
 from fastvlm.data.image_folders import ImageFolders
+from fastvlm.functional.messages import Message
 from fastvlm.vision.loading import ImageInput
 
 CAPTION_PROMPT = "Provide a one-sentence caption for the provided image."

@@ -11,10 +11,10 @@ from typing import Any
 import torch
 import transformers
 
-from fastvlm.data.conversations import Message
 from fastvlm.data.questions import Question
 from fastvlm.decoding import Engine, Request, Strategy
 from fastvlm.functional.errors import InputError
+from fastvlm.functional.messages import Message
 from fastvlm.functional.statistics import DecodingStatistics, Spread
 from fastvlm.vision.loading import ImageInput
 from fastvlm.vlm import VisionLanguageModel

@@ -11,9 +11,9 @@ from torch import Tensor
 from transformers import PreTrainedModel
 from transformers.generation.streamers import BaseStreamer
 
-from fastvlm.data.conversations import Message
 from fastvlm.data.questions import Question
 from fastvlm.decoding.sampler import noisy
+from fastvlm.functional.messages import Message
 from fastvlm.language import capture_decoder_inputs, split_decoder
 from fastvlm.prompts import FastViTHDPromptBuilder, question
 from fastvlm.vision.loading import ImageInput

@@ -10,11 +10,11 @@ from lmms_eval.api import instance as lmms_instance
 from lmms_eval.api.model import lmms
 from PIL import Image
 
-from fastvlm.data.conversations import Message
 from fastvlm.decoding import Request
 from fastvlm.decoding.options import split_options
 from fastvlm.evaluation.likelihood import likelihoods
 from fastvlm.functional.errors import InputError
+from fastvlm.functional.messages import Message
 from fastvlm.vlm import load
 
 PLACEHOLDER = "<image>"

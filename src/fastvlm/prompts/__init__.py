@@ -3,7 +3,7 @@
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, ProcessorMixin
 
 from fastvlm.checkpoints.processors import tokenizer_of
-from fastvlm.data.conversations import Message
+from fastvlm.functional.messages import Message
 from fastvlm.language import SplitDecoder
 from fastvlm.prompts.builder import PromptBuilder
 from fastvlm.prompts.fastvithd import FastViTHDPromptBuilder

@@ -7,7 +7,7 @@ from typing import Any, Protocol, Unpack
 
 from torch import Tensor
 
-from fastvlm.data.conversations import Message
+from fastvlm.functional.messages import Message
 from fastvlm.language import DecoderInputs
 from fastvlm.prompts.features import ImageFeatureCache
 from fastvlm.vision.images import ImageOptions

@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from fastvlm.data.conversations import Message
 from fastvlm.functional.errors import InputError, first_line
+from fastvlm.functional.messages import Message
 from fastvlm.language import DecoderInputs, SplitDecoder
 from fastvlm.prompts.features import ImageFeatureCache, digest
 from fastvlm.prompts.messages import IMAGES, dialogue, images_of, templated

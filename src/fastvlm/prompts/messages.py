@@ -7,8 +7,8 @@ from typing import Any
 
 from transformers import PreTrainedTokenizerBase, ProcessorMixin
 
-from fastvlm.data.conversations import Message
 from fastvlm.functional.errors import InputError, first_line, shortened
+from fastvlm.functional.messages import Message
 from fastvlm.vision.loading import ImageInput
 
 TEXTS = ("text", "input_text")

@@ -14,8 +14,8 @@ from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, ProcessorMixin
 
 from fastvlm.checkpoints.processors import tokenizer_of
-from fastvlm.data.conversations import Message
 from fastvlm.functional.errors import FastVlmError, InputError, first_line
+from fastvlm.functional.messages import Message
 from fastvlm.language import DecoderInputs, SplitDecoder, capture_decoder_inputs
 from fastvlm.prompts.features import ImageFeatureCache
 from fastvlm.prompts.messages import dialogue, images_of, templated

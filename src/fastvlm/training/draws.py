@@ -8,8 +8,8 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
-from fastvlm.data.conversations import Message
 from fastvlm.data.workers import prepared
+from fastvlm.functional.messages import Message
 from fastvlm.training.forcing import TeacherForcing
 from fastvlm.training.processes import this_process
 from fastvlm.training.replies import Example

@@ -19,12 +19,13 @@ from typing import Any
 from transformers import PreTrainedTokenizerBase
 
 from fastvlm.data.broken import BrokenRecords
-from fastvlm.data.conversations import Broken, Message, Record
+from fastvlm.data.conversations import Broken, Record
 from fastvlm.data.journal import append_line, whole_lines
 from fastvlm.decoding import Request
 from fastvlm.drafting.fingerprint import weights_hash
 from fastvlm.functional.errors import InputError
 from fastvlm.functional.files import locked
+from fastvlm.functional.messages import Message
 from fastvlm.vlm import VisionLanguageModel
 
 REPORTED = 48

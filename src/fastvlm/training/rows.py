@@ -12,8 +12,9 @@ from torch.nn.utils.rnn import pad_sequence
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, ProcessorMixin
 
 from fastvlm.checkpoints.processors import tokenizer_of
-from fastvlm.data.conversations import Broken, Conversation, Message, opened
+from fastvlm.data.conversations import Broken, Conversation, opened
 from fastvlm.functional.errors import InputError
+from fastvlm.functional.messages import Message
 from fastvlm.language import split_decoder
 from fastvlm.language.inputs import end_tokens
 from fastvlm.prompts.fastvithd import expand_image_tokens
