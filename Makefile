@@ -51,7 +51,7 @@ docs: $(INSTALLED) ## Build the documentation into site/
 check: $(INSTALLED) ## Check format, style and types
 	@$(BIN)/ruff format --check --quiet || { echo "Some files are not formatted: run make format."; exit 1; }
 	@$(BIN)/ruff check --quiet
-	@$(BIN)/mypy --no-error-summary src
+	@$(BIN)/mypy --no-error-summary
 
 .PHONY: format
 format: $(INSTALLED) ## Format the code, and mend the style where that is safe

@@ -27,7 +27,8 @@ from fastvlm.evaluation.measuring import hardware
 from fastvlm.evaluation.tasks.runner import commit
 from fastvlm.functional.placement import moved
 from fastvlm.prompts import question
-from fastvlm.training.draft import DraftPlan, train_draft
+from fastvlm.training.draft import train_draft
+from fastvlm.training.draft_plan import DraftPlan
 from fastvlm.training.held_out import decode_held_out
 from fastvlm.training.loop import Schedule
 from fastvlm.training.replies import TrainingPrompt, data_replies, own_replies, questions_of
@@ -41,8 +42,8 @@ OWN = {
     "mlp": replace(USUAL, kind="mlp"),
     "mlp, exit layer 2": replace(USUAL, kind="mlp", exit_layer=2),
     "mlp, exit layer 4": replace(USUAL, kind="mlp", exit_layer=4),
-    "mlp, random start": replace(USUAL, kind="mlp", initialised=False),
-    "random start": replace(USUAL, initialised=False),
+    "mlp, random start": replace(USUAL, kind="mlp", random_start=True),
+    "random start": replace(USUAL, random_start=True),
     "exit layer 2": replace(USUAL, exit_layer=2),
     "exit layer 4": replace(USUAL, exit_layer=4),
     "exit layer 6": replace(USUAL, exit_layer=6),
@@ -50,7 +51,7 @@ OWN = {
     "KL + cos": replace(USUAL, cross_entropy=0),
     "KL + CE": replace(USUAL, cosine=0),
     "64 tokens": replace(USUAL, draft_vocabulary=64),
-    "all tokens": replace(USUAL, draft_vocabulary=None),
+    "all tokens": replace(USUAL, draft_vocabulary=0),
 }
 DATA = {"the data set's replies": USUAL}
 

@@ -34,10 +34,11 @@ from fastvlm.data.questions import images_in
 from fastvlm.evaluation.measuring import hardware
 from fastvlm.functional.statistics import Spread
 from fastvlm.training.instruction import InstructionTask
+from fastvlm.training.optimisation import seed_step
 from fastvlm.training.parts import learning
 from fastvlm.training.processes import Processes, compute_on, this_process
 from fastvlm.training.rows import rows_for
-from fastvlm.training.schedule import Schedule, seed_step
+from fastvlm.training.schedule import Schedule
 from fastvlm.training.train_state import TrainState
 
 PIXELS = (4000, 3000)

@@ -22,7 +22,8 @@ from accelerate import Accelerator
 import fastvlm
 from fastvlm.data.broken import BrokenRecords
 from fastvlm.data.questions import scene_conversations
-from fastvlm.training.draft import DraftPlan, DraftTask, new_network
+from fastvlm.training.draft import DraftTask, new_network
+from fastvlm.training.draft_plan import DraftPlan
 from fastvlm.training.forcing import ExampleCache, TeacherForcing
 from fastvlm.training.processes import Processes
 from fastvlm.training.replies import Example, data_replies, questions_of

@@ -18,15 +18,12 @@ from fastvlm.cli.command import add_verb, each_of, verbs
 from fastvlm.cli.files import check_folder
 from fastvlm.cli.loading import UsageError
 from fastvlm.cli.training_options import (
-    AccumulationOption,
     CheckpointingOption,
     ModelTrainingRuntime,
     OutputOption,
-    RateOption,
-    SeedOption,
-    StepsOption,
     TrackerOption,
 )
+from fastvlm.training.schedule import Accumulation, LearningRate, Seed, Steps
 
 PhotosOption = Annotated[
     Path,
@@ -45,9 +42,9 @@ def encoder(
         Path | None,
         typer.Option(metavar="DIR", help="An encoder to go on from, or a model with one."),
     ] = None,
-    steps: StepsOption = 1150,
-    learning_rate: RateOption = 2e-3,
-    seed: SeedOption = 0,
+    steps: Steps = 1150,
+    learning_rate: LearningRate = 2e-3,
+    seed: Seed = 0,
     tracker: TrackerOption = None,
     runtime: ModelTrainingRuntime,
 ) -> None:
@@ -135,8 +132,8 @@ class ModelRun:
             show_default="the stage's",
         ),
     ] = None
-    seed: SeedOption = 0
-    accumulation: AccumulationOption = 1
+    seed: Seed = 0
+    accumulation: Accumulation = 1
     gradient_checkpointing: CheckpointingOption = False
     tracker: TrackerOption = None
 

@@ -23,12 +23,12 @@ from fastvlm.functional.errors import CheckpointError
 from fastvlm.prompts import question as asking
 from fastvlm.training import replies
 from fastvlm.training.draft import (
-    DraftPlan,
     DraftTask,
     frequent_tokens,
     new_network,
     train_draft,
 )
+from fastvlm.training.draft_plan import DraftPlan
 from fastvlm.training.loop import train
 from fastvlm.training.replies import Example, TrainingPrompt
 from fastvlm.training.schedule import Schedule
@@ -337,7 +337,7 @@ def test_networks_are_taught_side_by_side(
     plans = {
         "large": DraftPlan("block", 3, draft_vocabulary=60),
         "small": DraftPlan("mlp", 1, draft_vocabulary=40, cosine=0),
-        "whole": DraftPlan("block", 2, blocks=2, draft_vocabulary=None, cross_entropy=0.3),
+        "whole": DraftPlan("block", 2, blocks=2, draft_vocabulary=0, cross_entropy=0.3),
     }
     networks = {name: taught(vlm, plan, examples) for name, plan in plans.items()}
     together = DraftTask(vlm, networks, examples, plans).loss(examples[:3])

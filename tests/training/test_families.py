@@ -14,7 +14,8 @@ from fastvlm.data.broken import BrokenRecords
 from fastvlm.data.questions import images_in
 from fastvlm.drafting.directory import load_draft
 from fastvlm.prompts import question
-from fastvlm.training.draft import DraftPlan, DraftTask, new_network, train_draft
+from fastvlm.training.draft import DraftTask, new_network, train_draft
+from fastvlm.training.draft_plan import DraftPlan
 from fastvlm.training.held_out import decode_held_out
 from fastvlm.training.replies import TrainingPrompt, own_replies
 from fastvlm.training.schedule import Schedule
@@ -40,7 +41,7 @@ def test_a_draft_learns_from_photos_and_drafts_losslessly(family: str, tmp_path:
 
     # All of the target's other layers agree with it: each row's prompt, positions and source count.
     depth = vlm.decoder.depth
-    whole = DraftPlan("block", 1, blocks=depth - 1, draft_vocabulary=None)
+    whole = DraftPlan("block", 1, blocks=depth - 1, draft_vocabulary=0)
     perfect = new_network(vlm, whole, examples).double()
     losses = DraftTask(vlm, {"perfect": perfect}, examples).loss(examples)
     assert losses.report["perfect agree"] == (losses.weight, losses.weight)
@@ -48,7 +49,7 @@ def test_a_draft_learns_from_photos_and_drafts_losslessly(family: str, tmp_path:
 
     plans = {
         "block": DraftPlan("block", 1, draft_vocabulary=60),
-        "mlp": DraftPlan("mlp", 2, draft_vocabulary=None),
+        "mlp": DraftPlan("mlp", 2, draft_vocabulary=0),
     }
     schedule = Schedule(steps=3, learning_rate=1e-3, warmup=1)
     networks = train_draft(vlm, plans, examples, tmp_path / "drafts", schedule)

@@ -11,7 +11,8 @@ import fastvlm
 from fastvlm.data.broken import BrokenRecords
 from fastvlm.data.questions import scene_conversations
 from fastvlm.drafting.directory import load_draft
-from fastvlm.training.draft import DraftPlan, train_draft
+from fastvlm.training.draft import train_draft
+from fastvlm.training.draft_plan import DraftPlan
 from fastvlm.training.joint import JointPlan, JointTask, train_joint
 from fastvlm.training.replies import (
     Example,

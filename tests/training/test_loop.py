@@ -20,7 +20,8 @@ from torch import Tensor, nn
 from fastvlm.functional.errors import CheckpointError, StorageError
 from fastvlm.training.checkpoint import before, write_checkpoint
 from fastvlm.training.loop import StoppedError, train
-from fastvlm.training.schedule import Schedule, parameter_groups, seed_step
+from fastvlm.training.optimisation import parameter_groups, seed_step
+from fastvlm.training.schedule import Schedule
 from fastvlm.training.task import Losses
 from fastvlm.vision.layers import LayerScale
 

@@ -19,7 +19,8 @@ from fastvlm.data.questions import scene_conversations
 from fastvlm.functional.errors import InputError
 from fastvlm.training import progress
 from fastvlm.training.curves import read_curves
-from fastvlm.training.draft import DraftPlan, DraftTask, new_network
+from fastvlm.training.draft import DraftTask, new_network
+from fastvlm.training.draft_plan import DraftPlan
 from fastvlm.training.loop import train
 from fastvlm.training.progress import keep_until
 from fastvlm.training.replies import Example, TrainingPrompt, own_replies, questions_of

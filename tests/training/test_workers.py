@@ -24,13 +24,15 @@ from fastvlm.checkpoints import load_checkpoint
 from fastvlm.data.conversations import Broken, Conversation, Records
 from fastvlm.prompts import question
 from fastvlm.prompts.fastvithd import FastViTHDInputs
-from fastvlm.training.draft import DraftPlan, DraftTask, new_network
+from fastvlm.training.draft import DraftTask, new_network
+from fastvlm.training.draft_plan import DraftPlan
 from fastvlm.training.instruction import tune_model
 from fastvlm.training.loop import train
+from fastvlm.training.optimisation import seed_step, step_random
 from fastvlm.training.paper_stages import PaperStage
 from fastvlm.training.replies import TrainingPrompt, data_replies
 from fastvlm.training.rows import RowMaker, TrainingRow, rows_for
-from fastvlm.training.schedule import Schedule, seed_step, step_random
+from fastvlm.training.schedule import Schedule
 from tests.models import small_vlm
 from tests.processors import saved
 from tests.training.children import Children, free_port, place_of

@@ -19,7 +19,8 @@ from transformers import (
 
 from fastvlm.functional.errors import InputError
 from fastvlm.vision import VARIANTS, FastViTHD, FastViTHDConfig, layers
-from fastvlm.vision.layers import Downsample, RepConv, RepMixer
+from fastvlm.vision.convolutions import RepConv
+from fastvlm.vision.layers import Downsample, RepMixer
 from tests.models import LIVELY, VISUAL_TOKENS, randomise, small_encoder, small_encoder_config
 
 FORMS = ("training", "reparameterized", "fused")

@@ -7,13 +7,16 @@ import re
 import shutil
 import textwrap
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import MISSING, fields, is_dataclass
+from dataclasses import MISSING, fields, is_dataclass, replace
+from functools import partial
 from inspect import Parameter, Signature, signature
 from pathlib import Path
-from typing import Any, get_type_hints
+from typing import Annotated, Any, get_args, get_origin, get_type_hints
 
 import typer
 from typer.core import TyperCommand, TyperGroup
+
+from fastvlm.functional.options import Option
 
 LARGEST_TOLD = 65536
 """What an option may at most be is told up to here: what is larger is no limit in practice."""
@@ -27,26 +30,29 @@ def grouped(verb: Callable[..., None]) -> Callable[..., None]:
     """Let a verb take its options in groups.
 
     Args:
-        verb: A function; each of its parameters whose type is a dataclass stands for the fields of
-            that, every one of which is an option.
+        verb: A function; each of its parameters whose type is a dataclass stands for those fields
+            of it that are annotated as options. A parameter's default gives the fields' defaults.
 
     Returns:
         The verb as typer takes it, with an option for each field.
     """
     hints = get_type_hints(verb, include_extras=True)
     flat: list[Parameter] = []
-    groups: dict[str, Any] = {}
+    groups: dict[str, tuple[Callable[..., Any], list[str]]] = {}
     for name, parameter in signature(verb).parameters.items():
         if is_dataclass(hints[name]):
-            groups[name] = hints[name]
-            flat += _options_of(hints[name])
+            usual = None if parameter.default is Parameter.empty else parameter.default
+            options = list(_options_of(hints[name], usual))
+            build = hints[name] if usual is None else partial(replace, usual)
+            groups[name] = build, [option.name for option in options]
+            flat += options
         else:
             kind = Parameter.KEYWORD_ONLY
-            flat.append(parameter.replace(kind=kind, annotation=hints[name]))
+            flat.append(parameter.replace(kind=kind, annotation=_as_typer_has_it(hints[name])))
 
     def call(**given: Any) -> None:
-        for name, group in groups.items():
-            given[name] = group(**{one.name: given.pop(one.name) for one in fields(group)})
+        for name, (build, options) in groups.items():
+            given[name] = build(**{option: given.pop(option) for option in options})
         verb(**given)
 
     call.__doc__, call.__name__ = verb.__doc__, verb.__name__
@@ -55,15 +61,37 @@ def grouped(verb: Callable[..., None]) -> Callable[..., None]:
     return call
 
 
-def _options_of(group: Any) -> Iterator[Parameter]:
+def _options_of(group: Any, usual: Any) -> Iterator[Parameter]:
+    """Yield the options that a dataclass's fields are.
+
+    Args:
+        group: The dataclass.
+        usual: One of it, whose values are the defaults; None for the class's own defaults.
+    """
     hints = get_type_hints(group, include_extras=True)
     for one in fields(group):
+        hint = hints[one.name]
+        if get_origin(hint) is not Annotated:
+            continue
         default = Parameter.empty if one.default is MISSING else one.default
         if one.default_factory is not MISSING:
             default = one.default_factory()
+        if usual is not None:
+            default = getattr(usual, one.name)
         yield Parameter(
-            one.name, Parameter.KEYWORD_ONLY, default=default, annotation=hints[one.name]
+            one.name, Parameter.KEYWORD_ONLY, default=default, annotation=_as_typer_has_it(hint)
         )
+
+
+def _as_typer_has_it(hint: Any) -> Any:
+    """Return an annotation with typer's option in the place of our own."""
+    kind, *rest = get_args(hint)
+    own = next((one for one in rest if isinstance(one, Option)), None)
+    if own is None:
+        return hint
+    names = () if own.flag is None else (own.flag,)
+    option = typer.Option(*names, metavar=own.metavar, min=own.min, max=own.max, help=own.help)
+    return Annotated[kind, option]
 
 
 # Typer has its own copy of click or uses the installed one, depending on its version.

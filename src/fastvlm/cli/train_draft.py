@@ -20,11 +20,7 @@ from fastvlm.cli.loading import (
 )
 from fastvlm.cli.terminal import PlainConsole, hardware_line
 from fastvlm.cli.training_options import (
-    AccumulationOption,
     OutputOption,
-    RateOption,
-    SeedOption,
-    StepsOption,
     TrackerOption,
     TrainingRuntime,
     WorkersOption,
@@ -32,12 +28,12 @@ from fastvlm.cli.training_options import (
     workers_of,
 )
 from fastvlm.functional.errors import InputError
+from fastvlm.training.draft_plan import DraftPlan
+from fastvlm.training.schedule import Schedule
 
 if TYPE_CHECKING:
     from fastvlm.data.broken import BrokenRecords
-    from fastvlm.training.draft import DraftPlan
     from fastvlm.training.replies import Example, TrainingPrompt
-    from fastvlm.training.schedule import Schedule
     from fastvlm.vlm import VisionLanguageModel
 
 
@@ -74,6 +70,7 @@ class DraftData:
             metavar="T", min=0, max=1e6, help="Of the model's own replies; 0 for greedy ones."
         ),
     ] = 0.0
+    model: ModelOption = None
     held_out: Annotated[
         int,
         typer.Option(
@@ -86,8 +83,8 @@ class DraftData:
 
 
 @dataclass(frozen=True, slots=True)
-class NetworkOptions:
-    """What the imitation network is, and its loss."""
+class Networks:
+    """Which networks are trained side by side, and what they start from."""
 
     kind: Annotated[
         list[str],
@@ -106,33 +103,6 @@ class NetworkOptions:
             " while and takes the one that decodes fastest here.",
         ),
     ] = "1"
-    blocks: Annotated[
-        int,
-        typer.Option(metavar="N", min=1, max=64, help="Decoder layers of a block."),
-    ] = 1
-    draft_vocabulary: Annotated[
-        int,
-        typer.Option(
-            metavar="N",
-            min=0,
-            max=2**31 - 1,
-            help="The most tokens that can be drafted, the replies' most frequent; 0: all.",
-        ),
-    ] = 1024
-    random_start: Annotated[
-        bool,
-        typer.Option(
-            "--random-start", help="Start at random, not as the layers that it stands for."
-        ),
-    ] = False
-    cosine: Annotated[
-        float,
-        typer.Option(metavar="X", min=0, max=1e6, help="Weight of 1 - cos in the loss."),
-    ] = 0.1
-    cross_entropy: Annotated[
-        float,
-        typer.Option(metavar="X", min=0, max=1e6, help="Weight of the cross-entropy in the loss."),
-    ] = 0.1
     start: Annotated[
         Path | None,
         typer.Option(metavar="DIR", help="The output of an earlier run, whose networks go on."),
@@ -165,23 +135,23 @@ class JointOptions:
 
 @dataclass(frozen=True, slots=True)
 class DraftRun:
-    """How long and how fast a draft learns."""
+    """Where a run keeps what it makes, who prepares its data, and who is told its figures."""
 
-    steps: StepsOption = 400
-    learning_rate: RateOption = 1e-3
-    seed: SeedOption = 0
-    accumulation: AccumulationOption = 1
+    output: OutputOption
     workers: WorkersOption = None
     tracker: TrackerOption = None
+
+
+DRAFT_SCHEDULE = Schedule(steps=400, learning_rate=1e-3, warmup=20)
 
 
 def draft(
     *,
     questions: DraftData,
-    output: OutputOption,
-    model: ModelOption = None,
-    network: NetworkOptions,
+    networks: Networks,
+    plan: DraftPlan,
     joint_phase: JointOptions,
+    schedule: Schedule = DRAFT_SCHEDULE,
     run: DraftRun,
     runtime: TrainingRuntime,
     figures: FiguresOutput,
@@ -194,35 +164,31 @@ def draft(
     The model's own replies are decoded first and kept in the output folder. Each network is saved
     as a folder named after its kind there, with a model card.
     """
+    output, model = run.output, questions.model
     check_folder(output)
     check_temperature(questions.temperature, questions.replies)
     joint = joint_phase.phases == "joint,frozen"
     if joint:
-        check_joint(network.exit_layer, questions.prompt, runtime.target_dtype)
+        check_joint(networks.exit_layer, questions.prompt, runtime.target_dtype)
     from fastvlm.training.processes import process_0_first, this_process
 
     runtime.prepare()
     vlm = load_quietly(model, dtype=runtime.target_dtype, device=this_process().device)
-    check_exit_layer(network.exit_layer, vlm.decoder.depth)
+    check_exit_layer(networks.exit_layer, vlm.decoder.depth)
     from fastvlm.data.broken import BrokenRecords
     from fastvlm.evaluation.measuring import hardware
-    from fastvlm.training.draft import DraftPlan, train_draft
+    from fastvlm.training.draft import train_draft
     from fastvlm.training.held_out import decode_held_out
     from fastvlm.training.joint import JointPlan, train_joint
     from fastvlm.training.model_card import Card
     from fastvlm.training.replies import data_replies, own_replies
-    from fastvlm.training.schedule import Schedule
 
     broken, unread = BrokenRecords(), BrokenRecords()
     asked = questions_in(questions.data, vlm, broken, questions.prompt or [], questions.limit)
-    kept, learned = held_apart(asked, questions.held_out, run.seed)
-    schedule = Schedule(
-        steps=run.steps,
-        learning_rate=run.learning_rate,
-        warmup=20,
-        seed=run.seed,
+    kept, learned = held_apart(asked, questions.held_out, schedule.seed)
+    schedule = replace(
+        schedule,
         precision=runtime.mixed_precision,
-        accumulation=run.accumulation,
         trackers=tuple(run.tracker or ()),
         workers=workers_of(run.workers),
     )
@@ -233,12 +199,12 @@ def draft(
         slower = replace(
             schedule, steps=joint_phase.joint_steps, learning_rate=joint_phase.joint_learning_rate
         )
-        plan = JointPlan(int(network.exit_layer), joint_phase.exit_weight)
+        exit_plan = JointPlan(int(networks.exit_layer), joint_phase.exit_weight)
         with runtime.progress():
-            train_joint(vlm, data_replies(vlm, learned), plan, slower, tuned)
+            train_joint(vlm, data_replies(vlm, learned), exit_plan, slower, tuned)
         vlm, target = load_quietly(tuned, device=this_process().device), str(tuned)
         console.print(
-            f"The target, fine-tuned with exit {network.exit_layer}, is saved in {tuned}."
+            f"The target, fine-tuned with exit {networks.exit_layer}, is saved in {tuned}."
         )
     if questions.replies == "data":
         examples = data_replies(vlm, learned)
@@ -248,24 +214,17 @@ def draft(
     console.print(f"{len(examples):,} replies. {broken.summary()}.")
     if unread.count:
         console.print(f"{unread.summary()}.")
-    usual = DraftPlan(
-        blocks=network.blocks,
-        draft_vocabulary=network.draft_vocabulary or None,
-        initialised=not network.random_start,
-        cosine=network.cosine,
-        cross_entropy=network.cross_entropy,
-    )
     plans = {
-        name: replace(usual, kind=name, exit_layer=int(network.exit_layer))
-        if network.exit_layer != "auto"
-        else best_plan(vlm, replace(usual, kind=name), examples, kept, output, schedule, console)
-        for name in network.kind
+        name: replace(plan, kind=name, exit_layer=int(networks.exit_layer))
+        if networks.exit_layer != "auto"
+        else best_plan(vlm, replace(plan, kind=name), examples, kept, output, schedule, console)
+        for name in networks.kind
     }
     with runtime.progress():
-        networks = train_draft(vlm, plans, examples, output, schedule, network.start, kept)
+        trained = train_draft(vlm, plans, examples, output, schedule, networks.start, kept)
     if not this_process().is_main_process:
         return
-    for name, decoded in (found := decode_held_out(vlm, networks, kept)).items():
+    for name, decoded in (found := decode_held_out(vlm, trained, kept)).items():
         whose = "the data set's" if questions.replies == "data" else "the model's own"
         card = Card(
             target,
@@ -275,7 +234,7 @@ def draft(
             questions.held_out,
             hardware_line(hardware(vlm.decoder.device)),
         )
-        card.write(output / name, networks[name], decoded)
+        card.write(output / name, trained[name], decoded)
         console.print(
             f"{name}: acceptance rate {decoded.acceptance_rate:.3f},"
             f" {decoded.acceptance_length:.2f} tokens a pass, {decoded.speedup.median:.2f}x on"

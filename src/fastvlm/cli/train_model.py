@@ -12,17 +12,16 @@ from fastvlm.cli.files import check_folder
 from fastvlm.cli.loading import UsageError, resolve_model
 from fastvlm.cli.terminal import PlainConsole
 from fastvlm.cli.training_options import (
-    AccumulationOption,
     CheckpointingOption,
     ModelTrainingRuntime,
     OutputOption,
-    SeedOption,
     TrackerOption,
     WorkersOption,
     conversations_in,
     workers_of,
 )
 from fastvlm.functional.errors import InputError
+from fastvlm.training.schedule import Accumulation, Seed
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -117,8 +116,8 @@ class StageOptions:
 class ModelRun:
     """How a step is computed, and what is told of it."""
 
-    seed: SeedOption = 0
-    accumulation: AccumulationOption = 1
+    seed: Seed = 0
+    accumulation: Accumulation = 1
     gradient_checkpointing: CheckpointingOption = False
     workers: WorkersOption = None
     tracker: TrackerOption = None

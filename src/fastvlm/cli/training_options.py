@@ -23,31 +23,6 @@ OutputOption = Annotated[
         metavar="DIR", help="Where the checkpoint is kept while it runs, and the result in the end."
     ),
 ]
-StepsOption = Annotated[
-    int, typer.Option(metavar="N", min=1, max=2**31 - 1, help="Optimiser steps in all.")
-]
-RateOption = Annotated[
-    float,
-    typer.Option(
-        metavar="X",
-        min=1e-8,
-        max=1,
-        help="The peak of the learning rate: warm-up to it, then a cosine down.",
-    ),
-]
-SeedOption = Annotated[
-    int,
-    typer.Option(metavar="N", min=0, max=2**63 - 1, help="Decides every draw of the run."),
-]
-AccumulationOption = Annotated[
-    int,
-    typer.Option(
-        metavar="N",
-        min=1,
-        max=4096,
-        help="Slices in which a step is computed: more of them need less memory.",
-    ),
-]
 CheckpointingOption = Annotated[
     bool,
     typer.Option(

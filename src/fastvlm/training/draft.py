@@ -24,6 +24,7 @@ from fastvlm.functional.files import written_directory
 from fastvlm.functional.placement import moved
 from fastvlm.language.families import text_decoder
 from fastvlm.training.digests import digest_of_examples
+from fastvlm.training.draft_plan import DraftPlan
 from fastvlm.training.draws import ExampleDraws
 from fastvlm.training.forcing import (
     EXAMPLE_CACHE_BYTES,
@@ -44,31 +45,6 @@ IGNORED = -100
 """Stands for a token that can't be drafted."""
 
 
-@dataclass(frozen=True, slots=True)
-class DraftPlan:
-    """What to train, and from what.
-
-    Args:
-        kind: `block` or `mlp`.
-        exit_layer: Layers of the target that run before the network (k).
-        blocks: Decoder layers of a `block`.
-        draft_vocabulary: The most tokens that can be drafted: the most frequent of the replies;
-            None for all.
-        initialised: Whether the network starts as the layers of the target that it stands for, and
-            not at random.
-        cosine: Weight of 1 - cos between the network's normed states and the last layer's.
-        cross_entropy: Weight of the cross-entropy against the target's best token.
-    """
-
-    kind: str = "block"
-    exit_layer: int = 1
-    blocks: int = 1
-    draft_vocabulary: int | None = 1024
-    initialised: bool = True
-    cosine: float = 0.1
-    cross_entropy: float = 0.1
-
-
 def frequent_tokens(examples: Sequence[Example], most: int) -> list[int]:
     """Return the most frequent tokens of the replies, in the order of their numbers."""
     counts: Counter[int] = Counter()
@@ -82,7 +58,7 @@ def new_network(
 ) -> ImitationNetwork:
     """Return an untrained network where the target is, in the precision that it is trained in."""
     most = plan.draft_vocabulary
-    tokens = [] if most is None else frequent_tokens(examples, most)
+    tokens = frequent_tokens(examples, most) if most else []
     network = ImitationNetwork(
         ImitationConfig(
             kind=plan.kind,
@@ -93,7 +69,7 @@ def new_network(
             draft_vocabulary_size=len(tokens) or None,
         )
     )
-    if plan.initialised:
+    if not plan.random_start:
         initialise_from(network, vlm.decoder.layers)
     if network.draft_vocabulary is not None:
         network.draft_vocabulary.copy_(torch.tensor(tokens))

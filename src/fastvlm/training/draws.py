@@ -11,9 +11,10 @@ from typing import Any
 from fastvlm.data.workers import prepared
 from fastvlm.functional.messages import Message
 from fastvlm.training.forcing import TeacherForcing
+from fastvlm.training.optimisation import step_random
 from fastvlm.training.processes import this_process
 from fastvlm.training.replies import Example
-from fastvlm.training.schedule import Schedule, step_random
+from fastvlm.training.schedule import Schedule
 
 Wanted = tuple[int, Sequence[Message]] | None
 """An example's number and messages; None stands at a step's end."""

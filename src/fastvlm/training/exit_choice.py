@@ -10,7 +10,8 @@ from accelerate.utils import broadcast_object_list
 
 from fastvlm.functional.files import write_json
 from fastvlm.functional.text_files import read_json
-from fastvlm.training.draft import DraftPlan, train_draft
+from fastvlm.training.draft import train_draft
+from fastvlm.training.draft_plan import DraftPlan
 from fastvlm.training.held_out import Decoded, decode_held_out
 from fastvlm.training.processes import this_process
 from fastvlm.training.replies import Example, TrainingPrompt

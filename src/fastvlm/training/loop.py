@@ -22,9 +22,10 @@ from accelerate import Accelerator
 from fastvlm.functional.errors import CheckpointError, FastVlmError, InputError, first_line
 from fastvlm.functional.files import locked
 from fastvlm.training.checkpoint import read_checkpoint, write_checkpoint
+from fastvlm.training.optimisation import seed_step
 from fastvlm.training.processes import Processes
 from fastvlm.training.progress import RunProgress, check_trackers
-from fastvlm.training.schedule import Schedule, seed_step
+from fastvlm.training.schedule import Schedule
 from fastvlm.training.sharding import ShardedTrainState, is_sharded_run
 from fastvlm.training.task import TrainingTask, Validate
 from fastvlm.training.train_state import TrainState

@@ -12,7 +12,7 @@ import torch
 import fastvlm
 from fastvlm.drafting import ImitationNetwork
 from fastvlm.functional.files import write_text
-from fastvlm.training.draft import DraftPlan
+from fastvlm.training.draft_plan import DraftPlan
 from fastvlm.training.held_out import Decoded
 
 TEXT = """\
@@ -81,7 +81,7 @@ class Card:
             speedup=f"{spread.median:.2f}x ({spread.low:.2f}-{spread.high:.2f})",
             data=", ".join(self.data),
             start="it started as the layers it stands for"
-            if self.plan.initialised
+            if not self.plan.random_start
             else "it started at random",
             date=datetime.now(UTC).date().isoformat(),
             version=fastvlm.__version__,

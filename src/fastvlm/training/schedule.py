@@ -1,16 +1,25 @@
-"""How a run goes: its length, its learning rates, and what each step draws."""
+"""How a run goes: its length, its learning rate, how it is computed and written down."""
 
 from __future__ import annotations
 
 import math
-import random
 from dataclasses import asdict, dataclass
-from typing import Any
+from typing import Annotated, Any
 
-import torch
-from torch import nn
+from fastvlm.functional.options import Option
 
-HOW = frozenset({"accumulation", "trackers", "validation_steps", "workers"})
+Steps = Annotated[int, Option("Optimiser steps in all.", "N", 1, 2**31 - 1)]
+LearningRate = Annotated[
+    float,
+    Option("The peak of the learning rate: warm-up to it, then a cosine down.", "X", 1e-8, 1),
+]
+Seed = Annotated[int, Option("Decides every draw of the run.", "N", 0, 2**63 - 1)]
+Accumulation = Annotated[
+    int,
+    Option("Slices in which a step is computed: more of them need less memory.", "N", 1, 4096),
+]
+
+COMPUTATION_FIELDS = frozenset({"accumulation", "trackers", "validation_steps", "workers"})
 """Settings that say how a run is computed and written down, besides its intervals in seconds."""
 
 
@@ -37,14 +46,14 @@ class Schedule:
             import it too.
     """
 
-    steps: int
-    learning_rate: float
+    steps: Steps
+    learning_rate: LearningRate
     warmup: int = 100
     weight_decay: float = 0.05
     clip: float = 1.0
-    seed: int = 0
+    seed: Seed = 0
     precision: str | None = None
-    accumulation: int = 1
+    accumulation: Accumulation = 1
     validation_steps: int = 200
     checkpoint_seconds: float = 120.0
     log_seconds: float = 20.0
@@ -63,45 +72,5 @@ class Schedule:
         return {
             name: value
             for name, value in asdict(self).items()
-            if name not in HOW and not name.endswith("_seconds")
+            if name not in COMPUTATION_FIELDS and not name.endswith("_seconds")
         }
-
-
-def seed_step(seed: int, step: int, part: int = 0) -> None:
-    """Seed torch's and Python's generators for one step of a run.
-
-    Args:
-        seed: The run's.
-        step: The step's number.
-        part: 0 for what the step draws, then a number for each slice of it.
-    """
-    generator = step_random(seed, step, part)
-    torch.manual_seed(generator.getrandbits(63))
-    random.setstate(generator.getstate())
-
-
-def step_random(seed: int, step: int, part: int = 0) -> random.Random:
-    """Return a generator that is seeded as Python's is for a step. See `seed_step`."""
-    return random.Random(f"{seed}/{step}/{part}")
-
-
-def parameter_groups(module: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
-    """Return AdamW's groups: decay for tensors of two or more dimensions, none for the rest.
-
-    A module with an attribute `rate_scale` trains at that multiple of the run's learning rate.
-    """
-    scales: dict[nn.Parameter, float] = {}
-    for part in module.modules():
-        scale: Any = getattr(part, "rate_scale", None)
-        if scale is not None:
-            scales |= dict.fromkeys(part.parameters(), float(scale))
-    groups: dict[tuple[bool, float], list[nn.Parameter]] = {}
-    for parameter in module.parameters():
-        if parameter.requires_grad:
-            dimensions = sum(size > 1 for size in parameter.shape)
-            key = (dimensions > 1, scales.get(parameter, 1.0))
-            groups.setdefault(key, []).append(parameter)
-    return [
-        {"params": group, "weight_decay": weight_decay if decays else 0.0, "rate_scale": scale}
-        for (decays, scale), group in groups.items()
-    ]

@@ -10,8 +10,9 @@ from accelerate import Accelerator
 from torch import nn
 
 from fastvlm.training.checkpoint import State
+from fastvlm.training.optimisation import parameter_groups
 from fastvlm.training.processes import Processes
-from fastvlm.training.schedule import Schedule, parameter_groups
+from fastvlm.training.schedule import Schedule
 from fastvlm.training.task import Losses, TrainingTask
 
 

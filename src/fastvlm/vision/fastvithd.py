@@ -13,14 +13,13 @@ from transformers.modeling_outputs import BaseModelOutputWithPooling
 from fastvlm.functional.errors import InputError
 from fastvlm.functional.placement import moved
 from fastvlm.vision.configuration import REDUCTION, FastViTHDConfig
+from fastvlm.vision.convolutions import Branches, ConvNorm, RepConv
 from fastvlm.vision.layers import (
     AttentionBlock,
-    ConvNorm,
     Downsample,
     LayerScale,
     MixerBlock,
     PositionEncoding,
-    RepConv,
     RepMixer,
 )
 
@@ -70,11 +69,19 @@ class FastViTHD(PreTrainedModel):
         self.stem = nn.Sequential(
             RepConv(3, width, 3, stride=2, form=form),
             RepConv(width, width, 3, stride=2, groups=width, form=form),
-            RepConv(width, width, 1, identity=True, form=form),
+            RepConv(width, width, 1, branches=Branches(identity=True), form=form),
         )
         self.stages = nn.Sequential(*(Stage(config, index) for index in range(5)))
         last = config.widths[-1]
-        self.final_conv = RepConv(last, 2 * last, 3, groups=last, branch=1, se=True, form=form)
+        self.final_conv = RepConv(
+            last,
+            2 * last,
+            3,
+            groups=last,
+            branches=Branches(small=1),
+            after="squeeze-excite",
+            form=form,
+        )
         self.post_init()
 
     @torch.no_grad()

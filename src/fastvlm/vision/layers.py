@@ -11,40 +11,18 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from fastvlm.vision.convolutions import (
+    Branches,
+    ConvNorm,
+    RepConv,
+    folded_conv,
+    identity_kernel,
+)
+
 PIECE = 2**21
 """Numbers of a feed-forward network's inner layer that are computed at a time."""
 gelu_ = torch.ops.aten.gelu_
 """GELU in place, which `torch.nn.functional` has no name for."""
-
-
-def fold_norm(weight: Tensor, bias: Tensor | None, norm: nn.BatchNorm2d) -> tuple[Tensor, Tensor]:
-    """Return the convolution equal to a convolution followed by a BatchNorm.
-
-    Args:
-        weight: (out, in / groups, k, k).
-        bias: (out,), or None for zero.
-        norm: The BatchNorm, read as in evaluation.
-    """
-    assert norm.running_mean is not None  # all of ours track
-    assert norm.running_var is not None
-    scale = norm.weight / torch.sqrt(norm.running_var + norm.eps)
-    shift = norm.bias - norm.running_mean * scale
-    return weight * scale[:, None, None, None], shift if bias is None else shift + bias * scale
-
-
-def identity_kernel(channels: int, groups: int, size: int, like: Tensor) -> Tensor:
-    """Return the (channels, channels / groups, size, size) kernel that copies its input."""
-    per_group = channels // groups
-    kernel = like.new_zeros(channels, per_group, size, size)
-    index = torch.arange(channels, device=like.device)
-    kernel[index, index % per_group, size // 2, size // 2] = 1
-    return kernel
-
-
-def pad_kernel(kernel: Tensor, size: int) -> Tensor:
-    """Return an odd kernel centred in zeros of (size, size)."""
-    margin = (size - kernel.shape[-1]) // 2
-    return F.pad(kernel, (margin, margin, margin, margin))
 
 
 class LayerScale(nn.Module):
@@ -58,141 +36,6 @@ class LayerScale(nn.Module):
         return x * self.gamma
 
 
-class ConvNorm(nn.Module):
-    """A convolution without bias and its BatchNorm; one biased convolution once folded."""
-
-    def __init__(
-        self,
-        inputs: int,
-        outputs: int,
-        kernel: int,
-        *,
-        stride: int = 1,
-        groups: int = 1,
-        folded: bool = False,
-    ) -> None:
-        super().__init__()
-        self.conv = nn.Conv2d(
-            inputs, outputs, kernel, stride, kernel // 2, groups=groups, bias=folded
-        )
-        self.bn = None if folded else nn.BatchNorm2d(outputs)
-
-    def forward(self, x: Tensor) -> Tensor:
-        x = self.conv(x)
-        return x if self.bn is None else self.bn(x)
-
-    def kernel(self) -> tuple[Tensor, Tensor]:
-        """Return the weight and bias of the one convolution that this layer equals."""
-        assert self.bn is not None  # only training and reparameterized forms ask
-        return fold_norm(self.conv.weight, self.conv.bias, self.bn)
-
-    def fold(self) -> None:
-        """Fold the BatchNorm into the convolution."""
-        if self.bn is None:
-            return
-        weight, bias = self.kernel()
-        self.conv.weight.data, self.conv.bias = weight.data, nn.Parameter(bias.data)
-        self.bn = None
-
-
-class SqueezeExcite(nn.Module):
-    """Channel attention from the global average (Hu et al. 2018), reduction 16."""
-
-    def __init__(self, channels: int) -> None:
-        super().__init__()
-        self.fc1 = nn.Conv2d(channels, channels // 16, 1)
-        self.fc2 = nn.Conv2d(channels // 16, channels, 1)
-
-    def forward(self, x: Tensor) -> Tensor:
-        scale = self.fc2(F.relu(self.fc1(x.mean((2, 3), keepdim=True))))
-        return x * scale.sigmoid()
-
-
-class RepConv(nn.Module):
-    """Parallel branches summed, then optional channel attention and GELU; one convolution fused.
-
-    The branches: a convolution of the full size, a smaller one (`branch`: MobileOne's 1x1 scale
-    branch, or the 3x3 one beside a large kernel), and the identity's BatchNorm where the shapes
-    allow one.
-    """
-
-    def __init__(
-        self,
-        inputs: int,
-        outputs: int,
-        kernel: int,
-        *,
-        stride: int = 1,
-        groups: int = 1,
-        branch: int | None = None,
-        identity: bool = False,
-        conv: bool = True,
-        se: bool = False,
-        activation: bool = True,
-        form: str = "training",
-    ) -> None:
-        super().__init__()
-        self.size, self.stride, self.groups = kernel, stride, groups
-        self.conv = self.branch = self.identity = self.reparam = None
-        if form == "training":
-            if conv:
-                self.conv = ConvNorm(inputs, outputs, kernel, stride=stride, groups=groups)
-            if branch:
-                self.branch = ConvNorm(inputs, outputs, branch, stride=stride, groups=groups)
-            if identity:
-                self.identity = nn.BatchNorm2d(inputs)
-        else:
-            self.reparam = nn.Conv2d(inputs, outputs, kernel, stride, kernel // 2, groups=groups)
-        self.se = SqueezeExcite(outputs) if se else None
-        self.act = nn.GELU() if activation else None
-
-    def forward(self, x: Tensor) -> Tensor:
-        if self.reparam is not None:
-            out = self.reparam(x)
-        else:
-            parts = [
-                part(x) for part in (self.conv, self.branch, self.identity) if part is not None
-            ]
-            out = sum(parts[1:], parts[0])
-        if self.se is not None:
-            out = self.se(out)
-        return out if self.act is None else self.act(out)
-
-    def kernel(self) -> tuple[Tensor, Tensor]:
-        """Return the weight and bias of the one convolution that the branches sum to."""
-        if self.reparam is not None:
-            assert self.reparam.bias is not None
-            return self.reparam.weight, self.reparam.bias
-        kernels = []
-        for part in (self.conv, self.branch):
-            if part is not None:
-                weight, bias = part.kernel()
-                kernels.append((pad_kernel(weight, self.size), bias))
-        if self.identity is not None:
-            channels = self.identity.num_features
-            copy = identity_kernel(channels, self.groups, self.size, self.identity.weight)
-            kernels.append(fold_norm(copy, None, self.identity))
-        weights, biases = zip(*kernels, strict=True)
-        return torch.stack(weights).sum(0), torch.stack(biases).sum(0)
-
-    def reparameterize(self) -> None:
-        """Fold the branches into `reparam`."""
-        if self.reparam is not None:
-            return
-        weight, bias = self.kernel()
-        outputs, per_group = weight.shape[:2]
-        self.reparam = _conv(weight, bias, per_group * self.groups, outputs, self)
-        self.conv = self.branch = self.identity = None
-
-
-def _conv(weight: Tensor, bias: Tensor, inputs: int, outputs: int, like: RepConv) -> nn.Conv2d:
-    conv = nn.Conv2d(
-        inputs, outputs, like.size, like.stride, like.size // 2, groups=like.groups, device="meta"
-    )
-    conv.weight, conv.bias = nn.Parameter(weight.detach()), nn.Parameter(bias.detach())
-    return conv
-
-
 class RepMixer(nn.Module):
     """FastViT's token mixer: x + scale * (mixer(x) - norm(x)), one depthwise 3x3 when fused."""
 
@@ -200,12 +43,9 @@ class RepMixer(nn.Module):
         super().__init__()
         self.norm = self.mixer = self.layer_scale = self.reparam = None
         if form == "training":
-            self.norm = RepConv(
-                width, width, 3, groups=width, conv=False, identity=True, activation=False
-            )
-            self.mixer = RepConv(
-                width, width, 3, groups=width, branch=1, identity=True, activation=False
-            )
+            norm, mixer = Branches(full=False, identity=True), Branches(small=1, identity=True)
+            self.norm = RepConv(width, width, 3, groups=width, branches=norm, after="nothing")
+            self.mixer = RepConv(width, width, 3, groups=width, branches=mixer, after="nothing")
             self.layer_scale = LayerScale(width, layer_scale)
         else:
             self.reparam = nn.Conv2d(width, width, 3, padding=1, groups=width)
@@ -232,7 +72,7 @@ class RepMixer(nn.Module):
         copy = identity_kernel(width, width, 3, mixer_weight)
         weight = copy + gamma[..., None] * (mixer_weight - norm_weight)
         bias = gamma.flatten() * (mixer_bias - norm_bias)
-        self.reparam = _conv(weight, bias, width, width, self.mixer)
+        self.reparam = folded_conv(weight, bias, width, width, self.mixer)
         self.norm = self.mixer = self.layer_scale = None
 
 
@@ -383,8 +223,10 @@ class Downsample(nn.Module):
 
     def __init__(self, inputs: int, outputs: int, form: str) -> None:
         super().__init__()
-        self.large = RepConv(inputs, outputs, 7, stride=2, groups=inputs, branch=3, form=form)
-        self.point = RepConv(outputs, outputs, 1, identity=True, form=form)
+        self.large = RepConv(
+            inputs, outputs, 7, stride=2, groups=inputs, branches=Branches(small=3), form=form
+        )
+        self.point = RepConv(outputs, outputs, 1, branches=Branches(identity=True), form=form)
 
     def forward(self, x: Tensor) -> Tensor:
         return self.point(self.large(x))
