@@ -43,7 +43,7 @@ def costs(vlm: fastvlm.VisionLanguageModel, draft_length: int) -> tuple[float, f
     decoder = vlm.decoder
     strategy = vlm.strategy("imitation", num_speculative_tokens=draft_length, confidence=0.0)
     cache = decoder.cache(1, CONTEXT + draft_length + 1)
-    cache.assign(0, CONTEXT)
+    cache.assign(0, DecoderInputs([0] * CONTEXT, torch.empty(CONTEXT, 0)))
     prompt = torch.ones(CONTEXT, dtype=torch.long, device=decoder.device)
     inputs = DecoderInputs(prompt.tolist(), decoder.embed(prompt))
     request = Request(inputs, strategy, CONTEXT + draft_length, output_token_ids=[1])

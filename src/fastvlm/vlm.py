@@ -32,7 +32,7 @@ from fastvlm.functional.errors import FastVlmError, InputError
 from fastvlm.functional.lru import LruBytes
 from fastvlm.functional.options import refuse_unknown
 from fastvlm.language import DecoderInputs, split_decoder
-from fastvlm.language.inputs import end_tokens
+from fastvlm.language.generator import end_tokens
 from fastvlm.language.packed import PACKED_BYTES, pack, pack_decoder
 from fastvlm.language.weights_state import weights_state
 from fastvlm.prompts import (

@@ -41,7 +41,7 @@ def prefill(decoder: SplitDecoder, cache: DecoderCache, slot: int, prompt: Decod
     """Give a slot to a prompt and compute it; return its last state."""
     length = len(prompt.token_ids)
     cache.reserve(slot + 1, length)
-    cache.assign(slot, length, prompt.position_ids, prompt.encoder_states)
+    cache.assign(slot, prompt)
     positions = cache.positions([0], length, [slot])
     x = prompt.embeddings[None]
     return decoder.forward_layers(x, positions, cache, range(decoder.depth))[0, -1]
@@ -171,7 +171,7 @@ def test_an_exported_slot_goes_on_in_another(known: Known) -> None:
     assert sum(tensor.nbytes for tensor in state) == cache.exported_bytes(length, decoder.depth)
     other = decoder.cache(3, 200)
     for part in (length, max(length - 2, 0)):
-        other.assign(2, length, prompts[1].position_ids, prompts[1].encoder_states)
+        other.assign(2, prompts[1])
         poison(other, 2)
         other.import_slot(2, state, part)
         with torch.inference_mode():

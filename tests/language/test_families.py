@@ -64,14 +64,15 @@ def test_logits_of_a_prompt_equal_transformers(family: str) -> None:
         else {"decoder_input_ids": torch.tensor([prompt.token_ids])}
     )
     empty = decoder.cache(1, len(prompt.token_ids))
-    empty.assign(0, len(prompt.token_ids), prompt.position_ids, prompt.encoder_states)
+    empty.assign(0, prompt)
     positions = empty.positions([0], len(prompt.token_ids))
     some = torch.tensor([3, 50, 7])
     with torch.inference_mode():
         expected = known.model(**known.inputs[1], **start).logits
         x = decoder.forward_layers(prompt.embeddings[None], positions, empty, range(decoder.depth))
         torch.testing.assert_close(decoder.head(x), expected)
-        restricted = torch.nn.functional.linear(decoder.norm(x), decoder.lm_head_rows(some))
+        rows = torch.nn.functional.linear(decoder.norm(x), decoder.lm_head_rows(some))
+        restricted = decoder.logits(rows)
     torch.testing.assert_close(restricted, expected[..., some])
 
 

@@ -15,8 +15,9 @@ from transformers import DynamicCache, PreTrainedModel
 
 from fastvlm.functional.errors import InputError
 from fastvlm.language import DecoderInputs, capture_decoder_inputs
-from fastvlm.language.families import text_decoder
-from fastvlm.language.inputs import UNKNOWN_TOKEN, end_tokens
+from fastvlm.language.decoder_inputs import UNKNOWN_TOKEN
+from fastvlm.language.generator import end_tokens
+from fastvlm.language.structure import text_decoder
 from tests.families import END, FAMILIES, IMAGE, QUERIES, START, Inputs, replies
 
 COMPOSITE = [name for name in FAMILIES if name.startswith(("blip2", "instructblip"))]

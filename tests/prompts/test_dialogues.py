@@ -13,7 +13,7 @@ from torch import nn
 
 import fastvlm
 from fastvlm.functional.errors import InputError
-from fastvlm.language.families import text_decoder
+from fastvlm.language.structure import text_decoder
 from fastvlm.vlm import VisionLanguageModel
 from tests.families import FAMILIES, replies
 from tests.processors import PROCESSORS, TEXT_TEMPLATE, character_tokenizer, saved

@@ -273,10 +273,11 @@ class Engine:
         for slot in self.slots:
             if slot.decodes:
                 continue
-            width = len(slot.request.inputs.token_ids) - slot.prefilled
+            inputs = slot.request.inputs
+            width = len(inputs) - slot.prefilled
             if left is not None:
-                width = min(width, left)
-                left -= width
+                width = inputs.chunk_end(slot.prefilled, left) - slot.prefilled if left else 0
+                left = max(left - width, 0)
             if width:
                 exit_layer = slot.request.strategy.exit_layer if slot.exits else 0
                 key = width, exit_layer, slot.request.autocast
@@ -320,7 +321,7 @@ class Engine:
     def _seat(self, index: int, request: Request) -> None:
         """Give a request a slot, with what is known of its prompt's beginning."""
         inputs = request.inputs
-        self.cache.assign(index, len(inputs.token_ids), inputs.position_ids, inputs.encoder_states)
+        self.cache.assign(index, inputs)
         exits = None
         if request.strategy.cache_layers:
             exits = ExitStates(kept=request.prefix_cache is not None and inputs.keys is not None)

@@ -19,7 +19,7 @@ from transformers.generation.stopping_criteria import (
 from fastvlm.decoding.sampler import LogitsProcessor, Sampler
 from fastvlm.decoding.sampling_params import MAX_NEW_TOKENS, SamplingParams
 from fastvlm.functional.errors import InputError, first_line
-from fastvlm.language.inputs import generator_of
+from fastvlm.language.generator import generator_of
 
 STATEFUL = (
     processing.AlternatingCodebooksLogitsProcessor,

@@ -15,6 +15,7 @@ from fastvlm.decoding.request import Request
 from fastvlm.functional.errors import InputError
 from fastvlm.language.cache import DecoderCache
 from fastvlm.language.decoder import SplitDecoder
+from fastvlm.language.masks import FULL, MaskKind
 from fastvlm.language.positions import Positions
 
 LONGEST_DRAFT = 24
@@ -83,9 +84,9 @@ class ContextCache:
 class FirstDraftPositions(Positions):
     """Positions that each see the target's keys before them and their own new one."""
 
-    def mask(self, window: int | None = None) -> Tensor:
+    def mask(self, kind: MaskKind = FULL) -> Tensor:
         """Return which keys each position sees: (1, 1, width, end + width)."""
-        return self.visible(window)
+        return self.visible(kind)
 
     @property
     def distances(self) -> Tensor:
@@ -93,13 +94,11 @@ class FirstDraftPositions(Positions):
         before = super().distances
         return torch.cat((before, before.new_zeros(1, self.width, self.width)), 2)
 
-    def visible(self, window: int | None = None) -> Tensor:
+    def visible(self, kind: MaskKind = FULL) -> Tensor:
         """Return which keys each position sees: (1, 1, width, end + width)."""
         here = self.indices[:, None, :, None]
         keys = torch.arange(self.end, device=here.device)
-        seen = keys < here
-        if window is not None:
-            seen &= keys > here - window
+        seen = kind.visible(here, keys) & (keys < here)
         own = torch.eye(self.width, dtype=torch.bool, device=here.device)
         return torch.cat((seen, own[None, None]), 3)
 
@@ -146,13 +145,13 @@ class SampleReplies:
         end = start + width
         tokens = torch.tensor([reply], device=decoder.device)
         cache = decoder.cache(1, end)
-        cache.assign(0, start, inputs.position_ids, inputs.encoder_states)
+        cache.assign(0, inputs)
         x = torch.cat((inputs.embeddings[None], decoder.embed(tokens[:, :-1])), 1)
         decoder.forward_layers(x, cache.positions([0], end), cache, range(decoder.depth))
         places = cache.positions([start], width)
         drafts = FirstDraftPositions(
             places.slots, [start], width, end, places.indices, aligned=True,
-            position_ids=places.position_ids, prompt_lengths=[start], encoder=places.encoder,
+            prompts=places.prompts, encoder=places.encoder,
         )  # fmt: skip
         context = ContextCache(cache, end)
         self.samples.append((context, drafts, tokens[:, :-1], tokens[:, 1:]))

@@ -14,7 +14,7 @@ from fastvlm.decoding.prefix_cache import PrefixCache
 from fastvlm.decoding.sampler import Sampler
 from fastvlm.decoding.text import ReplyText
 from fastvlm.functional.statistics import DecodingStatistics
-from fastvlm.language.inputs import DecoderInputs
+from fastvlm.language.decoder_inputs import DecoderInputs
 
 if TYPE_CHECKING:
     from fastvlm.decoding.strategies import Strategy

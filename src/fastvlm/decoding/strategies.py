@@ -213,7 +213,7 @@ class SelfSpeculative(RuledDrafting):
             if network is not None:
                 x = self._imitated(network, batch, x, positions, first=not number)
             if rows is not None:
-                return F.linear(self.decoder.norm(x), rows)[:, -1]
+                return self.decoder.logits(F.linear(self.decoder.norm(x), rows))[:, -1]
             logits = self.decoder.head(x)[:, -1]
             return logits if vocabulary is None else logits[:, vocabulary]
 

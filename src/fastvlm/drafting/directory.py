@@ -15,7 +15,8 @@ from fastvlm.drafting.imitation import ImitationConfig, ImitationNetwork
 from fastvlm.functional.errors import CheckpointError, first_line, shortened
 from fastvlm.functional.model_files import check_size, check_weight_file, read_object
 from fastvlm.functional.placement import moved
-from fastvlm.language.families import family, split_decoder, text_decoder
+from fastvlm.language.families import family, split_decoder
+from fastvlm.language.structure import text_decoder
 
 
 def load_draft(directory: str | Path, target: PreTrainedModel) -> ImitationNetwork:

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fastvlm.language.families import text_decoder
+from fastvlm.language.structure import text_decoder
 from fastvlm.language.weights_state import adapter_flags, plain_parts
 
 DECODER_VALUES = 128

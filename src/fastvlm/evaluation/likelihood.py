@@ -60,7 +60,7 @@ def likelihoods(
             f" model's context is {decoder.context}."
         )
     cache = decoder.cache(1, length)
-    cache.assign(0, length, inputs.position_ids, inputs.encoder_states)
+    cache.assign(0, inputs)
     x = inputs.embeddings[None].to(decoder.device, decoder.dtype)
     x = decoder.forward_layers(x, cache.positions([0], length), cache, range(decoder.depth))
     first = decoder.head(x[:, -1:])
@@ -71,7 +71,7 @@ def likelihoods(
         width = max(map(len, some))
         cache = decoder.cache(len(some), length + width)
         for slot in range(len(some)):
-            cache.assign(slot, length, inputs.position_ids, inputs.encoder_states)
+            cache.assign(slot, inputs)
             cache.import_slot(slot, known, length)
         # Padding stands on the right, where the causal mask hides it.
         tokens = torch.tensor(

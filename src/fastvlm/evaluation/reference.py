@@ -140,11 +140,10 @@ class ExactModel:
         }
         [prompt] = capture_decoder_inputs(self._copy, exact)
         decoder = split_decoder(self._copy)
-        length = len(prompt.token_ids)
         tokens = torch.tensor([list(reply)], dtype=torch.long, device=decoder.device)
         x = torch.cat((prompt.embeddings[None], decoder.embed(tokens)), 1)
         cache = decoder.cache(1, x.shape[1])
-        cache.assign(0, length, prompt.position_ids, prompt.encoder_states)
+        cache.assign(0, prompt)
         positions = cache.positions([0], x.shape[1])
         x = decoder.forward_layers(x, positions, cache, range(decoder.depth))
         return decoder.head(x[:, -1:])[0, 0]

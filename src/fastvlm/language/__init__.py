@@ -1,9 +1,10 @@
 """The decoder of a checkpoint, split at any layer, and the cache that its layers talk to."""
 
 from fastvlm.language.cache import DecoderCache
+from fastvlm.language.capture import capture_decoder_inputs
 from fastvlm.language.decoder import SplitDecoder
+from fastvlm.language.decoder_inputs import DecoderInputs
 from fastvlm.language.families import split_decoder
-from fastvlm.language.inputs import DecoderInputs, capture_decoder_inputs
 from fastvlm.language.positions import Positions
 
 __all__ = [

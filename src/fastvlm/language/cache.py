@@ -15,12 +15,8 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from fastvlm.functional.errors import InputError
-from fastvlm.language.positions import (
-    CrossKeyValues,
-    EncoderContext,
-    Positions,
-    own_position_ids,
-)
+from fastvlm.language.decoder_inputs import DecoderInputs
+from fastvlm.language.positions import CrossKeyValues, EncoderContext, Positions
 
 BLOCK_POSITIONS = 64
 """The cache grows, and is cleared, in blocks of so many positions."""
@@ -121,11 +117,9 @@ class LayerStorage:
 
 @dataclass(slots=True)
 class SlotInputs:
-    """What a slot's positions are beside their keys and values, see `DecoderCache.assign`."""
+    """What a slot's positions are beside their keys and values."""
 
-    prompt_length: int = 0
-    position_ids: Tensor | None = None
-    encoder_states: Tensor | None = None
+    prompt: DecoderInputs | None = None
     cross: dict[int, CrossKeyValues] = field(default_factory=dict)
     """Each layer's keys and values of the encoder's states, from its first pass on."""
 
@@ -183,24 +177,15 @@ class DecoderCache:
         for layer in self.layers.values():
             layer.grow(self.slots, capacity)
 
-    def assign(
-        self,
-        slot: int,
-        prompt_length: int,
-        position_ids: Tensor | None = None,
-        encoder_states: Tensor | None = None,
-    ) -> None:
+    def assign(self, slot: int, prompt: DecoderInputs) -> None:
         """Give a slot to a request.
 
         Args:
             slot: The slot.
-            prompt_length: Positions of the prompt.
-            position_ids: Time, height and width of the prompt's positions, (3, length); those of
-                the reply follow the greatest of them. None for 0, 1, 2 ...
-            encoder_states: The encoder's states of the request's source: (source, d_model).
+            prompt: What the positions of the prompt are; those of the reply follow them.
         """
         self.release(slot)
-        self._inputs[slot] = SlotInputs(prompt_length, position_ids, encoder_states)
+        self._inputs[slot] = SlotInputs(prompt)
 
     def release(self, slot: int) -> None:
         """Forget what a slot holds; nothing of it is ever read again."""
@@ -249,10 +234,7 @@ class DecoderCache:
             end=self.capacity if to_the_end else end,
             indices=indices,
             aligned=aligned,
-            position_ids=own_position_ids(
-                [self._inputs[slot].position_ids for slot in rows], indices
-            ),
-            prompt_lengths=[self._inputs[slot].prompt_length for slot in rows],
+            prompts=[self._inputs[slot].prompt for slot in rows],
             encoder=self._encoder(rows),
             tables=self.tables,
         )
@@ -331,7 +313,8 @@ class DecoderCache:
 
     def _encoder(self, rows: Sequence[int]) -> EncoderContext | None:
         """Return what rows attend to of their sources; it serves until a slot changes hands."""
-        states = [self._inputs[slot].encoder_states for slot in rows]
+        prompts = [self._inputs[slot].prompt for slot in rows]
+        states = [None if prompt is None else prompt.encoder_states for prompt in prompts]
         if all(one is None for one in states):
             return None
         key = tuple(rows)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import weakref
 from abc import ABC, abstractmethod
 from collections.abc import Hashable, Iterable, Sequence
@@ -14,6 +15,7 @@ from transformers import PreTrainedConfig, PreTrainedModel
 
 from fastvlm.functional.errors import InputError
 from fastvlm.language.cache import DecoderCache, KeyValueCache
+from fastvlm.language.masks import FULL, MaskKind
 from fastvlm.language.positions import Positions
 
 
@@ -181,9 +183,17 @@ class SplitDecoder(ABC):
     def norm(self, x: Tensor) -> Tensor:
         """Return what the LM head is given, after the final norm: (batch, new, d_model)."""
 
+    def logits(self, x: Tensor) -> Tensor:
+        """Return what the family makes of the LM head's outputs, such as soft-capping.
+
+        Args:
+            x: Outputs for all tokens or for some of them, in any shape.
+        """
+        return x
+
     def head(self, x: Tensor) -> Tensor:
-        """Return the logits of (batch, new, d_model): `norm`, then LM head."""
-        return self.lm_head(self.norm(x))
+        """Return the logits of (batch, new, d_model): `norm`, LM head, `logits`."""
+        return self.logits(self.lm_head(self.norm(x)))
 
     def lm_head_rows(self, token_ids: Tensor) -> Tensor | None:
         """Return the LM head's rows of some tokens: (tokens, its inputs).
@@ -212,18 +222,23 @@ class SplitDecoder(ABC):
         """
         return keys
 
-    def mask(self, x: Tensor, positions: Positions, window: int | None = None) -> Tensor | None:
+    def mask(self, x: Tensor, positions: Positions, kind: MaskKind = FULL) -> Tensor | None:
         """Return the mask that the layers' implementation of attention takes.
+
+        Args:
+            x: The hidden states.
+            positions: Of the pass.
+            kind: What the layers see.
 
         Raises:
             InputError: It takes none that tells the rows of a batch apart.
         """
         implementation = self.decoder.config._attn_implementation
         if implementation == "sdpa":
-            return positions.mask(window)
+            return positions.mask(kind)
         if implementation == "eager":
             # Its attention knows no causal rule and adds what it is given.
-            return additive(positions.visible(window), x.dtype)
+            return additive(positions.visible(kind), x.dtype)
         raise InputError(
             f"fastvlm decodes with the attention implementations sdpa and eager; this model was"
             f" loaded with {implementation!r}. Load it with attn_implementation='sdpa'."
@@ -236,7 +251,7 @@ def additive(seen: Tensor, dtype: torch.dtype) -> Tensor:
     return torch.zeros_like(seen, dtype=dtype).masked_fill(~seen, torch.finfo(dtype).min)
 
 
-def layers_of(config: PreTrainedConfig) -> Any:
+def untrained_layers(config: PreTrainedConfig) -> Any:
     """Return a small untrained model of a configuration, for the sake of its layers.
 
     The classes of a family's layers are so found without naming each.
@@ -246,3 +261,9 @@ def layers_of(config: PreTrainedConfig) -> Any:
     config.vocab_size = 1
     config.pad_token_id = None
     return AutoModel.from_config(config)
+
+
+def cache_name(layer: nn.Module) -> str:
+    """Return what a layer calls its cache, which differs between releases of `transformers`."""
+    names = inspect.signature(type(layer).forward).parameters
+    return "cache" if "cache" in names else "past_key_values"

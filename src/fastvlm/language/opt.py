@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from fastvlm.language.cache import KeyValueCache
-from fastvlm.language.decoder import DecoderShape, SplitDecoder, layers_of
+from fastvlm.language.decoder import DecoderShape, SplitDecoder, cache_name, untrained_layers
 from fastvlm.language.positions import Positions
 
 
@@ -39,7 +39,7 @@ class OptDecoder(SplitDecoder):
     def blocks(config: Any, number: int, first_index: int) -> nn.ModuleList:
         """Return untrained layers of the family, which cache as layers from `first_index` on."""
         fields = {**config.to_dict(), "num_hidden_layers": number, "max_position_embeddings": 1}
-        layers = layers_of(type(config)(**fields)).decoder.layers
+        layers = untrained_layers(type(config)(**fields)).decoder.layers
         for offset, layer in enumerate(layers):
             layer.self_attn.layer_idx = first_index + offset
         return layers
@@ -87,5 +87,6 @@ class OptDecoder(SplitDecoder):
         cache.begin_pass(positions)
         mask = self.mask(x, positions)
         for layer in layers:
-            x = layer(x, attention_mask=mask, past_key_values=cache, use_cache=True)
+            held = {cache_name(layer): cache}
+            x = layer(x, attention_mask=mask, use_cache=True, **held)
         return x

@@ -19,8 +19,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import PreTrainedModel
 
-from fastvlm.language.families import text_decoder
 from fastvlm.language.sampled import sampled
+from fastvlm.language.structure import text_decoder
 
 SMALLEST = 2**18
 """Weights of a matrix that is worth packing: of fewer, the call costs more than is saved."""

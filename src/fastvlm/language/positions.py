@@ -10,6 +10,9 @@ import torch
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
+from fastvlm.language.decoder_inputs import OUTSIDE, DecoderInputs
+from fastvlm.language.masks import FULL, MaskKind, in_the_same_block
+
 
 class CrossKeyValues(NamedTuple):
     """A layer's keys and values of an encoder's states: (batch, heads, source, head_dim) each."""
@@ -64,9 +67,7 @@ class Positions:
         end: Keys from this position on are not read; none of them is a row's own.
         indices: The positions as a tensor: (batch, width).
         aligned: Whether all rows start at the same position.
-        position_ids: Time, height and width of the positions, (3, batch, width), where a row has
-            such; None where all three are the position itself.
-        prompt_lengths: Positions of each row's prompt, on which some rotations depend.
+        prompts: The prompt of each row; None for a row that has none.
         encoder: What an encoder-decoder attends to; None for any other model.
         tables: What a decoder keeps from pass to pass, by its own names; it belongs to the cache.
     """
@@ -77,41 +78,39 @@ class Positions:
     end: int
     indices: Tensor
     aligned: bool
-    position_ids: Tensor | None = None
-    prompt_lengths: Sequence[int] = ()
+    prompts: Sequence[DecoderInputs | None] = ()
     encoder: EncoderContext | None = None
     tables: dict[str, Any] | None = None
-    _masks: dict[int | None, Tensor | None] = field(default_factory=dict)
+    _masks: dict[MaskKind, Tensor | None] = field(default_factory=dict)
     _rows: Tensor | None = None
+    _position_ids: tuple[Tensor | None] | None = None
+    _blocks: tuple[Tensor | None] | None = None
 
     @classmethod
     def whole(
         cls,
         lengths: Sequence[int],
         device: torch.device,
-        position_ids: Sequence[Tensor | None] = (),
-        encoder_states: Sequence[Tensor | None] = (),
+        prompts: Sequence[DecoderInputs | None] = (),
     ) -> Positions:
         """Return all positions of rows that are computed in one pass, padded on the right.
 
         Args:
-            lengths: Of each row.
+            lengths: Of each row, its prompt and what follows it.
             device: Where to.
-            position_ids: Of each row's prompt, see `DecoderInputs`; what follows counts on.
-            encoder_states: Of each row: (source, d_model).
+            prompts: Of each row.
         """
         rows, width = len(lengths), max(lengths)
-        indices = torch.arange(width, device=device).expand(rows, width)
+        sources = [None if prompt is None else prompt.encoder_states for prompt in prompts]
         return cls(
             slots=list(range(rows)),
             starts=[0] * rows,
             width=width,
             end=width,
-            indices=indices,
+            indices=torch.arange(width, device=device).expand(rows, width),
             aligned=True,
-            position_ids=own_position_ids(position_ids, indices),
-            prompt_lengths=lengths,
-            encoder=EncoderContext.of(encoder_states),
+            prompts=prompts,
+            encoder=EncoderContext.of(sources),
         )
 
     def rows(self, device: torch.device) -> Tensor:
@@ -120,21 +119,65 @@ class Positions:
             self._rows = torch.tensor(self.slots, device=device)[:, None]
         return self._rows
 
-    def mask(self, window: int | None = None) -> Tensor | None:
+    @property
+    def position_ids(self) -> Tensor | None:
+        """Time, height and width of the positions, (3, batch, width).
+
+        None where no row's prompt has any, so that all three are the position itself.
+        """
+        if self._position_ids is None:
+            given = [None if prompt is None else prompt.position_ids for prompt in self.prompts]
+            self._position_ids = (own_position_ids(given, self.indices),)
+        return self._position_ids[0]
+
+    @property
+    def prompt_lengths(self) -> list[int]:
+        """Positions of each row's prompt, on which some rotations depend."""
+        return [0 if prompt is None else len(prompt) for prompt in self.prompts]
+
+    @property
+    def blocks(self) -> Tensor | None:
+        """The bidirectional block of each key, (batch, end), see `DecoderInputs.blocks`.
+
+        None where no position of this pass is in one.
+        """
+        if self._blocks is None:
+            self._blocks = (self._own_blocks(),)
+        return self._blocks[0]
+
+    def injection(self, layer: int, like: Tensor) -> Tensor | None:
+        """Return what is added after a layer, (batch, width, d_model); None for nothing.
+
+        Args:
+            layer: The layer.
+            like: The hidden states that it is added to.
+        """
+        found: Tensor | None = None
+        for row, (prompt, start) in enumerate(zip(self.prompts, self.starts, strict=False)):
+            if prompt is None or len(prompt.injections) <= layer or start >= len(prompt):
+                continue
+            if found is None:
+                found = torch.zeros_like(like)
+            states = prompt.injections[layer][start : start + self.width]
+            found[row, : len(states)] = states
+        return found
+
+    def mask(self, kind: MaskKind = FULL) -> Tensor | None:
         """Return which keys each position sees, as `visible`, or None for causal.
 
         None means that the usual causal rule is right: a pass from position 0, or one position at
         the end of equally long rows.
 
         Args:
-            window: Positions that a sliding-window layer sees, its own included; None for all.
+            kind: What the layer sees.
         """
-        if window not in self._masks:
-            within = window is None or self.end <= window
+        if kind not in self._masks:
+            whole = kind.is_whole(self.end)
             last = self.end == self.starts[0] + self.width
-            causal = self.aligned and within and last and (self.width == 1 or self.starts[0] == 0)
-            self._masks[window] = None if causal else self.visible(None if within else window)
-        return self._masks[window]
+            causal = self.aligned and whole and last and (self.width == 1 or self.starts[0] == 0)
+            causal = causal and self.blocks is None
+            self._masks[kind] = None if causal else self.visible(FULL if whole else kind)
+        return self._masks[kind]
 
     @property
     def distances(self) -> Tensor:
@@ -142,16 +185,31 @@ class Positions:
         here = self.indices[:1] if self.aligned else self.indices
         return here[..., None] - torch.arange(self.end, device=here.device)
 
-    def visible(self, window: int | None = None) -> Tensor:
+    def visible(self, kind: MaskKind = FULL) -> Tensor:
         """Return which keys each position sees: (batch, 1, width, end).
 
         Args:
-            window: Positions that a sliding-window layer sees, its own included; None for all.
+            kind: What the layer sees.
         """
         keys = torch.arange(self.end, device=self.indices.device)
-        here = self.indices[:, None, :, None]
-        seen = keys <= here
-        return seen if window is None else seen & (keys > here - window)
+        seen = kind.visible(self.indices[:, None, :, None], keys)
+        if (blocks := self.blocks) is not None:
+            here = blocks.gather(1, self.indices.clamp(max=self.end - 1))
+            seen = seen | in_the_same_block(here, blocks)[:, None]
+        return seen
+
+    def _own_blocks(self) -> Tensor | None:
+        found: Tensor | None = None
+        for row, (prompt, start) in enumerate(zip(self.prompts, self.starts, strict=False)):
+            if prompt is None or prompt.blocks is None or start >= len(prompt):
+                continue
+            own = prompt.blocks[: self.end].to(self.indices.device)
+            if bool((own[start : start + self.width] == OUTSIDE).all()):
+                continue
+            if found is None:
+                found = torch.full_like(self.indices[:, :1], OUTSIDE).repeat(1, self.end)
+            found[row, : len(own)] = own
+        return found
 
 
 def own_position_ids(prompts: Sequence[Tensor | None], indices: Tensor) -> Tensor | None:

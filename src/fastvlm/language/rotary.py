@@ -1,156 +1,56 @@
-"""The rotary family: Llama, Mistral, Qwen2, Qwen3, and Qwen2-VL with positions in three axes."""
+"""The rotations of queries and keys by their positions, as a model's own module makes them."""
 
 from __future__ import annotations
 
 import copy
-from collections.abc import Hashable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
-from torch import Tensor, nn
-from transformers import PreTrainedModel
+from torch import Tensor
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
-from fastvlm.language.cache import KeyValueCache
-from fastvlm.language.decoder import DecoderShape, FeedForward, SplitDecoder, layers_of
 from fastvlm.language.positions import Positions
 
-TABLE_BLOCK = 256
+TABLE_POSITIONS = 256
 """Positions that a table of rotations has beyond those that are asked for."""
 
-
-class RotaryDecoder(SplitDecoder):
-    """A decoder whose layers rotate queries and keys by their positions.
-
-    Args:
-        model: The model that the decoder is part of.
-        decoder: A `LlamaModel` or one of the same parts: `embed_tokens`, `layers`, `norm` and
-            `rotary_emb`.
-    """
-
-    def __init__(self, model: PreTrainedModel, decoder: Any) -> None:
-        super().__init__(model, decoder)
-        # Which fields a configuration has is its family's matter.
-        config: Any = decoder.config
-        self.width = config.hidden_size
-        self.context = scaled_context(config)
-        self.window: int | None = getattr(config, "sliding_window", None)
-        kinds = getattr(config, "layer_types", None)
-        self.slides = [
-            self.window is not None and (kinds is None or kinds[index] == "sliding_attention")
-            for index in range(self.depth)
-        ]
-        self.rotary = Rotary(decoder.rotary_emb)
-
-    @staticmethod
-    def shape(config: Any) -> DecoderShape:
-        """Return the shape of the decoder of a configuration."""
-        return DecoderShape(
-            config.num_hidden_layers,
-            config.hidden_size,
-            config.intermediate_size,
-            config.rms_norm_eps,
-        )
-
-    @staticmethod
-    def blocks(config: Any, number: int, first_index: int) -> nn.ModuleList:
-        """Return untrained layers of the family, which cache as layers from `first_index` on."""
-        fields = {name: v for name, v in config.to_dict().items() if name != "layer_types"}
-        layers = layers_of(type(config)(**{**fields, "num_hidden_layers": number})).layers
-        for offset, layer in enumerate(layers):
-            layer.self_attn.layer_idx = first_index + offset
-        return layers
-
-    @staticmethod
-    def feed_forward(layer: Any) -> FeedForward:
-        """Return a layer's gated feed-forward part."""
-        return FeedForward(
-            layer.post_attention_layernorm.weight,
-            layer.mlp.gate_proj.weight,
-            layer.mlp.up_proj.weight,
-            layer.mlp.down_proj.weight,
-        )
-
-    def forward_layers(
-        self, x: Tensor, positions: Positions, cache: KeyValueCache, layers: Iterable[int]
-    ) -> Tensor:
-        """Run some of the target's layers on (batch, new, d_model) hidden states."""
-        # Going through a list of modules is faster than looking each up by its number.
-        own = tuple(self.layers)
-        return self._run(
-            x, positions, cache, [(own[index], self.slides[index]) for index in layers]
-        )
-
-    def forward_blocks(
-        self, x: Tensor, positions: Positions, cache: KeyValueCache, blocks: Iterable[nn.Module]
-    ) -> Tensor:
-        """Run layers of the target's own kind that are not the target's."""
-        return self._run(x, positions, cache, [(block, self.slides[-1]) for block in blocks])
-
-    def norm(self, x: Tensor) -> Tensor:
-        """Return the final norm of hidden states."""
-        return self.decoder.norm(x)
-
-    def position_keys(self, keys: Sequence[Hashable], prompt_length: int) -> Sequence[Hashable]:
-        """Return what tells states of positions from others. See `SplitDecoder.position_keys`."""
-        if self.rotary.is_static:
-            return keys
-        regime = self.rotary.regime
-        return [(regime(place, prompt_length), key) for place, key in enumerate(keys)]
-
-    def _run(
-        self,
-        x: Tensor,
-        positions: Positions,
-        cache: KeyValueCache,
-        layers: Sequence[tuple[nn.Module, bool]],
-    ) -> Tensor:
-        cache.begin_pass(positions)
-        rotations = self.rotary(x, positions)
-        slides = any(slides for _, slides in layers)
-        masks = self.mask(x, positions), self.mask(x, positions, self.window) if slides else None
-        for layer, sliding in layers:
-            x = layer(
-                x,
-                attention_mask=masks[sliding],
-                position_ids=positions.indices,
-                past_key_values=cache,
-                position_embeddings=rotations,
-                use_cache=True,
-            )
-        return x
+Rotations = Tensor | tuple[Tensor, ...]
+"""Cosines and sines, or complex numbers: (batch, width, size) each."""
 
 
 class Rotary:
-    """The cosines and sines of positions, as a model's own module gives them to `generate`.
+    """The rotations of positions, as a model's own module gives them to `generate`.
 
     The module itself is never changed: with some kinds of scaling it keeps the frequencies of what
     it saw last, which is no other request's business.
 
     Args:
         module: The model's `rotary_emb`.
+        layer_type: The kind of layer that the module is told, where it tells them apart.
+        axes: Whether the module takes time, height and width: (3, batch, width).
     """
 
-    def __init__(self, module: Any) -> None:
-        self.module = module
+    def __init__(self, module: Any, layer_type: str | None = None, *, axes: bool = False) -> None:
+        self.module, self.layer_type, self.axes = module, layer_type, axes
         parameters: Any = module.config.rope_parameters
-        self.kind: str = parameters["rope_type"]
+        parameters = parameters if layer_type is None else parameters[layer_type]
+        self.scaling: str = parameters["rope_type"]
         own: int = module.config.max_position_embeddings
-        longrope = self.kind == "longrope"
-        self.original = parameters["original_max_position_embeddings"] if longrope else own
+        longrope = self.scaling == "longrope"
+        self.original: int = parameters["original_max_position_embeddings"] if longrope else own
 
     @property
     def is_static(self) -> bool:
         """Whether a position's rotation depends on the position alone."""
-        return self.kind != "longrope" and "dynamic" not in self.kind
+        return self.scaling != "longrope" and "dynamic" not in self.scaling
 
-    def __call__(self, x: Tensor, positions: Positions) -> tuple[Tensor, Tensor]:
-        """Return cosines and sines, (batch, width, head_dim) each, in the precision of `x`."""
-        if self.is_static and positions.position_ids is None:
-            return self._from_table(x, positions)
-        if self.is_static:
-            return self.module(x, positions.position_ids)
-        return self._scaled(x, positions)
+    def __call__(self, x: Tensor, positions: Positions) -> Rotations:
+        """Return the rotations of a pass, in the precision of `x`."""
+        if not self.is_static:
+            return self._scaled(x, positions)
+        ids = positions.position_ids
+        return self._from_table(x, positions) if ids is None else self._compute(self.module, x, ids)
 
     def regime(self, position: int, prompt_length: int) -> int:
         """Return the length that a position's frequencies are for; 0 for the original ones.
@@ -162,25 +62,33 @@ class Rotary:
         if self.is_static or length <= self.original:
             return 0
         # LongRoPE has two sets of frequencies, dynamic scaling has one for each length.
-        return self.original + 1 if self.kind == "longrope" else length
+        return self.original + 1 if self.scaling == "longrope" else length
 
-    def _from_table(self, x: Tensor, positions: Positions) -> tuple[Tensor, Tensor]:
+    def _compute(self, module: Any, x: Tensor, ids: Tensor) -> Rotations:
+        if self.axes and ids.dim() == 2:  # noqa: PLR2004 (batch, width)
+            ids = ids.expand(3, *ids.shape)
+        found: Rotations = (
+            module(x, ids) if self.layer_type is None else module(x, ids, self.layer_type)
+        )
+        return found
+
+    def _from_table(self, x: Tensor, positions: Positions) -> Rotations:
         tables = positions.tables
         if tables is None:
-            return self.module(x, positions.indices)
-        known: tuple[Tensor, Tensor] | None = tables.get("rotations")
-        if known is None or known[0].dtype != x.dtype or len(known[0]) < positions.end:
-            counted = torch.arange(positions.end + TABLE_BLOCK, device=positions.indices.device)
-            cos, sin = self.module(x, counted[None])
-            known = tables["rotations"] = cos[0], sin[0]
-        cos, sin = known
+            return self._compute(self.module, x, positions.indices)
+        key = f"rotations of {self.layer_type}"
+        known: tuple[torch.dtype, Rotations] | None = tables.get(key)
+        if known is None or known[0] != x.dtype or len(_first(known[1])) < positions.end:
+            counted = torch.arange(positions.end + TABLE_POSITIONS, device=positions.indices.device)
+            made = self._compute(self.module, x, counted[None])
+            known = tables[key] = x.dtype, each(lambda table: table[0], made)
         if positions.aligned:
             first = positions.starts[0]
             here = slice(first, first + positions.width)
-            return cos[None, here], sin[None, here]
-        return cos[positions.indices], sin[positions.indices]
+            return each(lambda table: table[None, here], known[1])
+        return each(lambda table: table[positions.indices], known[1])
 
-    def _scaled(self, x: Tensor, positions: Positions) -> tuple[Tensor, Tensor]:
+    def _scaled(self, x: Tensor, positions: Positions) -> Rotations:
         """Return the rotations of a pass whose positions may have frequencies of their own."""
         ids = positions.indices if positions.position_ids is None else positions.position_ids
         regimes = torch.tensor(
@@ -190,14 +98,10 @@ class Rotary:
             ],
             device=x.device,
         )
-        found: tuple[Tensor, Tensor] | None = None
+        found: Rotations | None = None
         for regime in regimes.unique().tolist():
-            one = self._with_frequencies(x, regime)(x, ids)
-            if found is None:
-                found = one
-                continue
-            chosen = (regimes == regime)[..., None]
-            found = torch.where(chosen, one[0], found[0]), torch.where(chosen, one[1], found[1])
+            one = self._compute(self._with_frequencies(x, regime), x, ids)
+            found = one if found is None else _where((regimes == regime)[..., None], one, found)
         assert found is not None  # a pass has a position
         return found
 
@@ -205,16 +109,36 @@ class Rotary:
         """Return a copy of the module whose frequencies are fixed: those for a length."""
         fixed: Any = copy.copy(self.module)
         fixed._buffers = {name: buffer.clone() for name, buffer in self.module._buffers.items()}
-        frequencies = self.module.original_inv_freq.to(x.device)
+        kind = self.layer_type
+        prefix = "" if kind is None else f"{kind}_"
+        frequencies = getattr(self.module, f"{prefix}original_inv_freq").to(x.device)
         if regime:
-            initialise = ROPE_INIT_FUNCTIONS[self.kind]
-            frequencies, scaling = initialise(self.module.config, x.device, seq_len=regime)
-            if self.kind != "longrope":
-                fixed.attention_scaling = scaling
-        fixed._buffers["inv_freq"] = frequencies
+            named = {} if kind is None else {"layer_type": kind}
+            initialise = ROPE_INIT_FUNCTIONS[self.scaling]
+            frequencies, scaling = initialise(self.module.config, x.device, seq_len=regime, **named)
+            if self.scaling != "longrope":
+                setattr(fixed, f"{prefix}attention_scaling", scaling)
+        fixed._buffers[f"{prefix}inv_freq"] = frequencies
         # The module's own rule would choose frequencies by the greatest position of the pass.
-        fixed.rope_type = "default"
+        fixed.rope_type = "default" if kind is None else {**fixed.rope_type, kind: "default"}
         return fixed
+
+
+def each(change: Callable[[Tensor], Tensor], rotations: Rotations) -> Rotations:
+    """Return rotations with a change to each of their tensors."""
+    if isinstance(rotations, Tensor):
+        return change(rotations)
+    return tuple(change(tensor) for tensor in rotations)
+
+
+def _first(rotations: Rotations) -> Tensor:
+    return rotations if isinstance(rotations, Tensor) else rotations[0]
+
+
+def _where(chosen: Tensor, one: Rotations, other: Rotations) -> Rotations:
+    if isinstance(one, Tensor) or isinstance(other, Tensor):
+        return torch.where(chosen, _first(one), _first(other))
+    return tuple(torch.where(chosen, *pair) for pair in zip(one, other, strict=True))
 
 
 def scaled_context(config: Any) -> int:
@@ -223,9 +147,16 @@ def scaled_context(config: Any) -> int:
     Some configurations name the length before scaling, as `max_position_embeddings` and nowhere
     else.
     """
-    parameters = config.rope_parameters
     length: int = config.max_position_embeddings
-    scales = parameters["rope_type"] in {"yarn", "dynamic", "linear", "llama3", "longrope"}
+    parameters: Any = getattr(config, "rope_parameters", None) or {}
+    kinds: Sequence[Any] = [parameters]
+    if "rope_type" not in parameters:
+        kinds = [kind for kind in parameters.values() if isinstance(kind, dict)]
+    return max((_scaled_length(length, kind) for kind in kinds), default=length)
+
+
+def _scaled_length(length: int, parameters: Any) -> int:
+    scales = parameters.get("rope_type") in {"yarn", "dynamic", "linear", "llama3", "longrope"}
     if not scales or parameters.get("original_max_position_embeddings", length) != length:
         return length
     return int(length * (parameters.get("factor") or 1))

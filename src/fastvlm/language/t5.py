@@ -16,7 +16,8 @@ from fastvlm.language.decoder import (
     FeedForward,
     SplitDecoder,
     additive,
-    layers_of,
+    cache_name,
+    untrained_layers,
 )
 from fastvlm.language.positions import CrossKeyValues, EncoderContext, Positions
 
@@ -55,7 +56,7 @@ class T5Decoder(SplitDecoder):
         """Return untrained layers of the family, which cache as layers from `first_index` on."""
         # A decoder's first layer has the bias of all of them, which stays the target's own.
         fields = {**config.to_dict(), "num_layers": 1, "num_decoder_layers": number + 1}
-        layers = layers_of(type(config)(**fields)).decoder.block[1:]
+        layers = untrained_layers(type(config)(**fields)).decoder.block[1:]
         for offset, block in enumerate(layers):
             block.layer[0].SelfAttention.layer_idx = first_index + offset
             block.layer[1].EncDecAttention.layer_idx = first_index + offset
@@ -102,7 +103,7 @@ class T5Decoder(SplitDecoder):
         none = torch.zeros(1, 1, 1, 1, dtype=mask.dtype, device=x.device)
         states = None if source is None else source.states
         seen = None if source is None else additive(source.visible[:, None, None], mask.dtype)
-        both = CrossCache(cache, source)
+        both: Any = CrossCache(cache, source)
         for layer in layers:
             x, _, _ = layer(
                 x,
@@ -111,7 +112,7 @@ class T5Decoder(SplitDecoder):
                 encoder_hidden_states=states,
                 encoder_attention_mask=seen,
                 encoder_decoder_position_bias=none,
-                past_key_values=both,
+                **{cache_name(layer): both},
             )
         return x
 

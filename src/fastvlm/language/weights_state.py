@@ -9,8 +9,8 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import Tensor, nn
 
-from fastvlm.language.families import text_decoder
 from fastvlm.language.sampled import sampled
+from fastvlm.language.structure import text_decoder
 
 VALUES_PER_WEIGHT = 4
 """Values of each weight that are compared."""

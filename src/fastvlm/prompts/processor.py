@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Hashable, Mapping, Sequence
-from dataclasses import replace
 from itertools import count
 from typing import Any, Unpack
 
@@ -224,7 +223,8 @@ class ProcessorPromptBuilder:
             # An encoder reads the whole source before the decoder's first position.
             return found
         shows = bool(images_of(dialogue(messages)))
-        return replace(found, keys=self.keys(found.token_ids, digests if shows else None))
+        keys = self.keys(found.token_ids, digests if shows else None)
+        return found if keys is None else found.with_keys(keys)
 
     def capture(self, inputs: dict[str, Tensor]) -> DecoderInputs:
         """Return what the decoder is given for one row of inputs.

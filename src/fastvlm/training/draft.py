@@ -22,7 +22,7 @@ from fastvlm.drafting.imitation import ImitationConfig, ImitationNetwork, initia
 from fastvlm.functional.digests import digest_of_weights
 from fastvlm.functional.files import written_directory
 from fastvlm.functional.placement import moved
-from fastvlm.language.families import text_decoder
+from fastvlm.language.structure import text_decoder
 from fastvlm.training.digests import digest_of_examples
 from fastvlm.training.draft_plan import DraftPlan
 from fastvlm.training.draws import ExampleDraws
@@ -232,7 +232,7 @@ class DraftTask:
         if rows is None:
             # Quantised or adapted: such a head is more than its rows.
             return full_precision(decoder.head(guess)[:, vocabulary])
-        return full_precision(F.linear(decoder.norm(guess), rows))
+        return full_precision(decoder.logits(F.linear(decoder.norm(guess), rows)))
 
     @torch.no_grad()
     def taught(self, passed: TargetStates) -> TargetOutputs:

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
-from fastvlm.language.inputs import DecoderInputs
+from fastvlm.language import DecoderInputs
 from fastvlm.language.positions import Positions
 from fastvlm.training.replies import Example
 from fastvlm.vlm import VisionLanguageModel
@@ -131,12 +131,7 @@ class TeacherForcing:
             masks.append(places >= len(prompt.token_ids) + given - 1)
             targets.append(reply[given:])
         x = pad_sequence(rows, batch_first=True)
-        positions = Positions.whole(
-            [len(row) for row in rows],
-            decoder.device,
-            [prompt.position_ids for prompt in prompts],
-            [prompt.encoder_states for prompt in prompts],
-        )
+        positions = Positions.whole([len(row) for row in rows], decoder.device, prompts)
         return Forced(x, positions, pad_sequence(masks, batch_first=True), torch.cat(targets))
 
 

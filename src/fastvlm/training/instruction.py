@@ -18,7 +18,7 @@ from fastvlm.data.feed import Feed
 from fastvlm.functional.digests import digest_of_weights
 from fastvlm.functional.files import written_into
 from fastvlm.functional.placement import moved
-from fastvlm.language.families import text_decoder
+from fastvlm.language.structure import text_decoder
 from fastvlm.training.digests import digest_of_source
 from fastvlm.training.draft import full_precision
 from fastvlm.training.loop import train

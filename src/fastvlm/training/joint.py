@@ -18,7 +18,7 @@ from torch.nn import functional as F
 from fastvlm.drafting.fingerprint import fingerprint
 from fastvlm.functional.files import written_into
 from fastvlm.functional.placement import moved
-from fastvlm.language.families import text_decoder
+from fastvlm.language.structure import text_decoder
 from fastvlm.training.digests import digest_of_examples
 from fastvlm.training.draft import full_precision
 from fastvlm.training.draws import ExampleDraws

@@ -10,7 +10,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from fastvlm.functional.errors import InputError
-from fastvlm.language.families import text_decoder
+from fastvlm.language.structure import text_decoder
 
 PARTS = ("projector", "decoder", "everything", "lora")
 PROJECTORS = ("multi_modal_projector", "connector")

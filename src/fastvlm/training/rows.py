@@ -16,7 +16,7 @@ from fastvlm.data.conversations import Broken, Conversation, opened
 from fastvlm.functional.errors import InputError
 from fastvlm.functional.messages import Message
 from fastvlm.language import split_decoder
-from fastvlm.language.inputs import end_tokens
+from fastvlm.language.generator import end_tokens
 from fastvlm.prompts.fastvithd import expand_image_tokens
 from fastvlm.prompts.messages import images_of
 from fastvlm.prompts.processor import ProcessorInputs, placed

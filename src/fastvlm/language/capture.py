@@ -9,20 +9,18 @@ from __future__ import annotations
 
 import inspect
 import warnings
-from collections.abc import Callable, Hashable, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import GenerationMixin, PreTrainedModel
+from transformers import PreTrainedModel
 
 from fastvlm.functional.errors import InputError
 from fastvlm.functional.overrides import override_method
-from fastvlm.language.families import text_decoder
-
-UNKNOWN_TOKEN = -1
-"""Stands for a prompt's token where only its embedding was given."""
+from fastvlm.language.decoder_inputs import UNKNOWN_TOKEN, DecoderInputs
+from fastvlm.language.generator import start_token
+from fastvlm.language.structure import text_decoder
 
 USED = frozenset(
     {
@@ -46,29 +44,6 @@ HARMLESS = frozenset(
     }
 )
 """Arguments of a decoder that say what it returns, and change no hidden state."""
-
-
-@dataclass(frozen=True, slots=True)
-class DecoderInputs:
-    """One prompt as a decoder takes it, without padding.
-
-    Args:
-        token_ids: Its tokens, a placeholder for each visual token; `UNKNOWN_TOKEN` where a model
-            was given embeddings alone. For an encoder-decoder they are the decoder's.
-        embeddings: What the decoder is given for them: (length, d_embedding).
-        position_ids: Time, height and width of each position, (3, length), for a model that tells
-            them apart; None for 0, 1, 2 ...
-        encoder_states: An encoder-decoder's encoded source, (source, d_model); None for other
-            models.
-        keys: What tells each position from others in the prefix cache: its token, or its images and
-            the number of the visual token. None for a prompt that is never looked up or kept.
-    """
-
-    token_ids: list[int]
-    embeddings: Tensor
-    position_ids: Tensor | None = None
-    encoder_states: Tensor | None = None
-    keys: list[Hashable] | None = None
 
 
 def capture_decoder_inputs(
@@ -272,53 +247,6 @@ def three_axes(base: Any, given: Mapping[str, Any]) -> Tensor:
         mask = torch.ones_like(like)
     counted = (mask.long().cumsum(-1) - 1).clamp(min=0)
     return counted.expand(3, -1, -1)
-
-
-def start_token(model: PreTrainedModel) -> int:
-    """Return the token that an encoder-decoder's reply starts with.
-
-    Raises:
-        InputError: Neither the model's nor its generation configuration says which.
-    """
-    settings: list[Any] = [*generation_configs(model), text_decoder(model).config]
-    for name in ("decoder_start_token_id", "bos_token_id"):
-        for found in settings:
-            token = getattr(found, name, None)
-            if token is not None:
-                return int(token)
-    raise InputError(
-        f"{type(model).__name__} doesn't say which token a reply starts with; set"
-        " generation_config.decoder_start_token_id."
-    )
-
-
-def end_tokens(model: PreTrainedModel) -> frozenset[int]:
-    """Return the tokens that end a model's reply."""
-    for config in generation_configs(model):
-        ends = config.eos_token_id
-        if ends is not None:
-            return frozenset([ends] if isinstance(ends, int) else ends)
-    return frozenset()
-
-
-def generation_configs(model: PreTrainedModel) -> list[Any]:
-    """Return what says how replies are generated, the most particular first.
-
-    A whole language model inside another, as in BLIP-2, has one of its own and goes by that.
-    """
-    found = [owner.generation_config for owner in (generator_of(model), model)]
-    return [config for config in found if config is not None]
-
-
-def generator_of(model: PreTrainedModel) -> Any:
-    """Return the model whose `generate` runs: a whole language model inside another, or itself.
-
-    BLIP-2 and InstructBLIP hand their prompts to the `generate` of the language model in them,
-    which goes by its own settings.
-    """
-    # A bare decoder may have settings, too, but nothing in it reads them.
-    inner = getattr(model, "language_model", None)
-    return inner if isinstance(inner, GenerationMixin) else model
 
 
 def row_masks(mask: Any, states: Tensor) -> Tensor:

@@ -1,0 +1,255 @@
+"""How a decoder calls each of its layers, seen by running it with layers that only take notes.
+
+Masks, rotations and arguments differ from family to family, and from release to release of
+`transformers`. What a decoder's own `forward` hands its layers says all of it, for any family.
+"""
+
+from __future__ import annotations
+
+import copy
+import inspect
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from fastvlm.functional.errors import InputError, first_line
+from fastvlm.language.masks import FULL, MaskKind
+from fastvlm.language.structure import check_structure
+
+LENGTH = 8
+"""Positions of the pass that is observed."""
+SIZE = 3
+"""Window and chunk of that pass, so that each kind of mask shows within its length."""
+SIZES = ("sliding_window", "attention_chunk_size")
+CACHE_NAMES = ("past_key_values", "cache")
+"""What layers call their cache, by release of `transformers`."""
+HARMLESS = frozenset(
+    {
+        "cache_position",
+        "logits_to_keep",
+        "output_attentions",
+        "output_hidden_states",
+        "output_router_logits",
+        "return_dict",
+    }
+)
+"""Arguments that change no hidden state."""
+GIVEN = frozenset(
+    {"attention_mask", "position_embeddings", "position_ids", "use_cache", *CACHE_NAMES}
+)
+"""Arguments that we give layers."""
+
+
+@dataclass(frozen=True, slots=True)
+class RotaryKind:
+    """Which rotations a layer is given.
+
+    Args:
+        module: The name of the decoder's module that makes them.
+        layer_type: The kind of layer that the module is told; None where it is told none.
+        axes: Whether it is given time, height and width: (3, batch, width).
+    """
+
+    module: str
+    layer_type: str | None = None
+    axes: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class LayerCall:
+    """How a layer is called.
+
+    Args:
+        mask: What its attention sees.
+        rotary: The rotations that it is given; None for none.
+        names: The arguments that it is given beside the hidden states.
+    """
+
+    mask: MaskKind = FULL
+    rotary: RotaryKind | None = None
+    names: frozenset[str] = frozenset()
+
+
+@dataclass(frozen=True, slots=True)
+class DecoderCalls:
+    """How a decoder calls its layers.
+
+    Args:
+        layers: How each is called.
+        entry: What is done to embeddings before the first: `nothing`, `scale` (by the decoder's
+            `embedding_multiplier`) or `norm` (the decoder's own).
+    """
+
+    layers: tuple[LayerCall, ...]
+    entry: str = "nothing"
+
+
+@dataclass(slots=True)
+class _Notes:
+    """What was seen of a pass: each layer's arguments, and what each rotary module was asked."""
+
+    layers: list[dict[str, Any]] = field(default_factory=list)
+    rotary: list[tuple[RotaryKind, Any]] = field(default_factory=list)
+
+
+class _NotingLayer(nn.Module):
+    """Stands for a layer: it notes its arguments, and returns the hidden states as they are."""
+
+    def __init__(self, layer: nn.Module, notes: _Notes) -> None:
+        super().__init__()
+        # In a list, or it would become a part of this module.
+        self.stands_for, self.notes = [layer], notes
+        self.names = list(inspect.signature(type(layer).forward).parameters)[1:]
+
+    def __getattr__(self, name: str) -> Any:
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            return getattr(self.__dict__["stands_for"][0], name)
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        named = {**dict(zip(self.names, args, strict=False)), **kwargs}
+        self.notes.layers.append(named)
+        return named[self.names[0]]
+
+
+class _NotingRotary(nn.Module):
+    """Stands for a rotary module: it notes what it is asked for, and what that gave."""
+
+    def __init__(self, name: str, module: nn.Module, notes: _Notes) -> None:
+        super().__init__()
+        self.name, self.stands_for, self.notes = name, [module], notes
+
+    def __getattr__(self, name: str) -> Any:
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            return getattr(self.__dict__["stands_for"][0], name)
+
+    def forward(self, x: Tensor, position_ids: Tensor, *kind: Any, **named: Any) -> Any:
+        found = self.stands_for[0](x, position_ids, *kind, **named)
+        layer_type = next((one for one in (*kind, *named.values()) if isinstance(one, str)), None)
+        axes = position_ids.dim() == 3  # noqa: PLR2004 (axes, batch, width)
+        self.notes.rotary.append((RotaryKind(self.name, layer_type, axes), found))
+        return found
+
+
+@torch.no_grad()
+def observe_calls(decoder: Any) -> DecoderCalls:
+    """Return how a decoder calls its layers. No layer is run, and the decoder is left as it is.
+
+    Args:
+        decoder: The decoder, as `transformers` made it.
+
+    Raises:
+        InputError: It isn't of the usual form, or hands its layers something that fastvlm doesn't
+            know.
+    """
+    check_structure(decoder)
+    notes = _Notes()
+    weight = next(decoder.embed_tokens.parameters())
+    torch_random = torch.Generator().manual_seed(0)
+    # Meta tensors lie nowhere until they are needed; accelerate then computes on a device.
+    device = "cpu" if weight.is_meta else weight.device
+    dtype = weight.dtype if weight.is_floating_point() else torch.float32
+    x = torch.randn(1, LENGTH, decoder.config.hidden_size, generator=torch_random).to(device, dtype)
+    probe = _noting(decoder, notes)
+    try:
+        mask = torch.ones(1, LENGTH, dtype=torch.long, device=device)
+        probe(inputs_embeds=x, attention_mask=mask, use_cache=False)
+    except Exception as error:  # whatever a family's own code stumbles over
+        raise InputError(
+            f"{type(decoder).__name__} can't be observed, so fastvlm can't split it:"
+            f" {first_line(error)}."
+        ) from error
+    if len(notes.layers) != len(decoder.layers):
+        raise InputError(
+            f"{type(decoder).__name__} runs {len(notes.layers)} layers, but has"
+            f" {len(decoder.layers)}; fastvlm can't split it."
+        )
+    calls = [_call(decoder, index, named, notes) for index, named in enumerate(notes.layers)]
+    first = _NotingLayer(decoder.layers[0], notes).names[0]
+    return DecoderCalls(tuple(calls), _entry(decoder, x, notes.layers[0][first]))
+
+
+def _noting(decoder: Any, notes: _Notes) -> Any:
+    """Return a copy of a decoder, with its own parts, that notes instead of computing layers."""
+    probe = copy.copy(decoder)
+    probe._modules = {
+        name: _NotingRotary(name, part, notes) if "rotary" in name and part is not None else part
+        for name, part in decoder._modules.items()
+    }
+    probe._modules["layers"] = nn.ModuleList(_NotingLayer(one, notes) for one in decoder.layers)
+    config = probe.config = copy.copy(decoder.config)
+    for name in SIZES:
+        if getattr(config, name, None) is not None:
+            setattr(config, name, SIZE)
+    # This implementation is always given a mask, and adds it to the scores.
+    config._attn_implementation_internal = "eager"
+    return probe
+
+
+def _call(decoder: Any, index: int, named: dict[str, Any], notes: _Notes) -> LayerCall:
+    """Return how a layer is called, by what it was given."""
+    where = f"Layer {index} of {type(decoder).__name__}"
+    layer = _NotingLayer(decoder.layers[index], notes)
+    rest = {name: value for name, value in named.items() if name != layer.names[0]}
+    unknown = sorted(
+        name
+        for name, value in rest.items()
+        if name not in GIVEN | HARMLESS and value is not None and value is not False
+    )
+    if unknown:
+        raise InputError(
+            f"{where} is given {', '.join(unknown)}, which fastvlm doesn't know, so it can't split"
+            " the decoder; decode the model with transformers' own generate."
+        )
+    rotations = rest.get("position_embeddings")
+    kind = None
+    if rotations is not None:
+        kind = next((kind for kind, found in notes.rotary if found is rotations), None)
+        if kind is None:
+            raise InputError(f"{where} is given rotations that fastvlm can't tell the origin of.")
+    return LayerCall(
+        _mask_kind(decoder.config, where, rest.get("attention_mask")),
+        kind,
+        frozenset(rest) & GIVEN,
+    )
+
+
+def _mask_kind(config: Any, where: str, mask: Any) -> MaskKind:
+    """Return what a layer sees, by the mask that it was given with small windows and chunks."""
+    if mask is None:
+        return FULL
+    if not isinstance(mask, Tensor) or mask.shape[-2:] != (LENGTH, LENGTH):
+        raise InputError(f"{where} is given a mask of a form that fastvlm doesn't know.")
+    seen = mask if mask.dtype == torch.bool else mask > torch.finfo(mask.dtype).min / 2
+    places = torch.arange(LENGTH, device=mask.device)
+    window, chunk = (getattr(config, name, None) for name in SIZES)
+    known: Sequence[tuple[MaskKind, MaskKind]] = (
+        (FULL, FULL),
+        (MaskKind(window=SIZE), MaskKind(window=window)),
+        (MaskKind(chunk=SIZE), MaskKind(chunk=chunk)),
+    )
+    for shown, own in known:
+        if bool((seen[0, 0] == shown.visible(places[:, None], places)).all()):
+            return own
+    raise InputError(f"{where} attends in a pattern that fastvlm doesn't know.")
+
+
+def _entry(decoder: Any, x: Tensor, entered: Tensor) -> str:
+    """Return what was done to embeddings before the first layer."""
+    if torch.equal(x, entered):
+        return "nothing"
+    factor = getattr(decoder, "embedding_multiplier", None)
+    if factor is not None and torch.equal(x * factor, entered):
+        return "scale"
+    if torch.equal(decoder.norm(x), entered):
+        return "norm"
+    raise InputError(
+        f"{type(decoder).__name__} changes embeddings before its first layer in a way that fastvlm"
+        " doesn't know, so it can't split the decoder."
+    )

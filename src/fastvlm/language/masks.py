@@ -1,0 +1,50 @@
+"""Which keys each kind of layer sees."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+from torch import Tensor
+
+from fastvlm.language.decoder_inputs import OUTSIDE
+
+
+class MaskKind(NamedTuple):
+    """What a layer's attention sees of the positions up to its own.
+
+    Args:
+        window: The last positions, its own included; None for no window.
+        chunk: The positions of the same chunk, of which each has so many; None for no chunks.
+    """
+
+    window: int | None = None
+    chunk: int | None = None
+
+    def is_whole(self, length: int) -> bool:
+        """Return whether all of so many positions are seen."""
+        return all(size is None or length <= size for size in self)
+
+    def visible(self, here: Tensor, keys: Tensor) -> Tensor:
+        """Return which keys are seen, for positions and keys that broadcast."""
+        seen = keys <= here
+        if self.window is not None:
+            seen = seen & (keys > here - self.window)
+        if self.chunk is not None:
+            seen = seen & (keys // self.chunk == here // self.chunk)
+        return seen
+
+
+FULL = MaskKind()
+
+
+def in_the_same_block(here: Tensor, keys: Tensor) -> Tensor:
+    """Return which keys are in a position's own bidirectional block.
+
+    Args:
+        here: The blocks of positions: (batch, width).
+        keys: The blocks of keys: (batch, end).
+
+    Returns:
+        (batch, width, end).
+    """
+    return (here[..., None] == keys[:, None]) & (here != OUTSIDE)[..., None]
