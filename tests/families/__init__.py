@@ -1,0 +1,73 @@
+"""Small models with random weights of every family, and inputs with images for them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from tests.families.idefics import idefics3, smolvlm
+from tests.families.llava import fast_vlm, llava, llava_next, llava_onevision
+from tests.families.parts import (
+    DEPTH,
+    END,
+    IMAGE,
+    OPT,
+    PAD,
+    PATCHES,
+    ROTARY,
+    START,
+    T5,
+    TOWER,
+    Family,
+    Inputs,
+    finished,
+    replies,
+)
+from tests.families.queries import QUERIES, blip2, instructblip
+from tests.families.qwen import qwen2_5_vl, qwen2_vl
+from tests.families.text_only import text
+
+__all__ = [
+    "DEPTH",
+    "END",
+    "FAMILIES",
+    "IMAGE",
+    "OPT",
+    "PAD",
+    "PATCHES",
+    "QUERIES",
+    "ROTARY",
+    "START",
+    "T5",
+    "TOWER",
+    "Family",
+    "Inputs",
+    "finished",
+    "replies",
+    "text",
+]
+
+FAMILIES: dict[str, Callable[[], Family]] = {
+    "llama": lambda: text("llama"),
+    "qwen3": lambda: text("qwen3", head_dim=12),
+    "opt-350m": lambda: text(
+        "opt",
+        gain=1.0,
+        word_embed_proj_dim=24,
+        do_layer_norm_before=False,
+        tie_word_embeddings=False,
+    ),
+    "llava": llava,
+    "llava-next": llava_next,
+    "llava-onevision": llava_onevision,
+    "fast-vlm": fast_vlm,
+    "qwen2-vl": qwen2_vl,
+    "qwen2.5-vl": qwen2_5_vl,
+    "idefics3": idefics3,
+    "smolvlm": smolvlm,
+    "blip2-opt": lambda: blip2(OPT),
+    "blip2-t5": lambda: blip2(T5),
+    "blip2-t5-tied": lambda: blip2(T5, feed_forward_proj="relu", tie_word_embeddings=True),
+    "instructblip-opt": lambda: instructblip(OPT),
+    "instructblip-t5": lambda: instructblip(T5, gain=2.5),
+    "instructblip-vicuna": lambda: instructblip({**ROTARY, "model_type": "llama"}),
+}
