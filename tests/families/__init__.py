@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
+from tests.families.gemma import NEWER_GEMMA
 from tests.families.idefics import idefics3, smolvlm
 from tests.families.llava import fast_vlm, llava, llava_next, llava_onevision
 from tests.families.parts import (
@@ -19,18 +20,21 @@ from tests.families.parts import (
     TOWER,
     Family,
     Inputs,
+    NewerFamily,
     finished,
     replies,
 )
 from tests.families.queries import QUERIES, blip2, instructblip
-from tests.families.qwen import qwen2_5_vl, qwen2_vl
-from tests.families.text_only import text
+from tests.families.qwen import NEWER_QWEN, qwen2_5_vl, qwen2_vl
+from tests.families.text_only import NEWER_TEXT, text
 
 __all__ = [
     "DEPTH",
     "END",
     "FAMILIES",
     "IMAGE",
+    "NEWER",
+    "NEWER_WITH_IMAGES",
     "OPT",
     "PAD",
     "PATCHES",
@@ -41,6 +45,7 @@ __all__ = [
     "TOWER",
     "Family",
     "Inputs",
+    "NewerFamily",
     "finished",
     "replies",
     "text",
@@ -71,3 +76,6 @@ FAMILIES: dict[str, Callable[[], Family]] = {
     "instructblip-t5": lambda: instructblip(T5, gain=2.5),
     "instructblip-vicuna": lambda: instructblip({**ROTARY, "model_type": "llama"}),
 }
+NEWER_WITH_IMAGES: dict[str, Callable[[], NewerFamily]] = {**NEWER_GEMMA, **NEWER_QWEN}
+NEWER: dict[str, Callable[[], NewerFamily]] = {**NEWER_TEXT, **NEWER_WITH_IMAGES}
+"""Families that transformers has and fastvlm can't decode yet."""

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from typing import Any
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -12,6 +12,17 @@ from transformers import PreTrainedModel
 Inputs = dict[str, Tensor]
 Family = tuple[PreTrainedModel, Callable[[int], Inputs]]
 """A model, and what makes inputs for a batch of so many rows."""
+
+
+class MakeInputs(Protocol):
+    """Makes inputs for a batch, with any number of images in each row."""
+
+    def __call__(self, rows: int, images_per_row: int = 1) -> Inputs: ...
+
+
+NewerFamily = tuple[PreTrainedModel, MakeInputs]
+"""A model, and what makes inputs for it; models of text alone are shown no images."""
+
 
 IMAGE, END, PAD, START = 96, 1, 0, 2
 DEPTH = 4
@@ -68,6 +79,10 @@ TOWER: dict[str, Any] = {
 }
 PATCHES = 16
 """Patches of an image, or of a tile of one."""
+WINDOW = 4
+"""How far the newer families' layers of sliding windows and chunks see."""
+FIRST_SPECIAL = 80
+"""From here on, tokens of the newer families' prompts stand for something."""
 
 
 def finished(model: PreTrainedModel, gain: float = 3.0) -> PreTrainedModel:
@@ -95,6 +110,28 @@ def rotary_parts(model: nn.Module) -> list[nn.Module]:
 
 
 @torch.no_grad()
+def lively(model: PreTrainedModel, gain: float = 3.0, shift: float = 1.0) -> PreTrainedModel:
+    """Return a model in float64 as `finished` does, with norms, biases and gates that count too.
+
+    Args:
+        model: The model.
+        gain: How large weights are: what leaves a layer, against what entered.
+        shift: How far the weights of norms, biases and gates lie from where they start.
+    """
+    finished(model, gain)
+    for part in model.parameters():
+        if part.squeeze().ndim <= 1:
+            part.add_(torch.randn_like(part), alpha=shift)
+        elif not part.any():
+            part.normal_(std=gain * part.shape[0] ** -0.5)
+    embeddings, head = model.get_input_embeddings(), model.get_output_embeddings()
+    if head is not None and head.weight is embeddings.weight:
+        # Beside larger embeddings layers count for little, and a tied model repeats its last token.
+        embeddings.weight.mul_(0.2)
+    return model
+
+
+@torch.no_grad()
 def enliven(module: nn.Module, but: set[int], gain: float) -> None:
     """Give weights values that make a difference, and query tokens values at all."""
     for name, part in module.named_modules():
@@ -117,13 +154,64 @@ def written(lengths: Sequence[int], visual: Sequence[int]) -> Inputs:
     for number, length in zip(visual, lengths, strict=True):
         text = torch.randint(3, IMAGE, (length,), generator=random).tolist()
         rows.append([text[0], *[IMAGE] * number, *text[1:]])
+    return padded(rows)
+
+
+def prompts(blocks: Sequence[Sequence[Sequence[int]]]) -> Inputs:
+    """Return prompts with visual tokens between their words, padded on the left.
+
+    Args:
+        blocks: For each row, the tokens that stand for each of its images.
+    """
+    random = torch.Generator().manual_seed(3)
+    rows = []
+    # No prompt is shorter than a window or a chunk of attention.
+    for shown, length in zip(blocks, (n + WINDOW for n in lengths(len(blocks))), strict=True):
+        row = torch.randint(3, FIRST_SPECIAL, (length,), generator=random).tolist()
+        for number, block in enumerate(reversed(shown)):
+            place = len(shown) - number
+            row[place:place] = block
+        rows.append(row)
+    return padded(rows)
+
+
+def shared_out(blocks: Sequence[Sequence[int]], rows: int) -> list[Sequence[Sequence[int]]]:
+    """Return for each row as many of the blocks, in order."""
+    each = len(blocks) // rows
+    return [blocks[row * each : (row + 1) * each] for row in range(rows)]
+
+
+def padded(rows: Sequence[Sequence[int]]) -> Inputs:
+    """Return token ids of rows of different lengths, padded on the left."""
     longest = max(map(len, rows))
     return {
-        "input_ids": torch.tensor([[PAD] * (longest - len(row)) + row for row in rows]),
+        "input_ids": torch.tensor([[PAD] * (longest - len(row)) + list(row) for row in rows]),
         "attention_mask": torch.tensor(
             [[0] * (longest - len(row)) + [1] * len(row) for row in rows]
         ),
     }
+
+
+def of_one_size(
+    block: Sequence[int],
+    *shape: int,
+    finish: Callable[[Inputs], Mapping[str, Tensor]] | None = None,
+) -> MakeInputs:
+    """Return what makes inputs of images that all take the same tokens.
+
+    Args:
+        block: The tokens that stand for an image.
+        shape: The shape of the pixels that the model takes for an image.
+        finish: Returns what else belongs to the inputs.
+    """
+
+    def inputs(rows: int, images_per_row: int = 1) -> Inputs:
+        made = prompts([[block] * images_per_row] * rows)
+        if images_per_row:
+            made["pixel_values"] = images(rows * images_per_row, *(shape or (3, 32, 32)))
+        return {**made, **(finish(made) if finish else {})}
+
+    return inputs
 
 
 def lengths(rows: int) -> list[int]:

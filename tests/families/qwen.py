@@ -10,9 +10,27 @@ from transformers import (
     Qwen2_5_VLForConditionalGeneration,
     Qwen2VLConfig,
     Qwen2VLForConditionalGeneration,
+    Qwen3VLConfig,
+    Qwen3VLForConditionalGeneration,
+    Qwen3VLMoeConfig,
+    Qwen3VLMoeForConditionalGeneration,
 )
 
-from tests.families.parts import IMAGE, ROTARY, Family, Inputs, finished, images, lengths, written
+from tests.families.parts import (
+    IMAGE,
+    ROTARY,
+    Family,
+    Inputs,
+    MakeInputs,
+    NewerFamily,
+    finished,
+    images,
+    lengths,
+    lively,
+    prompts,
+    shared_out,
+    written,
+)
 
 
 def gridded(rows: int) -> Inputs:
@@ -74,3 +92,83 @@ def qwen2_vl() -> Family:
         **GRIDDED,
     )
     return finished(Qwen2VLForConditionalGeneration(config)), gridded
+
+
+QWEN3_VISION: dict[str, Any] = {
+    "depth": 3,
+    "hidden_size": 16,
+    "intermediate_size": 32,
+    "num_heads": 2,
+    "patch_size": 8,
+    "out_hidden_size": 32,
+    "num_position_embeddings": 36,
+    # Features of these layers are added to the decoder's first ones.
+    "deepstack_visual_indexes": [0, 2],
+}
+INTERLEAVED = {
+    "rope_type": "default",
+    "rope_theta": 1e4,
+    "mrope_section": [2, 1, 1],
+    "mrope_interleaved": True,
+}
+SHAPES = [[1, 4, 6], [1, 8, 4], [1, 2, 4], [1, 6, 6]]
+
+
+def in_grids(starts: int, ends: int, axis: int = 3 * 2 * 8 * 8) -> MakeInputs:
+    """Return what makes inputs of images in grids of different shapes, between two tokens.
+
+    Args:
+        starts: The token before an image.
+        ends: The token after an image.
+        axis: How many numbers a patch has.
+    """
+
+    def inputs(rows: int, images_per_row: int = 1) -> Inputs:
+        count = rows * images_per_row
+        grids = torch.tensor(SHAPES * 4)[:count]
+        blocks = [[starts, *[IMAGE] * (number // 4), ends] for number in grids.prod(-1).tolist()]
+        asked = prompts(shared_out(blocks, rows))
+        if not count:
+            return asked
+        return {
+            **asked,
+            "mm_token_type_ids": (asked["input_ids"] == IMAGE).int(),
+            "pixel_values": images(int(grids.prod(-1).sum()), axis),
+            "image_grid_thw": grids,
+        }
+
+    return inputs
+
+
+def qwen3_vl() -> NewerFamily:
+    """Qwen3-VL: interleaved axes of positions, features of several layers of its vision tower."""
+    torch.manual_seed(5)
+    config = Qwen3VLConfig(
+        vision_config=QWEN3_VISION,
+        text_config={**ROTARY, "head_dim": 8, "rope_parameters": INTERLEAVED},
+        **GRIDDED,
+    )
+    return lively(Qwen3VLForConditionalGeneration(config)), in_grids(94, 93)
+
+
+def qwen3_vl_moe() -> NewerFamily:
+    """Qwen3-VL with a mixture of experts."""
+    torch.manual_seed(5)
+    config = Qwen3VLMoeConfig(
+        vision_config=QWEN3_VISION,
+        text_config={
+            **ROTARY,
+            "head_dim": 8,
+            "rope_parameters": INTERLEAVED,
+            "num_experts": 4,
+            "num_experts_per_tok": 2,
+            "moe_intermediate_size": 24,
+        },
+        **GRIDDED,
+    )
+    model = lively(Qwen3VLMoeForConditionalGeneration(config))
+    model.set_experts_implementation("eager")
+    return model, in_grids(94, 93)
+
+
+NEWER_QWEN = {"qwen3-vl": qwen3_vl, "qwen3-vl-moe": qwen3_vl_moe}
