@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable
 
 from tests.families.gemma import NEWER_GEMMA
+from tests.families.glm import NEWER_GLM
+from tests.families.granite import NEWER_GRANITE
 from tests.families.idefics import idefics3, smolvlm
 from tests.families.llava import fast_vlm, llava, llava_next, llava_onevision
 from tests.families.parts import (
@@ -27,6 +29,7 @@ from tests.families.parts import (
 from tests.families.queries import QUERIES, blip2, instructblip
 from tests.families.qwen import NEWER_QWEN, qwen2_5_vl, qwen2_vl
 from tests.families.text_only import NEWER_TEXT, text
+from tests.families.tiles import NEWER_TILES
 
 __all__ = [
     "DEPTH",
@@ -76,6 +79,12 @@ FAMILIES: dict[str, Callable[[], Family]] = {
     "instructblip-t5": lambda: instructblip(T5, gain=2.5),
     "instructblip-vicuna": lambda: instructblip({**ROTARY, "model_type": "llama"}),
 }
-NEWER_WITH_IMAGES: dict[str, Callable[[], NewerFamily]] = {**NEWER_GEMMA, **NEWER_QWEN}
+NEWER_WITH_IMAGES: dict[str, Callable[[], NewerFamily]] = {
+    **NEWER_GEMMA,
+    **NEWER_GLM,
+    **NEWER_GRANITE,
+    **NEWER_QWEN,
+    **NEWER_TILES,
+}
 NEWER: dict[str, Callable[[], NewerFamily]] = {**NEWER_TEXT, **NEWER_WITH_IMAGES}
 """Families that transformers has and fastvlm can't decode yet."""

@@ -128,6 +128,8 @@ def lively(model: PreTrainedModel, gain: float = 3.0, shift: float = 1.0) -> Pre
     if head is not None and head.weight is embeddings.weight:
         # Beside larger embeddings layers count for little, and a tied model repeats its last token.
         embeddings.weight.mul_(0.2)
+    if head is not None:
+        head.weight[END] *= 0.7  # replies that end at once show little
     return model
 
 
@@ -195,20 +197,22 @@ def padded(rows: Sequence[Sequence[int]]) -> Inputs:
 def of_one_size(
     block: Sequence[int],
     *shape: int,
+    tiles: int = 1,
     finish: Callable[[Inputs], Mapping[str, Tensor]] | None = None,
 ) -> MakeInputs:
     """Return what makes inputs of images that all take the same tokens.
 
     Args:
         block: The tokens that stand for an image.
-        shape: The shape of the pixels that the model takes for an image.
+        shape: The shape of the pixels that the model takes for an image or a tile of one.
+        tiles: How many tiles an image has.
         finish: Returns what else belongs to the inputs.
     """
 
     def inputs(rows: int, images_per_row: int = 1) -> Inputs:
         made = prompts([[block] * images_per_row] * rows)
         if images_per_row:
-            made["pixel_values"] = images(rows * images_per_row, *(shape or (3, 32, 32)))
+            made["pixel_values"] = images(rows * images_per_row * tiles, *(shape or (3, 32, 32)))
         return {**made, **(finish(made) if finish else {})}
 
     return inputs
