@@ -1,0 +1,76 @@
+"""Gemma's models with images: Gemma 3, PaliGemma 1 and 2."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import (
+    Gemma3Config,
+    Gemma3ForConditionalGeneration,
+    PaliGemmaConfig,
+    PaliGemmaForConditionalGeneration,
+)
+
+from tests.families.parts import (
+    IMAGE,
+    PATCHES,
+    ROTARY,
+    TOWER,
+    Inputs,
+    NewerFamily,
+    lively,
+    of_one_size,
+)
+from tests.families.text_only import GEMMA, SLIDING, in_float32
+
+SIGLIP: dict[str, Any] = {**TOWER, "model_type": "siglip_vision_model", "vision_use_head": False}
+POOLED = 9
+"""Tokens of an image: pooled from 36, and more than what a window holds."""
+STARTS, ENDS = 94, 93
+
+
+def types_of_tokens(made: Inputs) -> dict[str, Tensor]:
+    """Return where images are: their tokens see one another, whichever comes first."""
+    return {"token_type_ids": (made["input_ids"] == IMAGE).long()}
+
+
+def gemma3() -> NewerFamily:
+    """Gemma 3: SigLIP's patches, pooled; an image's tokens see one another."""
+    torch.manual_seed(5)
+    config = Gemma3Config(
+        vision_config={**SIGLIP, "image_size": 48},
+        text_config={**ROTARY, **GEMMA, "model_type": "gemma3_text", "layer_types": SLIDING},
+        mm_tokens_per_image=POOLED,
+        image_token_index=IMAGE,
+        boi_token_index=STARTS,
+        eoi_token_index=ENDS,
+    )
+    model = lively(Gemma3ForConditionalGeneration(config))
+    block = [STARTS, *[IMAGE] * POOLED, ENDS]
+    return model, of_one_size(block, 3, 48, 48, finish=types_of_tokens)
+
+
+def paligemma(model_type: str, **options: Any) -> NewerFamily:
+    """PaliGemma: SigLIP's patches; all of a prompt sees all of it."""
+    torch.manual_seed(5)
+    config = PaliGemmaConfig(
+        vision_config=SIGLIP,
+        text_config={**ROTARY, **options, "model_type": model_type},
+        image_token_index=IMAGE,
+        projection_dim=32,
+        hidden_size=32,
+    )
+    model = lively(PaliGemmaForConditionalGeneration(config))
+    return model, of_one_size(
+        [IMAGE] * PATCHES,
+        finish=lambda made: {"token_type_ids": torch.zeros_like(made["input_ids"])},
+    )
+
+
+NEWER_GEMMA = {
+    "gemma3": gemma3,
+    "paligemma": lambda: paligemma("gemma", head_dim=12),
+    "paligemma2": lambda: in_float32(paligemma("gemma2", **GEMMA)),
+}

@@ -1,0 +1,159 @@
+"""Processors for the small models of newer families."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from transformers import (
+    AyaVisionProcessor,
+    BaseImageProcessor,
+    Gemma3ImageProcessor,
+    Gemma3Processor,
+    Glm4vImageProcessor,
+    Glm4vProcessor,
+    Glm46VImageProcessor,
+    Glm46VProcessor,
+    GotOcr2ImageProcessor,
+    Granite4VisionProcessor,
+    InternVLProcessor,
+    LlavaNextImageProcessor,
+    LlavaNextProcessor,
+    PaliGemmaProcessor,
+    ProcessorMixin,
+    Qwen2VLImageProcessor,
+    Qwen3VLProcessor,
+    SiglipImageProcessor,
+)
+
+from tests.families import PATCHES
+from tests.families.gemma import POOLED
+from tests.families.granite import PINPOINTS
+from tests.processors.parts import SPECIAL, character_tokenizer, still, template
+
+
+def gemma3() -> ProcessorMixin:
+    tokenizer = character_tokenizer(
+        "<image_soft_token>",
+        special={93: "<end_of_image>", 94: "<start_of_image>"},
+        image_token="<image_soft_token>",
+        boi_token="<start_of_image>",
+        eoi_token="<end_of_image>",
+    )
+    return Gemma3Processor(
+        Gemma3ImageProcessor(size={"height": 48, "width": 48}),
+        tokenizer,
+        image_seq_length=POOLED,
+        chat_template=template("<start_of_image>"),
+    )
+
+
+def paligemma() -> ProcessorMixin:
+    images = SiglipImageProcessor(size={"height": 32, "width": 32})
+    images.image_seq_length = PATCHES
+    tokenizer = character_tokenizer(image_token="<image>")
+    return PaliGemmaProcessor(images, tokenizer, chat_template=template("<image>"))
+
+
+def qwen3_vl() -> ProcessorMixin:
+    return still(
+        Qwen3VLProcessor,
+        Qwen2VLImageProcessor(patch_size=8, min_pixels=256, max_pixels=2048),
+        character_tokenizer("<|image_pad|>", "<|video_pad|>", special=SPECIAL),
+        chat_template=template("<|vision_start|><|image_pad|><|vision_end|>"),
+    )
+
+
+def glm(kind: type[ProcessorMixin], images: type[BaseImageProcessor]) -> ProcessorMixin:
+    return still(
+        kind,
+        images(patch_size=8, size={"shortest_edge": 512, "longest_edge": 4096}),
+        character_tokenizer(
+            "<|image|>",
+            "<|video|>",
+            special={
+                91: "<|end_of_video|>",
+                92: "<|begin_of_video|>",
+                93: "<|end_of_image|>",
+                94: "<|begin_of_image|>",
+            },
+        ),
+        chat_template=template("<|begin_of_image|><|image|><|end_of_image|>"),
+    )
+
+
+def granite_vision(kind: type[ProcessorMixin], **options: str) -> ProcessorMixin:
+    return kind(
+        LlavaNextImageProcessor(
+            size={"shortest_edge": 32},
+            crop_size={"height": 32, "width": 32},
+            image_grid_pinpoints=PINPOINTS,
+        ),
+        character_tokenizer(),
+        patch_size=8,
+        vision_feature_select_strategy="full",
+        chat_template=template("<image>"),
+        **options,
+    )
+
+
+TILES: dict[str, Any] = {
+    "size": {"height": 32, "width": 32},
+    "crop_to_patches": True,
+    "max_patches": 3,
+}
+
+
+def aya_vision() -> ProcessorMixin:
+    special = {
+        84: "TILE_3",
+        85: "TILE_2",
+        86: "TILE_1",
+        87: "TILE_GLOBAL",
+        88: "<|IMG_LINE_BREAK|>",
+        93: "<|END_OF_IMG|>",
+        94: "<|START_OF_IMG|>",
+        95: "<image>",
+    }
+    return AyaVisionProcessor(
+        GotOcr2ImageProcessor(**TILES),
+        character_tokenizer("<|IMG_PATCH|>", special=special),
+        patch_size=8,
+        img_size=32,
+        downsample_factor=2,
+        chat_template=template("<image>"),
+    )
+
+
+def internvl() -> ProcessorMixin:
+    tokenizer = character_tokenizer(
+        "<IMG_CONTEXT>",
+        special={93: "</img>", 94: "<img>"},
+        start_image_token="<img>",
+        end_image_token="</img>",
+        context_image_token="<IMG_CONTEXT>",
+        video_token="<video>",
+    )
+    return still(
+        InternVLProcessor,
+        GotOcr2ImageProcessor(**TILES),
+        tokenizer,
+        image_seq_length=PATCHES // 4,
+        chat_template=template("<IMG_CONTEXT>"),
+    )
+
+
+NEWER_PROCESSORS: dict[str, Callable[[], ProcessorMixin]] = {
+    "gemma3": gemma3,
+    "paligemma": paligemma,
+    "paligemma2": paligemma,
+    "glm4v": lambda: glm(Glm4vProcessor, Glm4vImageProcessor),
+    "glm46v": lambda: glm(Glm46VProcessor, Glm46VImageProcessor),
+    "granite-vision": lambda: granite_vision(LlavaNextProcessor),
+    "granite4-vision": lambda: granite_vision(Granite4VisionProcessor, downsample_rate="1/2"),
+    "qwen3-vl": qwen3_vl,
+    "qwen3-vl-moe": qwen3_vl,
+    "aya-vision": aya_vision,
+    "internvl": internvl,
+}
+"""Cohere 2 Vision and Mistral 3 have none: in transformers theirs need torchvision."""
