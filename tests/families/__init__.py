@@ -8,6 +8,8 @@ from tests.families.gemma import NEWER_GEMMA
 from tests.families.glm import NEWER_GLM
 from tests.families.granite import NEWER_GRANITE
 from tests.families.idefics import idefics3, smolvlm
+from tests.families.kosmos import NEWER_KOSMOS
+from tests.families.llama import NEWER_LLAMA
 from tests.families.llava import fast_vlm, llava, llava_next, llava_onevision
 from tests.families.parts import (
     DEPTH,
@@ -28,6 +30,7 @@ from tests.families.parts import (
 )
 from tests.families.queries import QUERIES, blip2, instructblip
 from tests.families.qwen import NEWER_QWEN, qwen2_5_vl, qwen2_vl
+from tests.families.read_first import NEWER_READ_FIRST, NEWER_READ_FIRST_WITH_IMAGES
 from tests.families.text_only import NEWER_TEXT, text
 from tests.families.tiles import NEWER_TILES
 
@@ -83,8 +86,15 @@ NEWER_WITH_IMAGES: dict[str, Callable[[], NewerFamily]] = {
     **NEWER_GEMMA,
     **NEWER_GLM,
     **NEWER_GRANITE,
+    **NEWER_KOSMOS,
+    **NEWER_LLAMA,
     **NEWER_QWEN,
+    **NEWER_READ_FIRST_WITH_IMAGES,
     **NEWER_TILES,
 }
-NEWER: dict[str, Callable[[], NewerFamily]] = {**NEWER_TEXT, **NEWER_WITH_IMAGES}
+NEWER: dict[str, Callable[[], NewerFamily]] = {
+    **NEWER_TEXT,
+    **NEWER_READ_FIRST,
+    **NEWER_WITH_IMAGES,
+}
 """Families that transformers has and fastvlm can't decode yet."""

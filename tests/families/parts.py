@@ -110,13 +110,16 @@ def rotary_parts(model: nn.Module) -> list[nn.Module]:
 
 
 @torch.no_grad()
-def lively(model: PreTrainedModel, gain: float = 3.0, shift: float = 1.0) -> PreTrainedModel:
+def lively(
+    model: PreTrainedModel, gain: float = 3.0, shift: float = 1.0, tied: float = 0.2
+) -> PreTrainedModel:
     """Return a model in float64 as `finished` does, with norms, biases and gates that count too.
 
     Args:
         model: The model.
         gain: How large weights are: what leaves a layer, against what entered.
         shift: How far the weights of norms, biases and gates lie from where they start.
+        tied: A factor for embeddings that are also the head.
     """
     finished(model, gain)
     for part in model.parameters():
@@ -127,7 +130,7 @@ def lively(model: PreTrainedModel, gain: float = 3.0, shift: float = 1.0) -> Pre
     embeddings, head = model.get_input_embeddings(), model.get_output_embeddings()
     if head is not None and head.weight is embeddings.weight:
         # Beside larger embeddings layers count for little, and a tied model repeats its last token.
-        embeddings.weight.mul_(0.2)
+        embeddings.weight.mul_(tied)
     if head is not None:
         head.weight[END] *= 0.7  # replies that end at once show little
     return model
@@ -159,16 +162,18 @@ def written(lengths: Sequence[int], visual: Sequence[int]) -> Inputs:
     return padded(rows)
 
 
-def prompts(blocks: Sequence[Sequence[Sequence[int]]]) -> Inputs:
+def prompts(blocks: Sequence[Sequence[Sequence[int]]], *, even: bool = False) -> Inputs:
     """Return prompts with visual tokens between their words, padded on the left.
 
     Args:
         blocks: For each row, the tokens that stand for each of its images.
+        even: Whether all texts are of the same length.
     """
     random = torch.Generator().manual_seed(3)
     rows = []
-    # No prompt is shorter than a window or a chunk of attention.
-    for shown, length in zip(blocks, (n + WINDOW for n in lengths(len(blocks))), strict=True):
+    for shown, some in zip(blocks, lengths(len(blocks)), strict=True):
+        # No prompt is shorter than a window or a chunk of attention.
+        length = WINDOW + (8 if even else some)
         row = torch.randint(3, FIRST_SPECIAL, (length,), generator=random).tolist()
         for number, block in enumerate(reversed(shown)):
             place = len(shown) - number
@@ -232,7 +237,7 @@ def images(*shape: int) -> Tensor:
 def replies(model: PreTrainedModel, inputs: Inputs, limit: int, **options: Any) -> list[list[int]]:
     """Return transformers' own greedy replies, each up to its end token."""
     out = model.generate(**inputs, max_new_tokens=limit, do_sample=False, **options)
-    if model.get_decoder().config.is_encoder_decoder:
+    if model.config.is_encoder_decoder or model.get_decoder().config.is_encoder_decoder:
         start = 1
     else:
         start = inputs["input_ids"].shape[1] if "input_ids" in inputs else 0

@@ -49,6 +49,16 @@ def text(model_type: str, gain: float = 3.0, **options: Any) -> Family:
     )
 
 
+LLAMA4: dict[str, Any] = {
+    "head_dim": 8,
+    "intermediate_size_mlp": 40,
+    "num_local_experts": 4,
+    "interleave_moe_layer_step": 2,
+    "no_rope_layers": [1, 0, 1, 0],
+    "attention_chunk_size": WINDOW,
+}
+
+
 def words(rows: int, images_per_row: int = 0) -> Inputs:  # noqa: ARG001  nothing is shown
     """Return prompts of text."""
     return prompts([[]] * rows)
@@ -103,5 +113,7 @@ NEWER_TEXT: dict[str, Callable[[], NewerFamily]] = {
     "phi3": lambda: newer_text("phi3", sliding_window=WINDOW),
     "olmo2": lambda: newer_text("olmo2"),
     "smollm3": lambda: newer_text("smollm3", no_rope_layers=[1, 0, 1, 1]),
+    # Queries are scaled by their positions, of which padding has some too.
+    "llama4-text": lambda: newer_text("llama4_text", seed=7, floor_scale=WINDOW, **LLAMA4),
     "nanochat": lambda: newer_text("nanochat"),
 }

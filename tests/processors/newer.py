@@ -5,9 +5,12 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+from tokenizers.processors import TemplateProcessing
 from transformers import (
     AyaVisionProcessor,
     BaseImageProcessor,
+    CLIPImageProcessor,
+    Florence2Processor,
     Gemma3ImageProcessor,
     Gemma3Processor,
     Glm4vImageProcessor,
@@ -17,8 +20,12 @@ from transformers import (
     GotOcr2ImageProcessor,
     Granite4VisionProcessor,
     InternVLProcessor,
+    Kosmos2_5ImageProcessor,
+    Kosmos2_5Processor,
     LlavaNextImageProcessor,
     LlavaNextProcessor,
+    MllamaImageProcessor,
+    MllamaProcessor,
     PaliGemmaProcessor,
     ProcessorMixin,
     Qwen2VLImageProcessor,
@@ -29,6 +36,8 @@ from transformers import (
 from tests.families import PATCHES
 from tests.families.gemma import POOLED
 from tests.families.granite import PINPOINTS
+from tests.families.kosmos import LATENT
+from tests.families.read_first import SEEN
 from tests.processors.parts import SPECIAL, character_tokenizer, still, template
 
 
@@ -143,6 +152,37 @@ def internvl() -> ProcessorMixin:
     )
 
 
+def mllama() -> ProcessorMixin:
+    return MllamaProcessor(
+        MllamaImageProcessor(size={"height": 16, "width": 16}),
+        character_tokenizer("<|image|>", special={80: "<|python_tag|>"}),
+        chat_template=template("<|image|>"),
+    )
+
+
+def florence2() -> ProcessorMixin:
+    images = CLIPImageProcessor(size={"height": 32, "width": 32}, do_center_crop=False)
+    images.image_seq_length = SEEN
+    tokenizer = character_tokenizer(image_token="<image>")
+    tokenizer.padding_side = "right"
+    return Florence2Processor(images, tokenizer)
+
+
+def kosmos2_5() -> ProcessorMixin:
+    tokenizer = character_tokenizer(
+        "<patch>",
+        special={93: "</image>", 94: "<image>"},
+        image_token="<patch>",
+        boi_token="<image>",
+        eoi_token="</image>",
+    )
+    tokenizer.padding_side = "right"
+    # The processor writes a prompt's first token itself.
+    tokenizer.backend_tokenizer.post_processor = TemplateProcessing(single="$A")
+    images = Kosmos2_5ImageProcessor(patch_size={"height": 8, "width": 8}, max_patches=20)
+    return Kosmos2_5Processor(images, tokenizer, num_image_tokens=LATENT)
+
+
 NEWER_PROCESSORS: dict[str, Callable[[], ProcessorMixin]] = {
     "gemma3": gemma3,
     "paligemma": paligemma,
@@ -151,9 +191,12 @@ NEWER_PROCESSORS: dict[str, Callable[[], ProcessorMixin]] = {
     "glm46v": lambda: glm(Glm46VProcessor, Glm46VImageProcessor),
     "granite-vision": lambda: granite_vision(LlavaNextProcessor),
     "granite4-vision": lambda: granite_vision(Granite4VisionProcessor, downsample_rate="1/2"),
+    "kosmos-2.5": kosmos2_5,
+    "mllama": mllama,
     "qwen3-vl": qwen3_vl,
     "qwen3-vl-moe": qwen3_vl,
+    "florence2": florence2,
     "aya-vision": aya_vision,
     "internvl": internvl,
 }
-"""Cohere 2 Vision and Mistral 3 have none: in transformers theirs need torchvision."""
+"""Cohere 2 Vision, Llama 4 and Mistral 3 have none: in transformers theirs need torchvision."""

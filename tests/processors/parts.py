@@ -96,7 +96,10 @@ def sample_image(number: int) -> Image.Image:
 
 
 def asked(
-    processor: ProcessorMixin, prompts: Sequence[str], images: Sequence[Image.Image]
+    processor: ProcessorMixin,
+    prompts: Sequence[str],
+    images: Sequence[Image.Image],
+    **options: Any,
 ) -> Inputs:
     """Return what transformers makes of questions with an image each, as a user writes it."""
     shown: Any = list(images)
@@ -115,6 +118,6 @@ def asked(
             )
             for prompt in prompts
         ]
-    options = {"add_special_tokens": not processor.chat_template}
+    options = {"add_special_tokens": not processor.chat_template, **options}
     inputs = processor(images=shown, text=texts, padding=True, return_tensors="pt", **options)
     return dict(inputs.to(torch.float64))
