@@ -80,7 +80,8 @@ def load_draft(directory: str | Path, target: PreTrainedModel) -> ImitationNetwo
             f" {reason}.",
             stacklevel=2,
         )
-    return moved(network, *split_decoder(target).device_and_dtype()).eval()
+    decoder = split_decoder(target)
+    return moved(network.implement_as(decoder), *decoder.device_and_dtype()).eval()
 
 
 def unfit(network: ImitationNetwork, target: PreTrainedModel) -> Iterator[tuple[str, Any, Any]]:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, Self
 
 import torch
 from torch import Tensor, nn
@@ -135,6 +135,15 @@ class ImitationNetwork(PreTrainedModel):
     def cache_layers(self) -> int:
         """Layers that the network adds to the decoder's cache."""
         return len(self.layers)
+
+    def implement_as(self, decoder: SplitDecoder) -> Self:
+        """Compute attention and experts as a target does: sdpa, eager, ..."""
+        own = decoder.decoder.config
+        for part in self.layers.modules():
+            for name in ("_attn_implementation_internal", "_experts_implementation_internal"):
+                if hasattr(part, "config") and hasattr(own, name):
+                    setattr(part.config, name, getattr(own, name))
+        return self
 
     def imitate(
         self, x: Tensor, positions: Positions, cache: KeyValueCache, decoder: SplitDecoder

@@ -18,12 +18,21 @@ from transformers import PreTrainedModel
 
 from fastvlm.functional.errors import InputError
 from fastvlm.functional.overrides import override_method
+from fastvlm.language.blocks import RowBlocks, row_blocks
 from fastvlm.language.decoder_inputs import UNKNOWN_TOKEN, DecoderInputs
 from fastvlm.language.generator import start_token
 from fastvlm.language.structure import text_decoder
 
+INJECTED = {
+    "visual_pos_masks": ("deepstack_visual_embeds", 0),
+    "vision_mask": ("deepstack_features", -1),
+}
+"""Masks of the positions that states are added to: by what name the states come, and after which
+layer the first of them are added, as Qwen3-VL and Granite 4 Vision have it."""
 USED = frozenset(
     {
+        *INJECTED,
+        *(name for name, _ in INJECTED.values()),
         "attention_mask",
         "encoder_attention_mask",
         "encoder_hidden_states",
@@ -39,6 +48,7 @@ HARMLESS = frozenset(
         "logits_to_keep",
         "output_attentions",
         "output_hidden_states",
+        "output_router_logits",
         "return_dict",
         "use_cache",
     }
@@ -87,10 +97,13 @@ def capture_decoder_inputs(
     if tokens is None:
         tokens = torch.full(embeddings.shape[:2], UNKNOWN_TOKEN)
     positions: Tensor | None = handed.get("position_ids")
-    mask = handed.get("attention_mask")
-    if mask is None and states is None:
+    handed_mask = handed.get("attention_mask")
+    mask = handed_mask
+    if states is None and (mask is None or not is_padding_mask(mask, embeddings)):
         mask = given.get("attention_mask")
     own = row_masks(mask, embeddings)
+    if positions is None and states is None:
+        check_no_gaps(own)
     if states is None:
         if not bool(own[:, -1].all()):
             warnings.warn(
@@ -102,12 +115,17 @@ def capture_decoder_inputs(
     else:
         seen = row_masks(handed.get("encoder_attention_mask"), states)
         sources = [row[mask] for row, mask in zip(states, seen, strict=True)]
+    blocks = [RowBlocks()] * len(own)
+    if states is None:
+        blocks = row_blocks(decoder, handed_mask, own)
     return [
         DecoderInputs(
             tokens[row][mask.to(tokens.device)].tolist(),
             embeddings[row][mask],
-            None if positions is None else row_positions(positions, row, mask),
+            None if positions is None else row_positions(decoder, positions, row, mask),
             source,
+            *blocks[row],
+            row_injections(handed, row, mask, embeddings),
         )
         for row, (mask, source) in enumerate(zip(own, sources, strict=True))
     ]
@@ -271,26 +289,78 @@ def row_masks(mask: Any, states: Tensor) -> Tensor:
     )
 
 
-def row_positions(positions: Tensor, row: int, mask: Tensor) -> Tensor | None:
-    """Return a row's positions in three axes, (3, length); None for 0, 1, 2 ...
+def is_padding_mask(mask: Any, states: Tensor) -> bool:
+    """Return whether a mask says which of some states, (batch, length, width), are padding."""
+    return isinstance(mask, Tensor) and mask.shape == states.shape[:2]
+
+
+def check_no_gaps(own: Tensor) -> None:
+    """Refuse padding between a row's own positions, where a decoder counts them itself.
+
+    It would count the padding, too, as with PEFT's prompt tuning of a padded batch.
 
     Args:
+        own: Which positions are a row's own: (batch, length).
+
+    Raises:
+        InputError: There is some.
+    """
+    starts = (own[:, 1:] & ~own[:, :-1]).sum(1) + own[:, 0]
+    if bool((starts > 1).any()):
+        raise InputError(
+            "A row's padding stands between its positions, which the model would count; decode rows"
+            " of different lengths one at a time."
+        )
+
+
+def row_injections(
+    handed: Mapping[str, Any], row: int, mask: Tensor, embeddings: Tensor
+) -> dict[int, Tensor]:
+    """Return what is added to a row's states after each layer, see `DecoderInputs.injections`.
+
+    Args:
+        handed: The decoder's arguments.
+        row: The row.
+        mask: Which positions are the row's own: (length,).
+        embeddings: Of all rows: (batch, length, d_model).
+    """
+    found: dict[int, Tensor] = {}
+    for name, (source, first) in INJECTED.items():
+        given = handed.get(source)
+        if given is None:
+            continue
+        shown: Tensor = handed[name].to(embeddings.device)
+        shown = shown if shown.dim() == 2 else shown[..., 0]  # noqa: PLR2004 (batch, length)
+        numbered = given.items() if isinstance(given, Mapping) else enumerate(given)
+        for number, states in numbered:
+            whole = torch.zeros_like(embeddings)
+            whole[shown] = states.to(embeddings)
+            found[number + first] = whole[row][mask]
+    return found
+
+
+def row_positions(decoder: Any, positions: Tensor, row: int, mask: Tensor) -> Tensor | None:
+    """Return where a row's positions are, (axes, length); None for 0, 1, 2 ...
+
+    Args:
+        decoder: The decoder, as `transformers` made it.
         positions: (batch or 1, length), or (3 or 4, batch or 1, length), of which the last three
             are time, height and width.
         row: The row.
         mask: Which positions are the row's own: (length,).
 
     Raises:
-        InputError: A model with one axis was given other positions than 0, 1, 2 ...
+        InputError: A decoder with a table of positions was given others than 0, 1, 2 ..., or a
+            reply's would not follow on the last.
     """
     row = min(row, positions.shape[-2] - 1)
     own = positions[..., row, :][..., mask.to(positions.device)]
     counted = torch.arange(own.shape[-1], device=own.device)
     if bool((own == counted).all()):
         return None
-    if own.dim() == 1:
+    if own.dim() == 1 and (not hasattr(decoder, "rotary_emb") or own[-1] != own.max()):
         raise InputError(
             "A prompt's positions count up from 0 without gaps; got"
             f" {', '.join(map(str, own[:8].tolist()))} ... Leave out position_ids."
         )
-    return own[-3:]
+    return own[None] if own.dim() == 1 else own[-3:]

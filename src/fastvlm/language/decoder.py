@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+import importlib
 import inspect
 import weakref
 from abc import ABC, abstractmethod
@@ -11,7 +13,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import PreTrainedConfig, PreTrainedModel
+from transformers import MODEL_MAPPING, PreTrainedConfig, PreTrainedModel
 
 from fastvlm.functional.errors import InputError
 from fastvlm.language.cache import DecoderCache, KeyValueCache
@@ -74,6 +76,8 @@ class SplitDecoder(ABC):
 
     def __init__(self, model: PreTrainedModel, decoder: Any) -> None:
         self.decoder = decoder
+        self.is_causal = all(getattr(part, "is_causal", True) for part in decoder.modules())
+        """Whether the layers attend causally where they are given no mask."""
         self._model = weakref.ref(model)
 
     @staticmethod
@@ -235,7 +239,9 @@ class SplitDecoder(ABC):
         """
         implementation = self.decoder.config._attn_implementation
         if implementation == "sdpa":
-            return positions.mask(kind)
+            found = positions.mask(kind)
+            # Without a mask, attention goes by what its module says of itself.
+            return positions.visible(kind) if found is None and not self.is_causal else found
         if implementation == "eager":
             # Its attention knows no causal rule and adds what it is given.
             return additive(positions.visible(kind), x.dtype)
@@ -251,16 +257,44 @@ def additive(seen: Tensor, dtype: torch.dtype) -> Tensor:
     return torch.zeros_like(seen, dtype=dtype).masked_fill(~seen, torch.finfo(dtype).min)
 
 
-def untrained_layers(config: PreTrainedConfig) -> Any:
-    """Return a small untrained model of a configuration, for the sake of its layers.
+def untrained_layers(
+    config: PreTrainedConfig, number: int, first_index: int, path: str = "layers"
+) -> nn.ModuleList:
+    """Return the last layers of a configuration's decoder, untrained.
 
-    The classes of a family's layers are so found without naming each.
+    Args:
+        config: The configuration, which is left as it is.
+        number: How many layers.
+        first_index: What they cache as: layers from this one on.
+        path: Where a model of the configuration has its layers.
     """
-    from transformers import AutoModel
+    # On no device, as large as it is: of which class each layer is depends on its place.
+    with torch.device("meta"):
+        shell = decoder_class(config)(copy.deepcopy(config))
+    layers: nn.ModuleList = shell.get_submodule(path)[-number:]
+    layers.to_empty(device="cpu").apply(shell._init_weights)
+    for offset, layer in enumerate(layers):
+        for part in layer.modules():
+            if hasattr(part, "layer_idx"):
+                setattr(part, "layer_idx", first_index + offset)  # noqa: B010 - a module's attribute
+    return layers
 
-    config.vocab_size = 1
-    config.pad_token_id = None
-    return AutoModel.from_config(config)
+
+def decoder_class(config: PreTrainedConfig) -> Any:
+    """Return the class of a configuration's decoder, found without naming each.
+
+    Raises:
+        InputError: There is none.
+    """
+    if type(config) in MODEL_MAPPING:
+        return MODEL_MAPPING[type(config)]
+    # Decoders that only stand in larger models lie beside their configuration.
+    place = type(config).__module__.replace(".configuration_", ".modeling_")
+    for found in vars(importlib.import_module(place)).values():
+        whole = isinstance(found, type) and issubclass(found, PreTrainedModel)
+        if whole and getattr(found, "config_class", None) is type(config):
+            return found
+    raise InputError(f"transformers has no decoder for {type(config).__name__}.")
 
 
 def cache_name(layer: nn.Module) -> str:

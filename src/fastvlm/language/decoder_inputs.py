@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Hashable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from hashlib import blake2b
 from itertools import groupby
 from typing import Any
@@ -25,15 +25,17 @@ class DecoderInputs:
         token_ids: Its tokens, a placeholder for each visual token; `UNKNOWN_TOKEN` where a model
             was given embeddings alone. For an encoder-decoder they are the decoder's.
         embeddings: What the decoder is given for them: (length, d_embedding).
-        position_ids: Time, height and width of each position, (3, length), for a model that tells
-            them apart; None for 0, 1, 2 ...
+        position_ids: Where each position is: (1, length), or time, height and width for a model
+            that tells them apart, (3, length). A reply counts on from the greatest. None for 0, 1,
+            2 ...
         encoder_states: An encoder-decoder's encoded source, (source, d_model); None for other
             models.
         blocks: The bidirectional block that each position is in, `OUTSIDE` for none: (length,).
-            The positions of a block, which lie side by side, see one another in every layer. None
-            for a causal prompt.
-        injections: What is added to the hidden states after the first layers, as DeepStack does:
-            (length, d_model) for each layer from the first on.
+            The positions of a block, which lie side by side, see one another. None for a causal
+            prompt.
+        windows_limit_blocks: Whether a layer's window limits what positions see of their block.
+        injections: What is added to the hidden states after a layer, by the layer's number, as
+            DeepStack does: (length, d_model) each; -1 stands for before the first layer.
         keys: What tells each position from others in the prefix cache: its token, or its image and
             the number of the visual token. None for a prompt that is never looked up or kept.
     """
@@ -43,7 +45,8 @@ class DecoderInputs:
     position_ids: Tensor | None = None
     encoder_states: Tensor | None = None
     blocks: Tensor | None = None
-    injections: tuple[Tensor, ...] = ()
+    windows_limit_blocks: bool = False
+    injections: Mapping[int, Tensor] = field(default_factory=dict)
     keys: list[Hashable] | None = None
 
     def __len__(self) -> int:

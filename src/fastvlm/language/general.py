@@ -25,6 +25,7 @@ from fastvlm.language.layer_calls import (
 from fastvlm.language.masks import MaskKind
 from fastvlm.language.positions import Positions
 from fastvlm.language.rotary import Rotary, Rotations, scaled_context
+from fastvlm.language.verification import verified_rule
 
 FEED_FORWARD_NORMS = ("pre_feedforward_layernorm", "post_attention_layernorm")
 """What families call the norm before a layer's feed-forward part, the more particular first."""
@@ -38,7 +39,8 @@ class GeneralDecoder(SplitDecoder):
         decoder: A module with `embed_tokens`, `layers` and `norm`, and mostly `rotary_emb`.
 
     Raises:
-        InputError: It is of another form, or calls its layers in a way that isn't known.
+        InputError: It is of another form, calls its layers in a way that isn't known, or gives
+            other states than the model's own `forward`.
     """
 
     def __init__(self, model: PreTrainedModel, decoder: Any) -> None:
@@ -51,6 +53,7 @@ class GeneralDecoder(SplitDecoder):
             kind: Rotary(getattr(decoder, kind.module), kind.layer_type, axes=kind.axes)
             for kind in kinds
         }
+        self.logit_rule = verified_rule(self)
 
     @staticmethod
     def shape(config: Any) -> DecoderShape:
@@ -71,15 +74,7 @@ class GeneralDecoder(SplitDecoder):
 
         They are of the kinds of the target's last layers.
         """
-        depth, fields = config.num_hidden_layers, config.to_dict()
-        for name, value in fields.items():
-            # What is said of each layer is said of the last ones.
-            if isinstance(value, list | tuple) and len(value) == depth:
-                fields[name] = list(value)[-number:]
-        layers = untrained_layers(type(config)(**{**fields, "num_hidden_layers": number})).layers
-        for offset, layer in enumerate(layers):
-            layer.self_attn.layer_idx = first_index + offset
-        return layers
+        return untrained_layers(config, number, first_index)
 
     @staticmethod
     @torch.no_grad()
@@ -111,6 +106,8 @@ class GeneralDecoder(SplitDecoder):
         own, calls, numbers = tuple(self.layers), self.calls.layers, list(layers)
         if numbers and numbers[0] == 0:
             x = self._enter(x)
+            if (added := positions.injection(-1, x)) is not None:
+                x = x + added
         return self._run(
             x, positions, cache, [(own[index], calls[index], index) for index in numbers]
         )
@@ -133,16 +130,8 @@ class GeneralDecoder(SplitDecoder):
         return self.decoder.norm(x)
 
     def logits(self, x: Tensor) -> Tensor:
-        """Return the LM head's outputs scaled and soft-capped as the configuration has it."""
-        config = self.decoder.config
-        factor: float | None = getattr(config, "logit_scale", None)
-        divisor: float | None = getattr(config, "logits_scaling", None)
-        cap: float | None = getattr(config, "final_logit_softcapping", None)
-        if factor is not None:
-            x = x * factor
-        if divisor is not None:
-            x = x / divisor
-        return x if cap is None else torch.tanh(x / cap) * cap
+        """Return the LM head's outputs scaled and soft-capped, as the model does it."""
+        return self.logit_rule(x)
 
     def position_keys(self, keys: Sequence[Hashable], prompt_length: int) -> Sequence[Hashable]:
         """Return what tells states of positions from others. See `SplitDecoder.position_keys`."""
@@ -190,8 +179,6 @@ class GeneralDecoder(SplitDecoder):
             x = layer(x, **given)
             if isinstance(x, tuple):
                 x = x[0]
-            if number is not None:
-                added = positions.injection(number, x)
-                if added is not None:
-                    x = x + added
+            if number is not None and (added := positions.injection(number, x)) is not None:
+                x = x + added
         return x

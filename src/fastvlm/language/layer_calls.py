@@ -159,7 +159,8 @@ def observe_calls(decoder: Any) -> DecoderCalls:
     probe = _noting(decoder, notes)
     try:
         mask = torch.ones(1, LENGTH, dtype=torch.long, device=device)
-        probe(inputs_embeds=x, attention_mask=mask, use_cache=False)
+        # An instance's own `forward`, as accelerate's hooks have it, would run the decoder itself.
+        type(decoder).forward(probe, inputs_embeds=x, attention_mask=mask, use_cache=False)
     except Exception as error:  # whatever a family's own code stumbles over
         raise InputError(
             f"{type(decoder).__name__} can't be observed, so fastvlm can't split it:"

@@ -26,7 +26,10 @@ class MaskKind(NamedTuple):
 
     def visible(self, here: Tensor, keys: Tensor) -> Tensor:
         """Return which keys are seen, for positions and keys that broadcast."""
-        seen = keys <= here
+        return self.limited(keys <= here, here, keys)
+
+    def limited(self, seen: Tensor, here: Tensor, keys: Tensor) -> Tensor:
+        """Return what is left of visible keys within the window and the chunk."""
         if self.window is not None:
             seen = seen & (keys > here - self.window)
         if self.chunk is not None:

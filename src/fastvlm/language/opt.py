@@ -38,11 +38,7 @@ class OptDecoder(SplitDecoder):
     @staticmethod
     def blocks(config: Any, number: int, first_index: int) -> nn.ModuleList:
         """Return untrained layers of the family, which cache as layers from `first_index` on."""
-        fields = {**config.to_dict(), "num_hidden_layers": number, "max_position_embeddings": 1}
-        layers = untrained_layers(type(config)(**fields)).decoder.layers
-        for offset, layer in enumerate(layers):
-            layer.self_attn.layer_idx = first_index + offset
-        return layers
+        return untrained_layers(config, number, first_index, "decoder.layers")
 
     @staticmethod
     def feed_forward(layer: Any) -> None:  # noqa: ARG004

@@ -121,9 +121,9 @@ class Positions:
 
     @property
     def position_ids(self) -> Tensor | None:
-        """Time, height and width of the positions, (3, batch, width).
+        """Where the positions are, (axes, batch, width), see `DecoderInputs.position_ids`.
 
-        None where no row's prompt has any, so that all three are the position itself.
+        None where no row's prompt says, so that each is its number.
         """
         if self._position_ids is None:
             given = [None if prompt is None else prompt.position_ids for prompt in self.prompts]
@@ -149,17 +149,17 @@ class Positions:
         """Return what is added after a layer, (batch, width, d_model); None for nothing.
 
         Args:
-            layer: The layer.
+            layer: The layer; -1 for before the first.
             like: The hidden states that it is added to.
         """
         found: Tensor | None = None
         for row, (prompt, start) in enumerate(zip(self.prompts, self.starts, strict=False)):
-            if prompt is None or len(prompt.injections) <= layer or start >= len(prompt):
+            if prompt is None or layer not in prompt.injections or start >= len(prompt):
                 continue
             if found is None:
                 found = torch.zeros_like(like)
             states = prompt.injections[layer][start : start + self.width]
-            found[row, : len(states)] = states
+            found[row, : len(states)] = states.to(like)
         return found
 
     def mask(self, kind: MaskKind = FULL) -> Tensor | None:
@@ -192,10 +192,14 @@ class Positions:
             kind: What the layer sees.
         """
         keys = torch.arange(self.end, device=self.indices.device)
-        seen = kind.visible(self.indices[:, None, :, None], keys)
+        here = self.indices[:, None, :, None]
+        seen = kind.visible(here, keys)
         if (blocks := self.blocks) is not None:
-            here = blocks.gather(1, self.indices.clamp(max=self.end - 1))
-            seen = seen | in_the_same_block(here, blocks)[:, None]
+            own = blocks.gather(1, self.indices.clamp(max=self.end - 1))
+            beside = in_the_same_block(own, blocks)[:, None]
+            limited = [bool(one and one.windows_limit_blocks) for one in self.prompts]
+            rows = torch.tensor(limited, device=here.device)[:, None, None, None]
+            seen = seen | torch.where(rows, kind.limited(beside, here, keys), beside)
         return seen
 
     def _own_blocks(self) -> Tensor | None:
@@ -213,16 +217,17 @@ class Positions:
 
 
 def own_position_ids(prompts: Sequence[Tensor | None], indices: Tensor) -> Tensor | None:
-    """Return time, height and width of positions, (3, batch, width); None for the positions alone.
+    """Return where positions are, (axes, batch, width); None where each is its number.
 
     Args:
-        prompts: Of each row's prompt, (3, length); None for 0, 1, 2 ... A reply's positions count
-            on from the greatest of its prompt's.
+        prompts: Of each row's prompt, (axes, length); None for 0, 1, 2 ... A reply's positions
+            count on from the greatest of its prompt's.
         indices: The positions: (batch, width).
     """
-    if not any(prompt is not None for prompt in prompts):
+    axes = max((len(prompt) for prompt in prompts if prompt is not None), default=0)
+    if not axes:
         return None
-    found = indices.expand(3, *indices.shape).clone()
+    found = indices.expand(axes, *indices.shape).clone()
     for row, prompt in enumerate(prompts):
         if prompt is not None:
             length, here = prompt.shape[1], indices[row]

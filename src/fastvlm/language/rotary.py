@@ -65,8 +65,9 @@ class Rotary:
         return self.original + 1 if self.scaling == "longrope" else length
 
     def _compute(self, module: Any, x: Tensor, ids: Tensor) -> Rotations:
-        if self.axes and ids.dim() == 2:  # noqa: PLR2004 (batch, width)
-            ids = ids.expand(3, *ids.shape)
+        if ids.dim() == 2:  # noqa: PLR2004 (batch, width)
+            ids = ids[None]
+        ids = ids.expand(3, -1, -1) if self.axes else ids[0]
         found: Rotations = (
             module(x, ids) if self.layer_type is None else module(x, ids, self.layer_type)
         )

@@ -55,12 +55,12 @@ class T5Decoder(SplitDecoder):
     def blocks(config: Any, number: int, first_index: int) -> nn.ModuleList:
         """Return untrained layers of the family, which cache as layers from `first_index` on."""
         # A decoder's first layer has the bias of all of them, which stays the target's own.
-        fields = {**config.to_dict(), "num_layers": 1, "num_decoder_layers": number + 1}
-        layers = untrained_layers(type(config)(**fields)).decoder.block[1:]
-        for offset, block in enumerate(layers):
-            block.layer[0].SelfAttention.layer_idx = first_index + offset
-            block.layer[1].EncDecAttention.layer_idx = first_index + offset
-        return layers
+        fields = {
+            **config.to_dict(),
+            "num_layers": 1,
+            "num_decoder_layers": config.num_decoder_layers + 1,
+        }
+        return untrained_layers(type(config)(**fields), number, first_index, "decoder.block")
 
     @staticmethod
     def feed_forward(layer: Any) -> FeedForward | None:

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-import inspect
 import json
+from collections.abc import Callable, Iterator
+from itertools import product
 from threading import Lock
-from typing import Any, cast
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -13,6 +14,7 @@ from transformers import PreTrainedModel
 
 from fastvlm.functional.digests import digest
 from fastvlm.functional.errors import FastVlmError, InputError, first_line
+from fastvlm.functional.overrides import override_method
 from fastvlm.language.decoder import SplitDecoder
 from fastvlm.language.decoder_inputs import DecoderInputs
 from fastvlm.language.generator import generator_of
@@ -22,20 +24,44 @@ PROMPTS = (9, 5)
 REPLY = 4
 """Positions that follow each in one pass."""
 TOLERANCES = {torch.float64: 1e-8, torch.float32: 1e-3}
-"""The greatest error of logits, as a share of their spread."""
+"""The greatest error, as a share of the spread of what is compared."""
 COARSE_TOLERANCE = 0.1
 """The same in 16 bits, of the median position: rounding may send single tokens elsewhere."""
 
-_verified: set[str] = set()
+
+class LogitRule(NamedTuple):
+    """What a model makes of its LM head's outputs.
+
+    Args:
+        factor: They are multiplied by it.
+        divisor: They are divided by it.
+        cap: They are soft-capped at it: cap * tanh(x / cap).
+    """
+
+    factor: float | None = None
+    divisor: float | None = None
+    cap: float | None = None
+
+    def __call__(self, x: Tensor) -> Tensor:
+        """Return logits, in the shape of `x`."""
+        if self.factor is not None:
+            x = x * self.factor
+        if self.divisor is not None:
+            x = x / self.divisor
+        return x if self.cap is None else torch.tanh(x / self.cap) * self.cap
+
+
+_verified: dict[str, LogitRule] = {}
 _turn = Lock()
 
 
-def verify_split(split: SplitDecoder) -> None:
-    """Refuse a split decoder whose logits are not the model's own.
+def verified_rule(split: SplitDecoder) -> LogitRule:
+    """Refuse a split decoder that isn't the model's own decoder; return its rule for logits.
 
     Two prompts of different lengths, and a pass of several tokens after both, are compared with the
-    model's own `forward` on the padded batch: all logits, not only the best tokens. It is done once
-    for a class of model and a configuration.
+    decoder's own `forward` on the padded batch, all of the hidden states that the LM head is given;
+    and what the model makes of the LM head's outputs is compared with the rules of `LogitRule`. It
+    is done once for a class of model and a configuration.
 
     Raises:
         InputError: They differ, or the model's own `forward` fails on text.
@@ -45,10 +71,11 @@ def verify_split(split: SplitDecoder) -> None:
     key = digest([type(model).__qualname__, type(split.decoder).__qualname__, settings])
     with _turn:
         if key in _verified:
-            return
+            return _verified[key]
     name = type(model).__name__
     try:
-        error = _worst_error(split, generator_of(model))
+        with torch.no_grad():
+            error, rule = _compare(split, generator_of(model))
     except FastVlmError:
         raise
     except Exception as caught:  # whatever a family's own code stumbles over
@@ -58,29 +85,34 @@ def verify_split(split: SplitDecoder) -> None:
         ) from caught
     if not error <= TOLERANCES.get(split.dtype, COARSE_TOLERANCE):
         raise InputError(
-            f"fastvlm can't split {name}: its layers, called one by one, give other logits than the"
-            f" model itself (by {error:.1%} of their spread). Decode it with transformers' own"
-            " generate."
+            f"fastvlm can't split {name}: its layers, called one by one, give other states than its"
+            f" decoder (by {error:.1%} of their spread). Decode it with transformers' own generate."
         )
     with _turn:
-        _verified.add(key)
+        _verified[key] = rule
+    return rule
 
 
-@torch.no_grad()
-def _worst_error(split: SplitDecoder, model: PreTrainedModel) -> float:
-    """Return the error of the split decoder's logits, as a share of the model's own spread."""
+def _compare(split: SplitDecoder, model: PreTrainedModel) -> tuple[float, LogitRule]:
+    """Return the error of the split decoder's states, and the model's rule for logits."""
     longest = PROMPTS[0] + REPLY
     tokens = _ordinary_tokens(model, len(PROMPTS) * longest).view(len(PROMPTS), longest)
     tokens = tokens.to(split.device)
     rows = [row[: length + REPLY] for row, length in zip(tokens, PROMPTS, strict=True)]
-    wanted = _own_logits(model, rows)
-    found = _split_logits(split, rows)
-    errors = torch.cat(
-        [
-            (one - other).abs().amax(-1) / other.std(-1).clamp(min=1e-30)
-            for one, other in zip(found, wanted, strict=True)
-        ]
-    )
+    training = model.training
+    model.eval()
+    try:
+        rule = _logit_rule(split, model, tokens)
+        wanted = _own_states(split, rows)
+        found = _split_states(split, rows)
+    finally:
+        model.train(training)
+    return _error(split, torch.cat(found), torch.cat(wanted)), rule
+
+
+def _error(split: SplitDecoder, found: Tensor, wanted: Tensor) -> float:
+    """Return how far rows of numbers lie from others, as a share of the others' spread."""
+    errors = (found - wanted).abs().amax(-1) / wanted.std(-1).clamp(min=1e-30)
     return float(errors.max() if split.dtype in TOLERANCES else errors.median())
 
 
@@ -93,47 +125,62 @@ def _ordinary_tokens(model: PreTrainedModel, number: int) -> Tensor:
         raise InputError("The model's vocabulary has no ordinary token.")
     order = torch.randperm(len(known), generator=torch.Generator().manual_seed(0))
     chosen = order.repeat(-(-number // len(known)))[:number]
-    return torch.tensor(known)[chosen]
+    return torch.as_tensor(known)[chosen]
 
 
-def _named_tokens(settings: Any) -> list[int]:
-    if isinstance(settings, dict):
-        found = []
-        for name, value in settings.items():
-            if "token" in str(name) and isinstance(value, int):
-                found.append(value)
-            elif "token" in str(name) and isinstance(value, list):
-                found += [one for one in value if isinstance(one, int)]
-            else:
-                found += _named_tokens(value)
+def _named_tokens(settings: dict[str, Any]) -> Iterator[int]:
+    for name, value in settings.items():
+        if isinstance(value, dict):
+            yield from _named_tokens(value)
+        elif "token" in str(name):
+            yield from (one for one in (value if isinstance(value, list) else [value]) if one)
+
+
+def _logit_rule(split: SplitDecoder, model: PreTrainedModel, tokens: Tensor) -> LogitRule:
+    """Return what a model makes of its LM head's outputs.
+
+    Raises:
+        InputError: It is none of what a `LogitRule` does.
+    """
+    seen: list[Tensor] = []
+
+    def noting(original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        found = original(*args, **kwargs)
+        seen.append(found[0])
         return found
-    return []
+
+    with override_method(split.decoder, "forward", noting):
+        logits: Tensor = model(input_ids=tokens, use_cache=False, return_dict=True).logits
+    raw: Tensor = split.lm_head(seen[-1])
+    names = ("logit_scale", "logits_scaling", "final_logit_softcapping")
+    given = [{None, getattr(split.decoder.config, name, None)} for name in names]
+    for rule in map(LogitRule._make, product(*given)):
+        found = rule(raw)
+        if found.shape == logits.shape and _error(split, found, logits) <= 1e-6:  # noqa: PLR2004
+            return rule
+    raise InputError(
+        f"{type(model).__name__} changes its LM head's outputs in a way that fastvlm doesn't know;"
+        " decode it with transformers' own generate."
+    )
 
 
-def _own_logits(model: PreTrainedModel, rows: list[Tensor]) -> list[Tensor]:
-    """Return the logits of rows by the model's own forward, padded on the left in one batch."""
+def _own_states(split: SplitDecoder, rows: list[Tensor]) -> list[Tensor]:
+    """Return the normed states of rows by the decoder itself, in one batch padded on the left."""
     longest = max(map(len, rows))
     tokens = torch.stack([torch.cat((row[:1].expand(longest - len(row)), row)) for row in rows])
-    mask = torch.stack(
-        [(torch.arange(longest, device=row.device) >= longest - len(row)).long() for row in rows]
+    places = torch.arange(longest, device=tokens.device)
+    mask = torch.stack([(places >= longest - len(row)).long() for row in rows])
+    found = split.decoder(
+        inputs_embeds=split.embed(tokens),
+        attention_mask=mask,
+        position_ids=(mask.cumsum(-1) - 1).clamp(min=0),
+        use_cache=False,
     )
-    given = cast(Any, model).prepare_inputs_for_generation(
-        tokens, attention_mask=mask, is_first_iteration=True, use_cache=False
-    )
-    given = {name: value for name, value in given.items() if value is not None}
-    if "position_ids" in inspect.signature(type(model).forward).parameters:
-        given.setdefault("position_ids", (mask.cumsum(-1) - 1).clamp(min=0))
-    training = model.training
-    model.eval()
-    try:
-        logits: Tensor = model(**{**given, "use_cache": False, "return_dict": True}).logits
-    finally:
-        model.train(training)
-    return [logits[index, longest - len(row) :] for index, row in enumerate(rows)]
+    return [found[0][index, longest - len(row) :] for index, row in enumerate(rows)]
 
 
-def _split_logits(split: SplitDecoder, rows: list[Tensor]) -> list[Tensor]:
-    """Return the logits of rows by the split decoder: each prompt, then a pass of both replies."""
+def _split_states(split: SplitDecoder, rows: list[Tensor]) -> list[Tensor]:
+    """Return the same by the split decoder: each prompt, then a pass of both replies."""
     cache = split.cache(len(rows), max(map(len, rows)))
     firsts = []
     for slot, row in enumerate(rows):
@@ -141,11 +188,10 @@ def _split_logits(split: SplitDecoder, rows: list[Tensor]) -> list[Tensor]:
         x = split.embed(prompt[None])
         cache.assign(slot, DecoderInputs(prompt.tolist(), x[0]))
         positions = cache.positions([0], len(prompt), [slot])
-        firsts.append(split.head(split.forward_layers(x, positions, cache, range(split.depth)))[0])
+        firsts.append(split.norm(split.forward_layers(x, positions, cache, range(split.depth)))[0])
     x = split.embed(torch.stack([row[-REPLY:] for row in rows]))
     positions = cache.positions([len(row) - REPLY for row in rows], REPLY)
     half = split.depth // 2
     x = split.forward_layers(x, positions, cache, range(half))
     x = split.forward_layers(x, positions, cache, range(half, split.depth))
-    rest = split.head(x)
-    return [torch.cat(pair) for pair in zip(firsts, rest, strict=True)]
+    return [torch.cat(pair) for pair in zip(firsts, split.norm(x), strict=True)]
