@@ -24,10 +24,10 @@ from transformers.generation.utils import (
 )
 
 from fastvlm.decoding import Engine, Request, Sampler, Strategy
-from fastvlm.decoding.generation_config import BY_ROW, is_stateless, stopper
+from fastvlm.decoding.generation_config import PER_ROW_PROCESSORS, is_stateless, stopper
 from fastvlm.decoding.sampler import LogitsProcessor
 from fastvlm.decoding.sampling_params import new_seed
-from fastvlm.decoding.strategy_factory import OPTIONS, StrategyFactory
+from fastvlm.decoding.strategy_factory import STRATEGY_OPTIONS, StrategyFactory
 from fastvlm.drafting import ImitationNetwork
 from fastvlm.drafting.directory import load_draft
 from fastvlm.functional.errors import InputError
@@ -182,9 +182,9 @@ def speculative(
         InputError: The strategy is unknown, or doesn't take an option.
     """
     name = strategy or ("prompt-lookup" if draft is None else "imitation")
-    if name not in OPTIONS:
-        raise InputError(f"The strategies are {', '.join(OPTIONS)}; got {name!r}.")
-    refuse_unknown(options, OPTIONS[name], f"{name!r} takes")
+    if name not in STRATEGY_OPTIONS:
+        raise InputError(f"The strategies are {', '.join(STRATEGY_OPTIONS)}; got {name!r}.")
+    refuse_unknown(options, STRATEGY_OPTIONS[name], f"{name!r} takes")
     return Speculative(draft, name, options)
 
 
@@ -249,7 +249,7 @@ def first_unfit(processors: Sequence[LogitsProcessor], rows: int) -> str | None:
         rows: Of the batch, which advance at different times where there are drafts.
     """
     for processor in processors:
-        if not is_stateless(processor) or (rows > 1 and isinstance(processor, BY_ROW)):
+        if not is_stateless(processor) or (rows > 1 and isinstance(processor, PER_ROW_PROCESSORS)):
             return getattr(processor, "__name__", type(processor).__name__)
     return None
 

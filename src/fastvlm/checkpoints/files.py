@@ -7,12 +7,12 @@ from pathlib import Path
 from fastvlm.functional.errors import CheckpointError
 from fastvlm.functional.model_files import check_weight_file, oddity, read_object
 
-DRAFT = "fastvlm_imitation"
+DRAFT_MODEL_TYPE = "fastvlm_imitation"
 """The `model_type` of a draft, which is no model by itself."""
 
-WEIGHTS = ("model.safetensors", "pytorch_model.bin")
+WEIGHT_FILE_NAMES = ("model.safetensors", "pytorch_model.bin")
 """Weights as they are looked for, whole or with an `.index.json` that lists shards."""
-OBJECTS = (
+JSON_FILE_NAMES = (
     "config.json",
     "generation_config.json",
     "preprocessor_config.json",
@@ -25,7 +25,7 @@ OBJECTS = (
     "chat_template.json",
 )
 """Files that hold a JSON object, if they are there."""
-OTHERS = {
+UNSUPPORTED_WEIGHT_FILES = {
     "*.gguf": "a GGUF file of llama.cpp's",
     "tf_model.h5": "weights of TensorFlow's",
     "*.msgpack": "weights of Flax'",
@@ -50,10 +50,10 @@ def check_folder(folder: Path) -> None:
         )
     if not (folder / "config.json").is_file():
         raise CheckpointError(_without_config(folder))
-    for name in OBJECTS:
+    for name in JSON_FILE_NAMES:
         if (folder / name).exists():
             read_object(folder / name)
-    if read_object(folder / "config.json").get("model_type") == DRAFT:
+    if read_object(folder / "config.json").get("model_type") == DRAFT_MODEL_TYPE:
         raise CheckpointError(
             f"{folder} holds a draft and no model; give it as the draft of the model that it was"
             " made for."
@@ -68,7 +68,7 @@ def _without_config(folder: Path) -> str:
             f"{folder} holds an adapter of PEFT's; load its base model with transformers and the"
             " adapter with peft, merge them, and save the model with its tokenizer."
         )
-    for pattern, what in OTHERS.items():
+    for pattern, what in UNSUPPORTED_WEIGHT_FILES.items():
         if folder.is_dir() and (found := next(folder.glob(pattern), None)) is not None:
             return f"{found} is {what}; fastvlm loads what transformers' save_pretrained writes."
     if not folder.exists():
@@ -82,17 +82,19 @@ def weight_files(folder: Path) -> list[Path]:
     Raises:
         CheckpointError: There are none, or a shard is missing.
     """
-    for name in WEIGHTS:
+    for name in WEIGHT_FILE_NAMES:
         if (folder / name).exists():
             return [folder / name]
         if (index := folder / f"{name}.index.json").exists():
             return _shards(folder, index)
-    for pattern, what in OTHERS.items():
+    for pattern, what in UNSUPPORTED_WEIGHT_FILES.items():
         if (found := next(folder.glob(pattern), None)) is not None:
             raise CheckpointError(
                 f"There are no weights for transformers in {folder}; {found.name} is {what}."
             )
-    raise CheckpointError(f"There are no weights in {folder}: neither {' nor '.join(WEIGHTS)}.")
+    raise CheckpointError(
+        f"There are no weights in {folder}: neither {' nor '.join(WEIGHT_FILE_NAMES)}."
+    )
 
 
 def _shards(folder: Path, index: Path) -> list[Path]:

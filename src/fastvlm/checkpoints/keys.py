@@ -59,7 +59,7 @@ _FROM_APPLE = _compiled(
     }
 )
 
-_NETWORK = (
+_APPLE_NETWORK_MODULES = (
     "stages.0.blocks",
     "stages.1.downsample",
     "stages.1.blocks",
@@ -97,8 +97,8 @@ def from_apple(name: str) -> str | None:
         return None
     if match := re.match(r"network\.(\d+)\.", name):
         index = int(match[1])
-        if index < len(_NETWORK):
-            name = f"{_NETWORK[index]}.{name[match.end() :]}"
+        if index < len(_APPLE_NETWORK_MODULES):
+            name = f"{_APPLE_NETWORK_MODULES[index]}.{name[match.end() :]}"
     return _renamed(name, _FROM_APPLE)
 
 

@@ -19,9 +19,9 @@ from fastvlm.checkpoints.keys import from_apple, from_timm, to_timm
 from fastvlm.functional.errors import CheckpointError, InputError
 from fastvlm.vision.configuration import REDUCTION, FastViTHDConfig
 
-IMAGE = "<image>"
-VISION = "model.vision_tower."
-CHATML = (
+IMAGE_TOKEN = "<image>"
+VISION_TOWER_PREFIX = "model.vision_tower."
+CHATML_TEMPLATE = (
     "{% if messages[0]['role'] != 'system' %}"
     "<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n{% endif %}"
     "{% for message in messages %}<|im_start|>{{ message['role'] }}\n"
@@ -33,8 +33,8 @@ CHATML = (
 )
 """Apple's conversation (`qwen_2`): ChatML, an image as a line of its own before the question."""
 
-_APPLE_VISION = "model.vision_tower.vision_tower.model."
-_TIMM_VISION = "model.vision_tower.timm_model."
+_APPLE_VISION_PREFIX = "model.vision_tower.vision_tower.model."
+_TIMM_VISION_PREFIX = "model.vision_tower.timm_model."
 _TIMM_ARCHITECTURE = "fastvit_mci3"
 
 
@@ -65,39 +65,43 @@ class Layout:
 def recognise(config: dict[str, Any]) -> Layout | None:
     """Return the layout of a `config.json`; None for what `transformers` loads as it is."""
     if config.get("model_type") in ("llava_qwen2", "llava_qwen"):
-        return APPLE
+        return APPLE_LAYOUT
     vision = config.get("vision_config") or {}
     if config.get("model_type") == "fast_vlm" and vision.get("model_type") == "timm_wrapper":
-        return TRANSFORMERS
+        return TRANSFORMERS_LAYOUT
     return None
 
 
 def form_of(weights: dict[str, Tensor]) -> str:
     """Return the form that an encoder's weights, under our names, are in."""
-    return "reparameterized" if f"{VISION}stem.0.reparam.weight" in weights else "training"
+    return (
+        "reparameterized"
+        if f"{VISION_TOWER_PREFIX}stem.0.reparam.weight" in weights
+        else "training"
+    )
 
 
 def _apple_name(name: str) -> str | None:
-    if name.startswith(_APPLE_VISION):
-        ours = from_apple(name.removeprefix(_APPLE_VISION))
-        return None if ours is None else VISION + ours
+    if name.startswith(_APPLE_VISION_PREFIX):
+        ours = from_apple(name.removeprefix(_APPLE_VISION_PREFIX))
+        return None if ours is None else VISION_TOWER_PREFIX + ours
     if match := re.fullmatch(r"model\.mm_projector\.([02])\.(weight|bias)", name):
         return f"model.multi_modal_projector.linear_{1 + int(match[1]) // 2}.{match[2]}"
     return re.sub(r"^model\.(embed_tokens|layers|norm)\.", r"model.language_model.\1.", name)
 
 
 def _timm_name(name: str) -> str | None:
-    if not name.startswith(_TIMM_VISION):
+    if not name.startswith(_TIMM_VISION_PREFIX):
         return name
-    ours = from_timm(name.removeprefix(_TIMM_VISION))
-    return None if ours is None else VISION + ours
+    ours = from_timm(name.removeprefix(_TIMM_VISION_PREFIX))
+    return None if ours is None else VISION_TOWER_PREFIX + ours
 
 
 def transformers_name(name: str, form: str) -> str:
     """Return the name of one of our weights in `transformers`' layout."""
-    if not name.startswith(VISION):
+    if not name.startswith(VISION_TOWER_PREFIX):
         return name
-    return _TIMM_VISION + to_timm(name.removeprefix(VISION), form)
+    return _TIMM_VISION_PREFIX + to_timm(name.removeprefix(VISION_TOWER_PREFIX), form)
 
 
 def _apple_config(config: dict[str, Any], form: str) -> FastVlmConfig:
@@ -153,8 +157,8 @@ def _configured(text: dict[str, Any], size: int, form: str) -> FastVlmConfig:
     )
 
 
-APPLE = Layout(_apple_name, _apple_config)
-TRANSFORMERS = Layout(_timm_name, _transformers_config)
+APPLE_LAYOUT = Layout(_apple_name, _apple_config)
+TRANSFORMERS_LAYOUT = Layout(_timm_name, _transformers_config)
 
 
 def transformers_vision_config(config: FastViTHDConfig) -> dict[str, Any]:

@@ -30,8 +30,14 @@ from transformers import (
     ProcessorMixin,
 )
 
-from fastvlm.checkpoints.files import OTHERS, check_folder, weight_files
-from fastvlm.checkpoints.layouts import APPLE, CHATML, IMAGE, Layout, recognise
+from fastvlm.checkpoints.files import UNSUPPORTED_WEIGHT_FILES, check_folder, weight_files
+from fastvlm.checkpoints.layouts import (
+    APPLE_LAYOUT,
+    CHATML_TEMPLATE,
+    IMAGE_TOKEN,
+    Layout,
+    recognise,
+)
 from fastvlm.checkpoints.processors import load_processor
 from fastvlm.checkpoints.weights import (
     check_layers,
@@ -53,7 +59,12 @@ from fastvlm.language.families import family
 from fastvlm.vision.fastvithd import FastViTHD
 
 Loaded = TypeVar("Loaded")
-HARMLESS = ("rotary_emb.inv_freq", "position_ids", "num_batches_tracked", "masked_bias")
+IGNORED_WEIGHT_SUFFIXES = (
+    "rotary_emb.inv_freq",
+    "position_ids",
+    "num_batches_tracked",
+    "masked_bias",
+)
 """Endings of names that older files have, of what is computed or counted and not learnt."""
 
 
@@ -118,7 +129,7 @@ def load_checkpoint(
             f"The model in {folder} can't be loaded", _load_layout, folder, layout, stored, loading
         )
         processor = load_tokenizer(folder)
-        if layout is APPLE:
+        if layout is APPLE_LAYOUT:
             _teach_images(target, processor)
     if "device_map" not in given and "quantization_config" not in given:
         target = moved(target, device or "cpu")
@@ -145,7 +156,7 @@ def find_folder(model: str | Path, options: dict[str, Any]) -> Path:
                 str(model),
                 revision=revision,
                 token=token,
-                ignore_patterns=[*OTHERS, "original/*"],
+                ignore_patterns=[*UNSUPPORTED_WEIGHT_FILES, "original/*"],
             )
         )
     except Exception as error:  # of the hub's and of the network's own many kinds
@@ -278,7 +289,9 @@ def check_loaded(place: Any, found: dict[str, Any]) -> None:
     refuse_wrong(place, {"missing": sorted(found["missing_keys"]), "misshapen": wrong})
     if errors := found.get("error_msgs"):
         raise CheckpointError(f"The weights in {place} can't be read: {errors[0]}.")
-    if unused := [key for key in sorted(found["unexpected_keys"]) if not key.endswith(HARMLESS)]:
+    if unused := [
+        key for key in sorted(found["unexpected_keys"]) if not key.endswith(IGNORED_WEIGHT_SUFFIXES)
+    ]:
         warnings.warn(
             f"Some weights in {place} are not used, as config.json has no place for them:"
             f" {named(unused)}.",
@@ -336,8 +349,8 @@ def _teach_images(
     Raises:
         CheckpointError: The embeddings have no row left for it.
     """
-    tokenizer.add_special_tokens({"additional_special_tokens": [IMAGE]})
-    image = cast(int, tokenizer.convert_tokens_to_ids(IMAGE))
+    tokenizer.add_special_tokens({"additional_special_tokens": [IMAGE_TOKEN]})
+    image = cast(int, tokenizer.convert_tokens_to_ids(IMAGE_TOKEN))
     rows = cast(Tensor, model.get_input_embeddings().weight).shape[0]
     if image >= rows:
         raise CheckpointError(
@@ -345,4 +358,4 @@ def _teach_images(
             " images."
         )
     model.config.image_token_index = image
-    tokenizer.chat_template = CHATML
+    tokenizer.chat_template = CHATML_TEMPLATE

@@ -15,7 +15,11 @@ from transformers.models.auto.processing_auto import (
 from fastvlm.functional.errors import CheckpointError
 from fastvlm.functional.model_files import read_object
 
-NAMING = ("processor_config.json", "preprocessor_config.json", "tokenizer_config.json")
+PROCESSOR_CLASS_FILE_NAMES = (
+    "processor_config.json",
+    "preprocessor_config.json",
+    "tokenizer_config.json",
+)
 """Files that may name the processor's class, the first to do so decides."""
 
 
@@ -95,7 +99,7 @@ def processor_class(folder: Path, config: PreTrainedConfig) -> type[ProcessorMix
     Raises:
         CheckpointError: Nothing says which.
     """
-    for file in (folder / name for name in NAMING):
+    for file in (folder / name for name in PROCESSOR_CLASS_FILE_NAMES):
         if not file.is_file():
             continue
         name = read_object(file).get("processor_class")

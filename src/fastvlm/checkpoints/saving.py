@@ -14,7 +14,7 @@ from fastvlm.functional.errors import InputError
 from fastvlm.functional.files import written_directory
 from fastvlm.vision.fastvithd import FastViTHD
 
-LAYOUTS = ("fastvlm", "transformers")
+OUTPUT_LAYOUTS = ("fastvlm", "transformers")
 
 
 def save_checkpoint(

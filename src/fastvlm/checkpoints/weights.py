@@ -16,9 +16,9 @@ from fastvlm.checkpoints.files import weight_files
 from fastvlm.functional.errors import CheckpointError, first_line
 from fastvlm.functional.model_files import check_weight_file
 
-MAX_NAMED = 3
+MAX_NAMES_IN_ERROR = 3
 """How many wrong weights an error names."""
-LAYERS = re.compile(r"layers?$|^depths?$|^n_layer$")
+LAYER_COUNT_PATTERN = re.compile(r"layers?$|^depths?$|^n_layer$")
 """Names of settings that count layers."""
 MAX_LAYERS = 4096
 
@@ -58,8 +58,8 @@ def _read(file: Path) -> dict[str, Tensor]:
 
 def named(names: Sequence[str]) -> str:
     """Return the first few names of a list, and how many more there are."""
-    rest = len(names) - MAX_NAMED
-    return ", ".join(names[:MAX_NAMED]) + (f" and {rest} more" if rest > 0 else "")
+    rest = len(names) - MAX_NAMES_IN_ERROR
+    return ", ".join(names[:MAX_NAMES_IN_ERROR]) + (f" and {rest} more" if rest > 0 else "")
 
 
 def be(names: Sequence[str]) -> str:
@@ -107,7 +107,11 @@ def check_layers(folder: Path, config: Mapping[str, Any]) -> None:
     for name, value in config.items():
         if isinstance(value, Mapping):
             check_layers(folder, value)
-        elif LAYERS.search(name) and isinstance(value, int | float) and value > MAX_LAYERS:
+        elif (
+            LAYER_COUNT_PATTERN.search(name)
+            and isinstance(value, int | float)
+            and value > MAX_LAYERS
+        ):
             raise CheckpointError(
                 f"{folder / 'config.json'} has {name} {value:g}; at most {MAX_LAYERS:,} make sense."
             )

@@ -7,7 +7,7 @@ import sys
 from collections.abc import Sequence
 from typing import Any, NoReturn
 
-INTERRUPTED = 130
+INTERRUPTED_EXIT_CODE = 130
 
 
 def run(arguments: Sequence[str] | None = None, app: Any = None) -> int:
@@ -31,7 +31,7 @@ def run(arguments: Sequence[str] | None = None, app: Any = None) -> int:
         prepare_streams()
         return run_verb(sys.argv[1:] if arguments is None else arguments, app)
     except KeyboardInterrupt:
-        return INTERRUPTED
+        return INTERRUPTED_EXIT_CODE
 
 
 def main(arguments: Sequence[str] | None = None) -> NoReturn:

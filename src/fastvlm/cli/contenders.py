@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 
 from fastvlm.cli.loading import ModelOption, Runtime, SkippedLayersOption, layers_in
 from fastvlm.cli.strategies import (
-    SEARCHED,
+    LAYER_SEARCH_IMAGES,
     DraftsOption,
     StrategiesOption,
     TypedStrategy,
@@ -92,7 +92,7 @@ class Contenders:
         """
         if not self.check():
             return self.skipped
-        prompts, images = zip(*islice(asked, SEARCHED), strict=True)
+        prompts, images = zip(*islice(asked, LAYER_SEARCH_IMAGES), strict=True)
         try:
             return vlm.find_skipped_layers(prompts, images).skipped
         except InputError as error:

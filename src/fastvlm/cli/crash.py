@@ -14,11 +14,11 @@ from importlib import metadata
 
 from fastvlm.functional.errors import first_line
 
-DEBUG = "FASTVLM_DEBUG"
+DEBUG_VARIABLE = "FASTVLM_DEBUG"
 """The environment variable that has a traceback shown instead of a report."""
-PACKAGES = ("fastvlm", "torch", "transformers", "tokenizers", "safetensors", "accelerate", "pillow",
-            "typer", "rich")  # fmt: skip
-OUT_OF_MEMORY = ("out of memory", "not enough memory", "can't allocate memory", "bad_alloc")
+REPORTED_PACKAGES = ("fastvlm", "torch", "transformers", "tokenizers", "safetensors", "accelerate",
+                     "pillow", "typer", "rich")  # fmt: skip
+OUT_OF_MEMORY_PHRASES = ("out of memory", "not enough memory", "can't allocate memory", "bad_alloc")
 
 
 def is_out_of_memory(error: BaseException) -> bool:
@@ -26,7 +26,7 @@ def is_out_of_memory(error: BaseException) -> bool:
     if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError":
         return True
     said = str(error).lower()
-    return isinstance(error, RuntimeError) and any(words in said for words in OUT_OF_MEMORY)
+    return isinstance(error, RuntimeError) and any(words in said for words in OUT_OF_MEMORY_PHRASES)
 
 
 def memory_sentence(error: BaseException) -> str:
@@ -62,7 +62,7 @@ def write_report(error: BaseException, arguments: Sequence[str]) -> str:
     Raises:
         OSError: It can't be written.
     """
-    versions = [f"{name} {_version(name)}" for name in PACKAGES]
+    versions = [f"{name} {_version(name)}" for name in REPORTED_PACKAGES]
     lines = [
         f"fastvlm failed at {datetime.now(UTC).isoformat(timespec='seconds')}.",
         "",
@@ -81,7 +81,7 @@ def write_report(error: BaseException, arguments: Sequence[str]) -> str:
 
 def shows_traceback() -> bool:
     """Return whether a failure of our own is to show its traceback, for who works on fastvlm."""
-    return os.environ.get(DEBUG, "") not in ("", "0")
+    return os.environ.get(DEBUG_VARIABLE, "") not in ("", "0")
 
 
 def print_traceback(error: BaseException) -> None:

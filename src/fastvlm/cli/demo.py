@@ -30,13 +30,13 @@ if TYPE_CHECKING:
     from fastvlm.functional.statistics import DecodingStatistics
     from fastvlm.vlm import VisionLanguageModel
 
-DRAFTED, OWN = "green", "bold"
+DRAFTED_STYLE, FULL_MODEL_STYLE = "green", "bold"
 """The styles of drafted and accepted tokens, and of the full model's own."""
 
 MAX_NEW_TOKENS = 160
-SCENE, PHOTO = "scene", "photo"
+SCENE_KIND, PHOTO_KIND = "scene", "photo"
 """Kinds of images."""
-BESIDE_CELLS = 60
+MIN_SIDE_BY_SIDE_CELLS = 60
 """Width from which an image stands beside its title, not above it."""
 
 
@@ -62,7 +62,7 @@ class DemoImage:
         from fastvlm.data.questions import Question
 
         shipped = example()
-        prompt = shipped.SCENE_PROMPT if self.kind == SCENE else shipped.DESCRIPTION_PROMPT
+        prompt = shipped.SCENE_PROMPT if self.kind == SCENE_KIND else shipped.DESCRIPTION_PROMPT
         return Question(prompt, str(self.file))
 
 
@@ -148,7 +148,7 @@ def read_images(folder: Path) -> list[DemoImage]:
     except (InputError, TypeError, KeyError) as error:
         raise CheckpointError(f"{listing} can't be read: {error!r}.") from error
     for image in found:
-        if image.kind not in (SCENE, PHOTO):
+        if image.kind not in (SCENE_KIND, PHOTO_KIND):
             raise CheckpointError(f"{listing} has an image of unknown kind {image.kind!r}.")
     if not found:
         raise CheckpointError(f"{listing} lists no image.")
@@ -173,9 +173,9 @@ def show(
     if console.is_terminal and console.color_system and not console.no_color:
         legend += Text.assemble(
             ": ",
-            ("these tokens were drafted and accepted", DRAFTED),
+            ("these tokens were drafted and accepted", DRAFTED_STYLE),
             ", ",
-            ("these the full model gave itself", OWN),
+            ("these the full model gave itself", FULL_MODEL_STYLE),
         )
     console.print(legend + Text("."))
     compared = []
@@ -210,7 +210,7 @@ def introduce(console: Console, image: DemoImage, place: str) -> None:
     if not in_colour(console):
         console.print(said)
         return
-    if console.width < BESIDE_CELLS:
+    if console.width < MIN_SIDE_BY_SIDE_CELLS:
         console.print(thumbnail(opened), said, sep="\n")
         return
     beside = Table.grid(padding=(0, 2))
@@ -238,7 +238,7 @@ def compare(
             strategy=strategies[name],
         )
         for piece in stream:
-            writer.write(piece.text, DRAFTED if all(piece.drafted) else OWN)
+            writer.write(piece.text, DRAFTED_STYLE if all(piece.drafted) else FULL_MODEL_STYLE)
         writer.close()
         replies.append(tuple(stream.reply.token_ids))
     runs = [

@@ -21,12 +21,12 @@ if TYPE_CHECKING:
     from fastvlm.functional.statistics import DecodingStatistics
     from fastvlm.vlm import Reply, ReplyStream, VisionLanguageModel
 
-STRATEGIES = ("autoregressive", "imitation", "early-exit", "layer-skip", "prompt-lookup")
+STRATEGY_NAMES = ("autoregressive", "imitation", "early-exit", "layer-skip", "prompt-lookup")
 
 
 def strategy_names() -> list[str]:
     """Return what a shell completes `--strategy` with."""
-    return list(STRATEGIES)
+    return list(STRATEGY_NAMES)
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,7 +45,7 @@ class DraftOptions:
         str | None,
         typer.Option(
             metavar="NAME",
-            help=f"How to decode: {', '.join(STRATEGIES)}. The tokens are the same; the speed"
+            help=f"How to decode: {', '.join(STRATEGY_NAMES)}. The tokens are the same; the speed"
             " differs.",
             show_default="imitation with a draft, else autoregressive",
             autocompletion=strategy_names,

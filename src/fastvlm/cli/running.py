@@ -29,10 +29,12 @@ from fastvlm.functional.errors import FastVlmError
 # Typer has its own copy of click or uses the installed one, depending on its version.
 TyperUsageError: type[Exception] = typer.BadParameter.__bases__[0]
 
-FAILED, USAGE, SIGNALLED = 1, 2, 128
+FAILURE_EXIT_CODE, USAGE_EXIT_CODE, SIGNAL_EXIT_CODE_BASE = 1, 2, 128
 """Exit codes: something was wrong; the command line was; a signal came (its number is added)."""
-NO_READER = SIGNALLED + signal.SIGPIPE if hasattr(signal, "SIGPIPE") else FAILED
-ENDING = [
+BROKEN_PIPE_EXIT_CODE = (
+    SIGNAL_EXIT_CODE_BASE + signal.SIGPIPE if hasattr(signal, "SIGPIPE") else FAILURE_EXIT_CODE
+)
+TERMINATION_SIGNALS = [
     getattr(signal, name) for name in ("SIGTERM", "SIGHUP", "SIGBREAK") if hasattr(signal, name)
 ]
 """Signals that end a process at once, and would leave what it was writing half done."""
@@ -87,20 +89,20 @@ def failed(error: Exception, arguments: Sequence[str]) -> int:
     if isinstance(error, BrokenPipeError):
         # As others that write to `head`: whoever read has seen enough.
         abandon_output()
-        return NO_READER
+        return BROKEN_PIPE_EXIT_CODE
     if isinstance(error, TyperUsageError | UsageError):
         print_usage(error)
-        return USAGE
+        return USAGE_EXIT_CODE
     if reason := sentence_of(error):
         print_error(reason)
         # A run that was asked to stop, and has saved what it had.
         stopped = getattr(error, "signal_number", None)
-        return FAILED if stopped is None else SIGNALLED + stopped
+        return FAILURE_EXIT_CODE if stopped is None else SIGNAL_EXIT_CODE_BASE + stopped
     if shows_traceback():
         print_traceback(error)
     else:
         print_error(crash_sentence(error, arguments))
-    return FAILED
+    return FAILURE_EXIT_CODE
 
 
 def print_usage(error: Any) -> None:
@@ -161,11 +163,11 @@ def ended_by_signals() -> Iterator[None]:
     """
 
     def leave(number: int, _: FrameType | None) -> None:
-        raise SystemExit(SIGNALLED + number)
+        raise SystemExit(SIGNAL_EXIT_CODE_BASE + number)
 
     before = {}
     if threading.current_thread() is threading.main_thread():
-        for number in ENDING:
+        for number in TERMINATION_SIGNALS:
             # What has been told otherwise, as by `nohup`, stays so.
             if signal.getsignal(number) is signal.SIG_DFL:
                 before[number] = signal.signal(number, leave)

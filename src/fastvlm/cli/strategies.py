@@ -19,11 +19,13 @@ if TYPE_CHECKING:
 
 AUTOREGRESSIVE, EARLY_EXIT = "autoregressive", "early-exit"
 LAYER_SKIP, PROMPT_LOOKUP = "layer-skip", "prompt-lookup"
-ALWAYS = ("transformers", AUTOREGRESSIVE)
-WITHOUT_DRAFT = (EARLY_EXIT, LAYER_SKIP, PROMPT_LOOKUP)
-SEARCHED = 2
+ALWAYS_MEASURED = ("transformers", AUTOREGRESSIVE)
+STRATEGIES_WITHOUT_DRAFT = (EARLY_EXIT, LAYER_SKIP, PROMPT_LOOKUP)
+LAYER_SEARCH_IMAGES = 2
 """Images, the first ones, on whose replies the layers to skip are searched for."""
-TYPED = re.compile(r"(?P<kind>[^@:]+)(?:@(?P<layer>[1-9]\d{0,8}))?(?::(?P<length>[1-9]\d{0,8}))?")
+STRATEGY_PATTERN = re.compile(
+    r"(?P<kind>[^@:]+)(?:@(?P<layer>[1-9]\d{0,8}))?(?::(?P<length>[1-9]\d{0,8}))?"
+)
 
 DraftsOption = Annotated[
     list[str] | None,
@@ -54,7 +56,7 @@ class TypedStrategy:
 
     Args:
         name: All of it.
-        kind: The part before `@` and `:`, a draft's name or one of `WITHOUT_DRAFT`.
+        kind: The part before `@` and `:`, a draft's name or one of `STRATEGIES_WITHOUT_DRAFT`.
         exit_layer: The layers that draft (`@4`); None for the strategy's own.
         draft_length: Tokens of every draft (`:8`); None for the strategy's own rule.
     """
@@ -75,7 +77,7 @@ class TypedStrategy:
         Raises:
             UsageError: There is no such strategy, or it has no such setting.
         """
-        found = TYPED.fullmatch(typed)
+        found = STRATEGY_PATTERN.fullmatch(typed)
         kind = typed if found is None else found["kind"]
         if kind.startswith("imitation") and kind not in known:
             raise UsageError(
@@ -109,7 +111,11 @@ def named_drafts(given: Sequence[str] | None, model: str | None) -> dict[str, Pa
         name, equals, directory = draft.partition("=")
         if not equals or Path(draft).is_dir():
             name, directory = "imitation", draft
-        if not name or name in (*ALWAYS, *WITHOUT_DRAFT) or set(name) & set("@:,"):
+        if (
+            not name
+            or name in (*ALWAYS_MEASURED, *STRATEGIES_WITHOUT_DRAFT)
+            or set(name) & set("@:,")
+        ):
             raise UsageError(f"A draft can't be called {name!r}; got --draft {draft}.")
         if name in drafts:
             raise UsageError(
@@ -126,11 +132,11 @@ def chosen_strategies(wanted: str | None, drafts: Mapping[str, Path]) -> list[Ty
     Raises:
         UsageError: A strategy is unknown, or needs a draft that isn't there.
     """
-    known = [AUTOREGRESSIVE, *drafts, *WITHOUT_DRAFT]
+    known = [AUTOREGRESSIVE, *drafts, *STRATEGIES_WITHOUT_DRAFT]
     names = known if wanted is None else [name.strip() for name in wanted.split(",")]
     if not any(names):
         raise UsageError(f"--strategies names none; there are {', '.join(known)}.")
-    chosen = [name for name in names if name and name not in ALWAYS]
+    chosen = [name for name in names if name and name not in ALWAYS_MEASURED]
     return [TypedStrategy.of(name, known) for name in dict.fromkeys([AUTOREGRESSIVE, *chosen])]
 
 

@@ -13,7 +13,7 @@ from rich.text import Text
 if TYPE_CHECKING:
     from PIL import Image
 
-THUMBNAIL = 24
+THUMBNAIL_CELLS = 24
 """Width of a thumbnail in cells, and most of its height in half cells."""
 
 
@@ -62,7 +62,7 @@ class ReplyWriter:
 
 def thumbnail(image: Image.Image) -> Text:
     """Return an image as half blocks in colour, two pixels a cell."""
-    scale = THUMBNAIL / max(image.size)
+    scale = THUMBNAIL_CELLS / max(image.size)
     width = max(1, round(image.width * scale))
     height = max(2, 2 * round(image.height * scale / 2))
     pixels = image.convert("RGB").resize((width, height)).tobytes()

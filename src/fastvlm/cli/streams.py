@@ -7,7 +7,7 @@ import sys
 from contextlib import suppress
 from typing import Any
 
-STREAMS = ("stdin", "stdout", "stderr")
+STREAM_NAMES = ("stdin", "stdout", "stderr")
 
 
 def prepare_streams() -> None:
@@ -16,7 +16,7 @@ def prepare_streams() -> None:
     What an encoding doesn't have is escaped. A closed stream is a null device: were its descriptor
     left free, the next file to be opened would get what is written to the stream.
     """
-    for descriptor, name in enumerate(STREAMS):
+    for descriptor, name in enumerate(STREAM_NAMES):
         stream: Any = getattr(sys, name)
         if stream is None:
             stream = _null(descriptor, "r" if name == "stdin" else "w")

@@ -13,13 +13,13 @@ from rich.measure import Measurement
 from rich.table import Table
 from rich.text import Text
 
-NAME_CELLS = 28
+MAX_NAME_CELLS = 28
 """Cells from which a row's name, and any other text that isn't a figure, is broken into lines."""
 
 
-SHORTENED = {"acceptance": "accept.", "transformers": "trans- formers"}
+SHORTENED_HEADINGS = {"acceptance": "accept.", "transformers": "trans- formers"}
 """Words of headings as they are where the table would not fit otherwise."""
-MIN_CELLS = 8
+MIN_FIGURE_CELLS = 8
 """Cells that a figure has in a list, however narrow the console is."""
 
 
@@ -47,7 +47,7 @@ class FigureTable:
 
     def print(self, console: Console) -> None:
         """Write the table, or one list after another if the console is too narrow for it."""
-        for padding, shortened in ((1, {}), (0, SHORTENED)):
+        for padding, shortened in ((1, {}), (0, SHORTENED_HEADINGS)):
             table = self._table(padding, shortened)
             natural = Measurement.get(console, console.options.update(width=10**6), table)
             if natural.maximum <= console.width:
@@ -88,7 +88,7 @@ class FigureTable:
                 first = f"  {heading:<{widest}}  "
                 shown = textwrap.fill(
                     told,
-                    max(console.width, len(first) + MIN_CELLS),
+                    max(console.width, len(first) + MIN_FIGURE_CELLS),
                     initial_indent=first,
                     subsequent_indent=" " * len(first),
                     break_long_words=False,
@@ -98,7 +98,9 @@ class FigureTable:
 
 def _wrapped(cell: str) -> str:
     """Return a cell's text in lines that are no longer than a name should be."""
-    lines = (textwrap.wrap(line, NAME_CELLS, break_long_words=False) for line in cell.split("\n"))
+    lines = (
+        textwrap.wrap(line, MAX_NAME_CELLS, break_long_words=False) for line in cell.split("\n")
+    )
     return "\n".join("\n".join(line) for line in lines)
 
 

@@ -15,9 +15,9 @@ from rich.console import Console
 
 from fastvlm.cli.streams import printable
 
-LINE_SECONDS = 20
+PROGRESS_LINE_SECONDS = 20
 """Time between two lines of progress where standard error is no terminal."""
-MIN_CELLS = 20
+MIN_CONSOLE_CELLS = 20
 """Width from which figures can be read, whatever `COLUMNS` says."""
 UNLIMITED_CELLS = 100_000
 """Width of what is no terminal: a file or a pipe has no edge at which a line would be broken."""
@@ -40,7 +40,7 @@ class PlainConsole(Console):
             elif self.is_dumb_terminal:
                 # It has a width all the same.
                 self.width, self.height = shutil.get_terminal_size()
-        self.width = max(self.width, MIN_CELLS)
+        self.width = max(self.width, MIN_CONSOLE_CELLS)
 
     def on_broken_pipe(self) -> None:
         """Raise what rich would end the process at; progress that nobody reads is no reason."""
@@ -95,7 +95,7 @@ def progress(task: str, *, quiet: bool = False) -> Iterator[Callable[[int, int],
     """Show on standard error how far some work is, and the time left.
 
     Yields what the work calls with the steps done and their number. A terminal shows a bar; a file
-    gets a line every `LINE_SECONDS`.
+    gets a line every `PROGRESS_LINE_SECONDS`.
 
     Args:
         task: What is being done, in a word.
@@ -124,7 +124,7 @@ class _Lines:
 
     def __call__(self, done: int, total: int) -> None:
         now = time.monotonic()
-        if self.quiet or not done or now - self.written <= LINE_SECONDS:
+        if self.quiet or not done or now - self.written <= PROGRESS_LINE_SECONDS:
             return
         left = int((now - self.started) / done * (total - done))
         print_aside(f"{self.task} {done}/{total}, {left // 60}:{left % 60:02d} left")

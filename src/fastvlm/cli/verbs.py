@@ -11,7 +11,7 @@ from fastvlm.cli.audit import audit
 from fastvlm.cli.benchmark import benchmark
 from fastvlm.cli.command import add_verb, verbs
 from fastvlm.cli.convert import convert
-from fastvlm.cli.crash import DEBUG
+from fastvlm.cli.crash import DEBUG_VARIABLE
 from fastvlm.cli.demo import demo
 from fastvlm.cli.evaluate import evaluate
 from fastvlm.cli.export import app as export
@@ -23,7 +23,7 @@ app = verbs(
     name="fastvlm",
     add_completion=True,
     epilog="Exit codes: 0; 1 where something failed, 2 for a wrong command line, 130 after Ctrl-C."
-    f" {DEBUG}=1 shows the traceback of a failure of fastvlm's own.",
+    f" {DEBUG_VARIABLE}=1 shows the traceback of a failure of fastvlm's own.",
 )
 for verb in (demo, generate, benchmark, audit, evaluate, convert):
     add_verb(app, verb)

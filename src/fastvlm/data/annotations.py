@@ -8,13 +8,13 @@ from typing import Any
 
 from fastvlm.data.conversations import BrokenRecordError, Conversation, Records
 from fastvlm.data.image_folders import ImageFolders, folders_beside, split_in
-from fastvlm.data.turns import KEYS, conversation_of, is_known
+from fastvlm.data.turns import CONTENT_KEYS, conversation_of, is_known
 from fastvlm.functional.errors import InputError
 from fastvlm.functional.text_files import parse_json, read_json, read_text, reads
 
-ENDINGS = (".json", ".jsonl", ".json.gz", ".jsonl.gz")
+ANNOTATION_SUFFIXES = (".json", ".jsonl", ".json.gz", ".jsonl.gz")
 """How the names of annotation files end."""
-JUDGED = 100
+MAX_INSPECTED_ROWS = 100
 """Rows that a list is recognised by: the very first may be a broken one."""
 
 
@@ -32,7 +32,7 @@ def read_annotations(file: Path, images: Path | None, split: str) -> Records:
     """
     content, folders = load_json(file), folders_beside(file, images)
     match content:
-        case list() if any(map(is_known, content[:JUDGED])):
+        case list() if any(map(is_known, content[:MAX_INSPECTED_ROWS])):
             return records_of(content, folders, file.name)
         case {"images": list(rows), "annotations": [{"caption": _}, *_] as captions}:
             return _coco(rows, captions, folders)
@@ -47,8 +47,9 @@ def read_annotations(file: Path, images: Path | None, split: str) -> Records:
             return captioned(pairs, folders)
     raise InputError(
         f"{file} has none of the layouts that fastvlm knows: a list of objects with one of"
-        f" {', '.join(KEYS)} (LLaVA's and alike), COCO's images and annotations, VQA v2's questions"
-        " or annotations, Karpathy's images with sentences, or lists of captions by image."
+        f" {', '.join(CONTENT_KEYS)} (LLaVA's and alike), COCO's images and annotations, VQA v2's"
+        " questions or annotations, Karpathy's images with sentences, or lists of captions by"
+        " image."
     )
 
 

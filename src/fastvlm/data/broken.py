@@ -7,9 +7,9 @@ from typing import Any
 from fastvlm.data.conversations import Broken
 from fastvlm.functional.errors import InputError
 
-SHARE = 0.05
+MAX_BROKEN_SHARE = 0.05
 """The largest share of broken records that a run goes on with, if nothing else is said."""
-NAMED = 5
+MAX_NAMED_RECORDS = 5
 """Broken records that are named; the others are only counted."""
 
 
@@ -28,7 +28,7 @@ class BrokenRecords:
 
     def __init__(
         self,
-        share: float = SHARE,
+        share: float = MAX_BROKEN_SHARE,
         least: int = 100,
         *,
         what: str = "records",
@@ -52,7 +52,7 @@ class BrokenRecords:
             InputError: More than the share are.
         """
         self.count += 1
-        if len(self.named) < NAMED and broken not in self.named:
+        if len(self.named) < MAX_NAMED_RECORDS and broken not in self.named:
             self.named.append(broken)
         if self.seen >= self.least:
             self.check()

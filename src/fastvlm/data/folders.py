@@ -14,9 +14,9 @@ from fastvlm.data.questions import images_in
 from fastvlm.data.turns import conversation_of
 from fastvlm.functional.errors import InputError
 
-TABLES = ("metadata.jsonl", "metadata.csv", "captions.csv", "captions.txt")
+TABLE_FILE_NAMES = ("metadata.jsonl", "metadata.csv", "captions.csv", "captions.txt")
 """Hugging Face's image folder has the first two, Flickr8k as it is handed on the last."""
-FILES = ("file_name", "image")
+IMAGE_COLUMNS = ("file_name", "image")
 """The column that names the image."""
 
 
@@ -55,10 +55,10 @@ def read_table(table: Path, images: Path | None) -> Records:
         except (OSError, ValueError, csv.Error) as error:
             raise InputError(f"{table} can't be read as a table: {error}.") from error
     columns = next((row for row in rows if isinstance(row, dict)), {})
-    column = next((name for name in FILES if name in columns), None)
+    column = next((name for name in IMAGE_COLUMNS if name in columns), None)
     if column is None:
         raise InputError(
-            f"The rows of {table} name no image: there is no column {' or '.join(FILES)}."
+            f"The rows of {table} name no image: there is no column {' or '.join(IMAGE_COLUMNS)}."
         )
     named = [{**row, "image": row.get(column)} if isinstance(row, dict) else row for row in rows]
     near = [table.parent, table.parent / "images", table.parent / "Images"]

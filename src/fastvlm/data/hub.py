@@ -10,10 +10,10 @@ from typing import Any
 from fastvlm.data.conversations import Conversation, Record, Records, converted
 from fastvlm.data.extras import needed
 from fastvlm.data.image_folders import ImageFolders
-from fastvlm.data.turns import KEYS, conversation_of
+from fastvlm.data.turns import CONTENT_KEYS, conversation_of
 from fastvlm.functional.errors import InputError, first_line
 
-SAVED = ("dataset_dict.json", "state.json")
+SAVED_DATASET_FILE_NAMES = ("dataset_dict.json", "state.json")
 """What `save_to_disk` leaves in a folder: of several splits, of one."""
 
 
@@ -105,10 +105,10 @@ def _undecoded(dataset: Any, name: str) -> Any:
         InputError: None of its columns is known.
     """
     columns = dataset.column_names
-    if columns is not None and not set(columns) & set(KEYS):
+    if columns is not None and not set(columns) & set(CONTENT_KEYS):
         raise InputError(
             f"{name} has the columns {', '.join(columns)}; fastvlm looks for one of"
-            f" {', '.join(KEYS)}."
+            f" {', '.join(CONTENT_KEYS)}."
         )
     if dataset.features is None:
         return dataset

@@ -12,7 +12,7 @@ from fastvlm.data.conversations import Conversation, Records
 from fastvlm.example import example
 from fastvlm.functional.errors import InputError
 
-SUFFIXES = frozenset({".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff"})
+IMAGE_SUFFIXES = frozenset({".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff"})
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,7 +67,9 @@ def images_in(folder: Path, limit: int | None = None) -> list[Path]:
     if not folder.is_dir():
         raise InputError(f"There is no folder of images at {folder}.")
     found = sorted(
-        path for path in folder.iterdir() if path.suffix.lower() in SUFFIXES and path.is_file()
+        path
+        for path in folder.iterdir()
+        if path.suffix.lower() in IMAGE_SUFFIXES and path.is_file()
     )
     if not found:
         raise InputError(f"There is no image in {folder}.")

@@ -12,12 +12,12 @@ from typing import Self
 from fastvlm.data.conversations import Broken, BrokenRecordError, Conversation, Record, converted
 from fastvlm.data.extras import needed
 from fastvlm.data.image_folders import ImageFolders
-from fastvlm.data.questions import SUFFIXES
+from fastvlm.data.questions import IMAGE_SUFFIXES
 from fastvlm.data.turns import conversation_of, is_known
 from fastvlm.functional.errors import InputError, first_line
 from fastvlm.functional.text_files import parse_json
 
-ENDINGS = (".tar", ".tar.gz", ".tgz")
+SHARD_SUFFIXES = (".tar", ".tar.gz", ".tgz")
 """How the names of shards end."""
 
 
@@ -105,7 +105,7 @@ def _samples(tar: tarfile.TarFile, start: int) -> Iterator[tuple[str, Members]]:
 
 
 def _conversation(name: str, members: Members) -> Conversation:
-    images = [data for ending, data in members if "." + ending.rpartition(".")[2] in SUFFIXES]
+    images = [data for ending, data in members if "." + ending.rpartition(".")[2] in IMAGE_SUFFIXES]
     held = dict(members)
     row = {}
     try:

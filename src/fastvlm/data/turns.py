@@ -15,22 +15,22 @@ CAPTION_PROMPT = "Provide a one-sentence caption for the provided image."
 """LLaVA-1.5's prompt for a caption of one sentence."""
 SHORT_ANSWER_PROMPT = "Answer the question using a single word or phrase."
 """What LLaVA-1.5 puts on a line of its own after a question of VQA v2."""
-PLACEHOLDER = "<image>"
-ROLES = {
+IMAGE_PLACEHOLDER = "<image>"
+ROLE_BY_SPEAKER = {
     "human": "user",
     "user": "user",
     "gpt": "assistant",
     "assistant": "assistant",
     "system": "system",
 }
-CAPTIONS = ("caption", "text", "captions")
-KEYS = ("messages", "conversations", "question", *CAPTIONS)
+CAPTION_KEYS = ("caption", "text", "captions")
+CONTENT_KEYS = ("messages", "conversations", "question", *CAPTION_KEYS)
 """What a row of a kind that we know has one of; the first that it has says what it is."""
 
 
 def is_known(row: Any) -> bool:
     """Say whether a row is of a kind that `conversation_of` knows."""
-    return isinstance(row, Mapping) and any(row.get(key) is not None for key in KEYS)
+    return isinstance(row, Mapping) and any(row.get(key) is not None for key in CONTENT_KEYS)
 
 
 def conversation_of(name: str, row: Any, folders: ImageFolders) -> Conversation:
@@ -48,11 +48,11 @@ def conversation_of(name: str, row: Any, folders: ImageFolders) -> Conversation:
             is no reply.
     """
     if not is_known(row):
-        raise BrokenRecordError(f"none of {', '.join(KEYS)} in it")
+        raise BrokenRecordError(f"none of {', '.join(CONTENT_KEYS)} in it")
     shown = row.get("image") if row.get("image") is not None else row.get("images")
     several = isinstance(shown, Sequence) and not isinstance(shown, str | bytes)
     values = [] if shown is None else list(shown) if several else [shown]
-    key = next(key for key in KEYS if row.get(key) is not None)
+    key = next(key for key in CONTENT_KEYS if row.get(key) is not None)
     if not values and key not in ("messages", "conversations"):
         raise BrokenRecordError(f"missing image: there is a {key} and no image")
     # The text is judged first: no file is looked for on behalf of a record that is broken anyway.
@@ -95,7 +95,7 @@ def _turn(turn: Any) -> Turn:
     if not isinstance(turn, Mapping):
         raise BrokenRecordError(f"malformed turn: {repr(turn)[:60]} is no object")
     said = turn.get("role", turn.get("from"))
-    role = ROLES.get(said) if isinstance(said, str) else None
+    role = ROLE_BY_SPEAKER.get(said) if isinstance(said, str) else None
     if role is None:
         raise BrokenRecordError(f"malformed turn: its role is {repr(said)[:40]}")
     content = turn.get("content", turn.get("value"))
@@ -123,7 +123,7 @@ def _split(text: str) -> list[Any]:
     A turn's only image comes first, as LLaVA itself shows it; several stay where they stand.
     """
     pieces: list[Any] = []
-    for index, piece in enumerate(text.split(PLACEHOLDER)):
+    for index, piece in enumerate(text.split(IMAGE_PLACEHOLDER)):
         pieces += [None] if index else []
         pieces += [piece.strip()] if piece.strip() else []
     if pieces.count(None) == 1:

@@ -29,7 +29,7 @@ Result = TypeVar("Result")
 
 GRACE_SECONDS = 60
 """How long a worker that is told to end goes on, so that a run can finish its step."""
-HELD_BACK = tuple(
+BLOCKED_SIGNALS = tuple(
     getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name)
 )
 """Signals that reach all processes of a terminal or a job; what becomes of the workers then is
@@ -229,7 +229,7 @@ def _pull(loader: DataLoader[Any], ready: queue.Queue[Any], stopped: threading.E
         # Started here, the tracker would open this thread to signals again.
         resource_tracker.ensure_running()
         # Workers inherit it, so that Ctrl-C doesn't hit them while they start, either.
-        signal.pthread_sigmask(signal.SIG_BLOCK, HELD_BACK)
+        signal.pthread_sigmask(signal.SIG_BLOCK, BLOCKED_SIGNALS)
     made: Iterator[Any] | None = None
     try:
         made = iter(loader)

@@ -21,7 +21,7 @@ from fastvlm.decoding.sampling_params import MAX_NEW_TOKENS, SamplingParams
 from fastvlm.functional.errors import InputError, first_line
 from fastvlm.language.inputs import generator_of
 
-STATEFUL = (
+STATEFUL_PROCESSORS = (
     processing.AlternatingCodebooksLogitsProcessor,
     processing.BarkEosPrioritizerLogitsProcessor,
     processing.ClassifierFreeGuidanceLogitsProcessor,
@@ -34,13 +34,13 @@ STATEFUL = (
     processing.WhisperTimeStampLogitsProcessor,
 )
 """Processors of `transformers` that remember what they saw, or don't work on text."""
-BY_ROW = (
+PER_ROW_PROCESSORS = (
     processing.EncoderNoRepeatNGramLogitsProcessor,
     processing.EncoderRepetitionPenaltyLogitsProcessor,
     processing.PrefixConstrainedLogitsProcessor,
 )
 """Processors that treat each row of a batch in its own way."""
-SAMPLED = ("temperature", "top_p", "top_k", "min_p")
+SAMPLING_SETTINGS = ("temperature", "top_p", "top_k", "min_p")
 """What only a reply that is drawn is told."""
 
 
@@ -54,7 +54,7 @@ def is_stateless(processor: LogitsProcessor) -> bool:
         # What it allows is a user's own function.
         return getattr(processor._prefix_allowed_tokens_fn, "stateless", False) is True
     if type(processor).__module__ == processing.__name__:
-        return not isinstance(processor, STATEFUL)
+        return not isinstance(processor, STATEFUL_PROCESSORS)
     return getattr(processor, "stateless", False) is True
 
 
@@ -66,7 +66,7 @@ def settings_of(model: PreTrainedModel, params: SamplingParams) -> GenerationCon
     """
     config: Any = copy.deepcopy(generator_of(model).generation_config)
     config.do_sample = bool(params.temperature)
-    for name in SAMPLED if config.do_sample else ():
+    for name in SAMPLING_SETTINGS if config.do_sample else ():
         value = getattr(params, name)
         if value is not None:
             setattr(config, name, value)

@@ -17,9 +17,9 @@ from fastvlm.language.cache import DecoderCache
 from fastvlm.language.decoder import SplitDecoder
 from fastvlm.language.positions import Positions
 
-LONGEST_DRAFT = 24
-EVALUATIONS = 600
-ROUNDS = 7
+MAX_DRAFT_TOKENS = 24
+MAX_EVALUATIONS = 600
+TIMING_ROUNDS = 7
 
 
 @dataclass(frozen=True, slots=True)
@@ -188,10 +188,10 @@ def measured_costs(decoder: SplitDecoder, context: int) -> StepCosts:
 
     parts = ((1, layers), (1, range(0)), (narrow, layers), (wide, layers))
     times: list[list[float]] = [[] for _ in parts]
-    for _ in range(ROUNDS):
+    for _ in range(TIMING_ROUNDS):
         for found, part in zip(times, parts, strict=True):
             found.append(taken(*part))
-    step, head, two, ten = (sorted(found)[ROUNDS // 2] for found in times)
+    step, head, two, ten = (sorted(found)[TIMING_ROUNDS // 2] for found in times)
     return StepCosts(
         layer=max(step - head, 0.0) / decoder.depth,
         head=head,
@@ -207,7 +207,7 @@ def expected_speedup(acceptance: float, kept: int, depth: int, costs: StepCosts)
     """
     step, draft = depth * costs.layer + costs.head, kept * costs.layer + costs.head
     best, tokens = 0.0, 1.0
-    for length in range(1, LONGEST_DRAFT + 1):
+    for length in range(1, MAX_DRAFT_TOKENS + 1):
         tokens += acceptance**length
         verify = costs.verify + costs.slope * (length - 1)
         best = max(best, tokens * step / (length * draft + verify))
@@ -219,7 +219,7 @@ def find_skipped_layers(
     requests: Sequence[Request],
     *,
     costs: StepCosts | None = None,
-    evaluations: int = EVALUATIONS,
+    evaluations: int = MAX_EVALUATIONS,
 ) -> LayerChoice:
     """Search for the layers to skip that give the most tokens per second.
 

@@ -14,7 +14,7 @@ from fastvlm.functional.noise import gumbel
 LogitsProcessor = Callable[[Tensor, Tensor], Tensor]
 """What `transformers` calls so: (batch, length) tokens and (batch, vocabulary) scores to scores."""
 
-PREFIX_FREE = (
+PREFIX_FREE_PROCESSORS = (
     processing.TemperatureLogitsWarper,
     processing.TopKLogitsWarper,
     processing.TopPLogitsWarper,
@@ -54,7 +54,7 @@ class Sampler:
     @property
     def needs_prefix(self) -> bool:
         """Whether a processor looks at the tokens before a position."""
-        return any(type(processor) not in PREFIX_FREE for processor in self.processors)
+        return any(type(processor) not in PREFIX_FREE_PROCESSORS for processor in self.processors)
 
     def apply_processors(self, reply: Sequence[int], logits: Tensor) -> Tensor:
         """Return the processed logits after a reply so far, in at least float32: (vocabulary,)."""

@@ -25,7 +25,7 @@ MAX_DRAFT_TOKENS = 24
 """The most tokens in a draft, where neither the caller nor the draft says another number."""
 MAX_LOOKUP_TOKENS = 10
 """The same for `prompt-lookup`."""
-OPTIONS = {
+STRATEGY_OPTIONS = {
     "autoregressive": (),
     "imitation": ("num_speculative_tokens", "confidence"),
     "early-exit": ("num_speculative_tokens", "confidence", "exit_layer"),
@@ -57,10 +57,10 @@ class StrategyFactory:
         """Return a strategy.
 
         Args:
-            name: One of `OPTIONS`; None for `imitation` where there is a draft, and for
+            name: One of `STRATEGY_OPTIONS`; None for `imitation` where there is a draft, and for
                 `autoregressive` where there is none.
             network: The network to draft with, if not the model's own draft.
-            options: Those of `OPTIONS` that the strategy takes; None is as if it were not given.
+            options: Those of `STRATEGY_OPTIONS` that the strategy takes; None is the default.
 
                 num_speculative_tokens: The most tokens in a draft; if not given, what the draft
                     records, and where it records nothing, 24 (`prompt-lookup`: 10).
@@ -79,11 +79,11 @@ class StrategyFactory:
         """
         network = network or self.network
         name = name or ("autoregressive" if network is None else "imitation")
-        if name not in OPTIONS:
-            raise InputError(f"The strategies are {', '.join(OPTIONS)}; got {name!r}.")
+        if name not in STRATEGY_OPTIONS:
+            raise InputError(f"The strategies are {', '.join(STRATEGY_OPTIONS)}; got {name!r}.")
         given = {option: value for option, value in options.items() if value is not None}
-        refuse_unknown(given, OPTIONS[name], f"{name!r} takes")
-        recipe = _RECIPES[name](self.decoder, network, given)
+        refuse_unknown(given, STRATEGY_OPTIONS[name], f"{name!r} takes")
+        recipe = _STRATEGY_RECIPES[name](self.decoder, network, given)
         with self._lock:
             if recipe.key not in self._made:
                 self._made[recipe.key] = recipe.build()
@@ -148,7 +148,9 @@ def _imitation(
     )
 
 
-_RECIPES: dict[str, Callable[[SplitDecoder, ImitationNetwork | None, dict[str, Any]], _Recipe]] = {
+_STRATEGY_RECIPES: dict[
+    str, Callable[[SplitDecoder, ImitationNetwork | None, dict[str, Any]], _Recipe]
+] = {
     "autoregressive": _autoregressive,
     "imitation": _imitation,
     "early-exit": _early_exit,

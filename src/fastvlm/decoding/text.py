@@ -9,7 +9,7 @@ from transformers import PreTrainedTokenizerBase
 
 from fastvlm.functional.errors import InputError
 
-HALF = "\N{REPLACEMENT CHARACTER}"
+REPLACEMENT_CHARACTER = "\N{REPLACEMENT CHARACTER}"
 """What a tokenizer decodes the beginning of a character to."""
 
 
@@ -41,7 +41,7 @@ class ReplyText:
         for token in reply[len(self.token_ids) :]:
             self.token_ids.append(token)
             text = self._decode(self.token_ids[self._before :])
-            if not text.endswith(HALF):
+            if not text.endswith(REPLACEMENT_CHARACTER):
                 self._take(text)
         return self.stopped
 

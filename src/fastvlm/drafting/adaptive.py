@@ -28,7 +28,7 @@ MEASURE_ORDINARY_EVERY = 64
 
 ONE_WORD_TOKENS = 2
 """Tokens of a reply of one word: the word, and the end token."""
-MOST_REPLIES = 0.5
+MAJORITY_SHARE = 0.5
 """The share of replies from which on they are most of them."""
 
 
@@ -177,7 +177,7 @@ class AdaptiveLength:
 
     def should_draft(self, progress: Progress) -> bool:
         """Return whether to draft at all in this cycle."""
-        if self.one_word.value > MOST_REPLIES and max(progress.generated) <= 1:
+        if self.one_word.value > MAJORITY_SHARE and max(progress.generated) <= 1:
             # An ordinary step ends most replies here, and shows which of them go on.
             return False
         return self.throughputs[len(progress.active)].should_draft()

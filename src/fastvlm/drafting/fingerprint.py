@@ -19,13 +19,13 @@ from fastvlm.language.weights_state import adapter_flags, plain_parts
 DECODER_VALUES = 128
 LM_HEAD_VALUES = 32
 """Values of a decoder and of an LM head that a fingerprint holds."""
-REACH = 2**18
+SAMPLED_RANGE_VALUES = 2**18
 """Values at a weight's beginning that are sampled: those of a vocabulary that grows later stay."""
-STEP = 100_003
+SAMPLE_STRIDE_VALUES = 100_003
 """Distance of successive samples, a prime number."""
-RELATIVE, ABSOLUTE = 2**-7, 1e-6
+RELATIVE_TOLERANCE, ABSOLUTE_TOLERANCE = 2**-7, 1e-6
 """What values may differ by: twice what two roundings, to bfloat16 and to float16, make of them."""
-UNREAD = "as they are quantised or offloaded"
+UNREADABLE_REASON = "as they are quantised or offloaded"
 HASHED_VALUES = 64
 """Values at the beginning of each parameter that a hash is made of."""
 HASH_DIGITS = 16
@@ -75,13 +75,13 @@ def difference(recorded: str | None, model: Any) -> str | None:
     if other:
         return f"{other} of {len(compared)} compared values differ"
     if unread:
-        return f"{unread} of {len(pairs)} values of this model can't be read, {UNREAD}"
-    return None if compared else f"its target's values could not be read, {UNREAD}"
+        return f"{unread} of {len(pairs)} values of this model can't be read, {UNREADABLE_REASON}"
+    return None if compared else f"its target's values could not be read, {UNREADABLE_REASON}"
 
 
 def _difference_of_digits(recorded: str, model: Any) -> str | None:
     if not all(_is_readable(one) for _, one in base_parameters(text_decoder(model))):
-        return f"some of this model's values can't be read, {UNREAD}"
+        return f"some of this model's values can't be read, {UNREADABLE_REASON}"
     digits = decoder_hash(model)
     return None if recorded == digits else f"its fingerprint is {recorded}, this model's {digits}"
 
@@ -144,14 +144,14 @@ def _sampled(parameters: list[tuple[str, nn.Parameter]], number: int) -> list[fl
     if not parameters:
         return [math.nan] * number
     chosen = (parameters[place * len(parameters) // number][1] for place in range(number))
-    return [_value(one, (place + 1) * STEP) for place, one in enumerate(chosen)]
+    return [_value(one, (place + 1) * SAMPLE_STRIDE_VALUES) for place, one in enumerate(chosen)]
 
 
 def _value(parameter: Tensor, place: int) -> float:
     """Return a value of a parameter; no number where it can't be read."""
     if not _is_readable(parameter):
         return math.nan
-    place %= min(parameter.numel(), REACH)
+    place %= min(parameter.numel(), SAMPLED_RANGE_VALUES)
     where = []
     for size in reversed(parameter.shape):
         place, index = divmod(place, size)
@@ -166,7 +166,7 @@ def _is_readable(parameter: Tensor) -> bool:
 
 
 def _is_close(one: float, other: float) -> bool:
-    return math.isclose(one, other, rel_tol=RELATIVE, abs_tol=ABSOLUTE)
+    return math.isclose(one, other, rel_tol=RELATIVE_TOLERANCE, abs_tol=ABSOLUTE_TOLERANCE)
 
 
 def _parsed(recorded: str) -> tuple[str, list[float]]:

@@ -21,7 +21,7 @@ from fastvlm.language.decoder import SplitDecoder
 from fastvlm.language.families import family
 from fastvlm.language.positions import Positions
 
-KINDS = ("block", "mlp")
+NETWORK_KINDS = ("block", "mlp")
 
 
 class ImitationConfig(PreTrainedConfig):
@@ -57,8 +57,10 @@ class ImitationConfig(PreTrainedConfig):
         Raises:
             InputError: The kind is unknown, or a number is out of range.
         """
-        if not isinstance(self.kind, str) or self.kind not in KINDS:
-            raise InputError(f"An imitation network is one of {', '.join(KINDS)}; got {self.kind}.")
+        if not isinstance(self.kind, str) or self.kind not in NETWORK_KINDS:
+            raise InputError(
+                f"An imitation network is one of {', '.join(NETWORK_KINDS)}; got {self.kind}."
+            )
         if not is_count(self.exit_layer) or not is_count(self.blocks):
             raise InputError(
                 "An imitation network needs an exit layer and blocks of at least 1; got"

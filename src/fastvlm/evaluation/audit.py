@@ -21,7 +21,7 @@ from fastvlm.decoding import Autoregressive, Engine, Request, SamplingParams, St
 from fastvlm.drafting.fingerprint import weights_hash
 from fastvlm.evaluation.measuring import no_progress, refuse, run_requests
 from fastvlm.evaluation.reference import (
-    TIES,
+    MAX_TIE_GAPS,
     ExactModel,
     best_gap,
     dialogue_of,
@@ -32,7 +32,7 @@ from fastvlm.functional.errors import InputError
 from fastvlm.functional.files import locked
 from fastvlm.vlm import VisionLanguageModel
 
-GREEDY = SamplingParams(max_new_tokens=160)
+DEFAULT_SAMPLING_PARAMS = SamplingParams(max_new_tokens=160)
 """How replies are decoded, if nothing else is said."""
 
 
@@ -98,7 +98,7 @@ def audit(
     questions: Sequence[Question],
     journal: Path,
     *,
-    params: SamplingParams = GREEDY,
+    params: SamplingParams = DEFAULT_SAMPLING_PARAMS,
     wide: bool = False,
     progress: Callable[[int, int], None] = no_progress,
     failed: Callable[[Question, InputError], None] = refuse,
@@ -112,7 +112,7 @@ def audit(
         journal: A JSON-lines file of finished batches; a stopped audit goes on from it, and asks
             what failed once more.
         params: How replies are decoded: question i with the seed + i. What it doesn't say is as
-            `GREEDY` and a seed of 0.
+            `DEFAULT_SAMPLING_PARAMS` and a seed of 0.
         wide: Whether ordinary decoding is ours, with passes as wide as those that verify, one
             question at a time: then there is no difference in any precision.
         progress: Called with the questions done and their number.
@@ -128,7 +128,7 @@ def audit(
     if params.temperature and params.seed is None:
         params = replace(params, seed=0)
     if params.max_new_tokens is None:
-        params = replace(params, max_new_tokens=GREEDY.max_new_tokens)
+        params = replace(params, max_new_tokens=DEFAULT_SAMPLING_PARAMS.max_new_tokens)
     plan = {
         "model": weights_hash(vlm.model),
         "strategies": {name: identity(one) for name, one in sorted(strategies.items())},
@@ -173,7 +173,7 @@ def audit(
     if not done:
         raise InputError("None of the questions could be asked.")
     # Dividing logits by a small temperature enlarges their rounding, too.
-    tie = TIES[vlm.decoder.dtype] / min(params.temperature or 1.0, 1.0)
+    tie = MAX_TIE_GAPS[vlm.decoder.dtype] / min(params.temperature or 1.0, 1.0)
     return Audit(
         replies=dict(
             sorted(

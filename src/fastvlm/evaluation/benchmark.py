@@ -16,7 +16,7 @@ from fastvlm.data.questions import Question
 from fastvlm.decoding import Strategy
 from fastvlm.evaluation.measuring import no_progress, refuse, rotated, run_request, speedup
 from fastvlm.evaluation.reference import (
-    TIES,
+    MAX_TIE_GAPS,
     ExactModel,
     best_gap,
     dialogue_of,
@@ -54,7 +54,7 @@ class StrategyResult:
         identical: Whether every reply has the same tokens as `transformers`' own `generate`, but
             for the `ties`.
         different: Replies that differ, ties counted.
-        ties: Replies that differ first where the two best logits lie within `TIES`.
+        ties: Replies that differ first where the two best logits lie within `MAX_TIE_GAPS`.
         speedup: Median over the questions of the autoregressive time per output token over this
             strategy's, and its quartiles.
         speedup_end_to_end: The same for whole replies, image and prefill included.
@@ -202,7 +202,7 @@ def summarise(
         if run.token_ids != expected.token_ids
     ]
     vlm = exact.vlm
-    tie = TIES[vlm.decoder.dtype]
+    tie = MAX_TIE_GAPS[vlm.decoder.dtype]
     ties = sum(
         best_gap(exact, dialogue_of(vlm, question), one, other)[1] < tie
         for question, one, other in differing

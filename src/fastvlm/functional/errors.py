@@ -2,7 +2,7 @@
 
 import re
 
-MAX_SAID = 300
+MAX_MESSAGE_CHARACTERS = 300
 """Characters of another library's message that a sentence repeats."""
 
 
@@ -39,7 +39,7 @@ def first_line(error: Exception) -> str:
     # Classes as Python writes them, and what transformers adds of every type that it tried.
     said = re.sub(r"<class '(?:\w+\.)*(\w+)'>", r"\1", said).partition(" Errors: ")[0]
     said = said.rstrip(" .:,(")
-    return said if len(said) <= MAX_SAID else f"{said[:MAX_SAID]} ..."
+    return said if len(said) <= MAX_MESSAGE_CHARACTERS else f"{said[:MAX_MESSAGE_CHARACTERS]} ..."
 
 
 def shortened(value: object, length: int = 80) -> str:

@@ -19,7 +19,7 @@ from fastvlm.functional.errors import InputError, StorageError, first_line
 
 FOREIGN_WRITE_ERRORS = re.compile(r"inline_container|iostream error|\(os error \d+\)|file write")
 """What torch and safetensors say where a file can't be written, in errors that are no OSError."""
-FULL_BYTES = 2**20
+MIN_FREE_BYTES = 2**20
 """A disk with less space than this is full, whatever a library says of it."""
 
 
@@ -178,7 +178,7 @@ def _reason(path: Path, error: Exception) -> str:
 
 def _is_full(path: Path) -> bool:
     folder = next((parent for parent in path.absolute().parents if parent.is_dir()), None)
-    return folder is not None and shutil.disk_usage(folder).free < FULL_BYTES
+    return folder is not None and shutil.disk_usage(folder).free < MIN_FREE_BYTES
 
 
 def _flush(path: Path) -> None:

@@ -13,7 +13,7 @@ from torch import nn
 
 from fastvlm.functional.errors import CheckpointError, first_line
 
-HEADS = {
+FILE_SIGNATURES = {
     b"version https://git-lfs": (
         "is a Git LFS pointer and not the file itself; fetch it with git lfs pull"
     ),
@@ -23,9 +23,9 @@ HEADS = {
     b"<": "is an HTML or XML page, perhaps of a download that failed",
 }
 """What the first bytes of a file tell of it."""
-MIN_EXCESS = 1_000_000
+MIN_EXCESS_PARAMETERS = 1_000_000
 """Parameters by which a small model may be wrong before its size alone is refused."""
-LONGEST_HEADER = 100_000_000
+MAX_HEADER_BYTES = 100_000_000
 """Bytes: what safetensors takes as a file's header at most."""
 
 
@@ -43,7 +43,9 @@ def oddity(file: Path) -> str | None:
         return "is empty"
     if not any(head):
         return "holds zeros alone, as after a download that was cut off"
-    return next((what for start, what in HEADS.items() if head.lstrip().startswith(start)), None)
+    return next(
+        (what for start, what in FILE_SIGNATURES.items() if head.lstrip().startswith(start)), None
+    )
 
 
 def read_object(file: Path) -> dict[str, Any]:
@@ -83,7 +85,7 @@ def _check_safetensors(file: Path) -> None:
     size = file.stat().st_size
     with file.open("rb") as content:
         length = int.from_bytes(content.read(8), "little")
-        if length > min(size - 8, LONGEST_HEADER):
+        if length > min(size - 8, MAX_HEADER_BYTES):
             raise CheckpointError(f"{file} is no file of safetensors, or its end is missing.")
         header = content.read(length)
     try:
@@ -120,7 +122,7 @@ def check_size(config: Path, files: Sequence[Path], build: Callable[[], nn.Modul
         model = build()
     # No format has less than half a byte a parameter, and none is quantised here.
     described = sum(parameter.numel() for parameter in model.parameters())
-    if described > MIN_EXCESS + 2 * stored:
+    if described > MIN_EXCESS_PARAMETERS + 2 * stored:
         raise CheckpointError(
             f"{config} describes a model of {described:,} parameters, and there are {stored:,}"
             " bytes of weights."

@@ -14,7 +14,7 @@ from torch import Tensor
 
 MAX_SEED = 2**64
 """Seeds lie below it."""
-_LOW = 2**32 - 1
+_LOW_32_BITS = 2**32 - 1
 
 
 def gumbel(
@@ -56,7 +56,7 @@ def _mixed(x: Tensor) -> Tensor:
 def _key(seed: int, position: int) -> tuple[int, int]:
     """Return two 32-bit halves of a hash of a seed and a position, signed."""
     found = _mixed_long(_mixed_long(seed) + position)
-    return _signed(found & _LOW), _signed(found >> 32)
+    return _signed(found & _LOW_32_BITS), _signed(found >> 32)
 
 
 def _mixed_long(x: int) -> int:

@@ -17,9 +17,9 @@ from fastvlm.functional.errors import InputError
 from fastvlm.functional.messages import Message
 from fastvlm.vlm import load
 
-PLACEHOLDER = "<image>"
+IMAGE_PLACEHOLDER = "<image>"
 """What some tasks write where an image stands; our images stand before the text."""
-MOST_TOKENS = 1024
+MAX_NEW_TOKENS = 1024
 """Tokens of a reply, where a task doesn't say."""
 
 
@@ -129,7 +129,7 @@ class FastVlm(lmms):
         for one in shown:
             if not isinstance(one, Image.Image):
                 raise InputError(f"fastvlm is shown images; got {type(one).__name__}.")
-        text = context.replace(PLACEHOLDER, "").strip()
+        text = context.replace(IMAGE_PLACEHOLDER, "").strip()
         images = [{"type": "image", "image": image} for image in shown]
         return [{"role": "user", "content": [*images, {"type": "text", "text": text}]}]
 
@@ -158,7 +158,7 @@ def generation(options: dict[str, Any]) -> dict[str, Any]:
         raise InputError(f"fastvlm decodes without beams; got num_beams={options['num_beams']}.")
     until = options.get("until") or ()
     found: dict[str, Any] = {
-        "max_new_tokens": options.get("max_new_tokens") or MOST_TOKENS,
+        "max_new_tokens": options.get("max_new_tokens") or MAX_NEW_TOKENS,
         "stop": [until] if isinstance(until, str) else list(until),
     }
     if options.get("do_sample") and options.get("temperature"):

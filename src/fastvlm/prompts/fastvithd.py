@@ -14,7 +14,7 @@ from fastvlm.functional.errors import InputError, first_line
 from fastvlm.functional.messages import Message
 from fastvlm.language import DecoderInputs, SplitDecoder
 from fastvlm.prompts.features import ImageFeatureCache, digest
-from fastvlm.prompts.messages import IMAGES, dialogue, images_of, templated
+from fastvlm.prompts.messages import IMAGE_PART_KEYS, dialogue, images_of, templated
 from fastvlm.vision.configuration import REDUCTION
 from fastvlm.vision.fastvithd import FastViTHD
 from fastvlm.vision.images import ImageOptions, prepare
@@ -49,7 +49,9 @@ class FastViTHDInputs:
         """
         if visual is None:
             contents = [turn["content"] for turn in messages if isinstance(turn["content"], list)]
-            images = sum(part["type"] in IMAGES for content in contents for part in content)
+            images = sum(
+                part["type"] in IMAGE_PART_KEYS for content in contents for part in content
+            )
             visual = [(self.image_size // REDUCTION) ** 2] * images
         text = templated(self.tokenizer, self.name, messages)
         numbers = iter(visual)

@@ -11,9 +11,9 @@ from fastvlm.functional.errors import InputError, first_line, shortened
 from fastvlm.functional.messages import Message
 from fastvlm.vision.loading import ImageInput
 
-TEXTS = ("text", "input_text")
+TEXT_PART_TYPES = ("text", "input_text")
 """Types of a part that holds a text."""
-IMAGES = {
+IMAGE_PART_KEYS = {
     "image": ("image", "url", "path", "base64"),
     "image_url": ("image_url",),
     "input_image": ("image_url",),
@@ -97,11 +97,11 @@ def _turn(message: Any) -> Message:
 
 def _part(part: Any) -> Mapping[str, Any]:
     kind = part.get("type") if isinstance(part, Mapping) else None
-    if kind in TEXTS and isinstance(part.get("text"), str):
+    if kind in TEXT_PART_TYPES and isinstance(part.get("text"), str):
         check_text(part["text"])
         return {"type": "text", "text": part["text"]}
     if isinstance(kind, str):
-        for key in IMAGES.get(kind, ()):
+        for key in IMAGE_PART_KEYS.get(kind, ()):
             if (value := part.get(key)) is not None:
                 nested = isinstance(value, Mapping) and key == "image_url"
                 return {"type": "image", "image": value.get("url") if nested else value}

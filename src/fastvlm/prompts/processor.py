@@ -22,7 +22,7 @@ from fastvlm.prompts.messages import dialogue, images_of, templated
 from fastvlm.vision.images import ImageOptions
 from fastvlm.vision.loading import load_image
 
-NEEDED = ("patch_size", "num_query_tokens", "vision_feature_select_strategy")
+REQUIRED_SETTINGS = ("patch_size", "num_query_tokens", "vision_feature_select_strategy")
 """Settings without which a processor that has them can't count an image's tokens."""
 
 
@@ -120,7 +120,7 @@ class ProcessorInputs:
 
     def lacking(self) -> str:
         """Return a sentence on what the processor's file should say and doesn't; often none."""
-        names = [name for name in NEEDED if getattr(self.processor, name, 0) is None]
+        names = [name for name in REQUIRED_SETTINGS if getattr(self.processor, name, 0) is None]
         if not names:
             return ""
         listed = " and ".join(names)

@@ -17,13 +17,13 @@ from transformers import (
 )
 
 from fastvlm.checkpoints import load_checkpoint
-from fastvlm.checkpoints.layouts import CHATML, IMAGE
+from fastvlm.checkpoints.layouts import CHATML_TEMPLATE, IMAGE_TOKEN
 from fastvlm.functional.errors import CheckpointError, InputError
 from fastvlm.language.families import family
 from fastvlm.vision.configuration import REDUCTION, FastViTHDConfig
 from fastvlm.vision.fastvithd import FastViTHD
 
-TURN_END = "<|im_end|>"
+TURN_END_TOKEN = "<|im_end|>"
 
 
 def assemble(
@@ -47,7 +47,7 @@ def assemble(
         raise InputError(f"{decoder} has an encoder of its own; give it as --model.")
     family(text.config.model_type)
     ends = prepare_tokenizer(processor, decoder)
-    image = cast(int, processor.convert_tokens_to_ids(IMAGE))
+    image = cast(int, processor.convert_tokens_to_ids(IMAGE_TOKEN))
     weight = cast(Tensor, text.get_input_embeddings().weight)
     if image >= weight.shape[0]:
         text.resize_token_embeddings(len(processor))
@@ -89,23 +89,23 @@ def prepare_tokenizer(tokenizer: PreTrainedTokenizerBase, decoder: Path) -> int 
     Raises:
         InputError: Its template has no place for images, and it doesn't know Apple's tokens.
     """
-    if IMAGE not in tokenizer.get_vocab():
-        tokenizer.add_special_tokens({"additional_special_tokens": [IMAGE]})
+    if IMAGE_TOKEN not in tokenizer.get_vocab():
+        tokenizer.add_special_tokens({"additional_special_tokens": [IMAGE_TOKEN]})
     shown: Any = [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "?"}]}]
     if tokenizer.chat_template:
         try:
             text = str(tokenizer.apply_chat_template(shown, tokenize=False))
         except Exception:  # noqa: BLE001 (a template may raise anything)
             text = ""
-        if text.count(IMAGE) == 1 and "'type'" not in text:
+        if text.count(IMAGE_TOKEN) == 1 and "'type'" not in text:
             return None
-    end = tokenizer.get_vocab().get(TURN_END)
+    end = tokenizer.get_vocab().get(TURN_END_TOKEN)
     if end is None:
         raise InputError(
             f"The chat template of {decoder} has no place for images, and its tokenizer doesn't"
             " know ChatML's tokens; set a tokenizer.chat_template that writes <image>."
         )
-    tokenizer.chat_template = CHATML
+    tokenizer.chat_template = CHATML_TEMPLATE
     return end
 
 

@@ -15,7 +15,7 @@ from fastvlm.functional.files import written_file
 
 State = dict[str, Any]
 """What a checkpoint holds: the plan, the next step, weights, optimiser, and streams' positions."""
-PARTS = ("plan", "step", "streams", "module", "optimiser")
+CHECKPOINT_KEYS = ("plan", "step", "streams", "module", "optimiser")
 
 
 def before(path: Path) -> Path:
@@ -86,7 +86,7 @@ def _last(path: Path) -> State | None:
             continue
         try:
             state: State = torch.load(file, weights_only=True, map_location="cpu")
-            missing = [part for part in PARTS if part not in state]
+            missing = [part for part in CHECKPOINT_KEYS if part not in state]
         except Exception as error:  # noqa: BLE001 (of torch, of zipfile and of pickle)
             broken.append(f"{file} can't be read ({first_line(error)})")
             continue

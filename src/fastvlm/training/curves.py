@@ -10,7 +10,7 @@ from fastvlm.functional.errors import InputError
 from fastvlm.functional.files import written_file
 from fastvlm.functional.text_files import parse_json
 
-COLUMNS = 3
+PLOT_COLUMNS = 3
 
 
 def read_log(log: Path) -> list[dict[str, Any]]:
@@ -54,11 +54,11 @@ def draw_curves(log: Path, image: Path) -> None:
             "The curves are not drawn without matplotlib: pip install 'fastvlm[plots]'."
         ) from error
     curves = read_curves(log)
-    rows = math.ceil(len(curves) / COLUMNS)
-    figure = Figure(figsize=(4.2 * COLUMNS, 2.8 * rows), layout="constrained")
+    rows = math.ceil(len(curves) / PLOT_COLUMNS)
+    figure = Figure(figsize=(4.2 * PLOT_COLUMNS, 2.8 * rows), layout="constrained")
     FigureCanvasAgg(figure)
     for number, (measure, named) in enumerate(curves.items()):
-        axes = figure.add_subplot(rows, COLUMNS, number + 1)
+        axes = figure.add_subplot(rows, PLOT_COLUMNS, number + 1)
         for name, points in named.items():
             steps, values = zip(*points, strict=True)
             axes.plot(steps, values, marker=".", label=name)

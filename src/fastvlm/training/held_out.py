@@ -15,7 +15,7 @@ from fastvlm.functional.statistics import Acceptance, DecodingStatistics, Spread
 from fastvlm.training.replies import TrainingPrompt
 from fastvlm.vlm import VisionLanguageModel
 
-ORDINARY = ""
+ORDINARY_KEY = ""
 """Stands among drafts for decoding without one."""
 
 
@@ -54,7 +54,7 @@ def decode_held_out(
     Raises:
         InputError: An image can't be read, or all replies are one token long.
     """
-    strategies: dict[str, Strategy] = {ORDINARY: Autoregressive()}
+    strategies: dict[str, Strategy] = {ORDINARY_KEY: Autoregressive()}
     for name, network in networks.items():
         # One that is still being trained stays as it is.
         own = moved(copy.deepcopy(network), vlm.decoder.dtype).eval()
@@ -74,7 +74,7 @@ def decode_held_out(
                 raise request.error
             if number and len(request.output_token_ids) > 1:
                 replies[name].append(request.statistics)
-    return {name: compared(replies[name], replies[ORDINARY]) for name in networks}
+    return {name: compared(replies[name], replies[ORDINARY_KEY]) for name in networks}
 
 
 def compared(own: Sequence[DecodingStatistics], ordinary: Sequence[DecodingStatistics]) -> Decoded:

@@ -29,7 +29,7 @@ from fastvlm.training.sharding import ShardedTrainState, is_sharded_run
 from fastvlm.training.task import TrainingTask, Validate
 from fastvlm.training.train_state import TrainState
 
-STOPPING = tuple(
+STOP_SIGNALS = tuple(
     getattr(signal, name) for name in ("SIGTERM", "SIGINT", "SIGHUP") if hasattr(signal, name)
 )
 """Signals that ask a run to stop: a scheduler's, Ctrl-C, a terminal that is closed."""
@@ -286,7 +286,7 @@ def asked_to_stop() -> Iterator[Sequence[int]]:
     if threading.current_thread() is not threading.main_thread():
         yield asked
         return
-    before = {number: signal.signal(number, ask) for number in STOPPING}
+    before = {number: signal.signal(number, ask) for number in STOP_SIGNALS}
     try:
         yield asked
     finally:

@@ -15,7 +15,7 @@ from fastvlm.functional.files import write_text
 from fastvlm.training.draft import DraftPlan
 from fastvlm.training.held_out import Decoded
 
-TEXT = """\
+CARD_TEMPLATE = """\
 ---
 library_name: fastvlm
 tags:
@@ -73,7 +73,7 @@ class Card:
     def write(self, folder: Path, network: ImitationNetwork, found: Decoded) -> None:
         """Write `README.md` into a draft's folder."""
         spread = found.speedup
-        text = TEXT.format(
+        text = CARD_TEMPLATE.format(
             card=self,
             config=network.config,
             parameters=sum(parameter.numel() for parameter in network.parameters()),

@@ -12,8 +12,8 @@ from transformers import PreTrainedModel
 from fastvlm.functional.errors import InputError
 from fastvlm.language.families import text_decoder
 
-PARTS = ("projector", "decoder", "everything", "lora")
-PROJECTORS = ("multi_modal_projector", "connector")
+TRAINABLE_PARTS = ("projector", "decoder", "everything", "lora")
+PROJECTOR_NAMES = ("multi_modal_projector", "connector")
 """What the families call the module between encoder and decoder."""
 
 
@@ -23,7 +23,7 @@ def projector_of(model: PreTrainedModel) -> nn.Module:
     Raises:
         InputError: The model has none of its own.
     """
-    for name in PROJECTORS:
+    for name in PROJECTOR_NAMES:
         found = getattr(model.base_model, name, None)
         if isinstance(found, nn.Module):
             return found

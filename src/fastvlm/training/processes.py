@@ -19,7 +19,7 @@ Said = TypeVar("Said")
 
 COLLECTIVE_TIMEOUT = timedelta(minutes=10)
 """How long a process that has gone silent is waited for; one that ends is noticed at once."""
-PREPARATION = timedelta(days=1)
+PREPARATION_TIMEOUT = timedelta(days=1)
 """How long a process may be alone at work before the run, such as one that decodes replies."""
 
 
@@ -31,7 +31,7 @@ def this_process() -> PartialState:
     """Return this process's place among those that `accelerate launch` or `torchrun` started."""
     # Accelerate takes processes without an accelerator for a run of their own, unless it is told.
     cpu = parse_flag_from_env("ACCELERATE_USE_CPU") or not torch.accelerator.is_available()
-    return PartialState(cpu=cpu, timeout=PREPARATION)
+    return PartialState(cpu=cpu, timeout=PREPARATION_TIMEOUT)
 
 
 def compute_on(device: str | None) -> None:

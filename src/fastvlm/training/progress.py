@@ -21,9 +21,9 @@ from fastvlm.training.schedule import Schedule
 Sums = Mapping[str, tuple[float, float]]
 """Measures by name: what they add up to, and over how many."""
 
-TRACKERS = ("tensorboard", "wandb", "trackio")
+TRACKER_NAMES = ("tensorboard", "wandb", "trackio")
 
-DRAWING = 0.02
+DRAWING_TIME_SHARE = 0.02
 """The share of a run's time that is given to drawing its curves."""
 
 
@@ -35,8 +35,8 @@ def check_trackers(names: tuple[str, ...]) -> None:
     """
     available = {str(getattr(name, "value", name)) for name in get_available_trackers()}
     for name in names:
-        if name not in TRACKERS:
-            raise InputError(f"The trackers are {', '.join(TRACKERS)}; got {name}.")
+        if name not in TRACKER_NAMES:
+            raise InputError(f"The trackers are {', '.join(TRACKER_NAMES)}; got {name}.")
         if name not in available:
             raise InputError(f"The tracker {name} is not installed: pip install {name}.")
 
@@ -111,7 +111,7 @@ class RunProgress:
         Where that can't be, the log says why in the end.
         """
         started = time.monotonic()
-        if not ended and (started - self.drawn) * DRAWING < self.drawing:
+        if not ended and (started - self.drawn) * DRAWING_TIME_SHARE < self.drawing:
             return
         try:
             draw_curves(self.log, self.image)

@@ -25,9 +25,9 @@ from fastvlm.training.schedule import Schedule
 from fastvlm.training.task import Losses, TrainingTask
 from fastvlm.training.train_state import TrainState
 
-WHOLE = StateDictOptions(full_state_dict=True, cpu_offload=True)
+FULL_STATE_OPTIONS = StateDictOptions(full_state_dict=True, cpu_offload=True)
 # Weights that never had a gradient have no state.
-WITH_GAPS = StateDictOptions(full_state_dict=True, cpu_offload=True, strict=False)
+PARTIAL_STATE_OPTIONS = StateDictOptions(full_state_dict=True, cpu_offload=True, strict=False)
 
 
 def is_sharded_run() -> bool:
@@ -40,7 +40,11 @@ def whole_state(module: nn.Module) -> dict[str, Any]:
 
     Every process has to call this.
     """
-    return get_model_state_dict(module, options=WHOLE) if sharded(module) else module.state_dict()
+    return (
+        get_model_state_dict(module, options=FULL_STATE_OPTIONS)
+        if sharded(module)
+        else module.state_dict()
+    )
 
 
 def sharded(module: nn.Module) -> bool:
@@ -102,12 +106,14 @@ class ShardedTrainState(TrainState):
 
     def state(self) -> State:
         """Return the weights and the optimiser's state; in process 0 they are whole."""
-        optimiser = get_optimizer_state_dict(self.task.module, self.optimiser, options=WHOLE)
+        optimiser = get_optimizer_state_dict(
+            self.task.module, self.optimiser, options=FULL_STATE_OPTIONS
+        )
         return {"module": whole_state(self.task.module), "optimiser": optimiser}
 
     def load(self, state: State) -> None:
         """Go on from what `state` returned."""
-        set_model_state_dict(self.task.module, state["module"], options=WHOLE)
+        set_model_state_dict(self.task.module, state["module"], options=FULL_STATE_OPTIONS)
         set_optimizer_state_dict(
-            self.task.module, self.optimiser, state["optimiser"], options=WITH_GAPS
+            self.task.module, self.optimiser, state["optimiser"], options=PARTIAL_STATE_OPTIONS
         )

@@ -14,7 +14,7 @@ from torch.nn.utils.rnn import pad_sequence
 from fastvlm.training.forcing import ExampleCache, Forced, GradientCache, TeacherForcing
 from fastvlm.training.replies import Example
 
-LOOKED_AT = 16
+MEASURED_EXAMPLES = 16
 """Examples whose prompts are measured, to say how much memory all of them need."""
 
 
@@ -60,7 +60,7 @@ class FrozenTarget:
     def keeps(self) -> bool:
         """Whether states are kept."""
         decoder = self.forcing.vlm.decoder
-        looked_at = self.examples[:LOOKED_AT]
+        looked_at = self.examples[:MEASURED_EXAMPLES]
         prompt = mean(len(self.forcing.prompt(example).token_ids) for example in looked_at)
         positions = sum(
             (prompt + len(example.reply)) * len(self.exit_layers) + len(example.reply)

@@ -12,7 +12,7 @@ from fastvlm.functional.statistics import Acceptance
 from fastvlm.training.replies import TrainingPrompt
 from fastvlm.vlm import VisionLanguageModel
 
-DRAFTED = 4
+DRAFT_TOKENS = 4
 """Tokens of a draft. Its length is fixed, so that figures depend on the network alone."""
 
 
@@ -46,7 +46,7 @@ class HeldOut:
             # Decoding is in the target's precision, while the network learns on in its own.
             own = moved(copy.deepcopy(network), decoder.dtype).eval()
             layer = network.config.exit_layer
-            strategy = SelfSpeculative(decoder, layer, own, FixedLength(DRAFTED))
+            strategy = SelfSpeculative(decoder, layer, own, FixedLength(DRAFT_TOKENS))
             requests = [
                 self.vlm.request(
                     one.messages, strategy=strategy, max_new_tokens=self.max_new_tokens

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-PIECE = 2**21
+FFN_CHUNK_VALUES = 2**21
 """Numbers of a feed-forward network's inner layer that are computed at a time."""
 gelu_ = torch.ops.aten.gelu_
 """GELU in place, which `torch.nn.functional` has no name for."""
@@ -265,7 +265,7 @@ class ConvFFN(nn.Module):
         assert self.fc2.bias is not None
         flat = tokens.reshape(-1, tokens.shape[-1])
         out = torch.empty_like(flat)
-        rows = max(1, PIECE // first.shape[1])
+        rows = max(1, FFN_CHUNK_VALUES // first.shape[1])
         for piece, result in zip(flat.split(rows), out.split(rows), strict=True):
             hidden = torch.addmm(self.fc1.bias, piece, first)
             torch.addmm(self.fc2.bias, gelu_(hidden), second, out=result)

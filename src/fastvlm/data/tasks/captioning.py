@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import ClassVar
 
-from fastvlm.data.tasks.task import CAPTION, Item, check_replies
+from fastvlm.data.tasks.task import CAPTION_PROMPT, Item, check_replies
 from fastvlm.metrics.captions import score_captions
 
 
@@ -61,5 +61,5 @@ def captioning(
     domains: Mapping[str, str] | None = None,
 ) -> Captioning:
     """Return the task of captioning images, each named by its item's id."""
-    items = tuple(Item(image, CAPTION, path) for image, path in images.items())
+    items = tuple(Item(image, CAPTION_PROMPT, path) for image, path in images.items())
     return Captioning(name, items, references, domains or {})

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from fastvlm.functional.errors import InputError
 
-_NAMED = 3
+_MAX_NAMES_IN_ERROR = 3
 
 
 def find(folder: Path, *names: str) -> Path:
@@ -43,6 +43,8 @@ def locate(folder: Path, places: Mapping[str, Sequence[str]]) -> dict[str, Path]
         else:
             missing.append(candidates[0])
     if missing:
-        named = ", ".join(missing[:_NAMED]) + (", ..." if len(missing) > _NAMED else "")
+        named = ", ".join(missing[:_MAX_NAMES_IN_ERROR]) + (
+            ", ..." if len(missing) > _MAX_NAMES_IN_ERROR else ""
+        )
         raise InputError(f"{len(missing)} of {len(places)} images are missing in {folder}: {named}")
     return found

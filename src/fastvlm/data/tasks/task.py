@@ -10,9 +10,9 @@ from typing import Any, ParamSpec, Protocol, TypeVar
 
 from fastvlm.functional.errors import InputError
 
-SHORT_ANSWER = "Answer the question using a single word or phrase."
-CHOICE = "Answer with the option's letter from the given choices directly."
-CAPTION = "Provide a one-sentence caption for the provided image."
+SHORT_ANSWER_PROMPT = "Answer the question using a single word or phrase."
+CHOICE_PROMPT = "Answer with the option's letter from the given choices directly."
+CAPTION_PROMPT = "Provide a one-sentence caption for the provided image."
 
 Given = ParamSpec("Given")
 Reply_contra = TypeVar("Reply_contra", contravariant=True)

@@ -13,9 +13,9 @@ from fastvlm.evaluation.tasks.plan import Plan
 from fastvlm.evaluation.tasks.scores import ScoreRow, headline, length_class
 from fastvlm.functional.statistics import Spread
 
-BINS = 12
+MAX_CURVE_POINTS = 12
 """The most points of a curve over the context's length."""
-FEWEST = 10
+MIN_DRAFTED_TOKENS = 10
 """Drafted tokens that a share of accepted ones is computed from, at least."""
 
 
@@ -73,7 +73,8 @@ def charts(plan: Plan, journal: Journal, rows: Sequence[ScoreRow]) -> list[Chart
             "tokens of prompt, image and reply before the cycle",
             "accepted share of drafted tokens",
             by_strategy(plan, answers, acceptance_by_context),
-            f"All tasks together. A point needs drafts of at least {FEWEST} tokens in all.",
+            f"All tasks together. A point needs drafts of at least {MIN_DRAFTED_TOKENS} tokens in"
+            " all.",
         ),
         Chart(
             "acceptance_by_position",
@@ -117,7 +118,7 @@ def acceptance_by_context(name: str, answers: Sequence[Answer]) -> Curve | None:
     if not cycles:
         return None
     contexts = [context for context, _, _ in cycles]
-    width = round_width((max(contexts) - min(contexts) + 1) / BINS)
+    width = round_width((max(contexts) - min(contexts) + 1) / MAX_CURVE_POINTS)
     counts: dict[int, list[int]] = {}
     for context, proposed, accepted in cycles:
         count = counts.setdefault(context // width, [0, 0])
@@ -140,7 +141,11 @@ def acceptance_by_position(name: str, answers: Sequence[Answer]) -> Curve | None
 
 def share_curve(name: str, counts: Mapping[float, Sequence[int]]) -> Curve | None:
     """Return shares as a curve: by place, how many were drafted there and how many accepted."""
-    known = {x: taken / drawn for x, (drawn, taken) in sorted(counts.items()) if drawn >= FEWEST}
+    known = {
+        x: taken / drawn
+        for x, (drawn, taken) in sorted(counts.items())
+        if drawn >= MIN_DRAFTED_TOKENS
+    }
     return Curve(name, list(known), list(known.values())) if known else None
 
 

@@ -19,13 +19,13 @@ from fastvlm.data.tasks.llava_wild import LlavaWild
 from fastvlm.data.tasks.mmvet import MmVet
 from fastvlm.functional.errors import InputError
 
-ATTEMPTS, PAUSE, TIMEOUT = 4, 2.0, 120.0
+MAX_ATTEMPTS, FIRST_PAUSE_SECONDS, TIMEOUT_SECONDS = 4, 2.0, 120.0
 """Tries of one question; seconds after the first that failed, doubled each time; seconds a try."""
-TOO_MANY, BROKEN = 429, 500
+TOO_MANY_REQUESTS_STATUS, SERVER_ERROR_STATUS = 429, 500
 """Status of a server that is asked too much; from here on the server's own failures."""
-NUMBER = re.compile(r"\d+(?:\.\d+)?")
+NUMBER_PATTERN = re.compile(r"\d+(?:\.\d+)?")
 
-CORRECTNESS = """\
+CORRECTNESS_PROMPT = """\
 Grade a reply to a question about an image that you can't see. You are given the right answer, in \
 which <AND> joins parts that are all needed and <OR> separates answers that are each right. Give a \
 number from 0.0 (nothing of it is right) to 1.0 (all of it is right) in steps of 0.1; more detail \
@@ -36,7 +36,7 @@ Right answer: {answer}
 Reply: {reply}
 Grade:"""
 
-COMPARISON = """\
+COMPARISON_PROMPT = """\
 Two assistants were asked about an image. You can't see it; this is what it shows:
 {context}
 
@@ -86,10 +86,12 @@ class Judge:
         """
         question = next(one.prompt for one in task.items if one.id == item)
         if isinstance(task, MmVet):
-            text = CORRECTNESS.format(question=question, answer=task.answers[item], reply=reply)
+            text = CORRECTNESS_PROMPT.format(
+                question=question, answer=task.answers[item], reply=reply
+            )
             return self.numbers(text, 1, 0.0, 1.0)
         if isinstance(task, LlavaWild):
-            text = COMPARISON.format(
+            text = COMPARISON_PROMPT.format(
                 context=task.contexts[item],
                 question=question,
                 reference=task.references[item],
@@ -105,7 +107,7 @@ class Judge:
             InputError: There are not as many as asked for, or one is out of range.
         """
         said = self.ask(text)
-        found = [float(number) for number in NUMBER.findall(said)]
+        found = [float(number) for number in NUMBER_PATTERN.findall(said)]
         if len(found) < count or not all(low <= grade <= high for grade in found[:count]):
             raise InputError(
                 f"The judge {self.model} was asked for {count} number{'s' * (count > 1)} from"
@@ -130,14 +132,16 @@ class Judge:
         address = f"{self.url}/chat/completions"
         # The scheme was looked at above: no file is opened by this.
         request = Request(address, json.dumps(body).encode(), headers)
-        for attempt in range(ATTEMPTS):
-            last = attempt == ATTEMPTS - 1
+        for attempt in range(MAX_ATTEMPTS):
+            last = attempt == MAX_ATTEMPTS - 1
             try:
-                with urlopen(request, timeout=TIMEOUT) as response:
+                with urlopen(request, timeout=TIMEOUT_SECONDS) as response:
                     said = json.load(response)
                 return str(said["choices"][0]["message"]["content"])
             except HTTPError as error:
-                if last or (error.code != TOO_MANY and error.code < BROKEN):
+                if last or (
+                    error.code != TOO_MANY_REQUESTS_STATUS and error.code < SERVER_ERROR_STATUS
+                ):
                     raise InputError(f"The judge at {address} refuses: {error}.") from error
             except (URLError, TimeoutError) as error:
                 if last:
@@ -148,5 +152,5 @@ class Judge:
                 raise InputError(
                     f"What the judge at {address} sends is not as OpenAI's protocol has it."
                 ) from error
-            self.sleep(PAUSE * 2**attempt)
+            self.sleep(FIRST_PAUSE_SECONDS * 2**attempt)
         raise AssertionError  # the last attempt returns or raises

@@ -39,11 +39,11 @@ from fastvlm.evaluation.tasks.tables import (
 from fastvlm.functional.files import write_text
 from fastvlm.vision.loading import load_image
 
-EXAMPLES = 2
+EXAMPLES_PER_TASK = 2
 """Items of each task that are shown."""
-SIDE = 440
+MAX_IMAGE_SIDE_PIXELS = 440
 """Pixels of the longer side of an image that is shown."""
-TITLE = "Quality and speed on the same images"
+REPORT_TITLE = "Quality and speed on the same images"
 
 
 def write_report(folder: Path, plan: Plan, journal: Journal, rows: Sequence[ScoreRow]) -> None:
@@ -68,8 +68,8 @@ def write_report(folder: Path, plan: Plan, journal: Journal, rows: Sequence[Scor
     }
     write_text(folder / "report.json", json.dumps(content, indent=2) + "\n")
     found = parts(plan, journal, rows, plots)
-    write_text(folder / "report.md", markdown(TITLE, found))
-    write_text(folder / "report.html", html(TITLE, found))
+    write_text(folder / "report.md", markdown(REPORT_TITLE, found))
+    write_text(folder / "report.html", html(REPORT_TITLE, found))
 
 
 def parts(
@@ -104,7 +104,7 @@ def parts(
     for name, task in plan.tasks.items():
         found += [Heading(f"{task.name} ({len(task.items)} items)")]
         found += task_parts(plan, [row for row in rows if row.task == name])
-        found += [example(plan, journal, name, item) for item in task.items[:EXAMPLES]]
+        found += [example(plan, journal, name, item) for item in task.items[:EXAMPLES_PER_TASK]]
     return found
 
 
@@ -183,7 +183,7 @@ def example(plan: Plan, journal: Journal, task: str, item: Item) -> ExampleBox:
             for text, names in by_text.items()
         ]
     image = load_image(item.open())
-    image.thumbnail((SIDE, SIDE))
+    image.thumbnail((MAX_IMAGE_SIDE_PIXELS, MAX_IMAGE_SIDE_PIXELS))
     out = BytesIO()
     image.save(out, "JPEG", quality=80)
     return ExampleBox(out.getvalue(), item.prompt, replies)

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import fastvlm
-from fastvlm.data.broken import SHARE, BrokenRecords
+from fastvlm.data.broken import MAX_BROKEN_SHARE, BrokenRecords
 from fastvlm.data.conversations import Broken
 from fastvlm.decoding import Strategy
 from fastvlm.evaluation.likelihood import likelihoods
@@ -28,7 +28,7 @@ def evaluate(
     plan: Plan,
     journal: Journal,
     progress: Callable[[int, int], None] = no_progress,
-    max_failed: float = SHARE,
+    max_failed: float = MAX_BROKEN_SHARE,
 ) -> None:
     """Ask all that the journal does not know yet; what failed before is asked once more.
 

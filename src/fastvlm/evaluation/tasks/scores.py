@@ -13,7 +13,7 @@ from fastvlm.evaluation.tasks.grades import Graded
 from fastvlm.evaluation.tasks.plan import Plan
 from fastvlm.functional.statistics import DecodingStatistics, Spread
 
-HEADLINES = {
+HEADLINE_SCORES = {
     "coco": "CIDEr",
     "nocaps": "CIDEr",
     "flickr8k": "CIDEr",
@@ -31,7 +31,7 @@ HEADLINES = {
 
 def headline(task: str) -> str:
     """Return the name of a task's main score."""
-    return HEADLINES[task.partition(":")[0].replace("_", "-")]
+    return HEADLINE_SCORES[task.partition(":")[0].replace("_", "-")]
 
 
 @dataclass(frozen=True, slots=True)

@@ -31,7 +31,7 @@ def lossless(plan: Plan, rows: Sequence[ScoreRow]) -> str:
     )
 
 
-COLUMNS: Sequence[Sequence[tuple[str, Callable[[ScoreRow, Speed], str]]]] = (
+SPEED_TABLE_COLUMNS: Sequence[Sequence[tuple[str, Callable[[ScoreRow, Speed], str]]]] = (
     (
         ("tokens", lambda _, speed: spread(speed.tokens, 0)),
         ("TTFT ms", lambda _, speed: spread(speed.ttft_ms, 0)),
@@ -111,7 +111,7 @@ def task_parts(plan: Plan, rows: Sequence[ScoreRow]) -> list[Part]:
     written = [(row, row.speed) for row in rows if row.speed is not None]
     if written:
         found.append(Paragraph("Medians and quartiles over the replies:"))
-        for columns in COLUMNS:
+        for columns in SPEED_TABLE_COLUMNS:
             body = [
                 [label(row.strategy, row.size), *(cells(row, speed) for _, cells in columns)]
                 for row, speed in written
