@@ -38,7 +38,7 @@ from fastvlm.language import capture_decoder_inputs, split_decoder
 
 @dataclass(frozen=True, slots=True)
 class Target:
-    """A model that was met before: what decodes for it, and how it drafts."""
+    """The engine and the strategy of a model that was seen before."""
 
     engine: Engine
     strategy: Strategy
@@ -63,11 +63,11 @@ class Speculative:
         self._lock = Lock()
 
     def target(self, model: PreTrainedModel) -> Target:
-        """Return what decodes for a model, which is split when it is seen first.
+        """Return the engine and the strategy of a model, made at the first call.
 
         Raises:
             CheckpointError: The draft can't be read, or can't draft for the model.
-            InputError: The model's family is not known, or an option is out of range.
+            InputError: The model's family is not supported, or an option is out of range.
         """
         with self._lock:
             if model not in self._targets:
@@ -89,9 +89,20 @@ class Speculative:
     ) -> Tensor | GenerateDecoderOnlyOutput | GenerateEncoderDecoderOutput:
         """Decode what `generate` has prepared.
 
+        Args:
+            model: The model whose `generate` was called.
+            input_ids: (batch, length).
+            logits_processor: The logits processors that `generate` has assembled.
+            stopping_criteria: The stopping criteria that `generate` has assembled.
+            generation_config: The generation settings.
+            model_kwargs: The model's further inputs, such as `pixel_values`.
+
+        Returns:
+            (batch, length) tokens with the prompt; with `return_dict_in_generate` an output object.
+
         Raises:
-            InputError: It asks for what is not supported: beams, attentions, hidden states, a cache
-                that is not empty.
+            InputError: The settings ask for beams, attentions, hidden states or a cache that is not
+                empty, none of which is supported.
         """
         # transformers hands a decoding method of others all but the streamer, which would wait for
         # tokens for ever.
@@ -191,7 +202,18 @@ def speculative(
 def output(
     model: PreTrainedModel, input_ids: Tensor, requests: Sequence[Request], config: Any
 ) -> Tensor | GenerateDecoderOnlyOutput | GenerateEncoderDecoderOutput:
-    """Return what `generate` returns: (batch, length) tokens, or a dictionary with them."""
+    """Return the result of `generate`.
+
+    Args:
+        model: The model.
+        input_ids: The prompts' tokens, (batch, length).
+        requests: The finished requests, one for each row.
+        config: The generation settings.
+
+    Returns:
+        (batch, length + longest reply) tokens, or with `return_dict_in_generate` an output object
+        with them.
+    """
     replies = [request.output_token_ids for request in requests]
     longest = max(map(len, replies))
     pad = config._pad_token_tensor
@@ -219,7 +241,15 @@ def output(
 
 
 def stacked(rows: Sequence[Sequence[Tensor]], longest: int) -> tuple[Tensor, ...]:
-    """Return tensors by position, (batch, ...), from tensors by row; 0 where a row has ended."""
+    """Stack tensors of each row by position.
+
+    Args:
+        rows: One tensor, (...), for each token of each row.
+        longest: Tokens of the longest row.
+
+    Returns:
+        One tensor, (batch, ...), for each position; zeros where a row has ended.
+    """
     nothing = torch.zeros_like(rows[0][0])
     return tuple(
         torch.stack([row[index] if index < len(row) else nothing for row in rows])
@@ -228,7 +258,7 @@ def stacked(rows: Sequence[Sequence[Tensor]], longest: int) -> tuple[Tensor, ...
 
 
 def for_row(processors: Sequence[LogitsProcessor], row: int) -> list[LogitsProcessor]:
-    """Return logits processors that were made for a batch as they are for one of its rows."""
+    """Return the logits processors of one row, given those of its batch."""
     found = []
     for processor in processors:
         ignored = getattr(processor, "prompt_ignore_length", None)
@@ -242,11 +272,11 @@ def for_row(processors: Sequence[LogitsProcessor], row: int) -> list[LogitsProce
 
 
 def first_unfit(processors: Sequence[LogitsProcessor], rows: int) -> str | None:
-    """Return the name of a processor that can't judge drafts; None if all can.
+    """Return the name of a processor that can't be used with drafts; None if all can.
 
     Args:
-        processors: As `generate` has them.
-        rows: Of the batch, which advance at different times where there are drafts.
+        processors: The processors that `generate` has assembled.
+        rows: Batch size; with drafts, rows advance at different times.
     """
     for processor in processors:
         if not is_stateless(processor) or (rows > 1 and isinstance(processor, PER_ROW_PROCESSORS)):

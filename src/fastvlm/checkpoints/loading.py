@@ -167,10 +167,19 @@ def find_folder(model: str | Path, options: dict[str, Any]) -> Path:
 
 
 def attempt(what: str, call: Callable[..., Loaded], *given: Any, **named: Any) -> Loaded:
-    """Return what a call loads, or say in a sentence that begins with `what` why it doesn't.
+    """Call a loading function and turn any error into a `CheckpointError`.
+
+    Args:
+        what: The beginning of the error message, such as "The tokenizer can't be loaded".
+        call: The function.
+        given: Its positional arguments.
+        named: Its keyword arguments.
+
+    Returns:
+        What the function returns.
 
     Raises:
-        CheckpointError: It doesn't.
+        CheckpointError: The function failed.
     """
     try:
         return call(*given, **named)
@@ -316,8 +325,13 @@ def _load_layout(
 def check_weights(folder: Path, config: FastVlmConfig, weights: dict[str, Tensor]) -> None:
     """Refuse weights that are not exactly those of the configuration's model.
 
+    Args:
+        folder: The model's folder, for the error message.
+        config: The model's configuration.
+        weights: The weights by the names that fastvlm gives them.
+
     Raises:
-        CheckpointError: Some are missing, left over, or of another shape; it names them.
+        CheckpointError: Weights are missing, left over, or of another shape; it names them.
     """
     with torch.device("meta"):
         model = FastVlmForConditionalGeneration(config)

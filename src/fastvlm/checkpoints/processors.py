@@ -38,7 +38,13 @@ class StillImages(ProcessorMixin):
     def from_args_and_dict(
         cls, args: Any, processor_dict: dict[str, Any], **kwargs: Any
     ) -> ProcessorMixin:
-        """Make a processor of its parts and its settings."""
+        """Build a processor without its video part. See `ProcessorMixin.from_args_and_dict`.
+
+        Args:
+            args: The processor's parts: tokenizer, image processor, ...
+            processor_dict: The settings of the processor's configuration file.
+            kwargs: Further settings.
+        """
         # Some classes want to be told that there is none.
         settings = {**processor_dict, "video_processor": None}
         made: ProcessorMixin = super().from_args_and_dict(args, settings, **kwargs)
@@ -49,7 +55,7 @@ class StillImages(ProcessorMixin):
         return _blank, (type(self).__bases__[1],), self.__dict__
 
     def apply_chat_template(self, conversation: Any, *given: Any, **named: Any) -> Any:
-        """Write a dialogue as the chat template has it."""
+        """Render a dialogue with the chat template. See `ProcessorMixin.apply_chat_template`."""
         # SmolVLM's own method asks the video processor how many frames it takes.
         return ProcessorMixin.apply_chat_template(self, conversation, *given, **named)
 

@@ -68,24 +68,24 @@ def be(names: Sequence[str]) -> str:
 
 
 def by(shape: Sequence[int]) -> str:
-    """Return a shape in words."""
+    """Return a shape in words, such as "3 x 64 x 64"."""
     return " x ".join(map(str, shape)) or "a single number"
 
 
 def misshapen(name: str, found: Sequence[int], wanted: Sequence[int]) -> str:
-    """Return a weight's name with its shape and the right one."""
+    """Return a weight's name with the shape found and the shape expected."""
     return f"{name} ({by(found)}, not {by(wanted)})"
 
 
 def refuse_wrong(place: Any, problems: dict[str, Sequence[str]]) -> None:
-    """Refuse weights that are not a configuration's.
+    """Refuse weights that don't fit their configuration.
 
     Args:
-        place: Where they are.
-        problems: Names of weights by what is wrong with them.
+        place: Where the weights are, for the error message.
+        problems: The names of the wrong weights, by what is wrong with them.
 
     Raises:
-        CheckpointError: There is such a name; it names the first few.
+        CheckpointError: There is a wrong weight; it names the first few.
     """
     said = [f"{named(names)} {be(names)} {what}" for what, names in problems.items() if names]
     if said:
@@ -95,14 +95,14 @@ def refuse_wrong(place: Any, problems: dict[str, Sequence[str]]) -> None:
 
 
 def check_layers(folder: Path, config: Mapping[str, Any]) -> None:
-    """Refuse a configuration of so many layers that building its model would never end.
+    """Refuse a configuration with so many layers that building its model would never end.
 
     Args:
-        folder: The model's.
-        config: What its `config.json` holds.
+        folder: The model's folder, for the error message.
+        config: The contents of `config.json`.
 
     Raises:
-        CheckpointError: It is one.
+        CheckpointError: A number of layers exceeds `MAX_LAYERS`.
     """
     for name, value in config.items():
         if isinstance(value, Mapping):

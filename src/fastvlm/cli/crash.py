@@ -30,7 +30,7 @@ def is_out_of_memory(error: BaseException) -> bool:
 
 
 def memory_sentence(error: BaseException) -> str:
-    """Return what to do where memory is out."""
+    """Return a sentence that says what to do when memory runs out."""
     what = str(error).strip()
     told = f" ({first_line(error)})" if what and isinstance(error, Exception) else ""
     return (
@@ -40,10 +40,10 @@ def memory_sentence(error: BaseException) -> str:
 
 
 def crash_sentence(error: Exception, arguments: Sequence[str]) -> str:
-    """Return what to say of a failure of our own, after a report was written of it.
+    """Write a report of an internal error, and return the sentence to show for it.
 
     Args:
-        error: The failure.
+        error: The error.
         arguments: The words of the command line after `fastvlm`.
     """
     what = f"{type(error).__name__}: {first_line(error)}"

@@ -77,7 +77,7 @@ class DemoResult:
 
     @property
     def speedup(self) -> float | None:
-        """The ordinary time per output token over the self-speculative one."""
+        """Time per output token of ordinary decoding over that of self-speculative decoding."""
         if not self.ordinary.tpot_ms or not self.speculative.tpot_ms:
             return None
         return self.ordinary.tpot_ms / self.speculative.tpot_ms
@@ -166,7 +166,14 @@ def show(
     strategies: dict[str, Strategy],
     images: Sequence[DemoImage],
 ) -> None:
-    """Show each image, its reply decoded both ways and what that took; then a table of all."""
+    """Show every image with its reply decoded both ways, then a table of all results.
+
+    Args:
+        console: Where to write.
+        vlm: The example model.
+        strategies: `autoregressive` and `imitation`, by name.
+        images: The images to describe.
+    """
     from fastvlm.evaluation.measuring import hardware
 
     legend = Text("Each reply is decoded twice, ordinarily and self-speculatively")
@@ -199,7 +206,13 @@ def show(
 
 
 def introduce(console: Console, image: DemoImage, place: str) -> None:
-    """Show an image beside its title, its prompt and its credit."""
+    """Show an image beside its title, prompt and credit.
+
+    Args:
+        console: Where to write.
+        image: The image.
+        place: Its number among all images, such as "1/6".
+    """
     from fastvlm.vision.loading import load_image
 
     said = Text.assemble((f"{place}  {image.title}", "bold"), "\n")
@@ -224,7 +237,14 @@ def compare(
     strategies: dict[str, Strategy],
     image: DemoImage,
 ) -> DemoResult:
-    """Stream an image's reply both ways, then measure both without the terminal in between."""
+    """Stream the reply to an image both ways, then measure both without writing to the terminal.
+
+    Args:
+        console: Where to write.
+        vlm: The example model.
+        strategies: `autoregressive` and `imitation`, by name.
+        image: The image to describe.
+    """
     from fastvlm.evaluation.benchmark import run_strategy
 
     question, replies = image.question, []
@@ -250,7 +270,7 @@ def compare(
 
 
 def line(of: DemoResult) -> Padding:
-    """Return what one image's reply took, both ways."""
+    """Return the figures of one image's reply, decoded both ways, as a line."""
     text = Text()
     text.append("identical" if of.identical else "different", "" if of.identical else "bold red")
     text.append(

@@ -26,10 +26,10 @@ class UsageError(InputError):
 
 @contextmanager
 def usage() -> Iterator[None]:
-    """Turn what is refused meanwhile into an error of usage.
+    """Turn any `InputError` raised in this context into a `UsageError`.
 
     Raises:
-        UsageError: Something was.
+        UsageError: An `InputError` was raised.
     """
     try:
         yield
@@ -149,7 +149,17 @@ class Runtime:
     def load(
         self, model: str | Path | None, draft: Path | None = None, *, max_slots: int | None = None
     ) -> VisionLanguageModel:
-        """Load a model as `load_quietly` does."""
+        """Load a model with these settings.
+
+        Args:
+            model: A directory, or a name on the Hugging Face hub; None for the example model.
+            draft: The draft's directory; None for none.
+            max_slots: The maximum number of requests decoded together; None for the default.
+
+        Raises:
+            CheckpointError: The model or the draft is missing, broken or made for something else.
+            InputError: The model's family is not supported.
+        """
         return load_quietly(
             model, draft, self.threads, self.dtype, self.device, max_slots=max_slots
         )
@@ -159,7 +169,7 @@ class Runtime:
         prepare_torch(self.threads)
 
     def progress(self, task: str) -> AbstractContextManager[Callable[[int, int], None]]:
-        """Show how far some work is; see `terminal.progress`."""
+        """Show the progress of some work; see `terminal.progress`."""
         return progress(task, quiet=self.quiet)
 
 
@@ -175,15 +185,15 @@ def layers_in(listed: str | None) -> tuple[int, ...] | None:
 
 
 def whole_numbers(listed: str, what: str, example: str) -> tuple[int, ...]:
-    """Return the numbers of a list as it is typed.
+    """Parse a list of whole numbers.
 
     Args:
         listed: Numbers, separated by commas.
-        what: They are, for the sentence.
-        example: Of such a list.
+        what: What the numbers are, for the error message.
+        example: An example of such a list, for the error message.
 
     Raises:
-        UsageError: There is something else in it, or nothing.
+        UsageError: The list is empty, or something in it is not a whole number.
     """
     numbers = [number.strip() for number in listed.split(",")]
     if not numbers or not all(
@@ -215,11 +225,19 @@ def load_quietly(
     device: str | torch.device = "cpu",
     max_slots: int | None = None,
 ) -> VisionLanguageModel:
-    """Load a model, and a draft made for it, without progress bars and warnings of others.
+    """Load a model, and a draft made for it, without progress bars or warnings of other libraries.
+
+    Args:
+        model: A directory, or a name on the Hugging Face hub; None for the example model.
+        draft: The draft's directory; None for none.
+        threads: CPU threads; None for torch's default.
+        dtype: The precision to compute in, such as "bfloat16".
+        device: The device to compute on.
+        max_slots: The maximum number of requests decoded together; None for the default.
 
     Raises:
         CheckpointError: The model or the draft is missing, broken or made for something else.
-        InputError: The model's family is not known.
+        InputError: The model's family is not supported.
     """
     if isinstance(model, str):
         model = resolve_model(model)

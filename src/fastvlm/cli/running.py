@@ -80,11 +80,11 @@ def invoked(arguments: Sequence[str], app: typer.Typer | None = None) -> int:
 
 
 def failed(error: Exception, arguments: Sequence[str]) -> int:
-    """Say what went wrong, and return the exit code.
+    """Print what went wrong, and return the exit code.
 
     Args:
-        error: What was raised.
-        arguments: The words after `fastvlm`.
+        error: The error.
+        arguments: The words of the command line after `fastvlm`.
     """
     if isinstance(error, BrokenPipeError):
         # As others that write to `head`: whoever read has seen enough.
@@ -124,7 +124,7 @@ def print_usage(error: Any) -> None:
 
 
 def sentence_of(error: Exception) -> str | None:
-    """Return what an error says to a user; None for one that is a fault of our own."""
+    """Return the sentence to show for an error; None for an internal error."""
     if reason := torchvision_mismatch(error):
         return reason
     if is_out_of_memory(error):
@@ -156,10 +156,10 @@ def _of_the_system(error: OSError) -> str | None:
 
 @contextmanager
 def ended_by_signals() -> Iterator[None]:
-    """Let a signal that ends the process clear up first, as Ctrl-C does.
+    """Turn signals that would end the process into `SystemExit`, so that it can clean up first.
 
     Raises:
-        SystemExit: One came; the code is 128 and its number, as a shell has it.
+        SystemExit: A signal arrived; the code is 128 plus its number, as in a shell.
     """
 
     def leave(number: int, _: FrameType | None) -> None:

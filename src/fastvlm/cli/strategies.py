@@ -160,6 +160,12 @@ def named_strategies(
 ) -> dict[str, Strategy]:
     """Return the strategies to measure, by name.
 
+    Args:
+        vlm: The model.
+        chosen: The strategies as they were typed.
+        drafts: The drafts' directories, by the names of their strategies.
+        skipped: The layers that layer-skip leaves out; None for its default.
+
     Raises:
         CheckpointError: A draft is missing, broken or made for another model.
         UsageError: A setting is out of range.
@@ -202,7 +208,7 @@ def options_of(typed: TypedStrategy, skipped: Sequence[int] | None) -> dict[str,
 
 
 def describe(typed: TypedStrategy, strategy: Strategy) -> dict[str, Any]:
-    """Return what a strategy is, for the record."""
+    """Return a strategy's settings for the JSON output."""
     from fastvlm.functional.digests import digest_of_weights
 
     network = getattr(strategy, "network", None)

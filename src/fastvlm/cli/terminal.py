@@ -92,13 +92,13 @@ def hush(quiet: bool) -> bool:
 
 @contextmanager
 def progress(task: str, *, quiet: bool = False) -> Iterator[Callable[[int, int], None]]:
-    """Show on standard error how far some work is, and the time left.
+    """Show the progress of some work on standard error, with the time left.
 
-    Yields what the work calls with the steps done and their number. A terminal shows a bar; a file
+    Yields a function to call with the steps done and the total. A terminal shows a bar; a file
     gets a line every `PROGRESS_LINE_SECONDS`.
 
     Args:
-        task: What is being done, in a word.
+        task: What is being done, in one word.
         quiet: Whether to show nothing.
     """
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TimeRemainingColumn
@@ -132,7 +132,7 @@ class _Lines:
 
 
 def hardware_line(hardware: dict[str, Any]) -> str:
-    """Return what figures were measured on, in a line."""
+    """Return the hardware that figures were measured on, as one line."""
     threads = hardware["threads"]
     return (
         f"{hardware['accelerator'] or hardware['processor']}, {threads}"
@@ -142,5 +142,11 @@ def hardware_line(hardware: dict[str, Any]) -> str:
 
 
 def number(value: float | None, digits: int = 1, unit: str = "") -> str:
-    """Return a figure as a table shows it; a dash where there is none."""
+    """Return a number as a table shows it, or a dash for None.
+
+    Args:
+        value: The number.
+        digits: Digits after the decimal point.
+        unit: Appended to the number, such as "x".
+    """
     return "-" if value is None else f"{value:.{digits}f}{unit}"

@@ -72,7 +72,13 @@ def _line(line: str) -> Any:
 
 
 def records_of(rows: list[Any], folders: ImageFolders, source: str) -> Records:
-    """Return rows of a known kind, named by their ids, or by their numbers in the source."""
+    """Return the records of rows in a supported format, named by id or by number.
+
+    Args:
+        rows: The rows.
+        folders: Where to look for images.
+        source: The name of the data set, used in record names.
+    """
 
     def convert(name: str, row: Any) -> Conversation:
         return conversation_of(name, row, folders)
@@ -81,7 +87,7 @@ def records_of(rows: list[Any], folders: ImageFolders, source: str) -> Records:
 
 
 def named_by(key: str, kind: str) -> Callable[[int, Any], str]:
-    """Return what names a row: its kind with its own number, or its place where it has none."""
+    """Return a function that names a row by its kind and id, or by its number if it has no id."""
 
     def name(index: int, row: Any) -> str:
         own = row.get(key) if isinstance(row, Mapping) else None

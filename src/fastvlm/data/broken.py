@@ -17,13 +17,13 @@ class BrokenRecords:
     """Counts the records that a run has seen, and how many of them were broken.
 
     Args:
-        share: The largest share of broken records that a run goes on with.
-        least: Records that are seen before the share is judged.
-        what: What they are called.
-        failed: What is wrong with the broken ones.
+        share: The maximum share of broken records, from 0 to 1.
+        least: The number of records to see before the share is checked.
+        what: What the records are called in messages.
+        failed: What is said of broken records in messages.
 
     Raises:
-        InputError: The share is no share.
+        InputError: The share is not between 0 and 1.
     """
 
     def __init__(
@@ -69,7 +69,7 @@ class BrokenRecords:
             )
 
     def summary(self) -> str:
-        """Return how many records were broken, and the first of them with what is wrong."""
+        """Return how many records were broken, and the reasons of the first few."""
         if not self.count:
             return f"None of {self.seen:,} {self.what} {self.failed.replace('are ', 'is ')}"
         first = "; ".join(f"{one.name}: {one.reason.rstrip('.')}" for one in self.named)

@@ -86,7 +86,13 @@ class Shards(Protocol):
 
 
 def converted(name: str, row: Any, convert: Callable[[str, Any], Conversation]) -> Record:
-    """Return what `convert` makes of a row, or why it can't."""
+    """Return the conversation of a row, or a `Broken` record with the reason if there is none.
+
+    Args:
+        name: The record's name.
+        row: The row, as published.
+        convert: Makes a conversation of a name and a row.
+    """
     try:
         return convert(name, row)
     except BrokenRecordError as error:
@@ -97,7 +103,7 @@ def converted(name: str, row: Any, convert: Callable[[str, Any], Conversation]) 
 
 
 def opened(conversation: Conversation) -> Record:
-    """Return a conversation with every image open, upright and in RGB, or say which can't be."""
+    """Return a conversation with every image opened, upright and in RGB, or a `Broken` record."""
     messages = []
     for message in conversation.messages:
         parts = []

@@ -51,8 +51,14 @@ class HubShards:
 def read_saved(folder: Path, images: Path | None, split: str) -> Records:
     """Read a folder that `save_to_disk` wrote.
 
+    Args:
+        folder: The folder.
+        images: Where to look for images that rows give by file name; None for the folder's
+            parent.
+        split: The split to read, if the folder has several.
+
     Raises:
-        InputError: `datasets` is not installed, there is no such split, or no column is known.
+        InputError: `datasets` is not installed, there is no such split, or no column is supported.
     """
     library = needed("datasets")
     dataset = library.load_from_disk(str(folder))
@@ -74,12 +80,12 @@ def stream_from_hub(name: str, images: Path | None, split: str) -> HubShards:
 
     Args:
         name: `owner/name`, or `owner/name:configuration`.
-        images: Where images are that its rows give by name.
-        split: Which of its splits.
+        images: Where to look for images that rows give by file name.
+        split: The split to read.
 
     Raises:
         InputError: `datasets` is not installed, the hub has no such data set or can't be reached,
-            or no column is known.
+            or no column is supported.
     """
     library = needed("datasets")
     path, _, configuration = name.partition(":")

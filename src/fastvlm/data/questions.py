@@ -38,7 +38,12 @@ class Question:
 
 
 def scene_conversations(seeds: Sequence[int], size: int) -> Records:
-    """Return a conversation about each scene, drawn at `size` pixels: its exact description."""
+    """Return a conversation about each scene, with its exact description as the reply.
+
+    Args:
+        seeds: The scenes' seeds.
+        size: Side of the rendered images in pixels.
+    """
     shipped = example()
     scenes = shipped.scenes
 

@@ -29,7 +29,7 @@ CONTENT_KEYS = ("messages", "conversations", "question", *CAPTION_KEYS)
 
 
 def is_known(row: Any) -> bool:
-    """Say whether a row is of a kind that `conversation_of` knows."""
+    """Return whether `conversation_of` supports a row's format."""
     return isinstance(row, Mapping) and any(row.get(key) is not None for key in CONTENT_KEYS)
 
 

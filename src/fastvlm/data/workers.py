@@ -38,7 +38,7 @@ END_OF_ITEMS = object()
 
 
 class LostWorkerError(FastVlmError):
-    """A process that prepares data has ended, killed for want of memory or by somebody."""
+    """A worker process that prepares data was killed, by the system or from outside."""
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -56,7 +56,7 @@ class _Made:
 
 
 def usual_workers(processes: int = 1) -> int:
-    """Return how many workers each of a machine's training processes takes, if it isn't told.
+    """Return the default number of workers for each training process.
 
     Args:
         processes: Training processes on this machine, which share its cores.

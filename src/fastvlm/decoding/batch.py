@@ -59,7 +59,13 @@ class Batch:
     def positions(
         self, starts: Sequence[int], width: int, *, to_the_end: bool = False
     ) -> Positions:
-        """Return the positions of a pass over these rows. See `DecoderCache.positions`."""
+        """Return the positions of a pass over these rows. See `DecoderCache.positions`.
+
+        Args:
+            starts: The first position of each row.
+            width: Positions of each row.
+            to_the_end: Whether the pass reads the whole cache, so that rounding is always the same.
+        """
         rows = [slot.index for slot in self.slots]
         return self.cache.positions(starts, width, rows, to_the_end=to_the_end)
 

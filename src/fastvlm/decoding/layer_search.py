@@ -24,13 +24,13 @@ TIMING_ROUNDS = 7
 
 @dataclass(frozen=True, slots=True)
 class StepCosts:
-    """What the parts of decoding take, in any one unit of time.
+    """The time that each part of decoding takes, all in the same unit.
 
     Args:
-        layer: A layer, for one token.
+        layer: One layer, for one token.
         head: Embedding and LM head, for one token.
         verify: A pass of all layers over two tokens.
-        slope: What each further token adds to it.
+        slope: What each further token adds to such a pass.
     """
 
     layer: float
@@ -41,11 +41,11 @@ class StepCosts:
 
 @dataclass(frozen=True, slots=True)
 class LayerChoice:
-    """Layers to skip, and what is expected of it.
+    """Layers to skip, and their expected effect.
 
     Args:
-        skipped: The layers.
-        acceptance: The share of drafted tokens that are the target's own.
+        skipped: The layers' indices.
+        acceptance: The share of drafted tokens that equal the target's own.
         speedup: Expected tokens per second over those of ordinary decoding.
     """
 
@@ -73,7 +73,16 @@ class ContextCache:
     def update(
         self, keys: Tensor, values: Tensor, layer_idx: int, *_: Any, **__: Any
     ) -> tuple[Tensor, Tensor]:
-        """Return the target's keys and values, then the new ones: (1, kv_heads, both, head_dim)."""
+        """Return the target's keys and values followed by the new ones.
+
+        Args:
+            keys: (1, kv_heads, width, head_dim).
+            values: (1, kv_heads, width, head_dim).
+            layer_idx: The layer's index.
+
+        Returns:
+            Keys and values, (1, kv_heads, length + width, head_dim) each.
+        """
         return (
             torch.cat((self.keys[layer_idx], keys), 2),
             torch.cat((self.values[layer_idx], values), 2),
@@ -172,7 +181,12 @@ class SampleReplies:
 
 @torch.inference_mode()
 def measured_costs(decoder: SplitDecoder, context: int) -> StepCosts:
-    """Time the parts of decoding with so many positions in the cache: medians, in seconds."""
+    """Time the parts of decoding, in seconds: medians of `TIMING_ROUNDS` runs.
+
+    Args:
+        decoder: The target.
+        context: Positions in the cache.
+    """
     narrow, wide = 2, 10
     cache = decoder.cache(1, context + wide)
     layers = range(decoder.depth)
@@ -201,9 +215,15 @@ def measured_costs(decoder: SplitDecoder, context: int) -> StepCosts:
 
 
 def expected_speedup(acceptance: float, kept: int, depth: int, costs: StepCosts) -> float:
-    """Return the speedup of the best draft length, over ordinary decoding.
+    """Return the speedup of the best draft length over ordinary decoding.
 
     S = E (L l + h) / (g (kept l + h) + verify), with E = 1 + a + ... + a^g.
+
+    Args:
+        acceptance: The acceptance rate of drafted tokens (a).
+        kept: The number of layers that draft.
+        depth: All layers of the target (L).
+        costs: The time of each part of decoding: a layer (l), the LM head (h), a verify.
     """
     step, draft = depth * costs.layer + costs.head, kept * costs.layer + costs.head
     best, tokens = 0.0, 1.0

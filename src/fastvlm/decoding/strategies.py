@@ -48,40 +48,51 @@ class Strategy(Protocol):
         ...
 
     def draft(self, batch: Batch, limits: Sequence[int]) -> Draft:
-        """Propose tokens to follow each row's last one, at most `limits` of them."""
+        """Propose tokens to follow each row's last one.
+
+        Args:
+            batch: The slots, a row each.
+            limits: The maximum number of tokens to draft for each row.
+        """
         ...
 
     def on_verified(self, draft: Draft, accepted: Sequence[int], now: float) -> None:
-        """Learn how many tokens of a draft each row accepted, and when that was known."""
+        """Update the strategy's estimates after a verify.
+
+        Args:
+            draft: The draft.
+            accepted: The number of drafted tokens that each row accepted.
+            now: When the verify ended, in seconds of the batch's clock.
+        """
         ...
 
     def on_finish(self, tokens: int) -> None:
-        """Learn that a reply has ended with so many tokens."""
+        """Update the strategy's estimates after a reply of so many tokens."""
         ...
 
 
 class Drafting:
-    """A strategy that learns nothing."""
+    """A strategy that keeps no estimates."""
 
     def on_verified(self, draft: Draft, accepted: Sequence[int], now: float) -> None:
-        """Nothing to learn."""
+        """Do nothing. See `Strategy.on_verified`."""
 
     def on_finish(self, tokens: int) -> None:
-        """Nothing to learn."""
+        """Do nothing. See `Strategy.on_finish`."""
 
 
 class RuledDrafting:
-    """A strategy whose drafts end by a rule, which learns what came of them."""
+    """A strategy whose draft length is decided by a rule, which adapts to what is accepted."""
 
     length: DraftLength
 
     def on_verified(self, draft: Draft, accepted: Sequence[int], now: float) -> None:
-        """Tell the rule for the draft's length what was accepted, and what it took."""
+        """Update the rule for the draft length. See `Strategy.on_verified`."""
         if draft.progress is not None:
             self.length.update(draft.progress, accepted, draft.timings(now))
 
     def on_finish(self, tokens: int) -> None:
-        """Tell the rule for the draft's length how long a reply was."""
+        """Update the rule for the draft length. See `Strategy.on_finish`."""
         self.length.on_finish(tokens)
 
 

@@ -33,7 +33,13 @@ MAJORITY_SHARE = 0.5
 
 
 class Mean:
-    """A running mean of about the last `window` values; `value` is assumed with a `weight`."""
+    """A running mean.
+
+    Args:
+        window: The approximate number of latest values that it averages.
+        value: The initial value.
+        weight: The number of values that the initial value counts for.
+    """
 
     def __init__(self, window: int = AVERAGED_CYCLES, value: float = 0.0, weight: int = 0) -> None:
         self.window, self.value, self.weight = window, value, weight
@@ -195,7 +201,7 @@ class AdaptiveLength:
         return accepted * self.after_accepted.value > needed * sum(map(bool, progress.confidences))
 
     def update(self, progress: Progress, accepted: Sequence[int], timings: Timings) -> None:
-        """Learn from a cycle: what was accepted, and what it took."""
+        """Update the estimates after a cycle. See `DraftLength.update`."""
         throughput = self.throughputs[len(progress.active)]
         if not progress.steps:
             throughput.add_ordinary(timings.verify)
@@ -211,5 +217,5 @@ class AdaptiveLength:
         throughput.add_draft(tokens, timings)
 
     def on_finish(self, tokens: int) -> None:
-        """Learn a reply's length."""
+        """Update the share of one-word replies after a reply of so many tokens."""
         self.one_word.add(tokens <= ONE_WORD_TOKENS)

@@ -67,16 +67,22 @@ class DraftLength(Protocol):
         ...
 
     def update(self, progress: Progress, accepted: Sequence[int], timings: Timings) -> None:
-        """Learn from a cycle: its drafts, how many tokens each row accepted, and what it took."""
+        """Update the rule's estimates after a cycle.
+
+        Args:
+            progress: The cycle's drafts.
+            accepted: The number of drafted tokens that each row accepted.
+            timings: The time of each part of the cycle, in seconds.
+        """
         ...
 
     def on_finish(self, tokens: int) -> None:
-        """Learn that a reply has ended with so many tokens."""
+        """Update the rule's estimates after a reply of so many tokens."""
         ...
 
 
 class RowByRow:
-    """A rule that looks at each row alone and learns nothing."""
+    """A rule that decides for each row alone and keeps no estimates."""
 
     maximum: int
 
@@ -92,10 +98,10 @@ class RowByRow:
         ]
 
     def update(self, progress: Progress, accepted: Sequence[int], timings: Timings) -> None:
-        """Nothing to learn."""
+        """Do nothing. See `DraftLength.update`."""
 
     def on_finish(self, tokens: int) -> None:
-        """Nothing to learn."""
+        """Do nothing. See `DraftLength.on_finish`."""
 
 
 def check_maximum(maximum: int) -> None:

@@ -81,7 +81,13 @@ def is_count(value: Any) -> bool:
 
 
 class GatedMlp(nn.Module):
-    """The paper's network: x + down(silu(gate(norm(x))) * up(norm(x))), per token."""
+    """The paper's network: x + down(silu(gate(norm(x))) * up(norm(x))), per token.
+
+    Args:
+        width: Size of its inputs and outputs (d_model).
+        hidden: Size of its hidden layer.
+        eps: Epsilon of its RMSNorm.
+    """
 
     def __init__(self, width: int, hidden: int, eps: float) -> None:
         super().__init__()
@@ -91,7 +97,7 @@ class GatedMlp(nn.Module):
         self.down_proj = nn.Linear(hidden, width, bias=False)
 
     def forward(self, x: Tensor) -> Tensor:
-        """Imitate, token by token: (batch, new, d_model) to the same."""
+        """Approximate the last layer's hidden states: (batch, new, d_model) to the same."""
         normed = self.norm(x)
         return x + self.down_proj(F.silu(self.gate_proj(normed)) * self.up_proj(normed))
 
@@ -141,7 +147,17 @@ class ImitationNetwork(PreTrainedModel):
     def imitate(
         self, x: Tensor, positions: Positions, cache: KeyValueCache, decoder: SplitDecoder
     ) -> Tensor:
-        """Imitate the last layer's hidden states from the exit layer's: (batch, new, d_model)."""
+        """Approximate the last layer's hidden states from the exit layer's.
+
+        Args:
+            x: The exit layer's hidden states, (batch, new, d_model).
+            positions: Their positions.
+            cache: Where the network's own layers keep their keys and values.
+            decoder: The target's decoder.
+
+        Returns:
+            (batch, new, d_model).
+        """
         if self.mlp is not None:
             return self.mlp(x)
         return decoder.forward_blocks(x, positions, cache, self.layers)

@@ -94,27 +94,33 @@ class StrategyResult:
 
 
 class TokenTimes(BaseStreamer):
-    """Notes when `transformers`' generate hands over each token."""
+    """A streamer that records when `transformers`' `generate` produces each token."""
 
     def __init__(self) -> None:
         self.times: list[float] = []
         self.prompt_seen = False
 
     def put(self, value: torch.Tensor) -> None:
-        """Note a token's time; the first call brings the prompt."""
+        """Record a token's time; the first call has the prompt."""
         del value
         if self.prompt_seen:
             self.times.append(time.perf_counter())
         self.prompt_seen = True
 
     def end(self) -> None:
-        """Nothing is left to do."""
+        """Do nothing."""
 
 
 def run_transformers(
     vlm: VisionLanguageModel, question: Question, max_new_tokens: int
 ) -> MeasuredReply:
-    """Answer a question with `transformers`' own greedy `generate`."""
+    """Return the reply of `transformers`' own greedy `generate` to a question.
+
+    Args:
+        vlm: The model.
+        question: The question.
+        max_new_tokens: The maximum number of tokens in the reply.
+    """
     messages = dialogue_of(vlm, question)
     started = time.perf_counter()
     inputs = vlm.prompts.inputs(messages)
@@ -126,7 +132,17 @@ def run_transformers(
 def run_strategy(
     vlm: VisionLanguageModel, strategy: Strategy, question: Question, max_new_tokens: int
 ) -> MeasuredReply:
-    """Answer a question with one of our strategies."""
+    """Return a strategy's reply to a question.
+
+    Args:
+        vlm: The model.
+        strategy: The strategy.
+        question: The question.
+        max_new_tokens: The maximum number of tokens in the reply.
+
+    Raises:
+        InputError: The image can't be read, or the prompt doesn't fit into the model's context.
+    """
     messages = dialogue_of(vlm, question)
     request = run_request(vlm, strategy, messages, max_new_tokens=max_new_tokens)
     return MeasuredReply(tuple(request.output_token_ids), request.statistics)
@@ -192,7 +208,14 @@ def summarise(
     runs: Mapping[str, Sequence[MeasuredReply]],
     questions: Sequence[Question],
 ) -> StrategyResult:
-    """Return one contender's result from everybody's runs."""
+    """Return one contender's result.
+
+    Args:
+        exact: The model in float64, to tell ties from other differences.
+        name: The contender's name.
+        runs: All contenders' replies to the questions, by the contenders' names.
+        questions: The questions.
+    """
     own, reference = runs[name], runs[TRANSFORMERS]
     mine = [run.statistics for run in own]
     ordinary = [run.statistics for run in runs[AUTOREGRESSIVE]]

@@ -80,7 +80,15 @@ def reference_replies(
 ) -> list[list[int]]:
     """Return `transformers`' greedy replies to dialogues.
 
-    Those whose inputs have the same shapes are decoded together, so nothing is padded.
+    Dialogues whose inputs have the same shapes are decoded in one batch, so nothing is padded.
+
+    Args:
+        vlm: The model.
+        dialogues: The dialogues, the last turn of each the user's.
+        max_new_tokens: The maximum number of tokens in a reply.
+
+    Returns:
+        Each reply's tokens, up to its end token.
     """
     made = [vlm.prompts.inputs(messages) for messages in dialogues]
     groups: dict[Any, list[int]] = {}

@@ -63,7 +63,7 @@ class FastViTHDInputs:
     def __call__(
         self, messages: Sequence[Message], **options: Unpack[ImageOptions]
     ) -> tuple[list[int], list[Tensor]]:
-        """Return a dialogue's tokens, and of each image its (tiles, 3, size, size) in [0, 1]."""
+        """Return a dialogue's tokens, and each image's tiles, (tiles, 3, size, size) in [0, 1]."""
         shown: ImageOptions = {"image_size": self.image_size, **options}
         turns = dialogue(messages)
         tiles = [prepare(image, **shown) for image in images_of(turns)]

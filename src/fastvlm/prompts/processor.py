@@ -267,7 +267,13 @@ class ProcessorPromptBuilder:
 def placed(
     inputs: Mapping[str, Tensor], device: torch.device | None, dtype: torch.dtype | None
 ) -> dict[str, Tensor]:
-    """Return inputs on a device, and what of them is in floating point in a precision."""
+    """Move inputs to a device, and those in floating point to a precision.
+
+    Args:
+        inputs: The inputs by name.
+        device: The device; None to leave them where they are.
+        dtype: The precision; None to leave it as it is.
+    """
     return {
         name: value.to(device, dtype if value.is_floating_point() else None)
         for name, value in inputs.items()

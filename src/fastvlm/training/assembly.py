@@ -68,7 +68,13 @@ def assemble(
 def take_over(
     model: FastVlmForConditionalGeneration, encoder: FastViTHD, text: PreTrainedModel
 ) -> None:
-    """Put a trained encoder and a trained decoder into a model."""
+    """Put a trained encoder and a trained decoder into a model.
+
+    Args:
+        model: The model, changed in place.
+        encoder: The vision encoder, which becomes part of the model.
+        text: The language model, whose weights are copied.
+    """
     # Where they were read from is nobody's business later.
     encoder.config.name_or_path = text.config.name_or_path = ""
     model.model.vision_tower = encoder

@@ -110,7 +110,13 @@ def _last(path: Path) -> State | None:
 def differences(
     found: Mapping[str, Any], wanted: Mapping[str, Any], prefix: str = ""
 ) -> Iterator[str]:
-    """Yield in words what differs between a checkpoint's plan and a run's."""
+    """Yield the differences between a checkpoint's plan and a run's, each in words.
+
+    Args:
+        found: The checkpoint's plan.
+        wanted: The run's plan.
+        prefix: The path to a nested part of the plans, put before each name.
+    """
     for name in dict.fromkeys((*found, *wanted)):
         ours, theirs = wanted.get(name), found.get(name)
         if ours == theirs:

@@ -56,7 +56,7 @@ class ExampleCache:
         return made
 
     def has(self, of: object) -> bool:
-        """Say whether what is made of something is kept; it may be asked from any thread."""
+        """Return whether what is made of an object is kept; it may be called from any thread."""
         return id(of) in self._found
 
 
@@ -144,11 +144,17 @@ class GradientCache:
     """The cache of one pass in training: it keeps nothing, so keys and values carry gradients."""
 
     def begin_pass(self, positions: Positions) -> None:
-        """Nothing is written."""
+        """Do nothing."""
 
     def update(
         self, keys: Tensor, values: Tensor, layer_idx: int, *_: object, **__: object
     ) -> tuple[Tensor, Tensor]:
-        """Return what was given: a pass from position 0 sees itself alone."""
+        """Return keys and values unchanged: a pass from position 0 attends to itself only.
+
+        Args:
+            keys: (batch, kv_heads, length, head_dim).
+            values: (batch, kv_heads, length, head_dim).
+            layer_idx: Not used.
+        """
         del layer_idx
         return keys, values

@@ -89,14 +89,18 @@ def train(
 
 
 class Run:
-    """A run on its way.
+    """A training run.
 
     Args:
-        task: What is trained.
-        schedule: How the run goes.
-        output: Where it is written.
-        accelerator: What knows precision and trackers.
-        processes: Those that take each step together.
+        task: What to train.
+        schedule: Steps, learning rate and so on.
+        output: The output folder.
+        accelerator: Provides mixed precision and trackers.
+        processes: The processes that take each step together.
+
+    Raises:
+        InputError: The task can't be split among processes or accumulated, but several slices are
+            asked for.
     """
 
     def __init__(
@@ -123,7 +127,7 @@ class Run:
         self.saved = time.monotonic()
 
     def go(self, validate: Validate | None) -> None:
-        """Take all steps that are left, and validate along the way."""
+        """Take all remaining steps, with validation along the way."""
         first = self.resume()
         progress = None
         if self.processes.index == 0:
@@ -153,7 +157,15 @@ class Run:
     def step(
         self, step: int, progress: RunProgress | None, asked: Sequence[int]
     ) -> tuple[bool, bool]:
-        """Take a step; return whether any process was asked to stop, and whether to save.
+        """Take a step.
+
+        Args:
+            step: The step's number, from 0 on.
+            progress: Where to report it; None in all processes but the first.
+            asked: The signals that have asked this process to stop.
+
+        Returns:
+            Whether any process was asked to stop, and whether a checkpoint is due.
 
         Raises:
             InputError: There is nothing to learn from in the examples.
@@ -181,7 +193,13 @@ class Run:
 
     @staticmethod
     def validate(validate: Validate, step: int, progress: RunProgress | None) -> None:
-        """Write what a validation finds after so many steps."""
+        """Validate, and report the results.
+
+        Args:
+            validate: Returns measures by name, given the number of steps taken.
+            step: The number of steps taken.
+            progress: Where to report them; None in all processes but the first.
+        """
         if progress is None:
             validate(step)
         else:
@@ -191,10 +209,10 @@ class Run:
     def mine(self, examples: Sequence[Any]) -> Iterator[tuple[int, Sequence[Any]]]:
         """Yield this process's slices of a step, with their numbers among those of all processes.
 
-        They are the same slices for two processes as for one with twice the accumulation.
+        Two processes have the same slices as one with twice the accumulation.
 
         Raises:
-            InputError: The examples are fewer than the slices.
+            InputError: There are fewer examples than slices.
         """
         accumulation, streams = self.schedule.accumulation, self.task.source is not None
         slices = accumulation if streams else self.slices
@@ -235,7 +253,13 @@ class Run:
         return first
 
     def save(self, step: int, progress: RunProgress | None, *, ended: bool) -> None:
-        """Write the checkpoint to go on from with a step; return when it is there."""
+        """Write the checkpoint, and return when all processes have it.
+
+        Args:
+            step: The step to resume with.
+            progress: Where to write pending log entries; None in all processes but the first.
+            ended: Whether the run ends here, so that the curves are drawn in any case.
+        """
         source = self.task.source
         streams = self.processes.tell(None if source is None else source.state_dict())
         state = self.train_state.state()
@@ -250,7 +274,7 @@ class Run:
 
 
 def add(sums: dict[str, tuple[float, float]], more: Any) -> None:
-    """Add measures and what they are over, by their names."""
+    """Add measures, each with its count, to sums by name."""
     for name, (value, number) in more.items():
         before, counted = sums.get(name, (0.0, 0.0))
         sums[name] = (before + value, counted + number)

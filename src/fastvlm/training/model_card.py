@@ -52,15 +52,15 @@ A draft is derived from the model's weights and from the data: the terms of both
 
 @dataclass(frozen=True, slots=True)
 class Card:
-    """What a model card says besides how the draft is made.
+    """The contents of a draft's model card, besides the draft's own settings.
 
     Args:
-        model: The target, as it was named.
-        data: The sources of the data.
-        replies: Whose replies were learnt.
-        plan: How.
-        questions: Held-out questions that were decoded.
-        hardware: Where.
+        model: The target's name.
+        data: The data sets.
+        replies: Who wrote the replies that the draft learns from.
+        plan: The draft's training plan.
+        questions: The number of held-out questions that were decoded.
+        hardware: The hardware that they were decoded on.
     """
 
     model: str
@@ -71,7 +71,13 @@ class Card:
     hardware: str
 
     def write(self, folder: Path, network: ImitationNetwork, found: Decoded) -> None:
-        """Write `README.md` into a draft's folder."""
+        """Write `README.md` into a draft's folder.
+
+        Args:
+            folder: The folder.
+            network: The draft.
+            found: Its results on held-out questions.
+        """
         spread = found.speedup
         text = CARD_TEMPLATE.format(
             card=self,

@@ -66,7 +66,13 @@ class RunProgress:
         keep_until(self.log, first)
 
     def add(self, step: int, weight: float, report: Sums) -> None:
-        """Take one step's report."""
+        """Add one step's measures, and write a line when it is time for one.
+
+        Args:
+            step: The step's number, from 0 on.
+            weight: The step's weight, in the run's unit.
+            report: The step's measures.
+        """
         self.step = step + 1
         self.weight += weight
         for name, (value, number) in report.items():
@@ -108,7 +114,7 @@ class RunProgress:
     def draw(self, *, ended: bool) -> None:
         """Draw the log's curves, if the run has ended or has time for it.
 
-        Where that can't be, the log says why in the end.
+        If they can't be drawn, the reason is printed when the run ends.
         """
         started = time.monotonic()
         if not ended and (started - self.drawn) * DRAWING_TIME_SHARE < self.drawing:
@@ -124,12 +130,12 @@ class RunProgress:
 
 
 def shown(measures: Mapping[str, float]) -> str:
-    """Return measures as they are shown."""
+    """Return measures as one line of text."""
     return "  ".join(f"{name} {value:.4g}" for name, value in measures.items())
 
 
 def keep_until(log: Path, step: int) -> None:
-    """Take out of a log what was written after a step, and a line that a kill cut short."""
+    """Remove a log's entries after a step, and any line that was cut short."""
     if not log.is_file():
         return
     kept = [entry for entry in read_log(log) if entry["step"] <= step]

@@ -48,7 +48,7 @@ def whole_state(module: nn.Module) -> dict[str, Any]:
 
 
 def sharded(module: nn.Module) -> bool:
-    """Return whether a module's weights are shared out."""
+    """Return whether a module's weights are sharded."""
     return isinstance(module, FSDPModule)
 
 
@@ -90,16 +90,16 @@ class ShardedTrainState(TrainState):
         super().__init__(task, schedule, accelerator, processes)
 
     def losses(self, examples: Sequence[Any]) -> Losses:
-        """Return what some examples cost, in the run's precision."""
+        """Return the losses of examples, in the run's precision."""
         return Losses(*cast(Any, self.task.module).sliced_losses(examples))
 
     def sliced_losses(self, examples: Sequence[Any]) -> tuple[Tensor, float, Any]:
-        """Return what some examples cost, in a form in which FSDP finds the tensor."""
+        """Return the losses of examples as a tuple, in which FSDP finds the tensor."""
         losses = super().losses(examples)
         return losses.total, losses.weight, losses.report
 
     def gather(self) -> None:
-        """Make each gradient the sum of all processes' own; FSDP has made it their mean."""
+        """Make each gradient the sum over all processes; FSDP has made it the mean."""
         for parameter in self.parameters:
             if parameter.grad is not None:
                 parameter.grad.mul_(self.processes.number)
@@ -112,7 +112,7 @@ class ShardedTrainState(TrainState):
         return {"module": whole_state(self.task.module), "optimiser": optimiser}
 
     def load(self, state: State) -> None:
-        """Go on from what `state` returned."""
+        """Restore what `state` returned."""
         set_model_state_dict(self.task.module, state["module"], options=FULL_STATE_OPTIONS)
         set_optimizer_state_dict(
             self.task.module, self.optimiser, state["optimiser"], options=PARTIAL_STATE_OPTIONS

@@ -32,18 +32,18 @@ class TargetStates:
 
 
 class FrozenTarget:
-    """A target that doesn't learn, so that an example need not go through it twice.
+    """Runs a frozen target over examples, and keeps its hidden states if they all fit into memory.
 
-    If the states of all examples fit into memory, as it seems from the first few, each example goes
-    through the target alone when it is drawn first, and its states are kept. So what is kept
-    doesn't depend on what was drawn with it, and a run that is resumed computes the same. If they
-    don't fit, a step's examples go through it together, and nothing is kept.
+    If they do, as estimated from the first few examples, each example goes through the target by
+    itself when it is first drawn. Its states then don't depend on the examples drawn with it, and a
+    resumed run computes the same. If they don't, a step's examples go through the target together,
+    and nothing is kept.
 
     Args:
         forcing: Makes the batches.
-        exit_layers: Whose states are wanted.
-        examples: All that will be drawn.
-        kept_bytes: The most memory for states.
+        exit_layers: The layers whose hidden states are needed.
+        examples: All examples of the run.
+        kept_bytes: The maximum memory for hidden states, in bytes.
     """
 
     def __init__(

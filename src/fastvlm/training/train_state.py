@@ -40,16 +40,21 @@ class TrainState:
         return [p for group in self.optimiser.param_groups for p in group["params"]]
 
     def losses(self, examples: Sequence[Any]) -> Losses:
-        """Return what some examples cost, in the run's precision."""
+        """Return the losses of examples, in the run's precision."""
         with self.accelerator.autocast():
             return self.task.loss(examples)
 
     def gather(self) -> None:
-        """Make each gradient the sum of all processes' own."""
+        """Sum each gradient over all processes."""
         self.processes.sum_gradients(self.parameters)
 
     def step(self, step: int, weight: float) -> None:
-        """Take a step with the gradients of losses that were summed over so much weight."""
+        """Take an optimiser step with the summed gradients.
+
+        Args:
+            step: The step's number, from 0 on.
+            weight: The weight that the losses were summed over.
+        """
         self.gather()
         parameters = self.parameters
         for parameter in parameters:
@@ -66,6 +71,6 @@ class TrainState:
         return {"module": self.task.module.state_dict(), "optimiser": self.optimiser.state_dict()}
 
     def load(self, state: State) -> None:
-        """Go on from what `state` returned."""
+        """Restore what `state` returned."""
         self.task.module.load_state_dict(state["module"])
         self.optimiser.load_state_dict(state["optimiser"])

@@ -3,6 +3,8 @@
 Every layer is built in one of the three forms of `FastViTHDConfig.form`. `reparameterize` folds a
 layer's parallel branches into one convolution; `fold` then folds the BatchNorm and the layer scales
 that are left. Both are exact up to rounding, and both need the running statistics of evaluation.
+Layers map (batch, `inputs`, height, width) to (batch, `outputs`, ...), or keep `width` channels;
+`ratio` and `layer_scale` are `mlp_ratio` and `layer_scale_init` of `FastViTHDConfig`.
 """
 
 from __future__ import annotations
@@ -111,9 +113,14 @@ class SqueezeExcite(nn.Module):
 class RepConv(nn.Module):
     """Parallel branches summed, then optional channel attention and GELU; one convolution fused.
 
-    The branches: a convolution of the full size, a smaller one (`branch`: MobileOne's 1x1 scale
-    branch, or the 3x3 one beside a large kernel), and the identity's BatchNorm where the shapes
-    allow one.
+    Args:
+        inputs, outputs, kernel, stride, groups: As for `torch.nn.Conv2d`.
+        branch: Kernel size of a second, smaller convolution; None for none.
+        identity: Whether there is a branch of BatchNorm alone.
+        conv: Whether there is a convolution of size `kernel`.
+        se: Whether channel attention follows.
+        activation: Whether GELU follows.
+        form: See `FastViTHDConfig`.
     """
 
     def __init__(

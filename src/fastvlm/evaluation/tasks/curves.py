@@ -64,7 +64,13 @@ class Chart:
 
 
 def charts(plan: Plan, journal: Journal, rows: Sequence[ScoreRow]) -> list[Chart]:
-    """Return the plots that an evaluation has the data for."""
+    """Return the plots that an evaluation has data for.
+
+    Args:
+        plan: The evaluation's plan.
+        journal: The answers.
+        rows: The scores.
+    """
     answers = list(journal.answers.values())
     found = [
         Chart(
@@ -104,7 +110,13 @@ def charts(plan: Plan, journal: Journal, rows: Sequence[ScoreRow]) -> list[Chart
 def by_strategy(
     plan: Plan, answers: Iterable[Answer], curve: Callable[[str, list[Answer]], Curve | None]
 ) -> list[Curve]:
-    """Return a curve for each strategy that has one."""
+    """Return the curves of all strategies that have one.
+
+    Args:
+        plan: The evaluation's plan.
+        answers: All strategies' answers.
+        curve: Makes a curve of a strategy's name and answers; None where there is no data for it.
+    """
     own: dict[str, list[Answer]] = {name: [] for name in plan.strategies}
     for answer in answers:
         own[answer.strategy].append(answer)
@@ -140,7 +152,15 @@ def acceptance_by_position(name: str, answers: Sequence[Answer]) -> Curve | None
 
 
 def share_curve(name: str, counts: Mapping[float, Sequence[int]]) -> Curve | None:
-    """Return shares as a curve: by place, how many were drafted there and how many accepted."""
+    """Return acceptance rates as a curve.
+
+    Args:
+        name: The curve's label.
+        counts: The number of tokens that were drafted and accepted, by position on the x axis.
+
+    Returns:
+        None if no point has `MIN_DRAFTED_TOKENS` tokens.
+    """
     known = {
         x: taken / drawn
         for x, (drawn, taken) in sorted(counts.items())
@@ -158,7 +178,7 @@ def round_width(width: float) -> int:
 def speedup_by_length(
     plan: Plan, answers: Iterable[Answer]
 ) -> Callable[[str, list[Answer]], Curve | None]:
-    """Return what makes a strategy's curve of the speedup against the reference's length."""
+    """Return a function that makes a strategy's curve of speedup against the reference's length."""
     reference = reference_of(plan, answers)
 
     def curve(name: str, own: list[Answer]) -> Curve | None:
@@ -179,7 +199,7 @@ Key = tuple[str, str, int | None]
 
 
 def key_of(answer: Answer) -> Key:
-    """Return what an answer is an answer to."""
+    """Return the task, the item and the image size of an answer."""
     return answer.task, answer.item, answer.size
 
 
@@ -192,7 +212,17 @@ def reference_of(plan: Plan, answers: Iterable[Answer]) -> dict[Key, Answer]:
 def ratios(
     own: Sequence[Answer], reference: Mapping[Key, Answer], *, whole: bool = False
 ) -> Spread | None:
-    """Return the speedup of answers. See `measuring.speedup`."""
+    """Return the speedup of answers, question by question.
+
+    Args:
+        own: A strategy's answers.
+        reference: The answers to compare with.
+        whole: Whether to compare the time of whole replies, image and prefill included, instead of
+            the time per output token after the first.
+
+    Returns:
+        None where no reply has more than one token.
+    """
     ordinary = [reference[key_of(answer)].statistics for answer in own]
     return speedup(ordinary, [answer.statistics for answer in own], whole=whole)
 

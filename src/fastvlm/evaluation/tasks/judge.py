@@ -53,13 +53,16 @@ nothing. Answer with two numbers alone: the first assistant's grade, a space, th
 
 
 class Judge:
-    """A language model that grades.
+    """A language model that grades replies.
 
     Args:
         url: The endpoint up to its version, such as `http://localhost:8000/v1`.
-        model: The model's name there.
-        key: What the endpoint wants to be shown; None for nothing.
-        sleep: Waits some seconds.
+        model: The model's name at the endpoint.
+        key: The API key; None for none.
+        sleep: Waits for a number of seconds.
+
+    Raises:
+        InputError: The URL is not one of HTTP or HTTPS.
     """
 
     def __init__(
@@ -74,12 +77,12 @@ class Judge:
         self.url, self.model, self.key, self.sleep = url.rstrip("/"), model, key, sleep
 
     def grade(self, task: EvaluationTask[Any], item: str, reply: str) -> Any:
-        """Return what a judged task's `score` takes for a reply.
+        """Return the grade of a reply, in the form that the task's `score` takes.
 
         Args:
             task: MM-Vet or LLaVA-Bench.
             item: The item's id.
-            reply: The model's.
+            reply: The model's reply.
 
         Raises:
             InputError: The judge can't be reached, or doesn't answer with grades.
@@ -101,10 +104,16 @@ class Judge:
         raise InputError(f"fastvlm doesn't know how {task.name} is judged.")
 
     def numbers(self, text: str, count: int, low: float, high: float) -> list[float]:
-        """Return the numbers that the judge answers with.
+        """Return the grades in the judge's answer to a prompt.
+
+        Args:
+            text: The prompt.
+            count: The number of grades asked for.
+            low: The lowest valid grade.
+            high: The highest valid grade.
 
         Raises:
-            InputError: There are not as many as asked for, or one is out of range.
+            InputError: There are fewer grades than asked for, or one is out of range.
         """
         said = self.ask(text)
         found = [float(number) for number in NUMBER_PATTERN.findall(said)]
@@ -116,10 +125,10 @@ class Judge:
         return found[:count]
 
     def ask(self, text: str) -> str:
-        """Return what the judge says to a text.
+        """Return the judge's answer to a prompt.
 
         Raises:
-            InputError: It can't be reached, or refuses.
+            InputError: The judge can't be reached, or refuses.
         """
         body = {
             "model": self.model,

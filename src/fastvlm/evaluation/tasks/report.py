@@ -49,6 +49,12 @@ REPORT_TITLE = "Quality and speed on the same images"
 def write_report(folder: Path, plan: Plan, journal: Journal, rows: Sequence[ScoreRow]) -> None:
     """Write `report.json`, `report.md`, `report.html` and `figures/`.
 
+    Args:
+        folder: The folder to write to.
+        plan: The evaluation's plan.
+        journal: The answers.
+        rows: The scores.
+
     Raises:
         InputError: matplotlib is not installed.
     """
@@ -75,7 +81,14 @@ def write_report(folder: Path, plan: Plan, journal: Journal, rows: Sequence[Scor
 def parts(
     plan: Plan, journal: Journal, rows: Sequence[ScoreRow], plots: Sequence[Plot]
 ) -> list[Part]:
-    """Return all that the report holds."""
+    """Return the contents of the report.
+
+    Args:
+        plan: The evaluation's plan.
+        journal: The answers.
+        rows: The scores.
+        plots: The plots.
+    """
     written = [row for row in rows if row.speed is not None]
     found: list[Part] = [*provenance(plan, journal)]
     found += failures(journal)
@@ -160,14 +173,21 @@ def provenance(plan: Plan, journal: Journal) -> list[Part]:
 
 
 def drafts(what: Mapping[str, Any]) -> str:
-    """Return how long a strategy's drafts are."""
+    """Return a strategy's draft length as the report shows it."""
     if what["kind"] == "autoregressive":
         return "-"
     return "its own rule" if what["draft_length"] is None else str(what["draft_length"])
 
 
 def example(plan: Plan, journal: Journal, task: str, item: Item) -> ExampleBox:
-    """Return an item with its image and what was replied."""
+    """Return an item with its image and all replies to it.
+
+    Args:
+        plan: The evaluation's plan.
+        journal: The answers.
+        task: The task's name.
+        item: The item.
+    """
     size = plan.sizes[0]
     if item.options:
         ratings = journal.ratings[task, item.id, size].ratings

@@ -94,7 +94,16 @@ def _ask(
 
 
 def unknown(journal: Journal, asked: PlannedItem, names: list[str]) -> list[str]:
-    """Return whose answers to a question are not known yet; options are the model's to rate."""
+    """Return the names of the strategies whose answer is missing.
+
+    Args:
+        journal: The answers so far.
+        asked: The question.
+        names: All strategies.
+
+    Returns:
+        The names; "the model" alone for options that are not rated yet, as no strategy rates them.
+    """
     key = (asked.task, asked.item.id, asked.size)
     if asked.item.options:
         return [] if key in journal.ratings else ["the model"]
@@ -109,7 +118,18 @@ def shown(asked: PlannedItem) -> ImageOptions:
 def answer(
     vlm: VisionLanguageModel, name: str, strategy: Strategy, asked: PlannedItem, limit: int
 ) -> Answer:
-    """Return one strategy's answer."""
+    """Return a strategy's answer to a question.
+
+    Args:
+        vlm: The model.
+        name: The strategy's name.
+        strategy: The strategy.
+        asked: The question.
+        limit: The maximum number of tokens in the reply.
+
+    Raises:
+        InputError: The image can't be read, or the prompt doesn't fit into the model's context.
+    """
     item = asked.item
     options = {"max_new_tokens": limit, **shown(asked)}
     request = run_request(vlm, strategy, item.prompt, item.open(), **options)
@@ -130,7 +150,7 @@ def answer(
 
 
 def rated(vlm: VisionLanguageModel, asked: PlannedItem) -> Ratings:
-    """Return how likely the model finds each option as the whole of its reply."""
+    """Return the log-likelihood of each option as the model's whole reply."""
     item = asked.item
     request = vlm.request(item.prompt, item.open(), **shown(asked))
     found = likelihoods(vlm, request, item.options)
@@ -138,7 +158,7 @@ def rated(vlm: VisionLanguageModel, asked: PlannedItem) -> Ratings:
 
 
 def session(vlm: VisionLanguageModel) -> dict[str, Any]:
-    """Return when and on what this is measured."""
+    """Return the date, versions and hardware of a measurement."""
     return {
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
         "fastvlm": fastvlm.__version__,

@@ -36,21 +36,21 @@ def headline(task: str) -> str:
 
 @dataclass(frozen=True, slots=True)
 class Speed:
-    """How replies came, each figure over the replies.
+    """Timings and acceptance of replies, with the spread over the replies.
 
     Args:
-        replies: How many.
-        tokens: Their lengths.
-        ttft_ms: Time to first token.
-        tpot_ms: Time per output token after the first.
+        replies: The number of replies.
+        tokens: Tokens of a reply.
+        ttft_ms: Time to first token, in milliseconds.
+        tpot_ms: Time per output token after the first, in milliseconds.
         decode_rate: Tokens per second after the first token.
         whole_rate: Tokens per second, image and prefill included.
-        passes: Calls of the full model, the prefill among them.
-        acceptance_rate: Accepted tokens per drafted one.
+        passes: Calls of the full model, prefill included.
+        acceptance_rate: Accepted tokens per drafted token.
         acceptance_length: Tokens per call of the full model after the prefill.
         draft_length: Drafted tokens per such call.
-        speedup: The reference's time per output token over this one's.
-        speedup_end_to_end: The same of whole replies.
+        speedup: The reference's time per output token over that of these replies.
+        speedup_end_to_end: The same for whole replies.
     """
 
     replies: int
@@ -100,16 +100,16 @@ def _spread(values: Sequence[float | None]) -> Spread | None:
 
 @dataclass(frozen=True, slots=True)
 class ScoreRow:
-    """What one strategy did on one task with images of one size.
+    """The result of one strategy on one task, with images of one size.
 
     Args:
         task: The task's name.
         size: Side of the images in pixels; None for the model's own.
         strategy: The strategy's name.
         scores: The task's scores by name; None where replies were not judged.
-        different: Replies whose tokens are not the reference's.
-        speed: How the replies came; None where options were rated and nothing was written.
-        by_length: The same, of replies of up to so many tokens and more than the length before.
+        different: The number of replies whose tokens differ from the reference's.
+        speed: Timings and acceptance; None where options were rated and nothing was generated.
+        by_length: The same by reply length in tokens, rounded up to a power of two.
     """
 
     task: str
@@ -131,7 +131,13 @@ def length_class(tokens: int) -> int:
 
 
 def rows(plan: Plan, journal: Journal, graded: Graded) -> list[ScoreRow]:
-    """Return the figures of a finished evaluation, in the plan's order."""
+    """Return the scores and speeds of a finished evaluation, in the plan's order.
+
+    Args:
+        plan: The evaluation's plan.
+        journal: The answers.
+        graded: The grades of replies that a judge has graded.
+    """
     found = []
     names = list(plan.strategies)
     for task_name, task in plan.tasks.items():
@@ -174,7 +180,16 @@ def rows(plan: Plan, journal: Journal, graded: Graded) -> list[ScoreRow]:
 def quality(
     task: EvaluationTask[Any], answers: Sequence[Answer], graded: Graded
 ) -> Mapping[str, float] | None:
-    """Return a task's scores of one strategy's answers; None where a grade is missing."""
+    """Return a task's scores of one strategy's answers.
+
+    Args:
+        task: The task.
+        answers: The strategy's answers.
+        graded: The grades of replies that a judge has graded.
+
+    Returns:
+        The scores by name; None where a grade is missing.
+    """
     if not task.judged:
         return task.score({answer.item: answer.text for answer in answers})
     keys = {answer.item: (answer.task, answer.item, answer.text) for answer in answers}

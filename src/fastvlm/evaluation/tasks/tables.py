@@ -16,7 +16,7 @@ def reference(plan: Plan) -> str:
 
 
 def lossless(plan: Plan, rows: Sequence[ScoreRow]) -> str:
-    """Return in a sentence whether all strategies replied the same."""
+    """Return a sentence that says whether all strategies gave the same replies."""
     compared = [row for row in rows if row.speed is not None and row.strategy != reference(plan)]
     replies = sum(row.speed.replies for row in compared if row.speed is not None)
     different = sum(row.different for row in compared)
@@ -51,7 +51,13 @@ SPEED_TABLE_COLUMNS: Sequence[Sequence[tuple[str, Callable[[ScoreRow, Speed], st
 
 
 def overview(plan: Plan, rows: Sequence[ScoreRow], value: Callable[[ScoreRow], str]) -> Table:
-    """Return a table of strategies, and tasks in every size of their images."""
+    """Return a table with a row for each strategy and a column for each task and image size.
+
+    Args:
+        plan: The evaluation's plan.
+        rows: The scores.
+        value: Returns a cell's text.
+    """
     found = {(row.strategy, row.task, row.size): value(row) for row in rows}
     columns = list(dict.fromkeys((row.task, row.size) for row in rows))
     heading = [
