@@ -55,11 +55,11 @@ class LayerChoice:
 
 
 class ContextCache:
-    """The target's keys and values of a whole reply, and beside them each position's own.
+    """The target's keys and values of a whole reply, with each position's own beside them.
 
     Args:
-        cache: What computing it once left, in its only slot.
-        length: Positions in it.
+        cache: A cache whose only slot holds the reply.
+        length: Positions of the reply.
     """
 
     def __init__(self, cache: DecoderCache, length: int) -> None:
@@ -68,7 +68,7 @@ class ContextCache:
         self.values = [layer.values[:, :, :length] for layer in layers]
 
     def begin_pass(self, positions: Positions) -> None:
-        """Nothing is written."""
+        """Do nothing: the cache is read-only."""
 
     def update(
         self, keys: Tensor, values: Tensor, layer_idx: int, *_: Any, **__: Any
@@ -90,7 +90,7 @@ class ContextCache:
 
 
 class FirstDraftPositions(Positions):
-    """Positions that each see the target's keys before them and their own new one."""
+    """Positions that each attend to the target's keys before them and to their own new key."""
 
     def mask(self, window: int | None = None) -> Tensor:
         """Return which keys each position sees: (1, 1, width, end + width)."""
@@ -98,7 +98,7 @@ class FirstDraftPositions(Positions):
 
     @property
     def distances(self) -> Tensor:
-        """How far keys lie before each position: (1, width, end + width); its own is its own."""
+        """Each key's distance before each position, (1, width, end + width); 0 for its own."""
         before = super().distances
         return torch.cat((before, before.new_zeros(1, self.width, self.width)), 2)
 

@@ -36,14 +36,14 @@ STRATEGY_OPTIONS = {
 
 
 class StrategyFactory:
-    """Makes the strategies for a model, and returns the same one when it is asked for again.
+    """Makes a model's strategies, and returns the same object when the same is asked for again.
 
-    So requests of equal options are decoded together, and what adaptive drafts have learnt serves
-    them all. It may be used from any thread.
+    So requests with equal options are decoded together, and share the estimates of adaptive drafts.
+    It may be used from any thread.
 
     Args:
         decoder: The target.
-        network: Its imitation network, if there is one.
+        network: The target's imitation network, if there is one.
     """
 
     def __init__(self, decoder: SplitDecoder, network: ImitationNetwork | None = None) -> None:
@@ -160,15 +160,15 @@ _STRATEGY_RECIPES: dict[
 
 
 def draft_length(maximum: int | None, confidence: float | None) -> DraftLength:
-    """Return how long drafts go on.
+    """Return the rule for the draft length.
 
     Args:
-        maximum: The most tokens in a draft; None for the usual maximum.
+        maximum: The maximum number of tokens in a draft; None for `MAX_DRAFT_TOKENS`.
         confidence: The probability below which a draft ends, 0 for drafts of fixed length; None for
             drafts that adapt.
 
     Raises:
-        InputError: One is out of range.
+        InputError: A value is out of range.
     """
     maximum = MAX_DRAFT_TOKENS if maximum is None else maximum
     if confidence is None:

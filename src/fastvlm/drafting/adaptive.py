@@ -45,17 +45,17 @@ class Mean:
         self.window, self.value, self.weight = window, value, weight
 
     def add(self, value: float) -> None:
-        """Take another value."""
+        """Add a value."""
         self.weight = min(self.weight + 1, self.window)
         self.value += (value - self.value) / self.weight
 
     def without_outlier(self, value: float) -> float:
-        """Return a value, or the largest that counts if that is smaller."""
+        """Return a value, limited to `OUTLIER_RATIO` times the mean."""
         return min(value, OUTLIER_RATIO * self.value) if self.weight else value
 
 
 class Throughput:
-    """What is known of batches of one size: seconds of a batch, and tokens of a row."""
+    """Measured times and tokens of batches of one size."""
 
     def __init__(self) -> None:
         self.step, self.ordinary, self.verify, self.cycle = Mean(), Mean(), Mean(), Mean()
@@ -70,10 +70,10 @@ class Throughput:
 
     @property
     def slope(self) -> float:
-        """Seconds that another token adds to a verify, by least squares.
+        """Seconds that each further token adds to a verify, by least squares.
 
-        While widths hardly vary, what a verify takes beyond an ordinary step tells, although it
-        overestimates: two tokens may be much dearer than one, and further ones cheap.
+        While widths hardly vary, it is estimated from the time of a verify beyond an ordinary step,
+        which overestimates it: two tokens may cost much more than one, and further ones little.
         """
         if not (self.ordinary.weight and self.verify.weight):
             return 0.0
@@ -83,7 +83,7 @@ class Throughput:
 
     @property
     def best(self) -> float:
-        """Tokens per second with drafts or without, whichever are more; 0 where none is known."""
+        """Tokens per second with or without drafts, whichever is higher; 0 if neither is known."""
         rates = ((self.tokens.value, self.cycle.value), (1.0, self.ordinary.value))
         return max(tokens / seconds if seconds else 0.0 for tokens, seconds in rates)
 
@@ -93,7 +93,7 @@ class Throughput:
         return (pays or self.budget_steps >= 0) and self.since_ordinary < self.ordinary_due
 
     def add_ordinary(self, seconds: float) -> None:
-        """Learn from a cycle without a draft."""
+        """Add the time of a cycle without a draft, in seconds."""
         self.ordinary.add(self.ordinary.without_outlier(seconds))
         if self.since_ordinary:
             # At first after few drafts, then more rarely.
@@ -102,7 +102,12 @@ class Throughput:
         self.budget_steps = min(self.budget_steps + PROBE_TIME_SHARE, BUDGET_STEPS)
 
     def add_draft(self, tokens: float, timings: Timings) -> None:
-        """Learn from a cycle with a draft, which brought a row so many tokens."""
+        """Add a cycle with a draft.
+
+        Args:
+            tokens: Tokens that a row gained, on average.
+            timings: The time of each part of the cycle, in seconds.
+        """
         # The first step may have caught up on what the drafter had not seen, and single ones may
         # have waited for other work: what counts is what one more step usually takes.
         step = statistics.median(timings.steps[1:] or timings.steps)

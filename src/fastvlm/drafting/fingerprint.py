@@ -33,11 +33,11 @@ HASH_DIGITS = 16
 
 @torch.no_grad()
 def fingerprint(model: Any) -> str:
-    """Return what a draft records of its target's decoder and LM head.
+    """Return a fingerprint of a target's decoder and LM head, which its drafts record.
 
     It is a hash of the parameters' names, and some of their values in bfloat16, in base64. Values
-    rather than a hash of them, so that the same checkpoint in another precision is known again: see
-    `difference`. Adapters are passed over, and what can't be read is no number.
+    rather than a hash of them, so that the same checkpoint is recognised in another precision, see
+    `difference`. Adapters are left out, and values that can't be read are NaN.
     """
     decoder, head = sorted(base_parameters(text_decoder(model))), _head(model)
     values = *_sampled(decoder, DECODER_VALUES), *_sampled(head, LM_HEAD_VALUES)
@@ -47,15 +47,15 @@ def fingerprint(model: Any) -> str:
 
 
 def difference(recorded: str | None, model: Any) -> str | None:
-    """Return why a draft's weights may be made for others than a model's; None if nothing says so.
+    """Return why a draft may have been made for other weights than a model's; None if it fits.
 
-    Weights that differ by no more than a change of precision does are taken for the same. A decoder
-    that was quantised, or has an adapter, is known by what it has in floating point, without the
+    Weights that differ by no more than a change of precision are taken as the same. A decoder that
+    was quantised, or has an adapter, is compared by its weights in floating point, without the
     adapter.
 
     Args:
         recorded: The fingerprint that the draft recorded; or the 16 digits of earlier drafts, which
-            knew nothing of the LM head, and of float32 and bfloat16 alone.
+            cover the decoder alone, in float32 and bfloat16.
         model: The model.
 
     Returns:
@@ -88,11 +88,11 @@ def _difference_of_digits(recorded: str, model: Any) -> str | None:
 
 @torch.no_grad()
 def weights_hash(model: Any) -> str:
-    """Return 16 hexadecimal digits that stand for all that a model's tokens follow from.
+    """Return 16 hexadecimal digits that identify all weights that a model's tokens depend on.
 
-    The decoder and the LM head count with their adapters and what these have switched on, by the
-    first values of each parameter, rounded to bfloat16. Of quantised weights the parts that they
-    are made of count, of offloaded ones the model's name.
+    It covers the decoder and the LM head with their adapters and which of these are active, by the
+    first values of each parameter, rounded to bfloat16. Quantised weights are covered by their
+    stored parts, offloaded ones by the model's name.
     """
     digest = hashlib.sha256()
     for root in (text_decoder(model), model.get_output_embeddings()):
@@ -117,7 +117,7 @@ def decoder_hash(model: Any) -> str:
 
 
 def base_parameters(module: nn.Module, prefix: str = "") -> Iterator[tuple[str, nn.Parameter]]:
-    """Yield a module's parameters under the names that they have without PEFT's adapters."""
+    """Yield a module's parameters without PEFT's adapters, under their names without them."""
     if hasattr(type(module), "merged_adapters"):
         parts = module._modules
         if inner := parts.get("base_layer") or parts.get("original_module"):

@@ -25,7 +25,7 @@ NETWORK_KINDS = ("block", "mlp")
 
 
 class ImitationConfig(PreTrainedConfig):
-    """What an imitation network is, and for which target.
+    """Configuration of an imitation network.
 
     Args:
         kind: `block`: decoder layers of the target's own kind, with their own cache. `mlp`: the
@@ -34,9 +34,9 @@ class ImitationConfig(PreTrainedConfig):
         blocks: Decoder layers in a network of kind `block`.
         text_config: The configuration of the target's decoder.
         target: The target's fingerprint; see `fastvlm.drafting.fingerprint`.
-        num_speculative_tokens: The most tokens in a draft; None for the usual maximum.
+        num_speculative_tokens: The maximum number of tokens in a draft; None for the default.
         confidence: The drafter's own probability below which a draft ends, 0 for drafts of fixed
-            length; None for a length that adapts to the machine and to what is accepted.
+            length; None for a length that adapts to the machine and to the acceptance rate.
     """
 
     model_type = "fastvlm_imitation"
@@ -103,7 +103,7 @@ class GatedMlp(nn.Module):
 
 
 class ImitationNetwork(PreTrainedModel):
-    """Imitates the layers of a target from the exit layer to the last.
+    """Approximates the last layer's hidden states of a target from those of its exit layer.
 
     A draft's directory is this model saved with `save_pretrained`.
     """
@@ -164,15 +164,15 @@ class ImitationNetwork(PreTrainedModel):
 
 
 def initialise_from(network: ImitationNetwork, layers: Sequence[nn.Module]) -> None:
-    """Start a network from the target's layers that it stands for.
+    """Initialise a network from the target's layers that it replaces.
 
-    A `block` takes the layers from the exit layer on (of which a draft with as many blocks as the
-    target has layers left is the target itself). An `mlp` takes the first one's feed-forward part,
-    where that is gated as its own is; else it starts as the identity, which is early exit.
+    A `block` takes the layers from the exit layer on (so a draft with as many blocks as the target
+    has layers left is the target itself). An `mlp` takes the first one's feed-forward part, if that
+    is gated like its own; otherwise it starts as the identity, which is early exit.
 
     Args:
-        network: What to initialise.
-        layers: All of the target's layers, as its split decoder has them.
+        network: The network to initialise.
+        layers: All of the target's layers, in order.
     """
     first = network.config.exit_layer
     if network.mlp is not None:
