@@ -1,4 +1,4 @@
-"""The encoder and projector as ONNX, for runtimes that have no Python."""
+"""Export of encoder and projector to ONNX, for runtimes without Python."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ COMPARED_GRIDS = ((2, 2), (3, 2), (1, 4), (4, 4))
 
 
 class VisualFeatures(nn.Module):
-    """Images to visual tokens: what the decoder takes in the place of an image."""
+    """Encoder and projector: images to visual tokens, the decoder's inputs in place of an image."""
 
     def __init__(self, vlm: VisionLanguageModel) -> None:
         super().__init__()

@@ -52,7 +52,7 @@ class ReplyText:
 
     @property
     def final(self) -> str:
-        """The text that no later token can change, without a possible beginning of a stop string."""
+        """The text that no later token can change; what may begin a stop string is held back."""
         if self.stopped or self.ended or not self.stop:
             return self.whole
         longest = max(len(string) for string in self.stop)

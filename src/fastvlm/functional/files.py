@@ -69,7 +69,7 @@ def write_json(path: Path, content: Any) -> None:
 
 
 def as_json(figures: dict[str, Any]) -> str:
-    """Return figures as JSON, which has no word for a number that isn't finite: it is null."""
+    """Return figures as JSON, with null for numbers that are not finite."""
     return json.dumps(_finite(figures), indent=2, allow_nan=False) + "\n"
 
 
@@ -150,7 +150,7 @@ def written_directory(path: Path) -> Iterator[Path]:
 
 @contextmanager
 def storage_errors(path: Path) -> Iterator[None]:
-    """Say in one sentence what went wrong with the disk while something was written.
+    """Turn errors of writing to a disk into a `StorageError`.
 
     Args:
         path: What is being written.
@@ -199,13 +199,13 @@ def _flush(path: Path) -> None:
 
 @contextmanager
 def locked(folder: Path) -> Iterator[None]:
-    """Keep a folder for one process; the lock is gone with the process, however it ends.
+    """Lock a folder for this process; the lock ends with the process, however it ends.
 
     Args:
         folder: The folder, which is made if it isn't there.
 
     Raises:
-        InputError: Another process writes to it.
+        InputError: Another process holds the lock.
         StorageError: The folder can't be made or written to.
     """
     lock = FileLock(folder / ".lock")

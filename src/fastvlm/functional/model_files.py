@@ -1,4 +1,4 @@
-"""What files of models really are, before a library says something obscure of them."""
+"""Checks of model files, for clearer errors than a library's own."""
 
 from __future__ import annotations
 
@@ -30,9 +30,9 @@ MAX_HEADER_BYTES = 100_000_000
 
 
 def oddity(file: Path) -> str | None:
-    """Return what a file is that is not what its name says; None where that can't be told.
+    """Return what is wrong with a file's contents, given its name; None if nothing is apparent.
 
-    The answer goes on from the file's name: "is empty".
+    The answer continues a sentence that begins with the file's name: "is empty".
     """
     try:
         with file.open("rb") as content:
@@ -66,7 +66,7 @@ def read_object(file: Path) -> dict[str, Any]:
 
 
 def check_weight_file(file: Path) -> None:
-    """Refuse a file of weights that is cut, empty or something else.
+    """Refuse a file of weights that is truncated, empty or of another kind.
 
     Raises:
         CheckpointError: It is; it names the file.
@@ -107,15 +107,15 @@ def _check_safetensors(file: Path) -> None:
 def check_size(config: Path, files: Sequence[Path], build: Callable[[], nn.Module]) -> None:
     """Refuse a configuration whose model is far larger than the weights beside it.
 
-    Loading it would fill the memory with random weights before it turned out to be wrong.
+    Loading it would fill the memory with random weights before the mismatch is found.
 
     Args:
-        config: Its file.
-        files: Those of the weights.
+        config: The configuration file.
+        files: The files of weights.
         build: Makes the model.
 
     Raises:
-        CheckpointError: It is too large.
+        CheckpointError: The model is too large.
     """
     stored = sum(file.stat().st_size for file in files)
     with torch.device("meta"):

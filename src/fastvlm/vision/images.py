@@ -1,4 +1,4 @@
-"""Images as the encoder takes them: square, in the size it was made for, a tensor in [0, 1]."""
+"""Preparing images for the encoder: square, of a given size, as tensors in [0, 1]."""
 
 from __future__ import annotations
 
@@ -24,10 +24,10 @@ class ImageOptions(TypedDict, total=False):
     Args:
         image_size: Side in pixels, a multiple of 64: every 64 x 64 pixels are one visual token. The
             model's own, if not given.
-        fit: What makes the image square: `pad` (Apple's reference; if not given), `crop` or
+        fit: How the image is made square: `pad` (Apple's reference; the default), `crop` or
             `stretch`.
         tiles: Rows and columns of tiles that are shown besides the whole image, each as large; 1,
-            if not given, for the whole alone.
+            the default, for the whole image alone.
     """
 
     image_size: int
@@ -38,8 +38,8 @@ class ImageOptions(TypedDict, total=False):
 def pad_to_square(image: Image.Image) -> Image.Image:
     """Return an image in the middle of a black square, as Apple's reference pads it.
 
-    A side of more than `MAX_SIDE_PIXELS` pixels is reduced to that first: the square around a very
-    long image may be larger than the memory.
+    An image with a side of more than `MAX_SIDE_PIXELS` pixels is first reduced to that, as the
+    square around a very long image may not fit into memory.
     """
     if max(image.size) > MAX_SIDE_PIXELS:
         scale = MAX_SIDE_PIXELS / max(image.size)
@@ -68,8 +68,8 @@ def prepare(image: ImageInput, image_size: int, fit: str = "pad", tiles: int = 1
         image_size: Side of a part in pixels, a multiple of 64.
         fit: How the image is made square, one of `FIT_MODES`: `pad` adds black bars (Apple's
             reference), `crop` keeps its middle (`transformers`' processor), `stretch` distorts it.
-        tiles: With more than 1, the whole is followed by so many rows and columns of tiles, each as
-            large as a part (the paper's 2048 px are two times two tiles of 1024).
+        tiles: With more than 1, the whole image is followed by this many rows and columns of tiles,
+            each as large as a part (the paper's 2048 px are two times two tiles of 1024).
 
     Raises:
         InputError: The image can't be opened, or an option is out of range.
@@ -102,7 +102,7 @@ def prepare(image: ImageInput, image_size: int, fit: str = "pad", tiles: int = 1
 
 
 def count_parts(tiles: int) -> int:
-    """Return how many parts `prepare` makes: the whole, and its tiles."""
+    """Return the number of parts that `prepare` makes: the whole image, and its tiles."""
     return 1 if tiles == 1 else 1 + tiles * tiles
 
 

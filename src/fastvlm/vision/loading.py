@@ -1,4 +1,4 @@
-"""Images as users hand them over: files, bytes, texts, Pillow images, arrays and tensors."""
+"""Loading images: files, bytes, URLs, Pillow images, arrays and tensors."""
 
 from __future__ import annotations
 
@@ -63,20 +63,20 @@ _filters = threading.Lock()
 
 
 def load_image(image: ImageInput) -> Image.Image:
-    """Return an image upright and in RGB, as `transformers`' own `load_image` shows it.
+    """Return an image upright and in RGB, as `transformers`' own `load_image` does.
 
-    As there, transparent parts show the colours that are stored under them, and values above 255 of
-    deeper images are clipped, of which a warning tells. Beyond it, images of more than
-    `MAX_PIXELS_BEFORE_HALVING` pixels are halved, JPEGs while they are decoded.
+    Transparent parts get the colours stored under them, and values above 255 of deeper images are
+    clipped with a warning. Unlike there, images of more than `MAX_PIXELS_BEFORE_HALVING` pixels are
+    halved, JPEGs while they are decoded.
 
     Args:
-        image: A path, a `file://` or `data:` URL, an image's base64, its bytes, a binary file, a
-            Pillow image, or an array or tensor: (height, width), (height, width, channels) or
-            (channels, height, width), the channels 1, 3 or 4, the values 0 to 255, or floats of 0
-            to 1. A list of one of these, or an array with a leading 1, is that one.
+        image: A path, a `file://` or `data:` URL, base64, bytes, a binary file, a Pillow image, or
+            an array or tensor: (height, width), (height, width, channels) or (channels, height,
+            width), with 1, 3 or 4 channels and values of 0 to 255, or floats of 0 to 1. A list of
+            one of these, or an array with a leading 1, stands for its only image.
 
     Raises:
-        InputError: There is no such file, or what is given is no image, truncated or far too large.
+        InputError: There is no such file, or it is no image, truncated or far too large.
     """
     for kinds, load in IMAGE_LOADERS:
         if isinstance(image, kinds):

@@ -1,4 +1,4 @@
-"""What the plots of an evaluation show, as curves."""
+"""The data of an evaluation's plots, as curves."""
 
 from __future__ import annotations
 
@@ -21,15 +21,15 @@ MIN_DRAFTED_TOKENS = 10
 
 @dataclass(frozen=True, slots=True)
 class Curve:
-    """A line of a plot.
+    """A curve of a plot.
 
     Args:
-        label: What it shows.
-        x: Where its points are.
-        y: How high.
+        label: The label in the legend.
+        x: The points' x coordinates.
+        y: The points' y coordinates.
         low: The lower end of each point's error bar; None for a curve without them.
-        high: The upper end.
-        notes: What is written beside each point; None for nothing.
+        high: The upper end of each point's error bar.
+        notes: A text beside each point; None for none.
     """
 
     label: str
@@ -45,13 +45,13 @@ class Chart:
     """A plot.
 
     Args:
-        name: Names its file.
-        title: Its title.
-        x: What the horizontal axis shows.
-        y: What the vertical one shows.
-        curves: The lines, at least one.
-        caption: What to know about it.
-        doubling: Whether the horizontal axis doubles from one mark to the next.
+        name: The file's name without its suffix.
+        title: The title.
+        x: The label of the x axis.
+        y: The label of the y axis.
+        curves: The curves, at least one.
+        caption: The caption.
+        doubling: Whether the x axis is logarithmic with base 2.
     """
 
     name: str
@@ -170,7 +170,7 @@ def share_curve(name: str, counts: Mapping[float, Sequence[int]]) -> Curve | Non
 
 
 def round_width(width: float) -> int:
-    """Return the next greater of 1, 2, 5, 10, 20, 50 ..."""
+    """Return the smallest of 1, 2, 5, 10, 20, 50, ... that is not below a width."""
     power = 10 ** max(0, math.floor(math.log10(max(width, 1))))
     return next(step * power for step in (1, 2, 5, 10) if step * power >= width)
 

@@ -1,7 +1,6 @@
-"""Replies judged by a language model behind an endpoint that speaks OpenAI's protocol.
+"""A judge: a language model behind an endpoint of OpenAI's protocol.
 
-The questions to the judge are our own words, so that its grades are not those of the papers, whose
-judges were asked otherwise.
+The prompts are our own, so the grades are not comparable with those of the papers.
 """
 
 from __future__ import annotations

@@ -36,7 +36,7 @@ def drawn(chart: Chart, strategies: Sequence[str]) -> str:
 
     Args:
         chart: The chart.
-        strategies: All there are: each has its colour and its marker in every chart.
+        strategies: All strategies; each has the same colour and marker in every chart.
 
     Raises:
         InputError: matplotlib is not installed.

@@ -1,4 +1,4 @@
-"""An evaluation's pass over its items: every strategy answers before the next item."""
+"""A pass over an evaluation's items: every strategy answers an item before the next one begins."""
 
 from __future__ import annotations
 
@@ -30,24 +30,24 @@ def evaluate(
     progress: Callable[[int, int], None] = no_progress,
     max_failed: float = MAX_BROKEN_SHARE,
 ) -> None:
-    """Ask all that the journal does not know yet; what failed before is asked once more.
+    """Ask every question that the journal has no answer to, those that failed before included.
 
-    An item that can't be asked, such as one whose image can't be read, is noted with the reason,
-    and the others are asked.
+    An item that can't be asked, such as one whose image can't be read, is recorded with the reason,
+    and the evaluation goes on.
 
-    Strategies take turns in being first. Options are rated by the model once, as no strategy has a
-    part in that. The first item is answered once more beforehand, unmeasured.
+    The order of the strategies rotates. Options are rated once, as the ratings don't depend on the
+    strategy. The first item is answered once beforehand without being measured.
 
     Args:
         vlm: The model.
         strategies: The plan's strategies by name.
-        plan: What to ask.
-        journal: Where the findings go, one by one.
-        progress: Called with the questions done and their number, of those that are left.
-        max_failed: The largest share of all questions that may fail.
+        plan: The evaluation's plan.
+        journal: Where findings are recorded.
+        progress: Called with the questions done and their total, of those that were left.
+        max_failed: The maximum share of all questions that may fail, from 0 to 1.
 
     Raises:
-        InputError: More fail, or another run writes to the journal's folder; it names the first.
+        InputError: More questions fail, or another run writes to the journal's folder.
     """
     with locked(journal.file.parent):
         _ask(vlm, strategies, plan, journal, progress, max_failed)
@@ -168,7 +168,7 @@ def session(vlm: VisionLanguageModel) -> dict[str, Any]:
 
 
 def commit() -> str | None:
-    """Return the commit that runs; None where fastvlm is installed without its repository."""
+    """Return the commit of the code; None where fastvlm is installed without its repository."""
     here = Path(__file__).parent
     command = ["git", "-C", str(here), "describe", "--always", "--dirty", "--abbrev=12"]
     try:

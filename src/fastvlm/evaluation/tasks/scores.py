@@ -1,4 +1,4 @@
-"""The figures of an evaluation: quality, speed and what drafts were worth."""
+"""The scores of an evaluation: quality, speed and acceptance."""
 
 from __future__ import annotations
 
@@ -68,7 +68,7 @@ class Speed:
 
     @classmethod
     def of(cls, own: Sequence[Answer], reference: Sequence[Answer]) -> Speed:
-        """Return the figures of a strategy's answers, and the reference's to the same items."""
+        """Return the timings of a strategy's answers, given the reference's to the same items."""
         mine = [answer.statistics for answer in own]
         ordinary = [answer.statistics for answer in reference]
         tpot = [one.tpot_ms for one in mine if one.tpot_ms is not None]
@@ -126,7 +126,7 @@ class ScoreRow:
 
 
 def length_class(tokens: int) -> int:
-    """Return the power of two that a reply's length is not above: 4, 8, 16 ..."""
+    """Return a reply's length rounded up to a power of two, at least 4."""
     return max(4, 1 << (tokens - 1).bit_length())
 
 

@@ -93,7 +93,7 @@ def speedup_end_to_end(row: ScoreRow) -> str:
 
 
 def acceptance(row: ScoreRow) -> str:
-    """Return rate and length of what was accepted."""
+    """Return acceptance rate and acceptance length."""
     if row.speed is None or row.speed.acceptance_rate is None:
         return "-"
     length = row.speed.acceptance_length
@@ -177,12 +177,12 @@ def length_table(plan: Plan, rows: Sequence[ScoreRow]) -> list[Part]:
 
 
 def number(value: float | None, digits: int) -> str:
-    """Return a figure; a dash where there is none."""
+    """Return a number with some digits after the decimal point; a dash for None."""
     return "-" if value is None else f"{value:,.{digits}f}"
 
 
 def score(value: float) -> str:
-    """Return a score, of which a hundredth of a point counts."""
+    """Return a score, to a hundredth of a point."""
     return f"{value:.4f}" if abs(value) < 10 else f"{value:.2f}"  # noqa: PLR2004 (a point or 100)
 
 
