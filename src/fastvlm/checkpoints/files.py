@@ -1,4 +1,4 @@
-"""The files of a model's folder: what is missing among them, and what they really are."""
+"""Checks of the files in a model's folder."""
 
 from __future__ import annotations
 
@@ -37,12 +37,12 @@ UNSUPPORTED_WEIGHT_FILES = {
 
 
 def check_folder(folder: Path) -> None:
-    """Refuse a model's folder with a file that is not what its name says.
+    """Refuse a model's folder with missing or broken files.
 
-    What is checked costs no time: that JSON is JSON, and that no file of weights is cut.
+    The checks are quick ones: that JSON files are JSON, and that files of weights are complete.
 
     Raises:
-        CheckpointError: One is, or there are no weights; it names the file.
+        CheckpointError: A file is broken, or there are no weights; it names the file.
     """
     if folder.is_file():
         raise CheckpointError(
@@ -77,7 +77,7 @@ def _without_config(folder: Path) -> str:
 
 
 def weight_files(folder: Path) -> list[Path]:
-    """Return the files of a model's weights: one, or the shards that an index lists.
+    """Return the files of a model's weights: a single one, or the shards of an index.
 
     Raises:
         CheckpointError: There are none, or a shard is missing.

@@ -1,4 +1,4 @@
-"""The layouts of FastVLM checkpoints, and what each of them calls things.
+"""The layouts of FastVLM checkpoints, and the names that each gives weights and settings.
 
 Apple's: `llava_qwen2`, with the encoder of MobileCLIP inside. `transformers`': `fast_vlm`, with
 timm's `fastvit_mci3` as vision tower. Both are read as `FastVlmForConditionalGeneration` around our
@@ -40,11 +40,11 @@ _TIMM_ARCHITECTURE = "fastvit_mci3"
 
 @dataclass(frozen=True, slots=True)
 class Layout:
-    """One of the layouts that are not ours.
+    """A layout other than fastvlm's own.
 
     Args:
-        rename: Our name of a weight, or None for one that is not used.
-        configure: Our configuration from that of the layout and the encoder's form.
+        rename: Returns fastvlm's name of a weight, or None for one that is not used.
+        configure: Returns fastvlm's configuration, given the layout's and the encoder's form.
     """
 
     rename: Callable[[str], str | None]
@@ -53,7 +53,7 @@ class Layout:
     def convert(
         self, config: dict[str, Any], weights: dict[str, Tensor]
     ) -> tuple[FastVlmConfig, dict[str, Tensor]]:
-        """Return our configuration and our names of the weights."""
+        """Return fastvlm's configuration, and the weights under fastvlm's names."""
         renamed = {}
         for name, weight in weights.items():
             ours = self.rename(name)
@@ -63,7 +63,7 @@ class Layout:
 
 
 def recognise(config: dict[str, Any]) -> Layout | None:
-    """Return the layout of a `config.json`; None for what `transformers` loads as it is."""
+    """Return the layout of a `config.json`; None for one that `transformers` loads itself."""
     if config.get("model_type") in ("llava_qwen2", "llava_qwen"):
         return APPLE_LAYOUT
     vision = config.get("vision_config") or {}
@@ -73,7 +73,7 @@ def recognise(config: dict[str, Any]) -> Layout | None:
 
 
 def form_of(weights: dict[str, Tensor]) -> str:
-    """Return the form that an encoder's weights, under our names, are in."""
+    """Return the form of an encoder, given its weights under fastvlm's names."""
     return (
         "reparameterized"
         if f"{VISION_TOWER_PREFIX}stem.0.reparam.weight" in weights
@@ -98,7 +98,7 @@ def _timm_name(name: str) -> str | None:
 
 
 def transformers_name(name: str, form: str) -> str:
-    """Return the name of one of our weights in `transformers`' layout."""
+    """Return the name of one of fastvlm's weights in `transformers`' layout."""
     if not name.startswith(VISION_TOWER_PREFIX):
         return name
     return _TIMM_VISION_PREFIX + to_timm(name.removeprefix(VISION_TOWER_PREFIX), form)
@@ -165,7 +165,7 @@ def transformers_vision_config(config: FastViTHDConfig) -> dict[str, Any]:
     """Return the vision tower's configuration in `transformers`' layout.
 
     Raises:
-        InputError: The encoder is not the one that timm has, or it is folded.
+        InputError: The encoder is not the variant that timm has, or it is fused.
     """
     released = FastViTHDConfig.variant("fastvithd")
     if (config.depths, config.widths, config.mlp_ratio) != (

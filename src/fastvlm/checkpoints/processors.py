@@ -1,4 +1,4 @@
-"""Load a model's processor for texts and still images; it needs no torchvision."""
+"""Loading a processor for texts and still images without torchvision."""
 
 from __future__ import annotations
 
@@ -24,9 +24,9 @@ PROCESSOR_CLASS_FILE_NAMES = (
 
 
 class StillImages(ProcessorMixin):
-    """Goes before a processor's own class, and leaves out its video processor.
+    """A mixin that leaves out a processor's video part.
 
-    That part alone needs torchvision, which brings the risk of a build for another torch.
+    That part alone needs torchvision, whose build may not match the installed torch.
     """
 
     @classmethod
@@ -51,7 +51,7 @@ class StillImages(ProcessorMixin):
         return made
 
     def __reduce__(self) -> tuple[Any, ...]:
-        """Return what pickling keeps: the class was made here and is found under no name."""
+        """Return what to pickle: the class is created at run time and can't be found by name."""
         return _blank, (type(self).__bases__[1],), self.__dict__
 
     def apply_chat_template(self, conversation: Any, *given: Any, **named: Any) -> Any:
@@ -62,7 +62,7 @@ class StillImages(ProcessorMixin):
 
 @cache
 def without_video(kind: Any) -> type[ProcessorMixin]:
-    """Return a class of processors without its part for videos."""
+    """Return a class of processors without its video part."""
     return type(kind.__name__, (StillImages, kind), {})
 
 
@@ -79,12 +79,11 @@ def load_processor(
 
     Args:
         folder: The model's directory.
-        config: The model's configuration, whose family has a processor of its own where no file
-            names another.
-        trust_remote_code: Whether code that lies there is run.
+        config: The model's configuration, which decides the class where no file names one.
+        trust_remote_code: Whether to run code from the folder.
 
     Raises:
-        CheckpointError: Nothing says which processor it is.
+        CheckpointError: No file and no configuration says which class it is.
     """
     kind = processor_class(folder, config)
     if "video_processor" in kind.get_attributes():
@@ -93,7 +92,7 @@ def load_processor(
 
 
 def tokenizer_of(processor: PreTrainedTokenizerBase | ProcessorMixin) -> PreTrainedTokenizerBase:
-    """Return the tokenizer of a processor, which may be the tokenizer itself."""
+    """Return the tokenizer of a processor, or the processor itself if it is one."""
     if isinstance(processor, PreTrainedTokenizerBase):
         return processor
     return cast(PreTrainedTokenizerBase, processor.tokenizer)
@@ -103,7 +102,7 @@ def processor_class(folder: Path, config: PreTrainedConfig) -> type[ProcessorMix
     """Return the class of a model's processor.
 
     Raises:
-        CheckpointError: Nothing says which.
+        CheckpointError: No file and no configuration says which.
     """
     for file in (folder / name for name in PROCESSOR_CLASS_FILE_NAMES):
         if not file.is_file():

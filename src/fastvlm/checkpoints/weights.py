@@ -1,4 +1,4 @@
-"""Weights out of a directory's files. Nothing in them is ever executed."""
+"""Reading weights from files, without executing anything in them."""
 
 from __future__ import annotations
 
@@ -24,10 +24,10 @@ MAX_LAYERS = 4096
 
 
 def read_weights(folder: Path) -> dict[str, Tensor]:
-    """Return all weights of a directory, whose data stays in the files until it is used.
+    """Return all weights of a directory, memory-mapped where possible.
 
     Args:
-        folder: With safetensors or PyTorch's own files, whole or in shards.
+        folder: Has safetensors or PyTorch's own files, whole or in shards.
 
     Raises:
         CheckpointError: There are none, a shard is missing or broken, or a file holds more than
@@ -57,13 +57,13 @@ def _read(file: Path) -> dict[str, Tensor]:
 
 
 def named(names: Sequence[str]) -> str:
-    """Return the first few names of a list, and how many more there are."""
+    """Return the first few names of a list, and the number of the others, as text."""
     rest = len(names) - MAX_NAMES_IN_ERROR
     return ", ".join(names[:MAX_NAMES_IN_ERROR]) + (f" and {rest} more" if rest > 0 else "")
 
 
 def be(names: Sequence[str]) -> str:
-    """Return `is` or `are`."""
+    """Return the verb for a list of names, `is` or `are`."""
     return "is" if len(names) == 1 else "are"
 
 

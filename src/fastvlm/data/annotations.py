@@ -1,4 +1,4 @@
-"""Annotation files: LLaVA's, COCO's, Karpathy's and VQA v2's JSON, and rows of any known kind."""
+"""Annotation files: LLaVA's, COCO's, Karpathy's and VQA v2's JSON, and rows of other formats."""
 
 from __future__ import annotations
 
@@ -20,15 +20,15 @@ MAX_INSPECTED_ROWS = 100
 
 @reads("These annotations")
 def read_annotations(file: Path, images: Path | None, split: str) -> Records:
-    """Read an annotation file, whose layout is recognised by what it holds.
+    """Read an annotation file in any supported layout.
 
     Args:
         file: The file; of VQA v2 its questions or its annotations, with the other beside it.
-        images: The folder of its images; None for those around the file.
-        split: Which part of a file of Karpathy's; the other layouts have a file for each.
+        images: The folder of its images; None to look for them around the file.
+        split: The split to read from a file of Karpathy's; other layouts have a file for each.
 
     Raises:
-        InputError: The file can't be read, its layout is none of these, or it is empty.
+        InputError: The file can't be read, its layout is not supported, or it is empty.
     """
     content, folders = load_json(file), folders_beside(file, images)
     match content:
@@ -54,7 +54,7 @@ def read_annotations(file: Path, images: Path | None, split: str) -> Records:
 
 
 def load_json(file: Path) -> Any:
-    """Return what a JSON file holds; of JSON lines a list, in which a broken line stays a text.
+    """Return the contents of a JSON file; for JSON lines a list, with broken lines as text.
 
     Raises:
         InputError: It can't be read, or isn't JSON.
@@ -97,7 +97,7 @@ def named_by(key: str, kind: str) -> Callable[[int, Any], str]:
 
 
 def captioned(pairs: list[tuple[str, Any]], folders: ImageFolders) -> Records:
-    """Return pairs of an image's file and a caption, named by the files."""
+    """Return the records of pairs of an image's file name and a caption, named by the files."""
 
     def convert(name: str, pair: tuple[str, Any]) -> Conversation:
         return conversation_of(name, {"image": pair[0], "caption": pair[1]}, folders)
@@ -132,16 +132,16 @@ def _karpathy(file: Path, images: list[Any], folders: ImageFolders, split: str) 
 
 
 def annotations_of(questions: Path) -> Path:
-    """Return where the answers of a file of VQA v2's questions are."""
+    """Return the path of the annotations that belong to VQA v2's questions."""
     name = questions.name.replace("OpenEnded_", "").replace("questions", "annotations")
     return questions.with_name(name)
 
 
 def questions_of(annotations: Path) -> Path:
-    """Return the questions that a file of VQA v2's annotations answers.
+    """Return the path of the questions that belong to VQA v2's annotations.
 
     Raises:
-        InputError: They are not beside it.
+        InputError: They are not beside the annotations.
     """
     for file in sorted(annotations.parent.glob("*questions*")):
         if annotations_of(file) == annotations:

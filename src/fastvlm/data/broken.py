@@ -1,4 +1,4 @@
-"""The records that are passed over: counted, named, and too many of them stop the run."""
+"""Broken records: they are skipped and counted, and too many of them stop the run."""
 
 from __future__ import annotations
 
@@ -42,14 +42,14 @@ class BrokenRecords:
         self.named: list[Broken] = []
 
     def see(self) -> None:
-        """Count a record as seen, sound or not."""
+        """Count a record as seen, broken or not."""
         self.seen += 1
 
     def add(self, broken: Broken) -> None:
-        """Count a record that was seen as broken.
+        """Count a record as broken that was counted as seen.
 
         Raises:
-            InputError: More than the share are.
+            InputError: The share of broken records exceeds the maximum.
         """
         self.count += 1
         if len(self.named) < MAX_NAMED_RECORDS and broken not in self.named:
@@ -58,10 +58,10 @@ class BrokenRecords:
             self.check()
 
     def check(self) -> None:
-        """Judge the share, however few records were seen.
+        """Check the share of broken records, however few were seen.
 
         Raises:
-            InputError: More than the share are broken.
+            InputError: It exceeds the maximum.
         """
         if self.count > self.share * self.seen:
             raise InputError(
@@ -81,11 +81,11 @@ class BrokenRecords:
         )
 
     def state_dict(self) -> dict[str, Any]:
-        """Return what was counted, in plain types."""
+        """Return the counts, in plain types."""
         named = [(broken.name, broken.reason) for broken in self.named]
         return {"seen": self.seen, "count": self.count, "named": named}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Go on from what was counted."""
+        """Restore the counts."""
         self.seen, self.count = state["seen"], state["count"]
         self.named = [Broken(name, reason) for name, reason in state["named"]]

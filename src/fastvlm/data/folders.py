@@ -36,14 +36,14 @@ def read_flickr8k_captions(folder: Path, split: str) -> Records:
 
 
 def read_table(table: Path, images: Path | None) -> Records:
-    """Read a table whose rows name an image and otherwise are of a kind that is known.
+    """Read a table whose rows name an image and otherwise have a supported format.
 
     Args:
-        table: JSON lines or comma-separated values with a header.
-        images: The folder of the images; None for the table's own and its `images`.
+        table: JSON lines, or comma-separated values with a header.
+        images: The folder of the images; None for the table's folder and its `images`.
 
     Raises:
-        InputError: It is no such table, or no column names the images.
+        InputError: The table has another format, or no column names the images.
     """
     rows: list[Any]
     if table.suffix == ".jsonl":
@@ -67,7 +67,7 @@ def read_table(table: Path, images: Path | None) -> Records:
 
 
 def read_captions_beside(folder: Path) -> Records:
-    """Return a record for each image of a folder; its caption is in a `.txt` of the same name.
+    """Return a record for each image of a folder with a caption in a `.txt` of the same name.
 
     Raises:
         InputError: There is no image.

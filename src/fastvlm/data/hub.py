@@ -1,4 +1,4 @@
-"""Hugging Face's `datasets`: saved in a folder, or streamed from the hub."""
+"""Data sets of Hugging Face's `datasets`: saved in a folder, or streamed from the hub."""
 
 from __future__ import annotations
 
@@ -19,12 +19,12 @@ SAVED_DATASET_FILE_NAMES = ("dataset_dict.json", "state.json")
 
 @dataclass(frozen=True, slots=True)
 class HubShards:
-    """The shards of a data set that is streamed.
+    """The shards of a streamed data set.
 
     Args:
         dataset: A `datasets.IterableDataset`.
-        name: What names it.
-        folders: Where images are looked for that are given by name.
+        name: The data set's name.
+        folders: Where to look for images that rows give by file name.
     """
 
     dataset: Any
@@ -38,7 +38,7 @@ class HubShards:
         """Yield a shard's records from number `start` on.
 
         Raises:
-            InputError: The hub can't be reached any more.
+            InputError: The hub can't be reached.
         """
         part = self.dataset.shard(num_shards=len(self), index=shard).skip(start)
         try:

@@ -1,4 +1,4 @@
-"""Questions about images: what benchmarks measure with and drafts learn from."""
+"""Questions about images, for benchmarks and for training drafts."""
 
 from __future__ import annotations
 
@@ -23,10 +23,10 @@ class Question:
     image: int | str | None
 
     def open(self, size: int) -> Image.Image | Path:
-        """Return the image: a scene rendered at `size` pixels, or the photo's path.
+        """Return the image: a scene rendered with a side of `size` pixels, or the photo's path.
 
         Raises:
-            InputError: It is a question without an image.
+            InputError: The question has no image.
         """
         if self.image is None:
             raise InputError("This is a question without an image.")

@@ -1,4 +1,4 @@
-"""One entry for every layout: what a source is, is recognised by what is there."""
+"""Reading a data set in any supported layout, which is recognised from its files."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from fastvlm.functional.errors import InputError
 def read_conversations(
     source: str | Path, *, images: Path | None = None, split: str = "train"
 ) -> Records | Shards:
-    """Return the conversations of a data set, whose layout is recognised by what is there.
+    """Return the conversations of a data set in any supported layout.
 
     Args:
         source: An annotation file (LLaVA's, COCO's, Karpathy's or VQA v2's JSON, or JSON lines); a
@@ -23,14 +23,14 @@ def read_conversations(
             image), with one annotation file, with shards, or written by `datasets`; a pattern or
             URL of shards (`part-{000..127}.tar`, `hf://datasets/owner/name/*.tar`); or the name
             of a data set on the hub (`owner/name`, `owner/name:configuration`), which is streamed.
-        images: The folder of the images, if it is not where the layout has it.
-        split: Which split, where a source has several.
+        images: The folder of the images; None for where the layout has it.
+        split: The split to read, if the source has several.
 
     Returns:
-        `Records` at random access, or `Shards` that are streamed.
+        `Records` with random access, or `Shards` that are streamed.
 
     Raises:
-        InputError: There is nothing at the source, its layout is none of these, or it is broken.
+        InputError: There is nothing at the source, its layout is not supported, or it is broken.
     """
     name, path = str(source), Path(source)
     if images is not None and not images.is_dir():

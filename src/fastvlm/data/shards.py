@@ -50,10 +50,10 @@ Members = list[tuple[str, bytes]]
 
 @dataclass(frozen=True, slots=True)
 class TarShards:
-    """Tar files, here or wherever fsspec reaches (`hf://`, `s3://`, `https://`), read as streams.
+    """Tar files, local or at any URL that fsspec supports (`hf://`, `s3://`, `https://`), streamed.
 
-    A record's members are its images, and a `.json` with a row of a kind that is known or a
-    `.txt` with a caption.
+    A record's members are its images, and a `.json` with a row of a supported format or a `.txt`
+    with a caption.
 
     Args:
         files: Paths or URLs.
@@ -67,10 +67,10 @@ class TarShards:
     def read(self, shard: int, start: int) -> Iterator[Record]:
         """Yield a shard's records from number `start` on.
 
-        What follows the damaged place of a shard is lost, and counts as one broken record.
+        The records after a damaged place in a shard are lost, and count as one broken record.
 
         Raises:
-            InputError: The shard can't be opened, or not be reached any more.
+            InputError: The shard can't be opened, or can't be reached any more.
         """
         file = self.files[shard]
         try:
@@ -122,7 +122,7 @@ def _conversation(name: str, members: Members) -> Conversation:
 
 
 def find_shards(pattern: str) -> TarShards:
-    """Return the shards that a pattern stands for.
+    """Return the shards that match a pattern.
 
     Args:
         pattern: A path or URL, with `*` for any name, `{0000..0123}` for numbers and `{a,b}` for
@@ -156,7 +156,7 @@ def _matches(pattern: str) -> list[str]:
 
 
 def expand_braces(pattern: str) -> list[str]:
-    """Return the names that a pattern's braces stand for, in the order of a shell's."""
+    """Return the names that a pattern with braces expands to, in a shell's order."""
     found = re.search(r"\{(\d+)\.\.(\d+)\}|\{([^{}]*,[^{}]*)\}", pattern)
     if found is None:
         return [pattern]

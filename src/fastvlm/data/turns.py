@@ -1,4 +1,4 @@
-"""Turns of a conversation, from a row as publishers write it."""
+"""The turns of a conversation, from a row as published."""
 
 from __future__ import annotations
 
@@ -34,18 +34,18 @@ def is_known(row: Any) -> bool:
 
 
 def conversation_of(name: str, row: Any, folders: ImageFolders) -> Conversation:
-    """Return the conversation that a row holds.
+    """Return the conversation of a row.
 
     Args:
-        name: What names it in errors.
-        row: With `messages` (`role`, `content`), `conversations` (LLaVA's `from`, `value`),
+        name: The record's name, for error messages.
+        row: A row with `messages` (`role`, `content`), `conversations` (LLaVA's `from`, `value`),
             `question` and its `answers` or `answer`, or a `caption` (`text`); of several `captions`
-            the first is learnt. Its images are `image` or `images`, one or a list.
-        folders: Where its images are looked for.
+            the first is used. Its images are `image` or `images`, one or a list.
+        folders: Where to look for its images.
 
     Raises:
-        BrokenRecordError: It is none of these, an image is missing, a turn is malformed, or there
-            is no reply.
+        BrokenRecordError: The row has none of these, an image is missing, a turn is malformed, or
+            there is no reply.
     """
     if not is_known(row):
         raise BrokenRecordError(f"none of {', '.join(CONTENT_KEYS)} in it")

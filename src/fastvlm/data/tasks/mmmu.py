@@ -79,12 +79,12 @@ def mmmu(folder: Path) -> Mmmu:
 
 
 def mmmu_questions(rows: Iterable[Mapping[str, Any]]) -> Mmmu:
-    """Make the task of MMMU's rows, asked as MMMU's own authors ask LLaVA-1.5.
+    """Make the task of MMMU's rows, with the prompts of MMMU's authors for LLaVA-1.5.
 
-    The model sees a question's first image alone; where the text speaks of others, it stays so.
+    The model sees a question's first image only; references to others in the text stay.
 
     Args:
-        rows: With the columns of the published files: `options` a list as Python writes it,
+        rows: Rows with the columns of the published files: `options` a Python list as text,
             `image_1` the file's `bytes`.
     """
     items = []
