@@ -1,4 +1,4 @@
-"""What is said of a failure of our own, and the report that is written of it."""
+"""Internal errors: the sentence that the user sees, and the report for maintainers."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ OUT_OF_MEMORY_PHRASES = ("out of memory", "not enough memory", "can't allocate m
 
 
 def is_out_of_memory(error: BaseException) -> bool:
-    """Return whether an error says that there is no memory left, on the CPU or an accelerator."""
+    """Return whether an error means that the CPU or an accelerator is out of memory."""
     if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError":
         return True
     said = str(error).lower()
@@ -55,9 +55,9 @@ def crash_sentence(error: Exception, arguments: Sequence[str]) -> str:
 
 
 def write_report(error: BaseException, arguments: Sequence[str]) -> str:
-    """Write what a maintainer needs to know into a new file, and return its path.
+    """Write a report of an error to a new file, and return its path.
 
-    Neither the environment nor the values of variables are written.
+    It contains neither the environment nor the values of variables.
 
     Raises:
         OSError: It can't be written.
@@ -80,7 +80,7 @@ def write_report(error: BaseException, arguments: Sequence[str]) -> str:
 
 
 def shows_traceback() -> bool:
-    """Return whether a failure of our own is to show its traceback, for who works on fastvlm."""
+    """Return whether to show an internal error's traceback, for those who work on fastvlm."""
     return os.environ.get(DEBUG_VARIABLE, "") not in ("", "0")
 
 

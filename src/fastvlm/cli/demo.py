@@ -1,4 +1,4 @@
-"""`fastvlm demo`: the example model, at work on its images."""
+"""`fastvlm demo`: the example model on its own images."""
 
 from __future__ import annotations
 
@@ -45,10 +45,10 @@ class DemoImage:
     """An image of the example model.
 
     Args:
-        file: Where it is.
+        file: The image's file.
         kind: `scene` or `photo`.
-        title: What it is called.
-        credit: Who made it, and where it is from and under which licence, if that is to be said.
+        title: The title.
+        credit: Author, source and licence, if they are to be shown.
     """
 
     file: Path
@@ -58,7 +58,7 @@ class DemoImage:
 
     @property
     def question(self) -> Question:
-        """What the model is asked about it."""
+        """The question that the model is asked about it."""
         from fastvlm.data.questions import Question
 
         shipped = example()
@@ -132,10 +132,10 @@ def demo(
 
 
 def read_images(folder: Path) -> list[DemoImage]:
-    """Return the images that a folder's `images.json` lists.
+    """Return the images listed in a folder's `images.json`.
 
     Raises:
-        CheckpointError: The list is missing or not in the form that it should have.
+        CheckpointError: The list is missing, broken or empty.
     """
     listing = folder / "images.json"
     if not listing.is_file():

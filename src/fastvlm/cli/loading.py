@@ -1,4 +1,4 @@
-"""A model as the verbs want it, and the options that say which and how."""
+"""Loading a model for a command, and the options for it."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
 
 class UsageError(InputError):
-    """A command line that makes no sense, whatever model and images it is about."""
+    """The command line is wrong, whatever the model and the images."""
 
 
 @contextmanager
@@ -41,7 +41,7 @@ def checked_device(name: str | None) -> str | None:
     """Return a device's name.
 
     Raises:
-        UsageError: There is no such device here.
+        UsageError: The device doesn't exist.
     """
     if name in (None, "cpu"):
         return name
@@ -132,13 +132,13 @@ MAX_DIGITS = 9
 
 @dataclass(frozen=True, slots=True)
 class Runtime:
-    """How a verb computes: options that all verbs have.
+    """Options of all commands on how to compute.
 
     Args:
-        device: Where.
-        dtype: In what precision.
-        threads: Of the CPU; None for torch's own number.
-        quiet: Whether only results and errors are shown.
+        device: The device.
+        dtype: The precision.
+        threads: CPU threads; None for torch's default.
+        quiet: Whether to show results and errors only.
     """
 
     device: DeviceOption = "cpu"
@@ -174,10 +174,10 @@ class Runtime:
 
 
 def layers_in(listed: str | None) -> tuple[int, ...] | None:
-    """Return the layers of a list as it is typed: `3,5,7`.
+    """Return the layers of a list such as `3,5,7`.
 
     Raises:
-        UsageError: There is something else than whole numbers in it.
+        UsageError: Something in it is not a whole number.
     """
     if listed is None:
         return None
@@ -208,8 +208,8 @@ def whole_numbers(listed: str, what: str, example: str) -> tuple[int, ...]:
 def resolve_model(model: str | None) -> str | Path | None:
     """Return where a model is: a path, a name on the hub, or None for the example model.
 
-    `owner/name` may be either. It is a path if it exists, or if `owner` is a folder here: then it
-    is a path typed wrong, which no hub need be asked for.
+    `owner/name` may be either. It is a path if it exists, or if the folder `owner` exists: then it
+    is a mistyped path, for which the hub is not asked.
     """
     if model is None:
         return None

@@ -1,4 +1,4 @@
-"""A command line from its words to its exit code: every way in which it can end."""
+"""Running a command line up to its exit code."""
 
 from __future__ import annotations
 
@@ -41,11 +41,11 @@ TERMINATION_SIGNALS = [
 
 
 def run_verb(arguments: Sequence[str], app: typer.Typer | None = None) -> int:
-    """Run a verb, say in one sentence what went wrong, and return the exit code.
+    """Run a command, print one sentence on any error, and return the exit code.
 
     Args:
         arguments: The words after `fastvlm`.
-        app: The verbs; None for those of `fastvlm`.
+        app: The commands; None for those of `fastvlm`.
     """
     try:
         with plain_warnings(), ended_by_signals():
@@ -60,12 +60,12 @@ def run_verb(arguments: Sequence[str], app: typer.Typer | None = None) -> int:
 
 
 def invoked(arguments: Sequence[str], app: typer.Typer | None = None) -> int:
-    """Run a verb and return its exit code.
+    """Run a command and return its exit code.
 
-    What typer does beside this is left out: it has its own ideas of what ends a process, and how.
+    Typer's own handling of errors and signals is bypassed.
 
     Raises:
-        Exception: Whatever the verb, or the reading of its command line, raises.
+        Exception: Any error of the command, or of parsing its command line.
     """
     from fastvlm.cli.verbs import command
 
@@ -106,7 +106,7 @@ def failed(error: Exception, arguments: Sequence[str]) -> int:
 
 
 def print_usage(error: Any) -> None:
-    """Say what is wrong with a command line; of one without a verb, what verbs there are."""
+    """Print what is wrong with a command line, or the list of commands if it has none."""
     if type(error).__name__ == "NoArgsIsHelpError":
         print_aside(error.format_message())
         return

@@ -1,4 +1,4 @@
-"""Strategies as they are typed, and those that they name."""
+"""Parsing and making the strategies named on a command line."""
 
 from __future__ import annotations
 
@@ -52,13 +52,13 @@ StrategiesOption = Annotated[
 
 @dataclass(frozen=True, slots=True)
 class TypedStrategy:
-    """A strategy as it is typed: `early-exit@4:8`.
+    """A strategy as typed: `early-exit@4:8`.
 
     Args:
-        name: All of it.
+        name: The whole text.
         kind: The part before `@` and `:`, a draft's name or one of `STRATEGIES_WITHOUT_DRAFT`.
-        exit_layer: The layers that draft (`@4`); None for the strategy's own.
-        draft_length: Tokens of every draft (`:8`); None for the strategy's own rule.
+        exit_layer: The layers that draft (`@4`); None for the strategy's default.
+        draft_length: Tokens in every draft (`:8`); None for the strategy's own rule.
     """
 
     name: str
@@ -68,11 +68,11 @@ class TypedStrategy:
 
     @classmethod
     def of(cls, typed: str, known: Sequence[str]) -> TypedStrategy:
-        """Read what was typed.
+        """Parse a strategy.
 
         Args:
-            typed: The strategy.
-            known: The kinds that there are.
+            typed: The strategy as typed.
+            known: All kinds.
 
         Raises:
             UsageError: There is no such strategy, or it has no such setting.
@@ -100,7 +100,7 @@ def named_drafts(given: Sequence[str] | None, model: str | None) -> dict[str, Pa
     """Return the drafts' directories by the names of their strategies.
 
     Raises:
-        UsageError: Two drafts have the same name, or one has a name that means something else.
+        UsageError: Two drafts have the same name, or a name is reserved.
     """
     if not given:
         if model is not None:
@@ -127,10 +127,10 @@ def named_drafts(given: Sequence[str] | None, model: str | None) -> dict[str, Pa
 
 
 def chosen_strategies(wanted: str | None, drafts: Mapping[str, Path]) -> list[TypedStrategy]:
-    """Return what to measure besides `transformers`, in the order given.
+    """Return the strategies to measure besides `transformers`, in the order given.
 
     Raises:
-        UsageError: A strategy is unknown, or needs a draft that isn't there.
+        UsageError: A strategy is unknown, or needs a draft that isn't given.
     """
     known = [AUTOREGRESSIVE, *drafts, *STRATEGIES_WITHOUT_DRAFT]
     names = known if wanted is None else [name.strip() for name in wanted.split(",")]
@@ -144,7 +144,7 @@ def needs_search(chosen: Sequence[TypedStrategy], skipped: Sequence[int] | None)
     """Return whether the layers to skip have to be searched for.
 
     Raises:
-        UsageError: Layers to skip are given, but nothing skips layers.
+        UsageError: Layers to skip are given without the strategy `layer-skip`.
     """
     skips = any(one.kind == LAYER_SKIP for one in chosen)
     if skipped is not None and not skips:
@@ -189,11 +189,11 @@ def named_strategies(
 
 
 def options_of(typed: TypedStrategy, skipped: Sequence[int] | None) -> dict[str, Any]:
-    """Return the options of a strategy as `VisionLanguageModel.strategy` takes them.
+    """Return a strategy's options, as `VisionLanguageModel.strategy` takes them.
 
     Args:
         typed: The strategy.
-        skipped: The layers that `layer-skip` leaves out; None for the usual ones.
+        skipped: The layers that `layer-skip` leaves out; None for its default.
     """
     options: dict[str, Any] = {
         "exit_layer": typed.exit_layer,

@@ -1,4 +1,4 @@
-"""A reply as it streams, and the image that it is about, in a terminal."""
+"""Showing a reply as it streams, and its image, in a terminal."""
 
 from __future__ import annotations
 
@@ -20,11 +20,11 @@ THUMBNAIL_CELLS = 24
 class ReplyWriter:
     """Writes a reply as it streams, wrapped at words, each token in its own style.
 
-    A word is written when the next one begins, as only then its width is known.
+    A word is written when the next one begins, as its width is only known then.
 
     Args:
-        console: Where to.
-        indent: Cells to the left of the reply.
+        console: Where to write.
+        indent: The left margin, in character cells.
     """
 
     def __init__(self, console: Console, indent: int = 4) -> None:
@@ -33,7 +33,7 @@ class ReplyWriter:
         self.word = Text()
 
     def write(self, text: str, style: str = "") -> None:
-        """Take a piece of the reply; white space of any kind is one space."""
+        """Add a piece of the reply; any white space becomes a single space."""
         for part in re.split(r"(\s+)", text):
             if part.isspace():
                 self.flush()
@@ -61,7 +61,7 @@ class ReplyWriter:
 
 
 def thumbnail(image: Image.Image) -> Text:
-    """Return an image as half blocks in colour, two pixels a cell."""
+    """Return an image as coloured half blocks, two pixels to a character cell."""
     scale = THUMBNAIL_CELLS / max(image.size)
     width = max(1, round(image.width * scale))
     height = max(2, 2 * round(image.height * scale / 2))
@@ -78,6 +78,6 @@ def thumbnail(image: Image.Image) -> Text:
 
 
 def in_colour(console: Console) -> bool:
-    """Return whether an image can be shown: in a terminal with 256 colours and half blocks."""
+    """Return whether a terminal can show images: with 256 colours and half blocks."""
     coloured = console.color_system in ("256", "truecolor") and not console.no_color
     return coloured and not console.options.ascii_only

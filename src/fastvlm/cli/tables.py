@@ -1,4 +1,4 @@
-"""Figures as a table, or as a list where a table doesn't fit: nothing is ever cut."""
+"""Figures as a table, or as a list where a table is too wide: nothing is ever truncated."""
 
 from __future__ import annotations
 
@@ -28,8 +28,8 @@ class FigureTable:
     """Rows of figures, the first cell of each being its name.
 
     Args:
-        headings: Of the columns.
-        texts: The columns that hold words, as the first one does: they are aligned to the left.
+        headings: The columns' headings.
+        texts: Columns of text, aligned to the left like the first one.
     """
 
     headings: Sequence[str]
@@ -42,11 +42,11 @@ class FigureTable:
         self.rows.append(list(cells))
 
     def end_section(self) -> None:
-        """Set what follows apart from the rows so far."""
+        """Separate the rows that follow from those so far."""
         self.last = len(self.rows) - 1
 
     def print(self, console: Console) -> None:
-        """Write the table, or one list after another if the console is too narrow for it."""
+        """Print the table, or a list for each row if the console is too narrow."""
         for padding, shortened in ((1, {}), (0, SHORTENED_HEADINGS)):
             table = self._table(padding, shortened)
             natural = Measurement.get(console, console.options.update(width=10**6), table)

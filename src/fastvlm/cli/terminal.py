@@ -1,4 +1,4 @@
-"""What the verbs write to a terminal: sentences, figures, progress."""
+"""Output to a terminal: sentences, figures, progress."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ UNLIMITED_CELLS = 100_000
 
 
 class PlainConsole(Console):
-    """A console that shows text as it is, and leaves a reader that is gone to the caller.
+    """A console that shows text without markup, and raises `BrokenPipeError` if its reader is gone.
 
     Args:
         stderr: Whether it writes to standard error.
@@ -43,7 +43,7 @@ class PlainConsole(Console):
         self.width = max(self.width, MIN_CONSOLE_CELLS)
 
     def on_broken_pipe(self) -> None:
-        """Raise what rich would end the process at; progress that nobody reads is no reason."""
+        """Raise the error, on which rich would exit; ignore it for progress on standard error."""
         if self.stderr:
             self.quiet = True
             return
@@ -59,7 +59,7 @@ def print_error(message: str) -> None:
 def print_aside(text: str) -> None:
     """Write lines to standard error.
 
-    Not with `typer.echo`, which writes UTF-8 where the encoding is ASCII.
+    Unlike `typer.echo`, it respects the encoding of standard error.
     """
     # Where standard error can't be written, there is nowhere to say so.
     with suppress(OSError):
@@ -69,7 +69,7 @@ def print_aside(text: str) -> None:
 
 @contextmanager
 def plain_warnings() -> Iterator[None]:
-    """Write what warns a user as one sentence, without the line of code that it came from."""
+    """Write warnings as one sentence, without the line of code that raised them."""
     with warnings.catch_warnings():
         usual = warnings.showwarning
 
@@ -84,7 +84,7 @@ def plain_warnings() -> Iterator[None]:
 
 
 def hush(quiet: bool) -> bool:
-    """Ignore warnings from here on, if that is what was asked for; the callback of `--quiet`."""
+    """Ignore all further warnings, if asked to; the callback of `--quiet`."""
     if quiet:
         warnings.simplefilter("ignore")
     return quiet

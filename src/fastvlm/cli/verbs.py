@@ -32,7 +32,7 @@ app.add_typer(train, name="train")
 
 
 def print_version(wanted: bool) -> None:
-    """Print the version and leave, if that is what was asked for."""
+    """Print the version and exit, if asked to."""
     if wanted:
         from fastvlm import __version__
 
@@ -52,5 +52,5 @@ def fastvlm(
 
 @cache
 def command() -> Any:
-    """Return the command line as click knows it."""
+    """Return the command line as a click command."""
     return typer.main.get_command(app)

@@ -1,4 +1,4 @@
-"""A new FastVLM: a FastViTHD, a projector that has learnt nothing, and any decoder."""
+"""Assembling a new FastVLM from a FastViTHD, an untrained projector and a language model."""
 
 from __future__ import annotations
 
@@ -29,16 +29,16 @@ TURN_END_TOKEN = "<|im_end|>"
 def assemble(
     encoder: FastViTHD, decoder: Path
 ) -> tuple[FastVlmForConditionalGeneration, PreTrainedTokenizerBase]:
-    """Return a new model in float32, and its tokenizer with a place for images.
+    """Return a new model in float32, and its tokenizer with a token for images.
 
     Args:
-        encoder: The encoder, in the form in which it is trained on.
-        decoder: A causal language model of text, with its tokenizer.
+        encoder: The encoder, in the form in which it is trained further.
+        decoder: A causal language model with its tokenizer.
 
     Raises:
         CheckpointError: The decoder can't be read.
-        InputError: It is no decoder of text, of a family that is not known, or its tokenizer's chat
-            template has no place for images.
+        InputError: It is no language model of a supported family, or its tokenizer's chat template
+            doesn't support images.
     """
     text, processor = load_checkpoint(decoder, torch.float32, "cpu")
     if not isinstance(processor, PreTrainedTokenizerBase) or text.base_model is text:
@@ -87,13 +87,13 @@ def take_over(
 
 
 def prepare_tokenizer(tokenizer: PreTrainedTokenizerBase, decoder: Path) -> int | None:
-    """Give a tokenizer a token for images, and Apple's template if its own shows none.
+    """Add a token for images to a tokenizer, and Apple's chat template if its own has no images.
 
     Returns:
-        The token that ends a turn of Apple's template; None where the tokenizer's own stays.
+        The token that ends a turn in Apple's template; None where the tokenizer's own is kept.
 
     Raises:
-        InputError: Its template has no place for images, and it doesn't know Apple's tokens.
+        InputError: Its template doesn't support images, and its vocabulary lacks Apple's tokens.
     """
     if IMAGE_TOKEN not in tokenizer.get_vocab():
         tokenizer.add_special_tokens({"additional_special_tokens": [IMAGE_TOKEN]})
@@ -116,7 +116,7 @@ def prepare_tokenizer(tokenizer: PreTrainedTokenizerBase, decoder: Path) -> int 
 
 
 def read_encoder(path: Path) -> FastViTHD:
-    """Read a FastViTHD from its own directory, or out of a model's.
+    """Load a FastViTHD from its own directory or from a model's.
 
     Raises:
         CheckpointError: There is none, or it can't be read.

@@ -1,4 +1,4 @@
-"""A run's two last checkpoints: written whole or not at all, and refused by another run."""
+"""A run's last two checkpoints: each is complete or not there, and belongs to one plan."""
 
 from __future__ import annotations
 
@@ -19,17 +19,17 @@ CHECKPOINT_KEYS = ("plan", "step", "streams", "module", "optimiser")
 
 
 def before(path: Path) -> Path:
-    """Return where the checkpoint before the last one is."""
+    """Return the path of the checkpoint before the last one."""
     return path.with_stem(f"{path.stem}-before")
 
 
 def write_checkpoint(path: Path, state: State) -> None:
     """Write a checkpoint, and keep the one before it.
 
-    A kill at any moment leaves one of them whole.
+    If the process is killed at any moment, at least one of them is intact.
 
     Raises:
-        StorageError: The disk is full, or can't be written to; what was there stays.
+        StorageError: The disk is full, or can't be written to; the earlier checkpoint stays.
     """
     with written_file(path) as beside:
         torch.save(state, beside)
@@ -48,19 +48,19 @@ def _keep(path: Path) -> None:
 
 
 def read_checkpoint(path: Path, plan: State, processes: int, *, streams: bool) -> State | None:
-    """Return what a run with this plan goes on from; None where nothing was written.
+    """Return the checkpoint to resume from; None if there is none.
 
-    Where the last checkpoint is broken, that is the one before it, which is said.
+    If the last checkpoint is broken, the one before it is returned, with a message.
 
     Args:
         path: The file.
-        plan: All that decides what is learnt.
-        processes: Processes of the run.
+        plan: All settings and data that the result depends on.
+        processes: The number of processes in the run.
         streams: Whether each process draws from a stream of its own.
 
     Raises:
         CheckpointError: It was written by a run with another plan, or by another number of
-            processes with a stream each, or none that was written can be read.
+            processes with a stream each, or no checkpoint can be read.
     """
     state = _last(path)
     if state is None:

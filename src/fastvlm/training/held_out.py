@@ -1,4 +1,4 @@
-"""Drafts measured by actual decoding of what they have not learnt from."""
+"""Measuring drafts by decoding held-out questions."""
 
 from __future__ import annotations
 
@@ -21,13 +21,13 @@ ORDINARY_KEY = ""
 
 @dataclass(frozen=True, slots=True)
 class Decoded:
-    """How a draft did.
+    """A draft's results.
 
     Args:
-        acceptance_rate: Accepted tokens per drafted one.
+        acceptance_rate: Accepted tokens per drafted token.
         acceptance_length: Tokens per pass of the full model.
-        tokens_per_second: Of decoding, without the prompts' passes.
-        speedup: Time of ordinary decoding over the draft's: over the replies.
+        tokens_per_second: Decoding throughput, without the prefill.
+        speedup: Time of ordinary decoding over the draft's, over the replies.
     """
 
     acceptance_rate: float
@@ -43,13 +43,13 @@ def decode_held_out(
     *,
     max_new_tokens: int = 160,
 ) -> dict[str, Decoded]:
-    """Answer each question with every draft before the next one, in an order that turns.
+    """Decode every question with each draft and without one, in rotating order.
 
     Args:
         vlm: The target.
         networks: The drafts, by name.
-        asked: The questions; the first is asked once more beforehand, unmeasured.
-        max_new_tokens: The most tokens of a reply.
+        asked: The questions; the first is decoded once beforehand without being measured.
+        max_new_tokens: The maximum number of tokens in a reply.
 
     Raises:
         InputError: An image can't be read, or all replies are one token long.
@@ -78,7 +78,7 @@ def decode_held_out(
 
 
 def compared(own: Sequence[DecodingStatistics], ordinary: Sequence[DecodingStatistics]) -> Decoded:
-    """Return how a draft did against ordinary decoding of the same replies.
+    """Return a draft's results, compared with ordinary decoding of the same replies.
 
     Raises:
         InputError: No reply has a second token, which is the first that can be drafted.

@@ -1,7 +1,7 @@
-"""One training loop for every stage: seeded, resumable, on one process or several.
+"""The training loop of every stage: seeded, resumable, on one process or several.
 
 What a step draws depends on the run's seed and the step's number alone, or on a stream whose
-position is in the checkpoint; so a run that is resumed goes on exactly where it stopped.
+position is in the checkpoint; so a resumed run continues exactly where it stopped.
 """
 
 from __future__ import annotations
@@ -39,8 +39,8 @@ class StoppedError(FastVlmError):
     """The run was asked to stop; its checkpoint is written.
 
     Args:
-        message: The sentence.
-        signal_number: What asked this process; SIGTERM where another one was asked.
+        message: The error message.
+        signal_number: The signal that this process received; SIGTERM if another process did.
     """
 
     def __init__(self, message: str, signal_number: int = signal.SIGTERM) -> None:
@@ -51,25 +51,24 @@ class StoppedError(FastVlmError):
 def train(
     task: TrainingTask, schedule: Schedule, output: Path, validate: Validate | None = None
 ) -> None:
-    """Run a task to its last step, resuming from `output/checkpoint.pt` where there is one.
+    """Run a task to its last step, resuming from `output/checkpoint.pt` if there is one.
 
     Progress goes to standard error and, one JSON object a line, to `output/log.jsonl`; the curves
-    to `output/curves.png`. Process 0 alone writes, to a disk that all of them see.
+    to `output/curves.png`. Process 0 alone writes, to a disk that all processes share.
 
     Args:
-        task: What is trained.
-        schedule: How the run goes.
+        task: What to train.
+        schedule: Steps, learning rate and so on.
         output: The folder of the checkpoint, the log and the curves.
-        validate: Measures what was learnt; called by every process.
+        validate: Returns validation measures; called by every process.
 
     Raises:
         StoppedError: SIGTERM, SIGHUP or Ctrl-C arrived at a process; the checkpoint is written.
         LostProcessError: Another process ended.
-        CheckpointError: The checkpoint belongs to a run with another plan, or none that was written
-            can be read.
-        StorageError: The disk is full; the checkpoint before stays.
-        InputError: A step can't be cut into as many slices as are asked for, a tracker or a
-            precision isn't there, or another run writes to the output.
+        CheckpointError: The checkpoint belongs to a run with another plan, or can't be read.
+        StorageError: The disk is full; the last checkpoint stays.
+        InputError: A step can't be split into as many slices as asked for, a tracker or a precision
+            is not available, or another run writes to the output.
     """
     check_trackers(schedule.trackers)
     processes = Processes()
@@ -228,10 +227,10 @@ class Run:
             yield number, examples[first:end]
 
     def resume(self) -> int:
-        """Return the step to begin with, everything restored for it.
+        """Restore the last checkpoint, if there is one, and return the step to begin with.
 
         Raises:
-            CheckpointError: The checkpoint is broken, or of another run.
+            CheckpointError: The checkpoint is broken, or belongs to another run.
         """
         source, processes = self.task.source, self.processes
         state = read_checkpoint(self.file, self.plan, processes.number, streams=source is not None)
@@ -282,10 +281,10 @@ def add(sums: dict[str, tuple[float, float]], more: Any) -> None:
 
 @contextmanager
 def without_denormals() -> Iterator[None]:
-    """Let numbers that are tiny be zero meanwhile.
+    """Flush denormal numbers to zero in this context.
 
-    The gradients of layer scales and of saturated losses would otherwise be computed as denormals,
-    which costs a CPU up to 2.5x.
+    The gradients of layer scales and of saturated losses are often denormal, which makes a CPU up
+    to 2.5x slower.
     """
     torch.set_flush_denormal(True)
     try:
@@ -298,7 +297,7 @@ def without_denormals() -> Iterator[None]:
 def asked_to_stop() -> Iterator[Sequence[int]]:
     """Collect the signals that ask a run to stop, instead of stopping at once.
 
-    A second Ctrl-C does stop it at once. Signals reach the main thread alone.
+    A second Ctrl-C stops it at once. Signals reach the main thread only.
     """
     asked: list[int] = []
 

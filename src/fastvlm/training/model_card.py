@@ -1,4 +1,4 @@
-"""A draft's model card: what it was made for and from, and how it does."""
+"""A draft's model card: target, training data and results."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a run tells of itself: a line on standard error, `log.jsonl`, trackers and curves."""
+"""A run's progress: a line on standard error, `log.jsonl`, trackers and curves."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ DRAWING_TIME_SHARE = 0.02
 
 
 def check_trackers(names: tuple[str, ...]) -> None:
-    """Refuse a tracker that accelerate would pass over in silence.
+    """Refuse a tracker that accelerate would silently ignore.
 
     Raises:
         InputError: It is unknown, or its package is not installed.
@@ -42,14 +42,14 @@ def check_trackers(names: tuple[str, ...]) -> None:
 
 
 class RunProgress:
-    """Adds up what steps report, and writes the means every so often with the time left.
+    """Averages what steps report, and regularly writes the means with the time left.
 
     Args:
-        schedule: The run's.
-        first: The step that it begins with; what the log has of later ones is forgotten.
-        unit: What a step's weight counts.
+        schedule: The run's schedule.
+        first: The first step; log entries of later ones are removed.
+        unit: The unit of a step's weight.
         output: The folder of `log.jsonl` and `curves.png`.
-        accelerator: What knows the trackers.
+        accelerator: Has the trackers.
     """
 
     def __init__(
@@ -82,7 +82,7 @@ class RunProgress:
             self.close()
 
     def close(self) -> None:
-        """Write what has been averaged since the last line."""
+        """Write the averages since the last line."""
         if not self.sums:
             return
         now = time.monotonic()
@@ -97,12 +97,12 @@ class RunProgress:
         self.sums, self.weight, self.written = {}, 0.0, now
 
     def validated(self, measures: Mapping[str, float]) -> None:
-        """Write what a validation found, for which `close` was called before."""
+        """Write the results of a validation, after a call of `close`."""
         self.say(shown(measures), measures)
         self.written = time.monotonic()
 
     def say(self, line: str, measures: Mapping[str, float]) -> None:
-        """Write a line, and the measures to the log and the trackers."""
+        """Write a line to standard error, and the measures to the log and the trackers."""
         print(  # noqa: T201
             f"step {self.step}/{self.schedule.steps}  {line}", file=sys.stderr, flush=True
         )

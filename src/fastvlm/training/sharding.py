@@ -1,4 +1,4 @@
-"""A run whose weights are shared out among its processes (FSDP), for models too large for one."""
+"""Sharded training with FSDP, for models too large for one process."""
 
 from __future__ import annotations
 
@@ -31,12 +31,12 @@ PARTIAL_STATE_OPTIONS = StateDictOptions(full_state_dict=True, cpu_offload=True,
 
 
 def is_sharded_run() -> bool:
-    """Return whether accelerate is set to FSDP, in a run of several processes."""
+    """Return whether accelerate is configured for FSDP, in a run of several processes."""
     return parse_flag_from_env("ACCELERATE_USE_FSDP") and this_process().num_processes > 1
 
 
 def whole_state(module: nn.Module) -> dict[str, Any]:
-    """Return a module's state; where it is sharded, all of it in process 0 and nothing elsewhere.
+    """Return a module's state; if it is sharded, all of it in process 0 and nothing elsewhere.
 
     Every process has to call this.
     """
@@ -53,19 +53,19 @@ def sharded(module: nn.Module) -> bool:
 
 
 class ShardedTrainState(TrainState):
-    """Weights of which every process holds a part, and their optimiser.
+    """Sharded weights and their optimiser.
 
-    Layers of the classes that accelerate's configuration names are gathered one at a time. Every
-    process needs all trained weights in a step, or none of them does: FSDP counts on it.
+    Layers of the classes that accelerate's configuration names are gathered one at a time. Either
+    every process needs all trained weights in a step, or none does, as FSDP requires.
 
     Args:
-        task: What is trained.
-        schedule: The run's.
-        accelerator: What knows the precision.
-        processes: Those that take each step together.
+        task: What to train.
+        schedule: The run's schedule.
+        accelerator: Provides mixed precision.
+        processes: The processes that take each step together.
 
     Raises:
-        InputError: What is trained is no model that can be shared out.
+        InputError: The task's module is not a model that can be sharded.
     """
 
     def __init__(
@@ -105,7 +105,7 @@ class ShardedTrainState(TrainState):
                 parameter.grad.mul_(self.processes.number)
 
     def state(self) -> State:
-        """Return the weights and the optimiser's state; in process 0 they are whole."""
+        """Return the states of weights and optimiser; in process 0 they are complete."""
         optimiser = get_optimizer_state_dict(
             self.task.module, self.optimiser, options=FULL_STATE_OPTIONS
         )

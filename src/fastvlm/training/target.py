@@ -1,4 +1,4 @@
-"""What a frozen target makes of examples, kept where there is memory for all of it."""
+"""The hidden states of a frozen target, kept if all of them fit into memory."""
 
 from __future__ import annotations
 
@@ -20,11 +20,11 @@ MEASURED_EXAMPLES = 16
 
 @dataclass(frozen=True, slots=True)
 class TargetStates:
-    """A target's pass over examples.
+    """The hidden states of a target's pass over examples.
 
     Args:
         states: The hidden states of each exit layer, padded: (batch, length, d_model).
-        last: The last layer's, at the positions of the loss: (positions, d_model).
+        last: The last layer's hidden states at the positions of the loss: (positions, d_model).
     """
 
     states: Mapping[int, Tensor]
@@ -70,11 +70,11 @@ class FrozenTarget:
 
     @torch.no_grad()
     def passed(self, examples: Sequence[Example], forced: Forced) -> TargetStates:
-        """Return the target's pass over a step's examples.
+        """Return the target's hidden states of a step's examples.
 
         Args:
             examples: The examples.
-            forced: The batch that they make.
+            forced: The batch made of them.
         """
         if not self.keeps:
             return self.run(forced)
@@ -88,7 +88,7 @@ class FrozenTarget:
         )
 
     def known(self, example: Example) -> TargetStates:
-        """Return the pass over one example, which may have been made before."""
+        """Return the hidden states of one example, from the cache if possible."""
         return self.kept.get(
             example,
             lambda: self.run(self.forcing.batch([example])),

@@ -16,13 +16,13 @@ from fastvlm.training.task import Losses, TrainingTask
 
 
 class TrainState:
-    """Weights that every process holds whole, and their optimiser.
+    """A task's weights, complete in every process, and their optimiser.
 
     Args:
-        task: What is trained.
-        schedule: The run's.
-        accelerator: What knows the precision.
-        processes: Those that take each step together.
+        task: What to train.
+        schedule: The run's schedule.
+        accelerator: Provides mixed precision.
+        processes: The processes that take each step together.
     """
 
     def __init__(
@@ -36,7 +36,7 @@ class TrainState:
 
     @property
     def parameters(self) -> list[nn.Parameter]:
-        """What is trained."""
+        """The parameters that are trained."""
         return [p for group in self.optimiser.param_groups for p in group["params"]]
 
     def losses(self, examples: Sequence[Any]) -> Losses:
@@ -67,7 +67,7 @@ class TrainState:
         self.optimiser.zero_grad(set_to_none=True)
 
     def state(self) -> State:
-        """Return the weights and the optimiser's state; in process 0 they are whole."""
+        """Return the states of weights and optimiser; in process 0 they are complete."""
         return {"module": self.task.module.state_dict(), "optimiser": self.optimiser.state_dict()}
 
     def load(self, state: State) -> None:

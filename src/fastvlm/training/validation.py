@@ -1,4 +1,4 @@
-"""Validation of drafts by decoding held-out questions: what serving would see."""
+"""Validation of drafts by decoding held-out questions, as in serving."""
 
 from __future__ import annotations
 
@@ -17,13 +17,13 @@ DRAFT_TOKENS = 4
 
 
 class HeldOut:
-    """Decodes replies with networks as they are while they learn.
+    """Decodes held-out questions with networks while they are trained.
 
     Args:
         vlm: The target.
         networks: The networks, by name.
-        asked: What is asked, of images that are never trained on.
-        max_new_tokens: The most tokens of a reply.
+        asked: The questions, about images that are not trained on.
+        max_new_tokens: The maximum number of tokens in a reply.
     """
 
     def __init__(
@@ -39,7 +39,7 @@ class HeldOut:
         self.max_new_tokens = max_new_tokens
 
     def __call__(self, step: int) -> dict[str, float]:
-        """Return each network's acceptance rate, and its acceptance length: tokens per pass."""
+        """Return each network's acceptance rate and acceptance length, in tokens per pass."""
         measures = {}
         decoder = self.vlm.decoder
         for name, network in self.networks.items():
