@@ -47,12 +47,12 @@ class Target:
 class Speculative:
     """A decoding method for `transformers`' `generate`, for any number of models and threads.
 
-    See `speculative`. Calls for one model that come at the same time share the engine's batch.
+    See `speculative`. Concurrent calls for the same model share the engine's batch.
 
     Args:
         draft: A draft's directory, or the network; None for strategies that need none.
         strategy: The strategy's name.
-        options: Those that it takes.
+        options: The strategy's options.
     """
 
     def __init__(
@@ -175,19 +175,19 @@ def speculative(
 
         model.generate(**inputs, custom_generate=fastvlm.speculative("path/to/draft"))
 
-    What `generate` prepares is honoured: logits processors, stopping criteria, sampling, several
-    rows, a streamer, `return_dict_in_generate`. A processor of a user's own is used with drafts
-    where it says that it is `stateless = True`; with any other the reply is decoded without drafts.
-    (Of `stop_strings` transformers tells a decoding method of others nothing; its
-    `StopStringCriteria` among the stopping criteria does the same.)
+    What `generate` prepares is supported: logits processors, stopping criteria, sampling, several
+    rows, a streamer, `return_dict_in_generate`. A custom processor is used with drafts if it has an
+    attribute `stateless = True`; with any other the reply is decoded without drafts.
+    (`transformers` does not pass `stop_strings` on to custom decoding methods; use its
+    `StopStringCriteria` as a stopping criterion instead.)
 
-    Keep the returned object for further calls: it keeps the draft that it has loaded.
+    Keep the returned object for further calls, as it holds the loaded draft.
 
     Args:
         draft: A draft's directory, or the network; None for strategies that need none.
         strategy: See `StrategyFactory.make`; None for `imitation` with a draft and `prompt-lookup`
             without one.
-        options: What else the strategy takes, see there.
+        options: The strategy's options, see `StrategyFactory.make`.
 
     Raises:
         InputError: The strategy is unknown, or doesn't take an option.

@@ -15,9 +15,9 @@ from fastvlm.vision.configuration import REDUCTION
 from fastvlm.vlm import VisionLanguageModel
 
 ONNX_TOLERANCES = {torch.float32: 1e-4, torch.float16: 0.05}
-"""The most that ONNX Runtime may differ, as a share of the features' standard deviation."""
+"""Maximum differences of ONNX Runtime, as a share of the features' standard deviation."""
 COMPARED_GRIDS = ((2, 2), (3, 2), (1, 4), (4, 4))
-"""Rows and columns of visual tokens of the images that are compared."""
+"""Rows and columns of visual tokens of the images that outputs are compared on."""
 
 
 class VisualFeatures(nn.Module):

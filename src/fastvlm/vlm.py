@@ -50,7 +50,7 @@ from fastvlm.vision.loading import ImageInput
 __all__ = ["Piece", "Reply", "ReplyStream", "VisionLanguageModel", "load"]
 
 PREFIX_BYTES = 256 * 2**20
-"""Memory for what is kept of images: a dozen and more at 1024 px, of FastVLM-0.5B in bfloat16."""
+"""Default cache size in bytes: a dozen images and more at 1024 px, for FastVLM-0.5B in bfloat16."""
 
 
 class VisionLanguageModel:
@@ -363,19 +363,20 @@ def load(
             hub; None for the example model, with its own draft.
         draft: A draft's directory; None to decode without one.
         dtype: The precision to compute in.
-        device: Where to compute; the CPU, if neither it nor a `device_map` is given.
-        prefix_bytes: The most memory for what is kept of images, so that a second question about
-            one costs its own text only; 0 keeps nothing.
-        packed_bytes: The most memory for a second copy of the decoder's weights, with which a CPU
-            verifies faster in float32 (see `pack_decoder`); 0 makes none.
-        max_slots: The most requests that decode together; others wait.
-        pretrained: What is handed to `transformers`, see `PretrainedOptions`: `revision`, `token`,
+        device: The device; the CPU, if neither it nor a `device_map` is given.
+        prefix_bytes: The maximum memory, in bytes, for image features and states of earlier
+            prompts, with which a second question about an image costs its own text only; 0 keeps
+            nothing.
+        packed_bytes: The maximum memory, in bytes, for a second copy of the decoder's weights, with
+            which a CPU verifies faster in float32 (see `pack_decoder`); 0 makes none.
+        max_slots: The maximum number of requests decoded together; others wait.
+        pretrained: Options for `transformers`, see `PretrainedOptions`: `revision`, `token`,
             `device_map`, `quantization_config`, `attn_implementation`, `trust_remote_code`.
 
     Raises:
         CheckpointError: The model or the draft is missing or broken, or the draft can't draft for
             the model.
-        InputError: The model's family is not known, its processor has no chat template, or an
+        InputError: The model's family is not supported, its processor has no chat template, or an
             option is unknown.
     """
     refuse_unknown(pretrained, tuple(PretrainedOptions.__annotations__), "load takes")

@@ -8,10 +8,10 @@ from fastvlm.functional.errors import CheckpointError
 from fastvlm.functional.model_files import check_weight_file, oddity, read_object
 
 DRAFT_MODEL_TYPE = "fastvlm_imitation"
-"""The `model_type` of a draft, which is no model by itself."""
+"""The `model_type` of a draft, which can't be loaded as a model by itself."""
 
 WEIGHT_FILE_NAMES = ("model.safetensors", "pytorch_model.bin")
-"""Weights as they are looked for, whole or with an `.index.json` that lists shards."""
+"""Files of weights in order of preference, whole or with an `.index.json` that lists shards."""
 JSON_FILE_NAMES = (
     "config.json",
     "generation_config.json",
@@ -24,7 +24,7 @@ JSON_FILE_NAMES = (
     "vocab.json",
     "chat_template.json",
 )
-"""Files that hold a JSON object, if they are there."""
+"""Optional files that must hold a JSON object."""
 UNSUPPORTED_WEIGHT_FILES = {
     "*.gguf": "a GGUF file of llama.cpp's",
     "tf_model.h5": "weights of TensorFlow's",
@@ -33,7 +33,7 @@ UNSUPPORTED_WEIGHT_FILES = {
     "*.npz": "weights of MLX'",
     "consolidated*": "weights in their publisher's own layout",
 }
-"""What other libraries keep their weights in."""
+"""Patterns of other libraries' files of weights, with descriptions."""
 
 
 def check_folder(folder: Path) -> None:

@@ -72,7 +72,7 @@ _APPLE_NETWORK_MODULES = (
     "stages.4.pos_emb",
     "stages.4.blocks",
 )
-"""What Apple's flat list `network` holds."""
+"""The modules of Apple's flat list `network`, in order."""
 
 
 def from_timm(name: str) -> str | None:

@@ -65,7 +65,7 @@ IGNORED_WEIGHT_SUFFIXES = (
     "num_batches_tracked",
     "masked_bias",
 )
-"""Endings of names that older files have, of what is computed or counted and not learnt."""
+"""Name suffixes of buffers in older files, which are ignored when a model has no use for them."""
 
 
 class PretrainedOptions(TypedDict, total=False):

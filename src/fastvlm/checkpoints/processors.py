@@ -20,7 +20,7 @@ PROCESSOR_CLASS_FILE_NAMES = (
     "preprocessor_config.json",
     "tokenizer_config.json",
 )
-"""Files that may name the processor's class, the first to do so decides."""
+"""Files that may name the processor's class; the first that does decides."""
 
 
 class StillImages(ProcessorMixin):

@@ -17,7 +17,7 @@ from fastvlm.functional.errors import CheckpointError, first_line
 from fastvlm.functional.model_files import check_weight_file
 
 MAX_NAMES_IN_ERROR = 3
-"""How many wrong weights an error names."""
+"""The maximum number of wrong weights that an error names."""
 LAYER_COUNT_PATTERN = re.compile(r"layers?$|^depths?$|^n_layer$")
 """Names of settings that count layers."""
 MAX_LAYERS = 4096

@@ -15,7 +15,7 @@ from importlib import metadata
 from fastvlm.functional.errors import first_line
 
 DEBUG_VARIABLE = "FASTVLM_DEBUG"
-"""The environment variable that has a traceback shown instead of a report."""
+"""The environment variable for showing tracebacks instead of writing reports."""
 REPORTED_PACKAGES = ("fastvlm", "torch", "transformers", "tokenizers", "safetensors", "accelerate",
                      "pillow", "typer", "rich")  # fmt: skip
 OUT_OF_MEMORY_PHRASES = ("out of memory", "not enough memory", "can't allocate memory", "bad_alloc")

@@ -37,7 +37,7 @@ MAX_NEW_TOKENS = 160
 SCENE_KIND, PHOTO_KIND = "scene", "photo"
 """Kinds of images."""
 MIN_SIDE_BY_SIDE_CELLS = 60
-"""Width from which an image stands beside its title, not above it."""
+"""Minimum console width for an image beside its title; it is above it otherwise."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -127,7 +127,7 @@ MaxNewTokensOption = Annotated[
 
 
 MAX_DIGITS = 9
-"""Digits of the numbers in a list: sizes in pixels, and layers."""
+"""The maximum number of digits in each number of a list, of layers or of sizes in pixels."""
 
 
 @dataclass(frozen=True, slots=True)

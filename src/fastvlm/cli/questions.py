@@ -23,7 +23,7 @@ SCENES, NO_IMAGES, EXAMPLE = "scenes", "none", "example"
 WORDS = {SCENES: "scenes", NO_IMAGES: "prompts"}
 """What `--images` stands for, in a sentence; a folder's are images."""
 MAX_FAILED = 0.05
-"""The share of questions that may fail, if nothing else is said."""
+"""The default maximum share of questions that may fail."""
 MaxFailedOption = Annotated[
     float,
     typer.Option(
@@ -35,13 +35,13 @@ MaxFailedOption = Annotated[
     ),
 ]
 DESCRIPTION_PROMPT = "Describe the image in several sentences."
-"""What is asked of an image, if nothing is said."""
+"""The default prompt for an image."""
 TEXT_PROMPTS = (
     "Explain in a few sentences how a rainbow forms.",
     "Write a short story about a lighthouse keeper.",
     "What are the advantages and disadvantages of living in a large city?",
 )
-"""What a model of text alone is asked, if nothing is said."""
+"""The default prompts for a model of text alone."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -30,14 +30,14 @@ from fastvlm.functional.errors import FastVlmError
 TyperUsageError: type[Exception] = typer.BadParameter.__bases__[0]
 
 FAILURE_EXIT_CODE, USAGE_EXIT_CODE, SIGNAL_EXIT_CODE_BASE = 1, 2, 128
-"""Exit codes: something was wrong; the command line was; a signal came (its number is added)."""
+"""Exit codes of a failure, of a wrong command line, and of a signal, whose number is added."""
 BROKEN_PIPE_EXIT_CODE = (
     SIGNAL_EXIT_CODE_BASE + signal.SIGPIPE if hasattr(signal, "SIGPIPE") else FAILURE_EXIT_CODE
 )
 TERMINATION_SIGNALS = [
     getattr(signal, name) for name in ("SIGTERM", "SIGHUP", "SIGBREAK") if hasattr(signal, name)
 ]
-"""Signals that end a process at once, and would leave what it was writing half done."""
+"""Signals that would end the process at once and leave incomplete files."""
 
 
 def run_verb(arguments: Sequence[str], app: typer.Typer | None = None) -> int:

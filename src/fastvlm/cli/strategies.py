@@ -22,7 +22,7 @@ LAYER_SKIP, PROMPT_LOOKUP = "layer-skip", "prompt-lookup"
 ALWAYS_MEASURED = ("transformers", AUTOREGRESSIVE)
 STRATEGIES_WITHOUT_DRAFT = (EARLY_EXIT, LAYER_SKIP, PROMPT_LOOKUP)
 LAYER_SEARCH_IMAGES = 2
-"""Images, the first ones, on whose replies the layers to skip are searched for."""
+"""The number of images, the first ones, on whose replies layers to skip are searched for."""
 STRATEGY_PATTERN = re.compile(
     r"(?P<kind>[^@:]+)(?:@(?P<layer>[1-9]\d{0,8}))?(?::(?P<length>[1-9]\d{0,8}))?"
 )

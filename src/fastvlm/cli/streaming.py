@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from PIL import Image
 
 THUMBNAIL_CELLS = 24
-"""Width of a thumbnail in cells, and most of its height in half cells."""
+"""Maximum size of a thumbnail: its width in cells, and its height in half cells."""
 
 
 class ReplyWriter:

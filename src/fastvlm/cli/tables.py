@@ -14,13 +14,13 @@ from rich.table import Table
 from rich.text import Text
 
 MAX_NAME_CELLS = 28
-"""Cells from which a row's name, and any other text that isn't a figure, is broken into lines."""
+"""The maximum width of names and other texts, in character cells; longer ones are wrapped."""
 
 
 SHORTENED_HEADINGS = {"acceptance": "accept.", "transformers": "trans- formers"}
-"""Words of headings as they are where the table would not fit otherwise."""
+"""Short forms of words in headings, used where the table is too wide otherwise."""
 MIN_FIGURE_CELLS = 8
-"""Cells that a figure has in a list, however narrow the console is."""
+"""The minimum width of a figure in a list, in character cells."""
 
 
 @dataclass(slots=True)

@@ -16,11 +16,11 @@ from rich.console import Console
 from fastvlm.cli.streams import printable
 
 PROGRESS_LINE_SECONDS = 20
-"""Time between two lines of progress where standard error is no terminal."""
+"""Seconds between two lines of progress where standard error is not a terminal."""
 MIN_CONSOLE_CELLS = 20
-"""Width from which figures can be read, whatever `COLUMNS` says."""
+"""The minimum console width, even if `COLUMNS` is smaller."""
 UNLIMITED_CELLS = 100_000
-"""Width of what is no terminal: a file or a pipe has no edge at which a line would be broken."""
+"""The width of output to a file or a pipe, where no line is wrapped."""
 
 
 class PlainConsole(Console):

@@ -13,9 +13,9 @@ from fastvlm.functional.errors import InputError
 from fastvlm.functional.text_files import parse_json, read_json, read_text, reads
 
 ANNOTATION_SUFFIXES = (".json", ".jsonl", ".json.gz", ".jsonl.gz")
-"""How the names of annotation files end."""
+"""Suffixes of annotation files."""
 MAX_INSPECTED_ROWS = 100
-"""Rows that a list is recognised by: the very first may be a broken one."""
+"""The number of rows from which a list's layout is recognised, as the first may be broken."""
 
 
 @reads("These annotations")

@@ -8,9 +8,9 @@ from fastvlm.data.conversations import Broken
 from fastvlm.functional.errors import InputError
 
 MAX_BROKEN_SHARE = 0.05
-"""The largest share of broken records that a run goes on with, if nothing else is said."""
+"""The default maximum share of broken records."""
 MAX_NAMED_RECORDS = 5
-"""Broken records that are named; the others are only counted."""
+"""The maximum number of broken records that are named; the others are only counted."""
 
 
 class BrokenRecords:

@@ -15,9 +15,9 @@ from fastvlm.data.turns import conversation_of
 from fastvlm.functional.errors import InputError
 
 TABLE_FILE_NAMES = ("metadata.jsonl", "metadata.csv", "captions.csv", "captions.txt")
-"""Hugging Face's image folder has the first two, Flickr8k as it is handed on the last."""
+"""Tables of images: Hugging Face's image folders have the first two, Flickr8k the last."""
 IMAGE_COLUMNS = ("file_name", "image")
-"""The column that names the image."""
+"""Columns that may name the image."""
 
 
 def read_flickr8k_captions(folder: Path, split: str) -> Records:

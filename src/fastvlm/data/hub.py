@@ -14,7 +14,7 @@ from fastvlm.data.turns import CONTENT_KEYS, conversation_of
 from fastvlm.functional.errors import InputError, first_line
 
 SAVED_DATASET_FILE_NAMES = ("dataset_dict.json", "state.json")
-"""What `save_to_disk` leaves in a folder: of several splits, of one."""
+"""Files written by `save_to_disk`: for several splits, for one."""
 
 
 @dataclass(frozen=True, slots=True)

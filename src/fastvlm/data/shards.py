@@ -18,7 +18,7 @@ from fastvlm.functional.errors import InputError, first_line
 from fastvlm.functional.text_files import parse_json
 
 SHARD_SUFFIXES = (".tar", ".tar.gz", ".tgz")
-"""How the names of shards end."""
+"""Suffixes of shards."""
 
 
 class _WholeHeaders(tarfile.TarInfo):
@@ -45,7 +45,7 @@ class _WholeHeaders(tarfile.TarInfo):
 
 
 Members = list[tuple[str, bytes]]
-"""What follows the first dot of each member's name, in small letters, and what the member holds."""
+"""Each member's name after its first dot, in lower case, and its contents."""
 
 
 @dataclass(frozen=True, slots=True)

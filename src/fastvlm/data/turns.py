@@ -14,7 +14,7 @@ from fastvlm.vision.loading import ImageInput
 CAPTION_PROMPT = "Provide a one-sentence caption for the provided image."
 """LLaVA-1.5's prompt for a caption of one sentence."""
 SHORT_ANSWER_PROMPT = "Answer the question using a single word or phrase."
-"""What LLaVA-1.5 puts on a line of its own after a question of VQA v2."""
+"""LLaVA-1.5's request for a short answer, on a line of its own after a question of VQA v2."""
 IMAGE_PLACEHOLDER = "<image>"
 ROLE_BY_SPEAKER = {
     "human": "user",
@@ -25,7 +25,7 @@ ROLE_BY_SPEAKER = {
 }
 CAPTION_KEYS = ("caption", "text", "captions")
 CONTENT_KEYS = ("messages", "conversations", "question", *CAPTION_KEYS)
-"""What a row of a kind that we know has one of; the first that it has says what it is."""
+"""Keys of supported rows; the first one in a row decides its format."""
 
 
 def is_known(row: Any) -> bool:

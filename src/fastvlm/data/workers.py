@@ -28,7 +28,7 @@ Item = TypeVar("Item")
 Result = TypeVar("Result")
 
 GRACE_SECONDS = 60
-"""How long a worker that is told to end goes on, so that a run can finish its step."""
+"""Seconds that a worker goes on after it was told to end, so that a run can finish its step."""
 BLOCKED_SIGNALS = tuple(
     getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name)
 )

@@ -33,7 +33,7 @@ STATEFUL_PROCESSORS = (
     processing.WhisperNoSpeechDetection,
     processing.WhisperTimeStampLogitsProcessor,
 )
-"""Processors of `transformers` that remember what they saw, or don't work on text."""
+"""Processors of `transformers` that keep a state, or don't work on text."""
 PER_ROW_PROCESSORS = (
     processing.EncoderNoRepeatNGramLogitsProcessor,
     processing.EncoderRepetitionPenaltyLogitsProcessor,
@@ -41,7 +41,7 @@ PER_ROW_PROCESSORS = (
 )
 """Processors that treat each row of a batch in its own way."""
 SAMPLING_SETTINGS = ("temperature", "top_p", "top_k", "min_p")
-"""What only a reply that is drawn is told."""
+"""Settings that apply to sampled replies only."""
 
 
 def is_stateless(processor: LogitsProcessor) -> bool:

@@ -114,20 +114,20 @@ class FirstDraftPositions(Positions):
 
 
 class SampleReplies:
-    """Replies of the target's own, with which candidates are judged.
+    """Replies of the target, on which sets of layers are evaluated.
 
-    Each position of a reply is drafted from as a cycle would that begins there: with the target's
-    own keys and values before it. One pass over all positions gives the acceptance of the first
-    token of every draft, exactly. Of the later ones it is an estimate: in decoding, their context
-    holds keys of drafted tokens, which skip the same layers.
+    At each position of a reply, a draft is made as in a cycle that begins there: with the target's
+    own keys and values before it. One pass over all positions gives the exact acceptance of the
+    first token of every draft. Of later tokens it is an estimate: in decoding, their context has
+    keys of drafted tokens, which skip the same layers.
 
     Args:
         decoder: The target.
-        requests: The sample; they are decoded here, and those that fail are passed over.
+        requests: The samples, which are decoded here; those that fail are ignored.
 
     Raises:
         InputError: No reply has two tokens.
-        Exception: What made the last request fail, if none is left.
+        Exception: The error of the last request, if none is left.
     """
 
     @torch.inference_mode()
@@ -243,20 +243,21 @@ def find_skipped_layers(
 ) -> LayerChoice:
     """Search for the layers to skip that give the most tokens per second.
 
-    Greedy removal: of the layers still kept, the one whose loss costs the least acceptance goes,
-    one after another, the first and the last layer excepted; the best set on the way is returned.
+    Greedy removal: of the layers still kept, the one whose removal costs the least acceptance is
+    removed, one after another, except for the first and the last layer; the best set on the way is
+    returned.
 
     Args:
         decoder: The target.
-        requests: Samples of what will be asked; they are decoded here, ordinarily. Those that fail
-            are passed over.
-        costs: What the parts of decoding take; None to measure it.
-        evaluations: The most sets to try: of a model of 32 layers, 465 are all. Where they run
-            out, what was best so far is returned.
+        requests: Sample requests, which are decoded here without drafts. Those that fail are
+            ignored.
+        costs: The time of each part of decoding; None to measure it.
+        evaluations: The maximum number of sets to try; a model of 32 layers has 465. If it is
+            reached, the best set so far is returned.
 
     Raises:
         InputError: No sample has a reply of two tokens or more, or the model has no layer between
-            the first and the last, or fewer sets may be tried than it has such layers.
+            the first and the last, or `evaluations` is below the number of such layers.
     """
     inner = decoder.depth - 2
     if inner < 1:

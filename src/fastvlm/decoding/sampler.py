@@ -12,7 +12,7 @@ from transformers.generation import logits_process as processing
 from fastvlm.functional.noise import gumbel
 
 LogitsProcessor = Callable[[Tensor, Tensor], Tensor]
-"""What `transformers` calls so: (batch, length) tokens and (batch, vocabulary) scores to scores."""
+"""Maps (batch, length) tokens and (batch, vocabulary) scores to new scores."""
 
 PREFIX_FREE_PROCESSORS = (
     processing.TemperatureLogitsWarper,
@@ -24,7 +24,7 @@ PREFIX_FREE_PROCESSORS = (
     processing.EtaLogitsWarper,
     processing.SuppressTokensLogitsProcessor,
 )
-"""Processors that look at scores alone, so that all positions of a draft go through at once."""
+"""Processors that depend on scores alone, so that all positions of a draft go at once."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -13,7 +13,7 @@ from fastvlm.functional.errors import InputError
 from fastvlm.functional.noise import MAX_SEED
 
 MAX_NEW_TOKENS = 256
-"""Tokens of a reply, where neither the caller nor the checkpoint says another number."""
+"""The default maximum number of tokens in a reply."""
 MAX_LOGPROBS = 20
 
 

@@ -22,9 +22,9 @@ from fastvlm.functional.options import refuse_unknown
 from fastvlm.language.decoder import SplitDecoder
 
 MAX_DRAFT_TOKENS = 24
-"""The most tokens in a draft, where neither the caller nor the draft says another number."""
+"""The default maximum number of tokens in a draft."""
 MAX_LOOKUP_TOKENS = 10
-"""The same for `prompt-lookup`."""
+"""The default maximum number of tokens in a draft of `prompt-lookup`."""
 STRATEGY_OPTIONS = {
     "autoregressive": (),
     "imitation": ("num_speculative_tokens", "confidence"),
@@ -62,15 +62,14 @@ class StrategyFactory:
             network: The network to draft with, if not the model's own draft.
             options: Those of `STRATEGY_OPTIONS` that the strategy takes; None is the default.
 
-                num_speculative_tokens: The most tokens in a draft; if not given, what the draft
-                    records, and where it records nothing, 24 (`prompt-lookup`: 10).
+                num_speculative_tokens: The maximum number of tokens in a draft. The default is the
+                    draft's own setting, and without one 24 (`prompt-lookup`: 10).
                 confidence: The drafter's own probability below which a draft ends; 0 for drafts of
-                    fixed length. If not given, what the draft records; where it records nothing,
-                    drafts adapt to what is accepted and to what this machine takes, see
-                    `AdaptiveLength`.
-                exit_layer: The layers that draft; a quarter of them, if not given.
+                    fixed length. The default is the draft's own setting; without one, drafts adapt
+                    to the acceptance rate and to this machine, see `AdaptiveLength`.
+                exit_layer: The number of layers that draft; a quarter of them by default.
                 skipped_layers: The layers that don't draft, counted from 0, as
-                    `find_skipped_layers` finds them; if not given, every second one of the middle
+                    `find_skipped_layers` finds them; by default every second one of the middle
                     half.
 
         Raises:

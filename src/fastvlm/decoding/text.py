@@ -10,7 +10,7 @@ from transformers import PreTrainedTokenizerBase
 from fastvlm.functional.errors import InputError
 
 REPLACEMENT_CHARACTER = "\N{REPLACEMENT CHARACTER}"
-"""What a tokenizer decodes the beginning of a character to."""
+"""The text that an incomplete character is decoded to."""
 
 
 class ReplyText:

@@ -12,13 +12,13 @@ from fastvlm.drafting.draft_length import Progress, Timings, check_maximum
 CONFIDENCE_BINS = 16
 """Bins of the drafter's confidence: every second one halves its distance to 1."""
 PRIOR_TOKENS = 3
-"""Tokens that an assumed acceptance counts for, beside those measured."""
+"""The weight of an initial acceptance estimate, in tokens."""
 AVERAGED_TOKENS = 50
-"""Tokens over which acceptances are averaged."""
+"""The number of tokens over which acceptance rates are averaged."""
 AVERAGED_CYCLES = 20
-"""Cycles over which costs and gains are averaged: those of a few replies."""
+"""The number of cycles over which costs and gains are averaged: those of a few replies."""
 OUTLIER_RATIO = 2
-"""A time counts as at most so many times the mean: the machine may have had other work."""
+"""Times are limited to this multiple of the mean, as the machine may have been busy."""
 BUDGET_STEPS = 8
 """Ordinary steps that drafting may lose: at first, and of what it has saved."""
 PROBE_TIME_SHARE = 0.01
@@ -27,9 +27,9 @@ MEASURE_ORDINARY_EVERY = 64
 """Cycles with a draft after which an ordinary step is measured again."""
 
 ONE_WORD_TOKENS = 2
-"""Tokens of a reply of one word: the word, and the end token."""
+"""Tokens in a reply of one word: the word, and the end token."""
 MAJORITY_SHARE = 0.5
-"""The share of replies from which on they are most of them."""
+"""The share of one-word replies above which most replies count as such."""
 
 
 class Mean:

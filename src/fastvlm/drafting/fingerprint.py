@@ -18,16 +18,16 @@ from fastvlm.language.weights_state import adapter_flags, plain_parts
 
 DECODER_VALUES = 128
 LM_HEAD_VALUES = 32
-"""Values of a decoder and of an LM head that a fingerprint holds."""
+"""The number of values of a decoder and of an LM head in a fingerprint."""
 SAMPLED_RANGE_VALUES = 2**18
-"""Values at a weight's beginning that are sampled: those of a vocabulary that grows later stay."""
+"""Samples are taken from this many values at a weight's beginning, as a vocabulary may grow."""
 SAMPLE_STRIDE_VALUES = 100_003
-"""Distance of successive samples, a prime number."""
+"""The distance between successive samples, a prime number."""
 RELATIVE_TOLERANCE, ABSOLUTE_TOLERANCE = 2**-7, 1e-6
-"""What values may differ by: twice what two roundings, to bfloat16 and to float16, make of them."""
+"""Tolerances of equal values: twice the error of rounding to bfloat16 and then to float16."""
 UNREADABLE_REASON = "as they are quantised or offloaded"
 HASHED_VALUES = 64
-"""Values at the beginning of each parameter that a hash is made of."""
+"""The number of values at the beginning of each parameter that are hashed."""
 HASH_DIGITS = 16
 
 

@@ -33,7 +33,7 @@ from fastvlm.functional.files import locked
 from fastvlm.vlm import VisionLanguageModel
 
 DEFAULT_SAMPLING_PARAMS = SamplingParams(max_new_tokens=160)
-"""How replies are decoded, if nothing else is said."""
+"""How replies are decoded by default."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -103,24 +103,24 @@ def audit(
     progress: Callable[[int, int], None] = no_progress,
     failed: Callable[[Question, InputError], None] = refuse,
 ) -> Audit:
-    """Decode every question ordinarily and with every strategy, and compare.
+    """Decode every question without drafts and with every strategy, and compare.
 
     Args:
-        vlm: The model; its engine is given as many questions at a time as it has slots.
-        strategies: By name.
+        vlm: The model; its engine gets as many questions at a time as it has slots.
+        strategies: The strategies by name.
         questions: At least one question.
-        journal: A JSON-lines file of finished batches; a stopped audit goes on from it, and asks
-            what failed once more.
-        params: How replies are decoded: question i with the seed + i. What it doesn't say is as
-            `DEFAULT_SAMPLING_PARAMS` and a seed of 0.
-        wide: Whether ordinary decoding is ours, with passes as wide as those that verify, one
-            question at a time: then there is no difference in any precision.
-        progress: Called with the questions done and their number.
+        journal: A JSON-lines file of finished batches; a stopped audit resumes from it, and asks
+            questions that failed again.
+        params: How replies are decoded: question i with the seed + i. Values that are None are
+            those of `DEFAULT_SAMPLING_PARAMS`, and a seed of 0.
+        wide: Whether the reference is fastvlm's own decoding without drafts, with passes as wide as
+            a verify, one question at a time: then there is no difference in any precision.
+        progress: Called with the questions done and their total.
         failed: Called with a question that can't be asked and the reason; unless it raises, the
             question is left out for every strategy.
 
     Raises:
-        InputError: What `failed` raises, no question could be asked, or the journal belongs to
+        InputError: Raised by `failed`, no question could be asked, or the journal belongs to
             another audit.
     """
     batch = 1 if wide else vlm.engine.max_slots

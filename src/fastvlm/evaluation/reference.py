@@ -20,7 +20,7 @@ from fastvlm.vision.loading import ImageInput
 from fastvlm.vlm import VisionLanguageModel
 
 SCENE_PIXELS = 512
-"""Side in pixels of the scenes that are drawn for a model whose processor decides what it sees."""
+"""Side in pixels of the scenes for a model whose processor resizes images."""
 MAX_TIE_GAPS = {torch.float64: 1e-9, torch.float32: 1e-4, torch.float16: 0.03, torch.bfloat16: 0.25}
 """Two best logits that lie closer than this may change places by rounding alone. In the short
 precisions it is two steps of a number between 16 and 32, where the best logits of language models

@@ -3,7 +3,7 @@
 import re
 
 MAX_MESSAGE_CHARACTERS = 300
-"""Characters of another library's message that a sentence repeats."""
+"""The maximum number of characters quoted from another library's message."""
 
 
 class FastVlmError(Exception):

@@ -18,17 +18,17 @@ from filelock import FileLock, Timeout
 from fastvlm.functional.errors import InputError, StorageError, first_line
 
 FOREIGN_WRITE_ERRORS = re.compile(r"inline_container|iostream error|\(os error \d+\)|file write")
-"""What torch and safetensors say where a file can't be written, in errors that are no OSError."""
+"""Messages of torch's and safetensors' errors of writing, which are no `OSError`."""
 MIN_FREE_BYTES = 2**20
-"""A disk with less space than this is full, whatever a library says of it."""
+"""A disk with less free space than this counts as full."""
 
 
 @contextmanager
 def written_file(path: Path) -> Iterator[Path]:
-    """Yield where to write a file; afterwards it is in its place, whole and flushed to the disk.
+    """Yield the path to write a file to; afterwards the file is in its place, complete and flushed.
 
-    A kill or an error at any moment leaves what was there before. A link stays one: the file that
-    it leads to is replaced. A device or a pipe is written to as it is.
+    If the process is killed or an error is raised, what was there before stays. The target of a
+    symbolic link is replaced, not the link. A device or a pipe is written to directly.
 
     Args:
         path: The file; its folder is made if it isn't there.
@@ -83,13 +83,13 @@ def _finite(value: Any) -> Any:
 
 @contextmanager
 def written_into(folder: Path, last: str) -> Iterator[Path]:
-    """Yield an empty directory to fill; afterwards its files are in a folder that has others.
+    """Yield an empty directory to fill; afterwards its files are moved into an existing folder.
 
-    The file by which others know that the folder is complete goes in last, and out first.
+    The file that marks the folder as complete is moved in last, and removed first.
 
     Args:
         folder: The folder; it is made if it isn't there.
-        last: That file's name.
+        last: The name of the file that marks the folder as complete.
 
     Raises:
         StorageError: The disk is full, or the files can't be written there.
@@ -113,12 +113,13 @@ def written_into(folder: Path, last: str) -> Iterator[Path]:
 
 @contextmanager
 def written_directory(path: Path) -> Iterator[Path]:
-    """Yield an empty directory to fill; afterwards it is in its place, whole and flushed.
+    """Yield an empty directory to fill; afterwards it is in its place, complete and flushed.
 
-    A kill or an error at any moment leaves what was there before, or nothing.
+    If the process is killed or an error is raised, what was there before stays, or nothing is
+    there.
 
     Args:
-        path: The directory. One that is there already is replaced.
+        path: The directory. An existing one is replaced.
 
     Raises:
         StorageError: The disk is full, or the directory can't be written there.

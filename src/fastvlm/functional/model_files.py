@@ -22,11 +22,11 @@ FILE_SIGNATURES = {
     b"\x1f\x8b": "is compressed with gzip",
     b"<": "is an HTML or XML page, perhaps of a download that failed",
 }
-"""What the first bytes of a file tell of it."""
+"""Kinds of wrong files, by their first bytes."""
 MIN_EXCESS_PARAMETERS = 1_000_000
-"""Parameters by which a small model may be wrong before its size alone is refused."""
+"""The minimum excess of parameters for which a model's size is refused."""
 MAX_HEADER_BYTES = 100_000_000
-"""Bytes: what safetensors takes as a file's header at most."""
+"""The maximum size of a safetensors header, in bytes."""
 
 
 def oddity(file: Path) -> str | None:

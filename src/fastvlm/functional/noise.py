@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 MAX_SEED = 2**64
-"""Seeds lie below it."""
+"""Seeds are below this."""
 _LOW_32_BITS = 2**32 - 1
 
 

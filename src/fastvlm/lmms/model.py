@@ -18,9 +18,9 @@ from fastvlm.functional.messages import Message
 from fastvlm.vlm import load
 
 IMAGE_PLACEHOLDER = "<image>"
-"""What some tasks write where an image stands; our images stand before the text."""
+"""The placeholder of images in some tasks' texts; it is removed, as images come before the text."""
 MAX_NEW_TOKENS = 1024
-"""Tokens of a reply, where a task doesn't say."""
+"""The maximum number of tokens in a reply, if a task sets none."""
 
 
 class FastVlm(lmms):

@@ -13,7 +13,7 @@ from collections.abc import Sequence
 from fastvlm.functional.errors import InputError
 
 FULL_CREDIT_PEOPLE = 3
-"""People who must give an answer for it to count in full."""
+"""The number of people who must give an answer for full credit."""
 ANLS_THRESHOLD = 0.5
 
 _ARTICLES = frozenset(["a", "an", "the"])

@@ -38,11 +38,11 @@ DISCIPLINES = {
 """The subjects of each discipline."""
 
 RANDOM_OPTION_SEED = 42
-"""Of the options drawn for replies that name none, as in the official evaluation."""
+"""The seed of options drawn for replies that name none, as in the official evaluation."""
 
 OPTION_LETTERS = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"
 _MIN_QUOTATION_WORDS = 5
-"""Words: a reply must have more for an option's text to be looked for in it."""
+"""A reply must have more words than this for options' texts to be looked for in it."""
 _PUNCTUATION_MARKS = (",", ".", "!", "?", ";", ":", "'")
 _ROUNDED_DECIMALS = 2
 _CONCLUSION_MARKERS = (

@@ -12,13 +12,13 @@ from fastvlm.functional.messages import Message
 from fastvlm.vision.loading import ImageInput
 
 TEXT_PART_TYPES = ("text", "input_text")
-"""Types of a part that holds a text."""
+"""Types of text parts."""
 IMAGE_PART_KEYS = {
     "image": ("image", "url", "path", "base64"),
     "image_url": ("image_url",),
     "input_image": ("image_url",),
 }
-"""Types of a part that holds an image, each with the keys that may hold it."""
+"""Types of image parts, each with the keys that may hold the image."""
 
 
 def question(prompt: str, image: ImageInput | None) -> list[Message]:

@@ -23,7 +23,7 @@ from fastvlm.vision.images import ImageOptions
 from fastvlm.vision.loading import load_image
 
 REQUIRED_SETTINGS = ("patch_size", "num_query_tokens", "vision_feature_select_strategy")
-"""Settings without which a processor that has them can't count an image's tokens."""
+"""Settings that must not be None where a processor has them, to count an image's tokens."""
 
 
 class ProcessorInputs:

@@ -14,7 +14,7 @@ from fastvlm.functional.errors import CheckpointError, first_line, shortened
 from fastvlm.functional.files import written_file
 
 State = dict[str, Any]
-"""What a checkpoint holds: the plan, the next step, weights, optimiser, and streams' positions."""
+"""A checkpoint: the plan, the next step, weights, optimiser state, and streams' positions."""
 CHECKPOINT_KEYS = ("plan", "step", "streams", "module", "optimiser")
 
 

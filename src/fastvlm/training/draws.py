@@ -16,7 +16,7 @@ from fastvlm.training.replies import Example
 from fastvlm.training.schedule import Schedule, step_random
 
 Wanted = tuple[int, Sequence[Message]] | None
-"""An example's number and messages; None stands at a step's end."""
+"""An example's number and messages; None marks a step's end."""
 
 
 @dataclass(frozen=True, slots=True)

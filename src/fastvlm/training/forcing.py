@@ -18,7 +18,7 @@ from fastvlm.vlm import VisionLanguageModel
 T = TypeVar("T")
 
 EXAMPLE_CACHE_BYTES = 2 * 2**30
-"""Memory for what a frozen model makes of examples, so that it need not be made again."""
+"""The default memory for a frozen model's results on examples, in bytes."""
 
 
 class ExampleCache:

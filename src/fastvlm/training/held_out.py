@@ -16,7 +16,7 @@ from fastvlm.training.replies import TrainingPrompt
 from fastvlm.vlm import VisionLanguageModel
 
 ORDINARY_KEY = ""
-"""Stands among drafts for decoding without one."""
+"""The name of decoding without a draft, among drafts."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -32,7 +32,7 @@ from fastvlm.training.train_state import TrainState
 STOP_SIGNALS = tuple(
     getattr(signal, name) for name in ("SIGTERM", "SIGINT", "SIGHUP") if hasattr(signal, name)
 )
-"""Signals that ask a run to stop: a scheduler's, Ctrl-C, a terminal that is closed."""
+"""Signals that ask a run to stop: from a scheduler, from Ctrl-C, from a closed terminal."""
 
 
 class StoppedError(FastVlmError):

@@ -14,7 +14,7 @@ from fastvlm.language.families import text_decoder
 
 TRAINABLE_PARTS = ("projector", "decoder", "everything", "lora")
 PROJECTOR_NAMES = ("multi_modal_projector", "connector")
-"""What the families call the module between encoder and decoder."""
+"""Names of the projector in the supported families."""
 
 
 def projector_of(model: PreTrainedModel) -> nn.Module:

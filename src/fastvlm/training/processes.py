@@ -18,9 +18,9 @@ from fastvlm.functional.errors import FastVlmError, InputError
 Said = TypeVar("Said")
 
 COLLECTIVE_TIMEOUT = timedelta(minutes=10)
-"""How long a process that has gone silent is waited for; one that ends is noticed at once."""
+"""The timeout of a silent process; one that ends is noticed at once."""
 PREPARATION_TIMEOUT = timedelta(days=1)
-"""How long a process may be alone at work before the run, such as one that decodes replies."""
+"""The timeout before the run, while one process may be busy alone, such as decoding replies."""
 
 
 class LostProcessError(FastVlmError):

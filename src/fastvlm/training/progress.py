@@ -19,12 +19,12 @@ from fastvlm.training.curves import draw_curves, read_log
 from fastvlm.training.schedule import Schedule
 
 Sums = Mapping[str, tuple[float, float]]
-"""Measures by name: what they add up to, and over how many."""
+"""Sums and counts of measures, by name."""
 
 TRACKER_NAMES = ("tensorboard", "wandb", "trackio")
 
 DRAWING_TIME_SHARE = 0.02
-"""The share of a run's time that is given to drawing its curves."""
+"""The maximum share of a run's time for drawing its curves."""
 
 
 def check_trackers(names: tuple[str, ...]) -> None:

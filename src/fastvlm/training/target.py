@@ -15,7 +15,7 @@ from fastvlm.training.forcing import ExampleCache, Forced, GradientCache, Teache
 from fastvlm.training.replies import Example
 
 MEASURED_EXAMPLES = 16
-"""Examples whose prompts are measured, to say how much memory all of them need."""
+"""The number of examples from which the memory for all of them is estimated."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -13,7 +13,7 @@ from fastvlm.training.replies import TrainingPrompt
 from fastvlm.vlm import VisionLanguageModel
 
 DRAFT_TOKENS = 4
-"""Tokens of a draft. Its length is fixed, so that figures depend on the network alone."""
+"""Tokens in a draft. The length is fixed, so that results depend on the network alone."""
 
 
 class HeldOut:

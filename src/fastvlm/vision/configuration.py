@@ -9,7 +9,7 @@ from transformers import AutoConfig, PreTrainedConfig
 from fastvlm.functional.errors import InputError
 
 REDUCTION = 64
-"""Pixels a side of the image for each visual token."""
+"""Pixels of the image's side for each visual token."""
 ENCODER_FORMS = ("training", "reparameterized", "fused")
 
 # One row a variant. The first is the one that Apple released (arXiv 2412.13303, section 3.2).

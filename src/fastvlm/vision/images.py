@@ -14,7 +14,7 @@ from fastvlm.vision.loading import ImageInput, load_image
 
 FIT_MODES = ("pad", "crop", "stretch")
 MAX_SIDE_PIXELS = 8192
-"""Pixels: longer images are reduced to this before they are padded."""
+"""The maximum side in pixels; longer images are reduced to this before they are padded."""
 MAX_TILES = 4
 
 

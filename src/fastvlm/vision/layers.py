@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 FFN_CHUNK_VALUES = 2**21
-"""Numbers of a feed-forward network's inner layer that are computed at a time."""
+"""The number of hidden values of a feed-forward network that are computed at a time."""
 gelu_ = torch.ops.aten.gelu_
 """GELU in place, which `torch.nn.functional` has no name for."""
 

@@ -35,7 +35,7 @@ ImageInput = (
     | Tensor
     | Sequence[Any]
 )
-"""What a caller may give as an image, see `load_image`."""
+"""Anything that can be loaded as an image, see `load_image`."""
 
 MAX_PIXELS = 89_478_485
 """Images with more pixels are refused before they are decoded (where Pillow begins to warn)."""
@@ -44,7 +44,7 @@ MAX_PIXELS_BEFORE_HALVING = 40_000_000
 MAX_FILE_BYTES = 2**29
 """Streams with more bytes are refused: an image of `MAX_PIXELS` is smaller, even unpacked."""
 CHANNEL_COUNTS = (1, 3, 4)
-"""How many channels an array may have."""
+"""The numbers of channels that an array may have."""
 HIGH_BIT_DEPTH_MODES = ("I;16", "I;16L", "I;16B", "I;16N", "I", "F")
 """Modes of Pillow with more than eight bits a channel."""
 EXIF_TRANSPOSES = {
@@ -56,10 +56,10 @@ EXIF_TRANSPOSES = {
     7: Image.Transpose.TRANSVERSE,
     8: Image.Transpose.ROTATE_90,
 }
-"""What rights an image of each EXIF orientation."""
+"""The transpose that turns an image of each EXIF orientation upright."""
 BASE64_PATTERN = re.compile(r"[A-Za-z0-9+/\s]{16,}={0,2}\s*")
 _filters = threading.Lock()
-"""Python's warning filters belong to the process; what changes them does so one at a time."""
+"""A lock for changes of Python's warning filters, which belong to the process."""
 
 
 def load_image(image: ImageInput) -> Image.Image:
@@ -318,4 +318,4 @@ IMAGE_LOADERS: tuple[tuple[type | tuple[type, ...], Callable[[Any], Image.Image]
     (np.ndarray, _load_array),
     ((list, tuple), _load_only),
 )
-"""By their kinds, what shows the values that may be an image."""
+"""Loaders of images, by the types of their inputs."""

@@ -14,7 +14,7 @@ from fastvlm.functional.text_files import read_json_lines, reads
 from fastvlm.metrics.yes_no import says_yes, yes_no_scores
 
 POPE_SAMPLINGS = ("random", "popular", "adversarial")
-"""How the objects that aren't there were drawn."""
+"""The ways in which absent objects were sampled."""
 
 
 @dataclass(frozen=True, slots=True)

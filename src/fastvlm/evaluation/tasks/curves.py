@@ -14,9 +14,9 @@ from fastvlm.evaluation.tasks.scores import ScoreRow, headline, length_class
 from fastvlm.functional.statistics import Spread
 
 MAX_CURVE_POINTS = 12
-"""The most points of a curve over the context's length."""
+"""The maximum number of points of a curve over the context length."""
 MIN_DRAFTED_TOKENS = 10
-"""Drafted tokens that a share of accepted ones is computed from, at least."""
+"""The minimum number of drafted tokens that an acceptance rate is computed from."""
 
 
 @dataclass(frozen=True, slots=True)

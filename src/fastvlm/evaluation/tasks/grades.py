@@ -17,7 +17,7 @@ from fastvlm.evaluation.tasks.judge import Judge
 from fastvlm.functional.files import write_text
 
 Graded = dict[tuple[str, str, str], Any]
-"""By task, item and reply, what a task's `score` takes: equal replies have equal grades."""
+"""Grades by task, item and reply, in the form that the task's `score` takes."""
 
 
 def published(

@@ -19,9 +19,9 @@ from fastvlm.data.tasks.mmvet import MmVet
 from fastvlm.functional.errors import InputError
 
 MAX_ATTEMPTS, FIRST_PAUSE_SECONDS, TIMEOUT_SECONDS = 4, 2.0, 120.0
-"""Tries of one question; seconds after the first that failed, doubled each time; seconds a try."""
+"""Attempts for each prompt; the pause after the first, doubled each time; the limit of each."""
 TOO_MANY_REQUESTS_STATUS, SERVER_ERROR_STATUS = 429, 500
-"""Status of a server that is asked too much; from here on the server's own failures."""
+"""HTTP status codes after which a request is repeated: 429, and 500 and above."""
 NUMBER_PATTERN = re.compile(r"\d+(?:\.\d+)?")
 
 CORRECTNESS_PROMPT = """\

@@ -40,9 +40,9 @@ from fastvlm.functional.files import write_text
 from fastvlm.vision.loading import load_image
 
 EXAMPLES_PER_TASK = 2
-"""Items of each task that are shown."""
+"""The number of items of each task that are shown."""
 MAX_IMAGE_SIDE_PIXELS = 440
-"""Pixels of the longer side of an image that is shown."""
+"""The maximum side of an image in the report, in pixels."""
 REPORT_TITLE = "Quality and speed on the same images"
 
 

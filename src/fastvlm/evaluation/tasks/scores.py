@@ -26,7 +26,7 @@ HEADLINE_SCORES = {
     "mmvet": "total",
     "llava-wild": "all",
 }
-"""The one of a task's scores that stands in the table of all tasks."""
+"""Each task's main score, which is shown in the table of all tasks."""
 
 
 def headline(task: str) -> str:

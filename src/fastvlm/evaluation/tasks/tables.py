@@ -47,7 +47,7 @@ SPEED_TABLE_COLUMNS: Sequence[Sequence[tuple[str, Callable[[ScoreRow, Speed], st
         ("draft length", lambda _, speed: spread(speed.draft_length, 1)),
     ),
 )
-"""Two tables of how replies came: times, and what drafts were worth."""
+"""The columns of two tables: timings, and acceptance of drafts."""
 
 
 def overview(plan: Plan, rows: Sequence[ScoreRow], value: Callable[[ScoreRow], str]) -> Table:
