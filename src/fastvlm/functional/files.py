@@ -83,7 +83,7 @@ def _finite(value: Any) -> Any:
 
 @contextmanager
 def written_into(folder: Path, last: str) -> Iterator[Path]:
-    """Yield an empty directory to fill; afterwards its files are moved into an existing folder.
+    """Yield an empty directory to fill; afterwards its files are moved into a folder.
 
     The file that marks the folder as complete is moved in last, and removed first.
 
