@@ -32,7 +32,7 @@ from fastvlm.training.draft_plan import DraftPlan
 from fastvlm.training.held_out import decode_held_out
 from fastvlm.training.loop import Schedule
 from fastvlm.training.replies import TrainingPrompt, data_replies, own_replies, questions_of
-from fastvlm.training.validation import DRAFTED, HeldOut
+from fastvlm.training.validation import DRAFT_TOKENS, HeldOut
 from fastvlm_example import DESCRIPTION_PROMPT, HELD_OUT_SCENES, SENTENCE_PROMPT
 from figures import ablation
 
@@ -114,7 +114,7 @@ def main() -> None:
         equal = HeldOut(vlm, networks, of, max_new_tokens=160)(0)
         for name in networks:
             fixed = equal[f"held-out {name} acceptance_rate"]
-            drafts[name][part] = {**asdict(found[name]), f"acceptance_of_{DRAFTED}": fixed}
+            drafts[name][part] = {**asdict(found[name]), f"acceptance_of_{DRAFT_TOKENS}": fixed}
     record = {
         "hardware": hardware(),
         "date": datetime.now(UTC).isoformat(timespec="seconds"),

@@ -18,7 +18,7 @@ from tests.models import small_vlm
 def test_onnx_computes_the_same_at_any_size(tmp_path: Path) -> None:
     vlm = small_vlm(torch.float32)
     file = tmp_path / "encoder.onnx"
-    assert export_onnx(vlm, file) < export.TOLERANCES[torch.float32]
+    assert export_onnx(vlm, file) < export.ONNX_TOLERANCES[torch.float32]
     assert [path.name for path in tmp_path.iterdir()] == [file.name]
     session = onnxruntime.InferenceSession(file)
     for batch, height, width in ((1, 64, 64), (3, 128, 320), (2, 256, 192)):
@@ -31,7 +31,7 @@ def test_onnx_computes_the_same_at_any_size(tmp_path: Path) -> None:
 
 
 def test_what_differs_is_not_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(export.TOLERANCES, torch.float32, -1.0)
+    monkeypatch.setitem(export.ONNX_TOLERANCES, torch.float32, -1.0)
     with pytest.raises(InputError, match="was not written"):
         export_onnx(small_vlm(torch.float32), tmp_path / "encoder.onnx")
     assert not list(tmp_path.iterdir())

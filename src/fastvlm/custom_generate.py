@@ -24,10 +24,10 @@ from transformers.generation.utils import (
 )
 
 from fastvlm.decoding import Engine, Request, Sampler, Strategy
-from fastvlm.decoding.generation_config import BY_ROW, is_stateless, stopper
+from fastvlm.decoding.generation_config import PER_ROW_PROCESSORS, is_stateless, stopper
 from fastvlm.decoding.sampler import LogitsProcessor
 from fastvlm.decoding.sampling_params import new_seed
-from fastvlm.decoding.strategy_factory import OPTIONS, StrategyFactory
+from fastvlm.decoding.strategy_factory import STRATEGY_OPTIONS, StrategyFactory
 from fastvlm.drafting import ImitationNetwork
 from fastvlm.drafting.directory import load_draft
 from fastvlm.functional.errors import InputError
@@ -38,7 +38,7 @@ from fastvlm.language import capture_decoder_inputs, split_decoder
 
 @dataclass(frozen=True, slots=True)
 class Target:
-    """A model that was met before: what decodes for it, and how it drafts."""
+    """The engine and the strategy of a model that was seen before."""
 
     engine: Engine
     strategy: Strategy
@@ -47,12 +47,12 @@ class Target:
 class Speculative:
     """A decoding method for `transformers`' `generate`, for any number of models and threads.
 
-    See `speculative`. Calls for one model that come at the same time share the engine's batch.
+    See `speculative`. Concurrent calls for the same model share the engine's batch.
 
     Args:
         draft: A draft's directory, or the network; None for strategies that need none.
         strategy: The strategy's name.
-        options: Those that it takes.
+        options: The strategy's options.
     """
 
     def __init__(
@@ -63,11 +63,11 @@ class Speculative:
         self._lock = Lock()
 
     def target(self, model: PreTrainedModel) -> Target:
-        """Return what decodes for a model, which is split when it is seen first.
+        """Return the engine and the strategy of a model, made at the first call.
 
         Raises:
             CheckpointError: The draft can't be read, or can't draft for the model.
-            InputError: The model's family is not known, or an option is out of range.
+            InputError: The model's family is not supported, or an option is out of range.
         """
         with self._lock:
             if model not in self._targets:
@@ -89,9 +89,20 @@ class Speculative:
     ) -> Tensor | GenerateDecoderOnlyOutput | GenerateEncoderDecoderOutput:
         """Decode what `generate` has prepared.
 
+        Args:
+            model: The model whose `generate` was called.
+            input_ids: (batch, length).
+            logits_processor: The logits processors that `generate` has assembled.
+            stopping_criteria: The stopping criteria that `generate` has assembled.
+            generation_config: The generation settings.
+            model_kwargs: The model's further inputs, such as `pixel_values`.
+
+        Returns:
+            (batch, length) tokens with the prompt; with `return_dict_in_generate` an output object.
+
         Raises:
-            InputError: It asks for what is not supported: beams, attentions, hidden states, a cache
-                that is not empty.
+            InputError: The settings ask for beams, attentions, hidden states or a cache that is not
+                empty, none of which is supported.
         """
         # transformers hands a decoding method of others all but the streamer, which would wait for
         # tokens for ever.
@@ -164,34 +175,45 @@ def speculative(
 
         model.generate(**inputs, custom_generate=fastvlm.speculative("path/to/draft"))
 
-    What `generate` prepares is honoured: logits processors, stopping criteria, sampling, several
-    rows, a streamer, `return_dict_in_generate`. A processor of a user's own is used with drafts
-    where it says that it is `stateless = True`; with any other the reply is decoded without drafts.
-    (Of `stop_strings` transformers tells a decoding method of others nothing; its
-    `StopStringCriteria` among the stopping criteria does the same.)
+    What `generate` prepares is supported: logits processors, stopping criteria, sampling, several
+    rows, a streamer, `return_dict_in_generate`. A custom processor is used with drafts if it has an
+    attribute `stateless = True`; with any other the reply is decoded without drafts.
+    (`transformers` does not pass `stop_strings` on to custom decoding methods; use its
+    `StopStringCriteria` as a stopping criterion instead.)
 
-    Keep the returned object for further calls: it keeps the draft that it has loaded.
+    Keep the returned object for further calls, as it holds the loaded draft.
 
     Args:
         draft: A draft's directory, or the network; None for strategies that need none.
         strategy: See `StrategyFactory.make`; None for `imitation` with a draft and `prompt-lookup`
             without one.
-        options: What else the strategy takes, see there.
+        options: The strategy's options, see `StrategyFactory.make`.
 
     Raises:
         InputError: The strategy is unknown, or doesn't take an option.
     """
     name = strategy or ("prompt-lookup" if draft is None else "imitation")
-    if name not in OPTIONS:
-        raise InputError(f"The strategies are {', '.join(OPTIONS)}; got {name!r}.")
-    refuse_unknown(options, OPTIONS[name], f"{name!r} takes")
+    if name not in STRATEGY_OPTIONS:
+        raise InputError(f"The strategies are {', '.join(STRATEGY_OPTIONS)}; got {name!r}.")
+    refuse_unknown(options, STRATEGY_OPTIONS[name], f"{name!r} takes")
     return Speculative(draft, name, options)
 
 
 def output(
     model: PreTrainedModel, input_ids: Tensor, requests: Sequence[Request], config: Any
 ) -> Tensor | GenerateDecoderOnlyOutput | GenerateEncoderDecoderOutput:
-    """Return what `generate` returns: (batch, length) tokens, or a dictionary with them."""
+    """Return the result of `generate`.
+
+    Args:
+        model: The model.
+        input_ids: The prompts' tokens, (batch, length).
+        requests: The finished requests, one for each row.
+        config: The generation settings.
+
+    Returns:
+        (batch, length + longest reply) tokens, or with `return_dict_in_generate` an output object
+        with them.
+    """
     replies = [request.output_token_ids for request in requests]
     longest = max(map(len, replies))
     pad = config._pad_token_tensor
@@ -219,7 +241,15 @@ def output(
 
 
 def stacked(rows: Sequence[Sequence[Tensor]], longest: int) -> tuple[Tensor, ...]:
-    """Return tensors by position, (batch, ...), from tensors by row; 0 where a row has ended."""
+    """Stack tensors of each row by position.
+
+    Args:
+        rows: One tensor, (...), for each token of each row.
+        longest: Tokens of the longest row.
+
+    Returns:
+        One tensor, (batch, ...), for each position; zeros where a row has ended.
+    """
     nothing = torch.zeros_like(rows[0][0])
     return tuple(
         torch.stack([row[index] if index < len(row) else nothing for row in rows])
@@ -228,7 +258,7 @@ def stacked(rows: Sequence[Sequence[Tensor]], longest: int) -> tuple[Tensor, ...
 
 
 def for_row(processors: Sequence[LogitsProcessor], row: int) -> list[LogitsProcessor]:
-    """Return logits processors that were made for a batch as they are for one of its rows."""
+    """Return the logits processors of one row, given those of its batch."""
     found = []
     for processor in processors:
         ignored = getattr(processor, "prompt_ignore_length", None)
@@ -242,14 +272,14 @@ def for_row(processors: Sequence[LogitsProcessor], row: int) -> list[LogitsProce
 
 
 def first_unfit(processors: Sequence[LogitsProcessor], rows: int) -> str | None:
-    """Return the name of a processor that can't judge drafts; None if all can.
+    """Return the name of a processor that can't be used with drafts; None if all can.
 
     Args:
-        processors: As `generate` has them.
-        rows: Of the batch, which advance at different times where there are drafts.
+        processors: The processors that `generate` has assembled.
+        rows: Batch size; with drafts, rows advance at different times.
     """
     for processor in processors:
-        if not is_stateless(processor) or (rows > 1 and isinstance(processor, BY_ROW)):
+        if not is_stateless(processor) or (rows > 1 and isinstance(processor, PER_ROW_PROCESSORS)):
             return getattr(processor, "__name__", type(processor).__name__)
     return None
 

@@ -1,4 +1,4 @@
-"""The encoder and projector as ONNX, for runtimes that have no Python."""
+"""Export of encoder and projector to ONNX, for runtimes without Python."""
 
 from __future__ import annotations
 
@@ -14,14 +14,14 @@ from fastvlm.functional.files import written_file
 from fastvlm.vision.configuration import REDUCTION
 from fastvlm.vlm import VisionLanguageModel
 
-TOLERANCES = {torch.float32: 1e-4, torch.float16: 0.05}
-"""The most that ONNX Runtime may differ, as a share of the features' standard deviation."""
-COMPARED = ((2, 2), (3, 2), (1, 4), (4, 4))
-"""Rows and columns of visual tokens of the images that are compared."""
+ONNX_TOLERANCES = {torch.float32: 1e-4, torch.float16: 0.05}
+"""Maximum differences of ONNX Runtime, as a share of the features' standard deviation."""
+COMPARED_GRIDS = ((2, 2), (3, 2), (1, 4), (4, 4))
+"""Rows and columns of visual tokens of the images that outputs are compared on."""
 
 
 class VisualFeatures(nn.Module):
-    """Images to visual tokens: what the decoder takes in the place of an image."""
+    """Encoder and projector: images to visual tokens, the decoder's inputs in place of an image."""
 
     def __init__(self, vlm: VisionLanguageModel) -> None:
         super().__init__()
@@ -64,9 +64,9 @@ def export_onnx(vlm: VisionLanguageModel, file: Path) -> float:
     except ImportError as error:
         raise InputError(f"The export needs {error.name}: pip install 'fastvlm[onnx]'.") from error
     device, dtype = vlm.decoder.device_and_dtype()
-    if dtype not in TOLERANCES:
+    if dtype not in ONNX_TOLERANCES:
         raise InputError(f"The export takes a model in float32 or float16; this one has {dtype}.")
-    module, tolerance = VisualFeatures(vlm).eval(), TOLERANCES[dtype]
+    module, tolerance = VisualFeatures(vlm).eval(), ONNX_TOLERANCES[dtype]
     # One image alone would make its dimension of 1 a constant, and so would a square.
     example = torch.rand(2, 3, 3 * REDUCTION, 2 * REDUCTION, dtype=dtype, device=device)
     batch, rows, columns = (torch.export.Dim(name, min=1) for name in ("batch", "rows", "columns"))
@@ -86,7 +86,7 @@ def export_onnx(vlm: VisionLanguageModel, file: Path) -> float:
     with written_file(file) as beside:
         program.save(beside)
         session = onnxruntime.InferenceSession(beside, providers=["CPUExecutionProvider"])
-        worst = max(_difference(session, module, example, *grid) for grid in COMPARED)
+        worst = max(_difference(session, module, example, *grid) for grid in COMPARED_GRIDS)
         if worst > tolerance:
             raise InputError(
                 f"ONNX Runtime's features differ by {worst:.1e} of their standard deviation, more"

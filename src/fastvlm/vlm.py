@@ -50,23 +50,23 @@ from fastvlm.vision.loading import ImageInput
 __all__ = ["Piece", "Reply", "ReplyStream", "VisionLanguageModel", "load"]
 
 PREFIX_BYTES = 256 * 2**20
-"""Memory for what is kept of images: a dozen and more at 1024 px, of FastVLM-0.5B in bfloat16."""
+"""Default cache size in bytes: a dozen images and more at 1024 px, for FastVLM-0.5B in bfloat16."""
 
 
 class VisionLanguageModel:
     """A vision-language model with an engine that decodes its replies self-speculatively.
 
     It may be called from any number of threads: their requests share the engine's batch. The model
-    stays as it is, and what is changed of it in between (weights, adapters, precision, size) is
-    decoded as it is then.
+    itself is not changed, and changes that the caller makes to it between requests (weights,
+    adapters, precision, size) are followed.
 
     Args:
         model: The target, as `transformers` loads it, in evaluation mode.
         processor: Its processor; its tokenizer, for a model of text alone or one around FastViTHD.
         network: The imitation network that drafts, if there is one.
-        prefix_bytes: The most memory for what is kept of images for the next question; 0 keeps
-            nothing.
-        max_slots: The most requests that decode together; others wait.
+        prefix_bytes: The maximum memory for image features and states of earlier prompts, in bytes;
+            0 keeps nothing.
+        max_slots: The maximum number of requests decoded together; others wait.
     """
 
     def __init__(
@@ -101,7 +101,7 @@ class VisionLanguageModel:
 
     @property
     def fastvithd(self) -> FastViTHDPromptBuilder:
-        """What makes the prompts of a model around FastViTHD, and knows their length beforehand.
+        """The prompt builder of a model around FastViTHD, which can count visual tokens beforehand.
 
         Raises:
             InputError: The model has another encoder, or none.
@@ -123,8 +123,8 @@ class VisionLanguageModel:
 
         Args:
             prompt: The text.
-            images: Images that stand before it.
-            visual: Visual tokens of each; None for those of an image as the model takes it.
+            images: The number of images before the text.
+            visual: Visual tokens of each image; None for the number that the model uses by default.
 
         Raises:
             InputError: The model is not one around FastViTHD.
@@ -137,11 +137,11 @@ class VisionLanguageModel:
     def strategy(
         self, name: str | None = None, *, network: ImitationNetwork | None = None, **options: Any
     ) -> Strategy:
-        """Return a way of drafting; the same one, when the same is asked for again.
+        """Return a strategy; the same object when the same is asked for again.
 
         Args:
             name: `autoregressive`, `imitation`, `early-exit`, `layer-skip` or `prompt-lookup`; None
-                for the model's best.
+                for `imitation` with a draft and `autoregressive` without one.
             network: The network to draft with, if not the model's own draft.
             options: How drafts are made, see `StrategyFactory.make`.
 
@@ -159,15 +159,14 @@ class VisionLanguageModel:
         strategy: Strategy | str | None = None,
         **options: Any,
     ) -> Request:
-        """Return a request whose images are encoded, unless they are still known from another.
+        """Return a request, with its images encoded unless their features are cached.
 
         Args:
-            prompt: What is asked of the image, or a whole dialogue with its images, see `Message`.
+            prompt: A question about the image, or a dialogue with its own images, see `Message`.
             image: An image, see `load_image`, or a list of several; None for a question without
                 one, or a dialogue.
-            strategy: How to draft: what `strategy` returned, or its name; None for the model's
-                best.
-            options: Fields of `SamplingParams`, and how images are shown, see `ImageOptions`.
+            strategy: What `strategy` returned, or a strategy's name; None for the model's default.
+            options: Fields of `SamplingParams` and of `ImageOptions`.
 
         Raises:
             InputError: An image can't be read, the prompt has a placeholder of its own, or an
@@ -243,10 +242,10 @@ class VisionLanguageModel:
         strategy: Strategy | str | None = None,
         **options: Any,
     ) -> ReplyStream:
-        """Return a reply as a stream of pieces; its `reply` is what there is of it.
+        """Return a reply as a stream of pieces; the stream's `reply` is the reply so far.
 
-        What an earlier turn of a dialogue has computed is not computed again. For the arguments and
-        errors see `request`.
+        In a dialogue, what was computed for earlier turns is reused. For the arguments and errors
+        see `request`.
         """
         request = self.request(prompt, image, strategy=strategy, **options)
         return ReplyStream(self.engine, request, self.tokenizer)
@@ -259,7 +258,7 @@ class VisionLanguageModel:
         strategy: Strategy | str | None = None,
         **options: Any,
     ) -> Reply:
-        """Return a whole reply. For the arguments and errors see `request`."""
+        """Return a reply. For the arguments and errors see `request`."""
         request = self.request(prompt, image, strategy=strategy, **options)
         for _ in self.engine.run([request]):
             pass
@@ -275,16 +274,16 @@ class VisionLanguageModel:
         strategy: Strategy | str | None = None,
         **options: Any,
     ) -> list[Reply]:
-        """Return a reply to each prompt about its image, decoded together.
+        """Return replies to several prompts, decoded together.
 
-        What is wrong with one of them, such as an image that can't be read, is that reply's
-        `error`. Row r of a sampled batch is drawn with the seed + r.
+        An error in one prompt, such as an image that can't be read, becomes that reply's `error`.
+        Row r of a sampled batch is drawn with the seed + r.
 
         Args:
-            prompts: What is asked.
-            images: Of what, one for each prompt, or None.
-            strategy: As for `request`.
-            options: As for `request`.
+            prompts: The prompts.
+            images: The image of each prompt, or None.
+            strategy: See `request`.
+            options: See `request`.
 
         Raises:
             InputError: The prompts and the images differ in number, or an option is unknown or out
@@ -301,7 +300,7 @@ class VisionLanguageModel:
         strategy: Strategy | str | None = None,
         **options: Any,
     ) -> Iterator[Request]:
-        """Return an iterator over the requests of a batch; each is made when it is asked for.
+        """Return an iterator over the requests of a batch, which makes each when it is reached.
 
         For the arguments and errors see `generate_batch`.
         """
@@ -327,12 +326,12 @@ class VisionLanguageModel:
     def find_skipped_layers(
         self, prompts: Sequence[str], images: Sequence[ImageInput | None], **options: Any
     ) -> LayerChoice:
-        """Search for the layers that the strategy `layer-skip` leaves out, on samples.
+        """Search for the layers that the strategy `layer-skip` leaves out, on sample prompts.
 
         Args:
-            prompts: What is asked, as later on; a few are enough.
-            images: Of what, one for each prompt.
-            options: As for `generate_batch`; 64 tokens of each reply, if no other number is given.
+            prompts: Prompts like those to be answered later; a few are enough.
+            images: The image of each prompt, or None.
+            options: See `request`; replies have at most 64 tokens, if no other number is given.
 
         Raises:
             InputError: As `generate_batch`, or no reply is long enough to learn from.
@@ -364,19 +363,20 @@ def load(
             hub; None for the example model, with its own draft.
         draft: A draft's directory; None to decode without one.
         dtype: The precision to compute in.
-        device: Where to compute; the CPU, if neither it nor a `device_map` is given.
-        prefix_bytes: The most memory for what is kept of images, so that a second question about
-            one costs its own text only; 0 keeps nothing.
-        packed_bytes: The most memory for a second copy of the decoder's weights, with which a CPU
-            verifies faster in float32 (see `pack_decoder`); 0 makes none.
-        max_slots: The most requests that decode together; others wait.
-        pretrained: What is handed to `transformers`, see `PretrainedOptions`: `revision`, `token`,
+        device: The device; the CPU, if neither it nor a `device_map` is given.
+        prefix_bytes: The maximum memory, in bytes, for image features and states of earlier
+            prompts, with which a second question about an image costs its own text only; 0 keeps
+            nothing.
+        packed_bytes: The maximum memory, in bytes, for a second copy of the decoder's weights, with
+            which a CPU verifies faster in float32 (see `pack_decoder`); 0 makes none.
+        max_slots: The maximum number of requests decoded together; others wait.
+        pretrained: Options for `transformers`, see `PretrainedOptions`: `revision`, `token`,
             `device_map`, `quantization_config`, `attn_implementation`, `trust_remote_code`.
 
     Raises:
         CheckpointError: The model or the draft is missing or broken, or the draft can't draft for
             the model.
-        InputError: The model's family is not known, its processor has no chat template, or an
+        InputError: The model's family is not supported, its processor has no chat template, or an
             option is unknown.
     """
     refuse_unknown(pretrained, tuple(PretrainedOptions.__annotations__), "load takes")

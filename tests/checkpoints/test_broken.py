@@ -14,7 +14,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForSeq2SeqLM, T5Config
 
 import fastvlm
-from fastvlm.checkpoints.files import DRAFT
+from fastvlm.checkpoints.files import DRAFT_MODEL_TYPE
 from fastvlm.drafting import ImitationConfig
 from fastvlm.functional.errors import FastVlmError, InputError
 from tests.families import FAMILIES, T5, finished, replies
@@ -191,14 +191,14 @@ def test_what_is_no_folder_of_a_model(tmp_path: Path, llama: Path) -> None:
     (tmp_path / "adapter").mkdir()
     (tmp_path / "adapter" / "adapter_config.json").write_text("{}")
     (tmp_path / "draft").mkdir()
-    (tmp_path / "draft" / "config.json").write_text(json.dumps({"model_type": DRAFT}))
+    (tmp_path / "draft" / "config.json").write_text(json.dumps({"model_type": DRAFT_MODEL_TYPE}))
     (tmp_path / "draft" / WEIGHTS).write_bytes(b"x")
     for name in ("none", "empty", "loop", "adapter", "draft"):
         assert str(tmp_path / name) in sentence(tmp_path / name)
     assert "config.json" in sentence(llama / WEIGHTS)
     assert "adapter" in sentence(tmp_path / "adapter")
     assert "draft" in sentence(tmp_path / "draft")
-    assert ImitationConfig.model_type == DRAFT
+    assert ImitationConfig.model_type == DRAFT_MODEL_TYPE
 
 
 def test_a_name_on_the_hub_without_a_network() -> None:

@@ -264,7 +264,7 @@ def test_a_process_with_its_streams_closed_or_in_the_c_locale(tmp_path: Path) ->
 def test_quiet_is_without_warnings_and_progress(
     cli: Cli, shipped: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("fastvlm.cli.terminal.LINE_SECONDS", -1)
+    monkeypatch.setattr("fastvlm.cli.terminal.PROGRESS_LINE_SECONDS", -1)
     words = ("generate", shipped / "images" / "0.png", "--max-new-tokens", 3, "--model",
              shipped / "other", "--draft", shipped / "draft")  # fmt: skip
     said = cli(*words)

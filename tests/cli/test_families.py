@@ -16,7 +16,7 @@ from accelerate.state import AcceleratorState
 from accelerate.utils import parse_flag_from_env
 
 from fastvlm.cli.questions import DESCRIPTION_PROMPT
-from fastvlm.cli.strategies import ALWAYS, WITHOUT_DRAFT
+from fastvlm.cli.strategies import ALWAYS_MEASURED, STRATEGIES_WITHOUT_DRAFT
 from fastvlm.cli.verbs import app
 from fastvlm.functional.errors import InputError
 from fastvlm.training import processes
@@ -26,7 +26,7 @@ from tests.families import FAMILIES, ROTARY
 from tests.processors import TEXT_TEMPLATE, character_tokenizer, sample_image, saved
 
 Cli = Callable[..., Output]
-STRATEGIES = [*ALWAYS, *WITHOUT_DRAFT]
+STRATEGIES = [*ALWAYS_MEASURED, *STRATEGIES_WITHOUT_DRAFT]
 
 
 @pytest.fixture

@@ -17,7 +17,7 @@ from transformers import AutoModelForCausalLM
 
 import fastvlm
 import fastvlm_example
-from fastvlm.cli.streaming import THUMBNAIL, ReplyWriter, thumbnail
+from fastvlm.cli.streaming import THUMBNAIL_CELLS, ReplyWriter, thumbnail
 from fastvlm.prompts import question
 from fastvlm_example.scenes import render, sample
 from tests.cli.conftest import Output
@@ -249,7 +249,7 @@ def test_a_streamed_reply_is_wrapped_at_words() -> None:
 def test_a_thumbnail_keeps_the_shape_of_a_image(size: tuple[int, int], lines: int) -> None:
     drawn = thumbnail(render(sample(0), 192).resize(size)).plain.split("\n")
     assert len(drawn) == lines
-    assert max(map(len, drawn)) == (THUMBNAIL if size[0] >= size[1] else 5)
+    assert max(map(len, drawn)) == (THUMBNAIL_CELLS if size[0] >= size[1] else 5)
 
 
 def test_a_converted_checkpoint_is_the_same_model(cli: Cli, shipped: Path, tmp_path: Path) -> None:

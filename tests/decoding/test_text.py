@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 from transformers import PreTrainedTokenizerBase
 
-from fastvlm.decoding.text import HALF, ReplyText
+from fastvlm.decoding.text import REPLACEMENT_CHARACTER, ReplyText
 from fastvlm.functional.errors import InputError
 from fastvlm.vlm import VisionLanguageModel
 from fastvlm_example.scenes import render, sample
@@ -33,7 +33,7 @@ def test_characters_are_never_split(tokenizer: PreTrainedTokenizerBase) -> None:
     for end in range(1, len(tokens) + 1):
         text.follow(tokens[:end])
         assert text.final.startswith(shown)
-        assert HALF not in text.final
+        assert REPLACEMENT_CHARACTER not in text.final
         assert MANY.startswith(text.final)
         shown = text.final
     assert shown == MANY
@@ -43,7 +43,7 @@ def test_characters_are_never_split(tokenizer: PreTrainedTokenizerBase) -> None:
     text.follow(emoji[:1])
     assert text.final == ""
     text.end()
-    assert text.final == HALF
+    assert text.final == REPLACEMENT_CHARACTER
 
 
 @pytest.mark.parametrize("stop", [["größer"], ["r, 漢"], ["字 a", "nothing"], ["😀😀", "ain"]])

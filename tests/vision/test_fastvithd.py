@@ -122,7 +122,7 @@ def test_computing_in_pieces_changes_no_output(
     with torch.no_grad():
         whole = encoder(pixels).last_hidden_state
     # Pieces of five positions and fewer, so that the last one is shorter than the others.
-    monkeypatch.setattr(layers, "PIECE", 5 * 4 * 16)
+    monkeypatch.setattr(layers, "FFN_CHUNK_VALUES", 5 * 4 * 16)
     with torch.inference_mode():
         torch.testing.assert_close(encoder(pixels).last_hidden_state, whole, rtol=0, atol=1e-12)
 

@@ -9,7 +9,7 @@ import torch
 from PIL import Image
 
 from fastvlm.functional.errors import InputError
-from fastvlm.vision.images import MAX_SIDE, crop_to_square, pad_to_square, prepare, to_tensor
+from fastvlm.vision.images import MAX_SIDE_PIXELS, crop_to_square, pad_to_square, prepare, to_tensor
 from fastvlm.vision.loading import load_image
 
 RED, GREEN, BLUE, BLACK = (255, 0, 0), (0, 255, 0), (0, 0, 255), (0, 0, 0)
@@ -128,11 +128,11 @@ def test_options_out_of_range_are_refused(options: dict, told: str) -> None:
 
 
 def test_a_very_long_image_is_reduced_before_it_is_padded() -> None:
-    line = Image.new("RGB", (3 * MAX_SIDE, 9), RED)
+    line = Image.new("RGB", (3 * MAX_SIDE_PIXELS, 9), RED)
     square = pad_to_square(line)
-    assert square.size == (MAX_SIDE, MAX_SIDE)
-    assert square.getpixel((MAX_SIDE // 2, MAX_SIDE // 2)) == RED
-    assert square.getpixel((MAX_SIDE // 2, MAX_SIDE // 2 - 4)) == BLACK
+    assert square.size == (MAX_SIDE_PIXELS, MAX_SIDE_PIXELS)
+    assert square.getpixel((MAX_SIDE_PIXELS // 2, MAX_SIDE_PIXELS // 2)) == RED
+    assert square.getpixel((MAX_SIDE_PIXELS // 2, MAX_SIDE_PIXELS // 2 - 4)) == BLACK
 
 
 @pytest.mark.parametrize("orientation", range(1, 9))

@@ -1,4 +1,4 @@
-"""The files of a model's folder: what is missing among them, and what they really are."""
+"""Checks of the files in a model's folder."""
 
 from __future__ import annotations
 
@@ -7,12 +7,12 @@ from pathlib import Path
 from fastvlm.functional.errors import CheckpointError
 from fastvlm.functional.model_files import check_weight_file, oddity, read_object
 
-DRAFT = "fastvlm_imitation"
-"""The `model_type` of a draft, which is no model by itself."""
+DRAFT_MODEL_TYPE = "fastvlm_imitation"
+"""The `model_type` of a draft, which can't be loaded as a model by itself."""
 
-WEIGHTS = ("model.safetensors", "pytorch_model.bin")
-"""Weights as they are looked for, whole or with an `.index.json` that lists shards."""
-OBJECTS = (
+WEIGHT_FILE_NAMES = ("model.safetensors", "pytorch_model.bin")
+"""Files of weights in order of preference, whole or with an `.index.json` that lists shards."""
+JSON_FILE_NAMES = (
     "config.json",
     "generation_config.json",
     "preprocessor_config.json",
@@ -24,8 +24,8 @@ OBJECTS = (
     "vocab.json",
     "chat_template.json",
 )
-"""Files that hold a JSON object, if they are there."""
-OTHERS = {
+"""Optional files that must hold a JSON object."""
+UNSUPPORTED_WEIGHT_FILES = {
     "*.gguf": "a GGUF file of llama.cpp's",
     "tf_model.h5": "weights of TensorFlow's",
     "*.msgpack": "weights of Flax'",
@@ -33,16 +33,16 @@ OTHERS = {
     "*.npz": "weights of MLX'",
     "consolidated*": "weights in their publisher's own layout",
 }
-"""What other libraries keep their weights in."""
+"""Patterns of other libraries' files of weights, with descriptions."""
 
 
 def check_folder(folder: Path) -> None:
-    """Refuse a model's folder with a file that is not what its name says.
+    """Refuse a model's folder with missing or broken files.
 
-    What is checked costs no time: that JSON is JSON, and that no file of weights is cut.
+    The checks are quick ones: that JSON files are JSON, and that files of weights are complete.
 
     Raises:
-        CheckpointError: One is, or there are no weights; it names the file.
+        CheckpointError: A file is broken, or there are no weights; it names the file.
     """
     if folder.is_file():
         raise CheckpointError(
@@ -50,10 +50,10 @@ def check_folder(folder: Path) -> None:
         )
     if not (folder / "config.json").is_file():
         raise CheckpointError(_without_config(folder))
-    for name in OBJECTS:
+    for name in JSON_FILE_NAMES:
         if (folder / name).exists():
             read_object(folder / name)
-    if read_object(folder / "config.json").get("model_type") == DRAFT:
+    if read_object(folder / "config.json").get("model_type") == DRAFT_MODEL_TYPE:
         raise CheckpointError(
             f"{folder} holds a draft and no model; give it as the draft of the model that it was"
             " made for."
@@ -68,7 +68,7 @@ def _without_config(folder: Path) -> str:
             f"{folder} holds an adapter of PEFT's; load its base model with transformers and the"
             " adapter with peft, merge them, and save the model with its tokenizer."
         )
-    for pattern, what in OTHERS.items():
+    for pattern, what in UNSUPPORTED_WEIGHT_FILES.items():
         if folder.is_dir() and (found := next(folder.glob(pattern), None)) is not None:
             return f"{found} is {what}; fastvlm loads what transformers' save_pretrained writes."
     if not folder.exists():
@@ -77,22 +77,24 @@ def _without_config(folder: Path) -> str:
 
 
 def weight_files(folder: Path) -> list[Path]:
-    """Return the files of a model's weights: one, or the shards that an index lists.
+    """Return the files of a model's weights: a single one, or the shards of an index.
 
     Raises:
         CheckpointError: There are none, or a shard is missing.
     """
-    for name in WEIGHTS:
+    for name in WEIGHT_FILE_NAMES:
         if (folder / name).exists():
             return [folder / name]
         if (index := folder / f"{name}.index.json").exists():
             return _shards(folder, index)
-    for pattern, what in OTHERS.items():
+    for pattern, what in UNSUPPORTED_WEIGHT_FILES.items():
         if (found := next(folder.glob(pattern), None)) is not None:
             raise CheckpointError(
                 f"There are no weights for transformers in {folder}; {found.name} is {what}."
             )
-    raise CheckpointError(f"There are no weights in {folder}: neither {' nor '.join(WEIGHTS)}.")
+    raise CheckpointError(
+        f"There are no weights in {folder}: neither {' nor '.join(WEIGHT_FILE_NAMES)}."
+    )
 
 
 def _shards(folder: Path, index: Path) -> list[Path]:

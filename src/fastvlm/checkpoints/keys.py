@@ -59,7 +59,7 @@ _FROM_APPLE = _compiled(
     }
 )
 
-_NETWORK = (
+_APPLE_NETWORK_MODULES = (
     "stages.0.blocks",
     "stages.1.downsample",
     "stages.1.blocks",
@@ -72,33 +72,34 @@ _NETWORK = (
     "stages.4.pos_emb",
     "stages.4.blocks",
 )
-"""What Apple's flat list `network` holds."""
+"""The modules of Apple's flat list `network`, in order."""
 
 
 def from_timm(name: str) -> str | None:
-    """Return our name of one of timm's weights; None for its classifier."""
+    """Return fastvlm's name of one of timm's weights; None for its classifier."""
     return None if name.startswith("head.") else _renamed(name, _FROM_TIMM)
 
 
 def to_timm(name: str, form: str) -> str:
-    """Return timm's name of one of our weights.
+    """Return timm's name of one of fastvlm's weights.
 
     Args:
-        name: Our name.
-        form: `training` or `reparameterized`: timm's position encodings have a name in each.
+        name: fastvlm's name.
+        form: `training` or `reparameterized`; timm's names of position encodings differ between
+            them.
     """
     conv = "pos_enc" if form == "training" else "reparam_conv"
     return _renamed(name.replace(".pos_emb.conv.", f".pos_emb.{conv}."), _TO_TIMM)
 
 
 def from_apple(name: str) -> str | None:
-    """Return our name of one of Apple's weights; None for CLIP's projection, which is not used."""
+    """Return fastvlm's name of one of Apple's weights; None for CLIP's projection."""
     if name.startswith("head."):
         return None
     if match := re.match(r"network\.(\d+)\.", name):
         index = int(match[1])
-        if index < len(_NETWORK):
-            name = f"{_NETWORK[index]}.{name[match.end() :]}"
+        if index < len(_APPLE_NETWORK_MODULES):
+            name = f"{_APPLE_NETWORK_MODULES[index]}.{name[match.end() :]}"
     return _renamed(name, _FROM_APPLE)
 
 

@@ -1,4 +1,4 @@
-"""The layouts of FastVLM checkpoints, and what each of them calls things.
+"""The layouts of FastVLM checkpoints, and the names that each gives weights and settings.
 
 Apple's: `llava_qwen2`, with the encoder of MobileCLIP inside. `transformers`': `fast_vlm`, with
 timm's `fastvit_mci3` as vision tower. Both are read as `FastVlmForConditionalGeneration` around our
@@ -19,9 +19,9 @@ from fastvlm.checkpoints.keys import from_apple, from_timm, to_timm
 from fastvlm.functional.errors import CheckpointError, InputError
 from fastvlm.vision.configuration import REDUCTION, FastViTHDConfig
 
-IMAGE = "<image>"
-VISION = "model.vision_tower."
-CHATML = (
+IMAGE_TOKEN = "<image>"
+VISION_TOWER_PREFIX = "model.vision_tower."
+CHATML_TEMPLATE = (
     "{% if messages[0]['role'] != 'system' %}"
     "<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n{% endif %}"
     "{% for message in messages %}<|im_start|>{{ message['role'] }}\n"
@@ -33,18 +33,18 @@ CHATML = (
 )
 """Apple's conversation (`qwen_2`): ChatML, an image as a line of its own before the question."""
 
-_APPLE_VISION = "model.vision_tower.vision_tower.model."
-_TIMM_VISION = "model.vision_tower.timm_model."
+_APPLE_VISION_PREFIX = "model.vision_tower.vision_tower.model."
+_TIMM_VISION_PREFIX = "model.vision_tower.timm_model."
 _TIMM_ARCHITECTURE = "fastvit_mci3"
 
 
 @dataclass(frozen=True, slots=True)
 class Layout:
-    """One of the layouts that are not ours.
+    """A layout other than fastvlm's own.
 
     Args:
-        rename: Our name of a weight, or None for one that is not used.
-        configure: Our configuration from that of the layout and the encoder's form.
+        rename: Returns fastvlm's name of a weight, or None for one that is not used.
+        configure: Returns fastvlm's configuration, given the layout's and the encoder's form.
     """
 
     rename: Callable[[str], str | None]
@@ -53,7 +53,7 @@ class Layout:
     def convert(
         self, config: dict[str, Any], weights: dict[str, Tensor]
     ) -> tuple[FastVlmConfig, dict[str, Tensor]]:
-        """Return our configuration and our names of the weights."""
+        """Return fastvlm's configuration, and the weights under fastvlm's names."""
         renamed = {}
         for name, weight in weights.items():
             ours = self.rename(name)
@@ -63,41 +63,45 @@ class Layout:
 
 
 def recognise(config: dict[str, Any]) -> Layout | None:
-    """Return the layout of a `config.json`; None for what `transformers` loads as it is."""
+    """Return the layout of a `config.json`; None for one that `transformers` loads itself."""
     if config.get("model_type") in ("llava_qwen2", "llava_qwen"):
-        return APPLE
+        return APPLE_LAYOUT
     vision = config.get("vision_config") or {}
     if config.get("model_type") == "fast_vlm" and vision.get("model_type") == "timm_wrapper":
-        return TRANSFORMERS
+        return TRANSFORMERS_LAYOUT
     return None
 
 
 def form_of(weights: dict[str, Tensor]) -> str:
-    """Return the form that an encoder's weights, under our names, are in."""
-    return "reparameterized" if f"{VISION}stem.0.reparam.weight" in weights else "training"
+    """Return the form of an encoder, given its weights under fastvlm's names."""
+    return (
+        "reparameterized"
+        if f"{VISION_TOWER_PREFIX}stem.0.reparam.weight" in weights
+        else "training"
+    )
 
 
 def _apple_name(name: str) -> str | None:
-    if name.startswith(_APPLE_VISION):
-        ours = from_apple(name.removeprefix(_APPLE_VISION))
-        return None if ours is None else VISION + ours
+    if name.startswith(_APPLE_VISION_PREFIX):
+        ours = from_apple(name.removeprefix(_APPLE_VISION_PREFIX))
+        return None if ours is None else VISION_TOWER_PREFIX + ours
     if match := re.fullmatch(r"model\.mm_projector\.([02])\.(weight|bias)", name):
         return f"model.multi_modal_projector.linear_{1 + int(match[1]) // 2}.{match[2]}"
     return re.sub(r"^model\.(embed_tokens|layers|norm)\.", r"model.language_model.\1.", name)
 
 
 def _timm_name(name: str) -> str | None:
-    if not name.startswith(_TIMM_VISION):
+    if not name.startswith(_TIMM_VISION_PREFIX):
         return name
-    ours = from_timm(name.removeprefix(_TIMM_VISION))
-    return None if ours is None else VISION + ours
+    ours = from_timm(name.removeprefix(_TIMM_VISION_PREFIX))
+    return None if ours is None else VISION_TOWER_PREFIX + ours
 
 
 def transformers_name(name: str, form: str) -> str:
-    """Return the name of one of our weights in `transformers`' layout."""
-    if not name.startswith(VISION):
+    """Return the name of one of fastvlm's weights in `transformers`' layout."""
+    if not name.startswith(VISION_TOWER_PREFIX):
         return name
-    return _TIMM_VISION + to_timm(name.removeprefix(VISION), form)
+    return _TIMM_VISION_PREFIX + to_timm(name.removeprefix(VISION_TOWER_PREFIX), form)
 
 
 def _apple_config(config: dict[str, Any], form: str) -> FastVlmConfig:
@@ -153,15 +157,15 @@ def _configured(text: dict[str, Any], size: int, form: str) -> FastVlmConfig:
     )
 
 
-APPLE = Layout(_apple_name, _apple_config)
-TRANSFORMERS = Layout(_timm_name, _transformers_config)
+APPLE_LAYOUT = Layout(_apple_name, _apple_config)
+TRANSFORMERS_LAYOUT = Layout(_timm_name, _transformers_config)
 
 
 def transformers_vision_config(config: FastViTHDConfig) -> dict[str, Any]:
     """Return the vision tower's configuration in `transformers`' layout.
 
     Raises:
-        InputError: The encoder is not the one that timm has, or it is folded.
+        InputError: The encoder is not the variant that timm has, or it is fused.
     """
     released = FastViTHDConfig.variant("fastvithd")
     if (config.depths, config.widths, config.mlp_ratio) != (

@@ -1,4 +1,4 @@
-"""Load a model and what prepares its inputs, whatever layout they are stored in."""
+"""Loading a model and its processor, in any supported layout."""
 
 from __future__ import annotations
 
@@ -30,8 +30,14 @@ from transformers import (
     ProcessorMixin,
 )
 
-from fastvlm.checkpoints.files import OTHERS, check_folder, weight_files
-from fastvlm.checkpoints.layouts import APPLE, CHATML, IMAGE, Layout, recognise
+from fastvlm.checkpoints.files import UNSUPPORTED_WEIGHT_FILES, check_folder, weight_files
+from fastvlm.checkpoints.layouts import (
+    APPLE_LAYOUT,
+    CHATML_TEMPLATE,
+    IMAGE_TOKEN,
+    Layout,
+    recognise,
+)
 from fastvlm.checkpoints.processors import load_processor
 from fastvlm.checkpoints.weights import (
     check_layers,
@@ -53,21 +59,25 @@ from fastvlm.language.families import family
 from fastvlm.vision.fastvithd import FastViTHD
 
 Loaded = TypeVar("Loaded")
-HARMLESS = ("rotary_emb.inv_freq", "position_ids", "num_batches_tracked", "masked_bias")
-"""Endings of names that older files have, of what is computed or counted and not learnt."""
+IGNORED_WEIGHT_SUFFIXES = (
+    "rotary_emb.inv_freq",
+    "position_ids",
+    "num_batches_tracked",
+    "masked_bias",
+)
+"""Name suffixes of buffers in older files, which are ignored when a model has no use for them."""
 
 
 class PretrainedOptions(TypedDict, total=False):
-    """Options that are handed to `transformers` as they are.
+    """Options that are passed on to `transformers`.
 
     Args:
         revision: Branch, tag or commit of a model on the hub.
-        token: The hub's token, for a model that needs one.
-        device_map: Where each part goes, as accelerate has it, such as `auto`.
-        quantization_config: How the weights are quantised while they are loaded.
+        token: The hub's access token, for a gated or private model.
+        device_map: The device of each part, in accelerate's format, such as `auto`.
+        quantization_config: How weights are quantised while they are loaded.
         attn_implementation: How attention is computed: `sdpa`, `eager`, ...
-        trust_remote_code: Whether code that lies beside the weights is run; it never is, if this is
-            not given.
+        trust_remote_code: Whether to run code from the model's repository; False if not given.
     """
 
     revision: str | None
@@ -84,23 +94,23 @@ def load_checkpoint(
     device: str | torch.device | None = None,
     options: PretrainedOptions | None = None,
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase | ProcessorMixin]:
-    """Load a model and what prepares its inputs: Apple's FastVLM, or what `transformers` loads.
+    """Load a model and its processor: Apple's FastVLM, or any model that `transformers` loads.
 
-    That is its processor, but the tokenizer alone for a model of text or one around FastViTHD.
+    For a model of text or one around FastViTHD, the processor is the tokenizer alone.
 
-    Parameters are those of the files; nothing is folded, and nothing is left at random.
+    Parameters are those of the files; nothing is folded, and no weight is initialised at random.
 
     Args:
         model: A directory, or a name on the Hugging Face hub.
         dtype: The precision.
-        device: The device; the CPU, if none is given and no `device_map`.
-        options: What is handed to `transformers`.
+        device: The device; the CPU, if neither it nor a `device_map` is given.
+        options: Options for `transformers`.
 
     Raises:
-        CheckpointError: There is no model there, a file is broken, or a weight is missing or
-            misshapen; it names the file or the weights.
-        InputError: It is of a layout or a family that fastvlm doesn't know, or there are both a
-            device and a map of devices.
+        CheckpointError: There is no model there, a file is broken, or a weight is missing or has
+            the wrong shape; it names the file or the weights.
+        InputError: The layout or the family is not supported, or both a device and a `device_map`
+            are given.
     """
     given: Any = {name: value for name, value in (options or {}).items() if value is not None}
     if device is not None and "device_map" in given:
@@ -118,7 +128,7 @@ def load_checkpoint(
             f"The model in {folder} can't be loaded", _load_layout, folder, layout, stored, loading
         )
         processor = load_tokenizer(folder)
-        if layout is APPLE:
+        if layout is APPLE_LAYOUT:
             _teach_images(target, processor)
     if "device_map" not in given and "quantization_config" not in given:
         target = moved(target, device or "cpu")
@@ -126,14 +136,14 @@ def load_checkpoint(
 
 
 def find_folder(model: str | Path, options: dict[str, Any]) -> Path:
-    """Return the folder of a model, fetched from the hub where it is not a path.
+    """Return the folder of a model, downloaded from the hub if it is not a path.
 
     Args:
         model: A directory, or a name on the Hugging Face hub.
-        options: `revision` and `token` are taken out of them.
+        options: Options for `transformers`; `revision` and `token` are removed from them.
 
     Raises:
-        CheckpointError: It can't be fetched.
+        CheckpointError: It can't be downloaded.
     """
     revision, token = options.pop("revision", None), options.pop("token", None)
     path = Path(model)
@@ -145,7 +155,7 @@ def find_folder(model: str | Path, options: dict[str, Any]) -> Path:
                 str(model),
                 revision=revision,
                 token=token,
-                ignore_patterns=[*OTHERS, "original/*"],
+                ignore_patterns=[*UNSUPPORTED_WEIGHT_FILES, "original/*"],
             )
         )
     except Exception as error:  # of the hub's and of the network's own many kinds
@@ -156,10 +166,19 @@ def find_folder(model: str | Path, options: dict[str, Any]) -> Path:
 
 
 def attempt(what: str, call: Callable[..., Loaded], *given: Any, **named: Any) -> Loaded:
-    """Return what a call loads, or say in a sentence that begins with `what` why it doesn't.
+    """Call a loading function and turn any error into a `CheckpointError`.
+
+    Args:
+        what: The beginning of the error message, such as "The tokenizer can't be loaded".
+        call: The function.
+        given: Its positional arguments.
+        named: Its keyword arguments.
+
+    Returns:
+        What the function returns.
 
     Raises:
-        CheckpointError: It doesn't.
+        CheckpointError: The function failed.
     """
     try:
         return call(*given, **named)
@@ -232,15 +251,15 @@ def _load_with_transformers(
 
 
 def needs_code(stored: dict[str, Any]) -> bool:
-    """Return whether a configuration is of no class of `transformers`, but of one beside it."""
+    """Return whether a configuration needs a class that is not in `transformers` itself."""
     return "auto_map" in stored and stored.get("model_type") not in CONFIG_MAPPING
 
 
 def check_generation_config(folder: Path) -> None:
-    """Refuse generation settings that could only fail once a reply is asked for.
+    """Refuse generation settings that would fail only when a reply is generated.
 
     Raises:
-        CheckpointError: They are.
+        CheckpointError: The settings are invalid.
     """
     file = folder / "generation_config.json"
     if not file.is_file():
@@ -255,7 +274,7 @@ def check_generation_config(folder: Path) -> None:
 
 
 def automatic(config: PreTrainedConfig) -> Any:
-    """Return the class of `transformers` that loads a configuration's model."""
+    """Return the auto class of `transformers` that loads a configuration's model."""
     kind = type(config)
     if kind in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING:
         return AutoModelForImageTextToText
@@ -265,20 +284,22 @@ def automatic(config: PreTrainedConfig) -> Any:
 
 
 def check_loaded(place: Any, found: dict[str, Any]) -> None:
-    """Refuse a model some of whose weights were not in its files; warn of what it has no use for.
+    """Refuse a model with weights that were not in its files; warn of unused ones.
 
     Args:
-        place: Where the files are.
-        found: What `from_pretrained` tells of its loading.
+        place: Where the files are, for messages.
+        found: The loading info of `from_pretrained`.
 
     Raises:
-        CheckpointError: A weight is missing or misshapen: `transformers` has drawn it at random.
+        CheckpointError: A weight is missing or has the wrong shape, and was initialised at random.
     """
     wrong = [misshapen(*entry) for entry in sorted(found["mismatched_keys"])]
     refuse_wrong(place, {"missing": sorted(found["missing_keys"]), "misshapen": wrong})
     if errors := found.get("error_msgs"):
         raise CheckpointError(f"The weights in {place} can't be read: {errors[0]}.")
-    if unused := [key for key in sorted(found["unexpected_keys"]) if not key.endswith(HARMLESS)]:
+    if unused := [
+        key for key in sorted(found["unexpected_keys"]) if not key.endswith(IGNORED_WEIGHT_SUFFIXES)
+    ]:
         warnings.warn(
             f"Some weights in {place} are not used, as config.json has no place for them:"
             f" {named(unused)}.",
@@ -303,8 +324,13 @@ def _load_layout(
 def check_weights(folder: Path, config: FastVlmConfig, weights: dict[str, Tensor]) -> None:
     """Refuse weights that are not exactly those of the configuration's model.
 
+    Args:
+        folder: The model's folder, for the error message.
+        config: The model's configuration.
+        weights: The weights by the names that fastvlm gives them.
+
     Raises:
-        CheckpointError: Some are missing, left over, or of another shape; it names them.
+        CheckpointError: Weights are missing, left over, or of another shape; it names them.
     """
     with torch.device("meta"):
         model = FastVlmForConditionalGeneration(config)
@@ -336,8 +362,8 @@ def _teach_images(
     Raises:
         CheckpointError: The embeddings have no row left for it.
     """
-    tokenizer.add_special_tokens({"additional_special_tokens": [IMAGE]})
-    image = cast(int, tokenizer.convert_tokens_to_ids(IMAGE))
+    tokenizer.add_special_tokens({"additional_special_tokens": [IMAGE_TOKEN]})
+    image = cast(int, tokenizer.convert_tokens_to_ids(IMAGE_TOKEN))
     rows = cast(Tensor, model.get_input_embeddings().weight).shape[0]
     if image >= rows:
         raise CheckpointError(
@@ -345,4 +371,4 @@ def _teach_images(
             " images."
         )
     model.config.image_token_index = image
-    tokenizer.chat_template = CHATML
+    tokenizer.chat_template = CHATML_TEMPLATE

@@ -1,4 +1,4 @@
-"""Load a model's processor for texts and still images; it needs no torchvision."""
+"""Loading a processor for texts and still images without torchvision."""
 
 from __future__ import annotations
 
@@ -15,14 +15,18 @@ from transformers.models.auto.processing_auto import (
 from fastvlm.functional.errors import CheckpointError
 from fastvlm.functional.model_files import read_object
 
-NAMING = ("processor_config.json", "preprocessor_config.json", "tokenizer_config.json")
-"""Files that may name the processor's class, the first to do so decides."""
+PROCESSOR_CLASS_FILE_NAMES = (
+    "processor_config.json",
+    "preprocessor_config.json",
+    "tokenizer_config.json",
+)
+"""Files that may name the processor's class; the first that does decides."""
 
 
 class StillImages(ProcessorMixin):
-    """Goes before a processor's own class, and leaves out its video processor.
+    """A mixin that leaves out a processor's video part.
 
-    That part alone needs torchvision, which brings the risk of a build for another torch.
+    That part alone needs torchvision, whose build may not match the installed torch.
     """
 
     @classmethod
@@ -34,25 +38,31 @@ class StillImages(ProcessorMixin):
     def from_args_and_dict(
         cls, args: Any, processor_dict: dict[str, Any], **kwargs: Any
     ) -> ProcessorMixin:
-        """Make a processor of its parts and its settings."""
+        """Build a processor without its video part. See `ProcessorMixin.from_args_and_dict`.
+
+        Args:
+            args: The processor's parts: tokenizer, image processor, ...
+            processor_dict: The settings of the processor's configuration file.
+            kwargs: Further settings.
+        """
         # Some classes want to be told that there is none.
         settings = {**processor_dict, "video_processor": None}
         made: ProcessorMixin = super().from_args_and_dict(args, settings, **kwargs)
         return made
 
     def __reduce__(self) -> tuple[Any, ...]:
-        """Return what pickling keeps: the class was made here and is found under no name."""
+        """Return what to pickle: the class is created at run time and can't be found by name."""
         return _blank, (type(self).__bases__[1],), self.__dict__
 
     def apply_chat_template(self, conversation: Any, *given: Any, **named: Any) -> Any:
-        """Write a dialogue as the chat template has it."""
+        """Render a dialogue with the chat template. See `ProcessorMixin.apply_chat_template`."""
         # SmolVLM's own method asks the video processor how many frames it takes.
         return ProcessorMixin.apply_chat_template(self, conversation, *given, **named)
 
 
 @cache
 def without_video(kind: Any) -> type[ProcessorMixin]:
-    """Return a class of processors without its part for videos."""
+    """Return a class of processors without its video part."""
     return type(kind.__name__, (StillImages, kind), {})
 
 
@@ -69,12 +79,11 @@ def load_processor(
 
     Args:
         folder: The model's directory.
-        config: The model's configuration, whose family has a processor of its own where no file
-            names another.
-        trust_remote_code: Whether code that lies there is run.
+        config: The model's configuration, which decides the class where no file names one.
+        trust_remote_code: Whether to run code from the folder.
 
     Raises:
-        CheckpointError: Nothing says which processor it is.
+        CheckpointError: No file and no configuration says which class it is.
     """
     kind = processor_class(folder, config)
     if "video_processor" in kind.get_attributes():
@@ -83,7 +92,7 @@ def load_processor(
 
 
 def tokenizer_of(processor: PreTrainedTokenizerBase | ProcessorMixin) -> PreTrainedTokenizerBase:
-    """Return the tokenizer of a processor, which may be the tokenizer itself."""
+    """Return the tokenizer of a processor, or the processor itself if it is one."""
     if isinstance(processor, PreTrainedTokenizerBase):
         return processor
     return cast(PreTrainedTokenizerBase, processor.tokenizer)
@@ -93,9 +102,9 @@ def processor_class(folder: Path, config: PreTrainedConfig) -> type[ProcessorMix
     """Return the class of a model's processor.
 
     Raises:
-        CheckpointError: Nothing says which.
+        CheckpointError: No file and no configuration says which.
     """
-    for file in (folder / name for name in NAMING):
+    for file in (folder / name for name in PROCESSOR_CLASS_FILE_NAMES):
         if not file.is_file():
             continue
         name = read_object(file).get("processor_class")

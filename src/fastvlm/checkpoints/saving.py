@@ -1,4 +1,4 @@
-"""Save a model in our layout, or in `transformers`'."""
+"""Saving a model in fastvlm's layout, or in `transformers`'."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from fastvlm.functional.errors import InputError
 from fastvlm.functional.files import written_directory
 from fastvlm.vision.fastvithd import FastViTHD
 
-LAYOUTS = ("fastvlm", "transformers")
+OUTPUT_LAYOUTS = ("fastvlm", "transformers")
 
 
 def save_checkpoint(
@@ -23,18 +23,18 @@ def save_checkpoint(
     output: Path,
     layout: str = "fastvlm",
 ) -> None:
-    """Save a model and its tokenizer as a directory, written beside and then renamed.
+    """Save a model and its tokenizer as a directory, which is complete or not there at all.
 
     Args:
-        model: A `FastVlmForConditionalGeneration` around our FastViTHD.
-        tokenizer: Its tokenizer.
+        model: A `FastVlmForConditionalGeneration` around fastvlm's FastViTHD.
+        tokenizer: The model's tokenizer.
         output: The directory; it must not exist.
         layout: `fastvlm`, which `transformers` loads where fastvlm is imported, or `transformers`,
             which it loads with timm.
 
     Raises:
-        StorageError: The disk is full, or the directory can't be written there.
-        InputError: The output exists, or the layout has no place for the encoder.
+        StorageError: The disk is full, or the directory can't be written.
+        InputError: The output exists, or the layout doesn't support the encoder.
     """
     if output.exists():
         raise InputError(f"{output} exists already; choose another output.")

@@ -1,4 +1,4 @@
-"""Weights out of a directory's files. Nothing in them is ever executed."""
+"""Reading weights from files, without executing anything in them."""
 
 from __future__ import annotations
 
@@ -16,18 +16,18 @@ from fastvlm.checkpoints.files import weight_files
 from fastvlm.functional.errors import CheckpointError, first_line
 from fastvlm.functional.model_files import check_weight_file
 
-MAX_NAMED = 3
-"""How many wrong weights an error names."""
-LAYERS = re.compile(r"layers?$|^depths?$|^n_layer$")
+MAX_NAMES_IN_ERROR = 3
+"""The maximum number of wrong weights that an error names."""
+LAYER_COUNT_PATTERN = re.compile(r"layers?$|^depths?$|^n_layer$")
 """Names of settings that count layers."""
 MAX_LAYERS = 4096
 
 
 def read_weights(folder: Path) -> dict[str, Tensor]:
-    """Return all weights of a directory, whose data stays in the files until it is used.
+    """Return all weights of a directory, memory-mapped where possible.
 
     Args:
-        folder: With safetensors or PyTorch's own files, whole or in shards.
+        folder: Has safetensors or PyTorch's own files, whole or in shards.
 
     Raises:
         CheckpointError: There are none, a shard is missing or broken, or a file holds more than
@@ -57,35 +57,35 @@ def _read(file: Path) -> dict[str, Tensor]:
 
 
 def named(names: Sequence[str]) -> str:
-    """Return the first few names of a list, and how many more there are."""
-    rest = len(names) - MAX_NAMED
-    return ", ".join(names[:MAX_NAMED]) + (f" and {rest} more" if rest > 0 else "")
+    """Return the first few names of a list, and the number of the others, as text."""
+    rest = len(names) - MAX_NAMES_IN_ERROR
+    return ", ".join(names[:MAX_NAMES_IN_ERROR]) + (f" and {rest} more" if rest > 0 else "")
 
 
 def be(names: Sequence[str]) -> str:
-    """Return `is` or `are`."""
+    """Return the verb for a list of names, `is` or `are`."""
     return "is" if len(names) == 1 else "are"
 
 
 def by(shape: Sequence[int]) -> str:
-    """Return a shape in words."""
+    """Return a shape in words, such as "3 x 64 x 64"."""
     return " x ".join(map(str, shape)) or "a single number"
 
 
 def misshapen(name: str, found: Sequence[int], wanted: Sequence[int]) -> str:
-    """Return a weight's name with its shape and the right one."""
+    """Return a weight's name with the shape found and the shape expected."""
     return f"{name} ({by(found)}, not {by(wanted)})"
 
 
 def refuse_wrong(place: Any, problems: dict[str, Sequence[str]]) -> None:
-    """Refuse weights that are not a configuration's.
+    """Refuse weights that don't fit their configuration.
 
     Args:
-        place: Where they are.
-        problems: Names of weights by what is wrong with them.
+        place: Where the weights are, for the error message.
+        problems: The names of the wrong weights, by what is wrong with them.
 
     Raises:
-        CheckpointError: There is such a name; it names the first few.
+        CheckpointError: There is a wrong weight; it names the first few.
     """
     said = [f"{named(names)} {be(names)} {what}" for what, names in problems.items() if names]
     if said:
@@ -95,19 +95,23 @@ def refuse_wrong(place: Any, problems: dict[str, Sequence[str]]) -> None:
 
 
 def check_layers(folder: Path, config: Mapping[str, Any]) -> None:
-    """Refuse a configuration of so many layers that building its model would never end.
+    """Refuse a configuration with so many layers that building its model would never end.
 
     Args:
-        folder: The model's.
-        config: What its `config.json` holds.
+        folder: The model's folder, for the error message.
+        config: The contents of `config.json`.
 
     Raises:
-        CheckpointError: It is one.
+        CheckpointError: A number of layers exceeds `MAX_LAYERS`.
     """
     for name, value in config.items():
         if isinstance(value, Mapping):
             check_layers(folder, value)
-        elif LAYERS.search(name) and isinstance(value, int | float) and value > MAX_LAYERS:
+        elif (
+            LAYER_COUNT_PATTERN.search(name)
+            and isinstance(value, int | float)
+            and value > MAX_LAYERS
+        ):
             raise CheckpointError(
                 f"{folder / 'config.json'} has {name} {value:g}; at most {MAX_LAYERS:,} make sense."
             )

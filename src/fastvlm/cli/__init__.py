@@ -7,20 +7,20 @@ import sys
 from collections.abc import Sequence
 from typing import Any, NoReturn
 
-INTERRUPTED = 130
+INTERRUPTED_EXIT_CODE = 130
 
 
 def run(arguments: Sequence[str] | None = None, app: Any = None) -> int:
     """Run a command line and return its exit code.
 
-    0 is success. What went wrong is told in one sentence on standard error: 1 for an image, a
-    model, a disk or an installation that is wrong, and for a failure of our own, of which a report
-    is written; 2 for a command line that is. A signal ends with 128 and its number: 130 for Ctrl-C,
-    143 for SIGTERM, 141 where nobody reads the output any more.
+    0 is success; 1 an error with an image, a model, a disk or an installation, or an internal
+    error, of which a report is written; 2 an error in the command line. Each is explained in one
+    sentence on standard error. A signal ends with 128 plus its number: 130 for Ctrl-C, 143 for
+    SIGTERM, 141 where nobody reads the output any more.
 
     Args:
-        arguments: The words after `fastvlm`; None for the process's own.
-        app: The verbs, a `typer.Typer`; None for those of `fastvlm`.
+        arguments: The words after `fastvlm`; None for those of the process.
+        app: The commands, a `typer.Typer`; None for those of `fastvlm`.
     """
     os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
     try:
@@ -31,7 +31,7 @@ def run(arguments: Sequence[str] | None = None, app: Any = None) -> int:
         prepare_streams()
         return run_verb(sys.argv[1:] if arguments is None else arguments, app)
     except KeyboardInterrupt:
-        return INTERRUPTED
+        return INTERRUPTED_EXIT_CODE
 
 
 def main(arguments: Sequence[str] | None = None) -> NoReturn:

@@ -1,4 +1,4 @@
-"""What is measured, audited or evaluated: a model and the strategies to decode it with."""
+"""The model and the strategies to benchmark, audit or evaluate."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 
 from fastvlm.cli.loading import ModelOption, Runtime, SkippedLayersOption, layers_in
 from fastvlm.cli.strategies import (
-    SEARCHED,
+    LAYER_SEARCH_IMAGES,
     DraftsOption,
     StrategiesOption,
     TypedStrategy,
@@ -31,13 +31,13 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, slots=True)
 class Contenders:
-    """A model and the strategies to decode it with, as they are typed.
+    """A model and the strategies to decode it with, as typed.
 
     Args:
-        model: Its directory, or its name on the hub; None for the example model.
+        model: The model's directory, or its name on the hub; None for the example model.
         draft: Drafts, `NAME=DIR`.
-        strategies: Names separated by commas; None for all that there are.
-        skipped_layers: Numbers separated by commas; None to search for them.
+        strategies: Names separated by commas; None for all strategies.
+        skipped_layers: Layers separated by commas; None to search for them.
     """
 
     model: ModelOption = None
@@ -57,14 +57,14 @@ class Contenders:
 
     @property
     def skipped(self) -> tuple[int, ...] | None:
-        """The layers to skip that were given."""
+        """The layers to skip, if given."""
         return layers_in(self.skipped_layers)
 
     def check(self) -> bool:
         """Return whether the layers to skip have to be searched for.
 
         Raises:
-            UsageError: A strategy, a draft's name or a layer makes no sense.
+            UsageError: A strategy, a draft's name or a layer is invalid.
         """
         return needs_search(self.chosen, self.skipped)
 
@@ -72,8 +72,8 @@ class Contenders:
         """Load the model; its drafts are loaded later, each under its own name.
 
         Raises:
-            CheckpointError: It is missing or broken.
-            InputError: Its family is not known.
+            CheckpointError: The model is missing or broken.
+            InputError: The model's family is not supported.
         """
         where = example().MODEL if self.model is None else self.model
         return runtime.load(where, max_slots=max_slots)
@@ -83,16 +83,16 @@ class Contenders:
     ) -> tuple[int, ...] | None:
         """Return the layers to skip: those given, or those found on replies to the first questions.
 
-        None for the strategy's usual ones, where there is nothing to learn from, as the replies are
-        too short: that is said.
+        None for the strategy's default; if the replies are too short to search on, a message says
+        so.
 
         Args:
             vlm: The model.
-            asked: Prompts and images, of which the first are taken.
+            asked: Prompts and images, of which the first few are used.
         """
         if not self.check():
             return self.skipped
-        prompts, images = zip(*islice(asked, SEARCHED), strict=True)
+        prompts, images = zip(*islice(asked, LAYER_SEARCH_IMAGES), strict=True)
         try:
             return vlm.find_skipped_layers(prompts, images).skipped
         except InputError as error:
@@ -106,7 +106,7 @@ class Contenders:
 
         Args:
             vlm: The model.
-            skipped: The layers that layer-skip leaves out; None for its usual ones.
+            skipped: The layers that layer-skip leaves out; None for its default.
 
         Raises:
             CheckpointError: A draft is missing, broken or made for another model.

@@ -1,4 +1,4 @@
-"""What is said of a failure of our own, and the report that is written of it."""
+"""Internal errors: the sentence that the user sees, and the report for maintainers."""
 
 from __future__ import annotations
 
@@ -14,23 +14,23 @@ from importlib import metadata
 
 from fastvlm.functional.errors import first_line
 
-DEBUG = "FASTVLM_DEBUG"
-"""The environment variable that has a traceback shown instead of a report."""
-PACKAGES = ("fastvlm", "torch", "transformers", "tokenizers", "safetensors", "accelerate", "pillow",
-            "typer", "rich")  # fmt: skip
-OUT_OF_MEMORY = ("out of memory", "not enough memory", "can't allocate memory", "bad_alloc")
+DEBUG_VARIABLE = "FASTVLM_DEBUG"
+"""The environment variable for showing tracebacks instead of writing reports."""
+REPORTED_PACKAGES = ("fastvlm", "torch", "transformers", "tokenizers", "safetensors", "accelerate",
+                     "pillow", "typer", "rich")  # fmt: skip
+OUT_OF_MEMORY_PHRASES = ("out of memory", "not enough memory", "can't allocate memory", "bad_alloc")
 
 
 def is_out_of_memory(error: BaseException) -> bool:
-    """Return whether an error says that there is no memory left, on the CPU or an accelerator."""
+    """Return whether an error means that the CPU or an accelerator is out of memory."""
     if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError":
         return True
     said = str(error).lower()
-    return isinstance(error, RuntimeError) and any(words in said for words in OUT_OF_MEMORY)
+    return isinstance(error, RuntimeError) and any(words in said for words in OUT_OF_MEMORY_PHRASES)
 
 
 def memory_sentence(error: BaseException) -> str:
-    """Return what to do where memory is out."""
+    """Return a sentence that says what to do when memory runs out."""
     what = str(error).strip()
     told = f" ({first_line(error)})" if what and isinstance(error, Exception) else ""
     return (
@@ -40,10 +40,10 @@ def memory_sentence(error: BaseException) -> str:
 
 
 def crash_sentence(error: Exception, arguments: Sequence[str]) -> str:
-    """Return what to say of a failure of our own, after a report was written of it.
+    """Write a report of an internal error, and return the sentence to show for it.
 
     Args:
-        error: The failure.
+        error: The error.
         arguments: The words of the command line after `fastvlm`.
     """
     what = f"{type(error).__name__}: {first_line(error)}"
@@ -55,14 +55,14 @@ def crash_sentence(error: Exception, arguments: Sequence[str]) -> str:
 
 
 def write_report(error: BaseException, arguments: Sequence[str]) -> str:
-    """Write what a maintainer needs to know into a new file, and return its path.
+    """Write a report of an error to a new file, and return its path.
 
-    Neither the environment nor the values of variables are written.
+    It contains neither the environment nor the values of variables.
 
     Raises:
         OSError: It can't be written.
     """
-    versions = [f"{name} {_version(name)}" for name in PACKAGES]
+    versions = [f"{name} {_version(name)}" for name in REPORTED_PACKAGES]
     lines = [
         f"fastvlm failed at {datetime.now(UTC).isoformat(timespec='seconds')}.",
         "",
@@ -80,8 +80,8 @@ def write_report(error: BaseException, arguments: Sequence[str]) -> str:
 
 
 def shows_traceback() -> bool:
-    """Return whether a failure of our own is to show its traceback, for who works on fastvlm."""
-    return os.environ.get(DEBUG, "") not in ("", "0")
+    """Return whether to show an internal error's traceback, for those who work on fastvlm."""
+    return os.environ.get(DEBUG_VARIABLE, "") not in ("", "0")
 
 
 def print_traceback(error: BaseException) -> None:

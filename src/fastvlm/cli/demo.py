@@ -1,4 +1,4 @@
-"""`fastvlm demo`: the example model, at work on its images."""
+"""`fastvlm demo`: the example model on its own images."""
 
 from __future__ import annotations
 
@@ -30,14 +30,14 @@ if TYPE_CHECKING:
     from fastvlm.functional.statistics import DecodingStatistics
     from fastvlm.vlm import VisionLanguageModel
 
-DRAFTED, OWN = "green", "bold"
+DRAFTED_STYLE, FULL_MODEL_STYLE = "green", "bold"
 """The styles of drafted and accepted tokens, and of the full model's own."""
 
 MAX_NEW_TOKENS = 160
-SCENE, PHOTO = "scene", "photo"
+SCENE_KIND, PHOTO_KIND = "scene", "photo"
 """Kinds of images."""
-BESIDE_CELLS = 60
-"""Width from which an image stands beside its title, not above it."""
+MIN_SIDE_BY_SIDE_CELLS = 60
+"""Minimum console width for an image beside its title; it is above it otherwise."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,10 +45,10 @@ class DemoImage:
     """An image of the example model.
 
     Args:
-        file: Where it is.
+        file: The image's file.
         kind: `scene` or `photo`.
-        title: What it is called.
-        credit: Who made it, and where it is from and under which licence, if that is to be said.
+        title: The title.
+        credit: Author, source and licence, if they are to be shown.
     """
 
     file: Path
@@ -58,11 +58,11 @@ class DemoImage:
 
     @property
     def question(self) -> Question:
-        """What the model is asked about it."""
+        """The question that the model is asked about it."""
         from fastvlm.data.questions import Question
 
         shipped = example()
-        prompt = shipped.SCENE_PROMPT if self.kind == SCENE else shipped.DESCRIPTION_PROMPT
+        prompt = shipped.SCENE_PROMPT if self.kind == SCENE_KIND else shipped.DESCRIPTION_PROMPT
         return Question(prompt, str(self.file))
 
 
@@ -77,7 +77,7 @@ class DemoResult:
 
     @property
     def speedup(self) -> float | None:
-        """The ordinary time per output token over the self-speculative one."""
+        """Time per output token of ordinary decoding over that of self-speculative decoding."""
         if not self.ordinary.tpot_ms or not self.speculative.tpot_ms:
             return None
         return self.ordinary.tpot_ms / self.speculative.tpot_ms
@@ -132,10 +132,10 @@ def demo(
 
 
 def read_images(folder: Path) -> list[DemoImage]:
-    """Return the images that a folder's `images.json` lists.
+    """Return the images listed in a folder's `images.json`.
 
     Raises:
-        CheckpointError: The list is missing or not in the form that it should have.
+        CheckpointError: The list is missing, broken or empty.
     """
     listing = folder / "images.json"
     if not listing.is_file():
@@ -148,7 +148,7 @@ def read_images(folder: Path) -> list[DemoImage]:
     except (InputError, TypeError, KeyError) as error:
         raise CheckpointError(f"{listing} can't be read: {error!r}.") from error
     for image in found:
-        if image.kind not in (SCENE, PHOTO):
+        if image.kind not in (SCENE_KIND, PHOTO_KIND):
             raise CheckpointError(f"{listing} has an image of unknown kind {image.kind!r}.")
     if not found:
         raise CheckpointError(f"{listing} lists no image.")
@@ -166,16 +166,23 @@ def show(
     strategies: dict[str, Strategy],
     images: Sequence[DemoImage],
 ) -> None:
-    """Show each image, its reply decoded both ways and what that took; then a table of all."""
+    """Show every image with its reply decoded both ways, then a table of all results.
+
+    Args:
+        console: Where to write.
+        vlm: The example model.
+        strategies: `autoregressive` and `imitation`, by name.
+        images: The images to describe.
+    """
     from fastvlm.evaluation.measuring import hardware
 
     legend = Text("Each reply is decoded twice, ordinarily and self-speculatively")
     if console.is_terminal and console.color_system and not console.no_color:
         legend += Text.assemble(
             ": ",
-            ("these tokens were drafted and accepted", DRAFTED),
+            ("these tokens were drafted and accepted", DRAFTED_STYLE),
             ", ",
-            ("these the full model gave itself", OWN),
+            ("these the full model gave itself", FULL_MODEL_STYLE),
         )
     console.print(legend + Text("."))
     compared = []
@@ -199,7 +206,13 @@ def show(
 
 
 def introduce(console: Console, image: DemoImage, place: str) -> None:
-    """Show an image beside its title, its prompt and its credit."""
+    """Show an image beside its title, prompt and credit.
+
+    Args:
+        console: Where to write.
+        image: The image.
+        place: Its number among all images, such as "1/6".
+    """
     from fastvlm.vision.loading import load_image
 
     said = Text.assemble((f"{place}  {image.title}", "bold"), "\n")
@@ -210,7 +223,7 @@ def introduce(console: Console, image: DemoImage, place: str) -> None:
     if not in_colour(console):
         console.print(said)
         return
-    if console.width < BESIDE_CELLS:
+    if console.width < MIN_SIDE_BY_SIDE_CELLS:
         console.print(thumbnail(opened), said, sep="\n")
         return
     beside = Table.grid(padding=(0, 2))
@@ -224,7 +237,14 @@ def compare(
     strategies: dict[str, Strategy],
     image: DemoImage,
 ) -> DemoResult:
-    """Stream an image's reply both ways, then measure both without the terminal in between."""
+    """Stream the reply to an image both ways, then measure both without writing to the terminal.
+
+    Args:
+        console: Where to write.
+        vlm: The example model.
+        strategies: `autoregressive` and `imitation`, by name.
+        image: The image to describe.
+    """
     from fastvlm.evaluation.benchmark import run_strategy
 
     question, replies = image.question, []
@@ -238,7 +258,7 @@ def compare(
             strategy=strategies[name],
         )
         for piece in stream:
-            writer.write(piece.text, DRAFTED if all(piece.drafted) else OWN)
+            writer.write(piece.text, DRAFTED_STYLE if all(piece.drafted) else FULL_MODEL_STYLE)
         writer.close()
         replies.append(tuple(stream.reply.token_ids))
     runs = [
@@ -250,7 +270,7 @@ def compare(
 
 
 def line(of: DemoResult) -> Padding:
-    """Return what one image's reply took, both ways."""
+    """Return the figures of one image's reply, decoded both ways, as a line."""
     text = Text()
     text.append("identical" if of.identical else "different", "" if of.identical else "bold red")
     text.append(

@@ -19,14 +19,14 @@ STANDARD_OUTPUT = Path("-")
 
 @dataclass(frozen=True, slots=True)
 class FiguresOutput:
-    """Where a verb's figures go: the option `--json`, which is checked at once.
+    """The option `--json`: where a command writes its figures. It is checked at once.
 
     Args:
         json: A file; `-` for standard output, which then gets nothing else; None for none.
 
     Raises:
-        InputError: The file could not be written after the long work.
-        StorageError: The same, for a reason of the disk's.
+        InputError: The file's folder is missing, or the file is a folder.
+        StorageError: The file can't be written.
     """
 
     json: Annotated[
@@ -46,11 +46,11 @@ class FiguresOutput:
 
     @property
     def console(self) -> PlainConsole:
-        """What people are shown the figures on; silent if standard output is for the JSON."""
+        """The console for people, which is silent if standard output is used for the JSON."""
         return PlainConsole(quiet=self.json == STANDARD_OUTPUT)
 
     def write(self, figures: dict[str, Any]) -> None:
-        """Write the figures, if they are wanted.
+        """Write the figures, if asked for.
 
         Raises:
             StorageError: They can't be written.
@@ -62,7 +62,7 @@ class FiguresOutput:
 
 
 def check_writable(file: Path) -> None:
-    """Refuse a file that could not be written after the long work.
+    """Refuse a file that can't be written, before the work whose results it is for.
 
     Raises:
         InputError: Its folder is missing, or it is a folder itself.
@@ -82,14 +82,14 @@ def check_writable(file: Path) -> None:
 
 
 def check_folder(folder: Path, option: str = "--output") -> None:
-    """Refuse a folder that could not be written to after the long work; it is not made.
+    """Refuse a folder that can't be written to, before the work whose results it is for.
 
     Args:
-        folder: The folder, which need not be there yet.
-        option: What it was given as.
+        folder: The folder, which need not exist yet, and is not made here.
+        option: The name of its option, for the error message.
 
     Raises:
-        InputError: It, or one that it is to be made in, is a file.
+        InputError: It, or a folder above it, is a file.
         StorageError: Nothing can be written there.
     """
     with storage_errors(folder):

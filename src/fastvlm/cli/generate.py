@@ -21,17 +21,17 @@ if TYPE_CHECKING:
     from fastvlm.functional.statistics import DecodingStatistics
     from fastvlm.vlm import Reply, ReplyStream, VisionLanguageModel
 
-STRATEGIES = ("autoregressive", "imitation", "early-exit", "layer-skip", "prompt-lookup")
+STRATEGY_NAMES = ("autoregressive", "imitation", "early-exit", "layer-skip", "prompt-lookup")
 
 
 def strategy_names() -> list[str]:
-    """Return what a shell completes `--strategy` with."""
-    return list(STRATEGIES)
+    """Return the completions of `--strategy` in a shell."""
+    return list(STRATEGY_NAMES)
 
 
 @dataclass(frozen=True, slots=True)
 class DraftOptions:
-    """How drafts are made. None is what the draft records, or the strategy's own."""
+    """How drafts are made. None stands for the draft's own setting, or the strategy's default."""
 
     draft: Annotated[
         Path | None,
@@ -45,7 +45,7 @@ class DraftOptions:
         str | None,
         typer.Option(
             metavar="NAME",
-            help=f"How to decode: {', '.join(STRATEGIES)}. The tokens are the same; the speed"
+            help=f"How to decode: {', '.join(STRATEGY_NAMES)}. The tokens are the same; the speed"
             " differs.",
             show_default="imitation with a draft, else autoregressive",
             autocompletion=strategy_names,
@@ -75,10 +75,10 @@ class DraftOptions:
     skipped_layers: SkippedLayersOption = None
 
     def strategy_of(self, vlm: VisionLanguageModel) -> Strategy:
-        """Return the strategy that a model decodes with.
+        """Return the strategy to decode with.
 
         Raises:
-            UsageError: It is unknown, or an option is not one of its own or out of range.
+            UsageError: It is unknown, or an option doesn't apply to it or is out of range.
         """
         with usage():
             return vlm.strategy(
@@ -91,7 +91,7 @@ class DraftOptions:
 
 @dataclass(frozen=True, slots=True)
 class SamplingOptions:
-    """How tokens are chosen and where replies end. None is the checkpoint's."""
+    """How tokens are chosen and where replies end. None stands for the checkpoint's setting."""
 
     max_new_tokens: Annotated[
         int | None,
@@ -132,7 +132,7 @@ class SamplingOptions:
     ] = None
 
     def given(self) -> dict[str, Any]:
-        """Return what was given, checked, as `VisionLanguageModel.stream` takes it.
+        """Return the options that were given, as `VisionLanguageModel.stream` takes them.
 
         Raises:
             UsageError: A value is out of range, or needs a temperature.
@@ -201,15 +201,15 @@ def generate(
 
 
 def write_reply(stream: ReplyStream, heading: str, *, silent: bool = False) -> Reply:
-    """Write a reply to standard output as it is decoded, without white space before it.
+    """Write a reply to standard output as it is decoded, without leading white space.
 
     Args:
         stream: The reply.
-        heading: What stands before it.
-        silent: Whether nothing is written, as standard output is for something else.
+        heading: A text to write before it.
+        silent: Whether to write nothing, as standard output is used for something else.
 
     Raises:
-        InputError: The prompt doesn't fit into the model's context; then nothing is written.
+        InputError: The prompt doesn't fit into the model's context; nothing is written then.
     """
     begun = False
     for piece in stream:
@@ -227,7 +227,7 @@ def write_reply(stream: ReplyStream, heading: str, *, silent: bool = False) -> R
 
 
 def as_figures(reply: Reply, statistics: DecodingStatistics) -> dict[str, Any]:
-    """Return a reply and how it was decoded, times in milliseconds."""
+    """Return a reply and its statistics for the JSON output, times in milliseconds."""
     return {
         "text": reply.text.lstrip(),
         "token_ids": list(reply.token_ids),
@@ -241,7 +241,7 @@ def as_figures(reply: Reply, statistics: DecodingStatistics) -> dict[str, Any]:
 
 
 def in_words(statistics: DecodingStatistics) -> str:
-    """Return a reply's statistics in a line."""
+    """Return a reply's statistics as a line of text."""
     parts = [f"{statistics.tokens} tokens", f"TTFT {statistics.ttft_ms:.1f} ms"]
     if statistics.tpot_ms is not None:
         parts.append(f"TPOT {statistics.tpot_ms:.2f} ms")

@@ -1,4 +1,4 @@
-"""What can be wrong with an installation, and how to mend it."""
+"""Faults of an installation, and how to fix them."""
 
 from __future__ import annotations
 
@@ -12,15 +12,15 @@ def torchvision_mismatch(
     version: Callable[[str], str] = metadata.version,
     requires: Callable[[str], Sequence[str] | None] = metadata.requires,
 ) -> str | None:
-    """Return what to say if an installed torchvision that doesn't fit its torch caused an error.
+    """Return how to fix an error that was caused by a torchvision built for another torch.
 
     `transformers` imports torchvision wherever it is installed, and one that was built for another
-    torch breaks that import with errors that name neither cause nor cure.
+    torch makes that import fail with errors that name neither cause nor fix.
 
     Args:
-        error: What was raised; the errors that it came from are looked at too.
-        version: Gives an installed package's version.
-        requires: Gives an installed package's requirements.
+        error: The error; the errors that caused it are examined too.
+        version: Returns an installed package's version.
+        requires: Returns an installed package's requirements.
 
     Returns:
         One sentence, or None if the error has another cause.

@@ -1,4 +1,4 @@
-"""A model as the verbs want it, and the options that say which and how."""
+"""Loading a model for a command, and the options for it."""
 
 from __future__ import annotations
 
@@ -21,15 +21,15 @@ if TYPE_CHECKING:
 
 
 class UsageError(InputError):
-    """A command line that makes no sense, whatever model and images it is about."""
+    """The command line is wrong, whatever the model and the images."""
 
 
 @contextmanager
 def usage() -> Iterator[None]:
-    """Turn what is refused meanwhile into an error of usage.
+    """Turn any `InputError` raised in this context into a `UsageError`.
 
     Raises:
-        UsageError: Something was.
+        UsageError: An `InputError` was raised.
     """
     try:
         yield
@@ -41,7 +41,7 @@ def checked_device(name: str | None) -> str | None:
     """Return a device's name.
 
     Raises:
-        UsageError: There is no such device here.
+        UsageError: The device doesn't exist.
     """
     if name in (None, "cpu"):
         return name
@@ -127,18 +127,18 @@ MaxNewTokensOption = Annotated[
 
 
 MAX_DIGITS = 9
-"""Digits of the numbers in a list: sizes in pixels, and layers."""
+"""The maximum number of digits in each number of a list, of layers or of sizes in pixels."""
 
 
 @dataclass(frozen=True, slots=True)
 class Runtime:
-    """How a verb computes: options that all verbs have.
+    """Options of all commands on how to compute.
 
     Args:
-        device: Where.
-        dtype: In what precision.
-        threads: Of the CPU; None for torch's own number.
-        quiet: Whether only results and errors are shown.
+        device: The device.
+        dtype: The precision.
+        threads: CPU threads; None for torch's default.
+        quiet: Whether to show results and errors only.
     """
 
     device: DeviceOption = "cpu"
@@ -149,7 +149,17 @@ class Runtime:
     def load(
         self, model: str | Path | None, draft: Path | None = None, *, max_slots: int | None = None
     ) -> VisionLanguageModel:
-        """Load a model as `load_quietly` does."""
+        """Load a model with these settings.
+
+        Args:
+            model: A directory, or a name on the Hugging Face hub; None for the example model.
+            draft: The draft's directory; None for none.
+            max_slots: The maximum number of requests decoded together; None for the default.
+
+        Raises:
+            CheckpointError: The model or the draft is missing, broken or made for something else.
+            InputError: The model's family is not supported.
+        """
         return load_quietly(
             model, draft, self.threads, self.dtype, self.device, max_slots=max_slots
         )
@@ -159,15 +169,15 @@ class Runtime:
         prepare_torch(self.threads)
 
     def progress(self, task: str) -> AbstractContextManager[Callable[[int, int], None]]:
-        """Show how far some work is; see `terminal.progress`."""
+        """Show the progress of some work; see `terminal.progress`."""
         return progress(task, quiet=self.quiet)
 
 
 def layers_in(listed: str | None) -> tuple[int, ...] | None:
-    """Return the layers of a list as it is typed: `3,5,7`.
+    """Return the layers of a list such as `3,5,7`.
 
     Raises:
-        UsageError: There is something else than whole numbers in it.
+        UsageError: Something in it is not a whole number.
     """
     if listed is None:
         return None
@@ -175,15 +185,15 @@ def layers_in(listed: str | None) -> tuple[int, ...] | None:
 
 
 def whole_numbers(listed: str, what: str, example: str) -> tuple[int, ...]:
-    """Return the numbers of a list as it is typed.
+    """Parse a list of whole numbers.
 
     Args:
         listed: Numbers, separated by commas.
-        what: They are, for the sentence.
-        example: Of such a list.
+        what: What the numbers are, for the error message.
+        example: An example of such a list, for the error message.
 
     Raises:
-        UsageError: There is something else in it, or nothing.
+        UsageError: The list is empty, or something in it is not a whole number.
     """
     numbers = [number.strip() for number in listed.split(",")]
     if not numbers or not all(
@@ -198,8 +208,8 @@ def whole_numbers(listed: str, what: str, example: str) -> tuple[int, ...]:
 def resolve_model(model: str | None) -> str | Path | None:
     """Return where a model is: a path, a name on the hub, or None for the example model.
 
-    `owner/name` may be either. It is a path if it exists, or if `owner` is a folder here: then it
-    is a path typed wrong, which no hub need be asked for.
+    `owner/name` may be either. It is a path if it exists, or if the folder `owner` exists: then it
+    is a mistyped path, for which the hub is not asked.
     """
     if model is None:
         return None
@@ -215,11 +225,19 @@ def load_quietly(
     device: str | torch.device = "cpu",
     max_slots: int | None = None,
 ) -> VisionLanguageModel:
-    """Load a model, and a draft made for it, without progress bars and warnings of others.
+    """Load a model, and a draft made for it, without progress bars or warnings of other libraries.
+
+    Args:
+        model: A directory, or a name on the Hugging Face hub; None for the example model.
+        draft: The draft's directory; None for none.
+        threads: CPU threads; None for torch's default.
+        dtype: The precision to compute in, such as "bfloat16".
+        device: The device to compute on.
+        max_slots: The maximum number of requests decoded together; None for the default.
 
     Raises:
         CheckpointError: The model or the draft is missing, broken or made for something else.
-        InputError: The model's family is not known.
+        InputError: The model's family is not supported.
     """
     if isinstance(model, str):
         model = resolve_model(model)

@@ -1,4 +1,4 @@
-"""What `benchmark` and `audit` ask a model, and about which images."""
+"""The questions of `benchmark` and `audit`, and their images."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ SCENES, NO_IMAGES, EXAMPLE = "scenes", "none", "example"
 WORDS = {SCENES: "scenes", NO_IMAGES: "prompts"}
 """What `--images` stands for, in a sentence; a folder's are images."""
 MAX_FAILED = 0.05
-"""The share of questions that may fail, if nothing else is said."""
+"""The default maximum share of questions that may fail."""
 MaxFailedOption = Annotated[
     float,
     typer.Option(
@@ -35,23 +35,24 @@ MaxFailedOption = Annotated[
     ),
 ]
 DESCRIPTION_PROMPT = "Describe the image in several sentences."
-"""What is asked of an image, if nothing is said."""
+"""The default prompt for an image."""
 TEXT_PROMPTS = (
     "Explain in a few sentences how a rainbow forms.",
     "Write a short story about a lighthouse keeper.",
     "What are the advantages and disadvantages of living in a large city?",
 )
-"""What a model of text alone is asked, if nothing is said."""
+"""The default prompts for a model of text alone."""
 
 
 @dataclass(frozen=True, slots=True)
 class QuestionOptions:
-    """What a model is asked: options of `benchmark` and `audit`.
+    """The questions of `benchmark` and `audit`.
 
     Args:
-        images: `scenes`, `example`, `none` or a folder; None for what suits the model.
-        prompt: What is asked of each image.
-        listing: A file with the names of the folder's images to take.
+        images: `scenes`, `example`, `none` or a folder; None for the model's default.
+        prompt: The prompts for each image.
+        listing: A file with the names of the folder's images to use.
+        max_failed: The maximum share of questions that may fail, from 0 to 1.
     """
 
     images: Annotated[
@@ -83,10 +84,10 @@ class QuestionOptions:
     max_failed: MaxFailedOption = MAX_FAILED
 
     def check(self) -> None:
-        """Refuse what can be refused before a model is loaded.
+        """Check the options before a model is loaded.
 
         Raises:
-            UsageError: A listing is given where there is no folder, or there is nothing to ask.
+            UsageError: A listing is given without a folder, or there is nothing to ask.
             InputError: There is no such folder or listing.
         """
         if self.images in (None, SCENES, EXAMPLE, NO_IMAGES):
@@ -100,7 +101,7 @@ class QuestionOptions:
         self._files(1)
 
     def chosen_images(self, model: str | None, vlm: VisionLanguageModel) -> str:
-        """Return what the images are: those asked for, or those that suit the model.
+        """Return the images asked for, or the model's default.
 
         Raises:
             UsageError: The model reads text alone, and images are asked for.
@@ -115,9 +116,9 @@ class QuestionOptions:
         """Return the questions.
 
         Args:
-            model: As it was typed.
-            images: As `chosen_images` returns it.
-            limit: The most images; the most prompts where there are none.
+            model: The model as typed.
+            images: The result of `chosen_images`.
+            limit: The maximum number of images, or of prompts where there are no images.
 
         Raises:
             InputError: There is no image.
@@ -146,20 +147,20 @@ class QuestionOptions:
 
 
 def description_prompt(model: str | None) -> str:
-    """Return what a model is asked of an image, if nothing is said.
+    """Return the default prompt for an image.
 
     Args:
-        model: As it was typed; None for the example model, which knows the words it learnt from.
+        model: The model as typed; None for the example model, which has a prompt of its own.
     """
     return str(example().DESCRIPTION_PROMPT) if model is None else DESCRIPTION_PROMPT
 
 
 class FailedQuestions:
-    """Names the questions that can't be asked; too many of them end the run.
+    """Reports questions that can't be asked; too many of them end the run.
 
     Args:
-        total: All questions of the run.
-        share: The largest share of them that may fail.
+        total: The number of questions in the run.
+        share: The maximum share of them that may fail, from 0 to 1.
     """
 
     def __init__(self, total: int, share: float) -> None:
@@ -168,7 +169,7 @@ class FailedQuestions:
         """The images and prompts of those that failed, and the reason: for the figures."""
 
     def __call__(self, question: Question, error: InputError) -> None:
-        """Name a question that can't be asked.
+        """Report a question that can't be asked.
 
         Raises:
             InputError: Too many failed.
@@ -183,10 +184,10 @@ class FailedQuestions:
             )
 
     def readable(self, questions: Sequence[Question]) -> list[Question]:
-        """Return the questions without those whose image can't be read, before the long work.
+        """Return the questions whose image can be read, before the long work.
 
         Raises:
-            InputError: Too many can't be read, or all.
+            InputError: Too many images can't be read, or none can.
         """
         from fastvlm.vision.loading import load_image
 
@@ -209,6 +210,6 @@ class FailedQuestions:
         return found
 
     def exit(self) -> None:
-        """End with the exit code 1 if a question failed."""
+        """Exit with code 1 if a question failed."""
         if self.found:
             raise typer.Exit(1)

@@ -1,4 +1,4 @@
-"""A command line from its words to its exit code: every way in which it can end."""
+"""Running a command line up to its exit code."""
 
 from __future__ import annotations
 
@@ -29,21 +29,23 @@ from fastvlm.functional.errors import FastVlmError
 # Typer has its own copy of click or uses the installed one, depending on its version.
 TyperUsageError: type[Exception] = typer.BadParameter.__bases__[0]
 
-FAILED, USAGE, SIGNALLED = 1, 2, 128
-"""Exit codes: something was wrong; the command line was; a signal came (its number is added)."""
-NO_READER = SIGNALLED + signal.SIGPIPE if hasattr(signal, "SIGPIPE") else FAILED
-ENDING = [
+FAILURE_EXIT_CODE, USAGE_EXIT_CODE, SIGNAL_EXIT_CODE_BASE = 1, 2, 128
+"""Exit codes of a failure, of a wrong command line, and of a signal, whose number is added."""
+BROKEN_PIPE_EXIT_CODE = (
+    SIGNAL_EXIT_CODE_BASE + signal.SIGPIPE if hasattr(signal, "SIGPIPE") else FAILURE_EXIT_CODE
+)
+TERMINATION_SIGNALS = [
     getattr(signal, name) for name in ("SIGTERM", "SIGHUP", "SIGBREAK") if hasattr(signal, name)
 ]
-"""Signals that end a process at once, and would leave what it was writing half done."""
+"""Signals that would end the process at once and leave incomplete files."""
 
 
 def run_verb(arguments: Sequence[str], app: typer.Typer | None = None) -> int:
-    """Run a verb, say in one sentence what went wrong, and return the exit code.
+    """Run a command, print one sentence on any error, and return the exit code.
 
     Args:
         arguments: The words after `fastvlm`.
-        app: The verbs; None for those of `fastvlm`.
+        app: The commands; None for those of `fastvlm`.
     """
     try:
         with plain_warnings(), ended_by_signals():
@@ -58,12 +60,12 @@ def run_verb(arguments: Sequence[str], app: typer.Typer | None = None) -> int:
 
 
 def invoked(arguments: Sequence[str], app: typer.Typer | None = None) -> int:
-    """Run a verb and return its exit code.
+    """Run a command and return its exit code.
 
-    What typer does beside this is left out: it has its own ideas of what ends a process, and how.
+    Typer's own handling of errors and signals is bypassed.
 
     Raises:
-        Exception: Whatever the verb, or the reading of its command line, raises.
+        Exception: Any error of the command, or of parsing its command line.
     """
     from fastvlm.cli.verbs import command
 
@@ -78,33 +80,33 @@ def invoked(arguments: Sequence[str], app: typer.Typer | None = None) -> int:
 
 
 def failed(error: Exception, arguments: Sequence[str]) -> int:
-    """Say what went wrong, and return the exit code.
+    """Print what went wrong, and return the exit code.
 
     Args:
-        error: What was raised.
-        arguments: The words after `fastvlm`.
+        error: The error.
+        arguments: The words of the command line after `fastvlm`.
     """
     if isinstance(error, BrokenPipeError):
         # As others that write to `head`: whoever read has seen enough.
         abandon_output()
-        return NO_READER
+        return BROKEN_PIPE_EXIT_CODE
     if isinstance(error, TyperUsageError | UsageError):
         print_usage(error)
-        return USAGE
+        return USAGE_EXIT_CODE
     if reason := sentence_of(error):
         print_error(reason)
         # A run that was asked to stop, and has saved what it had.
         stopped = getattr(error, "signal_number", None)
-        return FAILED if stopped is None else SIGNALLED + stopped
+        return FAILURE_EXIT_CODE if stopped is None else SIGNAL_EXIT_CODE_BASE + stopped
     if shows_traceback():
         print_traceback(error)
     else:
         print_error(crash_sentence(error, arguments))
-    return FAILED
+    return FAILURE_EXIT_CODE
 
 
 def print_usage(error: Any) -> None:
-    """Say what is wrong with a command line; of one without a verb, what verbs there are."""
+    """Print what is wrong with a command line, or the list of commands if it has none."""
     if type(error).__name__ == "NoArgsIsHelpError":
         print_aside(error.format_message())
         return
@@ -122,7 +124,7 @@ def print_usage(error: Any) -> None:
 
 
 def sentence_of(error: Exception) -> str | None:
-    """Return what an error says to a user; None for one that is a fault of our own."""
+    """Return the sentence to show for an error; None for an internal error."""
     if reason := torchvision_mismatch(error):
         return reason
     if is_out_of_memory(error):
@@ -154,18 +156,18 @@ def _of_the_system(error: OSError) -> str | None:
 
 @contextmanager
 def ended_by_signals() -> Iterator[None]:
-    """Let a signal that ends the process clear up first, as Ctrl-C does.
+    """Turn signals that would end the process into `SystemExit`, so that it can clean up first.
 
     Raises:
-        SystemExit: One came; the code is 128 and its number, as a shell has it.
+        SystemExit: A signal arrived; the code is 128 plus its number, as in a shell.
     """
 
     def leave(number: int, _: FrameType | None) -> None:
-        raise SystemExit(SIGNALLED + number)
+        raise SystemExit(SIGNAL_EXIT_CODE_BASE + number)
 
     before = {}
     if threading.current_thread() is threading.main_thread():
-        for number in ENDING:
+        for number in TERMINATION_SIGNALS:
             # What has been told otherwise, as by `nohup`, stays so.
             if signal.getsignal(number) is signal.SIG_DFL:
                 before[number] = signal.signal(number, leave)

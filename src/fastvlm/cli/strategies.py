@@ -1,4 +1,4 @@
-"""Strategies as they are typed, and those that they name."""
+"""Parsing and making the strategies named on a command line."""
 
 from __future__ import annotations
 
@@ -19,11 +19,13 @@ if TYPE_CHECKING:
 
 AUTOREGRESSIVE, EARLY_EXIT = "autoregressive", "early-exit"
 LAYER_SKIP, PROMPT_LOOKUP = "layer-skip", "prompt-lookup"
-ALWAYS = ("transformers", AUTOREGRESSIVE)
-WITHOUT_DRAFT = (EARLY_EXIT, LAYER_SKIP, PROMPT_LOOKUP)
-SEARCHED = 2
-"""Images, the first ones, on whose replies the layers to skip are searched for."""
-TYPED = re.compile(r"(?P<kind>[^@:]+)(?:@(?P<layer>[1-9]\d{0,8}))?(?::(?P<length>[1-9]\d{0,8}))?")
+ALWAYS_MEASURED = ("transformers", AUTOREGRESSIVE)
+STRATEGIES_WITHOUT_DRAFT = (EARLY_EXIT, LAYER_SKIP, PROMPT_LOOKUP)
+LAYER_SEARCH_IMAGES = 2
+"""The number of images, the first ones, on whose replies layers to skip are searched for."""
+STRATEGY_PATTERN = re.compile(
+    r"(?P<kind>[^@:]+)(?:@(?P<layer>[1-9]\d{0,8}))?(?::(?P<length>[1-9]\d{0,8}))?"
+)
 
 DraftsOption = Annotated[
     list[str] | None,
@@ -50,13 +52,13 @@ StrategiesOption = Annotated[
 
 @dataclass(frozen=True, slots=True)
 class TypedStrategy:
-    """A strategy as it is typed: `early-exit@4:8`.
+    """A strategy as typed: `early-exit@4:8`.
 
     Args:
-        name: All of it.
-        kind: The part before `@` and `:`, a draft's name or one of `WITHOUT_DRAFT`.
-        exit_layer: The layers that draft (`@4`); None for the strategy's own.
-        draft_length: Tokens of every draft (`:8`); None for the strategy's own rule.
+        name: The whole text.
+        kind: The part before `@` and `:`, a draft's name or one of `STRATEGIES_WITHOUT_DRAFT`.
+        exit_layer: The layers that draft (`@4`); None for the strategy's default.
+        draft_length: Tokens in every draft (`:8`); None for the strategy's own rule.
     """
 
     name: str
@@ -66,16 +68,16 @@ class TypedStrategy:
 
     @classmethod
     def of(cls, typed: str, known: Sequence[str]) -> TypedStrategy:
-        """Read what was typed.
+        """Parse a strategy.
 
         Args:
-            typed: The strategy.
-            known: The kinds that there are.
+            typed: The strategy as typed.
+            known: All kinds.
 
         Raises:
             UsageError: There is no such strategy, or it has no such setting.
         """
-        found = TYPED.fullmatch(typed)
+        found = STRATEGY_PATTERN.fullmatch(typed)
         kind = typed if found is None else found["kind"]
         if kind.startswith("imitation") and kind not in known:
             raise UsageError(
@@ -98,7 +100,7 @@ def named_drafts(given: Sequence[str] | None, model: str | None) -> dict[str, Pa
     """Return the drafts' directories by the names of their strategies.
 
     Raises:
-        UsageError: Two drafts have the same name, or one has a name that means something else.
+        UsageError: Two drafts have the same name, or a name is reserved.
     """
     if not given:
         if model is not None:
@@ -109,7 +111,11 @@ def named_drafts(given: Sequence[str] | None, model: str | None) -> dict[str, Pa
         name, equals, directory = draft.partition("=")
         if not equals or Path(draft).is_dir():
             name, directory = "imitation", draft
-        if not name or name in (*ALWAYS, *WITHOUT_DRAFT) or set(name) & set("@:,"):
+        if (
+            not name
+            or name in (*ALWAYS_MEASURED, *STRATEGIES_WITHOUT_DRAFT)
+            or set(name) & set("@:,")
+        ):
             raise UsageError(f"A draft can't be called {name!r}; got --draft {draft}.")
         if name in drafts:
             raise UsageError(
@@ -121,16 +127,16 @@ def named_drafts(given: Sequence[str] | None, model: str | None) -> dict[str, Pa
 
 
 def chosen_strategies(wanted: str | None, drafts: Mapping[str, Path]) -> list[TypedStrategy]:
-    """Return what to measure besides `transformers`, in the order given.
+    """Return the strategies to measure besides `transformers`, in the order given.
 
     Raises:
-        UsageError: A strategy is unknown, or needs a draft that isn't there.
+        UsageError: A strategy is unknown, or needs a draft that isn't given.
     """
-    known = [AUTOREGRESSIVE, *drafts, *WITHOUT_DRAFT]
+    known = [AUTOREGRESSIVE, *drafts, *STRATEGIES_WITHOUT_DRAFT]
     names = known if wanted is None else [name.strip() for name in wanted.split(",")]
     if not any(names):
         raise UsageError(f"--strategies names none; there are {', '.join(known)}.")
-    chosen = [name for name in names if name and name not in ALWAYS]
+    chosen = [name for name in names if name and name not in ALWAYS_MEASURED]
     return [TypedStrategy.of(name, known) for name in dict.fromkeys([AUTOREGRESSIVE, *chosen])]
 
 
@@ -138,7 +144,7 @@ def needs_search(chosen: Sequence[TypedStrategy], skipped: Sequence[int] | None)
     """Return whether the layers to skip have to be searched for.
 
     Raises:
-        UsageError: Layers to skip are given, but nothing skips layers.
+        UsageError: Layers to skip are given without the strategy `layer-skip`.
     """
     skips = any(one.kind == LAYER_SKIP for one in chosen)
     if skipped is not None and not skips:
@@ -153,6 +159,12 @@ def named_strategies(
     skipped: Sequence[int] | None = None,
 ) -> dict[str, Strategy]:
     """Return the strategies to measure, by name.
+
+    Args:
+        vlm: The model.
+        chosen: The strategies as they were typed.
+        drafts: The drafts' directories, by the names of their strategies.
+        skipped: The layers that layer-skip leaves out; None for its default.
 
     Raises:
         CheckpointError: A draft is missing, broken or made for another model.
@@ -177,11 +189,11 @@ def named_strategies(
 
 
 def options_of(typed: TypedStrategy, skipped: Sequence[int] | None) -> dict[str, Any]:
-    """Return the options of a strategy as `VisionLanguageModel.strategy` takes them.
+    """Return a strategy's options, as `VisionLanguageModel.strategy` takes them.
 
     Args:
         typed: The strategy.
-        skipped: The layers that `layer-skip` leaves out; None for the usual ones.
+        skipped: The layers that `layer-skip` leaves out; None for its default.
     """
     options: dict[str, Any] = {
         "exit_layer": typed.exit_layer,
@@ -196,7 +208,7 @@ def options_of(typed: TypedStrategy, skipped: Sequence[int] | None) -> dict[str,
 
 
 def describe(typed: TypedStrategy, strategy: Strategy) -> dict[str, Any]:
-    """Return what a strategy is, for the record."""
+    """Return a strategy's settings for the JSON output."""
     from fastvlm.functional.digests import digest_of_weights
 
     network = getattr(strategy, "network", None)

@@ -1,4 +1,4 @@
-"""A reply as it streams, and the image that it is about, in a terminal."""
+"""Showing a reply as it streams, and its image, in a terminal."""
 
 from __future__ import annotations
 
@@ -13,18 +13,18 @@ from rich.text import Text
 if TYPE_CHECKING:
     from PIL import Image
 
-THUMBNAIL = 24
-"""Width of a thumbnail in cells, and most of its height in half cells."""
+THUMBNAIL_CELLS = 24
+"""Maximum size of a thumbnail: its width in cells, and its height in half cells."""
 
 
 class ReplyWriter:
     """Writes a reply as it streams, wrapped at words, each token in its own style.
 
-    A word is written when the next one begins, as only then its width is known.
+    A word is written when the next one begins, as its width is only known then.
 
     Args:
-        console: Where to.
-        indent: Cells to the left of the reply.
+        console: Where to write.
+        indent: The left margin, in character cells.
     """
 
     def __init__(self, console: Console, indent: int = 4) -> None:
@@ -33,7 +33,7 @@ class ReplyWriter:
         self.word = Text()
 
     def write(self, text: str, style: str = "") -> None:
-        """Take a piece of the reply; white space of any kind is one space."""
+        """Add a piece of the reply; any white space becomes a single space."""
         for part in re.split(r"(\s+)", text):
             if part.isspace():
                 self.flush()
@@ -61,8 +61,8 @@ class ReplyWriter:
 
 
 def thumbnail(image: Image.Image) -> Text:
-    """Return an image as half blocks in colour, two pixels a cell."""
-    scale = THUMBNAIL / max(image.size)
+    """Return an image as coloured half blocks, two pixels to a character cell."""
+    scale = THUMBNAIL_CELLS / max(image.size)
     width = max(1, round(image.width * scale))
     height = max(2, 2 * round(image.height * scale / 2))
     pixels = image.convert("RGB").resize((width, height)).tobytes()
@@ -78,6 +78,6 @@ def thumbnail(image: Image.Image) -> Text:
 
 
 def in_colour(console: Console) -> bool:
-    """Return whether an image can be shown: in a terminal with 256 colours and half blocks."""
+    """Return whether a terminal can show images: with 256 colours and half blocks."""
     coloured = console.color_system in ("256", "truecolor") and not console.no_color
     return coloured and not console.options.ascii_only

@@ -1,4 +1,4 @@
-"""The process's own streams, whatever became of them: closed, full, or unable to show a letter."""
+"""The process's standard streams, which may be closed, full or limited to ASCII."""
 
 from __future__ import annotations
 
@@ -7,16 +7,16 @@ import sys
 from contextlib import suppress
 from typing import Any
 
-STREAMS = ("stdin", "stdout", "stderr")
+STREAM_NAMES = ("stdin", "stdout", "stderr")
 
 
 def prepare_streams() -> None:
-    """Let standard output and error take any text, and stand in for those that are closed.
+    """Let standard output and error take any text, and replace closed streams.
 
-    What an encoding doesn't have is escaped. A closed stream is a null device: were its descriptor
-    left free, the next file to be opened would get what is written to the stream.
+    Characters that the encoding lacks are escaped. A closed stream becomes a null device: otherwise
+    the next file to be opened would get its descriptor, and with it what is written to the stream.
     """
-    for descriptor, name in enumerate(STREAMS):
+    for descriptor, name in enumerate(STREAM_NAMES):
         stream: Any = getattr(sys, name)
         if stream is None:
             stream = _null(descriptor, "r" if name == "stdin" else "w")
@@ -38,7 +38,7 @@ def _null(descriptor: int, mode: str) -> Any:
 
 
 def flush_output() -> None:
-    """Write what standard output still holds back.
+    """Flush standard output.
 
     Raises:
         OSError: It can't be written: its disk is full, or its reader is gone.
@@ -47,7 +47,7 @@ def flush_output() -> None:
 
 
 def abandon_output() -> None:
-    """Let what standard output holds back go nowhere, as it can't be written."""
+    """Discard what standard output has buffered, as it can't be written."""
     with suppress(OSError, ValueError):
         null = os.open(os.devnull, os.O_WRONLY)
         os.dup2(null, sys.stdout.fileno())
@@ -55,7 +55,7 @@ def abandon_output() -> None:
 
 
 def printable(text: str) -> str:
-    """Return a text on one line, what no terminal should be sent being escaped."""
+    """Return a text as one line, with control characters escaped."""
     return "".join(
         one if one.isprintable() else one.encode("unicode_escape").decode() for one in text
     )

@@ -1,4 +1,4 @@
-"""Figures as a table, or as a list where a table doesn't fit: nothing is ever cut."""
+"""Figures as a table, or as a list where a table is too wide: nothing is ever truncated."""
 
 from __future__ import annotations
 
@@ -13,14 +13,14 @@ from rich.measure import Measurement
 from rich.table import Table
 from rich.text import Text
 
-NAME_CELLS = 28
-"""Cells from which a row's name, and any other text that isn't a figure, is broken into lines."""
+MAX_NAME_CELLS = 28
+"""The maximum width of names and other texts, in character cells; longer ones are wrapped."""
 
 
-SHORTENED = {"acceptance": "accept.", "transformers": "trans- formers"}
-"""Words of headings as they are where the table would not fit otherwise."""
-MIN_CELLS = 8
-"""Cells that a figure has in a list, however narrow the console is."""
+SHORTENED_HEADINGS = {"acceptance": "accept.", "transformers": "trans- formers"}
+"""Short forms of words in headings, used where the table is too wide otherwise."""
+MIN_FIGURE_CELLS = 8
+"""The minimum width of a figure in a list, in character cells."""
 
 
 @dataclass(slots=True)
@@ -28,8 +28,8 @@ class FigureTable:
     """Rows of figures, the first cell of each being its name.
 
     Args:
-        headings: Of the columns.
-        texts: The columns that hold words, as the first one does: they are aligned to the left.
+        headings: The columns' headings.
+        texts: Columns of text, aligned to the left like the first one.
     """
 
     headings: Sequence[str]
@@ -42,12 +42,12 @@ class FigureTable:
         self.rows.append(list(cells))
 
     def end_section(self) -> None:
-        """Set what follows apart from the rows so far."""
+        """Separate the rows that follow from those so far."""
         self.last = len(self.rows) - 1
 
     def print(self, console: Console) -> None:
-        """Write the table, or one list after another if the console is too narrow for it."""
-        for padding, shortened in ((1, {}), (0, SHORTENED)):
+        """Print the table, or a list for each row if the console is too narrow."""
+        for padding, shortened in ((1, {}), (0, SHORTENED_HEADINGS)):
             table = self._table(padding, shortened)
             natural = Measurement.get(console, console.options.update(width=10**6), table)
             if natural.maximum <= console.width:
@@ -88,7 +88,7 @@ class FigureTable:
                 first = f"  {heading:<{widest}}  "
                 shown = textwrap.fill(
                     told,
-                    max(console.width, len(first) + MIN_CELLS),
+                    max(console.width, len(first) + MIN_FIGURE_CELLS),
                     initial_indent=first,
                     subsequent_indent=" " * len(first),
                     break_long_words=False,
@@ -98,7 +98,9 @@ class FigureTable:
 
 def _wrapped(cell: str) -> str:
     """Return a cell's text in lines that are no longer than a name should be."""
-    lines = (textwrap.wrap(line, NAME_CELLS, break_long_words=False) for line in cell.split("\n"))
+    lines = (
+        textwrap.wrap(line, MAX_NAME_CELLS, break_long_words=False) for line in cell.split("\n")
+    )
     return "\n".join("\n".join(line) for line in lines)
 
 

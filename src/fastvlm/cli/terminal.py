@@ -1,4 +1,4 @@
-"""What the verbs write to a terminal: sentences, figures, progress."""
+"""Output to a terminal: sentences, figures, progress."""
 
 from __future__ import annotations
 
@@ -15,16 +15,16 @@ from rich.console import Console
 
 from fastvlm.cli.streams import printable
 
-LINE_SECONDS = 20
-"""Time between two lines of progress where standard error is no terminal."""
-MIN_CELLS = 20
-"""Width from which figures can be read, whatever `COLUMNS` says."""
+PROGRESS_LINE_SECONDS = 20
+"""Seconds between two lines of progress where standard error is not a terminal."""
+MIN_CONSOLE_CELLS = 20
+"""The minimum console width, even if `COLUMNS` is smaller."""
 UNLIMITED_CELLS = 100_000
-"""Width of what is no terminal: a file or a pipe has no edge at which a line would be broken."""
+"""The width of output to a file or a pipe, where no line is wrapped."""
 
 
 class PlainConsole(Console):
-    """A console that shows text as it is, and leaves a reader that is gone to the caller.
+    """A console that shows text without markup, and raises `BrokenPipeError` if its reader is gone.
 
     Args:
         stderr: Whether it writes to standard error.
@@ -40,10 +40,10 @@ class PlainConsole(Console):
             elif self.is_dumb_terminal:
                 # It has a width all the same.
                 self.width, self.height = shutil.get_terminal_size()
-        self.width = max(self.width, MIN_CELLS)
+        self.width = max(self.width, MIN_CONSOLE_CELLS)
 
     def on_broken_pipe(self) -> None:
-        """Raise what rich would end the process at; progress that nobody reads is no reason."""
+        """Raise the error, on which rich would exit; ignore it for progress on standard error."""
         if self.stderr:
             self.quiet = True
             return
@@ -59,7 +59,7 @@ def print_error(message: str) -> None:
 def print_aside(text: str) -> None:
     """Write lines to standard error.
 
-    Not with `typer.echo`, which writes UTF-8 where the encoding is ASCII.
+    Unlike `typer.echo`, it respects the encoding of standard error.
     """
     # Where standard error can't be written, there is nowhere to say so.
     with suppress(OSError):
@@ -69,7 +69,7 @@ def print_aside(text: str) -> None:
 
 @contextmanager
 def plain_warnings() -> Iterator[None]:
-    """Write what warns a user as one sentence, without the line of code that it came from."""
+    """Write warnings as one sentence, without the line of code that raised them."""
     with warnings.catch_warnings():
         usual = warnings.showwarning
 
@@ -84,7 +84,7 @@ def plain_warnings() -> Iterator[None]:
 
 
 def hush(quiet: bool) -> bool:
-    """Ignore warnings from here on, if that is what was asked for; the callback of `--quiet`."""
+    """Ignore all further warnings, if asked to; the callback of `--quiet`."""
     if quiet:
         warnings.simplefilter("ignore")
     return quiet
@@ -92,13 +92,13 @@ def hush(quiet: bool) -> bool:
 
 @contextmanager
 def progress(task: str, *, quiet: bool = False) -> Iterator[Callable[[int, int], None]]:
-    """Show on standard error how far some work is, and the time left.
+    """Show the progress of some work on standard error, with the time left.
 
-    Yields what the work calls with the steps done and their number. A terminal shows a bar; a file
-    gets a line every `LINE_SECONDS`.
+    Yields a function to call with the steps done and the total. A terminal shows a bar; a file
+    gets a line every `PROGRESS_LINE_SECONDS`.
 
     Args:
-        task: What is being done, in a word.
+        task: What is being done, in one word.
         quiet: Whether to show nothing.
     """
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TimeRemainingColumn
@@ -124,7 +124,7 @@ class _Lines:
 
     def __call__(self, done: int, total: int) -> None:
         now = time.monotonic()
-        if self.quiet or not done or now - self.written <= LINE_SECONDS:
+        if self.quiet or not done or now - self.written <= PROGRESS_LINE_SECONDS:
             return
         left = int((now - self.started) / done * (total - done))
         print_aside(f"{self.task} {done}/{total}, {left // 60}:{left % 60:02d} left")
@@ -132,7 +132,7 @@ class _Lines:
 
 
 def hardware_line(hardware: dict[str, Any]) -> str:
-    """Return what figures were measured on, in a line."""
+    """Return the hardware that figures were measured on, as one line."""
     threads = hardware["threads"]
     return (
         f"{hardware['accelerator'] or hardware['processor']}, {threads}"
@@ -142,5 +142,11 @@ def hardware_line(hardware: dict[str, Any]) -> str:
 
 
 def number(value: float | None, digits: int = 1, unit: str = "") -> str:
-    """Return a figure as a table shows it; a dash where there is none."""
+    """Return a number as a table shows it, or a dash for None.
+
+    Args:
+        value: The number.
+        digits: Digits after the decimal point.
+        unit: Appended to the number, such as "x".
+    """
     return "-" if value is None else f"{value:.{digits}f}{unit}"

@@ -11,7 +11,7 @@ from fastvlm.cli.audit import audit
 from fastvlm.cli.benchmark import benchmark
 from fastvlm.cli.command import add_verb, verbs
 from fastvlm.cli.convert import convert
-from fastvlm.cli.crash import DEBUG
+from fastvlm.cli.crash import DEBUG_VARIABLE
 from fastvlm.cli.demo import demo
 from fastvlm.cli.evaluate import evaluate
 from fastvlm.cli.export import app as export
@@ -23,7 +23,7 @@ app = verbs(
     name="fastvlm",
     add_completion=True,
     epilog="Exit codes: 0; 1 where something failed, 2 for a wrong command line, 130 after Ctrl-C."
-    f" {DEBUG}=1 shows the traceback of a failure of fastvlm's own.",
+    f" {DEBUG_VARIABLE}=1 shows the traceback of a failure of fastvlm's own.",
 )
 for verb in (demo, generate, benchmark, audit, evaluate, convert):
     add_verb(app, verb)
@@ -32,7 +32,7 @@ app.add_typer(train, name="train")
 
 
 def print_version(wanted: bool) -> None:
-    """Print the version and leave, if that is what was asked for."""
+    """Print the version and exit, if asked to."""
     if wanted:
         from fastvlm import __version__
 
@@ -52,5 +52,5 @@ def fastvlm(
 
 @cache
 def command() -> Any:
-    """Return the command line as click knows it."""
+    """Return the command line as a click command."""
     return typer.main.get_command(app)

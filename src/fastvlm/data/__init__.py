@@ -1,1 +1,1 @@
-"""Data sets as their publishers lay them out."""
+"""Data sets in the layouts in which they are published."""

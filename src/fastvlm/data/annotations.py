@@ -1,4 +1,4 @@
-"""Annotation files: LLaVA's, COCO's, Karpathy's and VQA v2's JSON, and rows of any known kind."""
+"""Annotation files: LLaVA's, COCO's, Karpathy's and VQA v2's JSON, and rows of other formats."""
 
 from __future__ import annotations
 
@@ -8,31 +8,31 @@ from typing import Any
 
 from fastvlm.data.conversations import BrokenRecordError, Conversation, Records
 from fastvlm.data.image_folders import ImageFolders, folders_beside, split_in
-from fastvlm.data.turns import KEYS, conversation_of, is_known
+from fastvlm.data.turns import CONTENT_KEYS, conversation_of, is_known
 from fastvlm.functional.errors import InputError
 from fastvlm.functional.text_files import parse_json, read_json, read_text, reads
 
-ENDINGS = (".json", ".jsonl", ".json.gz", ".jsonl.gz")
-"""How the names of annotation files end."""
-JUDGED = 100
-"""Rows that a list is recognised by: the very first may be a broken one."""
+ANNOTATION_SUFFIXES = (".json", ".jsonl", ".json.gz", ".jsonl.gz")
+"""Suffixes of annotation files."""
+MAX_INSPECTED_ROWS = 100
+"""The number of rows from which a list's layout is recognised, as the first may be broken."""
 
 
 @reads("These annotations")
 def read_annotations(file: Path, images: Path | None, split: str) -> Records:
-    """Read an annotation file, whose layout is recognised by what it holds.
+    """Read an annotation file in any supported layout.
 
     Args:
         file: The file; of VQA v2 its questions or its annotations, with the other beside it.
-        images: The folder of its images; None for those around the file.
-        split: Which part of a file of Karpathy's; the other layouts have a file for each.
+        images: The folder of its images; None to look for them around the file.
+        split: The split to read from a file of Karpathy's; other layouts have a file for each.
 
     Raises:
-        InputError: The file can't be read, its layout is none of these, or it is empty.
+        InputError: The file can't be read, its layout is not supported, or it is empty.
     """
     content, folders = load_json(file), folders_beside(file, images)
     match content:
-        case list() if any(map(is_known, content[:JUDGED])):
+        case list() if any(map(is_known, content[:MAX_INSPECTED_ROWS])):
             return records_of(content, folders, file.name)
         case {"images": list(rows), "annotations": [{"caption": _}, *_] as captions}:
             return _coco(rows, captions, folders)
@@ -47,13 +47,14 @@ def read_annotations(file: Path, images: Path | None, split: str) -> Records:
             return captioned(pairs, folders)
     raise InputError(
         f"{file} has none of the layouts that fastvlm knows: a list of objects with one of"
-        f" {', '.join(KEYS)} (LLaVA's and alike), COCO's images and annotations, VQA v2's questions"
-        " or annotations, Karpathy's images with sentences, or lists of captions by image."
+        f" {', '.join(CONTENT_KEYS)} (LLaVA's and alike), COCO's images and annotations, VQA v2's"
+        " questions or annotations, Karpathy's images with sentences, or lists of captions by"
+        " image."
     )
 
 
 def load_json(file: Path) -> Any:
-    """Return what a JSON file holds; of JSON lines a list, in which a broken line stays a text.
+    """Return the contents of a JSON file; for JSON lines a list, with broken lines as text.
 
     Raises:
         InputError: It can't be read, or isn't JSON.
@@ -71,7 +72,13 @@ def _line(line: str) -> Any:
 
 
 def records_of(rows: list[Any], folders: ImageFolders, source: str) -> Records:
-    """Return rows of a known kind, named by their ids, or by their numbers in the source."""
+    """Return the records of rows in a supported format, named by id or by number.
+
+    Args:
+        rows: The rows.
+        folders: Where to look for images.
+        source: The name of the data set, used in record names.
+    """
 
     def convert(name: str, row: Any) -> Conversation:
         return conversation_of(name, row, folders)
@@ -80,7 +87,7 @@ def records_of(rows: list[Any], folders: ImageFolders, source: str) -> Records:
 
 
 def named_by(key: str, kind: str) -> Callable[[int, Any], str]:
-    """Return what names a row: its kind with its own number, or its place where it has none."""
+    """Return a function that names a row by its kind and id, or by its number if it has no id."""
 
     def name(index: int, row: Any) -> str:
         own = row.get(key) if isinstance(row, Mapping) else None
@@ -90,7 +97,7 @@ def named_by(key: str, kind: str) -> Callable[[int, Any], str]:
 
 
 def captioned(pairs: list[tuple[str, Any]], folders: ImageFolders) -> Records:
-    """Return pairs of an image's file and a caption, named by the files."""
+    """Return the records of pairs of an image's file name and a caption, named by the files."""
 
     def convert(name: str, pair: tuple[str, Any]) -> Conversation:
         return conversation_of(name, {"image": pair[0], "caption": pair[1]}, folders)
@@ -125,16 +132,16 @@ def _karpathy(file: Path, images: list[Any], folders: ImageFolders, split: str) 
 
 
 def annotations_of(questions: Path) -> Path:
-    """Return where the answers of a file of VQA v2's questions are."""
+    """Return the path of the annotations that belong to VQA v2's questions."""
     name = questions.name.replace("OpenEnded_", "").replace("questions", "annotations")
     return questions.with_name(name)
 
 
 def questions_of(annotations: Path) -> Path:
-    """Return the questions that a file of VQA v2's annotations answers.
+    """Return the path of the questions that belong to VQA v2's annotations.
 
     Raises:
-        InputError: They are not beside it.
+        InputError: They are not beside the annotations.
     """
     for file in sorted(annotations.parent.glob("*questions*")):
         if annotations_of(file) == annotations:

@@ -1,4 +1,4 @@
-"""The records that are passed over: counted, named, and too many of them stop the run."""
+"""Broken records: they are skipped and counted, and too many of them stop the run."""
 
 from __future__ import annotations
 
@@ -7,28 +7,28 @@ from typing import Any
 from fastvlm.data.conversations import Broken
 from fastvlm.functional.errors import InputError
 
-SHARE = 0.05
-"""The largest share of broken records that a run goes on with, if nothing else is said."""
-NAMED = 5
-"""Broken records that are named; the others are only counted."""
+MAX_BROKEN_SHARE = 0.05
+"""The default maximum share of broken records."""
+MAX_NAMED_RECORDS = 5
+"""The maximum number of broken records that are named; the others are only counted."""
 
 
 class BrokenRecords:
     """Counts the records that a run has seen, and how many of them were broken.
 
     Args:
-        share: The largest share of broken records that a run goes on with.
-        least: Records that are seen before the share is judged.
-        what: What they are called.
-        failed: What is wrong with the broken ones.
+        share: The maximum share of broken records, from 0 to 1.
+        least: The number of records to see before the share is checked.
+        what: What the records are called in messages.
+        failed: What is said of broken records in messages.
 
     Raises:
-        InputError: The share is no share.
+        InputError: The share is not between 0 and 1.
     """
 
     def __init__(
         self,
-        share: float = SHARE,
+        share: float = MAX_BROKEN_SHARE,
         least: int = 100,
         *,
         what: str = "records",
@@ -42,26 +42,26 @@ class BrokenRecords:
         self.named: list[Broken] = []
 
     def see(self) -> None:
-        """Count a record as seen, sound or not."""
+        """Count a record as seen, broken or not."""
         self.seen += 1
 
     def add(self, broken: Broken) -> None:
-        """Count a record that was seen as broken.
+        """Count a record as broken that was counted as seen.
 
         Raises:
-            InputError: More than the share are.
+            InputError: The share of broken records exceeds the maximum.
         """
         self.count += 1
-        if len(self.named) < NAMED and broken not in self.named:
+        if len(self.named) < MAX_NAMED_RECORDS and broken not in self.named:
             self.named.append(broken)
         if self.seen >= self.least:
             self.check()
 
     def check(self) -> None:
-        """Judge the share, however few records were seen.
+        """Check the share of broken records, however few were seen.
 
         Raises:
-            InputError: More than the share are broken.
+            InputError: It exceeds the maximum.
         """
         if self.count > self.share * self.seen:
             raise InputError(
@@ -69,7 +69,7 @@ class BrokenRecords:
             )
 
     def summary(self) -> str:
-        """Return how many records were broken, and the first of them with what is wrong."""
+        """Return how many records were broken, and the reasons of the first few."""
         if not self.count:
             return f"None of {self.seen:,} {self.what} {self.failed.replace('are ', 'is ')}"
         first = "; ".join(f"{one.name}: {one.reason.rstrip('.')}" for one in self.named)
@@ -81,11 +81,11 @@ class BrokenRecords:
         )
 
     def state_dict(self) -> dict[str, Any]:
-        """Return what was counted, in plain types."""
+        """Return the counts, in plain types."""
         named = [(broken.name, broken.reason) for broken in self.named]
         return {"seen": self.seen, "count": self.count, "named": named}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Go on from what was counted."""
+        """Restore the counts."""
         self.seen, self.count = state["seen"], state["count"]
         self.named = [Broken(name, reason) for name, reason in state["named"]]

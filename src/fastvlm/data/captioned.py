@@ -19,14 +19,14 @@ from fastvlm.functional.text_files import read_text
 
 @dataclass(frozen=True, slots=True)
 class CaptionedImage:
-    """A photo's file and what people wrote of it."""
+    """A photo's file and its human captions."""
 
     path: Path
     captions: tuple[str, ...]
 
 
 def tidy(caption: str) -> str:
-    """Return a caption as ordinary prose: a capital first, no space before the closing period."""
+    """Return a caption with a capital first letter and no space before its final period."""
     words = caption.replace('"', " ").split()
     while words and words[-1] in {".", ",", "!"}:
         words.pop()
@@ -50,7 +50,7 @@ def read_flickr8k(folder: Path, split: str) -> list[CaptionedImage]:
 
 
 def flickr8k_split(folder: Path, split: str) -> list[CaptionedImage]:
-    """Read a split as `read_flickr8k` does, with the photos that have no caption.
+    """Read a split like `read_flickr8k`, but include photos without captions.
 
     Raises:
         InputError: A file is missing.
@@ -76,11 +76,11 @@ def words_of(text: str) -> set[str]:
 
 
 def typical_first(photos: Sequence[CaptionedImage]) -> list[CaptionedImage]:
-    """Return the photos with the captions first that say most of what the others say.
+    """Return the photos with their captions ordered by typicality, the most typical first.
 
-    A caption's typicality is the sum of its cosines with the photo's other captions, words
-    weighted by their rarity among photos (CIDEr's consensus with single words, Vedantam et al.
-    2015, section 4).
+    A caption's typicality is the sum of its cosine similarities with the photo's other captions,
+    with words weighted by their rarity among photos (CIDEr's consensus with single words, Vedantam
+    et al. 2015, section 4).
     """
     words = [[words_of(caption) for caption in shown.captions] for shown in photos]
     frequency: Counter[str] = Counter()

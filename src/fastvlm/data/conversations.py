@@ -1,4 +1,4 @@
-"""A conversation to learn from, and what stands in the place of a record that is broken."""
+"""Training conversations, and the records that replace broken ones."""
 
 from __future__ import annotations
 
@@ -13,12 +13,12 @@ from fastvlm.vision.loading import load_image
 
 @dataclass(frozen=True, slots=True)
 class Conversation:
-    """A conversation whose assistant turns are to be learnt.
+    """A conversation for training on its assistant turns.
 
     Args:
-        name: What names it in errors.
-        messages: The turns: a system's at most as the first, then a user's and an assistant's in
-            turns, the last of them an assistant's.
+        name: The record's name, for error messages.
+        messages: The turns: optionally a system's, then a user's and an assistant's in turn, the
+            last of them an assistant's.
     """
 
     name: str
@@ -27,10 +27,10 @@ class Conversation:
 
 @dataclass(frozen=True, slots=True)
 class Broken:
-    """A record that can't be learnt from.
+    """A record that can't be used.
 
     Args:
-        name: What names it.
+        name: The record's name.
         reason: What is wrong with it.
     """
 
@@ -42,17 +42,17 @@ Record = Conversation | Broken
 
 
 class BrokenRecordError(FastVlmError):
-    """A record can't be made a conversation; caught where records are read."""
+    """A record can't be turned into a conversation; it is caught where records are read."""
 
 
 @dataclass(frozen=True, slots=True)
 class Records(Sequence[Record]):
-    """Records at random access, each made when it is asked for.
+    """Records with random access, each made when it is accessed.
 
     Args:
-        rows: The rows, as their publisher wrote them.
-        convert: Makes a conversation of a row, or raises `BrokenRecordError`.
-        name: Names a row, given its number.
+        rows: The rows, as published.
+        convert: Makes a conversation of a name and a row, or raises `BrokenRecordError`.
+        name: Returns a record's name, given its number and row.
     """
 
     rows: Sequence[Any]
@@ -74,7 +74,7 @@ class Records(Sequence[Record]):
 
 
 class Shards(Protocol):
-    """Records that can only be read from the front, in shards."""
+    """Records in shards that can only be read sequentially."""
 
     def __len__(self) -> int:
         """Return the number of shards."""
@@ -86,7 +86,13 @@ class Shards(Protocol):
 
 
 def converted(name: str, row: Any, convert: Callable[[str, Any], Conversation]) -> Record:
-    """Return what `convert` makes of a row, or why it can't."""
+    """Return the conversation of a row, or a `Broken` record with the reason if there is none.
+
+    Args:
+        name: The record's name.
+        row: The row, as published.
+        convert: Makes a conversation of a name and a row.
+    """
     try:
         return convert(name, row)
     except BrokenRecordError as error:
@@ -97,7 +103,7 @@ def converted(name: str, row: Any, convert: Callable[[str, Any], Conversation]) 
 
 
 def opened(conversation: Conversation) -> Record:
-    """Return a conversation with every image open, upright and in RGB, or say which can't be."""
+    """Return a conversation with every image opened, upright and in RGB, or a `Broken` record."""
     messages = []
     for message in conversation.messages:
         parts = []

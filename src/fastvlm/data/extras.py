@@ -1,4 +1,4 @@
-"""Packages that only some data sets need."""
+"""Optional packages that some data sets need."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from fastvlm.functional.errors import InputError
 
 
 def needed(package: str) -> Any:
-    """Return an optional package.
+    """Import and return an optional package.
 
     Raises:
         InputError: It is not installed.

@@ -1,4 +1,4 @@
-"""Conversations for a run: shuffled, shared among processes, and resumed where they stopped."""
+"""A stream of conversations for training: shuffled, split among processes, resumable."""
 
 from __future__ import annotations
 
@@ -19,13 +19,13 @@ Made = TypeVar("Made")
 
 @dataclass(frozen=True, slots=True)
 class Position:
-    """A place in a feed.
+    """A position in a feed.
 
     Args:
         epoch: The epoch.
-        shard: Shards of it that are behind; of `Records`, 0.
-        record: The first record of the block in its shard.
-        done: Records of the block that are behind.
+        shard: Shards of the epoch that are finished; 0 for `Records`.
+        record: The first record of the current block in its shard.
+        done: Records of the block that are finished.
     """
 
     epoch: int = 0
@@ -35,7 +35,7 @@ class Position:
 
     @property
     def begins_epoch(self) -> bool:
-        """Whether nothing of the epoch is behind."""
+        """Whether it is the beginning of an epoch."""
         return not (self.shard or self.record or self.done)
 
 
@@ -60,22 +60,24 @@ class _Preparation:
 
 
 class Feed:
-    """Endless conversations with their images open; broken records are counted and passed over.
+    """Endless conversations with their images open; broken records are counted and skipped.
 
-    What is fed depends on the seed and the position alone. `Records` are permuted anew in each
-    epoch. Of `Shards` the order is permuted, and records are shuffled within blocks of `buffer`, so
-    that a position is a few numbers and resuming reads one block again.
+    The order depends on the seed and the position alone. `Records` are permuted anew in each epoch.
+    For `Shards` the order of the shards is permuted, and records are shuffled within blocks of
+    `buffer`, so that a position is a few numbers and resuming reads only one block again.
 
     Args:
-        source: What is fed.
-        seed: Decides the order; the same in all processes.
+        source: The records.
+        seed: The seed of the order; the same in all processes.
         process: This process's number.
-        processes: Processes that share the source: no record goes to two of them in an epoch.
-        buffer: Records of a block. Their images are held as they are encoded.
+        processes: The number of processes that share the source: each record of an epoch goes to
+            one of them.
+        buffer: Records in a block. Their images are held in encoded form.
         broken: Counts this process's broken records.
 
     Raises:
-        InputError: The process's number is not below `processes`, or a process would have nothing.
+        InputError: The process's number is not below `processes`, or a process would have no
+            records.
     """
 
     def __init__(
@@ -114,19 +116,19 @@ class Feed:
         workers: int = 0,
         ahead: int = 1,
     ) -> Generator[Made]:
-        """Yield what is made of conversations from the position on.
+        """Yield the results of a function on the conversations from the position on.
 
-        The position is that of what was yielded, however much is read ahead.
+        The feed's position is that of the last result yielded, however much is read ahead.
 
         Args:
-            make: Makes something of a conversation, whose images are not open yet, or says why it
-                can't. It can be pickled, for workers.
-            workers: Processes in which that is done, see `fastvlm.data.workers.prepared`.
-            ahead: How much is held ready for whoever asks next.
+            make: Returns a result for a conversation, whose images are not open yet, or the reason
+                why there is none. It must be picklable for workers.
+            workers: The number of worker processes, see `fastvlm.data.workers.prepared`.
+            ahead: The number of results to prepare ahead.
 
         Raises:
             InputError: Too many records are broken, or an epoch had no conversation at all.
-            LostWorkerError: A worker was ended from outside.
+            LostWorkerError: A worker was killed.
         """
         # Where an epoch is resumed, conversations came before.
         fed = not self.position.begins_epoch
@@ -200,7 +202,7 @@ class Feed:
             position = Position(position.epoch, position.shard + 1)
 
     def state_dict(self) -> dict[str, Any]:
-        """Return the position and what was counted, in plain types."""
+        """Return the position and the counts of broken records, in plain types."""
         return {
             **self._plan(),
             **asdict(self.position),
@@ -208,10 +210,10 @@ class Feed:
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Go on from a position; what iterates already does not notice.
+        """Restore a position; iterators that have already begun are not affected.
 
         Raises:
-            InputError: It is the position of another feed.
+            InputError: The position belongs to another feed.
         """
         for name, value in self._plan().items():
             if state[name] != value:

@@ -14,10 +14,10 @@ from fastvlm.data.questions import images_in
 from fastvlm.data.turns import conversation_of
 from fastvlm.functional.errors import InputError
 
-TABLES = ("metadata.jsonl", "metadata.csv", "captions.csv", "captions.txt")
-"""Hugging Face's image folder has the first two, Flickr8k as it is handed on the last."""
-FILES = ("file_name", "image")
-"""The column that names the image."""
+TABLE_FILE_NAMES = ("metadata.jsonl", "metadata.csv", "captions.csv", "captions.txt")
+"""Tables of images: Hugging Face's image folders have the first two, Flickr8k the last."""
+IMAGE_COLUMNS = ("file_name", "image")
+"""Columns that may name the image."""
 
 
 def read_flickr8k_captions(folder: Path, split: str) -> Records:
@@ -36,14 +36,14 @@ def read_flickr8k_captions(folder: Path, split: str) -> Records:
 
 
 def read_table(table: Path, images: Path | None) -> Records:
-    """Read a table whose rows name an image and otherwise are of a kind that is known.
+    """Read a table whose rows name an image and otherwise have a supported format.
 
     Args:
-        table: JSON lines or comma-separated values with a header.
-        images: The folder of the images; None for the table's own and its `images`.
+        table: JSON lines, or comma-separated values with a header.
+        images: The folder of the images; None for the table's folder and its `images`.
 
     Raises:
-        InputError: It is no such table, or no column names the images.
+        InputError: The table has another format, or no column names the images.
     """
     rows: list[Any]
     if table.suffix == ".jsonl":
@@ -55,10 +55,10 @@ def read_table(table: Path, images: Path | None) -> Records:
         except (OSError, ValueError, csv.Error) as error:
             raise InputError(f"{table} can't be read as a table: {error}.") from error
     columns = next((row for row in rows if isinstance(row, dict)), {})
-    column = next((name for name in FILES if name in columns), None)
+    column = next((name for name in IMAGE_COLUMNS if name in columns), None)
     if column is None:
         raise InputError(
-            f"The rows of {table} name no image: there is no column {' or '.join(FILES)}."
+            f"The rows of {table} name no image: there is no column {' or '.join(IMAGE_COLUMNS)}."
         )
     named = [{**row, "image": row.get(column)} if isinstance(row, dict) else row for row in rows]
     near = [table.parent, table.parent / "images", table.parent / "Images"]
@@ -67,7 +67,7 @@ def read_table(table: Path, images: Path | None) -> Records:
 
 
 def read_captions_beside(folder: Path) -> Records:
-    """Return a record for each image of a folder; its caption is in a `.txt` of the same name.
+    """Return a record for each image of a folder with a caption in a `.txt` of the same name.
 
     Raises:
         InputError: There is no image.

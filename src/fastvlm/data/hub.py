@@ -1,4 +1,4 @@
-"""Hugging Face's `datasets`: saved in a folder, or streamed from the hub."""
+"""Data sets of Hugging Face's `datasets`: saved in a folder, or streamed from the hub."""
 
 from __future__ import annotations
 
@@ -10,21 +10,21 @@ from typing import Any
 from fastvlm.data.conversations import Conversation, Record, Records, converted
 from fastvlm.data.extras import needed
 from fastvlm.data.image_folders import ImageFolders
-from fastvlm.data.turns import KEYS, conversation_of
+from fastvlm.data.turns import CONTENT_KEYS, conversation_of
 from fastvlm.functional.errors import InputError, first_line
 
-SAVED = ("dataset_dict.json", "state.json")
-"""What `save_to_disk` leaves in a folder: of several splits, of one."""
+SAVED_DATASET_FILE_NAMES = ("dataset_dict.json", "state.json")
+"""Files written by `save_to_disk`: for several splits, for one."""
 
 
 @dataclass(frozen=True, slots=True)
 class HubShards:
-    """The shards of a data set that is streamed.
+    """The shards of a streamed data set.
 
     Args:
         dataset: A `datasets.IterableDataset`.
-        name: What names it.
-        folders: Where images are looked for that are given by name.
+        name: The data set's name.
+        folders: Where to look for images that rows give by file name.
     """
 
     dataset: Any
@@ -38,7 +38,7 @@ class HubShards:
         """Yield a shard's records from number `start` on.
 
         Raises:
-            InputError: The hub can't be reached any more.
+            InputError: The hub can't be reached.
         """
         part = self.dataset.shard(num_shards=len(self), index=shard).skip(start)
         try:
@@ -51,8 +51,14 @@ class HubShards:
 def read_saved(folder: Path, images: Path | None, split: str) -> Records:
     """Read a folder that `save_to_disk` wrote.
 
+    Args:
+        folder: The folder.
+        images: Where to look for images that rows give by file name; None for the folder's
+            parent.
+        split: The split to read, if the folder has several.
+
     Raises:
-        InputError: `datasets` is not installed, there is no such split, or no column is known.
+        InputError: `datasets` is not installed, there is no such split, or no column is supported.
     """
     library = needed("datasets")
     dataset = library.load_from_disk(str(folder))
@@ -74,12 +80,12 @@ def stream_from_hub(name: str, images: Path | None, split: str) -> HubShards:
 
     Args:
         name: `owner/name`, or `owner/name:configuration`.
-        images: Where images are that its rows give by name.
-        split: Which of its splits.
+        images: Where to look for images that rows give by file name.
+        split: The split to read.
 
     Raises:
         InputError: `datasets` is not installed, the hub has no such data set or can't be reached,
-            or no column is known.
+            or no column is supported.
     """
     library = needed("datasets")
     path, _, configuration = name.partition(":")
@@ -105,10 +111,10 @@ def _undecoded(dataset: Any, name: str) -> Any:
         InputError: None of its columns is known.
     """
     columns = dataset.column_names
-    if columns is not None and not set(columns) & set(KEYS):
+    if columns is not None and not set(columns) & set(CONTENT_KEYS):
         raise InputError(
             f"{name} has the columns {', '.join(columns)}; fastvlm looks for one of"
-            f" {', '.join(KEYS)}."
+            f" {', '.join(CONTENT_KEYS)}."
         )
     if dataset.features is None:
         return dataset

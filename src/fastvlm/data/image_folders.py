@@ -1,4 +1,4 @@
-"""Where the images of a data set are: in folders, in bytes, or already open."""
+"""Finding and opening the images of a data set: in folders, in bytes, or already open."""
 
 from __future__ import annotations
 
@@ -17,17 +17,17 @@ from fastvlm.vision.loading import ImageInput
 
 
 class ImageFolders:
-    """Folders in which a data set's images are looked for.
+    """The folders of a data set's images.
 
     Args:
-        folders: The folders, the likeliest first; those that aren't there are left out.
+        folders: The folders, in order of preference; those that don't exist are ignored.
     """
 
     def __init__(self, folders: Iterable[Path]) -> None:
         self.folders = [folder for folder in dict.fromkeys(folders) if folder.is_dir()]
 
     def find(self, *names: str) -> Path:
-        """Return the first file of one of these names.
+        """Return the first file with one of these names.
 
         Raises:
             BrokenRecordError: There is none.
@@ -43,7 +43,7 @@ class ImageFolders:
         raise BrokenRecordError(f"missing image: {' or '.join(names)}")
 
     def image(self, value: Any) -> ImageInput:
-        """Return what a data set gives as an image: a name, bytes or a Pillow image.
+        """Return an image given by a data set as a file name, bytes or a Pillow image.
 
         Raises:
             BrokenRecordError: The file is missing, the bytes are no image, or it's none of these.
@@ -64,7 +64,7 @@ class ImageFolders:
 
 
 def image_of_bytes(data: bytes) -> Image.Image:
-    """Return an encoded image; only its header is read, its pixels when they are asked for.
+    """Open an encoded image, reading its header only; pixels are decoded when they are used.
 
     Raises:
         BrokenRecordError: It is no image, or far too large.
@@ -84,12 +84,12 @@ def image_of_bytes(data: bytes) -> Image.Image:
 
 
 def folders_beside(file: Path, images: Path | None) -> ImageFolders:
-    """Return the folders in which the images of an annotation file are looked for.
+    """Return the folders in which to look for the images of an annotation file.
 
     Args:
-        file: The file; COCO's name the folder of their images (`train2017`), which lies beside
-            the file's own folder.
-        images: The folder that the user gave; nothing else is looked at then.
+        file: The file; the names of COCO's include the folder of their images (`train2017`), which
+            lies beside the file's own folder.
+        images: The folder that the user gave, which is then the only one; None to guess.
     """
     if images is not None:
         return ImageFolders([images])
@@ -99,7 +99,7 @@ def folders_beside(file: Path, images: Path | None) -> ImageFolders:
 
 
 def split_in(name: str) -> str | None:
-    """Return which of COCO's splits a file's name says, as its images' folder is called."""
+    """Return the COCO split in a file's name, as its image folder is called; None for none."""
     found = re.search(r"(train|val|test)20\d\d", name)
     return found[0] if found else None
 

@@ -1,4 +1,4 @@
-"""Journals: files of JSON lines that a stopped run goes on from."""
+"""Journals: files of JSON lines from which a stopped run resumes."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from fastvlm.functional.text_files import parse_json
 
 
 def append_line(file: Path, entry: Any) -> None:
-    """Add an entry, which is in the file when this returns.
+    """Append an entry and flush it to the disk.
 
     Raises:
         StorageError: The disk is full, or the file can't be written.
@@ -22,12 +22,12 @@ def append_line(file: Path, entry: Any) -> None:
 
 
 def whole_lines(file: Path) -> list[Any]:
-    """Return a journal's entries, none where there is no such file.
+    """Return a journal's entries; none if there is no such file.
 
-    A last line that a kill has cut off is dropped, from the file too.
+    An incomplete last line, left by a killed process, is removed from the file.
 
     Raises:
-        InputError: Another line is no JSON.
+        InputError: Another line is not JSON.
     """
     if not file.is_file():
         return []

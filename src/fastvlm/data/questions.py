@@ -1,4 +1,4 @@
-"""Questions about images: what benchmarks measure with and drafts learn from."""
+"""Questions about images, for benchmarks and for training drafts."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from fastvlm.data.conversations import Conversation, Records
 from fastvlm.example import example
 from fastvlm.functional.errors import InputError
 
-SUFFIXES = frozenset({".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff"})
+IMAGE_SUFFIXES = frozenset({".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff"})
 
 
 @dataclass(frozen=True, slots=True)
@@ -23,10 +23,10 @@ class Question:
     image: int | str | None
 
     def open(self, size: int) -> Image.Image | Path:
-        """Return the image: a scene rendered at `size` pixels, or the photo's path.
+        """Return the image: a scene rendered with a side of `size` pixels, or the photo's path.
 
         Raises:
-            InputError: It is a question without an image.
+            InputError: The question has no image.
         """
         if self.image is None:
             raise InputError("This is a question without an image.")
@@ -38,7 +38,12 @@ class Question:
 
 
 def scene_conversations(seeds: Sequence[int], size: int) -> Records:
-    """Return a conversation about each scene, drawn at `size` pixels: its exact description."""
+    """Return a conversation about each scene, with its exact description as the reply.
+
+    Args:
+        seeds: The scenes' seeds.
+        size: Side of the rendered images in pixels.
+    """
     shipped = example()
     scenes = shipped.scenes
 
@@ -67,7 +72,9 @@ def images_in(folder: Path, limit: int | None = None) -> list[Path]:
     if not folder.is_dir():
         raise InputError(f"There is no folder of images at {folder}.")
     found = sorted(
-        path for path in folder.iterdir() if path.suffix.lower() in SUFFIXES and path.is_file()
+        path
+        for path in folder.iterdir()
+        if path.suffix.lower() in IMAGE_SUFFIXES and path.is_file()
     )
     if not found:
         raise InputError(f"There is no image in {folder}.")

@@ -12,13 +12,13 @@ from typing import Self
 from fastvlm.data.conversations import Broken, BrokenRecordError, Conversation, Record, converted
 from fastvlm.data.extras import needed
 from fastvlm.data.image_folders import ImageFolders
-from fastvlm.data.questions import SUFFIXES
+from fastvlm.data.questions import IMAGE_SUFFIXES
 from fastvlm.data.turns import conversation_of, is_known
 from fastvlm.functional.errors import InputError, first_line
 from fastvlm.functional.text_files import parse_json
 
-ENDINGS = (".tar", ".tar.gz", ".tgz")
-"""How the names of shards end."""
+SHARD_SUFFIXES = (".tar", ".tar.gz", ".tgz")
+"""Suffixes of shards."""
 
 
 class _WholeHeaders(tarfile.TarInfo):
@@ -45,15 +45,15 @@ class _WholeHeaders(tarfile.TarInfo):
 
 
 Members = list[tuple[str, bytes]]
-"""What follows the first dot of each member's name, in small letters, and what the member holds."""
+"""Each member's name after its first dot, in lower case, and its contents."""
 
 
 @dataclass(frozen=True, slots=True)
 class TarShards:
-    """Tar files, here or wherever fsspec reaches (`hf://`, `s3://`, `https://`), read as streams.
+    """Tar files, local or at any URL that fsspec supports (`hf://`, `s3://`, `https://`), streamed.
 
-    A record's members are its images, and a `.json` with a row of a kind that is known or a
-    `.txt` with a caption.
+    A record's members are its images, and a `.json` with a row of a supported format or a `.txt`
+    with a caption.
 
     Args:
         files: Paths or URLs.
@@ -67,10 +67,10 @@ class TarShards:
     def read(self, shard: int, start: int) -> Iterator[Record]:
         """Yield a shard's records from number `start` on.
 
-        What follows the damaged place of a shard is lost, and counts as one broken record.
+        The records after a damaged place in a shard are lost, and count as one broken record.
 
         Raises:
-            InputError: The shard can't be opened, or not be reached any more.
+            InputError: The shard can't be opened, or can't be reached any more.
         """
         file = self.files[shard]
         try:
@@ -105,7 +105,7 @@ def _samples(tar: tarfile.TarFile, start: int) -> Iterator[tuple[str, Members]]:
 
 
 def _conversation(name: str, members: Members) -> Conversation:
-    images = [data for ending, data in members if "." + ending.rpartition(".")[2] in SUFFIXES]
+    images = [data for ending, data in members if "." + ending.rpartition(".")[2] in IMAGE_SUFFIXES]
     held = dict(members)
     row = {}
     try:
@@ -122,7 +122,7 @@ def _conversation(name: str, members: Members) -> Conversation:
 
 
 def find_shards(pattern: str) -> TarShards:
-    """Return the shards that a pattern stands for.
+    """Return the shards that match a pattern.
 
     Args:
         pattern: A path or URL, with `*` for any name, `{0000..0123}` for numbers and `{a,b}` for
@@ -156,7 +156,7 @@ def _matches(pattern: str) -> list[str]:
 
 
 def expand_braces(pattern: str) -> list[str]:
-    """Return the names that a pattern's braces stand for, in the order of a shell's."""
+    """Return the names that a pattern with braces expands to, in a shell's order."""
     found = re.search(r"\{(\d+)\.\.(\d+)\}|\{([^{}]*,[^{}]*)\}", pattern)
     if found is None:
         return [pattern]

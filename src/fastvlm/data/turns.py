@@ -1,4 +1,4 @@
-"""Turns of a conversation, from a row as publishers write it."""
+"""The turns of a conversation, from a row as published."""
 
 from __future__ import annotations
 
@@ -14,45 +14,45 @@ from fastvlm.vision.loading import ImageInput
 CAPTION_PROMPT = "Provide a one-sentence caption for the provided image."
 """LLaVA-1.5's prompt for a caption of one sentence."""
 SHORT_ANSWER_PROMPT = "Answer the question using a single word or phrase."
-"""What LLaVA-1.5 puts on a line of its own after a question of VQA v2."""
-PLACEHOLDER = "<image>"
-ROLES = {
+"""LLaVA-1.5's request for a short answer, on a line of its own after a question of VQA v2."""
+IMAGE_PLACEHOLDER = "<image>"
+ROLE_BY_SPEAKER = {
     "human": "user",
     "user": "user",
     "gpt": "assistant",
     "assistant": "assistant",
     "system": "system",
 }
-CAPTIONS = ("caption", "text", "captions")
-KEYS = ("messages", "conversations", "question", *CAPTIONS)
-"""What a row of a kind that we know has one of; the first that it has says what it is."""
+CAPTION_KEYS = ("caption", "text", "captions")
+CONTENT_KEYS = ("messages", "conversations", "question", *CAPTION_KEYS)
+"""Keys of supported rows; the first one in a row decides its format."""
 
 
 def is_known(row: Any) -> bool:
-    """Say whether a row is of a kind that `conversation_of` knows."""
-    return isinstance(row, Mapping) and any(row.get(key) is not None for key in KEYS)
+    """Return whether `conversation_of` supports a row's format."""
+    return isinstance(row, Mapping) and any(row.get(key) is not None for key in CONTENT_KEYS)
 
 
 def conversation_of(name: str, row: Any, folders: ImageFolders) -> Conversation:
-    """Return the conversation that a row holds.
+    """Return the conversation of a row.
 
     Args:
-        name: What names it in errors.
-        row: With `messages` (`role`, `content`), `conversations` (LLaVA's `from`, `value`),
+        name: The record's name, for error messages.
+        row: A row with `messages` (`role`, `content`), `conversations` (LLaVA's `from`, `value`),
             `question` and its `answers` or `answer`, or a `caption` (`text`); of several `captions`
-            the first is learnt. Its images are `image` or `images`, one or a list.
-        folders: Where its images are looked for.
+            the first is used. Its images are `image` or `images`, one or a list.
+        folders: Where to look for its images.
 
     Raises:
-        BrokenRecordError: It is none of these, an image is missing, a turn is malformed, or there
-            is no reply.
+        BrokenRecordError: The row has none of these, an image is missing, a turn is malformed, or
+            there is no reply.
     """
     if not is_known(row):
-        raise BrokenRecordError(f"none of {', '.join(KEYS)} in it")
+        raise BrokenRecordError(f"none of {', '.join(CONTENT_KEYS)} in it")
     shown = row.get("image") if row.get("image") is not None else row.get("images")
     several = isinstance(shown, Sequence) and not isinstance(shown, str | bytes)
     values = [] if shown is None else list(shown) if several else [shown]
-    key = next(key for key in KEYS if row.get(key) is not None)
+    key = next(key for key in CONTENT_KEYS if row.get(key) is not None)
     if not values and key not in ("messages", "conversations"):
         raise BrokenRecordError(f"missing image: there is a {key} and no image")
     # The text is judged first: no file is looked for on behalf of a record that is broken anyway.
@@ -95,7 +95,7 @@ def _turn(turn: Any) -> Turn:
     if not isinstance(turn, Mapping):
         raise BrokenRecordError(f"malformed turn: {repr(turn)[:60]} is no object")
     said = turn.get("role", turn.get("from"))
-    role = ROLES.get(said) if isinstance(said, str) else None
+    role = ROLE_BY_SPEAKER.get(said) if isinstance(said, str) else None
     if role is None:
         raise BrokenRecordError(f"malformed turn: its role is {repr(said)[:40]}")
     content = turn.get("content", turn.get("value"))
@@ -123,7 +123,7 @@ def _split(text: str) -> list[Any]:
     A turn's only image comes first, as LLaVA itself shows it; several stay where they stand.
     """
     pieces: list[Any] = []
-    for index, piece in enumerate(text.split(PLACEHOLDER)):
+    for index, piece in enumerate(text.split(IMAGE_PLACEHOLDER)):
         pieces += [None] if index else []
         pieces += [piece.strip()] if piece.strip() else []
     if pieces.count(None) == 1:

@@ -1,4 +1,4 @@
-"""What a function makes of items, in their order, prepared ahead by worker processes.
+"""Applying a function to items, in order, ahead of time in worker processes.
 
 The processes are those of `torch.utils.data.DataLoader`. They are spawned, as a process whose torch
 has threads can't be forked safely, and compute with one thread each.
@@ -28,8 +28,8 @@ Item = TypeVar("Item")
 Result = TypeVar("Result")
 
 GRACE_SECONDS = 60
-"""How long a worker that is told to end goes on, so that a run can finish its step."""
-HELD_BACK = tuple(
+"""Seconds that a worker goes on after it was told to end, so that a run can finish its step."""
+BLOCKED_SIGNALS = tuple(
     getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name)
 )
 """Signals that reach all processes of a terminal or a job; what becomes of the workers then is
@@ -38,7 +38,7 @@ END_OF_ITEMS = object()
 
 
 class LostWorkerError(FastVlmError):
-    """A process that prepares data has ended, killed for want of memory or by somebody."""
+    """A worker process that prepares data was killed, by the system or from outside."""
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -56,7 +56,7 @@ class _Made:
 
 
 def usual_workers(processes: int = 1) -> int:
-    """Return how many workers each of a machine's training processes takes, if it isn't told.
+    """Return the default number of workers for each training process.
 
     Args:
         processes: Training processes on this machine, which share its cores.
@@ -72,24 +72,24 @@ def prepared(
     workers: int = 0,
     ahead: int = 1,
 ) -> Generator[Result]:
-    """Yield what a function makes of items, in their order.
+    """Yield the results of a function on items, in order.
 
-    What is yielded, and what is raised after it, is the same for any number of workers. Workers
-    start with the first result, and end when all is made or the generator is closed. A thread reads
-    the items, and takes what is made out of shared memory, so that nobody waits for a disk, and
-    little of that memory is in use at any time.
+    The results, and an error raised after them, are the same for any number of workers. Workers
+    start with the first result, and end with the last one or when the generator is closed. A thread
+    reads the items and copies results out of shared memory, so that nothing waits for a disk, and
+    little shared memory is in use at any time.
 
     Args:
-        function: Can be pickled; a tensor in its results lies on the CPU.
-        items: Read ahead, with workers; each can be pickled.
-        workers: Processes. With 0, each item is read and prepared when it is asked for.
+        function: The function, which must be picklable; tensors in its results are on the CPU.
+        items: The items, which must be picklable; they are read ahead if there are workers.
+        workers: The number of processes. With 0, each item is read and prepared when it is needed.
         ahead: Results that are held ready, besides two for each worker.
 
     Raises:
-        FastVlmError: What the function or the items raise.
-        LostWorkerError: A worker was ended from outside.
+        FastVlmError: Raised by the function or the items.
+        LostWorkerError: A worker was killed.
         StorageError: The shared memory is full.
-        InputError: There are less than 0 workers, or the function can't be sent to them.
+        InputError: The number of workers is negative, or the function can't be pickled.
     """
     if workers < 0:
         raise InputError(f"There are 0 workers or more; got {workers}.")
@@ -206,7 +206,7 @@ def _unsent(error: Exception) -> InputError:
 
 
 def with_tensors(value: Any, change: Callable[[Tensor], Tensor]) -> Any:
-    """Return a value of lists, tuples, mappings and dataclasses with its tensors changed."""
+    """Apply a function to all tensors in nested lists, tuples, mappings and dataclasses."""
     if isinstance(value, Tensor):
         return change(value)
     if isinstance(value, dict):
@@ -229,7 +229,7 @@ def _pull(loader: DataLoader[Any], ready: queue.Queue[Any], stopped: threading.E
         # Started here, the tracker would open this thread to signals again.
         resource_tracker.ensure_running()
         # Workers inherit it, so that Ctrl-C doesn't hit them while they start, either.
-        signal.pthread_sigmask(signal.SIG_BLOCK, HELD_BACK)
+        signal.pthread_sigmask(signal.SIG_BLOCK, BLOCKED_SIGNALS)
     made: Iterator[Any] | None = None
     try:
         made = iter(loader)

@@ -21,13 +21,13 @@ class Batch:
 
     Args:
         decoder: The target.
-        cache: Its cache.
+        cache: The target's cache.
         slots: The slots, a row each.
-        clock: Seconds, from any point on.
-        verify_width: Positions that every verify computes, however few are asked for; None for
-            those that are. A product of matrices rounds otherwise when it has other rows beside it,
-            and in bfloat16 that changes tokens. With one width for all, and the same exit layer,
-            drafting changes nothing to the last bit of a single request.
+        clock: Returns the time in seconds, from any starting point.
+        verify_width: Positions that every verify computes; None for as many as it needs. The
+            rounding of a matrix product depends on the number of rows, and in bfloat16 that can
+            change tokens. With one width and one exit layer for all, drafting changes nothing to
+            the last bit of a single request.
     """
 
     decoder: SplitDecoder
@@ -59,7 +59,13 @@ class Batch:
     def positions(
         self, starts: Sequence[int], width: int, *, to_the_end: bool = False
     ) -> Positions:
-        """Return the positions of a pass over these rows. See `DecoderCache.positions`."""
+        """Return the positions of a pass over these rows. See `DecoderCache.positions`.
+
+        Args:
+            starts: The first position of each row.
+            width: Positions of each row.
+            to_the_end: Whether the pass reads the whole cache, so that rounding is always the same.
+        """
         rows = [slot.index for slot in self.slots]
         return self.cache.positions(starts, width, rows, to_the_end=to_the_end)
 

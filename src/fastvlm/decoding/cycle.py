@@ -37,8 +37,13 @@ def cycle(batch: Batch, strategy: Strategy) -> None:
 def verify(batch: Batch, exit_layer: int, draft: Draft) -> tuple[Tensor, Tensor | None]:
     """Run the full model over the last committed tokens and the drafts.
 
-    What drafting has computed is not computed again: the first layers run on the last drafted token
-    only, and the others on all hidden states.
+    Hidden states that drafting computed are reused: the first layers run on the last drafted token
+    only, and the other layers on all hidden states.
+
+    Args:
+        batch: The slots.
+        exit_layer: Layers that drafting has run (k); 0 for none.
+        draft: The draft, g tokens in its longest row.
 
     Returns:
         The target's logits, (batch, g + 1, vocabulary), and the exit layer's hidden states,
@@ -71,9 +76,10 @@ def commit(batch: Batch, draft: Draft, accepted: Sequence[int], hidden: Tensor |
 
     Args:
         batch: The slots.
-        draft: What was proposed.
-        accepted: Drafted tokens that each slot accepted.
-        hidden: The exit layer's hidden states, (batch, g + 1, d_model), where there are any.
+        draft: The draft, g tokens in its longest row.
+        accepted: The number of drafted tokens that each slot accepted.
+        hidden: The exit layer's hidden states, (batch, g + 1, d_model); None for a strategy without
+            an exit layer.
     """
     for row, (slot, count) in enumerate(zip(batch.slots, accepted, strict=True)):
         if slot.exits is not None and hidden is not None:
@@ -86,7 +92,13 @@ def commit(batch: Batch, draft: Draft, accepted: Sequence[int], hidden: Tensor |
 
 
 def deliver(batch: Batch, tokens: Sequence[Sequence[int]], logits: Tensor) -> None:
-    """Give each request its tokens; what its own stopping criteria raise is its own failure."""
+    """Give each request its tokens; an error of its own stopping criteria fails that request only.
+
+    Args:
+        batch: The slots.
+        tokens: Each slot's new tokens.
+        logits: The target's, (batch, tokens or more, vocabulary).
+    """
     now = batch.clock()
     for row, slot in enumerate(batch.slots):
         try:
@@ -96,12 +108,12 @@ def deliver(batch: Batch, tokens: Sequence[Sequence[int]], logits: Tensor) -> No
 
 
 def prefill(batch: Batch, width: int, exit_layer: int) -> None:
-    """Compute the next positions of prompts; those that are through give their first token.
+    """Compute the next positions of prompts; a prompt that is complete gives its first token.
 
     Args:
         batch: The slots.
-        width: Positions of each.
-        exit_layer: The layer whose states the slots' strategies want; 0 for none.
+        width: The number of positions to compute for each slot.
+        exit_layer: The layer whose hidden states are kept for drafting; 0 for none.
     """
     decoder, cache, slots = batch.decoder, batch.cache, batch.slots
     starts = [slot.prefilled for slot in slots]

@@ -18,14 +18,14 @@ DraftStep = Callable[[list[int], int], Tensor]
 
 @dataclass(slots=True)
 class Draft:
-    """What one cycle proposes, and what its rule for the length will want to know of it.
+    """What one cycle proposes.
 
     Args:
         rows: Each row's drafted tokens; rows may differ in number.
         hidden: The exit layer's hidden states of each row's last committed token and of all
             drafted ones but the last, (batch, g, d_model); None where no layer ran.
-        progress: How far the drafts came; None where no rule decided.
-        times: When each step began, and the last one ended.
+        progress: The state of the rule for the draft length; None where no rule decided.
+        times: When each step began, and when the last one ended, in seconds.
     """
 
     rows: list[list[int]]
@@ -35,11 +35,11 @@ class Draft:
 
     @property
     def width(self) -> int:
-        """Tokens of the longest row."""
+        """The number of tokens in the longest row."""
         return max(map(len, self.rows), default=0)
 
     def timings(self, verified: float) -> Timings:
-        """Return what the cycle took, by when its tokens were verified."""
+        """Return the time of each part of the cycle, given when the verify ended."""
         steps = [end - begin for begin, end in pairwise(self.times)]
         return Timings(steps, verified - self.times[-1])
 
@@ -51,12 +51,12 @@ def draft_loop(
     step: DraftStep,
     vocabulary: Tensor | None = None,
 ) -> Draft:
-    """Draft as long as a rule says.
+    """Draft token by token, until a rule ends the draft.
 
     Args:
         batch: The rows.
         length: The rule.
-        limits: The most tokens of each row's draft.
+        limits: The maximum number of tokens to draft for each row.
         step: The drafter.
         vocabulary: The tokens that can be drafted, (draft vocabulary,); None for all.
     """

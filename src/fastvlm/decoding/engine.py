@@ -23,28 +23,28 @@ from fastvlm.language.cache import DecoderCache
 from fastvlm.language.decoder import SplitDecoder
 
 MAX_SLOTS = 16
-"""Requests that decode together, if nothing else is said."""
+"""The default maximum number of requests decoded together."""
 PREFILL_POSITIONS = 1024
-"""Positions of prompts that a step computes beside replies that go on."""
+"""The default maximum of prompt positions that a step computes while replies are decoded."""
 
 
 class Engine:
     """Decodes requests together, each with its own strategy, sampler and limit.
 
-    It may be called from any thread. There is no thread of its own: whoever needs tokens next makes
-    the step for all. A request's failure is its own result, `Request.error`, and its neighbours go
+    It may be called from any thread. It has no thread of its own: whoever needs tokens next makes
+    the step for all. An error of one request is its own result, `Request.error`, and the others go
     on.
 
     Args:
         decoder: The target.
-        max_slots: The most requests that decode together; others wait.
-        prefill_positions: The most positions of prompts that a step computes beside replies that go
-            on: a longer prompt is computed in chunks, a step each.
-        verify_width: Positions that every verify computes, see `Batch`; None for those it needs.
-        clock: Seconds, from any point on, by which drafts adapt.
+        max_slots: The maximum number of requests decoded together; others wait.
+        prefill_positions: The maximum of prompt positions that a step computes while replies are
+            decoded: a longer prompt is computed in chunks, a step each.
+        verify_width: Positions that every verify computes, see `Batch`; None for as many as needed.
+        clock: Returns the time in seconds, from any starting point, by which drafts adapt.
 
     Raises:
-        InputError: There would be no slot, or no position of a prompt in a step.
+        InputError: `max_slots` or `prefill_positions` is below 1.
     """
 
     def __init__(
@@ -77,7 +77,7 @@ class Engine:
         """Whether a request was cancelled whose slot may not be free yet."""
 
     def add(self, request: Request) -> None:
-        """Let a request wait for a slot. What is wrong with it ends it at once.
+        """Put a request into the queue. If it is invalid, it ends at once with an error.
 
         Raises:
             InputError: The request was added before.
@@ -99,9 +99,9 @@ class Engine:
         self._settle()
 
     def cancel(self, request: Request) -> None:
-        """End a request: its slot is free before the next step. Nothing happens to one that ended.
+        """End a request, whose slot is free before the next step. One that has ended is left alone.
 
-        It never waits, so that a finalizer may call it.
+        It never blocks, so that a finalizer may call it.
         """
         if not request.finished:
             request.finish_reason = "cancelled"
@@ -109,15 +109,15 @@ class Engine:
             self._settle()
 
     def step(self, unless: Callable[[], bool] | None = None) -> dict[Request, int]:
-        """Admit who waits, compute prompts, and make one cycle of all slots.
+        """Admit waiting requests, compute prompts, and run one cycle of all slots.
 
-        While another thread makes a step, wait for it.
+        If another thread is making a step, wait for it.
 
         Args:
-            unless: A condition under which no step is needed, asked when it could begin.
+            unless: A condition under which no step is needed, checked when it could begin.
 
         Returns:
-            How many tokens each request in a slot gained; nothing, where no step was needed.
+            The number of tokens that each request in a slot gained; empty if no step was needed.
         """
         if not self._take_turn(unless):
             return {}
@@ -142,8 +142,8 @@ class Engine:
         """Decode requests, and yield each when it has finished.
 
         Args:
-            requests: Read as slots become free. Those that are not done when the iterator is closed
-                are cancelled.
+            requests: The requests, read as slots become free. Unfinished ones are cancelled when
+                the iterator is closed.
         """
         source, decoding = iter(requests), list[Request]()
         try:
@@ -163,7 +163,7 @@ class Engine:
                 self.cancel(request)
 
     def run_all(self, requests: Iterable[Request]) -> list[Request]:
-        """Decode requests, and return them in their order. See `run`."""
+        """Decode requests, and return them in order. See `run`."""
         made: list[Request] = []
 
         def noted() -> Iterator[Request]:

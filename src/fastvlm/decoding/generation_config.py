@@ -21,7 +21,7 @@ from fastvlm.decoding.sampling_params import MAX_NEW_TOKENS, SamplingParams
 from fastvlm.functional.errors import InputError, first_line
 from fastvlm.language.generator import generator_of
 
-STATEFUL = (
+STATEFUL_PROCESSORS = (
     processing.AlternatingCodebooksLogitsProcessor,
     processing.BarkEosPrioritizerLogitsProcessor,
     processing.ClassifierFreeGuidanceLogitsProcessor,
@@ -33,15 +33,15 @@ STATEFUL = (
     processing.WhisperNoSpeechDetection,
     processing.WhisperTimeStampLogitsProcessor,
 )
-"""Processors of `transformers` that remember what they saw, or don't work on text."""
-BY_ROW = (
+"""Processors of `transformers` that keep a state, or don't work on text."""
+PER_ROW_PROCESSORS = (
     processing.EncoderNoRepeatNGramLogitsProcessor,
     processing.EncoderRepetitionPenaltyLogitsProcessor,
     processing.PrefixConstrainedLogitsProcessor,
 )
 """Processors that treat each row of a batch in its own way."""
-SAMPLED = ("temperature", "top_p", "top_k", "min_p")
-"""What only a reply that is drawn is told."""
+SAMPLING_SETTINGS = ("temperature", "top_p", "top_k", "min_p")
+"""Settings that apply to sampled replies only."""
 
 
 def is_stateless(processor: LogitsProcessor) -> bool:
@@ -54,19 +54,20 @@ def is_stateless(processor: LogitsProcessor) -> bool:
         # What it allows is a user's own function.
         return getattr(processor._prefix_allowed_tokens_fn, "stateless", False) is True
     if type(processor).__module__ == processing.__name__:
-        return not isinstance(processor, STATEFUL)
+        return not isinstance(processor, STATEFUL_PROCESSORS)
     return getattr(processor, "stateless", False) is True
 
 
 def settings_of(model: PreTrainedModel, params: SamplingParams) -> GenerationConfig:
-    """Return a checkpoint's generation settings, and in their places what the caller says.
+    """Return a checkpoint's generation settings, overridden by the caller's.
 
     Raises:
-        InputError: They ask for what can't be done here: beams, guidance by another prompt.
+        InputError: They ask for something unsupported, such as beam search or classifier-free
+            guidance.
     """
     config: Any = copy.deepcopy(generator_of(model).generation_config)
     config.do_sample = bool(params.temperature)
-    for name in SAMPLED if config.do_sample else ():
+    for name in SAMPLING_SETTINGS if config.do_sample else ():
         value = getattr(params, name)
         if value is not None:
             setattr(config, name, value)
@@ -85,7 +86,7 @@ def settings_of(model: PreTrainedModel, params: SamplingParams) -> GenerationCon
 
 
 def fit_length(config: GenerationConfig, prompt_length: int) -> int:
-    """Return the most tokens of a reply, and note the lengths that processors ask for.
+    """Return the maximum number of tokens in a reply, and set the lengths that processors read.
 
     Args:
         config: The settings.
@@ -111,16 +112,16 @@ def fit_length(config: GenerationConfig, prompt_length: int) -> int:
 def processors_of(
     model: PreTrainedModel, config: GenerationConfig, prompt: Sequence[int], device: torch.device
 ) -> list[LogitsProcessor]:
-    """Return the logits processors of generation settings for one prompt, as `generate` has them.
+    """Return the logits processors that `generate` would use for a prompt.
 
     Args:
         model: The model.
-        config: The settings.
+        config: The generation settings.
         prompt: The tokens that processors see before the reply.
-        device: Of the logits.
+        device: The device of the logits.
 
     Raises:
-        InputError: A setting is out of range, or needs a processor that can't judge drafts.
+        InputError: A setting is out of range, or needs a processor that can't be used with drafts.
     """
     generator = generator_of(model)
     row = torch.tensor([list(prompt)], device=device)
@@ -147,16 +148,16 @@ def stopper(
     device: torch.device,
     sampler: Sampler | None = None,
 ) -> Callable[[list[int], list[Tensor]], bool] | None:
-    """Return what asks stopping criteria of `transformers` after each token of a row.
+    """Return a function that applies stopping criteria of `transformers` after each token of a row.
 
-    The token limit and end tokens are the engine's own matter. None, where there are no others.
+    The token limit and end tokens are left to the engine. None if there are no other criteria.
 
     Args:
-        criteria: As `generate` has them.
+        criteria: The criteria that `generate` has assembled.
         prompt: The tokens before the reply.
-        device: Of the tokens.
-        sampler: What processes the logits of each token, which criteria are then shown, as
-            `generate` shows scores where it returns them; None for no scores.
+        device: The device of the tokens.
+        sampler: Processes the logits that criteria are given as scores, where `generate` returns
+            scores; None for no scores.
     """
     others = StoppingCriteriaList(
         one for one in criteria if type(one) not in (MaxLengthCriteria, EosTokenCriteria)

@@ -18,20 +18,20 @@ from fastvlm.language.decoder import SplitDecoder
 from fastvlm.language.masks import FULL, MaskKind
 from fastvlm.language.positions import Positions
 
-LONGEST_DRAFT = 24
-EVALUATIONS = 600
-ROUNDS = 7
+MAX_DRAFT_TOKENS = 24
+MAX_EVALUATIONS = 600
+TIMING_ROUNDS = 7
 
 
 @dataclass(frozen=True, slots=True)
 class StepCosts:
-    """What the parts of decoding take, in any one unit of time.
+    """The time that each part of decoding takes, all in the same unit.
 
     Args:
-        layer: A layer, for one token.
+        layer: One layer, for one token.
         head: Embedding and LM head, for one token.
         verify: A pass of all layers over two tokens.
-        slope: What each further token adds to it.
+        slope: What each further token adds to such a pass.
     """
 
     layer: float
@@ -42,11 +42,11 @@ class StepCosts:
 
 @dataclass(frozen=True, slots=True)
 class LayerChoice:
-    """Layers to skip, and what is expected of it.
+    """Layers to skip, and their expected effect.
 
     Args:
-        skipped: The layers.
-        acceptance: The share of drafted tokens that are the target's own.
+        skipped: The layers' indices.
+        acceptance: The share of drafted tokens that equal the target's own.
         speedup: Expected tokens per second over those of ordinary decoding.
     """
 
@@ -56,11 +56,11 @@ class LayerChoice:
 
 
 class ContextCache:
-    """The target's keys and values of a whole reply, and beside them each position's own.
+    """The target's keys and values of a whole reply, with each position's own beside them.
 
     Args:
-        cache: What computing it once left, in its only slot.
-        length: Positions in it.
+        cache: A cache whose only slot holds the reply.
+        length: Positions of the reply.
     """
 
     def __init__(self, cache: DecoderCache, length: int) -> None:
@@ -69,12 +69,21 @@ class ContextCache:
         self.values = [layer.values[:, :, :length] for layer in layers]
 
     def begin_pass(self, positions: Positions) -> None:
-        """Nothing is written."""
+        """Do nothing: the cache is read-only."""
 
     def update(
         self, keys: Tensor, values: Tensor, layer_idx: int, *_: Any, **__: Any
     ) -> tuple[Tensor, Tensor]:
-        """Return the target's keys and values, then the new ones: (1, kv_heads, both, head_dim)."""
+        """Return the target's keys and values followed by the new ones.
+
+        Args:
+            keys: (1, kv_heads, width, head_dim).
+            values: (1, kv_heads, width, head_dim).
+            layer_idx: The layer's index.
+
+        Returns:
+            Keys and values, (1, kv_heads, length + width, head_dim) each.
+        """
         return (
             torch.cat((self.keys[layer_idx], keys), 2),
             torch.cat((self.values[layer_idx], values), 2),
@@ -82,7 +91,7 @@ class ContextCache:
 
 
 class FirstDraftPositions(Positions):
-    """Positions that each see the target's keys before them and their own new one."""
+    """Positions that each attend to the target's keys before them and to their own new key."""
 
     def mask(self, kind: MaskKind = FULL) -> Tensor:
         """Return which keys each position sees: (1, 1, width, end + width)."""
@@ -90,7 +99,7 @@ class FirstDraftPositions(Positions):
 
     @property
     def distances(self) -> Tensor:
-        """How far keys lie before each position: (1, width, end + width); its own is its own."""
+        """Each key's distance before each position, (1, width, end + width); 0 for its own."""
         before = super().distances
         return torch.cat((before, before.new_zeros(1, self.width, self.width)), 2)
 
@@ -104,20 +113,20 @@ class FirstDraftPositions(Positions):
 
 
 class SampleReplies:
-    """Replies of the target's own, with which candidates are judged.
+    """Replies of the target, on which sets of layers are evaluated.
 
-    Each position of a reply is drafted from as a cycle would that begins there: with the target's
-    own keys and values before it. One pass over all positions gives the acceptance of the first
-    token of every draft, exactly. Of the later ones it is an estimate: in decoding, their context
-    holds keys of drafted tokens, which skip the same layers.
+    At each position of a reply, a draft is made as in a cycle that begins there: with the target's
+    own keys and values before it. One pass over all positions gives the exact acceptance of the
+    first token of every draft. Of later tokens it is an estimate: in decoding, their context has
+    keys of drafted tokens, which skip the same layers.
 
     Args:
         decoder: The target.
-        requests: The sample; they are decoded here, and those that fail are passed over.
+        requests: The samples, which are decoded here; those that fail are ignored.
 
     Raises:
         InputError: No reply has two tokens.
-        Exception: What made the last request fail, if none is left.
+        Exception: The error of the last request, if none is left.
     """
 
     @torch.inference_mode()
@@ -171,7 +180,12 @@ class SampleReplies:
 
 @torch.inference_mode()
 def measured_costs(decoder: SplitDecoder, context: int) -> StepCosts:
-    """Time the parts of decoding with so many positions in the cache: medians, in seconds."""
+    """Time the parts of decoding, in seconds: medians of `TIMING_ROUNDS` runs.
+
+    Args:
+        decoder: The target.
+        context: Positions in the cache.
+    """
     narrow, wide = 2, 10
     cache = decoder.cache(1, context + wide)
     layers = range(decoder.depth)
@@ -187,10 +201,10 @@ def measured_costs(decoder: SplitDecoder, context: int) -> StepCosts:
 
     parts = ((1, layers), (1, range(0)), (narrow, layers), (wide, layers))
     times: list[list[float]] = [[] for _ in parts]
-    for _ in range(ROUNDS):
+    for _ in range(TIMING_ROUNDS):
         for found, part in zip(times, parts, strict=True):
             found.append(taken(*part))
-    step, head, two, ten = (sorted(found)[ROUNDS // 2] for found in times)
+    step, head, two, ten = (sorted(found)[TIMING_ROUNDS // 2] for found in times)
     return StepCosts(
         layer=max(step - head, 0.0) / decoder.depth,
         head=head,
@@ -200,13 +214,19 @@ def measured_costs(decoder: SplitDecoder, context: int) -> StepCosts:
 
 
 def expected_speedup(acceptance: float, kept: int, depth: int, costs: StepCosts) -> float:
-    """Return the speedup of the best draft length, over ordinary decoding.
+    """Return the speedup of the best draft length over ordinary decoding.
 
     S = E (L l + h) / (g (kept l + h) + verify), with E = 1 + a + ... + a^g.
+
+    Args:
+        acceptance: The acceptance rate of drafted tokens (a).
+        kept: The number of layers that draft.
+        depth: All layers of the target (L).
+        costs: The time of each part of decoding: a layer (l), the LM head (h), a verify.
     """
     step, draft = depth * costs.layer + costs.head, kept * costs.layer + costs.head
     best, tokens = 0.0, 1.0
-    for length in range(1, LONGEST_DRAFT + 1):
+    for length in range(1, MAX_DRAFT_TOKENS + 1):
         tokens += acceptance**length
         verify = costs.verify + costs.slope * (length - 1)
         best = max(best, tokens * step / (length * draft + verify))
@@ -218,24 +238,25 @@ def find_skipped_layers(
     requests: Sequence[Request],
     *,
     costs: StepCosts | None = None,
-    evaluations: int = EVALUATIONS,
+    evaluations: int = MAX_EVALUATIONS,
 ) -> LayerChoice:
     """Search for the layers to skip that give the most tokens per second.
 
-    Greedy removal: of the layers still kept, the one whose loss costs the least acceptance goes,
-    one after another, the first and the last layer excepted; the best set on the way is returned.
+    Greedy removal: of the layers still kept, the one whose removal costs the least acceptance is
+    removed, one after another, except for the first and the last layer; the best set on the way is
+    returned.
 
     Args:
         decoder: The target.
-        requests: Samples of what will be asked; they are decoded here, ordinarily. Those that fail
-            are passed over.
-        costs: What the parts of decoding take; None to measure it.
-        evaluations: The most sets to try: of a model of 32 layers, 465 are all. Where they run
-            out, what was best so far is returned.
+        requests: Sample requests, which are decoded here without drafts. Those that fail are
+            ignored.
+        costs: The time of each part of decoding; None to measure it.
+        evaluations: The maximum number of sets to try; a model of 32 layers has 465. If it is
+            reached, the best set so far is returned.
 
     Raises:
         InputError: No sample has a reply of two tokens or more, or the model has no layer between
-            the first and the last, or fewer sets may be tried than it has such layers.
+            the first and the last, or `evaluations` is below the number of such layers.
     """
     inner = decoder.depth - 2
     if inner < 1:

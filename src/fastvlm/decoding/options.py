@@ -9,8 +9,8 @@ from fastvlm.decoding.sampling_params import SamplingParams
 from fastvlm.functional.options import refuse_unknown
 from fastvlm.vision.images import ImageOptions
 
-SAMPLING = tuple(field.name for field in fields(SamplingParams))
-SHOWING = tuple(ImageOptions.__annotations__)
+SAMPLING_OPTION_NAMES = tuple(field.name for field in fields(SamplingParams))
+IMAGE_OPTION_NAMES = tuple(ImageOptions.__annotations__)
 
 
 def split_options(options: dict[str, Any]) -> tuple[SamplingParams, ImageOptions]:
@@ -19,7 +19,7 @@ def split_options(options: dict[str, Any]) -> tuple[SamplingParams, ImageOptions
     Raises:
         InputError: One is unknown or out of range.
     """
-    refuse_unknown(options, (*SAMPLING, *SHOWING), "there are")
-    sampling = {name: options[name] for name in SAMPLING if name in options}
-    shown: Any = {name: options[name] for name in SHOWING if name in options}
+    refuse_unknown(options, (*SAMPLING_OPTION_NAMES, *IMAGE_OPTION_NAMES), "there are")
+    sampling = {name: options[name] for name in SAMPLING_OPTION_NAMES if name in options}
+    shown: Any = {name: options[name] for name in IMAGE_OPTION_NAMES if name in options}
     return SamplingParams(**sampling), shown

@@ -12,10 +12,10 @@ from fastvlm.functional.lru import LruBytes
 
 @dataclass(frozen=True, slots=True)
 class PrefixEntry:
-    """What was computed for a prompt and its reply. Nobody writes to its tensors.
+    """The states of a prompt and its reply. Its tensors are read-only.
 
     Args:
-        keys: What tells each position from others, see `DecoderInputs.keys`.
+        keys: A key for each position, see `DecoderInputs.keys`.
         state: Keys and values of each layer of the target: (2, kv_heads, length, head_dim).
         exits: Hidden states of the prompt by their exit layer, (prompt, d_model), from which an
             imitation network fills its own cache.
@@ -33,11 +33,11 @@ class PrefixEntry:
 
 @dataclass(frozen=True, slots=True)
 class PrefixHit:
-    """What is known of a prompt's beginning.
+    """A kept entry that shares a prefix with a prompt.
 
     Args:
-        entry: Where its states are.
-        length: Positions at the beginning of both that are the same, at least one.
+        entry: The entry.
+        length: Positions of the shared prefix, at least one.
     """
 
     entry: PrefixEntry
@@ -45,20 +45,20 @@ class PrefixHit:
 
 
 class PrefixCache:
-    """Keeps states of prompts and their replies. It may be used from any thread.
+    """Keeps the states of prompts and their replies. It may be used from any thread.
 
     Args:
-        lru: Where they are kept, beside whatever else shares its limit.
+        lru: Where they are kept; it may be shared with other caches.
     """
 
     def __init__(self, lru: LruBytes) -> None:
         self.lru = lru
 
     def match(self, keys: Sequence[Hashable]) -> PrefixHit | None:
-        """Return what shares the longest beginning with a prompt; None if nothing does.
+        """Return the entry with the longest prefix in common with a prompt; None if there is none.
 
         Args:
-            keys: The prompt's, see `DecoderInputs.keys`.
+            keys: The prompt's keys, see `DecoderInputs.keys`.
         """
         wanted = list(keys)
         best: tuple[int, _Key] | None = None
@@ -76,15 +76,15 @@ class PrefixCache:
         return None if found is None else PrefixHit(found, length)
 
     def put(self, keys: Sequence[Hashable], nbytes: int, make: Callable[[], PrefixEntry]) -> bool:
-        """Keep a prompt and its reply, in place of those of which they are the continuation.
+        """Keep a prompt and its reply, in place of entries that they continue.
 
         Args:
-            keys: Of all positions, the prompt's and the reply's.
-            nbytes: Size of the entry in bytes.
+            keys: The keys of all positions, of prompt and reply.
+            nbytes: The entry's size in bytes.
             make: Makes the entry; it isn't called for one that is larger than the limit.
 
         Returns:
-            Whether it is kept: one that is larger than the limit is not, and drops no other.
+            Whether the entry is kept: one that is larger than the limit is not, and drops no other.
         """
         if not keys or not self.lru.fits(nbytes):
             return False
@@ -111,7 +111,7 @@ class _Key:
 
 
 def shared_length(one: list[Hashable], other: list[Hashable]) -> int:
-    """Return how many elements at the beginning of two lists are the same."""
+    """Return the length of the common prefix of two lists."""
     # Slices compare many times faster than a loop does, so the first difference is found by
     # halving.
     high = min(len(one), len(other))

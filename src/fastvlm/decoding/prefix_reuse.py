@@ -11,12 +11,12 @@ from fastvlm.language.decoder import SplitDecoder
 
 
 def restore_prefix(slot: Slot, decoder: SplitDecoder, cache: DecoderCache) -> None:
-    """Fill a new slot with what is known of its prompt's beginning.
+    """Fill a new slot with the kept states of its prompt's prefix.
 
     Args:
         slot: The slot, whose prompt is assigned to its row of the cache.
         decoder: The target.
-        cache: What the slot is a row of.
+        cache: The cache that the slot is a row of.
     """
     request = slot.request
     prefixes, inputs = request.prefix_cache, request.inputs
@@ -41,13 +41,13 @@ def restore_prefix(slot: Slot, decoder: SplitDecoder, cache: DecoderCache) -> No
 def store_prefix(
     slot: Slot, decoder: SplitDecoder, cache: DecoderCache, dtype: torch.dtype
 ) -> None:
-    """Keep what was computed of a request that has ended, for those that begin as it does.
+    """Keep the states of a request that has ended, for requests with the same prefix.
 
     Args:
-        slot: Its slot.
+        slot: The request's slot.
         decoder: The target.
-        cache: What the slot is a row of.
-        dtype: The precision of the exit layer's states.
+        cache: The cache that the slot is a row of.
+        dtype: The precision to keep the exit layer's states in.
     """
     request = slot.request
     prefixes, inputs = request.prefix_cache, request.inputs

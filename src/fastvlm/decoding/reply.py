@@ -20,9 +20,9 @@ class Piece:
     """A piece of a reply as it streams.
 
     Args:
-        text: Text that is final; never half a character.
-        token_ids: The tokens that it is made of.
-        drafted: Whether each of them was drafted and accepted.
+        text: Text that is final; never part of a character.
+        token_ids: The tokens of the text.
+        drafted: Whether each token was drafted and accepted.
     """
 
     text: str
@@ -32,18 +32,18 @@ class Piece:
 
 @dataclass(frozen=True, slots=True)
 class Reply:
-    """A reply: what there is of it.
+    """A reply, whole or so far.
 
     Args:
-        text: Its text, without special tokens; all pieces of a stream together.
-        token_ids: Its tokens, the end token included.
+        text: The text, without special tokens; all pieces of a stream together.
+        token_ids: The tokens, the end token included.
         drafted: Whether each token was drafted and accepted.
         prompt_token_ids: The prompt's tokens, a placeholder for each visual token.
         finish_reason: `stop` for an end token or a stop string, `length` for the token limit,
             `cancelled`, or `error`; None while it goes on.
-        error: Why there is no reply, in a sentence, where the reason is `error`.
-        logprobs: The log-probability of each token, where they were asked for.
-        statistics: How it was decoded.
+        error: A sentence on what went wrong, where the reason is `error`.
+        logprobs: The log-probability of each token, if requested.
+        statistics: Timings and acceptance.
     """
 
     text: str
@@ -77,15 +77,15 @@ class Reply:
 class ReplyStream:
     """A reply that is being decoded: an iterator over its pieces.
 
-    It has a state. Who peeks and goes on, or breaks off and goes on, goes on where it stood; a
-    finished one yields nothing more. Its request waits for a slot from the first piece that is
-    asked for; `close`, the end of a `with` block, or forgetting the stream frees the slot. One
-    thread at a time may iterate over a stream.
+    It has a state: whoever stops iterating and starts again continues where it stopped, and a
+    finished one yields nothing more. Its request waits for a slot from the first piece on; `close`,
+    the end of a `with` block, or garbage collection frees the slot. One thread at a time may
+    iterate over a stream.
 
     Args:
-        engine: What decodes it.
-        request: What is decoded.
-        tokenizer: The model's.
+        engine: The engine that decodes it.
+        request: The request.
+        tokenizer: The model's tokenizer.
     """
 
     def __init__(
@@ -105,11 +105,11 @@ class ReplyStream:
         return self
 
     def __next__(self) -> Piece:
-        """Return the next piece: what text has become final, or at last what is left.
+        """Return the next piece: text that has become final, or at the end whatever is left.
 
         Raises:
             StopIteration: The reply has ended.
-            Exception: What made the request fail.
+            Exception: The request failed with this error.
         """
         request = self.request
         while not self._pieces:

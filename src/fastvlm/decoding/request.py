@@ -24,12 +24,12 @@ FinishReason = Literal["stop", "length", "cancelled", "error"]
 
 @dataclass(frozen=True, slots=True)
 class TokenLogprob:
-    """The log-probability of a reply's token, by the target's own logits.
+    """The log-probability of a reply's token, from the target's unprocessed logits.
 
     Args:
         token_id: The token.
         logprob: Its natural logarithm.
-        top: The likeliest tokens at its position, by token.
+        top: The most likely tokens at its position with their log-probabilities.
     """
 
     token_id: int
@@ -39,23 +39,23 @@ class TokenLogprob:
 
 @dataclass(slots=True, eq=False)
 class Request:
-    """One reply to decode, and in the end what was decoded and how.
+    """A reply to decode, then the decoded reply and its statistics.
 
     Args:
         inputs: The prompt.
         strategy: How drafts are made; a strategy may serve any number of requests at once.
-        max_new_tokens: The most tokens of the reply.
-        sampler: How its tokens are chosen.
+        max_new_tokens: The maximum number of tokens in the reply.
+        sampler: How tokens are chosen.
         end_token_ids: Tokens that end the reply.
-        prefix_cache: Where what was computed before is found, and what is computed here is kept.
-        started: When its work began (`time.perf_counter`), for the time to first token.
-        stops: Asked after each token whether the reply, of which it is the last, ends there; it is
-            given the reply and the logits of each of its tokens, where these are kept.
+        prefix_cache: Where states of earlier requests are looked up, and this one's are kept.
+        started: When its work began (`time.perf_counter`, seconds), for the time to first token.
+        stops: Called after each token with the reply and the logits of each of its tokens, where
+            these are kept; returns whether the reply ends there.
         stop_text: The reply's text, whose stop strings end the reply.
         keeps_logits: Whether the target's logits of each token are kept.
         on_token: Called with each token of the reply, in the thread that makes the step.
-        logprobs: Tokens whose log-probabilities are wanted at each position, beside that of the
-            chosen one; None for none at all.
+        logprobs: The number of most likely tokens whose log-probabilities are returned at each
+            position, beside that of the chosen one; None for no log-probabilities.
     """
 
     inputs: DecoderInputs
@@ -99,12 +99,12 @@ class Request:
 
     @property
     def finished(self) -> bool:
-        """Whether nothing more will come."""
+        """Whether the reply has ended."""
         return self.finish_reason is not None
 
     @property
     def statistics(self) -> DecodingStatistics:
-        """How the reply was decoded."""
+        """The reply's timings and acceptance."""
         return DecodingStatistics.of(self.started, self.times, self.proposed, self.accepted)
 
     @property
@@ -114,7 +114,7 @@ class Request:
 
     @classmethod
     def failed(cls, error: Exception, strategy: Strategy) -> Request:
-        """Return a request that has failed before there was a prompt."""
+        """Return a request that failed before there was a prompt."""
         request = cls(DecoderInputs([], torch.empty(0, 0)), strategy, 1)
         request.fail(error)
         return request
@@ -128,8 +128,8 @@ class Request:
 
         Args:
             token_ids: The tokens; all but the last one were drafted.
-            logits: The target's: (tokens or more, vocabulary).
-            now: When they were known.
+            logits: The target's logits, (tokens or more, vocabulary).
+            now: When the tokens were known, in seconds.
         """
         for index, token in enumerate(token_ids):
             if self.finished:

@@ -12,9 +12,9 @@ from transformers.generation import logits_process as processing
 from fastvlm.functional.noise import gumbel
 
 LogitsProcessor = Callable[[Tensor, Tensor], Tensor]
-"""What `transformers` calls so: (batch, length) tokens and (batch, vocabulary) scores to scores."""
+"""Maps (batch, length) tokens and (batch, vocabulary) scores to new scores."""
 
-PREFIX_FREE = (
+PREFIX_FREE_PROCESSORS = (
     processing.TemperatureLogitsWarper,
     processing.TopKLogitsWarper,
     processing.TopPLogitsWarper,
@@ -24,7 +24,7 @@ PREFIX_FREE = (
     processing.EtaLogitsWarper,
     processing.SuppressTokensLogitsProcessor,
 )
-"""Processors that look at scores alone, so that all positions of a draft go through at once."""
+"""Processors that depend on scores alone, so that all positions of a draft go at once."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,8 +37,8 @@ class Sampler:
     token, so that a reply is a function of model, prompt and seed (see `functional.noise`).
 
     Args:
-        processors: Applied in this order. They must be stateless.
-        seed: Of the noise; None for greedy decoding.
+        processors: Logits processors, applied in this order. They must be stateless.
+        seed: The seed of the noise; None for greedy decoding.
         prompt_token_ids: The tokens that processors see before the reply.
     """
 
@@ -48,25 +48,25 @@ class Sampler:
 
     @property
     def is_greedy(self) -> bool:
-        """Whether the likeliest token is taken, and nothing else plays a part."""
+        """Whether the token is the argmax of the unprocessed logits."""
         return self.seed is None and not self.processors
 
     @property
     def needs_prefix(self) -> bool:
-        """Whether a processor looks at the tokens before a position."""
-        return any(type(processor) not in PREFIX_FREE for processor in self.processors)
+        """Whether a processor depends on the tokens before a position."""
+        return any(type(processor) not in PREFIX_FREE_PROCESSORS for processor in self.processors)
 
     def apply_processors(self, reply: Sequence[int], logits: Tensor) -> Tensor:
         """Return the processed logits after a reply so far, in at least float32: (vocabulary,)."""
         return self._processed([*self.prompt_token_ids, *reply], logits[None])[0]
 
     def sample(self, reply: Sequence[int], drafted: Sequence[int], logits: Tensor) -> list[int]:
-        """Return the target's choices up to the first that a draft doesn't have.
+        """Return the target's tokens up to the first that differs from a draft.
 
         Args:
             reply: The reply before the draft.
             drafted: The draft, g tokens.
-            logits: The target's: (g + 1 or more, vocabulary).
+            logits: The target's logits, (g + 1 or more, vocabulary).
         """
         count = len(drafted) + 1
         if not self.needs_prefix:
@@ -105,9 +105,9 @@ def noisy(
 
     Args:
         scores: Processed logits, in at least float32: (rows, tokens).
-        seeds: Of each row.
-        positions: In the reply, of each row.
-        token_ids: What the columns stand for; None for the whole vocabulary.
+        seeds: Each row's seed.
+        positions: Each row's position in its reply.
+        token_ids: The tokens of the columns, (tokens,); None for the whole vocabulary.
     """
     drawn = [row for row, seed in enumerate(seeds) if seed is not None]
     if not drawn:
@@ -131,13 +131,13 @@ def target_tokens(
     drafts: Sequence[Sequence[int]],
     logits: Tensor,
 ) -> list[list[int]]:
-    """Return the target's choices for each row, as `Sampler.sample` gives them.
+    """Return the target's tokens for each row. See `Sampler.sample`.
 
     Args:
-        samplers: Of each row.
-        replies: Of each row, before its draft.
-        drafts: Of each row.
-        logits: The target's: (rows, longest draft + 1 or more, vocabulary).
+        samplers: Each row's sampler.
+        replies: Each row's reply before its draft.
+        drafts: Each row's draft.
+        logits: The target's logits, (rows, longest draft + 1 or more, vocabulary).
     """
     if all(sampler.is_greedy for sampler in samplers):
         chosen: list[list[int]] = logits.argmax(-1).tolist()
@@ -151,12 +151,12 @@ def target_tokens(
 def greedy_tokens(
     logits: Tensor, vocabulary: Tensor | None = None, *, confident: bool = True
 ) -> tuple[list[int], list[float]]:
-    """Return each row's likeliest token, and the drafter's probability of it.
+    """Return each row's most likely token, and its probability by the drafter.
 
     Args:
-        logits: The drafter's: (rows, draft vocabulary).
-        vocabulary: What the columns stand for; None for the whole vocabulary.
-        confident: Whether the probability is wanted; computing it costs a little.
+        logits: The drafter's logits, (rows, draft vocabulary).
+        vocabulary: The tokens of the columns, (draft vocabulary,); None for the whole vocabulary.
+        confident: Whether to compute the probability, which costs a little.
     """
     if confident:
         top, best = logits.softmax(-1).max(-1)
@@ -174,16 +174,16 @@ def sampled_tokens(
     vocabulary: Tensor | None,
     vocabulary_size: int,
 ) -> tuple[list[int], list[float]]:
-    """Return each row's token with the greatest log q + G, and the drafter's probability of it.
+    """Return each row's token with the greatest log q + G, and its probability by the drafter.
 
-    Where processors leave nothing that can be drafted, it is any token: a wrong draft is lossless.
+    If processors leave nothing that can be drafted, it is any token: a wrong draft is lossless.
 
     Args:
-        samplers: Of each row.
-        replies: Of each row, what is drafted included.
-        logits: The drafter's: (rows, draft vocabulary).
-        vocabulary: What the columns stand for; None for the whole vocabulary.
-        vocabulary_size: Of the target.
+        samplers: Each row's sampler.
+        replies: Each row's reply, with what is drafted so far.
+        logits: The drafter's logits, (rows, draft vocabulary).
+        vocabulary: The tokens of the columns, (draft vocabulary,); None for the whole vocabulary.
+        vocabulary_size: Size of the target's vocabulary.
     """
     if vocabulary is not None and any(sampler.needs_prefix for sampler in samplers):
         whole = logits.new_full((len(logits), vocabulary_size), -torch.inf)

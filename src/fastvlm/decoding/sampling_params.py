@@ -13,7 +13,7 @@ from fastvlm.functional.errors import InputError
 from fastvlm.functional.noise import MAX_SEED
 
 MAX_NEW_TOKENS = 256
-"""Tokens of a reply, where neither the caller nor the checkpoint says another number."""
+"""The default maximum number of tokens in a reply."""
 MAX_LOGPROBS = 20
 
 
@@ -21,26 +21,26 @@ MAX_LOGPROBS = 20
 class SamplingParams:
     """How a reply's tokens are chosen, and where it ends.
 
-    What is None is what the checkpoint's `generation_config` says, and what that doesn't say is not
-    done. Replies are greedy unless a temperature is given here.
+    None stands for the checkpoint's `generation_config`; what that leaves out is not done. Replies
+    are greedy unless a temperature is given here.
 
     Args:
-        temperature: What logits are divided by before a token is drawn; 0 for greedy decoding.
-        top_p: Draw from the likeliest tokens that together have this probability.
-        top_k: Draw from so many of the likeliest tokens.
-        min_p: Draw from tokens that have at least this share of the likeliest one's probability.
-        repetition_penalty: What the logits of tokens that stand in the prompt or the reply are
-            divided by (multiplied, where negative); greedy decoding honours it, too.
-        seed: A sampled reply is a function of model, prompt and seed, whatever is drafted and
-            whatever it is decoded with. None for one that torch's own generator gives, which
-            `torch.manual_seed` and `transformers.set_seed` set.
-        stop: A string, or several, that end the reply, which they are no part of.
-        max_new_tokens: The most tokens of the reply; 256, where nothing says another number.
-        logprobs: Likeliest tokens whose log-probabilities are wanted at each position, up to 20,
-            beside that of the chosen one; 0 for that alone, None for none.
+        temperature: The logits are divided by it before a token is drawn; 0 for greedy decoding.
+        top_p: Draw from the most likely tokens that together have this probability.
+        top_k: Draw from this many of the most likely tokens.
+        min_p: Draw from tokens with at least this share of the most likely token's probability.
+        repetition_penalty: The logits of tokens in the prompt or the reply are divided by it
+            (multiplied, where negative); it applies to greedy decoding, too.
+        seed: A sampled reply is a function of model, prompt and seed, whatever the strategy and the
+            batch. None for one from torch's default generator, which `torch.manual_seed` and
+            `transformers.set_seed` set.
+        stop: One or more strings that end the reply. They are not part of it.
+        max_new_tokens: The maximum number of tokens in the reply; 256 if nothing sets another.
+        logprobs: The number of most likely tokens whose log-probabilities are returned at each
+            position, up to 20, beside that of the chosen token; 0 for that alone, None for none.
 
     Raises:
-        InputError: One is out of range, or needs a temperature.
+        InputError: A value is out of range, or needs a temperature.
     """
 
     temperature: float = 0.0
@@ -100,14 +100,14 @@ class SamplingParams:
         return [self.stop] if isinstance(self.stop, str) else list(self.stop or ())
 
     def for_row(self, row: int) -> SamplingParams:
-        """Return what a row of a batch is drawn with: row r with the seed + r."""
+        """Return the parameters of a row of a batch: row r has the seed + r."""
         if self.seed is None or not row:
             return self
         return replace(self, seed=(self.seed + row) % MAX_SEED)
 
 
 def new_seed() -> int:
-    """Return a seed that torch's own generator gives."""
+    """Return a seed drawn from torch's default generator."""
     return int(torch.randint(2**63 - 1, ()))
 
 

@@ -1,4 +1,4 @@
-"""A request's seat in the engine: everything that is known of it while it decodes."""
+"""A slot of the engine: a request and its state while it decodes."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ class ExitStates:
     """The exit layer's hidden states of a slot's positions, from which a network fills its cache.
 
     Args:
-        kept: Whether all of them are kept, or those alone that the network has not seen.
+        kept: Whether all states are kept, or only those that the network has not seen.
     """
 
     def __init__(self, *, kept: bool) -> None:
@@ -43,16 +43,16 @@ class ExitStates:
 
 @dataclass(slots=True, eq=False)
 class Slot:
-    """A row of the cache, and the request that has it.
+    """A row of the cache, and the request that occupies it.
 
     Args:
-        index: Its number in the cache.
+        index: The row's number in the cache.
         request: The request.
         exits: The exit layer's states, for a strategy whose network has a cache of its own.
         prefilled: Positions of the prompt that are computed.
-        length: Committed positions: those whose keys and values are the target's for good.
-        drafted_length: Of these, those that the imitation network's layers hold. They may lag
-            behind by any number, where nothing was drafted.
+        length: Committed positions, whose keys and values are final.
+        drafted_length: The number of these that the imitation network's layers hold, which may be
+            any number lower.
     """
 
     index: int

@@ -22,9 +22,10 @@ from fastvlm.language.positions import Positions
 
 
 class Strategy(Protocol):
-    """What the engine needs of a way of drafting.
+    """A way of drafting.
 
-    It may serve any number of requests at once, so whatever belongs to one of them is in its slot.
+    One strategy may serve any number of requests at once, so the state of each request is in its
+    slot.
     """
 
     @property
@@ -48,40 +49,51 @@ class Strategy(Protocol):
         ...
 
     def draft(self, batch: Batch, limits: Sequence[int]) -> Draft:
-        """Propose tokens to follow each row's last one, at most `limits` of them."""
+        """Propose tokens to follow each row's last one.
+
+        Args:
+            batch: The slots, a row each.
+            limits: The maximum number of tokens to draft for each row.
+        """
         ...
 
     def on_verified(self, draft: Draft, accepted: Sequence[int], now: float) -> None:
-        """Learn how many tokens of a draft each row accepted, and when that was known."""
+        """Update the strategy's estimates after a verify.
+
+        Args:
+            draft: The draft.
+            accepted: The number of drafted tokens that each row accepted.
+            now: When the verify ended, in seconds of the batch's clock.
+        """
         ...
 
     def on_finish(self, tokens: int) -> None:
-        """Learn that a reply has ended with so many tokens."""
+        """Update the strategy's estimates after a reply of so many tokens."""
         ...
 
 
 class Drafting:
-    """A strategy that learns nothing."""
+    """A strategy that keeps no estimates."""
 
     def on_verified(self, draft: Draft, accepted: Sequence[int], now: float) -> None:
-        """Nothing to learn."""
+        """Do nothing. See `Strategy.on_verified`."""
 
     def on_finish(self, tokens: int) -> None:
-        """Nothing to learn."""
+        """Do nothing. See `Strategy.on_finish`."""
 
 
 class RuledDrafting:
-    """A strategy whose drafts end by a rule, which learns what came of them."""
+    """A strategy whose draft length is decided by a rule, which adapts to what is accepted."""
 
     length: DraftLength
 
     def on_verified(self, draft: Draft, accepted: Sequence[int], now: float) -> None:
-        """Tell the rule for the draft's length what was accepted, and what it took."""
+        """Update the rule for the draft length. See `Strategy.on_verified`."""
         if draft.progress is not None:
             self.length.update(draft.progress, accepted, draft.timings(now))
 
     def on_finish(self, tokens: int) -> None:
-        """Tell the rule for the draft's length how long a reply was."""
+        """Update the rule for the draft length. See `Strategy.on_finish`."""
         self.length.on_finish(tokens)
 
 
@@ -90,7 +102,7 @@ class Autoregressive(Drafting):
     """No draft: one pass of the whole model for each token.
 
     Args:
-        exit_layer: Layers that run apart from the others, as they do where something drafts.
+        exit_layer: Layers that run in a pass of their own, as they do with a strategy that drafts.
     """
 
     exit_layer: int = 0
@@ -105,11 +117,11 @@ class Autoregressive(Drafting):
 
 @dataclass(frozen=True, eq=False)
 class PromptLookup(Drafting):
-    """Propose what followed the last tokens where they stood before (Saxena 2023).
+    """Propose the tokens that followed an earlier occurrence of the last tokens (Saxena 2023).
 
     Args:
-        max_draft_tokens: The most tokens of a draft.
-        ngram: The longest run of last tokens to look for.
+        max_draft_tokens: The maximum number of tokens in a draft.
+        ngram: The maximum number of last tokens to look for.
     """
 
     max_draft_tokens: int = 10
@@ -128,7 +140,7 @@ class PromptLookup(Drafting):
         FixedLength(self.max_draft_tokens)
 
     def draft(self, batch: Batch, limits: Sequence[int]) -> Draft:
-        """Propose what followed the longest and latest earlier occurrence."""
+        """Propose the tokens that followed the longest and latest earlier occurrence."""
         histories = [
             [*slot.request.prompt_token_ids, *slot.request.output_token_ids] for slot in batch.slots
         ]
@@ -140,7 +152,7 @@ class PromptLookup(Drafting):
         )
 
     def look_up(self, history: list[int], most: int) -> list[int]:
-        """Return at most `most` tokens that followed the last ones where they stood before."""
+        """Return at most `most` tokens that followed an earlier occurrence of the last tokens."""
         if not most:
             return []
         for size in range(min(self.ngram, len(history) - 1), 0, -1):
@@ -161,12 +173,12 @@ class SelfSpeculative(RuledDrafting):
     Args:
         decoder: The target.
         exit_layer: Layers of the target that draft (k).
-        network: The imitation network, or None for early exit.
-        length: How long a draft goes on.
+        network: The imitation network; None for early exit.
+        length: The rule for the draft length.
         name: The strategy's name in tables.
 
     Raises:
-        InputError: The exit layer is not one of the target's.
+        InputError: The target has no such exit layer.
     """
 
     decoder: SplitDecoder
@@ -309,15 +321,15 @@ def _same(one: tuple[Any, ...] | None, other: tuple[Any, ...]) -> bool:
 
 @dataclass(eq=False)
 class LayerSkip(RuledDrafting):
-    """Draft with the target's own layers but for some (Draft & Verify, arXiv 2309.08168).
+    """Draft with some of the target's own layers (Draft & Verify, arXiv 2309.08168).
 
-    Nothing of a draft is used again: drafted tokens write keys and values of the layers that are
-    kept, and the verify, which runs all layers at the same positions, overwrites them.
+    Nothing of a draft is reused: drafted tokens write keys and values of the layers that are kept,
+    and the verify, which runs all layers at the same positions, overwrites them.
 
     Args:
         decoder: The target.
         skipped: The layers that drafting leaves out.
-        length: How long a draft goes on.
+        length: The rule for the draft length.
         name: The strategy's name in tables.
 
     Raises:
@@ -365,6 +377,6 @@ class LayerSkip(RuledDrafting):
 
 
 def default_skipped_layers(depth: int) -> tuple[int, ...]:
-    """Return every second layer of the middle half, which is a start where nothing was searched."""
+    """Return every second layer of the middle half, the default where no search was made."""
     outer = max(1, depth // 4)
     return tuple(range(outer, depth - outer, 2))

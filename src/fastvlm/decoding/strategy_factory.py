@@ -22,10 +22,10 @@ from fastvlm.functional.options import refuse_unknown
 from fastvlm.language.decoder import SplitDecoder
 
 MAX_DRAFT_TOKENS = 24
-"""The most tokens in a draft, where neither the caller nor the draft says another number."""
+"""The default maximum number of tokens in a draft."""
 MAX_LOOKUP_TOKENS = 10
-"""The same for `prompt-lookup`."""
-OPTIONS = {
+"""The default maximum number of tokens in a draft of `prompt-lookup`."""
+STRATEGY_OPTIONS = {
     "autoregressive": (),
     "imitation": ("num_speculative_tokens", "confidence"),
     "early-exit": ("num_speculative_tokens", "confidence", "exit_layer"),
@@ -36,14 +36,14 @@ OPTIONS = {
 
 
 class StrategyFactory:
-    """Makes the strategies for a model, and returns the same one when it is asked for again.
+    """Makes a model's strategies, and returns the same object when the same is asked for again.
 
-    So requests of equal options are decoded together, and what adaptive drafts have learnt serves
-    them all. It may be used from any thread.
+    So requests with equal options are decoded together, and share the estimates of adaptive drafts.
+    It may be used from any thread.
 
     Args:
         decoder: The target.
-        network: Its imitation network, if there is one.
+        network: The target's imitation network, if there is one.
     """
 
     def __init__(self, decoder: SplitDecoder, network: ImitationNetwork | None = None) -> None:
@@ -57,20 +57,19 @@ class StrategyFactory:
         """Return a strategy.
 
         Args:
-            name: One of `OPTIONS`; None for `imitation` where there is a draft, and for
+            name: One of `STRATEGY_OPTIONS`; None for `imitation` where there is a draft, and for
                 `autoregressive` where there is none.
             network: The network to draft with, if not the model's own draft.
-            options: Those of `OPTIONS` that the strategy takes; None is as if it were not given.
+            options: Those of `STRATEGY_OPTIONS` that the strategy takes; None is the default.
 
-                num_speculative_tokens: The most tokens in a draft; if not given, what the draft
-                    records, and where it records nothing, 24 (`prompt-lookup`: 10).
+                num_speculative_tokens: The maximum number of tokens in a draft. The default is the
+                    draft's own setting, and without one 24 (`prompt-lookup`: 10).
                 confidence: The drafter's own probability below which a draft ends; 0 for drafts of
-                    fixed length. If not given, what the draft records; where it records nothing,
-                    drafts adapt to what is accepted and to what this machine takes, see
-                    `AdaptiveLength`.
-                exit_layer: The layers that draft; a quarter of them, if not given.
+                    fixed length. The default is the draft's own setting; without one, drafts adapt
+                    to the acceptance rate and to this machine, see `AdaptiveLength`.
+                exit_layer: The number of layers that draft; a quarter of them by default.
                 skipped_layers: The layers that don't draft, counted from 0, as
-                    `find_skipped_layers` finds them; if not given, every second one of the middle
+                    `find_skipped_layers` finds them; by default every second one of the middle
                     half.
 
         Raises:
@@ -79,11 +78,11 @@ class StrategyFactory:
         """
         network = network or self.network
         name = name or ("autoregressive" if network is None else "imitation")
-        if name not in OPTIONS:
-            raise InputError(f"The strategies are {', '.join(OPTIONS)}; got {name!r}.")
+        if name not in STRATEGY_OPTIONS:
+            raise InputError(f"The strategies are {', '.join(STRATEGY_OPTIONS)}; got {name!r}.")
         given = {option: value for option, value in options.items() if value is not None}
-        refuse_unknown(given, OPTIONS[name], f"{name!r} takes")
-        recipe = _RECIPES[name](self.decoder, network, given)
+        refuse_unknown(given, STRATEGY_OPTIONS[name], f"{name!r} takes")
+        recipe = _STRATEGY_RECIPES[name](self.decoder, network, given)
         with self._lock:
             if recipe.key not in self._made:
                 self._made[recipe.key] = recipe.build()
@@ -148,7 +147,9 @@ def _imitation(
     )
 
 
-_RECIPES: dict[str, Callable[[SplitDecoder, ImitationNetwork | None, dict[str, Any]], _Recipe]] = {
+_STRATEGY_RECIPES: dict[
+    str, Callable[[SplitDecoder, ImitationNetwork | None, dict[str, Any]], _Recipe]
+] = {
     "autoregressive": _autoregressive,
     "imitation": _imitation,
     "early-exit": _early_exit,
@@ -158,15 +159,15 @@ _RECIPES: dict[str, Callable[[SplitDecoder, ImitationNetwork | None, dict[str, A
 
 
 def draft_length(maximum: int | None, confidence: float | None) -> DraftLength:
-    """Return how long drafts go on.
+    """Return the rule for the draft length.
 
     Args:
-        maximum: The most tokens in a draft; None for the usual maximum.
+        maximum: The maximum number of tokens in a draft; None for `MAX_DRAFT_TOKENS`.
         confidence: The probability below which a draft ends, 0 for drafts of fixed length; None for
             drafts that adapt.
 
     Raises:
-        InputError: One is out of range.
+        InputError: A value is out of range.
     """
     maximum = MAX_DRAFT_TOKENS if maximum is None else maximum
     if confidence is None:

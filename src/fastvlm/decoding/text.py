@@ -9,16 +9,16 @@ from transformers import PreTrainedTokenizerBase
 
 from fastvlm.functional.errors import InputError
 
-HALF = "\N{REPLACEMENT CHARACTER}"
-"""What a tokenizer decodes the beginning of a character to."""
+REPLACEMENT_CHARACTER = "\N{REPLACEMENT CHARACTER}"
+"""The text that an incomplete character is decoded to."""
 
 
 class ReplyText:
-    """Decodes a reply token by token; each is decoded with few others, however long the reply is.
+    """Decodes a reply token by token, each with a few others, however long the reply is.
 
     Args:
-        tokenizer: The model's.
-        stop: Strings that end the reply. They are no part of its text.
+        tokenizer: The model's tokenizer.
+        stop: Strings that end the reply. They are not part of its text.
 
     Raises:
         InputError: A stop string is empty.
@@ -37,22 +37,22 @@ class ReplyText:
         self._before = self._known = 0
 
     def follow(self, reply: Sequence[int]) -> bool:
-        """Take the tokens of a reply that are new; return whether a stop string has ended it."""
+        """Decode the new tokens of a reply; return whether a stop string has ended it."""
         for token in reply[len(self.token_ids) :]:
             self.token_ids.append(token)
             text = self._decode(self.token_ids[self._before :])
-            if not text.endswith(HALF):
+            if not text.endswith(REPLACEMENT_CHARACTER):
                 self._take(text)
         return self.stopped
 
     def end(self) -> None:
-        """Take what was kept back, for no other token will follow."""
+        """Add the text that was held back, as no other token will follow."""
         self._take(self._decode(self.token_ids[self._before :]))
         self.ended = True
 
     @property
     def final(self) -> str:
-        """The text that no later token changes: what may begin a stop string is kept back."""
+        """The text that no later token can change; what may begin a stop string is held back."""
         if self.stopped or self.ended or not self.stop:
             return self.whole
         longest = max(len(string) for string in self.stop)

@@ -12,13 +12,13 @@ from fastvlm.drafting.draft_length import Progress, Timings, check_maximum
 CONFIDENCE_BINS = 16
 """Bins of the drafter's confidence: every second one halves its distance to 1."""
 PRIOR_TOKENS = 3
-"""Tokens that an assumed acceptance counts for, beside those measured."""
+"""The weight of an initial acceptance estimate, in tokens."""
 AVERAGED_TOKENS = 50
-"""Tokens over which acceptances are averaged."""
+"""The number of tokens over which acceptance rates are averaged."""
 AVERAGED_CYCLES = 20
-"""Cycles over which costs and gains are averaged: those of a few replies."""
+"""The number of cycles over which costs and gains are averaged: those of a few replies."""
 OUTLIER_RATIO = 2
-"""A time counts as at most so many times the mean: the machine may have had other work."""
+"""Times are limited to this multiple of the mean, as the machine may have been busy."""
 BUDGET_STEPS = 8
 """Ordinary steps that drafting may lose: at first, and of what it has saved."""
 PROBE_TIME_SHARE = 0.01
@@ -27,29 +27,35 @@ MEASURE_ORDINARY_EVERY = 64
 """Cycles with a draft after which an ordinary step is measured again."""
 
 ONE_WORD_TOKENS = 2
-"""Tokens of a reply of one word: the word, and the end token."""
-MOST_REPLIES = 0.5
-"""The share of replies from which on they are most of them."""
+"""Tokens in a reply of one word: the word, and the end token."""
+MAJORITY_SHARE = 0.5
+"""The share of one-word replies above which most replies count as such."""
 
 
 class Mean:
-    """A running mean of about the last `window` values; `value` is assumed with a `weight`."""
+    """A running mean.
+
+    Args:
+        window: The approximate number of latest values that it averages.
+        value: The initial value.
+        weight: The number of values that the initial value counts for.
+    """
 
     def __init__(self, window: int = AVERAGED_CYCLES, value: float = 0.0, weight: int = 0) -> None:
         self.window, self.value, self.weight = window, value, weight
 
     def add(self, value: float) -> None:
-        """Take another value."""
+        """Add a value."""
         self.weight = min(self.weight + 1, self.window)
         self.value += (value - self.value) / self.weight
 
     def without_outlier(self, value: float) -> float:
-        """Return a value, or the largest that counts if that is smaller."""
+        """Return a value, limited to `OUTLIER_RATIO` times the mean."""
         return min(value, OUTLIER_RATIO * self.value) if self.weight else value
 
 
 class Throughput:
-    """What is known of batches of one size: seconds of a batch, and tokens of a row."""
+    """Measured times and tokens of batches of one size."""
 
     def __init__(self) -> None:
         self.step, self.ordinary, self.verify, self.cycle = Mean(), Mean(), Mean(), Mean()
@@ -64,10 +70,10 @@ class Throughput:
 
     @property
     def slope(self) -> float:
-        """Seconds that another token adds to a verify, by least squares.
+        """Seconds that each further token adds to a verify, by least squares.
 
-        While widths hardly vary, what a verify takes beyond an ordinary step tells, although it
-        overestimates: two tokens may be much dearer than one, and further ones cheap.
+        While widths hardly vary, it is estimated from the time of a verify beyond an ordinary step,
+        which overestimates it: two tokens may cost much more than one, and further ones little.
         """
         if not (self.ordinary.weight and self.verify.weight):
             return 0.0
@@ -77,7 +83,7 @@ class Throughput:
 
     @property
     def best(self) -> float:
-        """Tokens per second with drafts or without, whichever are more; 0 where none is known."""
+        """Tokens per second with or without drafts, whichever is higher; 0 if neither is known."""
         rates = ((self.tokens.value, self.cycle.value), (1.0, self.ordinary.value))
         return max(tokens / seconds if seconds else 0.0 for tokens, seconds in rates)
 
@@ -87,7 +93,7 @@ class Throughput:
         return (pays or self.budget_steps >= 0) and self.since_ordinary < self.ordinary_due
 
     def add_ordinary(self, seconds: float) -> None:
-        """Learn from a cycle without a draft."""
+        """Add the time of a cycle without a draft, in seconds."""
         self.ordinary.add(self.ordinary.without_outlier(seconds))
         if self.since_ordinary:
             # At first after few drafts, then more rarely.
@@ -96,7 +102,12 @@ class Throughput:
         self.budget_steps = min(self.budget_steps + PROBE_TIME_SHARE, BUDGET_STEPS)
 
     def add_draft(self, tokens: float, timings: Timings) -> None:
-        """Learn from a cycle with a draft, which brought a row so many tokens."""
+        """Add a cycle with a draft.
+
+        Args:
+            tokens: Tokens that a row gained, on average.
+            timings: The time of each part of the cycle, in seconds.
+        """
         # The first step may have caught up on what the drafter had not seen, and single ones may
         # have waited for other work: what counts is what one more step usually takes.
         step = statistics.median(timings.steps[1:] or timings.steps)
@@ -177,7 +188,7 @@ class AdaptiveLength:
 
     def should_draft(self, progress: Progress) -> bool:
         """Return whether to draft at all in this cycle."""
-        if self.one_word.value > MOST_REPLIES and max(progress.generated) <= 1:
+        if self.one_word.value > MAJORITY_SHARE and max(progress.generated) <= 1:
             # An ordinary step ends most replies here, and shows which of them go on.
             return False
         return self.throughputs[len(progress.active)].should_draft()
@@ -195,7 +206,7 @@ class AdaptiveLength:
         return accepted * self.after_accepted.value > needed * sum(map(bool, progress.confidences))
 
     def update(self, progress: Progress, accepted: Sequence[int], timings: Timings) -> None:
-        """Learn from a cycle: what was accepted, and what it took."""
+        """Update the estimates after a cycle. See `DraftLength.update`."""
         throughput = self.throughputs[len(progress.active)]
         if not progress.steps:
             throughput.add_ordinary(timings.verify)
@@ -211,5 +222,5 @@ class AdaptiveLength:
         throughput.add_draft(tokens, timings)
 
     def on_finish(self, tokens: int) -> None:
-        """Learn a reply's length."""
+        """Update the share of one-word replies after a reply of so many tokens."""
         self.one_word.add(tokens <= ONE_WORD_TOKENS)

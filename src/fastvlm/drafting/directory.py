@@ -20,7 +20,7 @@ from fastvlm.language.structure import text_decoder
 
 
 def load_draft(directory: str | Path, target: PreTrainedModel) -> ImitationNetwork:
-    """Load an imitation network for a target, where its hidden states are and as precise as they.
+    """Load an imitation network for a target, on the target's device and in its precision.
 
     A draft that was made for other weights is only slow, so it is loaded with a warning.
 
@@ -34,7 +34,7 @@ def load_draft(directory: str | Path, target: PreTrainedModel) -> ImitationNetwo
     Raises:
         CheckpointError: There is no draft in the directory, it is broken, or it was made for a
             decoder of another family, shape or vocabulary.
-        InputError: The family of the target's decoder is not known.
+        InputError: The family of the target's decoder is not supported.
     """
     path = Path(directory)
     for name in ("config.json", "model.safetensors"):
@@ -85,10 +85,10 @@ def load_draft(directory: str | Path, target: PreTrainedModel) -> ImitationNetwo
 
 
 def unfit(network: ImitationNetwork, target: PreTrainedModel) -> Iterator[tuple[str, Any, Any]]:
-    """Yield what of a network's decoder makes it useless for a target's: its name and both values.
+    """Yield the settings in which a network's decoder differs from a target's, with both values.
 
     Raises:
-        InputError: The family of the target's decoder is not known.
+        InputError: The family of the target's decoder is not supported.
     """
     own = text_decoder(target).config
     made_for = AutoConfig.for_model(**(network.config.text_config or {}))
@@ -116,14 +116,14 @@ def unfit(network: ImitationNetwork, target: PreTrainedModel) -> Iterator[tuple[
 
 
 def cached_heads(config: Any) -> tuple[int, int]:
-    """Return number and size of the heads that a decoder of a configuration caches."""
+    """Return the number and the size of the key-value heads of a decoder's configuration."""
     heads = config.num_attention_heads
     size = getattr(config, "head_dim", None) or config.hidden_size // heads
     return getattr(config, "num_key_value_heads", None) or heads, size
 
 
 def vocabulary_size(target: PreTrainedModel) -> int:
-    """Return how many tokens a model's LM head knows."""
+    """Return the vocabulary size of a model's LM head."""
     head: Any = target.get_output_embeddings()
     size = getattr(head, "out_features", None)
     return text_decoder(target).config.vocab_size if size is None else size

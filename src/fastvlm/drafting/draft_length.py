@@ -11,17 +11,17 @@ from fastvlm.functional.errors import InputError
 
 @dataclass(slots=True)
 class Progress:
-    """How far one cycle's drafts have come: a value for each row of the batch.
+    """The state of one cycle's drafts: a value for each row of the batch.
 
     Args:
         active: Whether the row can have another token: it decodes, its limit is not reached, and
-            what it drafted last does not end the reply.
+            its last drafted token does not end the reply.
         confidences: The drafter's own probability of each token drafted so far (1 where the rule
             does not read it).
-        remaining: The most tokens that the reply can still have.
+        remaining: The maximum number of tokens that the reply can still have.
         generated: Tokens of the reply so far.
         lag: Positions before the last committed token that a drafter has not seen yet and has to
-            catch up on before its first guess.
+            process before its first guess.
     """
 
     active: list[bool]
@@ -38,10 +38,10 @@ class Progress:
 
 @dataclass(frozen=True, slots=True)
 class Timings:
-    """What a cycle took, in seconds.
+    """The time of each part of a cycle, in seconds.
 
     Args:
-        steps: Each draft step; the first one catches up on what the drafter has not seen.
+        steps: Each draft step; the first one includes positions that the drafter had not seen.
         verify: The verify pass.
     """
 
@@ -67,21 +67,27 @@ class DraftLength(Protocol):
         ...
 
     def update(self, progress: Progress, accepted: Sequence[int], timings: Timings) -> None:
-        """Learn from a cycle: its drafts, how many tokens each row accepted, and what it took."""
+        """Update the rule's estimates after a cycle.
+
+        Args:
+            progress: The cycle's drafts.
+            accepted: The number of drafted tokens that each row accepted.
+            timings: The time of each part of the cycle, in seconds.
+        """
         ...
 
     def on_finish(self, tokens: int) -> None:
-        """Learn that a reply has ended with so many tokens."""
+        """Update the rule's estimates after a reply of so many tokens."""
         ...
 
 
 class RowByRow:
-    """A rule that looks at each row alone and learns nothing."""
+    """A rule that decides for each row alone and keeps no estimates."""
 
     maximum: int
 
     def continues(self, confidences: list[float]) -> bool:
-        """Return whether a row goes on after tokens of these probabilities: up to the maximum."""
+        """Return whether a row's draft goes on after tokens with these probabilities."""
         return len(confidences) < self.maximum
 
     def should_continue(self, progress: Progress) -> list[bool]:
@@ -92,10 +98,10 @@ class RowByRow:
         ]
 
     def update(self, progress: Progress, accepted: Sequence[int], timings: Timings) -> None:
-        """Nothing to learn."""
+        """Do nothing. See `DraftLength.update`."""
 
     def on_finish(self, tokens: int) -> None:
-        """Nothing to learn."""
+        """Do nothing. See `DraftLength.on_finish`."""
 
 
 def check_maximum(maximum: int) -> None:
@@ -124,8 +130,8 @@ class ConfidenceLength(RowByRow):
     """A draft ends after the first token that the drafter is unsure of.
 
     Args:
-        maximum: The most tokens in a draft.
-        threshold: A token with a probability below it is the draft's last.
+        maximum: The maximum number of tokens in a draft.
+        threshold: The probability below which a token ends the draft.
     """
 
     maximum: int = 24
@@ -138,7 +144,7 @@ class ConfidenceLength(RowByRow):
             raise InputError(f"A confidence threshold lies between 0 and 1; got {self.threshold}.")
 
     def continues(self, confidences: list[float]) -> bool:
-        """Go on while the drafter is sure, up to the maximum."""
+        """Return whether the drafter is sure of all tokens and the maximum is not reached."""
         return super().continues(confidences) and (
             not confidences or confidences[-1] >= self.threshold
         )

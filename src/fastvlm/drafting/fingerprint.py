@@ -18,26 +18,26 @@ from fastvlm.language.weights_state import adapter_flags, plain_parts
 
 DECODER_VALUES = 128
 LM_HEAD_VALUES = 32
-"""Values of a decoder and of an LM head that a fingerprint holds."""
-REACH = 2**18
-"""Values at a weight's beginning that are sampled: those of a vocabulary that grows later stay."""
-STEP = 100_003
-"""Distance of successive samples, a prime number."""
-RELATIVE, ABSOLUTE = 2**-7, 1e-6
-"""What values may differ by: twice what two roundings, to bfloat16 and to float16, make of them."""
-UNREAD = "as they are quantised or offloaded"
+"""The number of values of a decoder and of an LM head in a fingerprint."""
+SAMPLED_RANGE_VALUES = 2**18
+"""Samples are taken from this many values at a weight's beginning, as a vocabulary may grow."""
+SAMPLE_STRIDE_VALUES = 100_003
+"""The distance between successive samples, a prime number."""
+RELATIVE_TOLERANCE, ABSOLUTE_TOLERANCE = 2**-7, 1e-6
+"""Tolerances of equal values: twice the error of rounding to bfloat16 and then to float16."""
+UNREADABLE_REASON = "as they are quantised or offloaded"
 HASHED_VALUES = 64
-"""Values at the beginning of each parameter that a hash is made of."""
+"""The number of values at the beginning of each parameter that are hashed."""
 HASH_DIGITS = 16
 
 
 @torch.no_grad()
 def fingerprint(model: Any) -> str:
-    """Return what a draft records of its target's decoder and LM head.
+    """Return a fingerprint of a target's decoder and LM head, which its drafts record.
 
     It is a hash of the parameters' names, and some of their values in bfloat16, in base64. Values
-    rather than a hash of them, so that the same checkpoint in another precision is known again: see
-    `difference`. Adapters are passed over, and what can't be read is no number.
+    rather than a hash of them, so that the same checkpoint is recognised in another precision, see
+    `difference`. Adapters are left out, and values that can't be read are NaN.
     """
     decoder, head = sorted(base_parameters(text_decoder(model))), _head(model)
     values = *_sampled(decoder, DECODER_VALUES), *_sampled(head, LM_HEAD_VALUES)
@@ -47,15 +47,15 @@ def fingerprint(model: Any) -> str:
 
 
 def difference(recorded: str | None, model: Any) -> str | None:
-    """Return why a draft's weights may be made for others than a model's; None if nothing says so.
+    """Return why a draft may have been made for other weights than a model's; None if it fits.
 
-    Weights that differ by no more than a change of precision does are taken for the same. A decoder
-    that was quantised, or has an adapter, is known by what it has in floating point, without the
+    Weights that differ by no more than a change of precision are taken as the same. A decoder that
+    was quantised, or has an adapter, is compared by its weights in floating point, without the
     adapter.
 
     Args:
         recorded: The fingerprint that the draft recorded; or the 16 digits of earlier drafts, which
-            knew nothing of the LM head, and of float32 and bfloat16 alone.
+            cover the decoder alone, in float32 and bfloat16.
         model: The model.
 
     Returns:
@@ -75,24 +75,24 @@ def difference(recorded: str | None, model: Any) -> str | None:
     if other:
         return f"{other} of {len(compared)} compared values differ"
     if unread:
-        return f"{unread} of {len(pairs)} values of this model can't be read, {UNREAD}"
-    return None if compared else f"its target's values could not be read, {UNREAD}"
+        return f"{unread} of {len(pairs)} values of this model can't be read, {UNREADABLE_REASON}"
+    return None if compared else f"its target's values could not be read, {UNREADABLE_REASON}"
 
 
 def _difference_of_digits(recorded: str, model: Any) -> str | None:
     if not all(_is_readable(one) for _, one in base_parameters(text_decoder(model))):
-        return f"some of this model's values can't be read, {UNREAD}"
+        return f"some of this model's values can't be read, {UNREADABLE_REASON}"
     digits = decoder_hash(model)
     return None if recorded == digits else f"its fingerprint is {recorded}, this model's {digits}"
 
 
 @torch.no_grad()
 def weights_hash(model: Any) -> str:
-    """Return 16 hexadecimal digits that stand for all that a model's tokens follow from.
+    """Return 16 hexadecimal digits that identify all weights that a model's tokens depend on.
 
-    The decoder and the LM head count with their adapters and what these have switched on, by the
-    first values of each parameter, rounded to bfloat16. Of quantised weights the parts that they
-    are made of count, of offloaded ones the model's name.
+    It covers the decoder and the LM head with their adapters and which of these are active, by the
+    first values of each parameter, rounded to bfloat16. Quantised weights are covered by their
+    stored parts, offloaded ones by the model's name.
     """
     digest = hashlib.sha256()
     for root in (text_decoder(model), model.get_output_embeddings()):
@@ -117,7 +117,7 @@ def decoder_hash(model: Any) -> str:
 
 
 def base_parameters(module: nn.Module, prefix: str = "") -> Iterator[tuple[str, nn.Parameter]]:
-    """Yield a module's parameters under the names that they have without PEFT's adapters."""
+    """Yield a module's parameters without PEFT's adapters, under their names without them."""
     if hasattr(type(module), "merged_adapters"):
         parts = module._modules
         if inner := parts.get("base_layer") or parts.get("original_module"):
@@ -144,14 +144,14 @@ def _sampled(parameters: list[tuple[str, nn.Parameter]], number: int) -> list[fl
     if not parameters:
         return [math.nan] * number
     chosen = (parameters[place * len(parameters) // number][1] for place in range(number))
-    return [_value(one, (place + 1) * STEP) for place, one in enumerate(chosen)]
+    return [_value(one, (place + 1) * SAMPLE_STRIDE_VALUES) for place, one in enumerate(chosen)]
 
 
 def _value(parameter: Tensor, place: int) -> float:
     """Return a value of a parameter; no number where it can't be read."""
     if not _is_readable(parameter):
         return math.nan
-    place %= min(parameter.numel(), REACH)
+    place %= min(parameter.numel(), SAMPLED_RANGE_VALUES)
     where = []
     for size in reversed(parameter.shape):
         place, index = divmod(place, size)
@@ -166,7 +166,7 @@ def _is_readable(parameter: Tensor) -> bool:
 
 
 def _is_close(one: float, other: float) -> bool:
-    return math.isclose(one, other, rel_tol=RELATIVE, abs_tol=ABSOLUTE)
+    return math.isclose(one, other, rel_tol=RELATIVE_TOLERANCE, abs_tol=ABSOLUTE_TOLERANCE)
 
 
 def _parsed(recorded: str) -> tuple[str, list[float]]:

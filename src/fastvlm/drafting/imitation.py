@@ -21,11 +21,11 @@ from fastvlm.language.decoder import SplitDecoder
 from fastvlm.language.families import family
 from fastvlm.language.positions import Positions
 
-KINDS = ("block", "mlp")
+NETWORK_KINDS = ("block", "mlp")
 
 
 class ImitationConfig(PreTrainedConfig):
-    """What an imitation network is, and for which target.
+    """Configuration of an imitation network.
 
     Args:
         kind: `block`: decoder layers of the target's own kind, with their own cache. `mlp`: the
@@ -34,9 +34,9 @@ class ImitationConfig(PreTrainedConfig):
         blocks: Decoder layers in a network of kind `block`.
         text_config: The configuration of the target's decoder.
         target: The target's fingerprint; see `fastvlm.drafting.fingerprint`.
-        num_speculative_tokens: The most tokens in a draft; None for the usual maximum.
+        num_speculative_tokens: The maximum number of tokens in a draft; None for the default.
         confidence: The drafter's own probability below which a draft ends, 0 for drafts of fixed
-            length; None for a length that adapts to the machine and to what is accepted.
+            length; None for a length that adapts to the machine and to the acceptance rate.
     """
 
     model_type = "fastvlm_imitation"
@@ -57,8 +57,10 @@ class ImitationConfig(PreTrainedConfig):
         Raises:
             InputError: The kind is unknown, or a number is out of range.
         """
-        if not isinstance(self.kind, str) or self.kind not in KINDS:
-            raise InputError(f"An imitation network is one of {', '.join(KINDS)}; got {self.kind}.")
+        if not isinstance(self.kind, str) or self.kind not in NETWORK_KINDS:
+            raise InputError(
+                f"An imitation network is one of {', '.join(NETWORK_KINDS)}; got {self.kind}."
+            )
         if not is_count(self.exit_layer) or not is_count(self.blocks):
             raise InputError(
                 "An imitation network needs an exit layer and blocks of at least 1; got"
@@ -79,7 +81,13 @@ def is_count(value: Any) -> bool:
 
 
 class GatedMlp(nn.Module):
-    """The paper's network: x + down(silu(gate(norm(x))) * up(norm(x))), per token."""
+    """The paper's network: x + down(silu(gate(norm(x))) * up(norm(x))), per token.
+
+    Args:
+        width: Size of its inputs and outputs (d_model).
+        hidden: Size of its hidden layer.
+        eps: Epsilon of its RMSNorm.
+    """
 
     def __init__(self, width: int, hidden: int, eps: float) -> None:
         super().__init__()
@@ -89,13 +97,13 @@ class GatedMlp(nn.Module):
         self.down_proj = nn.Linear(hidden, width, bias=False)
 
     def forward(self, x: Tensor) -> Tensor:
-        """Imitate, token by token: (batch, new, d_model) to the same."""
+        """Approximate the last layer's hidden states: (batch, new, d_model) to the same."""
         normed = self.norm(x)
         return x + self.down_proj(F.silu(self.gate_proj(normed)) * self.up_proj(normed))
 
 
 class ImitationNetwork(PreTrainedModel):
-    """Imitates the layers of a target from the exit layer to the last.
+    """Approximates the last layer's hidden states of a target from those of its exit layer.
 
     A draft's directory is this model saved with `save_pretrained`.
     """
@@ -148,22 +156,32 @@ class ImitationNetwork(PreTrainedModel):
     def imitate(
         self, x: Tensor, positions: Positions, cache: KeyValueCache, decoder: SplitDecoder
     ) -> Tensor:
-        """Imitate the last layer's hidden states from the exit layer's: (batch, new, d_model)."""
+        """Approximate the last layer's hidden states from the exit layer's.
+
+        Args:
+            x: The exit layer's hidden states, (batch, new, d_model).
+            positions: Their positions.
+            cache: Where the network's own layers keep their keys and values.
+            decoder: The target's decoder.
+
+        Returns:
+            (batch, new, d_model).
+        """
         if self.mlp is not None:
             return self.mlp(x)
         return decoder.forward_blocks(x, positions, cache, self.layers)
 
 
 def initialise_from(network: ImitationNetwork, layers: Sequence[nn.Module]) -> None:
-    """Start a network from the target's layers that it stands for.
+    """Initialise a network from the target's layers that it replaces.
 
-    A `block` takes the layers from the exit layer on (of which a draft with as many blocks as the
-    target has layers left is the target itself). An `mlp` takes the first one's feed-forward part,
-    where that is gated as its own is; else it starts as the identity, which is early exit.
+    A `block` takes the layers from the exit layer on (so a draft with as many blocks as the target
+    has layers left is the target itself). An `mlp` takes the first one's feed-forward part, if that
+    is gated like its own; otherwise it starts as the identity, which is early exit.
 
     Args:
-        network: What to initialise.
-        layers: All of the target's layers, as its split decoder has them.
+        network: The network to initialise.
+        layers: All of the target's layers, in order.
     """
     first = network.config.exit_layer
     if network.mlp is not None:

@@ -1,10 +1,10 @@
-"""Identity over a whole data set: every strategy's tokens against ordinary decoding.
+"""Audit of identical output: every strategy's tokens against ordinary decoding, over a data set.
 
-For greedy replies ordinary decoding is `transformers`' own `generate`. Batches make it quick;
-requests accept different numbers of tokens and end at different times, as they do in serving. In a
-short precision the width of a pass alone changes tokens, so there is another reference: our own
-ordinary decoding with passes as wide as those that verify, one request at a time. Sampled replies
-are held against our ordinary decoding, too: each is a function of model, prompt and seed.
+For greedy replies ordinary decoding is `transformers`' own `generate`. Requests are decoded in
+batches, in which they accept different numbers of tokens and end at different times, as in serving.
+In a short precision the width of a pass alone changes tokens, so there is another reference: our
+own ordinary decoding with passes as wide as a verify, one request at a time. Sampled replies are
+compared with our ordinary decoding, too: each is a function of model, prompt and seed.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from fastvlm.decoding import Autoregressive, Engine, Request, SamplingParams, St
 from fastvlm.drafting.fingerprint import weights_hash
 from fastvlm.evaluation.measuring import no_progress, refuse, run_requests
 from fastvlm.evaluation.reference import (
-    TIES,
+    MAX_TIE_GAPS,
     ExactModel,
     best_gap,
     dialogue_of,
@@ -32,8 +32,8 @@ from fastvlm.functional.errors import InputError
 from fastvlm.functional.files import locked
 from fastvlm.vlm import VisionLanguageModel
 
-GREEDY = SamplingParams(max_new_tokens=160)
-"""How replies are decoded, if nothing else is said."""
+DEFAULT_SAMPLING_PARAMS = SamplingParams(max_new_tokens=160)
+"""How replies are decoded by default."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,9 +41,9 @@ class Difference:
     """A reply that differs from the reference.
 
     Args:
-        question: Its number.
+        question: The question's number.
         position: The first token that differs.
-        gap: How far apart the target's two best tokens are there, see `best_gap`.
+        gap: The gap between the target's two best tokens there, see `best_gap`.
     """
 
     question: int
@@ -53,15 +53,15 @@ class Difference:
 
 @dataclass(frozen=True, slots=True)
 class Audit:
-    """What an audit found.
+    """The result of an audit.
 
     Args:
-        replies: The reference replies' tokens, by the questions' numbers; those that could not be
-            asked are left out.
-        differences: For each strategy, the replies that differ.
-        acceptance_length: For each strategy, its tokens per pass of the full model.
-        gap: What the two best tokens must lie within, in float64, for a difference to be a tie:
-            what is usual in the model's precision, and nothing where all passes were wide.
+        replies: The reference replies' tokens, by the questions' numbers; questions that could not
+            be asked are left out.
+        differences: The replies of each strategy that differ.
+        acceptance_length: Each strategy's tokens per pass of the full model.
+        gap: The maximum gap between the two best tokens, in float64, for a difference to be a tie:
+            that of the model's precision, and 0 where all passes were wide.
     """
 
     replies: dict[int, list[int]]
@@ -70,15 +70,15 @@ class Audit:
     gap: float
 
     def identical(self, strategy: str) -> int:
-        """Return how many of a strategy's replies have the reference's very tokens."""
+        """Return how many of a strategy's replies have exactly the reference's tokens."""
         return len(self.replies) - len(self.differences[strategy])
 
     def ties(self, strategy: str) -> int:
-        """Return how many of a strategy's differences are ties: rounding alone decides there."""
+        """Return how many of a strategy's differences are ties, decided by rounding alone."""
         return sum(difference.gap < self.gap for difference in self.differences[strategy])
 
     def to_json(self) -> dict[str, Any]:
-        """Return the counts, and every difference that there is."""
+        """Return the counts, and all differences."""
         return {
             name: {
                 "replies": len(self.replies),
@@ -98,29 +98,29 @@ def audit(
     questions: Sequence[Question],
     journal: Path,
     *,
-    params: SamplingParams = GREEDY,
+    params: SamplingParams = DEFAULT_SAMPLING_PARAMS,
     wide: bool = False,
     progress: Callable[[int, int], None] = no_progress,
     failed: Callable[[Question, InputError], None] = refuse,
 ) -> Audit:
-    """Decode every question ordinarily and with every strategy, and compare.
+    """Decode every question without drafts and with every strategy, and compare.
 
     Args:
-        vlm: The model; its engine is given as many questions at a time as it has slots.
-        strategies: By name.
+        vlm: The model; its engine gets as many questions at a time as it has slots.
+        strategies: The strategies by name.
         questions: At least one question.
-        journal: A JSON-lines file of finished batches; a stopped audit goes on from it, and asks
-            what failed once more.
-        params: How replies are decoded: question i with the seed + i. What it doesn't say is as
-            `GREEDY` and a seed of 0.
-        wide: Whether ordinary decoding is ours, with passes as wide as those that verify, one
-            question at a time: then there is no difference in any precision.
-        progress: Called with the questions done and their number.
+        journal: A JSON-lines file of finished batches; a stopped audit resumes from it, and asks
+            questions that failed again.
+        params: How replies are decoded: question i with the seed + i. Values that are None are
+            those of `DEFAULT_SAMPLING_PARAMS`, and a seed of 0.
+        wide: Whether the reference is fastvlm's own decoding without drafts, with passes as wide as
+            a verify, one question at a time: then there is no difference in any precision.
+        progress: Called with the questions done and their total.
         failed: Called with a question that can't be asked and the reason; unless it raises, the
             question is left out for every strategy.
 
     Raises:
-        InputError: What `failed` raises, no question could be asked, or the journal belongs to
+        InputError: Raised by `failed`, no question could be asked, or the journal belongs to
             another audit.
     """
     batch = 1 if wide else vlm.engine.max_slots
@@ -128,7 +128,7 @@ def audit(
     if params.temperature and params.seed is None:
         params = replace(params, seed=0)
     if params.max_new_tokens is None:
-        params = replace(params, max_new_tokens=GREEDY.max_new_tokens)
+        params = replace(params, max_new_tokens=DEFAULT_SAMPLING_PARAMS.max_new_tokens)
     plan = {
         "model": weights_hash(vlm.model),
         "strategies": {name: identity(one) for name, one in sorted(strategies.items())},
@@ -173,7 +173,7 @@ def audit(
     if not done:
         raise InputError("None of the questions could be asked.")
     # Dividing logits by a small temperature enlarges their rounding, too.
-    tie = TIES[vlm.decoder.dtype] / min(params.temperature or 1.0, 1.0)
+    tie = MAX_TIE_GAPS[vlm.decoder.dtype] / min(params.temperature or 1.0, 1.0)
     return Audit(
         replies=dict(
             sorted(
@@ -194,7 +194,7 @@ def audit(
 
 
 def identity(strategy: Strategy) -> dict[str, Any]:
-    """Return what tells a strategy from others of its name."""
+    """Return the settings that distinguish a strategy from others of its name."""
     network = getattr(strategy, "network", None)
     return {
         "exit_layer": strategy.exit_layer,
@@ -211,17 +211,17 @@ def audit_batch(
     params: SamplingParams,
     width: int | None,
 ) -> dict[str, Any]:
-    """Return one batch's reference replies, and for each strategy what differs from them.
+    """Return the reference replies of one batch, and each strategy's differences from them.
 
     Args:
         exact: The model.
-        strategies: By name.
-        questions: What is asked, by their numbers.
-        params: How replies are drawn; question i with the seed + i.
-        width: Positions of every verify in the engine; None for those that it needs.
+        strategies: The strategies by name.
+        questions: The questions by number.
+        params: How replies are decoded; question i with the seed + i.
+        width: Positions of every verify in the engine; None for as many as it needs.
 
     Raises:
-        InputError: One of them can't be asked.
+        InputError: A question can't be asked.
     """
     vlm = exact.vlm
     dialogues = {number: dialogue_of(vlm, asked) for number, asked in questions.items()}

@@ -16,7 +16,7 @@ from fastvlm.data.questions import Question
 from fastvlm.decoding import Strategy
 from fastvlm.evaluation.measuring import no_progress, refuse, rotated, run_request, speedup
 from fastvlm.evaluation.reference import (
-    TIES,
+    MAX_TIE_GAPS,
     ExactModel,
     best_gap,
     dialogue_of,
@@ -35,8 +35,8 @@ class MeasuredReply:
     """One strategy's reply to one question.
 
     Args:
-        token_ids: Its tokens, the end token included.
-        statistics: How it was decoded.
+        token_ids: The tokens, the end token included.
+        statistics: Timings and acceptance.
     """
 
     token_ids: tuple[int, ...]
@@ -45,25 +45,26 @@ class MeasuredReply:
 
 @dataclass(frozen=True, slots=True)
 class StrategyResult:
-    """One strategy over all questions.
+    """One strategy's result over all questions.
 
     Args:
-        strategy: Its name.
-        replies: Questions measured.
-        tokens: Median length of a reply.
+        strategy: The strategy's name.
+        replies: The number of questions measured.
+        tokens: Median number of tokens in a reply.
         identical: Whether every reply has the same tokens as `transformers`' own `generate`, but
             for the `ties`.
-        different: Replies that differ, ties counted.
-        ties: Replies that differ first where the two best logits lie within `TIES`.
-        speedup: Median over the questions of the autoregressive time per output token over this
-            strategy's, and its quartiles.
+        different: The number of replies that differ, ties included.
+        ties: The number of replies whose first difference is where the gap between the two best
+            logits is below `MAX_TIE_GAPS`.
+        speedup: Autoregressive time per output token over this strategy's: median over the
+            questions, with quartiles.
         speedup_end_to_end: The same for whole replies, image and prefill included.
         speedup_vs_transformers: As `speedup`, against `transformers`' own `generate`.
         acceptance_length: Tokens per pass of the full model, over all replies.
-        acceptance_rate: Accepted tokens per drafted one, over all replies.
+        acceptance_rate: Accepted tokens per drafted token, over all replies.
         draft_length: Drafted tokens per cycle, over all replies.
-        ttft_ms: Time to first token.
-        tpot_ms: Time per output token after the first.
+        ttft_ms: Time to first token, in milliseconds.
+        tpot_ms: Time per output token after the first, in milliseconds.
     """
 
     strategy: str
@@ -94,27 +95,33 @@ class StrategyResult:
 
 
 class TokenTimes(BaseStreamer):
-    """Notes when `transformers`' generate hands over each token."""
+    """A streamer that records when `transformers`' `generate` produces each token."""
 
     def __init__(self) -> None:
         self.times: list[float] = []
         self.prompt_seen = False
 
     def put(self, value: torch.Tensor) -> None:
-        """Note a token's time; the first call brings the prompt."""
+        """Record a token's time; the first call has the prompt."""
         del value
         if self.prompt_seen:
             self.times.append(time.perf_counter())
         self.prompt_seen = True
 
     def end(self) -> None:
-        """Nothing is left to do."""
+        """Do nothing."""
 
 
 def run_transformers(
     vlm: VisionLanguageModel, question: Question, max_new_tokens: int
 ) -> MeasuredReply:
-    """Answer a question with `transformers`' own greedy `generate`."""
+    """Return the reply of `transformers`' own greedy `generate` to a question.
+
+    Args:
+        vlm: The model.
+        question: The question.
+        max_new_tokens: The maximum number of tokens in the reply.
+    """
     messages = dialogue_of(vlm, question)
     started = time.perf_counter()
     inputs = vlm.prompts.inputs(messages)
@@ -126,7 +133,17 @@ def run_transformers(
 def run_strategy(
     vlm: VisionLanguageModel, strategy: Strategy, question: Question, max_new_tokens: int
 ) -> MeasuredReply:
-    """Answer a question with one of our strategies."""
+    """Return a strategy's reply to a question.
+
+    Args:
+        vlm: The model.
+        strategy: The strategy.
+        question: The question.
+        max_new_tokens: The maximum number of tokens in the reply.
+
+    Raises:
+        InputError: The image can't be read, or the prompt doesn't fit into the model's context.
+    """
     messages = dialogue_of(vlm, question)
     request = run_request(vlm, strategy, messages, max_new_tokens=max_new_tokens)
     return MeasuredReply(tuple(request.output_token_ids), request.statistics)
@@ -141,23 +158,23 @@ def measure(
     progress: Callable[[int, int], None] = no_progress,
     failed: Callable[[Question, InputError], None] = refuse,
 ) -> list[StrategyResult]:
-    """Measure strategies, and `transformers`' generate, on the same questions.
+    """Measure strategies, and `transformers`' `generate`, on the same questions.
 
-    For each question every contender runs once before the next question, in an order that turns, so
-    that a machine whose speed drifts is as kind to one as to another. The first question is
-    answered once more beforehand, unmeasured.
+    Every contender answers a question before the next question begins, in an order that rotates, so
+    that changes of the machine's speed affect all contenders alike. The first question is answered
+    once beforehand without being measured.
 
     Args:
         vlm: The model.
-        strategies: By name; `autoregressive` among them, the measure of speedup.
+        strategies: The strategies by name, with `autoregressive`, the baseline of speedup.
         questions: At least one question.
-        max_new_tokens: The most tokens of a reply.
-        progress: Called with the questions done and their number.
+        max_new_tokens: The maximum number of tokens in a reply.
+        progress: Called with the questions done and their total.
         failed: Called with a question that can't be asked and the reason; unless it raises, the
             question is left out for every contender.
 
     Raises:
-        InputError: What `failed` raises, or no question could be asked.
+        InputError: Raised by `failed`, or no question could be asked.
     """
     contenders: dict[str, Callable[[Question], MeasuredReply]] = {
         TRANSFORMERS: lambda question: run_transformers(vlm, question, max_new_tokens)
@@ -192,7 +209,14 @@ def summarise(
     runs: Mapping[str, Sequence[MeasuredReply]],
     questions: Sequence[Question],
 ) -> StrategyResult:
-    """Return one contender's result from everybody's runs."""
+    """Return one contender's result.
+
+    Args:
+        exact: The model in float64, to tell ties from other differences.
+        name: The contender's name.
+        runs: All contenders' replies to the questions, by the contenders' names.
+        questions: The questions.
+    """
     own, reference = runs[name], runs[TRANSFORMERS]
     mine = [run.statistics for run in own]
     ordinary = [run.statistics for run in runs[AUTOREGRESSIVE]]
@@ -202,7 +226,7 @@ def summarise(
         if run.token_ids != expected.token_ids
     ]
     vlm = exact.vlm
-    tie = TIES[vlm.decoder.dtype]
+    tie = MAX_TIE_GAPS[vlm.decoder.dtype]
     ties = sum(
         best_gap(exact, dialogue_of(vlm, question), one, other)[1] < tie
         for question, one, other in differing

@@ -1,4 +1,4 @@
-"""How likely a model finds given replies, without writing any."""
+"""Log-likelihoods of given replies."""
 
 from __future__ import annotations
 
@@ -15,12 +15,12 @@ from fastvlm.vlm import VisionLanguageModel
 
 @dataclass(frozen=True, slots=True)
 class Likelihood:
-    """How likely a reply is.
+    """The likelihood of a reply.
 
     Args:
         text: Log-likelihood of its tokens, natural logarithm.
         end: Log-likelihood that the reply ends there; 0 for a model whose replies never end.
-        greedy: Whether greedy decoding would write its tokens.
+        greedy: Whether greedy decoding gives its tokens.
     """
 
     text: float
@@ -29,7 +29,7 @@ class Likelihood:
 
     @property
     def whole(self) -> float:
-        """Log-likelihood that the model writes this and nothing else."""
+        """Log-likelihood of the text and its end together."""
         return self.text + self.end
 
 
@@ -37,13 +37,13 @@ class Likelihood:
 def likelihoods(
     vlm: VisionLanguageModel, request: Request, replies: Sequence[str], batch: int = 20
 ) -> list[Likelihood]:
-    """Return how likely a model finds each of some replies; the prompt is computed once.
+    """Return the likelihoods of replies to one prompt, which is computed once.
 
     Args:
         vlm: The model.
-        request: The prompt, as `VisionLanguageModel.request` gives it.
-        replies: What could be replied.
-        batch: Replies computed together.
+        request: The prompt, as `VisionLanguageModel.request` returns it.
+        replies: The replies.
+        batch: Batch size.
 
     Raises:
         InputError: A reply is empty, or doesn't fit into the model's context with its prompt.

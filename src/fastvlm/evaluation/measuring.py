@@ -1,4 +1,4 @@
-"""How replies are measured: alone, paying for their images, strategies in turns."""
+"""How replies are measured: one at a time, image included, strategies in rotating order."""
 
 from __future__ import annotations
 
@@ -21,22 +21,22 @@ from fastvlm.vlm import VisionLanguageModel
 
 
 def no_progress(done: int, total: int) -> None:
-    """Show nothing."""
+    """Do nothing."""
     del done, total
 
 
 def refuse(question: Question, error: InputError) -> None:
-    """Let a question that can't be asked end the work.
+    """Raise the error of a question that can't be asked.
 
     Raises:
-        InputError: What is wrong with it.
+        InputError: Always.
     """
     del question
     raise error
 
 
 def rotated(names: Sequence[str], number: int) -> list[str]:
-    """Return the order in which a question is answered: each is first as often as any other."""
+    """Return the names in an order that rotates with the question's number."""
     turn = number % len(names)
     return [*names[turn:], *names[:turn]]
 
@@ -48,14 +48,14 @@ def run_request(
     image: ImageInput | None = None,
     **options: Any,
 ) -> Request:
-    """Return a finished request, whose image was encoded for it alone.
+    """Decode one request, with its image encoded anew, and return it.
 
     Args:
         vlm: The model.
-        strategy: How to draft.
-        prompt: As for `VisionLanguageModel.request`.
-        image: As for `VisionLanguageModel.request`.
-        options: As for `VisionLanguageModel.request`.
+        strategy: The strategy.
+        prompt: See `VisionLanguageModel.request`.
+        image: See `VisionLanguageModel.request`.
+        options: See `VisionLanguageModel.request`.
 
     Raises:
         InputError: As `VisionLanguageModel.request`, or the prompt doesn't fit into the model's
@@ -68,14 +68,14 @@ def run_request(
 
 
 def run_requests(engine: Engine, requests: Iterable[Request]) -> list[Request]:
-    """Return finished requests in their order, decoded together.
+    """Decode requests together, and return them in order.
 
     Args:
-        engine: What decodes them.
-        requests: Read as slots become free.
+        engine: The engine.
+        requests: The requests, read as slots become free.
 
     Raises:
-        Exception: What made one of them fail.
+        Exception: The error of a request that failed.
     """
     done = engine.run_all(requests)
     for request in done:
@@ -91,12 +91,12 @@ def speedup(
 
     Args:
         slow: The replies to compare with.
-        fast: The same questions' replies.
-        whole: Whether whole replies are timed, image and prefill included, or the time per output
-            token after the first, which a reply of one token doesn't have.
+        fast: The replies to the same questions.
+        whole: Whether to compare the time of whole replies, image and prefill included, instead of
+            the time per output token after the first.
 
     Returns:
-        None, where no reply has more than one token.
+        None where no reply has more than one token.
     """
     ratios = [
         one.total_ms / other.total_ms if whole else one.tpot_ms / other.tpot_ms
@@ -107,10 +107,10 @@ def speedup(
 
 
 def hardware(device: torch.device | None = None) -> dict[str, Any]:
-    """Return what the figures were measured on.
+    """Return a description of the hardware and the versions of libraries.
 
     Args:
-        device: Where it was computed; None for the accelerator, if there is one.
+        device: The device that was used; None for the accelerator, if there is one.
     """
     names = [
         line.partition(":")[2].strip()

@@ -1,4 +1,4 @@
-"""What strategies are held against: `transformers`' own `generate`, and logits in float64."""
+"""References to compare strategies with: `transformers`' own `generate`, and logits in float64."""
 
 from __future__ import annotations
 
@@ -20,15 +20,15 @@ from fastvlm.vision.loading import ImageInput
 from fastvlm.vlm import VisionLanguageModel
 
 SCENE_PIXELS = 512
-"""Side in pixels of the scenes that are drawn for a model whose processor decides what it sees."""
-TIES = {torch.float64: 1e-9, torch.float32: 1e-4, torch.float16: 0.03, torch.bfloat16: 0.25}
+"""Side in pixels of the scenes for a model whose processor resizes images."""
+MAX_TIE_GAPS = {torch.float64: 1e-9, torch.float32: 1e-4, torch.float16: 0.03, torch.bfloat16: 0.25}
 """Two best logits that lie closer than this may change places by rounding alone. In the short
 precisions it is two steps of a number between 16 and 32, where the best logits of language models
 often lie."""
 
 
 def image_of(vlm: VisionLanguageModel, asked: Question) -> ImageInput | None:
-    """Return a question's image, a scene drawn in the size that the model was made for."""
+    """Return a question's image, a scene drawn in the model's image size."""
     if asked.image is None:
         return None
     own = isinstance(vlm.prompts, FastViTHDPromptBuilder)
@@ -36,7 +36,7 @@ def image_of(vlm: VisionLanguageModel, asked: Question) -> ImageInput | None:
 
 
 def dialogue_of(vlm: VisionLanguageModel, asked: Question) -> list[Message]:
-    """Return a question with its image as a dialogue."""
+    """Return a question and its image as a dialogue."""
     return question(asked.prompt, image_of(vlm, asked))
 
 
@@ -51,9 +51,9 @@ def generate_greedily(
 
     Args:
         vlm: The model.
-        inputs: Rows as `PromptBuilder.inputs` returns them, none of which is padded.
-        max_new_tokens: The most tokens of a reply.
-        streamer: Told of a single row's tokens as they are decoded.
+        inputs: Rows as `PromptBuilder.inputs` returns them, without padding.
+        max_new_tokens: The maximum number of tokens in a reply.
+        streamer: Receives the tokens of a single row as they are decoded.
     """
     model: Any = vlm.model
     out: Tensor = model.generate(
@@ -70,7 +70,7 @@ def generate_greedily(
 
 
 def is_encoder_decoder(model: PreTrainedModel) -> bool:
-    """Return whether a prompt goes through an encoder of text, and the reply through a decoder."""
+    """Return whether a model encodes the prompt with an encoder of text."""
     config: Any = model.config
     return bool(config.is_encoder_decoder or config.get_text_config().is_encoder_decoder)
 
@@ -80,7 +80,15 @@ def reference_replies(
 ) -> list[list[int]]:
     """Return `transformers`' greedy replies to dialogues.
 
-    Those whose inputs have the same shapes are decoded together, so nothing is padded.
+    Dialogues whose inputs have the same shapes are decoded in one batch, so nothing is padded.
+
+    Args:
+        vlm: The model.
+        dialogues: The dialogues, the last turn of each the user's.
+        max_new_tokens: The maximum number of tokens in a reply.
+
+    Returns:
+        Each reply's tokens, up to its end token.
     """
     made = [vlm.prompts.inputs(messages) for messages in dialogues]
     groups: dict[Any, list[int]] = {}
@@ -103,12 +111,12 @@ def up_to_end(reply: list[int], end_tokens: frozenset[int]) -> list[int]:
 
 
 class ExactModel:
-    """A model's logits in float64, of a copy that is made when they are first asked for.
+    """A model's logits in float64, from a copy that is made when it is first needed.
 
-    A context manager: the copy is freed at its end.
+    It is a context manager, at whose end the copy is freed.
 
     Args:
-        vlm: The model, which stays as it is.
+        vlm: The model, which is not changed.
     """
 
     def __init__(self, vlm: VisionLanguageModel) -> None:
@@ -125,12 +133,11 @@ class ExactModel:
 
     @torch.inference_mode()
     def logits(self, inputs: Mapping[str, Tensor], reply: Sequence[int]) -> Tensor:
-        """Return the logits of the token after a reply so far, from scratch: (vocabulary,).
+        """Return the logits after a reply so far, computed from scratch: (vocabulary,).
 
         Args:
             inputs: The prompt, one row as `PromptBuilder.inputs` returns it.
-            reply: The reply's tokens; one that is an image's placeholder is a token here, as it is
-                while a model writes it.
+            reply: The reply's tokens; an image's placeholder in it counts as an ordinary token.
         """
         if self._copy is None:
             self._copy = copy.deepcopy(self.vlm.model).double()
@@ -157,18 +164,18 @@ def best_gap(
     other: Sequence[int],
     **options: Any,
 ) -> tuple[int, float]:
-    """Return where two replies first differ, and how far apart the two best tokens are there.
+    """Return where two replies first differ, and the gap between the two best tokens there.
 
     Args:
         exact: The model.
-        messages: What is replied to.
+        messages: The dialogue replied to.
         one: A reply's tokens.
         other: Another reply's tokens.
-        options: How the replies were drawn, as for `VisionLanguageModel.request`.
+        options: The options of the replies, see `VisionLanguageModel.request`.
 
     Returns:
-        The position, and there the difference of the two greatest scores in float64: of the logits
-        after the logits processors, for a sampled reply with its noise.
+        The position, and there the difference between the two highest scores in float64: logits
+        after the logits processors, with their noise for a sampled reply.
     """
     same = 0
     while same < min(len(one), len(other)) and one[same] == other[same]:

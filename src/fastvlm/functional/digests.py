@@ -1,4 +1,4 @@
-"""What tells data and weights from others, for the plan that a resumed run is held against."""
+"""Digests of data and weights, by which a resumed run recognises its own checkpoint."""
 
 from __future__ import annotations
 
@@ -12,9 +12,9 @@ from torch import nn
 
 
 def digest(value: Any) -> str:
-    """Return 16 hexadecimal digits that stand for a value of plain types.
+    """Return 16 hexadecimal digits that identify a value of plain types.
 
-    What is of none of them counts by what it says of itself.
+    Values of other types are identified by their `repr`, files by name and size, images by content.
     """
     text = json.dumps(value, sort_keys=True, default=_plain)
     return hashlib.sha256(text.encode("utf-8", "surrogatepass")).hexdigest()[:16]
@@ -32,7 +32,7 @@ def _plain(value: Any) -> Any:
 
 
 def digest_of_weights(module: nn.Module) -> str:
-    """Return what tells a module's weights from others: names, shapes and their first values."""
+    """Return a digest of a module's weights: their names, shapes and first values."""
     found = []
     for name, tensor in sorted(module.state_dict().items()):
         first = tensor.detach().flatten()[:16].double().cpu().tolist()

@@ -2,8 +2,8 @@
 
 import re
 
-MAX_SAID = 300
-"""Characters of another library's message that a sentence repeats."""
+MAX_MESSAGE_CHARACTERS = 300
+"""The maximum number of characters quoted from another library's message."""
 
 
 class FastVlmError(Exception):
@@ -11,7 +11,7 @@ class FastVlmError(Exception):
 
 
 class InputError(FastVlmError):
-    """What a user typed or passed is wrong."""
+    """An argument or an option given by the user is wrong."""
 
 
 class CheckpointError(FastVlmError):
@@ -19,14 +19,14 @@ class CheckpointError(FastVlmError):
 
 
 class StorageError(FastVlmError):
-    """A file can't be written: the disk is full, or the place is closed to us."""
+    """A file can't be written: the disk is full, or access is denied."""
 
 
 def first_line(error: Exception) -> str:
-    """Return the first line of what an error says as the end of a sentence, without its full stop.
+    """Return the first line of an error's message without its full stop, to end a sentence with.
 
-    Where it says nothing, its kind; where the line announces those below it, as much of them as
-    makes it whole.
+    An error without a message is named by its type. A line that announces further ones, such as one
+    that ends in a colon, is continued by them.
     """
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     if not lines:
@@ -39,11 +39,11 @@ def first_line(error: Exception) -> str:
     # Classes as Python writes them, and what transformers adds of every type that it tried.
     said = re.sub(r"<class '(?:\w+\.)*(\w+)'>", r"\1", said).partition(" Errors: ")[0]
     said = said.rstrip(" .:,(")
-    return said if len(said) <= MAX_SAID else f"{said[:MAX_SAID]} ..."
+    return said if len(said) <= MAX_MESSAGE_CHARACTERS else f"{said[:MAX_MESSAGE_CHARACTERS]} ..."
 
 
 def shortened(value: object, length: int = 80) -> str:
-    """Return what a value looks like, cut in the middle where it is longer than a line."""
+    """Return a value as text, cut in the middle where it is longer than `length` characters."""
     try:
         text = value if isinstance(value, str) else repr(value)
     except Exception:  # noqa: BLE001 (an object may have a broken `__repr__`)

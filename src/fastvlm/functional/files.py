@@ -18,17 +18,17 @@ from filelock import FileLock, Timeout
 from fastvlm.functional.errors import InputError, StorageError, first_line
 
 FOREIGN_WRITE_ERRORS = re.compile(r"inline_container|iostream error|\(os error \d+\)|file write")
-"""What torch and safetensors say where a file can't be written, in errors that are no OSError."""
-FULL_BYTES = 2**20
-"""A disk with less space than this is full, whatever a library says of it."""
+"""Messages of torch's and safetensors' errors of writing, which are no `OSError`."""
+MIN_FREE_BYTES = 2**20
+"""A disk with less free space than this counts as full."""
 
 
 @contextmanager
 def written_file(path: Path) -> Iterator[Path]:
-    """Yield where to write a file; afterwards it is in its place, whole and flushed to the disk.
+    """Yield the path to write a file to; afterwards the file is in its place, complete and flushed.
 
-    A kill or an error at any moment leaves what was there before. A link stays one: the file that
-    it leads to is replaced. A device or a pipe is written to as it is.
+    If the process is killed or an error is raised, what was there before stays. The target of a
+    symbolic link is replaced, not the link. A device or a pipe is written to directly.
 
     Args:
         path: The file; its folder is made if it isn't there.
@@ -69,7 +69,7 @@ def write_json(path: Path, content: Any) -> None:
 
 
 def as_json(figures: dict[str, Any]) -> str:
-    """Return figures as JSON, which has no word for a number that isn't finite: it is null."""
+    """Return figures as JSON, with null for numbers that are not finite."""
     return json.dumps(_finite(figures), indent=2, allow_nan=False) + "\n"
 
 
@@ -83,13 +83,13 @@ def _finite(value: Any) -> Any:
 
 @contextmanager
 def written_into(folder: Path, last: str) -> Iterator[Path]:
-    """Yield an empty directory to fill; afterwards its files are in a folder that has others.
+    """Yield an empty directory to fill; afterwards its files are moved into a folder.
 
-    The file by which others know that the folder is complete goes in last, and out first.
+    The file that marks the folder as complete is moved in last, and removed first.
 
     Args:
         folder: The folder; it is made if it isn't there.
-        last: That file's name.
+        last: The name of the file that marks the folder as complete.
 
     Raises:
         StorageError: The disk is full, or the files can't be written there.
@@ -113,12 +113,13 @@ def written_into(folder: Path, last: str) -> Iterator[Path]:
 
 @contextmanager
 def written_directory(path: Path) -> Iterator[Path]:
-    """Yield an empty directory to fill; afterwards it is in its place, whole and flushed.
+    """Yield an empty directory to fill; afterwards it is in its place, complete and flushed.
 
-    A kill or an error at any moment leaves what was there before, or nothing.
+    If the process is killed or an error is raised, what was there before stays, or nothing is
+    there.
 
     Args:
-        path: The directory. One that is there already is replaced.
+        path: The directory. An existing one is replaced.
 
     Raises:
         StorageError: The disk is full, or the directory can't be written there.
@@ -150,7 +151,7 @@ def written_directory(path: Path) -> Iterator[Path]:
 
 @contextmanager
 def storage_errors(path: Path) -> Iterator[None]:
-    """Say in one sentence what went wrong with the disk while something was written.
+    """Turn errors of writing to a disk into a `StorageError`.
 
     Args:
         path: What is being written.
@@ -178,7 +179,7 @@ def _reason(path: Path, error: Exception) -> str:
 
 def _is_full(path: Path) -> bool:
     folder = next((parent for parent in path.absolute().parents if parent.is_dir()), None)
-    return folder is not None and shutil.disk_usage(folder).free < FULL_BYTES
+    return folder is not None and shutil.disk_usage(folder).free < MIN_FREE_BYTES
 
 
 def _flush(path: Path) -> None:
@@ -199,13 +200,13 @@ def _flush(path: Path) -> None:
 
 @contextmanager
 def locked(folder: Path) -> Iterator[None]:
-    """Keep a folder for one process; the lock is gone with the process, however it ends.
+    """Lock a folder for this process; the lock ends with the process, however it ends.
 
     Args:
         folder: The folder, which is made if it isn't there.
 
     Raises:
-        InputError: Another process writes to it.
+        InputError: Another process holds the lock.
         StorageError: The folder can't be made or written to.
     """
     lock = FileLock(folder / ".lock")

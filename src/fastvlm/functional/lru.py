@@ -1,4 +1,4 @@
-"""A cache of what was used last, bounded in bytes."""
+"""A least-recently-used cache, limited in bytes."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ class LruBytes:
     """A thread-safe cache that drops the least recently used values beyond a number of bytes.
 
     Args:
-        limit: The most bytes of all values together; 0 keeps nothing.
+        limit: The maximum bytes of all values together; 0 keeps nothing.
     """
 
     def __init__(self, limit: int) -> None:
@@ -28,10 +28,10 @@ class LruBytes:
         return self._nbytes
 
     def get(self, key: Hashable) -> Any | None:
-        """Return a value, which is the most recently used one from now on; None if it isn't there.
+        """Return a value and mark it as the most recently used one; None if it isn't there.
 
         Args:
-            key: What it was put under.
+            key: The key that it was stored under.
         """
         with self._lock:
             if key not in self._values:
@@ -46,16 +46,16 @@ class LruBytes:
     def put(
         self, key: Hashable, value: Any, nbytes: int, replacing: Iterable[Hashable] = ()
     ) -> bool:
-        """Keep a value, and drop those that were used longest ago if there is no room.
+        """Keep a value, and drop the least recently used ones if there is no room.
 
         Args:
-            key: What it is found by; a value that was put under it before is replaced.
+            key: The value's key; a value that has it already is replaced.
             value: The value, anything but None.
-            nbytes: Its size in bytes.
-            replacing: Keys of values that are dropped first, as this one makes them needless.
+            nbytes: The value's size in bytes.
+            replacing: Keys of values to drop first, as this one makes them redundant.
 
         Returns:
-            Whether it is kept: one that is larger than the limit is not, and drops no other.
+            Whether the value is kept: one that is larger than the limit is not, and drops no other.
         """
         if not self.fits(nbytes):
             return False

@@ -1,4 +1,4 @@
-"""What a dialogue is made of."""
+"""The format of a dialogue."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What files of models really are, before a library says something obscure of them."""
+"""Checks of model files, for clearer errors than a library's own."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from torch import nn
 
 from fastvlm.functional.errors import CheckpointError, first_line
 
-HEADS = {
+FILE_SIGNATURES = {
     b"version https://git-lfs": (
         "is a Git LFS pointer and not the file itself; fetch it with git lfs pull"
     ),
@@ -22,17 +22,17 @@ HEADS = {
     b"\x1f\x8b": "is compressed with gzip",
     b"<": "is an HTML or XML page, perhaps of a download that failed",
 }
-"""What the first bytes of a file tell of it."""
-MIN_EXCESS = 1_000_000
-"""Parameters by which a small model may be wrong before its size alone is refused."""
-LONGEST_HEADER = 100_000_000
-"""Bytes: what safetensors takes as a file's header at most."""
+"""Kinds of wrong files, by their first bytes."""
+MIN_EXCESS_PARAMETERS = 1_000_000
+"""The minimum excess of parameters for which a model's size is refused."""
+MAX_HEADER_BYTES = 100_000_000
+"""The maximum size of a safetensors header, in bytes."""
 
 
 def oddity(file: Path) -> str | None:
-    """Return what a file is that is not what its name says; None where that can't be told.
+    """Return what is wrong with a file's contents, given its name; None if nothing is apparent.
 
-    The answer goes on from the file's name: "is empty".
+    The answer continues a sentence that begins with the file's name: "is empty".
     """
     try:
         with file.open("rb") as content:
@@ -43,7 +43,9 @@ def oddity(file: Path) -> str | None:
         return "is empty"
     if not any(head):
         return "holds zeros alone, as after a download that was cut off"
-    return next((what for start, what in HEADS.items() if head.lstrip().startswith(start)), None)
+    return next(
+        (what for start, what in FILE_SIGNATURES.items() if head.lstrip().startswith(start)), None
+    )
 
 
 def read_object(file: Path) -> dict[str, Any]:
@@ -64,7 +66,7 @@ def read_object(file: Path) -> dict[str, Any]:
 
 
 def check_weight_file(file: Path) -> None:
-    """Refuse a file of weights that is cut, empty or something else.
+    """Refuse a file of weights that is truncated, empty or of another kind.
 
     Raises:
         CheckpointError: It is; it names the file.
@@ -83,7 +85,7 @@ def _check_safetensors(file: Path) -> None:
     size = file.stat().st_size
     with file.open("rb") as content:
         length = int.from_bytes(content.read(8), "little")
-        if length > min(size - 8, LONGEST_HEADER):
+        if length > min(size - 8, MAX_HEADER_BYTES):
             raise CheckpointError(f"{file} is no file of safetensors, or its end is missing.")
         header = content.read(length)
     try:
@@ -105,22 +107,22 @@ def _check_safetensors(file: Path) -> None:
 def check_size(config: Path, files: Sequence[Path], build: Callable[[], nn.Module]) -> None:
     """Refuse a configuration whose model is far larger than the weights beside it.
 
-    Loading it would fill the memory with random weights before it turned out to be wrong.
+    Loading it would fill the memory with random weights before the mismatch is found.
 
     Args:
-        config: Its file.
-        files: Those of the weights.
+        config: The configuration file.
+        files: The files of weights.
         build: Makes the model.
 
     Raises:
-        CheckpointError: It is too large.
+        CheckpointError: The model is too large.
     """
     stored = sum(file.stat().st_size for file in files)
     with torch.device("meta"):
         model = build()
     # No format has less than half a byte a parameter, and none is quantised here.
     described = sum(parameter.numel() for parameter in model.parameters())
-    if described > MIN_EXCESS + 2 * stored:
+    if described > MIN_EXCESS_PARAMETERS + 2 * stored:
         raise CheckpointError(
             f"{config} describes a model of {described:,} parameters, and there are {stored:,}"
             " bytes of weights."

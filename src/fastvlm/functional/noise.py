@@ -13,8 +13,8 @@ import torch
 from torch import Tensor
 
 MAX_SEED = 2**64
-"""Seeds lie below it."""
-_LOW = 2**32 - 1
+"""Seeds are below this."""
+_LOW_32_BITS = 2**32 - 1
 
 
 def gumbel(
@@ -22,14 +22,14 @@ def gumbel(
 ) -> Tensor:
     """Return noise for some tokens at some positions of replies: (rows, tokens).
 
-    A counter-based hash of integers gives it, so any subset of the vocabulary has the noise that it
-    has in the whole, on every device.
+    It is a counter-based hash of integers, so any subset of the vocabulary has the same noise as in
+    the whole, on every device.
 
     Args:
-        seeds: Of each row, from 0 on, below `MAX_SEED`.
-        positions: In the reply, of each row.
-        tokens: (tokens,), on the device of the noise.
-        dtype: Of the noise: float32 or float64.
+        seeds: Each row's seed, from 0 on, below `MAX_SEED`.
+        positions: Each row's position in its reply.
+        tokens: The tokens, (tokens,), on the device of the noise.
+        dtype: The precision of the noise: float32 or float64.
     """
     keys = [_key(seed, position) for seed, position in zip(seeds, positions, strict=True)]
     first, second = (
@@ -56,7 +56,7 @@ def _mixed(x: Tensor) -> Tensor:
 def _key(seed: int, position: int) -> tuple[int, int]:
     """Return two 32-bit halves of a hash of a seed and a position, signed."""
     found = _mixed_long(_mixed_long(seed) + position)
-    return _signed(found & _LOW), _signed(found >> 32)
+    return _signed(found & _LOW_32_BITS), _signed(found >> 32)
 
 
 def _mixed_long(x: int) -> int:

@@ -34,12 +34,12 @@ def refuse_unknown(given: Iterable[str], known: Collection[str], what: str) -> N
     """Refuse options that don't exist.
 
     Args:
-        given: The names of what was given.
-        known: The names of what there is.
-        what: What takes them, for the sentence: "generate takes".
+        given: The names that were given.
+        known: The names that exist.
+        what: What takes them, for the error message: "generate takes".
 
     Raises:
-        InputError: One is not known.
+        InputError: A name is unknown.
     """
     for name in given:
         if name in known:

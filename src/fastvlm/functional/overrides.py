@@ -72,15 +72,15 @@ _active: dict[tuple[int, str], _Override] = {}
 
 @contextmanager
 def override_method(owner: object, name: str, replacement: Replacement) -> Iterator[None]:
-    """Replace a method of an object while the context lasts, for calls from this thread only.
+    """Replace a method of an object in this context, for calls from this thread only.
 
-    Any other thread calls the method itself meanwhile. When the last context ends, in whichever
-    thread, the object has the attributes that it had before the first began.
+    Other threads call the method itself meanwhile. When the last context ends, in whichever thread,
+    the object has the attributes that it had before the first began.
 
     Args:
-        owner: The object, which takes attributes.
+        owner: The object.
         name: The method's name.
-        replacement: What is called in its place; its first argument is the method itself.
+        replacement: Called in its place; its first argument is the method itself.
     """
     key = id(owner), name
     with _LOCK:

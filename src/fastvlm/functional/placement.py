@@ -15,10 +15,15 @@ def moved(
     *places: str | torch.device | torch.dtype,
     memory_format: torch.memory_format | None = None,
 ) -> Model:
-    """Return `model.to(...)`, the model itself.
+    """Return `model.to(...)`, the model itself, with its type.
 
-    `PreTrainedModel.to` is wrapped so that its type asks for the model a second time, and the type
-    of `torch.nn.Module.to` knows no memory format.
+    `PreTrainedModel.to` is wrapped in a way that hides its type, and the type of
+    `torch.nn.Module.to` has no memory format.
+
+    Args:
+        model: The model, moved in place.
+        places: A device, a precision, or both.
+        memory_format: The memory format of parameters with four dimensions; None to keep it.
     """
     options = {} if memory_format is None else {"memory_format": memory_format}
     return cast(Any, model).to(*places, **options)

@@ -1,4 +1,4 @@
-"""What a reply's timings and acceptances say."""
+"""Statistics of decoding: timings and acceptance."""
 
 from __future__ import annotations
 
@@ -10,11 +10,11 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True, slots=True)
 class DecodingStatistics:
-    """How one reply was decoded.
+    """Timings and acceptance of one reply.
 
     Args:
-        tokens: Tokens of the reply, its end token counted.
-        ttft_ms: Time to first token, in milliseconds, from the image on; nan before there is one.
+        tokens: Tokens of the reply, its end token included.
+        ttft_ms: Time to first token, image included, in milliseconds; NaN before there is one.
         tpot_ms: Time per output token after the first, in milliseconds; None for one token.
         cycles: Passes of the full model after the prefill.
         proposed: Drafted tokens.
@@ -51,7 +51,7 @@ class DecodingStatistics:
         proposed: Sequence[int],
         accepted: Sequence[int],
     ) -> DecodingStatistics:
-        """Summarise a reply.
+        """Return the statistics of a reply.
 
         Args:
             started: When its work began, in seconds.
@@ -72,12 +72,12 @@ class DecodingStatistics:
 
 @dataclass(frozen=True, slots=True)
 class Acceptance:
-    """What drafts were worth, over some replies together.
+    """Acceptance over several replies together.
 
     Args:
-        rate: Accepted tokens per drafted one; None where nothing was drafted.
-        length: Tokens per pass of the full model, the target's own counted; None where there was no
-            pass after the prefills.
+        rate: Accepted tokens per drafted token; None where nothing was drafted.
+        length: Tokens per pass of the full model, the target's own included; None where there was
+            no pass after the prefills.
         draft_length: Drafted tokens per such pass; None where nothing was drafted.
     """
 
@@ -87,7 +87,7 @@ class Acceptance:
 
     @classmethod
     def over(cls, replies: Collection[DecodingStatistics]) -> Acceptance:
-        """Return what drafts were worth over replies, long ones counting for more."""
+        """Return the acceptance over replies, each weighted by its number of cycles."""
         cycles = sum(reply.cycles for reply in replies)
         proposed = sum(reply.proposed for reply in replies)
         return cls(

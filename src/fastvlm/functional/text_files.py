@@ -1,4 +1,4 @@
-"""Text and JSON out of files that users give, or one sentence on what is wrong with them."""
+"""Reading text and JSON from users' files, with clear errors."""
 
 from __future__ import annotations
 
@@ -17,10 +17,10 @@ Read = TypeVar("Read")
 
 
 def reads(what: str) -> Callable[[Callable[Given, Read]], Callable[Given, Read]]:
-    """Make a reader say in one sentence when what it reads lacks a field or has another shape.
+    """Make a reader raise an `InputError` when its files lack a field or have another structure.
 
     Args:
-        what: The files, such as "COCO's files".
+        what: The files, for the error message, such as "COCO's files".
     """
 
     def decorate(reader: Callable[Given, Read]) -> Callable[Given, Read]:
@@ -43,10 +43,10 @@ def reads(what: str) -> Callable[[Callable[Given, Read]], Callable[Given, Read]]
 
 
 def read_text(file: Path) -> str:
-    """Return a file's text, in UTF-8; one that ends in `.gz` is unpacked.
+    """Return a file's text, in UTF-8; a file that ends in `.gz` is unpacked.
 
     Raises:
-        InputError: It can't be read, or is no such text.
+        InputError: It can't be read, or is not text in UTF-8.
     """
     try:
         with gzip.open(file) if file.suffix == ".gz" else file.open("rb") as content:
@@ -58,7 +58,7 @@ def read_text(file: Path) -> str:
 
 
 def parse_json(text: str | bytes) -> Any:
-    """Return what a JSON text holds.
+    """Return the contents of a JSON text.
 
     Raises:
         ValueError: It is not JSON, or nested too deeply.
@@ -70,7 +70,7 @@ def parse_json(text: str | bytes) -> Any:
 
 
 def read_json(file: Path) -> Any:
-    """Return what a JSON file holds; one that ends in `.gz` is unpacked.
+    """Return the contents of a JSON file; a file that ends in `.gz` is unpacked.
 
     Raises:
         InputError: It can't be read, or is not JSON.
@@ -83,7 +83,7 @@ def read_json(file: Path) -> Any:
 
 
 def read_json_lines(file: Path) -> list[Any]:
-    """Return what each line of a file of JSON lines holds; empty lines are passed over.
+    """Return the contents of each line of a file of JSON lines; empty lines are skipped.
 
     Raises:
         InputError: It can't be read, or a line is not JSON.

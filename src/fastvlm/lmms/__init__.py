@@ -12,7 +12,7 @@ from typing import Any
 
 
 def manifest() -> Any:
-    """Return what lmms-eval wants to know of a model; it imports the class when it is chosen."""
+    """Return lmms-eval's manifest of the model, whose class is imported when it is chosen."""
     from lmms_eval.models.registry_v2 import ModelManifest
 
     return ModelManifest(model_id="fastvlm", simple_class_path="fastvlm.lmms.model.FastVlm")

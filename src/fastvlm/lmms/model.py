@@ -17,23 +17,22 @@ from fastvlm.functional.errors import InputError
 from fastvlm.functional.messages import Message
 from fastvlm.vlm import load
 
-PLACEHOLDER = "<image>"
-"""What some tasks write where an image stands; our images stand before the text."""
-MOST_TOKENS = 1024
-"""Tokens of a reply, where a task doesn't say."""
+IMAGE_PLACEHOLDER = "<image>"
+"""The placeholder of images in some tasks' texts; it is removed, as images come before the text."""
+MAX_NEW_TOKENS = 1024
+"""The maximum number of tokens in a reply, if a task sets none."""
 
 
 class FastVlm(lmms):
     """A model and its draft.
 
     Args:
-        pretrained: The model: a directory, or a name on the Hugging Face hub; None for the
-            example model.
-        draft: Its draft's directory; None for none.
-        strategy: How drafts are made; None for the model's best.
-        device: Where to compute.
-        dtype: The precision.
-        batch_size: Requests that decode together.
+        pretrained: A directory, or a name on the Hugging Face hub; None for the example model.
+        draft: The draft's directory; None for none.
+        strategy: The strategy's name; None for the model's default.
+        device: The device to compute on.
+        dtype: The precision to compute in.
+        batch_size: The maximum number of requests decoded together.
 
     Raises:
         CheckpointError: The model or the draft is missing or broken.
@@ -66,11 +65,12 @@ class FastVlm(lmms):
         """Return a reply to each request.
 
         Args:
-            requests: lmms-eval's instances, whose `args` are the text, how to generate, what gives
-                a document's images, the document's number, the task and its split.
+            requests: lmms-eval's instances, whose `args` are the text, the generation options, a
+                function that returns a document's images, the document's number, the task and its
+                split.
 
         Raises:
-            InputError: A request has something else than images, or asks for beams.
+            InputError: A request has visuals that are not images, or asks for beam search.
         """
         # What can be refused is refused before anything is decoded.
         wanted = [generation(instance.args[1]) for instance in requests]
@@ -95,14 +95,14 @@ class FastVlm(lmms):
         return replies
 
     def loglikelihood(self, requests: Sequence[Any]) -> list[Any]:
-        """Return the loss of each target, and whether greedy decoding writes it.
+        """Return the loss of each target, and whether it is the greedy reply.
 
-        lmms-eval calls it a log-likelihood, but its tasks choose the smallest one: what its own
-        models return is the mean cross-entropy of the target's tokens.
+        lmms-eval calls it a log-likelihood, but its tasks choose the smallest one: its own models
+        return the mean cross-entropy of the target's tokens.
 
         Args:
-            requests: As for `generate_until`, the target in the place of how to generate: a text,
-                or what gives a document's.
+            requests: As for `generate_until`, with the target in place of the generation options: a
+                text, or a function that returns a document's.
         """
         found = []
         for request in requests:
@@ -116,49 +116,49 @@ class FastVlm(lmms):
         return found
 
     def generate_until_multi_round(self, requests: Sequence[Any]) -> list[str]:
-        """Refuse: tasks of several rounds are not asked of this model."""
+        """Refuse: tasks of several rounds are not supported."""
         raise InputError(f"fastvlm answers tasks of one round; got {len(requests)} of several.")
 
     def messages(self, context: str, visuals: Iterable[Any] | None) -> list[Message]:
         """Return a request as a dialogue of one turn.
 
         Raises:
-            InputError: There is something else than images.
+            InputError: There are visuals that are not images.
         """
         shown = list(visuals or ())
         for one in shown:
             if not isinstance(one, Image.Image):
                 raise InputError(f"fastvlm is shown images; got {type(one).__name__}.")
-        text = context.replace(PLACEHOLDER, "").strip()
+        text = context.replace(IMAGE_PLACEHOLDER, "").strip()
         images = [{"type": "image", "image": image} for image in shown]
         return [{"role": "user", "content": [*images, {"type": "text", "text": text}]}]
 
 
 def scored(loss: float, *, greedy: bool) -> Any:
-    """Return a target's loss and whether it is the greedy reply, as lmms-eval reads them.
+    """Return a target's loss and whether it is the greedy reply, in lmms-eval's format.
 
-    lmms-eval 0.7.3 makes a string of a pair, which its choice tasks then can't read; what a
-    `GenerationResult` holds it leaves as it is. Versions before have no such class.
+    lmms-eval 0.7.3 turns a pair into a string, which its choice tasks then can't read, but leaves
+    the contents of a `GenerationResult` as they are. Earlier versions have no such class.
     """
     wrapper = getattr(lmms_instance, "GenerationResult", None)
     return (loss, greedy) if wrapper is None else wrapper((loss, greedy))
 
 
 def generation(options: dict[str, Any]) -> dict[str, Any]:
-    """Return how to generate, as options of `VisionLanguageModel.request`.
+    """Return generation options as options of `VisionLanguageModel.request`.
 
     Args:
-        options: As lmms-eval's tasks have them: `max_new_tokens`, `until`, `do_sample`,
+        options: The options of lmms-eval's tasks: `max_new_tokens`, `until`, `do_sample`,
             `temperature`, `top_p`, `num_beams`.
 
     Raises:
-        InputError: Several beams are asked for, or an option is out of range.
+        InputError: Beam search is asked for, or an option is out of range.
     """
     if options.get("num_beams") not in (None, 1):
         raise InputError(f"fastvlm decodes without beams; got num_beams={options['num_beams']}.")
     until = options.get("until") or ()
     found: dict[str, Any] = {
-        "max_new_tokens": options.get("max_new_tokens") or MOST_TOKENS,
+        "max_new_tokens": options.get("max_new_tokens") or MAX_NEW_TOKENS,
         "stop": [until] if isinstance(until, str) else list(until),
     }
     if options.get("do_sample") and options.get("temperature"):

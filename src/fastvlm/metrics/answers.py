@@ -12,8 +12,8 @@ from collections.abc import Sequence
 
 from fastvlm.functional.errors import InputError
 
-AGREEMENT = 3
-"""People who must give an answer for it to count in full."""
+FULL_CREDIT_PEOPLE = 3
+"""The number of people who must give an answer for full credit."""
 ANLS_THRESHOLD = 0.5
 
 _ARTICLES = frozenset(["a", "an", "the"])
@@ -27,7 +27,7 @@ _PUNCTUATION = tuple(';/[]"{}()=+\\_-><@`,?!')
 _PERIOD = re.compile(r"\.(?!\d)")
 _COMMA_IN_NUMBER = re.compile(r"\d,\d")
 # The official code hands `re.UNICODE` (32) to `sub` where it takes the most replacements to make.
-_MOST_PERIODS = 32
+_MAX_PERIODS = 32
 
 # Each is restored where one of its apostrophes is missing; "lets" and "shes", say, are left alone.
 _CONTRACTIONS = (
@@ -41,7 +41,7 @@ _CONTRACTIONS = (
     "where've who'd who'd've who'll who's who've why'll why're why's won't would've wouldn't "
     "wouldn't've y'all y'all'd've y'all'll you'd you'd've you'll you're you've"
 )
-_RESTORED = {
+_CONTRACTION_BY_SPELLING = {
     contraction[:place] + contraction[place + 1 :]: contraction
     for contraction in _CONTRACTIONS.split()
     for place, character in enumerate(contraction)
@@ -98,9 +98,11 @@ def normalize_answer(answer: str) -> str:
     for mark in _PUNCTUATION:
         beside_space = f"{mark} " in answer or f" {mark}" in answer
         text = text.replace(mark, "" if beside_space or spread else " ")
-    text = _PERIOD.sub("", text, count=_MOST_PERIODS)
+    text = _PERIOD.sub("", text, count=_MAX_PERIODS)
     words = [_NUMBERS.get(word, word) for word in text.lower().split()]
-    return " ".join(_RESTORED.get(word, word) for word in words if word not in _ARTICLES)
+    return " ".join(
+        _CONTRACTION_BY_SPELLING.get(word, word) for word in words if word not in _ARTICLES
+    )
 
 
 def normalize_submission(answer: str) -> str:
@@ -146,8 +148,8 @@ def _agreement(reply: str, people: Sequence[str]) -> float:
     if not people:
         raise InputError("An answer can't be scored without the answers of people.")
     same = Counter(people)[reply]
-    by_those = min(1.0, (same - 1) / AGREEMENT) if same else 0.0
-    by_others = min(1.0, same / AGREEMENT)
+    by_those = min(1.0, (same - 1) / FULL_CREDIT_PEOPLE) if same else 0.0
+    by_others = min(1.0, same / FULL_CREDIT_PEOPLE)
     return (same * by_those + (len(people) - same) * by_others) / len(people)
 
 

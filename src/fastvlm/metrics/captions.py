@@ -16,14 +16,14 @@ from statistics import fmean
 from fastvlm.functional.errors import InputError
 from fastvlm.metrics.tokenization import tokenize_caption
 
-MAX_ORDER = 4
+MAX_NGRAM_ORDER = 4
 CIDER_SIGMA = 6.0
 CIDER_SCALE = 10.0
 ROUGE_BETA = 1.2
 
 # Keeps BLEU defined where there are no n-grams, or no correct ones: COCO's own two constants.
-_TINY = 1e-15
-_SMALL = 1e-9
+_BLEU_TINY = 1e-15
+_BLEU_SMALL = 1e-9
 
 Tokens = Sequence[str]
 
@@ -49,12 +49,12 @@ class BleuCounts:
     @property
     def scores(self) -> tuple[float, ...]:
         """BLEU-1..4, 0 to 1: geometric means of the precisions, times the brevity penalty."""
-        ratio = (self.test_length + _TINY) / (self.reference_length + _SMALL)
+        ratio = (self.test_length + _BLEU_TINY) / (self.reference_length + _BLEU_SMALL)
         brevity = math.exp(1 - 1 / ratio) if ratio < 1 else 1.0
         scores = []
         product = 1.0
         for order, (correct, guesses) in enumerate(zip(self.correct, self.guesses, strict=True), 1):
-            product *= (correct + _TINY) / (guesses + _SMALL)
+            product *= (correct + _BLEU_TINY) / (guesses + _BLEU_SMALL)
             scores.append(brevity * product ** (1 / order))
         return tuple(scores)
 
@@ -128,13 +128,13 @@ def count_bleu(predictions: Sequence[Tokens], references: Sequence[Sequence[Toke
         The counts; their `scores` are BLEU-1..4.
     """
     test_length = reference_length = 0
-    guesses = [0] * MAX_ORDER
-    correct = [0] * MAX_ORDER
+    guesses = [0] * MAX_NGRAM_ORDER
+    correct = [0] * MAX_NGRAM_ORDER
     for prediction, truths in zip(predictions, references, strict=True):
         length = len(prediction)
         test_length += length
         reference_length += min(map(len, truths), key=lambda n: (abs(n - length), n))
-        for order in range(1, MAX_ORDER + 1):
+        for order in range(1, MAX_NGRAM_ORDER + 1):
             guesses[order - 1] += max(0, length - order + 1)
         # | of two counters is their maximum, & their minimum.
         most: Counter[tuple[str, ...]] = Counter()
@@ -195,7 +195,7 @@ class CiderD:
         total = 0.0
         for truth in references:
             truth_counts = _count_ngrams(truth)
-            products = [0.0] * MAX_ORDER
+            products = [0.0] * MAX_NGRAM_ORDER
             for ngram in counts.keys() & truth_counts.keys():
                 count = truth_counts[ngram]
                 weight = self.rarity.get(ngram, self.unseen) ** 2
@@ -210,10 +210,10 @@ class CiderD:
             # COCO measures length in bigrams: captions of no token and of one are equally long.
             difference = max(len(prediction), 1) - max(len(truth), 1)
             total += similarity * math.exp(-(difference**2) / (2 * CIDER_SIGMA**2))
-        return CIDER_SCALE * total / (MAX_ORDER * len(references))
+        return CIDER_SCALE * total / (MAX_NGRAM_ORDER * len(references))
 
     def _norms(self, counts: Counter[tuple[str, ...]]) -> list[float]:
-        squares = [0.0] * MAX_ORDER
+        squares = [0.0] * MAX_NGRAM_ORDER
         for ngram, count in counts.items():
             squares[len(ngram) - 1] += (count * self.rarity.get(ngram, self.unseen)) ** 2
         return [math.sqrt(square) for square in squares]
@@ -264,7 +264,7 @@ def check_captions(predictions: Mapping[str, str], references: Mapping[str, Sequ
 
 def _ngrams(tokens: Tokens) -> Iterable[tuple[str, ...]]:
     """All n-grams of a caption, n = 1..4."""
-    for order in range(1, MAX_ORDER + 1):
+    for order in range(1, MAX_NGRAM_ORDER + 1):
         yield from zip(*(tokens[start:] for start in range(order)), strict=False)
 
 

@@ -24,7 +24,7 @@ Tokenized = dict[str, list[str]]
 
 @dataclass(frozen=True, slots=True)
 class NotComputed:
-    """What stands in a score's place where it can't be computed here."""
+    """Stands for a score that can't be computed here."""
 
     reason: str
 

@@ -37,15 +37,15 @@ DISCIPLINES = {
 }
 """The subjects of each discipline."""
 
-SEED = 42
-"""Of the options drawn for replies that name none, as in the official evaluation."""
+RANDOM_OPTION_SEED = 42
+"""The seed of options drawn for replies that name none, as in the official evaluation."""
 
-LETTERS = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"
-_SHORTEST_QUOTATION = 5
-"""Words: a reply must have more for an option's text to be looked for in it."""
-_MARKS = (",", ".", "!", "?", ";", ":", "'")
-_DECIMALS = 2
-_CONCLUSIONS = (
+OPTION_LETTERS = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"
+_MIN_QUOTATION_WORDS = 5
+"""A reply must have more words than this for options' texts to be looked for in it."""
+_PUNCTUATION_MARKS = (",", ".", "!", "?", ";", ":", "'")
+_ROUNDED_DECIMALS = 2
+_CONCLUSION_MARKERS = (
     "could be ",
     "so ",
     "is ",
@@ -91,17 +91,17 @@ def parse_choice(reply: str, options: Sequence[str]) -> str | None:
     Looked for in turn: "(A)", "A" as a word, and in a reply of more than five words an option's
     text; of several, the last one.
     """
-    for mark in _MARKS:
+    for mark in _PUNCTUATION_MARKS:
         reply = reply.strip(mark)
     text = f" {reply} "
-    letters = LETTERS[: len(options)]
+    letters = OPTION_LETTERS[: len(options)]
     forms = [{letter: f"({letter})" for letter in letters}]
     forms.append({letter: f" {letter} " for letter in letters})
     for form in forms:
         places = {letter: text.rfind(mark) for letter, mark in form.items() if mark in text}
         if places:
             return max(places, key=places.__getitem__)
-    if len(text.split()) <= _SHORTEST_QUOTATION:
+    if len(text.split()) <= _MIN_QUOTATION_WORDS:
         return None
     lower = text.lower()
     places = {
@@ -122,13 +122,13 @@ def parse_open(reply: str) -> set[str | float]:
     lines = whole.split("\n")
     conclusions = []
     for index, line in enumerate(lines):
-        words = (*_CONCLUSIONS, "=") if index == len(lines) - 1 else _CONCLUSIONS
+        words = (*_CONCLUSION_MARKERS, "=") if index == len(lines) - 1 else _CONCLUSION_MARKERS
         # The first of the shortest, as an empty one gives way to any that follows.
         shortest = ""
         for tail in (line.split(word)[-1].strip() for word in words if word in line):
             if not shortest or len(tail) < len(shortest):
                 shortest = tail
-        if shortest and shortest not in _MARKS:
+        if shortest and shortest not in _PUNCTUATION_MARKS:
             conclusions.append(shortest)
     said = conclusions or [whole]
     numbers = [
@@ -165,7 +165,7 @@ def discipline_scores(replies: Mapping[str, str], keys: Mapping[str, Key]) -> di
     """
     if not replies:
         raise InputError("There are no replies to score.")
-    draw = random.Random(SEED)
+    draw = random.Random(RANDOM_OPTION_SEED)
     right: dict[str, bool] = {}
     for question, reply in replies.items():
         key = keys[question]
@@ -173,7 +173,7 @@ def discipline_scores(replies: Mapping[str, str], keys: Mapping[str, Key]) -> di
             right[question] = is_right_open(reply, key.answers)
         else:
             choice = parse_choice(reply, key.options)
-            letters = LETTERS[: len(key.options)]
+            letters = OPTION_LETTERS[: len(key.options)]
             right[question] = (choice or draw.choice(letters)) in key.answers
     scores = {"overall": sum(right.values()) / len(right)}
     for discipline, subjects in DISCIPLINES.items():
@@ -187,7 +187,7 @@ def _values(text: str) -> list[str | float]:
     """A number to two decimals, or a text in lower case; a letter only beside a space."""
     text = text.strip()
     try:
-        return [round(float(text.replace(",", "")), _DECIMALS)]
+        return [round(float(text.replace(",", "")), _ROUNDED_DECIMALS)]
     except ValueError:
         lower = text.lower()
         return [f" {lower}", f"{lower} "] if len(lower) == 1 else [lower]

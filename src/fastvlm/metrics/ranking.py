@@ -12,7 +12,7 @@ from statistics import fmean
 
 from fastvlm.functional.errors import InputError
 
-RECALLS = (1, 5, 10)
+RECALL_RANKS = (1, 5, 10)
 
 
 def rank_options(scores: Sequence[float]) -> list[int]:
@@ -44,7 +44,7 @@ def retrieval_scores(ranks: Sequence[int]) -> dict[str, float]:
     """
     if not ranks:
         raise InputError("There are no ranks to score.")
-    recalls = {f"R@{most}": fmean(rank <= most for rank in ranks) for most in RECALLS}
+    recalls = {f"R@{most}": fmean(rank <= most for rank in ranks) for most in RECALL_RANKS}
     return {**recalls, "MRR": fmean(1 / rank for rank in ranks), "mean rank": fmean(ranks)}
 
 

@@ -30,10 +30,10 @@ def prompt_builder(
     processor: PreTrainedTokenizerBase | ProcessorMixin,
     decoder: SplitDecoder,
 ) -> PromptBuilder:
-    """Return what makes a model's prompts.
+    """Return the prompt builder of a model.
 
     Args:
-        model: The model, which is left as it is.
+        model: The model, which is not changed.
         processor: Its processor, or its tokenizer alone.
         decoder: The model's decoder, split.
 

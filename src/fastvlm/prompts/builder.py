@@ -1,4 +1,4 @@
-"""What makes a model's prompts."""
+"""The interface of prompt builders."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from fastvlm.vision.images import ImageOptions
 
 
 class PromptBuilder(Protocol):
-    """Makes a model's prompts of dialogues, from any thread; it leaves the model as it is."""
+    """Builds a model's prompts from dialogues, in any thread, without changing the model."""
 
     @property
     def shows_images(self) -> bool:
@@ -23,28 +23,28 @@ class PromptBuilder(Protocol):
 
     @property
     def prepare(self) -> Callable[[Sequence[Message]], Any]:
-        """What is done with a dialogue before the model sees it: images opened, texts tokenised.
+        """A function that prepares a dialogue without the model: opens images, tokenizes texts.
 
-        It can be pickled, for the processes that prepare data, and raises what `inputs` does.
+        It can be pickled, for processes that prepare data, and raises the same errors as `inputs`.
         """
         ...
 
     def inputs(
         self, messages: Sequence[Message], **options: Unpack[ImageOptions]
     ) -> dict[str, Tensor]:
-        """Return what the model's own `generate` takes, of one row: `model.generate(**inputs)`.
+        """Return one row of inputs for the model's own `generate`: `model.generate(**inputs)`.
 
         Args:
             messages: The dialogue, the last turn the user's.
-            options: How the images are shown, see `ImageOptions`.
+            options: How images are shown, see `ImageOptions`.
 
         Returns:
-            `input_ids` and `attention_mask`, (1, length), and with images what the model takes for
+            `input_ids` and `attention_mask`, (1, length), and with images the model's inputs for
             them, such as `pixel_values`; on the model's device, in its precision.
 
         Raises:
             InputError: An image can't be read, the text has a placeholder of its own, the model
-                has no use for such a dialogue, or an option is out of range.
+                doesn't support such a dialogue, or an option is out of range.
         """
         ...
 
@@ -55,19 +55,20 @@ class PromptBuilder(Protocol):
         prepared: Any = None,
         **options: Unpack[ImageOptions],
     ) -> DecoderInputs:
-        """Return a dialogue as the model's decoder takes it.
+        """Return a dialogue as the inputs of the model's decoder.
 
         Args:
             messages: The dialogue, the last turn the user's.
-            cache: Where images' features are found and kept; None for nowhere.
-            prepared: What `prepare` made of the dialogue; None where that is still to be done.
-            options: How the images are shown, see `ImageOptions`.
+            cache: Where image features are looked up and kept; None for no cache.
+            prepared: The result of `prepare` for the dialogue; None to prepare it here.
+            options: How images are shown, see `ImageOptions`.
 
         Returns:
             The decoder's inputs. `keys` are None for an encoder-decoder, and for images that have
-            no digest: without a cache, or where a model takes another way to their features.
+            no digest: without a cache, or where a model computes features in another way.
 
         Raises:
-            InputError: As `inputs`, or the model hands its decoder what fastvlm doesn't know.
+            InputError: As `inputs`, or the model passes its decoder arguments that fastvlm doesn't
+                support.
         """
         ...

@@ -14,7 +14,7 @@ from fastvlm.functional.errors import InputError, first_line
 from fastvlm.functional.messages import Message
 from fastvlm.language import DecoderInputs, SplitDecoder
 from fastvlm.prompts.features import ImageFeatureCache, digest
-from fastvlm.prompts.messages import IMAGES, dialogue, images_of, templated
+from fastvlm.prompts.messages import IMAGE_PART_KEYS, dialogue, images_of, templated
 from fastvlm.vision.configuration import REDUCTION
 from fastvlm.vision.fastvithd import FastViTHD
 from fastvlm.vision.images import ImageOptions, prepare
@@ -22,11 +22,11 @@ from fastvlm.vision.images import ImageOptions, prepare
 
 @dataclass(frozen=True, slots=True)
 class FastViTHDInputs:
-    """Makes a model's inputs without the model; it can be pickled.
+    """Prepares a model's inputs without the model; it can be pickled.
 
     Args:
-        tokenizer: The model's, with a chat template.
-        name: What names the model in errors.
+        tokenizer: The model's tokenizer, with a chat template.
+        name: The model's name, for error messages.
         image_token: The placeholder of visual tokens.
         image_size: Side in pixels of the images that the model was made for.
     """
@@ -40,16 +40,18 @@ class FastViTHDInputs:
         """Return a dialogue's tokens, with a placeholder for every visual token.
 
         Args:
-            messages: The dialogue; what an image is does not matter.
-            visual: Visual tokens of each image, in their order; None for those of images as the
-                model takes them, of `image_size` and without tiles.
+            messages: The dialogue; the contents of its images don't matter.
+            visual: Visual tokens of each image, in order; None for images of `image_size` without
+                tiles.
 
         Raises:
             InputError: The text has a placeholder of its own, or the chat template refuses it.
         """
         if visual is None:
             contents = [turn["content"] for turn in messages if isinstance(turn["content"], list)]
-            images = sum(part["type"] in IMAGES for content in contents for part in content)
+            images = sum(
+                part["type"] in IMAGE_PART_KEYS for content in contents for part in content
+            )
             visual = [(self.image_size // REDUCTION) ** 2] * images
         text = templated(self.tokenizer, self.name, messages)
         numbers = iter(visual)
@@ -61,7 +63,7 @@ class FastViTHDInputs:
     def __call__(
         self, messages: Sequence[Message], **options: Unpack[ImageOptions]
     ) -> tuple[list[int], list[Tensor]]:
-        """Return a dialogue's tokens, and of each image its (tiles, 3, size, size) in [0, 1]."""
+        """Return a dialogue's tokens, and each image's tiles, (tiles, 3, size, size) in [0, 1]."""
         shown: ImageOptions = {"image_size": self.image_size, **options}
         turns = dialogue(messages)
         tiles = [prepare(image, **shown) for image in images_of(turns)]
@@ -75,10 +77,10 @@ class FastViTHDInputs:
 
 
 class FastViTHDPromptBuilder:
-    """Makes prompts for a model around a FastViTHD encoder. See `PromptBuilder`.
+    """Builds prompts for a model around a FastViTHD encoder. See `PromptBuilder`.
 
     Args:
-        model: The model, whose encoder is used as it is, fused or not.
+        model: The model, whose encoder is used in its current form.
         tokenizer: Its tokenizer, with a chat template.
         decoder: The model's decoder, split.
 
@@ -105,7 +107,7 @@ class FastViTHDPromptBuilder:
 
     @property
     def prepare(self) -> FastViTHDInputs:
-        """What makes tokens and tiles of a dialogue, as the model is now. See `PromptBuilder`."""
+        """A function that returns a dialogue's tokens and tiles. See `PromptBuilder.prepare`."""
         return FastViTHDInputs(
             self.tokenizer,
             type(self.model).__name__,
@@ -120,7 +122,7 @@ class FastViTHDPromptBuilder:
     def inputs(
         self, messages: Sequence[Message], **options: Unpack[ImageOptions]
     ) -> dict[str, Tensor]:
-        """Return what the model's `generate` takes, of one row. See `PromptBuilder.inputs`.
+        """Return one row of inputs for the model's `generate`. See `PromptBuilder.inputs`.
 
         Returns:
             `input_ids` and `attention_mask`, (1, length); with images also `pixel_values`, (tiles
@@ -141,7 +143,7 @@ class FastViTHDPromptBuilder:
         prepared: Any = None,
         **options: Unpack[ImageOptions],
     ) -> DecoderInputs:
-        """Return a dialogue as the decoder takes it. See `PromptBuilder.decoder_inputs`."""
+        """Return a dialogue as the decoder's inputs. See `PromptBuilder.decoder_inputs`."""
         tokens, tiles = self.prepare(messages, **options) if prepared is None else prepared
         row = torch.tensor(tokens, device=self.decoder.device)
         embeddings = self.decoder.embed(row)
@@ -189,16 +191,16 @@ class FastViTHDPromptBuilder:
 def expand_image_tokens(
     tokenizer: PreTrainedTokenizerBase, text: str, image: int, visual: Iterator[int]
 ) -> list[int]:
-    """Return the tokens of a text, an image's placeholder once for each of its visual tokens.
+    """Return the tokens of a text, with each image's placeholder repeated for its visual tokens.
 
     Args:
-        tokenizer: The model's.
-        text: What the chat template wrote.
+        tokenizer: The model's tokenizer.
+        text: The output of the chat template.
         image: The placeholder.
-        visual: Visual tokens of the images that are left; those in the text are taken.
+        visual: Visual tokens of the remaining images; those of the text's images are consumed.
 
     Raises:
-        InputError: The text has a placeholder more than there are images, or the tokenizer is
+        InputError: The text has more placeholders than there are images, or the tokenizer is
             broken.
     """
     try:

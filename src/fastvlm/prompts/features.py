@@ -1,4 +1,4 @@
-"""Images' features, kept for the next prompt about the same images."""
+"""Cached image features, for later prompts about the same images."""
 
 from __future__ import annotations
 
@@ -21,17 +21,17 @@ Features = Tensor | Sequence[Tensor]
 
 
 class ImageFeatureCache:
-    """Keeps a model's features of images by their digests. It may be used from any thread.
+    """Keeps a model's image features by digest. It may be used from any thread.
 
     Args:
-        lru: Where they are kept, beside whatever else shares its limit.
+        lru: Where they are kept; it may be shared with other caches.
     """
 
     def __init__(self, lru: LruBytes) -> None:
         self.lru = lru
 
     def get(self, digest: str) -> Features | None:
-        """Return what is kept of an image, by its digest; None if nothing is."""
+        """Return the features of a digest; None if they are not kept."""
         found = self._get(digest)
         return None if found is None else found.features
 
@@ -41,9 +41,9 @@ class ImageFeatureCache:
         """Keep an image's features; return whether there is room for them.
 
         Args:
-            digest: Of the image, and of all that its features depend on.
-            features: Its visual tokens, to which nobody writes.
-            output_type: The class of what `get_image_features` returned with them.
+            digest: A digest of the image and of everything else that its features depend on.
+            features: The visual tokens, which must not be changed later.
+            output_type: The class of `get_image_features`' output.
         """
         tensors = [features] if isinstance(features, Tensor) else features
         nbytes = sum(tensor.nbytes for tensor in tensors)
@@ -51,14 +51,14 @@ class ImageFeatureCache:
 
     @contextmanager
     def patched(self, model: PreTrainedModel) -> Iterator[list[str]]:
-        """Answer a model's `get_image_features` from here in this thread, while the context lasts.
+        """Answer a model's `get_image_features` from this cache, in this thread and context.
 
         Args:
-            model: The model; one that never asks for features is left alone.
+            model: The model; one without `get_image_features` is left alone.
 
         Yields:
-            The digests of what has been asked so far: they differ where any argument does, the
-            question that InstructBLIP's Q-Former reads included.
+            The digests of the calls so far. They depend on all arguments, the question that
+            InstructBLIP's Q-Former reads included.
         """
         asked: list[str] = []
         # Where both have the method, the outer model's asks the inner one's.
@@ -109,7 +109,7 @@ class _Kept:
 
 
 def digest(value: Any) -> str:
-    """Return what tells a value from others: tensors, in sequences or alone, and plain values."""
+    """Return a digest of a value: tensors, sequences of them, and plain values."""
     found = hashlib.blake2b(digest_size=16)
     if isinstance(value, Tensor):
         found.update(repr((value.shape, value.dtype)).encode())

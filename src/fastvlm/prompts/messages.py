@@ -1,4 +1,4 @@
-"""Dialogues: turns of texts and images, in the forms that clients write them."""
+"""Dialogues: turns of texts and images, in the formats that clients use."""
 
 from __future__ import annotations
 
@@ -11,14 +11,14 @@ from fastvlm.functional.errors import InputError, first_line, shortened
 from fastvlm.functional.messages import Message
 from fastvlm.vision.loading import ImageInput
 
-TEXTS = ("text", "input_text")
-"""Types of a part that holds a text."""
-IMAGES = {
+TEXT_PART_TYPES = ("text", "input_text")
+"""Types of text parts."""
+IMAGE_PART_KEYS = {
     "image": ("image", "url", "path", "base64"),
     "image_url": ("image_url",),
     "input_image": ("image_url",),
 }
-"""Types of a part that holds an image, each with the keys that may hold it."""
+"""Types of image parts, each with the keys that may hold the image."""
 
 
 def question(prompt: str, image: ImageInput | None) -> list[Message]:
@@ -26,7 +26,7 @@ def question(prompt: str, image: ImageInput | None) -> list[Message]:
 
     Args:
         prompt: The text.
-        image: What stands before it: an image, a list of several, or None.
+        image: An image or a list of several, which come before the text; None for none.
     """
     images = [image] if not isinstance(image, list | tuple) else image
     return [
@@ -41,10 +41,10 @@ def question(prompt: str, image: ImageInput | None) -> list[Message]:
 
 
 def messages_of(prompt: str | Sequence[Message], image: ImageInput | None) -> Sequence[Message]:
-    """Return what is asked as a dialogue.
+    """Return a prompt and its image as a dialogue.
 
     Raises:
-        InputError: An image stands beside a dialogue, which has its images in its messages.
+        InputError: An image is given beside a dialogue, which has its images in its messages.
     """
     if isinstance(prompt, str):
         return question(prompt, image)
@@ -54,7 +54,7 @@ def messages_of(prompt: str | Sequence[Message], image: ImageInput | None) -> Se
 
 
 def dialogue(messages: Any) -> list[Message]:
-    """Return a dialogue in one form, whatever client wrote it.
+    """Return a dialogue in one format, whichever of the supported ones it came in.
 
     Args:
         messages: Turns as `transformers`' chat templates or OpenAI's API take them: each a `role`
@@ -65,7 +65,7 @@ def dialogue(messages: Any) -> list[Message]:
         "image": ...}`.
 
     Raises:
-        InputError: There is no turn, or something in one is none of these.
+        InputError: There is no turn, or something in one has no supported format.
     """
     if isinstance(messages, str | bytes | Mapping) or not isinstance(messages, Sequence):
         raise InputError(
@@ -97,11 +97,11 @@ def _turn(message: Any) -> Message:
 
 def _part(part: Any) -> Mapping[str, Any]:
     kind = part.get("type") if isinstance(part, Mapping) else None
-    if kind in TEXTS and isinstance(part.get("text"), str):
+    if kind in TEXT_PART_TYPES and isinstance(part.get("text"), str):
         check_text(part["text"])
         return {"type": "text", "text": part["text"]}
     if isinstance(kind, str):
-        for key in IMAGES.get(kind, ()):
+        for key in IMAGE_PART_KEYS.get(kind, ()):
             if (value := part.get(key)) is not None:
                 nested = isinstance(value, Mapping) and key == "image_url"
                 return {"type": "image", "image": value.get("url") if nested else value}
@@ -112,10 +112,10 @@ def _part(part: Any) -> Mapping[str, Any]:
 
 
 def check_text(text: str) -> None:
-    """Refuse a text that no tokenizer can read.
+    """Refuse a text that can't be encoded in UTF-8.
 
     Raises:
-        InputError: It has half of a character in it, as a terminal with another encoding types it.
+        InputError: It has a lone surrogate, as a terminal with another encoding produces.
     """
     try:
         text.encode()
@@ -126,7 +126,7 @@ def check_text(text: str) -> None:
 
 
 def images_of(messages: Sequence[Message]) -> list[ImageInput]:
-    """Return the images of a dialogue, as `dialogue` returns it, in their order."""
+    """Return the images of a dialogue in `dialogue`'s format, in order."""
     return [
         part["image"]
         for message in messages
@@ -138,12 +138,12 @@ def images_of(messages: Sequence[Message]) -> list[ImageInput]:
 def templated(
     processor: PreTrainedTokenizerBase | ProcessorMixin, name: str, turns: Sequence[Message]
 ) -> str:
-    """Return a dialogue as a chat template writes it, up to where the reply begins.
+    """Return a dialogue rendered by a chat template, up to where the reply begins.
 
     Args:
-        processor: What has the template.
-        name: The model's, for errors.
-        turns: The dialogue, as the template takes it.
+        processor: The processor or tokenizer with the template.
+        name: The model's name, for error messages.
+        turns: The dialogue, in the template's format.
 
     Raises:
         InputError: The template refuses it, or is broken.

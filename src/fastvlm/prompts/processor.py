@@ -21,21 +21,21 @@ from fastvlm.prompts.messages import dialogue, images_of, templated
 from fastvlm.vision.images import ImageOptions
 from fastvlm.vision.loading import load_image
 
-NEEDED = ("patch_size", "num_query_tokens", "vision_feature_select_strategy")
-"""Settings without which a processor that has them can't count an image's tokens."""
+REQUIRED_SETTINGS = ("patch_size", "num_query_tokens", "vision_feature_select_strategy")
+"""Settings that must not be None where a processor has them, to count an image's tokens."""
 
 
 class ProcessorInputs:
-    """Makes a model's inputs as `transformers` does, without the model: chat template, processor.
+    """Prepares a model's inputs with its chat template and processor, but without the model.
 
-    It can be pickled, for the processes that prepare data.
+    It can be pickled, for processes that prepare data.
 
     Args:
-        model: The model that they are for.
+        model: The model, for its configuration.
         processor: Its processor, or the tokenizer of a model of text alone.
 
     Raises:
-        InputError: The processor has no chat template, and is of a kind that has one.
+        InputError: The processor has no chat template, and its kind needs one.
     """
 
     def __init__(
@@ -58,11 +58,11 @@ class ProcessorInputs:
             )
 
     def __call__(self, messages: Sequence[Message]) -> dict[str, Tensor]:
-        """Return what the model's `generate` takes, of one row, as the processor makes it.
+        """Return one row of inputs for the model's `generate`.
 
         Raises:
             InputError: An image can't be read, the text has a placeholder of its own, or the model,
-                its template or its processor has no use for such a dialogue.
+                its template or its processor doesn't support such a dialogue.
         """
         turns = dialogue(messages)
         shown = images_of(turns)
@@ -90,8 +90,8 @@ class ProcessorInputs:
         """Return a dialogue as one text, with a placeholder for each of its images.
 
         Raises:
-            InputError: The text has a placeholder of its own, or the model or its template has no
-                use for such a dialogue.
+            InputError: The text has a placeholder of its own, or the model or its template doesn't
+                support such a dialogue.
         """
         if self.has_template:
             text, places = self.templated(messages), images
@@ -106,7 +106,7 @@ class ProcessorInputs:
         return text
 
     def templated(self, messages: Sequence[Message]) -> str:
-        """Return a dialogue as the chat template writes it.
+        """Return a dialogue rendered by the chat template.
 
         Raises:
             InputError: The template refuses it.
@@ -118,8 +118,8 @@ class ProcessorInputs:
         return templated(self.processor, self.name, turns)
 
     def lacking(self) -> str:
-        """Return a sentence on what the processor's file should say and doesn't; often none."""
-        names = [name for name in NEEDED if getattr(self.processor, name, 0) is None]
+        """Return a sentence on settings that the processor's file lacks; empty if it lacks none."""
+        names = [name for name in REQUIRED_SETTINGS if getattr(self.processor, name, 0) is None]
         if not names:
             return ""
         listed = " and ".join(names)
@@ -129,10 +129,10 @@ class ProcessorInputs:
         )
 
     def check_shown(self, inputs: dict[str, Tensor]) -> None:
-        """Refuse what a processor made of images if the model would not see them.
+        """Refuse processed images that the model would not see.
 
         Raises:
-            InputError: There are no pixels in it, or no place for their features.
+            InputError: The inputs have no pixels, or no position for image features.
         """
         if not any(value.is_floating_point() for value in inputs.values()):
             raise InputError(
@@ -147,7 +147,7 @@ class ProcessorInputs:
             )
 
     def processed(self, text: str, images: Sequence[Image.Image]) -> dict[str, Tensor]:
-        """Return what the processor makes of a text and the images in it."""
+        """Return the processor's output for a text and its images."""
         options: dict[str, Any] = {"text": text, "return_tensors": "pt"}
         start = tokenizer_of(self.processor).bos_token
         begun = start is not None and text.startswith(start)
@@ -164,17 +164,17 @@ class ProcessorInputs:
 
 
 class ProcessorPromptBuilder:
-    """Makes prompts as `transformers` does: chat template, processor, the model up to its decoder.
+    """Builds prompts as `transformers` does: chat template, processor, the model up to its decoder.
 
     See `PromptBuilder`.
 
     Args:
-        model: The model, which is left as it is.
+        model: The model, which is not changed.
         processor: Its processor, or the tokenizer of a model of text alone.
         decoder: The model's decoder, split.
 
     Raises:
-        InputError: The processor has no chat template, and is of a kind that has one.
+        InputError: The processor has no chat template, and its kind needs one.
     """
 
     def __init__(
@@ -190,7 +190,7 @@ class ProcessorPromptBuilder:
     def inputs(
         self, messages: Sequence[Message], **options: Unpack[ImageOptions]
     ) -> dict[str, Tensor]:
-        """Return what the model's `generate` takes, of one row. See `PromptBuilder.inputs`.
+        """Return one row of inputs for the model's `generate`. See `PromptBuilder.inputs`.
 
         Raises:
             InputError: As `ProcessorInputs`, or an option is given.
@@ -209,7 +209,7 @@ class ProcessorPromptBuilder:
         prepared: Any = None,
         **options: Unpack[ImageOptions],
     ) -> DecoderInputs:
-        """Return a dialogue as the decoder takes it. See `PromptBuilder.decoder_inputs`."""
+        """Return a dialogue as the decoder's inputs. See `PromptBuilder.decoder_inputs`."""
         if prepared is None:
             inputs = self.inputs(messages, **options)
         else:
@@ -227,10 +227,11 @@ class ProcessorPromptBuilder:
         return found if keys is None else found.with_keys(keys)
 
     def capture(self, inputs: dict[str, Tensor]) -> DecoderInputs:
-        """Return what the decoder is given for one row of inputs.
+        """Return the decoder's inputs for one row of the model's inputs.
 
         Raises:
-            InputError: The model refuses them, or hands its decoder what fastvlm doesn't know.
+            InputError: The model refuses them, or passes its decoder arguments that fastvlm doesn't
+                support.
         """
         try:
             [found] = capture_decoder_inputs(self.model, inputs)
@@ -245,12 +246,12 @@ class ProcessorPromptBuilder:
     def keys(
         self, token_ids: Sequence[int], digests: Sequence[str] | None
     ) -> list[Hashable] | None:
-        """Return what tells each position from others; None if nothing does for certain.
+        """Return a key for each position, equal for positions with equal contents; None if unknown.
 
         Args:
             token_ids: The prompt's tokens.
-            digests: Of what the model asked of its encoder for the images; None for a prompt
-                without images. Together they name each of them, as a processor may show one image
+            digests: Digests of the model's calls of its image encoder; None for a prompt without
+                images. Each image's key is made of all of them, as a processor may show an image
                 differently beside another.
         """
         if digests is None:
@@ -267,7 +268,13 @@ class ProcessorPromptBuilder:
 def placed(
     inputs: Mapping[str, Tensor], device: torch.device | None, dtype: torch.dtype | None
 ) -> dict[str, Tensor]:
-    """Return inputs on a device, and what of them is in floating point in a precision."""
+    """Move inputs to a device, and those in floating point to a precision.
+
+    Args:
+        inputs: The inputs by name.
+        device: The device; None to leave them where they are.
+        dtype: The precision; None to leave it as it is.
+    """
     return {
         name: value.to(device, dtype if value.is_floating_point() else None)
         for name, value in inputs.items()
@@ -275,7 +282,7 @@ def placed(
 
 
 def bare(message: Message) -> list[dict[str, Any]]:
-    """Return the parts of a turn without the images themselves."""
+    """Return the parts of a turn, without the contents of images."""
     parts = message["content"]
     return [{"type": "image"} if part["type"] == "image" else dict(part) for part in parts]
 
@@ -286,15 +293,15 @@ def plain_text(message: Message) -> str:
 
 
 def check_plain(name: str, messages: Sequence[Message], images: int | None) -> None:
-    """Refuse what a model without a chat template can't be given.
+    """Refuse a dialogue that a model without a chat template doesn't support.
 
     Args:
-        name: The model's.
+        name: The model's name, for error messages.
         messages: The dialogue.
-        images: How many images it has; None for a model of text alone.
+        images: The number of images; None for a model of text alone.
 
     Raises:
-        InputError: It is not one turn of the user's, or the images are not one.
+        InputError: It is not a single turn of the user, or has not exactly one image.
     """
     if [message.get("role") for message in messages] != ["user"]:
         raise InputError(

@@ -1,4 +1,4 @@
-"""A new FastVLM: a FastViTHD, a projector that has learnt nothing, and any decoder."""
+"""Assembling a new FastVLM from a FastViTHD, an untrained projector and a language model."""
 
 from __future__ import annotations
 
@@ -17,28 +17,28 @@ from transformers import (
 )
 
 from fastvlm.checkpoints import load_checkpoint
-from fastvlm.checkpoints.layouts import CHATML, IMAGE
+from fastvlm.checkpoints.layouts import CHATML_TEMPLATE, IMAGE_TOKEN
 from fastvlm.functional.errors import CheckpointError, InputError
 from fastvlm.language.families import family
 from fastvlm.vision.configuration import REDUCTION, FastViTHDConfig
 from fastvlm.vision.fastvithd import FastViTHD
 
-TURN_END = "<|im_end|>"
+TURN_END_TOKEN = "<|im_end|>"
 
 
 def assemble(
     encoder: FastViTHD, decoder: Path
 ) -> tuple[FastVlmForConditionalGeneration, PreTrainedTokenizerBase]:
-    """Return a new model in float32, and its tokenizer with a place for images.
+    """Return a new model in float32, and its tokenizer with a token for images.
 
     Args:
-        encoder: The encoder, in the form in which it is trained on.
-        decoder: A causal language model of text, with its tokenizer.
+        encoder: The encoder, in the form in which it is trained further.
+        decoder: A causal language model with its tokenizer.
 
     Raises:
         CheckpointError: The decoder can't be read.
-        InputError: It is no decoder of text, of a family that is not known, or its tokenizer's chat
-            template has no place for images.
+        InputError: It is no language model of a supported family, or its tokenizer's chat template
+            doesn't support images.
     """
     text, processor = load_checkpoint(decoder, torch.float32, "cpu")
     if not isinstance(processor, PreTrainedTokenizerBase) or text.base_model is text:
@@ -47,7 +47,7 @@ def assemble(
         raise InputError(f"{decoder} has an encoder of its own; give it as --model.")
     family(text.config.model_type)
     ends = prepare_tokenizer(processor, decoder)
-    image = cast(int, processor.convert_tokens_to_ids(IMAGE))
+    image = cast(int, processor.convert_tokens_to_ids(IMAGE_TOKEN))
     weight = cast(Tensor, text.get_input_embeddings().weight)
     if image >= weight.shape[0]:
         text.resize_token_embeddings(len(processor))
@@ -68,7 +68,13 @@ def assemble(
 def take_over(
     model: FastVlmForConditionalGeneration, encoder: FastViTHD, text: PreTrainedModel
 ) -> None:
-    """Put a trained encoder and a trained decoder into a model."""
+    """Put a trained encoder and a trained decoder into a model.
+
+    Args:
+        model: The model, changed in place.
+        encoder: The vision encoder, which becomes part of the model.
+        text: The language model, whose weights are copied.
+    """
     # Where they were read from is nobody's business later.
     encoder.config.name_or_path = text.config.name_or_path = ""
     model.model.vision_tower = encoder
@@ -81,36 +87,36 @@ def take_over(
 
 
 def prepare_tokenizer(tokenizer: PreTrainedTokenizerBase, decoder: Path) -> int | None:
-    """Give a tokenizer a token for images, and Apple's template if its own shows none.
+    """Add a token for images to a tokenizer, and Apple's chat template if its own has no images.
 
     Returns:
-        The token that ends a turn of Apple's template; None where the tokenizer's own stays.
+        The token that ends a turn in Apple's template; None where the tokenizer's own is kept.
 
     Raises:
-        InputError: Its template has no place for images, and it doesn't know Apple's tokens.
+        InputError: Its template doesn't support images, and its vocabulary lacks Apple's tokens.
     """
-    if IMAGE not in tokenizer.get_vocab():
-        tokenizer.add_special_tokens({"additional_special_tokens": [IMAGE]})
+    if IMAGE_TOKEN not in tokenizer.get_vocab():
+        tokenizer.add_special_tokens({"additional_special_tokens": [IMAGE_TOKEN]})
     shown: Any = [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "?"}]}]
     if tokenizer.chat_template:
         try:
             text = str(tokenizer.apply_chat_template(shown, tokenize=False))
         except Exception:  # noqa: BLE001 (a template may raise anything)
             text = ""
-        if text.count(IMAGE) == 1 and "'type'" not in text:
+        if text.count(IMAGE_TOKEN) == 1 and "'type'" not in text:
             return None
-    end = tokenizer.get_vocab().get(TURN_END)
+    end = tokenizer.get_vocab().get(TURN_END_TOKEN)
     if end is None:
         raise InputError(
             f"The chat template of {decoder} has no place for images, and its tokenizer doesn't"
             " know ChatML's tokens; set a tokenizer.chat_template that writes <image>."
         )
-    tokenizer.chat_template = CHATML
+    tokenizer.chat_template = CHATML_TEMPLATE
     return end
 
 
 def read_encoder(path: Path) -> FastViTHD:
-    """Read a FastViTHD from its own directory, or out of a model's.
+    """Load a FastViTHD from its own directory or from a model's.
 
     Raises:
         CheckpointError: There is none, or it can't be read.

@@ -1,4 +1,4 @@
-"""A run's two last checkpoints: written whole or not at all, and refused by another run."""
+"""A run's last two checkpoints: each is complete or not there, and belongs to one plan."""
 
 from __future__ import annotations
 
@@ -14,22 +14,22 @@ from fastvlm.functional.errors import CheckpointError, first_line, shortened
 from fastvlm.functional.files import written_file
 
 State = dict[str, Any]
-"""What a checkpoint holds: the plan, the next step, weights, optimiser, and streams' positions."""
-PARTS = ("plan", "step", "streams", "module", "optimiser")
+"""A checkpoint: the plan, the next step, weights, optimiser state, and streams' positions."""
+CHECKPOINT_KEYS = ("plan", "step", "streams", "module", "optimiser")
 
 
 def before(path: Path) -> Path:
-    """Return where the checkpoint before the last one is."""
+    """Return the path of the checkpoint before the last one."""
     return path.with_stem(f"{path.stem}-before")
 
 
 def write_checkpoint(path: Path, state: State) -> None:
     """Write a checkpoint, and keep the one before it.
 
-    A kill at any moment leaves one of them whole.
+    If the process is killed at any moment, at least one of them is intact.
 
     Raises:
-        StorageError: The disk is full, or can't be written to; what was there stays.
+        StorageError: The disk is full, or can't be written to; the earlier checkpoint stays.
     """
     with written_file(path) as beside:
         torch.save(state, beside)
@@ -48,19 +48,19 @@ def _keep(path: Path) -> None:
 
 
 def read_checkpoint(path: Path, plan: State, processes: int, *, streams: bool) -> State | None:
-    """Return what a run with this plan goes on from; None where nothing was written.
+    """Return the checkpoint to resume from; None if there is none.
 
-    Where the last checkpoint is broken, that is the one before it, which is said.
+    If the last checkpoint is broken, the one before it is returned, with a message.
 
     Args:
         path: The file.
-        plan: All that decides what is learnt.
-        processes: Processes of the run.
+        plan: All settings and data that the result depends on.
+        processes: The number of processes in the run.
         streams: Whether each process draws from a stream of its own.
 
     Raises:
         CheckpointError: It was written by a run with another plan, or by another number of
-            processes with a stream each, or none that was written can be read.
+            processes with a stream each, or no checkpoint can be read.
     """
     state = _last(path)
     if state is None:
@@ -86,7 +86,7 @@ def _last(path: Path) -> State | None:
             continue
         try:
             state: State = torch.load(file, weights_only=True, map_location="cpu")
-            missing = [part for part in PARTS if part not in state]
+            missing = [part for part in CHECKPOINT_KEYS if part not in state]
         except Exception as error:  # noqa: BLE001 (of torch, of zipfile and of pickle)
             broken.append(f"{file} can't be read ({first_line(error)})")
             continue
@@ -110,7 +110,13 @@ def _last(path: Path) -> State | None:
 def differences(
     found: Mapping[str, Any], wanted: Mapping[str, Any], prefix: str = ""
 ) -> Iterator[str]:
-    """Yield in words what differs between a checkpoint's plan and a run's."""
+    """Yield the differences between a checkpoint's plan and a run's, each in words.
+
+    Args:
+        found: The checkpoint's plan.
+        wanted: The run's plan.
+        prefix: The path to a nested part of the plans, put before each name.
+    """
     for name in dict.fromkeys((*found, *wanted)):
         ours, theirs = wanted.get(name), found.get(name)
         if ours == theirs:

@@ -1,4 +1,4 @@
-"""The curves of a run, drawn from its log."""
+"""Plots of a run's log."""
 
 from __future__ import annotations
 
@@ -10,11 +10,11 @@ from fastvlm.functional.errors import InputError
 from fastvlm.functional.files import written_file
 from fastvlm.functional.text_files import parse_json
 
-COLUMNS = 3
+PLOT_COLUMNS = 3
 
 
 def read_log(log: Path) -> list[dict[str, Any]]:
-    """Return a log's entries; lines that a kill or a broken disk has spoilt are passed over."""
+    """Return a log's entries, without lines that are incomplete or broken."""
     if not log.is_file():
         return []
     entries = []
@@ -29,7 +29,7 @@ def read_log(log: Path) -> list[dict[str, Any]]:
 
 
 def read_curves(log: Path) -> dict[str, dict[str, list[tuple[int, float]]]]:
-    """Return a log's curves by what they measure: a measure's name ends with that word."""
+    """Return a log's curves, grouped by the last word of their names."""
     curves: dict[str, dict[str, list[tuple[int, float]]]] = {}
     for entry in read_log(log):
         step = entry["step"]
@@ -41,7 +41,7 @@ def read_curves(log: Path) -> dict[str, dict[str, list[tuple[int, float]]]]:
 
 
 def draw_curves(log: Path, image: Path) -> None:
-    """Draw a log's curves over the steps, those of one measure together.
+    """Plot a log's curves over the steps, those of the same quantity together.
 
     Raises:
         InputError: matplotlib is not installed.
@@ -54,11 +54,11 @@ def draw_curves(log: Path, image: Path) -> None:
             "The curves are not drawn without matplotlib: pip install 'fastvlm[plots]'."
         ) from error
     curves = read_curves(log)
-    rows = math.ceil(len(curves) / COLUMNS)
-    figure = Figure(figsize=(4.2 * COLUMNS, 2.8 * rows), layout="constrained")
+    rows = math.ceil(len(curves) / PLOT_COLUMNS)
+    figure = Figure(figsize=(4.2 * PLOT_COLUMNS, 2.8 * rows), layout="constrained")
     FigureCanvasAgg(figure)
     for number, (measure, named) in enumerate(curves.items()):
-        axes = figure.add_subplot(rows, COLUMNS, number + 1)
+        axes = figure.add_subplot(rows, PLOT_COLUMNS, number + 1)
         for name, points in named.items():
             steps, values = zip(*points, strict=True)
             axes.plot(steps, values, marker=".", label=name)

@@ -1,4 +1,4 @@
-"""What tells what is learnt from other examples and data sets."""
+"""Digests of training examples and data sets."""
 
 from __future__ import annotations
 
@@ -11,15 +11,15 @@ from fastvlm.training.replies import Example
 
 
 def digest_of_examples(examples: Sequence[Example]) -> str:
-    """Return what tells examples from others: their texts, their images and their replies."""
+    """Return a digest of examples: their texts, images and replies."""
     return digest([[example.messages, example.reply] for example in examples])
 
 
 def digest_of_source(source: Records | Shards) -> str:
-    """Return what tells a data set from others.
+    """Return a digest of a data set.
 
-    That is what its rows say, without the contents of image files that they name; of shards, their
-    names and sizes.
+    It covers the contents of its rows, without the contents of image files that they name; for
+    shards, their names and sizes.
     """
     if isinstance(source, Records):
         # What Hugging Face's datasets tell their own tables by.

@@ -1,4 +1,4 @@
-"""What the steps of a run draw from examples, whose prompts workers prepare ahead."""
+"""Drawing the examples of each step, with prompts prepared ahead by workers."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from fastvlm.training.replies import Example
 from fastvlm.training.schedule import Schedule
 
 Wanted = tuple[int, Sequence[Message]] | None
-"""An example's number and messages; None stands at a step's end."""
+"""An example's number and messages; None marks a step's end."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,12 +31,12 @@ class _Preparation:
 
 
 class ExampleDraws:
-    """Draws a step's examples, without any of them twice.
+    """Draws a step's examples without replacement.
 
     Args:
-        forcing: What makes their prompts, and keeps them where there is memory.
+        forcing: Makes the prompts, and keeps them if there is memory.
         examples: The examples.
-        batch: Examples of a step; of fewer, all are drawn.
+        batch: Examples in a step; if there are fewer, all are drawn.
     """
 
     def __init__(self, forcing: TeacherForcing, examples: Sequence[Example], batch: int) -> None:
@@ -46,11 +46,11 @@ class ExampleDraws:
         self._prepared: Generator[tuple[int, Any] | None] | None = None
 
     def __call__(self, step: int) -> list[Example]:
-        """Return a step's examples; Python's generator is seeded for it.
+        """Return a step's examples; Python's generator must be seeded for the step.
 
         Raises:
-            InputError: One of them can't be prepared.
-            LostWorkerError: A worker was ended from outside.
+            InputError: An example can't be prepared.
+            LostWorkerError: A worker was killed.
         """
         drawn = random.sample(self.examples, self.size)
         schedule = self._schedule
@@ -71,7 +71,7 @@ class ExampleDraws:
 
     @contextmanager
     def ahead(self, schedule: Schedule) -> Iterator[None]:
-        """Have what coming steps draw prepared ahead by the schedule's workers, until this ends."""
+        """Prepare the examples of coming steps in the schedule's workers, in this context."""
         self._schedule = schedule
         try:
             yield

@@ -1,4 +1,4 @@
-"""Which exit layer to draft from: a few are taught for a while, and the fastest is kept."""
+"""Choosing the exit layer: train drafts at a few layers briefly, and keep the fastest."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from fastvlm.vlm import VisionLanguageModel
 
 
 def exits_to_try(depth: int) -> list[int]:
-    """Return a few exit layers of a decoder: the first two, an eighth of it and a quarter."""
+    """Return the exit layers to try: the first two, an eighth and a quarter of the decoder."""
     return sorted({layer for layer in (1, 2, depth // 8, depth // 4) if 1 <= layer < depth})
 
 
@@ -32,21 +32,20 @@ def choose_exit_layer(
     output: Path,
     schedule: Schedule,
 ) -> tuple[int, Mapping[int, Decoded]]:
-    """Return the exit layer that decodes held-out questions fastest, and how each one did.
+    """Return the exit layer that decodes held-out questions fastest, and the result of each.
 
-    The choice is kept: another measurement might find another layer, and a run that goes on would
-    then be another run. Where it is known from before, nothing is decoded.
+    The choice is written to disk and reused: another measurement might choose another layer, and a
+    resumed run would then be a different one.
 
-    What counts is tokens per second on this machine, which is what acceptance and the costs of
-    layers come to.
+    The criterion is tokens per second on this machine.
 
     Args:
         vlm: The target.
-        plan: What is to be trained; its exit layer is not read.
-        examples: What it learns from.
+        plan: The draft to train; its exit layer is ignored.
+        examples: The training examples.
         held_out: The questions to decode.
-        output: Where the short run is kept; when it is there, it is not done again.
-        schedule: Of the short run.
+        output: The folder of the short run and of its result, which is reused if it is there.
+        schedule: The schedule of the short run.
     """
     tried = {layer: replace(plan, exit_layer=layer) for layer in exits_to_try(vlm.decoder.depth)}
     plans = {f"exit-{layer}": of for layer, of in tried.items()}

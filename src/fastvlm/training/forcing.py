@@ -1,4 +1,4 @@
-"""Teacher forcing: whole dialogues through a model's split decoder, whatever its family."""
+"""Teacher forcing: whole dialogues through the split decoder of a model of any family."""
 
 from __future__ import annotations
 
@@ -18,18 +18,18 @@ from fastvlm.vlm import VisionLanguageModel
 T = TypeVar("T")
 
 EXAMPLE_CACHE_BYTES = 2 * 2**30
-"""Memory for what a frozen model makes of examples, so that it need not be made again."""
+"""The default memory for a frozen model's results on examples, in bytes."""
 
 
 class ExampleCache:
-    """What was made of examples, as much of it as fits into memory.
+    """Keeps what is computed from examples, as long as there is memory.
 
-    What fits is kept for good: a step draws at random, and would find as little of what was used
-    last as of anything else. Whatever is kept has to be made of its example alone, not of those
-    that are drawn with it, so that a run that is resumed computes the same.
+    What fits is kept for good: a step draws at random, so an eviction policy would not help. A
+    value must be computed from its example alone, not from those that are drawn with it, so that a
+    resumed run computes the same.
 
     Args:
-        most_bytes: The most memory.
+        most_bytes: The maximum memory, in bytes.
     """
 
     def __init__(self, most_bytes: int = EXAMPLE_CACHE_BYTES) -> None:
@@ -38,12 +38,12 @@ class ExampleCache:
         self._found: dict[int, tuple[object, Any]] = {}
 
     def get(self, of: object, make: Callable[[], T], parts: Callable[[T], Iterable[Tensor]]) -> T:
-        """Return what is kept, or make it.
+        """Return the kept value of an object, or compute it.
 
         Args:
-            of: What it is made of; the same object stands for the same.
-            make: Makes it.
-            parts: The tensors that it consists of.
+            of: The object, identified by `id`.
+            make: Computes the value.
+            parts: Returns the value's tensors, whose size is counted.
         """
         key = id(of)
         if key in self._found:
@@ -56,19 +56,19 @@ class ExampleCache:
         return made
 
     def has(self, of: object) -> bool:
-        """Say whether what is made of something is kept; it may be asked from any thread."""
+        """Return whether what is made of an object is kept; it may be called from any thread."""
         return id(of) in self._found
 
 
 @dataclass(frozen=True, slots=True)
 class Forced:
-    """A batch of dialogues, as a pass over all their positions takes it.
+    """A batch of dialogues, for a pass over all their positions.
 
     Args:
         x: The decoder's inputs, padded on the right: (batch, length, d_embedding).
         positions: All positions.
-        loss_mask: The positions that predict a token of the reply that is learnt: (batch, length).
-        targets: The tokens that they predict, in the order of `loss_mask`.
+        loss_mask: The positions that predict a token of the loss: (batch, length).
+        targets: The tokens that they predict, in the order of `loss_mask`: (tokens,).
     """
 
     x: Tensor
@@ -81,7 +81,7 @@ class TeacherForcing:
     """Makes batches of examples, and keeps their prompts.
 
     Args:
-        vlm: The model whose prompts and decoder are used; its image encoder doesn't learn.
+        vlm: The model whose prompts and decoder are used; its image encoder is frozen.
         kept: Where prompts are kept.
     """
 
@@ -92,10 +92,10 @@ class TeacherForcing:
 
     @torch.no_grad()
     def prompt(self, example: Example) -> DecoderInputs:
-        """Return an example's prompt, encoded now or before.
+        """Return an example's prompt, encoded now or taken from the cache.
 
         Raises:
-            InputError: An image can't be read, or the prompt doesn't suit the model.
+            InputError: An image can't be read, or the model doesn't support the prompt.
         """
         return self.kept.get(
             example.messages,
@@ -115,8 +115,8 @@ class TeacherForcing:
 
         Args:
             examples: The dialogues.
-            given: The first tokens of each reply that are not learnt: one for a draft, as the
-                prefill gives it and no draft holds it.
+            given: The number of tokens at the beginning of each reply without a loss: 1 for a
+                draft, as the prefill gives that token and no draft holds it.
 
         Raises:
             InputError: As `prompt`.
@@ -136,14 +136,20 @@ class TeacherForcing:
 
 
 class GradientCache:
-    """The cache of one pass in training: it keeps nothing, so keys and values carry gradients."""
+    """The cache of one training pass: it stores nothing, so keys and values carry gradients."""
 
     def begin_pass(self, positions: Positions) -> None:
-        """Nothing is written."""
+        """Do nothing."""
 
     def update(
         self, keys: Tensor, values: Tensor, layer_idx: int, *_: object, **__: object
     ) -> tuple[Tensor, Tensor]:
-        """Return what was given: a pass from position 0 sees itself alone."""
+        """Return keys and values unchanged: a pass from position 0 attends to itself only.
+
+        Args:
+            keys: (batch, kv_heads, length, head_dim).
+            values: (batch, kv_heads, length, head_dim).
+            layer_idx: Not used.
+        """
         del layer_idx
         return keys, values

@@ -1,4 +1,4 @@
-"""Drafts measured by actual decoding of what they have not learnt from."""
+"""Measuring drafts by decoding held-out questions."""
 
 from __future__ import annotations
 
@@ -15,19 +15,19 @@ from fastvlm.functional.statistics import Acceptance, DecodingStatistics, Spread
 from fastvlm.training.replies import TrainingPrompt
 from fastvlm.vlm import VisionLanguageModel
 
-ORDINARY = ""
-"""Stands among drafts for decoding without one."""
+ORDINARY_KEY = ""
+"""The name of decoding without a draft, among drafts."""
 
 
 @dataclass(frozen=True, slots=True)
 class Decoded:
-    """How a draft did.
+    """A draft's results.
 
     Args:
-        acceptance_rate: Accepted tokens per drafted one.
+        acceptance_rate: Accepted tokens per drafted token.
         acceptance_length: Tokens per pass of the full model.
-        tokens_per_second: Of decoding, without the prompts' passes.
-        speedup: Time of ordinary decoding over the draft's: over the replies.
+        tokens_per_second: Decoding throughput, without the prefill.
+        speedup: Time of ordinary decoding over the draft's, over the replies.
     """
 
     acceptance_rate: float
@@ -43,18 +43,18 @@ def decode_held_out(
     *,
     max_new_tokens: int = 160,
 ) -> dict[str, Decoded]:
-    """Answer each question with every draft before the next one, in an order that turns.
+    """Decode every question with each draft and without one, in rotating order.
 
     Args:
         vlm: The target.
         networks: The drafts, by name.
-        asked: The questions; the first is asked once more beforehand, unmeasured.
-        max_new_tokens: The most tokens of a reply.
+        asked: The questions; the first is decoded once beforehand without being measured.
+        max_new_tokens: The maximum number of tokens in a reply.
 
     Raises:
         InputError: An image can't be read, or all replies are one token long.
     """
-    strategies: dict[str, Strategy] = {ORDINARY: Autoregressive()}
+    strategies: dict[str, Strategy] = {ORDINARY_KEY: Autoregressive()}
     for name, network in networks.items():
         # One that is still being trained stays as it is.
         own = moved(copy.deepcopy(network), vlm.decoder.dtype).eval()
@@ -74,11 +74,11 @@ def decode_held_out(
                 raise request.error
             if number and len(request.output_token_ids) > 1:
                 replies[name].append(request.statistics)
-    return {name: compared(replies[name], replies[ORDINARY]) for name in networks}
+    return {name: compared(replies[name], replies[ORDINARY_KEY]) for name in networks}
 
 
 def compared(own: Sequence[DecodingStatistics], ordinary: Sequence[DecodingStatistics]) -> Decoded:
-    """Return how a draft did against ordinary decoding of the same replies.
+    """Return a draft's results, compared with ordinary decoding of the same replies.
 
     Raises:
         InputError: No reply has a second token, which is the first that can be drafted.

@@ -1,7 +1,7 @@
-"""One training loop for every stage: seeded, resumable, on one process or several.
+"""The training loop of every stage: seeded, resumable, on one process or several.
 
 What a step draws depends on the run's seed and the step's number alone, or on a stream whose
-position is in the checkpoint; so a run that is resumed goes on exactly where it stopped.
+position is in the checkpoint; so a resumed run continues exactly where it stopped.
 """
 
 from __future__ import annotations
@@ -30,18 +30,18 @@ from fastvlm.training.sharding import ShardedTrainState, is_sharded_run
 from fastvlm.training.task import TrainingTask, Validate
 from fastvlm.training.train_state import TrainState
 
-STOPPING = tuple(
+STOP_SIGNALS = tuple(
     getattr(signal, name) for name in ("SIGTERM", "SIGINT", "SIGHUP") if hasattr(signal, name)
 )
-"""Signals that ask a run to stop: a scheduler's, Ctrl-C, a terminal that is closed."""
+"""Signals that ask a run to stop: from a scheduler, from Ctrl-C, from a closed terminal."""
 
 
 class StoppedError(FastVlmError):
     """The run was asked to stop; its checkpoint is written.
 
     Args:
-        message: The sentence.
-        signal_number: What asked this process; SIGTERM where another one was asked.
+        message: The error message.
+        signal_number: The signal that this process received; SIGTERM if another process did.
     """
 
     def __init__(self, message: str, signal_number: int = signal.SIGTERM) -> None:
@@ -52,25 +52,24 @@ class StoppedError(FastVlmError):
 def train(
     task: TrainingTask, schedule: Schedule, output: Path, validate: Validate | None = None
 ) -> None:
-    """Run a task to its last step, resuming from `output/checkpoint.pt` where there is one.
+    """Run a task to its last step, resuming from `output/checkpoint.pt` if there is one.
 
     Progress goes to standard error and, one JSON object a line, to `output/log.jsonl`; the curves
-    to `output/curves.png`. Process 0 alone writes, to a disk that all of them see.
+    to `output/curves.png`. Process 0 alone writes, to a disk that all processes share.
 
     Args:
-        task: What is trained.
-        schedule: How the run goes.
+        task: What to train.
+        schedule: Steps, learning rate and so on.
         output: The folder of the checkpoint, the log and the curves.
-        validate: Measures what was learnt; called by every process.
+        validate: Returns validation measures; called by every process.
 
     Raises:
         StoppedError: SIGTERM, SIGHUP or Ctrl-C arrived at a process; the checkpoint is written.
         LostProcessError: Another process ended.
-        CheckpointError: The checkpoint belongs to a run with another plan, or none that was written
-            can be read.
-        StorageError: The disk is full; the checkpoint before stays.
-        InputError: A step can't be cut into as many slices as are asked for, a tracker or a
-            precision isn't there, or another run writes to the output.
+        CheckpointError: The checkpoint belongs to a run with another plan, or can't be read.
+        StorageError: The disk is full; the last checkpoint stays.
+        InputError: A step can't be split into as many slices as asked for, a tracker or a precision
+            is not available, or another run writes to the output.
     """
     check_trackers(schedule.trackers)
     processes = Processes()
@@ -90,14 +89,18 @@ def train(
 
 
 class Run:
-    """A run on its way.
+    """A training run.
 
     Args:
-        task: What is trained.
-        schedule: How the run goes.
-        output: Where it is written.
-        accelerator: What knows precision and trackers.
-        processes: Those that take each step together.
+        task: What to train.
+        schedule: Steps, learning rate and so on.
+        output: The output folder.
+        accelerator: Provides mixed precision and trackers.
+        processes: The processes that take each step together.
+
+    Raises:
+        InputError: The task can't be split among processes or accumulated, but several slices are
+            asked for.
     """
 
     def __init__(
@@ -124,7 +127,7 @@ class Run:
         self.saved = time.monotonic()
 
     def go(self, validate: Validate | None) -> None:
-        """Take all steps that are left, and validate along the way."""
+        """Take all remaining steps, with validation along the way."""
         first = self.resume()
         progress = None
         if self.processes.index == 0:
@@ -154,7 +157,15 @@ class Run:
     def step(
         self, step: int, progress: RunProgress | None, asked: Sequence[int]
     ) -> tuple[bool, bool]:
-        """Take a step; return whether any process was asked to stop, and whether to save.
+        """Take a step.
+
+        Args:
+            step: The step's number, from 0 on.
+            progress: Where to report it; None in all processes but the first.
+            asked: The signals that have asked this process to stop.
+
+        Returns:
+            Whether any process was asked to stop, and whether a checkpoint is due.
 
         Raises:
             InputError: There is nothing to learn from in the examples.
@@ -182,7 +193,13 @@ class Run:
 
     @staticmethod
     def validate(validate: Validate, step: int, progress: RunProgress | None) -> None:
-        """Write what a validation finds after so many steps."""
+        """Validate, and report the results.
+
+        Args:
+            validate: Returns measures by name, given the number of steps taken.
+            step: The number of steps taken.
+            progress: Where to report them; None in all processes but the first.
+        """
         if progress is None:
             validate(step)
         else:
@@ -192,10 +209,10 @@ class Run:
     def mine(self, examples: Sequence[Any]) -> Iterator[tuple[int, Sequence[Any]]]:
         """Yield this process's slices of a step, with their numbers among those of all processes.
 
-        They are the same slices for two processes as for one with twice the accumulation.
+        Two processes have the same slices as one with twice the accumulation.
 
         Raises:
-            InputError: The examples are fewer than the slices.
+            InputError: There are fewer examples than slices.
         """
         accumulation, streams = self.schedule.accumulation, self.task.source is not None
         slices = accumulation if streams else self.slices
@@ -211,10 +228,10 @@ class Run:
             yield number, examples[first:end]
 
     def resume(self) -> int:
-        """Return the step to begin with, everything restored for it.
+        """Restore the last checkpoint, if there is one, and return the step to begin with.
 
         Raises:
-            CheckpointError: The checkpoint is broken, or of another run.
+            CheckpointError: The checkpoint is broken, or belongs to another run.
         """
         source, processes = self.task.source, self.processes
         state = read_checkpoint(self.file, self.plan, processes.number, streams=source is not None)
@@ -236,7 +253,13 @@ class Run:
         return first
 
     def save(self, step: int, progress: RunProgress | None, *, ended: bool) -> None:
-        """Write the checkpoint to go on from with a step; return when it is there."""
+        """Write the checkpoint, and return when all processes have it.
+
+        Args:
+            step: The step to resume with.
+            progress: Where to write pending log entries; None in all processes but the first.
+            ended: Whether the run ends here, so that the curves are drawn in any case.
+        """
         source = self.task.source
         streams = self.processes.tell(None if source is None else source.state_dict())
         state = self.train_state.state()
@@ -251,7 +274,7 @@ class Run:
 
 
 def add(sums: dict[str, tuple[float, float]], more: Any) -> None:
-    """Add measures and what they are over, by their names."""
+    """Add measures, each with its count, to sums by name."""
     for name, (value, number) in more.items():
         before, counted = sums.get(name, (0.0, 0.0))
         sums[name] = (before + value, counted + number)
@@ -259,10 +282,10 @@ def add(sums: dict[str, tuple[float, float]], more: Any) -> None:
 
 @contextmanager
 def without_denormals() -> Iterator[None]:
-    """Let numbers that are tiny be zero meanwhile.
+    """Flush denormal numbers to zero in this context.
 
-    The gradients of layer scales and of saturated losses would otherwise be computed as denormals,
-    which costs a CPU up to 2.5x.
+    The gradients of layer scales and of saturated losses are often denormal, which makes a CPU up
+    to 2.5x slower.
     """
     torch.set_flush_denormal(True)
     try:
@@ -275,7 +298,7 @@ def without_denormals() -> Iterator[None]:
 def asked_to_stop() -> Iterator[Sequence[int]]:
     """Collect the signals that ask a run to stop, instead of stopping at once.
 
-    A second Ctrl-C does stop it at once. Signals reach the main thread alone.
+    A second Ctrl-C stops it at once. Signals reach the main thread only.
     """
     asked: list[int] = []
 
@@ -287,7 +310,7 @@ def asked_to_stop() -> Iterator[Sequence[int]]:
     if threading.current_thread() is not threading.main_thread():
         yield asked
         return
-    before = {number: signal.signal(number, ask) for number in STOPPING}
+    before = {number: signal.signal(number, ask) for number in STOP_SIGNALS}
     try:
         yield asked
     finally:

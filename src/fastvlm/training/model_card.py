@@ -1,4 +1,4 @@
-"""A draft's model card: what it was made for and from, and how it does."""
+"""A draft's model card: target, training data and results."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from fastvlm.functional.files import write_text
 from fastvlm.training.draft_plan import DraftPlan
 from fastvlm.training.held_out import Decoded
 
-TEXT = """\
+CARD_TEMPLATE = """\
 ---
 library_name: fastvlm
 tags:
@@ -52,15 +52,15 @@ A draft is derived from the model's weights and from the data: the terms of both
 
 @dataclass(frozen=True, slots=True)
 class Card:
-    """What a model card says besides how the draft is made.
+    """The contents of a draft's model card, besides the draft's own settings.
 
     Args:
-        model: The target, as it was named.
-        data: The sources of the data.
-        replies: Whose replies were learnt.
-        plan: How.
-        questions: Held-out questions that were decoded.
-        hardware: Where.
+        model: The target's name.
+        data: The data sets.
+        replies: Who wrote the replies that the draft learns from.
+        plan: The draft's training plan.
+        questions: The number of held-out questions that were decoded.
+        hardware: The hardware that they were decoded on.
     """
 
     model: str
@@ -71,9 +71,15 @@ class Card:
     hardware: str
 
     def write(self, folder: Path, network: ImitationNetwork, found: Decoded) -> None:
-        """Write `README.md` into a draft's folder."""
+        """Write `README.md` into a draft's folder.
+
+        Args:
+            folder: The folder.
+            network: The draft.
+            found: Its results on held-out questions.
+        """
         spread = found.speedup
-        text = TEXT.format(
+        text = CARD_TEMPLATE.format(
             card=self,
             config=network.config,
             parameters=sum(parameter.numel() for parameter in network.parameters()),

@@ -1,4 +1,4 @@
-"""The parts of a model that a stage trains, by name."""
+"""The parts of a model that a training stage trains."""
 
 from __future__ import annotations
 
@@ -12,18 +12,18 @@ from transformers import PreTrainedModel
 from fastvlm.functional.errors import InputError
 from fastvlm.language.structure import text_decoder
 
-PARTS = ("projector", "decoder", "everything", "lora")
-PROJECTORS = ("multi_modal_projector", "connector")
-"""What the families call the module between encoder and decoder."""
+TRAINABLE_PARTS = ("projector", "decoder", "everything", "lora")
+PROJECTOR_NAMES = ("multi_modal_projector", "connector")
+"""Names of the projector in the supported families."""
 
 
 def projector_of(model: PreTrainedModel) -> nn.Module:
-    """Return the module between a model's encoder and its decoder.
+    """Return a model's projector, the module between its encoder and its decoder.
 
     Raises:
-        InputError: The model has none of its own.
+        InputError: The model has none.
     """
-    for name in PROJECTORS:
+    for name in PROJECTOR_NAMES:
         found = getattr(model.base_model, name, None)
         if isinstance(found, nn.Module):
             return found
@@ -34,16 +34,16 @@ def projector_of(model: PreTrainedModel) -> nn.Module:
 
 @contextmanager
 def learning(model: PreTrainedModel, part: str, rank: int) -> Iterator[None]:
-    """Let a part of a model learn, and nothing else; what was added is merged in the end.
+    """Make a part of a model trainable in this context; adapters are merged at its end.
 
     Args:
         model: The model.
         part: `projector`; `decoder`, the projector and all after it; `everything`; or `lora`, an
             adapter beside each linear layer of the decoder.
-        rank: Of the adapters, which count twice (alpha = 2 rank).
+        rank: The adapters' rank (alpha = 2 rank).
 
     Raises:
-        InputError: There is no such part, or peft is missing.
+        InputError: There is no such part, or peft is not installed.
     """
     if part == "lora":
         adapted = with_adapters(model, rank)
@@ -60,13 +60,13 @@ def learning(model: PreTrainedModel, part: str, rank: int) -> Iterator[None]:
 
 
 def with_adapters(model: PreTrainedModel, rank: int) -> Any:
-    """Put an adapter beside each linear layer of a model's decoder; all else is frozen.
+    """Add a LoRA adapter to each linear layer of a model's decoder; all else is frozen.
 
     Returns:
-        What peft has around the model.
+        peft's wrapper around the model.
 
     Raises:
-        InputError: peft is missing.
+        InputError: peft is not installed.
     """
     try:
         from peft import LoraConfig, get_peft_model

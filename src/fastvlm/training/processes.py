@@ -1,4 +1,4 @@
-"""The processes of a run: what they tell one another after a step, and their gradients' sum."""
+"""The processes of a distributed run: exchanging objects and summing gradients."""
 
 from __future__ import annotations
 
@@ -18,9 +18,9 @@ from fastvlm.functional.errors import FastVlmError, InputError
 Said = TypeVar("Said")
 
 COLLECTIVE_TIMEOUT = timedelta(minutes=10)
-"""How long a process that has gone silent is waited for; one that ends is noticed at once."""
-PREPARATION = timedelta(days=1)
-"""How long a process may be alone at work before the run, such as one that decodes replies."""
+"""The timeout of a silent process; one that ends is noticed at once."""
+PREPARATION_TIMEOUT = timedelta(days=1)
+"""The timeout before the run, while one process may be busy alone, such as decoding replies."""
 
 
 class LostProcessError(FastVlmError):
@@ -28,21 +28,21 @@ class LostProcessError(FastVlmError):
 
 
 def this_process() -> PartialState:
-    """Return this process's place among those that `accelerate launch` or `torchrun` started."""
+    """Return this process's rank among those that `accelerate launch` or `torchrun` started."""
     # Accelerate takes processes without an accelerator for a run of their own, unless it is told.
     cpu = parse_flag_from_env("ACCELERATE_USE_CPU") or not torch.accelerator.is_available()
-    return PartialState(cpu=cpu, timeout=PREPARATION)
+    return PartialState(cpu=cpu, timeout=PREPARATION_TIMEOUT)
 
 
 def compute_on(device: str | None) -> None:
-    """Let this process's run compute on a device.
+    """Set the device of this process's run.
 
     Args:
-        device: Such as `cpu` or `cuda:1`; one without a number is that of the process's own number.
-            None for what accelerate is set to.
+        device: A device such as `cpu` or `cuda:1`; without an index, that of the process's own
+            number. None for accelerate's setting.
 
     Raises:
-        InputError: The process has begun on another device, or several would share one.
+        InputError: The process already uses another device, or several would share one.
     """
     if device is None:
         return
@@ -64,7 +64,7 @@ def compute_on(device: str | None) -> None:
 
 @contextmanager
 def process_0_first() -> Iterator[None]:
-    """Let process 0 do something before the others, which then find it done.
+    """Run a context in process 0 before the other processes, which can then reuse its results.
 
     Raises:
         LostProcessError: Another process ended meanwhile.
@@ -81,7 +81,7 @@ def process_0_first() -> Iterator[None]:
 
 @contextmanager
 def reached() -> Iterator[None]:
-    """Turn what torch raises for a lost process into a sentence.
+    """Turn torch's errors about a lost process into a `LostProcessError`.
 
     Raises:
         LostProcessError: Another process ended, or has been silent for too long.
@@ -98,7 +98,7 @@ def reached() -> Iterator[None]:
 
 
 class Processes:
-    """This process among those of a run, which take each step together."""
+    """This process and the others of a run, which take each step together."""
 
     def __init__(self) -> None:
         state = this_process()
@@ -110,10 +110,12 @@ class Processes:
                 self.group = distributed.new_group(backend="gloo", timeout=COLLECTIVE_TIMEOUT)
 
     def tell(self, mine: Said) -> list[Said]:
-        """Return what each process says, in their order; all of them have to speak.
+        """Send an object to all processes; return each process's object, in order of rank.
+
+        Every process has to call this.
 
         Raises:
-            LostProcessError: One of them does not.
+            LostProcessError: A process doesn't.
         """
         if self.group is None:
             return [mine]
@@ -123,7 +125,7 @@ class Processes:
         return said
 
     def sum_gradients(self, parameters: Iterable[nn.Parameter]) -> None:
-        """Replace each gradient by the sum of all processes' own.
+        """Replace each gradient by its sum over all processes.
 
         Raises:
             LostProcessError: A process can't be reached.

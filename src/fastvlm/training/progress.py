@@ -1,4 +1,4 @@
-"""What a run tells of itself: a line on standard error, `log.jsonl`, trackers and curves."""
+"""A run's progress: a line on standard error, `log.jsonl`, trackers and curves."""
 
 from __future__ import annotations
 
@@ -19,37 +19,37 @@ from fastvlm.training.curves import draw_curves, read_log
 from fastvlm.training.schedule import Schedule
 
 Sums = Mapping[str, tuple[float, float]]
-"""Measures by name: what they add up to, and over how many."""
+"""Sums and counts of measures, by name."""
 
-TRACKERS = ("tensorboard", "wandb", "trackio")
+TRACKER_NAMES = ("tensorboard", "wandb", "trackio")
 
-DRAWING = 0.02
-"""The share of a run's time that is given to drawing its curves."""
+DRAWING_TIME_SHARE = 0.02
+"""The maximum share of a run's time for drawing its curves."""
 
 
 def check_trackers(names: tuple[str, ...]) -> None:
-    """Refuse a tracker that accelerate would pass over in silence.
+    """Refuse a tracker that accelerate would silently ignore.
 
     Raises:
         InputError: It is unknown, or its package is not installed.
     """
     available = {str(getattr(name, "value", name)) for name in get_available_trackers()}
     for name in names:
-        if name not in TRACKERS:
-            raise InputError(f"The trackers are {', '.join(TRACKERS)}; got {name}.")
+        if name not in TRACKER_NAMES:
+            raise InputError(f"The trackers are {', '.join(TRACKER_NAMES)}; got {name}.")
         if name not in available:
             raise InputError(f"The tracker {name} is not installed: pip install {name}.")
 
 
 class RunProgress:
-    """Adds up what steps report, and writes the means every so often with the time left.
+    """Averages what steps report, and regularly writes the means with the time left.
 
     Args:
-        schedule: The run's.
-        first: The step that it begins with; what the log has of later ones is forgotten.
-        unit: What a step's weight counts.
+        schedule: The run's schedule.
+        first: The first step; log entries of later ones are removed.
+        unit: The unit of a step's weight.
         output: The folder of `log.jsonl` and `curves.png`.
-        accelerator: What knows the trackers.
+        accelerator: Has the trackers.
     """
 
     def __init__(
@@ -66,7 +66,13 @@ class RunProgress:
         keep_until(self.log, first)
 
     def add(self, step: int, weight: float, report: Sums) -> None:
-        """Take one step's report."""
+        """Add one step's measures, and write a line when it is time for one.
+
+        Args:
+            step: The step's number, from 0 on.
+            weight: The step's weight, in the run's unit.
+            report: The step's measures.
+        """
         self.step = step + 1
         self.weight += weight
         for name, (value, number) in report.items():
@@ -76,7 +82,7 @@ class RunProgress:
             self.close()
 
     def close(self) -> None:
-        """Write what has been averaged since the last line."""
+        """Write the averages since the last line."""
         if not self.sums:
             return
         now = time.monotonic()
@@ -91,12 +97,12 @@ class RunProgress:
         self.sums, self.weight, self.written = {}, 0.0, now
 
     def validated(self, measures: Mapping[str, float]) -> None:
-        """Write what a validation found, for which `close` was called before."""
+        """Write the results of a validation, after a call of `close`."""
         self.say(shown(measures), measures)
         self.written = time.monotonic()
 
     def say(self, line: str, measures: Mapping[str, float]) -> None:
-        """Write a line, and the measures to the log and the trackers."""
+        """Write a line to standard error, and the measures to the log and the trackers."""
         print(  # noqa: T201
             f"step {self.step}/{self.schedule.steps}  {line}", file=sys.stderr, flush=True
         )
@@ -108,10 +114,10 @@ class RunProgress:
     def draw(self, *, ended: bool) -> None:
         """Draw the log's curves, if the run has ended or has time for it.
 
-        Where that can't be, the log says why in the end.
+        If they can't be drawn, the reason is printed when the run ends.
         """
         started = time.monotonic()
-        if not ended and (started - self.drawn) * DRAWING < self.drawing:
+        if not ended and (started - self.drawn) * DRAWING_TIME_SHARE < self.drawing:
             return
         try:
             draw_curves(self.log, self.image)
@@ -124,12 +130,12 @@ class RunProgress:
 
 
 def shown(measures: Mapping[str, float]) -> str:
-    """Return measures as they are shown."""
+    """Return measures as one line of text."""
     return "  ".join(f"{name} {value:.4g}" for name, value in measures.items())
 
 
 def keep_until(log: Path, step: int) -> None:
-    """Take out of a log what was written after a step, and a line that a kill cut short."""
+    """Remove a log's entries after a step, and any line that was cut short."""
     if not log.is_file():
         return
     kept = [entry for entry in read_log(log) if entry["step"] <= step]

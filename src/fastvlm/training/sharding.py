@@ -1,4 +1,4 @@
-"""A run whose weights are shared out among its processes (FSDP), for models too large for one."""
+"""Sharded training with FSDP, for models too large for one process."""
 
 from __future__ import annotations
 
@@ -25,43 +25,47 @@ from fastvlm.training.schedule import Schedule
 from fastvlm.training.task import Losses, TrainingTask
 from fastvlm.training.train_state import TrainState
 
-WHOLE = StateDictOptions(full_state_dict=True, cpu_offload=True)
+FULL_STATE_OPTIONS = StateDictOptions(full_state_dict=True, cpu_offload=True)
 # Weights that never had a gradient have no state.
-WITH_GAPS = StateDictOptions(full_state_dict=True, cpu_offload=True, strict=False)
+PARTIAL_STATE_OPTIONS = StateDictOptions(full_state_dict=True, cpu_offload=True, strict=False)
 
 
 def is_sharded_run() -> bool:
-    """Return whether accelerate is set to FSDP, in a run of several processes."""
+    """Return whether accelerate is configured for FSDP, in a run of several processes."""
     return parse_flag_from_env("ACCELERATE_USE_FSDP") and this_process().num_processes > 1
 
 
 def whole_state(module: nn.Module) -> dict[str, Any]:
-    """Return a module's state; where it is sharded, all of it in process 0 and nothing elsewhere.
+    """Return a module's state; if it is sharded, all of it in process 0 and nothing elsewhere.
 
     Every process has to call this.
     """
-    return get_model_state_dict(module, options=WHOLE) if sharded(module) else module.state_dict()
+    return (
+        get_model_state_dict(module, options=FULL_STATE_OPTIONS)
+        if sharded(module)
+        else module.state_dict()
+    )
 
 
 def sharded(module: nn.Module) -> bool:
-    """Return whether a module's weights are shared out."""
+    """Return whether a module's weights are sharded."""
     return isinstance(module, FSDPModule)
 
 
 class ShardedTrainState(TrainState):
-    """Weights of which every process holds a part, and their optimiser.
+    """Sharded weights and their optimiser.
 
-    Layers of the classes that accelerate's configuration names are gathered one at a time. Every
-    process needs all trained weights in a step, or none of them does: FSDP counts on it.
+    Layers of the classes that accelerate's configuration names are gathered one at a time. Either
+    every process needs all trained weights in a step, or none does, as FSDP requires.
 
     Args:
-        task: What is trained.
-        schedule: The run's.
-        accelerator: What knows the precision.
-        processes: Those that take each step together.
+        task: What to train.
+        schedule: The run's schedule.
+        accelerator: Provides mixed precision.
+        processes: The processes that take each step together.
 
     Raises:
-        InputError: What is trained is no model that can be shared out.
+        InputError: The task's module is not a model that can be sharded.
     """
 
     def __init__(
@@ -86,28 +90,30 @@ class ShardedTrainState(TrainState):
         super().__init__(task, schedule, accelerator, processes)
 
     def losses(self, examples: Sequence[Any]) -> Losses:
-        """Return what some examples cost, in the run's precision."""
+        """Return the losses of examples, in the run's precision."""
         return Losses(*cast(Any, self.task.module).sliced_losses(examples))
 
     def sliced_losses(self, examples: Sequence[Any]) -> tuple[Tensor, float, Any]:
-        """Return what some examples cost, in a form in which FSDP finds the tensor."""
+        """Return the losses of examples as a tuple, in which FSDP finds the tensor."""
         losses = super().losses(examples)
         return losses.total, losses.weight, losses.report
 
     def gather(self) -> None:
-        """Make each gradient the sum of all processes' own; FSDP has made it their mean."""
+        """Make each gradient the sum over all processes; FSDP has made it the mean."""
         for parameter in self.parameters:
             if parameter.grad is not None:
                 parameter.grad.mul_(self.processes.number)
 
     def state(self) -> State:
-        """Return the weights and the optimiser's state; in process 0 they are whole."""
-        optimiser = get_optimizer_state_dict(self.task.module, self.optimiser, options=WHOLE)
+        """Return the states of weights and optimiser; in process 0 they are complete."""
+        optimiser = get_optimizer_state_dict(
+            self.task.module, self.optimiser, options=FULL_STATE_OPTIONS
+        )
         return {"module": whole_state(self.task.module), "optimiser": optimiser}
 
     def load(self, state: State) -> None:
-        """Go on from what `state` returned."""
-        set_model_state_dict(self.task.module, state["module"], options=WHOLE)
+        """Restore what `state` returned."""
+        set_model_state_dict(self.task.module, state["module"], options=FULL_STATE_OPTIONS)
         set_optimizer_state_dict(
-            self.task.module, self.optimiser, state["optimiser"], options=WITH_GAPS
+            self.task.module, self.optimiser, state["optimiser"], options=PARTIAL_STATE_OPTIONS
         )

@@ -1,4 +1,4 @@
-"""What a frozen target makes of examples, kept where there is memory for all of it."""
+"""The hidden states of a frozen target, kept if all of them fit into memory."""
 
 from __future__ import annotations
 
@@ -14,17 +14,17 @@ from torch.nn.utils.rnn import pad_sequence
 from fastvlm.training.forcing import ExampleCache, Forced, GradientCache, TeacherForcing
 from fastvlm.training.replies import Example
 
-LOOKED_AT = 16
-"""Examples whose prompts are measured, to say how much memory all of them need."""
+MEASURED_EXAMPLES = 16
+"""The number of examples from which the memory for all of them is estimated."""
 
 
 @dataclass(frozen=True, slots=True)
 class TargetStates:
-    """A target's pass over examples.
+    """The hidden states of a target's pass over examples.
 
     Args:
         states: The hidden states of each exit layer, padded: (batch, length, d_model).
-        last: The last layer's, at the positions of the loss: (positions, d_model).
+        last: The last layer's hidden states at the positions of the loss: (positions, d_model).
     """
 
     states: Mapping[int, Tensor]
@@ -32,18 +32,18 @@ class TargetStates:
 
 
 class FrozenTarget:
-    """A target that doesn't learn, so that an example need not go through it twice.
+    """Runs a frozen target over examples, and keeps its hidden states if they all fit into memory.
 
-    If the states of all examples fit into memory, as it seems from the first few, each example goes
-    through the target alone when it is drawn first, and its states are kept. So what is kept
-    doesn't depend on what was drawn with it, and a run that is resumed computes the same. If they
-    don't fit, a step's examples go through it together, and nothing is kept.
+    If they do, as estimated from the first few examples, each example goes through the target by
+    itself when it is first drawn. Its states then don't depend on the examples drawn with it, and a
+    resumed run computes the same. If they don't, a step's examples go through the target together,
+    and nothing is kept.
 
     Args:
         forcing: Makes the batches.
-        exit_layers: Whose states are wanted.
-        examples: All that will be drawn.
-        kept_bytes: The most memory for states.
+        exit_layers: The layers whose hidden states are needed.
+        examples: All examples of the run.
+        kept_bytes: The maximum memory for hidden states, in bytes.
     """
 
     def __init__(
@@ -60,7 +60,7 @@ class FrozenTarget:
     def keeps(self) -> bool:
         """Whether states are kept."""
         decoder = self.forcing.vlm.decoder
-        looked_at = self.examples[:LOOKED_AT]
+        looked_at = self.examples[:MEASURED_EXAMPLES]
         prompt = mean(len(self.forcing.prompt(example).token_ids) for example in looked_at)
         positions = sum(
             (prompt + len(example.reply)) * len(self.exit_layers) + len(example.reply)
@@ -70,11 +70,11 @@ class FrozenTarget:
 
     @torch.no_grad()
     def passed(self, examples: Sequence[Example], forced: Forced) -> TargetStates:
-        """Return the target's pass over a step's examples.
+        """Return the target's hidden states of a step's examples.
 
         Args:
             examples: The examples.
-            forced: The batch that they make.
+            forced: The batch made of them.
         """
         if not self.keeps:
             return self.run(forced)
@@ -88,7 +88,7 @@ class FrozenTarget:
         )
 
     def known(self, example: Example) -> TargetStates:
-        """Return the pass over one example, which may have been made before."""
+        """Return the hidden states of one example, from the cache if possible."""
         return self.kept.get(
             example,
             lambda: self.run(self.forcing.batch([example])),

@@ -17,13 +17,13 @@ from fastvlm.training.task import Losses, TrainingTask
 
 
 class TrainState:
-    """Weights that every process holds whole, and their optimiser.
+    """A task's weights, complete in every process, and their optimiser.
 
     Args:
-        task: What is trained.
-        schedule: The run's.
-        accelerator: What knows the precision.
-        processes: Those that take each step together.
+        task: What to train.
+        schedule: The run's schedule.
+        accelerator: Provides mixed precision.
+        processes: The processes that take each step together.
     """
 
     def __init__(
@@ -37,20 +37,25 @@ class TrainState:
 
     @property
     def parameters(self) -> list[nn.Parameter]:
-        """What is trained."""
+        """The parameters that are trained."""
         return [p for group in self.optimiser.param_groups for p in group["params"]]
 
     def losses(self, examples: Sequence[Any]) -> Losses:
-        """Return what some examples cost, in the run's precision."""
+        """Return the losses of examples, in the run's precision."""
         with self.accelerator.autocast():
             return self.task.loss(examples)
 
     def gather(self) -> None:
-        """Make each gradient the sum of all processes' own."""
+        """Sum each gradient over all processes."""
         self.processes.sum_gradients(self.parameters)
 
     def step(self, step: int, weight: float) -> None:
-        """Take a step with the gradients of losses that were summed over so much weight."""
+        """Take an optimiser step with the summed gradients.
+
+        Args:
+            step: The step's number, from 0 on.
+            weight: The weight that the losses were summed over.
+        """
         self.gather()
         parameters = self.parameters
         for parameter in parameters:
@@ -63,10 +68,10 @@ class TrainState:
         self.optimiser.zero_grad(set_to_none=True)
 
     def state(self) -> State:
-        """Return the weights and the optimiser's state; in process 0 they are whole."""
+        """Return the states of weights and optimiser; in process 0 they are complete."""
         return {"module": self.task.module.state_dict(), "optimiser": self.optimiser.state_dict()}
 
     def load(self, state: State) -> None:
-        """Go on from what `state` returned."""
+        """Restore what `state` returned."""
         self.task.module.load_state_dict(state["module"])
         self.optimiser.load_state_dict(state["optimiser"])

@@ -1,4 +1,4 @@
-"""Validation of drafts by decoding held-out questions: what serving would see."""
+"""Validation of drafts by decoding held-out questions, as in serving."""
 
 from __future__ import annotations
 
@@ -12,18 +12,18 @@ from fastvlm.functional.statistics import Acceptance
 from fastvlm.training.replies import TrainingPrompt
 from fastvlm.vlm import VisionLanguageModel
 
-DRAFTED = 4
-"""Tokens of a draft. Its length is fixed, so that figures depend on the network alone."""
+DRAFT_TOKENS = 4
+"""Tokens in a draft. The length is fixed, so that results depend on the network alone."""
 
 
 class HeldOut:
-    """Decodes replies with networks as they are while they learn.
+    """Decodes held-out questions with networks while they are trained.
 
     Args:
         vlm: The target.
         networks: The networks, by name.
-        asked: What is asked, of images that are never trained on.
-        max_new_tokens: The most tokens of a reply.
+        asked: The questions, about images that are not trained on.
+        max_new_tokens: The maximum number of tokens in a reply.
     """
 
     def __init__(
@@ -39,14 +39,14 @@ class HeldOut:
         self.max_new_tokens = max_new_tokens
 
     def __call__(self, step: int) -> dict[str, float]:
-        """Return each network's acceptance rate, and its acceptance length: tokens per pass."""
+        """Return each network's acceptance rate and acceptance length, in tokens per pass."""
         measures = {}
         decoder = self.vlm.decoder
         for name, network in self.networks.items():
             # Decoding is in the target's precision, while the network learns on in its own.
             own = moved(copy.deepcopy(network), decoder.dtype).eval()
             layer = network.config.exit_layer
-            strategy = SelfSpeculative(decoder, layer, own, FixedLength(DRAFTED))
+            strategy = SelfSpeculative(decoder, layer, own, FixedLength(DRAFT_TOKENS))
             requests = [
                 self.vlm.request(
                     one.messages, strategy=strategy, max_new_tokens=self.max_new_tokens

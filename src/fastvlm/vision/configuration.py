@@ -9,8 +9,8 @@ from transformers import AutoConfig, PreTrainedConfig
 from fastvlm.functional.errors import InputError
 
 REDUCTION = 64
-"""Pixels a side of the image for each visual token."""
-FORMS = ("training", "reparameterized", "fused")
+"""Pixels of the image's side for each visual token."""
+ENCODER_FORMS = ("training", "reparameterized", "fused")
 
 # One row a variant. The first is the one that Apple released (arXiv 2412.13303, section 3.2).
 VARIANTS: dict[str, dict[str, Any]] = {
@@ -72,8 +72,8 @@ class FastViTHDConfig(PreTrainedConfig):
                 f"The widths of stages 4 and 5 must be multiples of the head size {self.head_dim};"
                 f" got {self.widths[3:]}."
             )
-        if self.form not in FORMS:
-            raise InputError(f"The form is one of {', '.join(FORMS)}; got {self.form!r}.")
+        if self.form not in ENCODER_FORMS:
+            raise InputError(f"The form is one of {', '.join(ENCODER_FORMS)}; got {self.form!r}.")
         # What transformers' projector reads: the tail doubles the last stage's width.
         self.hidden_size = 2 * self.widths[-1]
         super().__post_init__(**kwargs)

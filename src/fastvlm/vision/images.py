@@ -1,4 +1,4 @@
-"""Images as the encoder takes them: square, in the size it was made for, a tensor in [0, 1]."""
+"""Preparing images for the encoder: square, of a given size, as tensors in [0, 1]."""
 
 from __future__ import annotations
 
@@ -12,9 +12,9 @@ from fastvlm.functional.errors import InputError, shortened
 from fastvlm.vision.configuration import REDUCTION
 from fastvlm.vision.loading import ImageInput, load_image
 
-FITS = ("pad", "crop", "stretch")
-MAX_SIDE = 8192
-"""Pixels: longer images are reduced to this before they are padded."""
+FIT_MODES = ("pad", "crop", "stretch")
+MAX_SIDE_PIXELS = 8192
+"""The maximum side in pixels; longer images are reduced to this before they are padded."""
 MAX_TILES = 4
 
 
@@ -24,10 +24,10 @@ class ImageOptions(TypedDict, total=False):
     Args:
         image_size: Side in pixels, a multiple of 64: every 64 x 64 pixels are one visual token. The
             model's own, if not given.
-        fit: What makes the image square: `pad` (Apple's reference; if not given), `crop` or
+        fit: How the image is made square: `pad` (Apple's reference; the default), `crop` or
             `stretch`.
         tiles: Rows and columns of tiles that are shown besides the whole image, each as large; 1,
-            if not given, for the whole alone.
+            the default, for the whole image alone.
     """
 
     image_size: int
@@ -38,11 +38,11 @@ class ImageOptions(TypedDict, total=False):
 def pad_to_square(image: Image.Image) -> Image.Image:
     """Return an image in the middle of a black square, as Apple's reference pads it.
 
-    A side of more than `MAX_SIDE` pixels is reduced to that first: the square around a very
-    long image may be larger than the memory.
+    An image with a side of more than `MAX_SIDE_PIXELS` pixels is first reduced to that, as the
+    square around a very long image may not fit into memory.
     """
-    if max(image.size) > MAX_SIDE:
-        scale = MAX_SIDE / max(image.size)
+    if max(image.size) > MAX_SIDE_PIXELS:
+        scale = MAX_SIDE_PIXELS / max(image.size)
         reduced = (max(1, round(image.width * scale)), max(1, round(image.height * scale)))
         image = image.resize(reduced, Image.Resampling.BOX)
     side = max(image.size)
@@ -66,10 +66,10 @@ def prepare(image: ImageInput, image_size: int, fit: str = "pad", tiles: int = 1
     Args:
         image: See `load_image`.
         image_size: Side of a part in pixels, a multiple of 64.
-        fit: What makes it square, one of `FITS`: `pad` shows all of it between black bars (Apple's
-            reference), `crop` its middle (`transformers`' processor), `stretch` squashes it.
-        tiles: With more than 1, the whole is followed by so many rows and columns of tiles, each as
-            large as a part (the paper's 2048 px are two times two tiles of 1024).
+        fit: How the image is made square, one of `FIT_MODES`: `pad` adds black bars (Apple's
+            reference), `crop` keeps its middle (`transformers`' processor), `stretch` distorts it.
+        tiles: With more than 1, the whole image is followed by this many rows and columns of tiles,
+            each as large as a part (the paper's 2048 px are two times two tiles of 1024).
 
     Raises:
         InputError: The image can't be opened, or an option is out of range.
@@ -77,15 +77,16 @@ def prepare(image: ImageInput, image_size: int, fit: str = "pad", tiles: int = 1
     size = image_size
     if not isinstance(size, int) or size < REDUCTION or size % REDUCTION:
         raise InputError(f"image_size must be a multiple of {REDUCTION}; got {shortened(size)}.")
-    if not isinstance(fit, str) or fit not in FITS:
+    if not isinstance(fit, str) or fit not in FIT_MODES:
         raise InputError(
-            f"An image is made to fit by {', '.join(FITS)}; got {shortened(repr(fit))}."
+            f"An image is made to fit by {', '.join(FIT_MODES)}; got {shortened(repr(fit))}."
         )
     if not isinstance(tiles, int) or not 1 <= tiles <= MAX_TILES:
         raise InputError(f"tiles lies between 1 and {MAX_TILES}; got {shortened(tiles)}.")
-    if size * tiles > MAX_SIDE:
+    if size * tiles > MAX_SIDE_PIXELS:
         raise InputError(
-            f"image_size times tiles is at most {MAX_SIDE:,} pixels; got {size:,} times {tiles}."
+            f"image_size times tiles is at most {MAX_SIDE_PIXELS:,} pixels;"
+            f" got {size:,} times {tiles}."
         )
     opened = load_image(image)
     square = {"pad": pad_to_square, "crop": crop_to_square}.get(fit, _unchanged)(opened)
@@ -101,7 +102,7 @@ def prepare(image: ImageInput, image_size: int, fit: str = "pad", tiles: int = 1
 
 
 def count_parts(tiles: int) -> int:
-    """Return how many parts `prepare` makes: the whole, and its tiles."""
+    """Return the number of parts that `prepare` makes: the whole image, and its tiles."""
     return 1 if tiles == 1 else 1 + tiles * tiles
 
 

@@ -3,6 +3,8 @@
 Every layer is built in one of the three forms of `FastViTHDConfig.form`. `reparameterize` folds a
 layer's parallel branches into one convolution; `fold` then folds the BatchNorm and the layer scales
 that are left. Both are exact up to rounding, and both need the running statistics of evaluation.
+Layers map (batch, `inputs`, height, width) to (batch, `outputs`, ...), or keep `width` channels;
+`ratio` and `layer_scale` are `mlp_ratio` and `layer_scale_init` of `FastViTHDConfig`.
 """
 
 from __future__ import annotations
@@ -19,8 +21,8 @@ from fastvlm.vision.convolutions import (
     identity_kernel,
 )
 
-PIECE = 2**21
-"""Numbers of a feed-forward network's inner layer that are computed at a time."""
+FFN_CHUNK_VALUES = 2**21
+"""The number of hidden values of a feed-forward network that are computed at a time."""
 gelu_ = torch.ops.aten.gelu_
 """GELU in place, which `torch.nn.functional` has no name for."""
 
@@ -105,7 +107,7 @@ class ConvFFN(nn.Module):
         assert self.fc2.bias is not None
         flat = tokens.reshape(-1, tokens.shape[-1])
         out = torch.empty_like(flat)
-        rows = max(1, PIECE // first.shape[1])
+        rows = max(1, FFN_CHUNK_VALUES // first.shape[1])
         for piece, result in zip(flat.split(rows), out.split(rows), strict=True):
             hidden = torch.addmm(self.fc1.bias, piece, first)
             torch.addmm(self.fc2.bias, gelu_(hidden), second, out=result)

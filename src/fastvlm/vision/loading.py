@@ -1,4 +1,4 @@
-"""Images as users hand them over: files, bytes, texts, Pillow images, arrays and tensors."""
+"""Loading images: files, bytes, URLs, Pillow images, arrays and tensors."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ ImageInput = (
     | Tensor
     | Sequence[Any]
 )
-"""What a caller may give as an image, see `load_image`."""
+"""Anything that can be loaded as an image, see `load_image`."""
 
 MAX_PIXELS = 89_478_485
 """Images with more pixels are refused before they are decoded (where Pillow begins to warn)."""
@@ -43,11 +43,11 @@ MAX_PIXELS_BEFORE_HALVING = 40_000_000
 """Images with more pixels are halved, which leaves them sharper than any encoder sees them."""
 MAX_FILE_BYTES = 2**29
 """Streams with more bytes are refused: an image of `MAX_PIXELS` is smaller, even unpacked."""
-CHANNELS = (1, 3, 4)
-"""How many channels an array may have."""
-DEEP_MODES = ("I;16", "I;16L", "I;16B", "I;16N", "I", "F")
+CHANNEL_COUNTS = (1, 3, 4)
+"""The numbers of channels that an array may have."""
+HIGH_BIT_DEPTH_MODES = ("I;16", "I;16L", "I;16B", "I;16N", "I", "F")
 """Modes of Pillow with more than eight bits a channel."""
-TURNS = {
+EXIF_TRANSPOSES = {
     2: Image.Transpose.FLIP_LEFT_RIGHT,
     3: Image.Transpose.ROTATE_180,
     4: Image.Transpose.FLIP_TOP_BOTTOM,
@@ -56,29 +56,29 @@ TURNS = {
     7: Image.Transpose.TRANSVERSE,
     8: Image.Transpose.ROTATE_90,
 }
-"""What rights an image of each EXIF orientation."""
-BASE64 = re.compile(r"[A-Za-z0-9+/\s]{16,}={0,2}\s*")
+"""The transpose that turns an image of each EXIF orientation upright."""
+BASE64_PATTERN = re.compile(r"[A-Za-z0-9+/\s]{16,}={0,2}\s*")
 _filters = threading.Lock()
-"""Python's warning filters belong to the process; what changes them does so one at a time."""
+"""A lock for changes of Python's warning filters, which belong to the process."""
 
 
 def load_image(image: ImageInput) -> Image.Image:
-    """Return an image upright and in RGB, as `transformers`' own `load_image` shows it.
+    """Return an image upright and in RGB, as `transformers`' own `load_image` does.
 
-    As there, transparent parts show the colours that are stored under them, and values above 255 of
-    deeper images are clipped, of which a warning tells. Beyond it, images of more than
-    `MAX_PIXELS_BEFORE_HALVING` pixels are halved, JPEGs while they are decoded.
+    Transparent parts get the colours stored under them, and values above 255 of deeper images are
+    clipped with a warning. Unlike there, images of more than `MAX_PIXELS_BEFORE_HALVING` pixels are
+    halved, JPEGs while they are decoded.
 
     Args:
-        image: A path, a `file://` or `data:` URL, an image's base64, its bytes, a binary file, a
-            Pillow image, or an array or tensor: (height, width), (height, width, channels) or
-            (channels, height, width), the channels 1, 3 or 4, the values 0 to 255, or floats of 0
-            to 1. A list of one of these, or an array with a leading 1, is that one.
+        image: A path, a `file://` or `data:` URL, base64, bytes, a binary file, a Pillow image, or
+            an array or tensor: (height, width), (height, width, channels) or (channels, height,
+            width), with 1, 3 or 4 channels and values of 0 to 255, or floats of 0 to 1. A list of
+            one of these, or an array with a leading 1, stands for its only image.
 
     Raises:
-        InputError: There is no such file, or what is given is no image, truncated or far too large.
+        InputError: There is no such file, or it is no image, truncated or far too large.
     """
-    for kinds, load in LOADERS:
+    for kinds, load in IMAGE_LOADERS:
         if isinstance(image, kinds):
             return load(image)
     if hasattr(image, "read"):
@@ -118,7 +118,7 @@ def _load_text(text: str) -> Image.Image:
             " bytes."
         )
     # As transformers has it, what is no file may be an image's base64.
-    if not os.path.isfile(text) and BASE64.fullmatch(text):  # noqa: PTH113 (pathlib's raises)
+    if not os.path.isfile(text) and BASE64_PATTERN.fullmatch(text):  # noqa: PTH113 (pathlib's raises)
         try:
             return _decode(io.BytesIO(base64.decodebytes(text.encode())), "The base64 text")
         except (InputError, binascii.Error):
@@ -212,10 +212,10 @@ def _upright(image: Image.Image, name: str) -> Image.Image:
     _check_pixels(image.width * image.height, name)
     try:
         image.load()
-        turn = TURNS.get(_orientation(image))
+        turn = EXIF_TRANSPOSES.get(_orientation(image))
         if image.width * image.height > MAX_PIXELS_BEFORE_HALVING:
             image = _halved(image)
-        if image.mode in DEEP_MODES:
+        if image.mode in HIGH_BIT_DEPTH_MODES:
             _warn_of_clipping(image, name)
         return _rgb(image if turn is None else image.transpose(turn))
     except Exception as error:  # a Pillow image may be closed, cut, or of a reader with any errors
@@ -286,11 +286,11 @@ def _load_array(array: np.ndarray) -> Image.Image:
             " width) is expected, of one image."
         )
     # As transformers looks for them: three or one before four, and first where both could be.
-    for numbers in (CHANNELS[:2], CHANNELS[2:]):
+    for numbers in (CHANNEL_COUNTS[:2], CHANNEL_COUNTS[2:]):
         for axis, place in ((0, ChannelDimension.FIRST), (2, ChannelDimension.LAST)):
             if array.shape[axis] in numbers:
                 return _upright(_pillow_image(array, place, name), name)
-    raise InputError(f"{name} is no image: it has none of {CHANNELS} channels first or last.")
+    raise InputError(f"{name} is no image: it has none of {CHANNEL_COUNTS} channels first or last.")
 
 
 def _pillow_image(array: np.ndarray, place: ChannelDimension, name: str) -> Image.Image:
@@ -309,7 +309,7 @@ def _pillow_image(array: np.ndarray, place: ChannelDimension, name: str) -> Imag
         ) from error
 
 
-LOADERS: tuple[tuple[type | tuple[type, ...], Callable[[Any], Image.Image]], ...] = (
+IMAGE_LOADERS: tuple[tuple[type | tuple[type, ...], Callable[[Any], Image.Image]], ...] = (
     (Image.Image, _load_pillow),
     (str, _load_text),
     (os.PathLike, _load_path),
@@ -318,4 +318,4 @@ LOADERS: tuple[tuple[type | tuple[type, ...], Callable[[Any], Image.Image]], ...
     (np.ndarray, _load_array),
     ((list, tuple), _load_only),
 )
-"""By their kinds, what shows the values that may be an image."""
+"""Loaders of images, by the types of their inputs."""

@@ -17,7 +17,7 @@ from fastvlm.evaluation.tasks.curves import (
     round_width,
 )
 from fastvlm.evaluation.tasks.plan import Plan
-from fastvlm.evaluation.tasks.scores import HEADLINES, Speed, headline, length_class, rows
+from fastvlm.evaluation.tasks.scores import HEADLINE_SCORES, Speed, headline, length_class, rows
 
 
 def answer(
@@ -67,7 +67,7 @@ def test_classes_of_length() -> None:
 
 
 def test_every_task_has_a_headline() -> None:
-    assert set(HEADLINES) == {name.replace("_", "-") for name in LOADERS}
+    assert set(HEADLINE_SCORES) == {name.replace("_", "-") for name in LOADERS}
     assert headline("flickr8k:dev") == "CIDEr"
     assert headline("llava_wild") == "all"
 

@@ -33,10 +33,10 @@ class Answering:
     judged: ClassVar[bool] = False
 
     def __post_init__(self) -> None:
-        """Refuse answers that a reply can't be compared with.
+        """Check that all answers are texts.
 
         Raises:
-            InputError: Some are no texts.
+            InputError: Some are not.
         """
         for key, answers in self.answers.items():
             if isinstance(answers, str) or not all(isinstance(answer, str) for answer in answers):

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import ClassVar
 
-from fastvlm.data.tasks.task import CAPTION, Item, check_replies
+from fastvlm.data.tasks.task import CAPTION_PROMPT, Item, check_replies
 from fastvlm.metrics.captions import score_captions
 
 
@@ -60,6 +60,13 @@ def captioning(
     references: Mapping[str, Sequence[str]],
     domains: Mapping[str, str] | None = None,
 ) -> Captioning:
-    """Return the task of captioning images, each named by its item's id."""
-    items = tuple(Item(image, CAPTION, path) for image, path in images.items())
+    """Return a captioning task.
+
+    Args:
+        name: The benchmark's name in a table.
+        images: The images' paths, by item.
+        references: Human captions, by item.
+        domains: The part of the benchmark that each item belongs to; None for no parts.
+    """
+    items = tuple(Item(image, CAPTION_PROMPT, path) for image, path in images.items())
     return Captioning(name, items, references, domains or {})

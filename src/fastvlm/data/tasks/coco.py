@@ -10,8 +10,8 @@ from fastvlm.data.tasks.files import find, locate
 from fastvlm.functional.errors import InputError
 from fastvlm.functional.text_files import read_json, reads
 
-KARPATHY = ("val", "test")
-PUBLISHED = ("val2014", "val2017")
+KARPATHY_SPLITS = ("val", "test")
+PUBLISHED_SPLITS = ("val2014", "val2017")
 
 
 @reads("COCO's files")
@@ -28,7 +28,7 @@ def coco(folder: Path, split: str = "test") -> Captioning:
     Raises:
         InputError: There is no such split, a file is missing or empty, or images are missing.
     """
-    if split in KARPATHY:
+    if split in KARPATHY_SPLITS:
         path = find(folder, "dataset_coco.json")
         images = [image for image in read_json(path)["images"] if image["split"] == split]
         places = {
@@ -42,7 +42,7 @@ def coco(folder: Path, split: str = "test") -> Captioning:
             str(image["cocoid"]): [sentence["raw"] for sentence in image["sentences"]]
             for image in images
         }
-    elif split in PUBLISHED:
+    elif split in PUBLISHED_SPLITS:
         path = find(folder, f"captions_{split}.json")
         content = read_json(path)
         references = captions_by_image(content)
@@ -52,7 +52,9 @@ def coco(folder: Path, split: str = "test") -> Captioning:
             if str(image["id"]) in references
         }
     else:
-        raise InputError(f"COCO has no split {split!r}; take one of {(*KARPATHY, *PUBLISHED)}.")
+        raise InputError(
+            f"COCO has no split {split!r}; take one of {(*KARPATHY_SPLITS, *PUBLISHED_SPLITS)}."
+        )
     if not places:
         raise InputError(f"{path} has no captioned image of the split {split!r}.")
     return captioning(f"COCO {split}", locate(folder, places), references)

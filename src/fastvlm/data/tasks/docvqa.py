@@ -6,7 +6,7 @@ from pathlib import Path, PurePosixPath
 
 from fastvlm.data.tasks.answering import Answering
 from fastvlm.data.tasks.files import find, locate
-from fastvlm.data.tasks.task import SHORT_ANSWER, Item
+from fastvlm.data.tasks.task import SHORT_ANSWER_PROMPT, Item
 from fastvlm.functional.text_files import read_json, reads
 from fastvlm.metrics.answers import anls
 
@@ -36,7 +36,7 @@ def docvqa(folder: Path) -> Answering:
     items = tuple(
         Item(
             str(question["questionId"]),
-            f"{question['question']}\n{SHORT_ANSWER}",
+            f"{question['question']}\n{SHORT_ANSWER_PROMPT}",
             images[question["image"]],
         )
         for question in questions

@@ -7,14 +7,14 @@ from pathlib import Path
 
 from fastvlm.functional.errors import InputError
 
-_NAMED = 3
+_MAX_NAMES_IN_ERROR = 3
 
 
 def find(folder: Path, *names: str) -> Path:
-    """Return the first of some files that is in a folder or in its `annotations`.
+    """Return the first of some files that exists in a folder or in its `annotations`.
 
     Raises:
-        InputError: None of them is.
+        InputError: None of them exists.
     """
     for name in names:
         for place in (folder / name, folder / "annotations" / name):
@@ -24,11 +24,11 @@ def find(folder: Path, *names: str) -> Path:
 
 
 def locate(folder: Path, places: Mapping[str, Sequence[str]]) -> dict[str, Path]:
-    """Return where each image is.
+    """Return the path of each image.
 
     Args:
-        folder: What the places are relative to.
-        places: By any name for an image, where it may be; the first place that has it counts.
+        folder: The folder that the candidates are relative to.
+        places: Candidate paths of each image, by any name for it; the first that exists counts.
 
     Raises:
         InputError: Images are missing; it says how many and names the first few.
@@ -43,6 +43,8 @@ def locate(folder: Path, places: Mapping[str, Sequence[str]]) -> dict[str, Path]
         else:
             missing.append(candidates[0])
     if missing:
-        named = ", ".join(missing[:_NAMED]) + (", ..." if len(missing) > _NAMED else "")
+        named = ", ".join(missing[:_MAX_NAMES_IN_ERROR]) + (
+            ", ..." if len(missing) > _MAX_NAMES_IN_ERROR else ""
+        )
         raise InputError(f"{len(missing)} of {len(places)} images are missing in {folder}: {named}")
     return found

@@ -8,13 +8,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar
 
-from fastvlm.data.tasks.task import CHOICE, SHORT_ANSWER, Item, check_replies
+from fastvlm.data.tasks.task import CHOICE_PROMPT, SHORT_ANSWER_PROMPT, Item, check_replies
 from fastvlm.functional.errors import InputError
 from fastvlm.functional.text_files import reads
-from fastvlm.metrics.multidiscipline import DISCIPLINES, LETTERS, Key, discipline_scores
+from fastvlm.metrics.multidiscipline import DISCIPLINES, OPTION_LETTERS, Key, discipline_scores
 
-COLUMNS = ("id", "question", "options", "answer", "question_type", "image_1")
-MULTIPLE_CHOICE = "multiple-choice"
+PARQUET_COLUMNS = ("id", "question", "options", "answer", "question_type", "image_1")
+MULTIPLE_CHOICE_TYPE = "multiple-choice"
 
 
 @dataclass(frozen=True, slots=True)
@@ -74,17 +74,17 @@ def mmmu(folder: Path) -> Mmmu:
         row
         for subject in sorted(subjects)
         for file in files[subject]
-        for row in parquet.read_table(file, columns=list(COLUMNS)).to_pylist()
+        for row in parquet.read_table(file, columns=list(PARQUET_COLUMNS)).to_pylist()
     )
 
 
 def mmmu_questions(rows: Iterable[Mapping[str, Any]]) -> Mmmu:
-    """Make the task of MMMU's rows, asked as MMMU's own authors ask LLaVA-1.5.
+    """Make the task of MMMU's rows, with the prompts of MMMU's authors for LLaVA-1.5.
 
-    The model sees a question's first image alone; where the text speaks of others, it stays so.
+    The model sees a question's first image only; references to others in the text stay.
 
     Args:
-        rows: With the columns of the published files: `options` a list as Python writes it,
+        rows: Rows with the columns of the published files: `options` a Python list as text,
             `image_1` the file's `bytes`.
     """
     items = []
@@ -92,14 +92,15 @@ def mmmu_questions(rows: Iterable[Mapping[str, Any]]) -> Mmmu:
     for row in rows:
         question = row["question"]
         options: tuple[str, ...] | None = None
-        if row["question_type"] == MULTIPLE_CHOICE:
+        if row["question_type"] == MULTIPLE_CHOICE_TYPE:
             options = tuple(ast.literal_eval(row["options"]))
             listed = "".join(
-                f"({letter}) {option}\n" for letter, option in zip(LETTERS, options, strict=False)
+                f"({letter}) {option}\n"
+                for letter, option in zip(OPTION_LETTERS, options, strict=False)
             )
-            prompt = f"{question}\n{listed}\n{CHOICE}"
+            prompt = f"{question}\n{listed}\n{CHOICE_PROMPT}"
         else:
-            prompt = f"{question}\n{SHORT_ANSWER}"
+            prompt = f"{question}\n{SHORT_ANSWER_PROMPT}"
         items.append(Item(row["id"], prompt, row["image_1"]["bytes"]))
         keys[row["id"]] = Key(_answers(row["answer"]), options)
     return Mmmu(tuple(items), keys)

@@ -9,12 +9,12 @@ from statistics import fmean
 from typing import ClassVar
 
 from fastvlm.data.tasks.files import find, locate
-from fastvlm.data.tasks.task import SHORT_ANSWER, Item, check_replies
+from fastvlm.data.tasks.task import SHORT_ANSWER_PROMPT, Item, check_replies
 from fastvlm.functional.text_files import read_json_lines, reads
 from fastvlm.metrics.yes_no import says_yes, yes_no_scores
 
-SAMPLINGS = ("random", "popular", "adversarial")
-"""How the objects that aren't there were drawn."""
+POPE_SAMPLINGS = ("random", "popular", "adversarial")
+"""The ways in which absent objects were sampled."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,7 +75,7 @@ def pope(folder: Path) -> Pope:
         sampling: read_json_lines(
             find(folder, f"coco_pope_{sampling}.json", f"coco/coco_pope_{sampling}.json")
         )
-        for sampling in SAMPLINGS
+        for sampling in POPE_SAMPLINGS
     }
     asked = {
         f"{sampling}/{line['question_id']}": line for sampling in lines for line in lines[sampling]
@@ -88,7 +88,7 @@ def pope(folder: Path) -> Pope:
         },
     )
     items = tuple(
-        Item(key, f"{line['text']}\n{SHORT_ANSWER}", images[line["image"]])
+        Item(key, f"{line['text']}\n{SHORT_ANSWER_PROMPT}", images[line["image"]])
         for key, line in asked.items()
     )
     return Pope(items, {key: line["label"] == "yes" for key, line in asked.items()})

@@ -10,9 +10,9 @@ from typing import Any, ParamSpec, Protocol, TypeVar
 
 from fastvlm.functional.errors import InputError
 
-SHORT_ANSWER = "Answer the question using a single word or phrase."
-CHOICE = "Answer with the option's letter from the given choices directly."
-CAPTION = "Provide a one-sentence caption for the provided image."
+SHORT_ANSWER_PROMPT = "Answer the question using a single word or phrase."
+CHOICE_PROMPT = "Answer with the option's letter from the given choices directly."
+CAPTION_PROMPT = "Provide a one-sentence caption for the provided image."
 
 Given = ParamSpec("Given")
 Reply_contra = TypeVar("Reply_contra", contravariant=True)
@@ -35,7 +35,7 @@ class Item:
     options: tuple[str, ...] = ()
 
     def open(self) -> Path | bytes:
-        """Return the image as a model takes it."""
+        """Return the image as a model accepts it."""
         return self.image
 
 
@@ -70,10 +70,10 @@ class EvaluationTask(Protocol[Reply_contra]):
 
 
 def check_replies(items: Sequence[Item], replies: Mapping[str, object]) -> None:
-    """Check that there are items, and one reply for each.
+    """Check that there are items, and exactly one reply for each.
 
     Raises:
-        InputError: There are not.
+        InputError: There are none, or a reply is missing or belongs to no item.
     """
     if not items:
         raise InputError("There are no items to score.")
@@ -89,7 +89,7 @@ def check_replies(items: Sequence[Item], replies: Mapping[str, object]) -> None:
 
 
 def checked(loader: Callable[Given, EvaluationTask[Any]]) -> Callable[Given, EvaluationTask[Any]]:
-    """Make a loader refuse a task with nothing to ask, or with what is no text."""
+    """Make a loader refuse a task without items, or with prompts that are not text."""
 
     @functools.wraps(loader)
     def load(*args: Given.args, **kwargs: Given.kwargs) -> EvaluationTask[Any]:

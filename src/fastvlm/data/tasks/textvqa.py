@@ -6,13 +6,13 @@ from pathlib import Path
 
 from fastvlm.data.tasks.answering import Answering
 from fastvlm.data.tasks.files import find, locate
-from fastvlm.data.tasks.task import SHORT_ANSWER, Item
+from fastvlm.data.tasks.task import SHORT_ANSWER_PROMPT, Item
 from fastvlm.functional.errors import InputError
 from fastvlm.functional.text_files import read_json, read_json_lines, reads
 from fastvlm.metrics.answers import textvqa_accuracy
 
-ANNOTATIONS = "TextVQA_0.5.1_val.json"
-WITH_OCR = "llava_textvqa_val_v051_ocr.jsonl"
+ANNOTATIONS_FILE_NAME = "TextVQA_0.5.1_val.json"
+OCR_FILE_NAME = "llava_textvqa_val_v051_ocr.jsonl"
 
 
 @reads("TextVQA's files")
@@ -29,22 +29,22 @@ def textvqa(folder: Path, ocr: bool = False) -> Answering:
     Raises:
         InputError: A file or images are missing, or a question has no words of OCR.
     """
-    questions = read_json(find(folder, ANNOTATIONS))["data"]
+    questions = read_json(find(folder, ANNOTATIONS_FILE_NAME))["data"]
     prompts = {
-        str(question["question_id"]): f"{question['question'].capitalize()}\n{SHORT_ANSWER}"
+        str(question["question_id"]): f"{question['question'].capitalize()}\n{SHORT_ANSWER_PROMPT}"
         for question in questions
     }
     if ocr:
         # LLaVA's file names questions by their image and their text alone.
         asked = {
             (line["question_id"], line["text"].split("\n")[0].lower()): line["text"]
-            for line in read_json_lines(find(folder, WITH_OCR))
+            for line in read_json_lines(find(folder, OCR_FILE_NAME))
         }
         for question in questions:
             key = (question["image_id"], question["question"].lower())
             if key not in asked:
                 raise InputError(
-                    f"{WITH_OCR} has no question {question['question']!r} about"
+                    f"{OCR_FILE_NAME} has no question {question['question']!r} about"
                     f" {question['image_id']}."
                 )
             prompts[str(question["question_id"])] = asked[key]

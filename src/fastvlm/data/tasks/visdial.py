@@ -9,7 +9,7 @@ from statistics import fmean
 from typing import Any, ClassVar
 
 from fastvlm.data.tasks.files import find, locate
-from fastvlm.data.tasks.task import SHORT_ANSWER, Item, check_replies
+from fastvlm.data.tasks.task import SHORT_ANSWER_PROMPT, Item, check_replies
 from fastvlm.functional.errors import InputError
 from fastvlm.functional.text_files import read_json, reads
 from fastvlm.metrics.ranking import ndcg, rank_options, retrieval_scores
@@ -111,4 +111,4 @@ def _prompt(content: Any, dialogue: Any, number: int) -> str:
         )
         lines.append(f"Question: {question}? Answer: {answer}.")
     question = content["questions"][dialogue["dialog"][number - 1]["question"]]
-    return "\n".join([*lines, f"Question: {question}?", SHORT_ANSWER])
+    return "\n".join([*lines, f"Question: {question}?", SHORT_ANSWER_PROMPT])

@@ -7,13 +7,13 @@ from pathlib import Path
 
 from fastvlm.data.tasks.answering import Answering
 from fastvlm.data.tasks.files import find, locate
-from fastvlm.data.tasks.task import SHORT_ANSWER, Item
+from fastvlm.data.tasks.task import SHORT_ANSWER_PROMPT, Item
 from fastvlm.functional.errors import InputError
 from fastvlm.functional.text_files import read_json, reads
 from fastvlm.metrics.answers import normalize_submission, vqa_accuracy
 
-QUESTIONS = "v2_OpenEnded_mscoco_val2014_questions.json"
-ANNOTATIONS = "v2_mscoco_val2014_annotations.json"
+QUESTIONS_FILE_NAME = "v2_OpenEnded_mscoco_val2014_questions.json"
+ANNOTATIONS_FILE_NAME = "v2_mscoco_val2014_annotations.json"
 
 
 def submitted_accuracy(reply: str, answers: Sequence[str]) -> float:
@@ -36,16 +36,16 @@ def vqav2(folder: Path) -> Answering:
     Raises:
         InputError: A file or images are missing, or a question has no annotation.
     """
-    questions = read_json(find(folder, QUESTIONS))["questions"]
+    questions = read_json(find(folder, QUESTIONS_FILE_NAME))["questions"]
     annotations = {
         annotation["question_id"]: annotation
-        for annotation in read_json(find(folder, ANNOTATIONS))["annotations"]
+        for annotation in read_json(find(folder, ANNOTATIONS_FILE_NAME))["annotations"]
     }
     unanswered = [question for question in questions if question["question_id"] not in annotations]
     if unanswered:
         raise InputError(
-            f"{len(unanswered)} questions of {QUESTIONS} have no answers in {ANNOTATIONS}, the"
-            f" first of them {unanswered[0]['question_id']}."
+            f"{len(unanswered)} questions of {QUESTIONS_FILE_NAME} have no answers in"
+            f" {ANNOTATIONS_FILE_NAME}, the first of them {unanswered[0]['question_id']}."
         )
     images = locate(
         folder,
@@ -61,7 +61,7 @@ def vqav2(folder: Path) -> Answering:
     items = tuple(
         Item(
             str(question["question_id"]),
-            f"{question['question']}\n{SHORT_ANSWER}",
+            f"{question['question']}\n{SHORT_ANSWER_PROMPT}",
             images[str(question["image_id"])],
         )
         for question in questions

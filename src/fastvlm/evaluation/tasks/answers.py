@@ -1,4 +1,4 @@
-"""What an evaluation finds out: answers, ratings of options, and the journal of both."""
+"""The findings of an evaluation: answers, ratings of options, and the journal of both."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from fastvlm.functional.statistics import DecodingStatistics
 
 @dataclass(frozen=True, slots=True)
 class Answer:
-    """What one strategy replied to one item.
+    """One strategy's answer to one item.
 
     Args:
         task: The task's name.
@@ -23,10 +23,10 @@ class Answer:
         size: Side of the image in pixels; None for the model's own.
         strategy: The strategy's name.
         text: The reply.
-        tokens: Its tokens, the end token included.
+        tokens: The reply's tokens, the end token included.
         prompt_tokens: Tokens of the prompt with its image.
-        ttft_ms: Time to first token, from the image on.
-        tpot_ms: Time per output token after the first; None for one token.
+        ttft_ms: Time to first token, image included, in milliseconds.
+        tpot_ms: Time per output token after the first, in milliseconds; None for one token.
         proposed: Drafted tokens of each cycle.
         accepted: Accepted tokens of each cycle.
     """
@@ -45,7 +45,7 @@ class Answer:
 
     @property
     def statistics(self) -> DecodingStatistics:
-        """How it was decoded."""
+        """Timings and acceptance."""
         return DecodingStatistics(
             len(self.tokens),
             self.ttft_ms,
@@ -56,9 +56,9 @@ class Answer:
         )
 
     def cycles(self) -> Iterator[tuple[int, int, int]]:
-        """Yield, for each cycle, the context's length before it, and what it drafted and accepted.
+        """Yield each cycle's context length, and the tokens that it drafted and accepted.
 
-        The context is what the model has read: prompt, image and the reply so far.
+        The context is everything before the cycle: prompt, image and the reply so far.
         """
         context = self.prompt_tokens + 1
         for proposed, accepted in zip(self.proposed, self.accepted, strict=True):
@@ -68,13 +68,13 @@ class Answer:
 
 @dataclass(frozen=True, slots=True)
 class Ratings:
-    """The log-likelihoods of an item's options, which are the model's, whatever the strategy.
+    """The log-likelihoods of an item's options, which don't depend on the strategy.
 
     Args:
         task: The task's name.
         item: The item's id.
         size: Side of the image in pixels; None for the model's own.
-        ratings: One for each option.
+        ratings: The log-likelihood of each option.
     """
 
     task: str
@@ -91,7 +91,7 @@ class Failure:
         task: The task's name.
         item: The item's id.
         size: Side of the image in pixels; None for the model's own.
-        reason: Why, in a sentence.
+        reason: The reason, in a sentence.
     """
 
     task: str
@@ -101,11 +101,11 @@ class Failure:
 
 
 class Journal:
-    """Everything that an evaluation has found out, in a file as well as here.
+    """The findings of an evaluation, in memory and in a file.
 
     Args:
-        file: The file; a stopped evaluation goes on from it.
-        plan: The evaluation.
+        file: The file; a stopped evaluation resumes from it.
+        plan: The evaluation's plan.
 
     Raises:
         InputError: The file belongs to another evaluation, or a line of it is broken.
@@ -156,11 +156,11 @@ class Journal:
                 self.failures.pop(key, None)
 
     def add(self, found: Answer | Ratings | Failure) -> None:
-        """Keep a finding."""
+        """Add a finding."""
         self._write(asdict(found))
 
     def begin(self, session: dict[str, Any]) -> None:
-        """Note on what the findings from here on are measured."""
+        """Record the date, versions and hardware of the findings from here on."""
         self._write({"session": session})
 
     def _write(self, line: dict[str, Any]) -> None:
@@ -169,9 +169,9 @@ class Journal:
 
 
 def left_out(plan: Plan, journal: Journal) -> Plan:
-    """Return a plan without the items that failed, at whatever size, and forget their answers.
+    """Return a plan without the items that failed at any size, and remove their answers.
 
-    So every strategy and size is measured on the same items. A task that has none left is left out.
+    So every strategy and size is measured on the same items. A task without items is left out.
 
     Raises:
         InputError: No item of any task is left.
@@ -193,13 +193,13 @@ def left_out(plan: Plan, journal: Journal) -> Plan:
 
 
 def recorded_plan(file: Path) -> dict[str, Any]:
-    """Return the plan that a journal begins with; nothing where there is no journal."""
+    """Return the plan at the beginning of a journal; an empty one if there is no journal."""
     lines = whole_lines(file)
     return lines[0].get("plan", {}) if lines and isinstance(lines[0], dict) else {}
 
 
 def difference(found: Any, wanted: Any) -> str:
-    """Return in words which parts of two plans differ."""
+    """Return a description of the parts in which two plans differ."""
     ours, theirs = wanted["plan"], found.get("plan", {}) if isinstance(found, dict) else {}
     names = [name for name in ours if ours[name] != theirs.get(name)]
     return f"other {', '.join(name.replace('_', ' ') for name in names)}"

@@ -1,4 +1,4 @@
-"""What the plots of an evaluation show, as curves."""
+"""The data of an evaluation's plots, as curves."""
 
 from __future__ import annotations
 
@@ -13,23 +13,23 @@ from fastvlm.evaluation.tasks.plan import Plan
 from fastvlm.evaluation.tasks.scores import ScoreRow, headline, length_class
 from fastvlm.functional.statistics import Spread
 
-BINS = 12
-"""The most points of a curve over the context's length."""
-FEWEST = 10
-"""Drafted tokens that a share of accepted ones is computed from, at least."""
+MAX_CURVE_POINTS = 12
+"""The maximum number of points of a curve over the context length."""
+MIN_DRAFTED_TOKENS = 10
+"""The minimum number of drafted tokens that an acceptance rate is computed from."""
 
 
 @dataclass(frozen=True, slots=True)
 class Curve:
-    """A line of a plot.
+    """A curve of a plot.
 
     Args:
-        label: What it shows.
-        x: Where its points are.
-        y: How high.
+        label: The label in the legend.
+        x: The points' x coordinates.
+        y: The points' y coordinates.
         low: The lower end of each point's error bar; None for a curve without them.
-        high: The upper end.
-        notes: What is written beside each point; None for nothing.
+        high: The upper end of each point's error bar.
+        notes: A text beside each point; None for none.
     """
 
     label: str
@@ -45,13 +45,13 @@ class Chart:
     """A plot.
 
     Args:
-        name: Names its file.
-        title: Its title.
-        x: What the horizontal axis shows.
-        y: What the vertical one shows.
-        curves: The lines, at least one.
-        caption: What to know about it.
-        doubling: Whether the horizontal axis doubles from one mark to the next.
+        name: The file's name without its suffix.
+        title: The title.
+        x: The label of the x axis.
+        y: The label of the y axis.
+        curves: The curves, at least one.
+        caption: The caption.
+        doubling: Whether the x axis is logarithmic with base 2.
     """
 
     name: str
@@ -64,7 +64,13 @@ class Chart:
 
 
 def charts(plan: Plan, journal: Journal, rows: Sequence[ScoreRow]) -> list[Chart]:
-    """Return the plots that an evaluation has the data for."""
+    """Return the plots that an evaluation has data for.
+
+    Args:
+        plan: The evaluation's plan.
+        journal: The answers.
+        rows: The scores.
+    """
     answers = list(journal.answers.values())
     found = [
         Chart(
@@ -73,7 +79,8 @@ def charts(plan: Plan, journal: Journal, rows: Sequence[ScoreRow]) -> list[Chart
             "tokens of prompt, image and reply before the cycle",
             "accepted share of drafted tokens",
             by_strategy(plan, answers, acceptance_by_context),
-            f"All tasks together. A point needs drafts of at least {FEWEST} tokens in all.",
+            f"All tasks together. A point needs drafts of at least {MIN_DRAFTED_TOKENS} tokens in"
+            " all.",
         ),
         Chart(
             "acceptance_by_position",
@@ -103,7 +110,13 @@ def charts(plan: Plan, journal: Journal, rows: Sequence[ScoreRow]) -> list[Chart
 def by_strategy(
     plan: Plan, answers: Iterable[Answer], curve: Callable[[str, list[Answer]], Curve | None]
 ) -> list[Curve]:
-    """Return a curve for each strategy that has one."""
+    """Return the curves of all strategies that have one.
+
+    Args:
+        plan: The evaluation's plan.
+        answers: All strategies' answers.
+        curve: Makes a curve of a strategy's name and answers; None where there is no data for it.
+    """
     own: dict[str, list[Answer]] = {name: [] for name in plan.strategies}
     for answer in answers:
         own[answer.strategy].append(answer)
@@ -117,7 +130,7 @@ def acceptance_by_context(name: str, answers: Sequence[Answer]) -> Curve | None:
     if not cycles:
         return None
     contexts = [context for context, _, _ in cycles]
-    width = round_width((max(contexts) - min(contexts) + 1) / BINS)
+    width = round_width((max(contexts) - min(contexts) + 1) / MAX_CURVE_POINTS)
     counts: dict[int, list[int]] = {}
     for context, proposed, accepted in cycles:
         count = counts.setdefault(context // width, [0, 0])
@@ -139,13 +152,25 @@ def acceptance_by_position(name: str, answers: Sequence[Answer]) -> Curve | None
 
 
 def share_curve(name: str, counts: Mapping[float, Sequence[int]]) -> Curve | None:
-    """Return shares as a curve: by place, how many were drafted there and how many accepted."""
-    known = {x: taken / drawn for x, (drawn, taken) in sorted(counts.items()) if drawn >= FEWEST}
+    """Return acceptance rates as a curve.
+
+    Args:
+        name: The curve's label.
+        counts: The number of tokens that were drafted and accepted, by position on the x axis.
+
+    Returns:
+        None if no point has `MIN_DRAFTED_TOKENS` tokens.
+    """
+    known = {
+        x: taken / drawn
+        for x, (drawn, taken) in sorted(counts.items())
+        if drawn >= MIN_DRAFTED_TOKENS
+    }
     return Curve(name, list(known), list(known.values())) if known else None
 
 
 def round_width(width: float) -> int:
-    """Return the next greater of 1, 2, 5, 10, 20, 50 ..."""
+    """Return the smallest of 1, 2, 5, 10, 20, 50, ... that is not below a width."""
     power = 10 ** max(0, math.floor(math.log10(max(width, 1))))
     return next(step * power for step in (1, 2, 5, 10) if step * power >= width)
 
@@ -153,7 +178,7 @@ def round_width(width: float) -> int:
 def speedup_by_length(
     plan: Plan, answers: Iterable[Answer]
 ) -> Callable[[str, list[Answer]], Curve | None]:
-    """Return what makes a strategy's curve of the speedup against the reference's length."""
+    """Return a function that makes a strategy's curve of speedup against the reference's length."""
     reference = reference_of(plan, answers)
 
     def curve(name: str, own: list[Answer]) -> Curve | None:
@@ -174,7 +199,7 @@ Key = tuple[str, str, int | None]
 
 
 def key_of(answer: Answer) -> Key:
-    """Return what an answer is an answer to."""
+    """Return the task, the item and the image size of an answer."""
     return answer.task, answer.item, answer.size
 
 
@@ -187,7 +212,17 @@ def reference_of(plan: Plan, answers: Iterable[Answer]) -> dict[Key, Answer]:
 def ratios(
     own: Sequence[Answer], reference: Mapping[Key, Answer], *, whole: bool = False
 ) -> Spread | None:
-    """Return the speedup of answers. See `measuring.speedup`."""
+    """Return the speedup of answers, question by question.
+
+    Args:
+        own: A strategy's answers.
+        reference: The answers to compare with.
+        whole: Whether to compare the time of whole replies, image and prefill included, instead of
+            the time per output token after the first.
+
+    Returns:
+        None where no reply has more than one token.
+    """
     ordinary = [reference[key_of(answer)].statistics for answer in own]
     return speedup(ordinary, [answer.statistics for answer in own], whole=whole)
 

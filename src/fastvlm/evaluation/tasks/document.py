@@ -1,4 +1,4 @@
-"""A report's parts, written as Markdown or as one HTML page that needs no other file."""
+"""The parts of a report, written as Markdown or as one self-contained HTML page."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from html import escape
 
-STYLE = """\
+PAGE_CSS = """\
 :root { color-scheme: light; }
 body { font: 15px/1.5 system-ui, sans-serif; color: #1c2430; background: #fff;
   max-width: 62rem; margin: 2rem auto; padding: 0 1.2rem; }
@@ -66,7 +66,7 @@ class Paragraph:
 
 @dataclass(frozen=True, slots=True)
 class Table:
-    """A table; all columns but the first hold figures."""
+    """A table; all columns but the first hold numbers."""
 
     heading: Sequence[str]
     rows: Sequence[Sequence[str]]
@@ -116,7 +116,7 @@ class Plot:
 
 @dataclass(frozen=True, slots=True)
 class ExampleBox:
-    """A question about an image (JPEG), and replies by who gave them."""
+    """A question about an image (JPEG), and replies with the names of those who gave them."""
 
     image: bytes
     question: str
@@ -141,12 +141,12 @@ Part = Heading | Paragraph | Table | Plot | ExampleBox
 
 
 def cell(text: str) -> str:
-    """Return text as a cell of a Markdown table may have it."""
+    """Return text escaped for a cell of a Markdown table."""
     return text.replace("|", "\\|")
 
 
 def embedded(content: bytes, kind: str) -> str:
-    """Return a file as an address that holds all of it."""
+    """Return a file as a `data:` URL."""
     return f"data:{kind};base64,{base64.b64encode(content).decode()}"
 
 
@@ -161,6 +161,6 @@ def html(title: str, parts: Sequence[Part]) -> str:
     return (
         f'<!doctype html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
         f'<meta name="viewport" content="width=device-width, initial-scale=1">\n'
-        f"<title>{escape(title)}</title>\n<style>\n{STYLE}</style>\n</head>\n<body>\n"
+        f"<title>{escape(title)}</title>\n<style>\n{PAGE_CSS}</style>\n</head>\n<body>\n"
         f"<h1>{escape(title)}</h1>\n{body}\n</body>\n</html>\n"
     )

@@ -1,4 +1,4 @@
-"""Grades of judged replies: a judge's, kept as they come, or those that others published."""
+"""Grades of judged replies, from a judge or from a publisher's own evaluator."""
 
 from __future__ import annotations
 
@@ -17,22 +17,22 @@ from fastvlm.evaluation.tasks.judge import Judge
 from fastvlm.functional.files import write_text
 
 Graded = dict[tuple[str, str, str], Any]
-"""By task, item and reply, what a task's `score` takes: equal replies have equal grades."""
+"""Grades by task, item and reply, in the form that the task's `score` takes."""
 
 
 def published(
     name: str, task: EvaluationTask[Any], file: Path, answers: Iterable[Answer]
 ) -> Graded:
-    """Return grades that a publisher's own evaluator wrote.
+    """Return grades from a file that a publisher's own evaluator wrote.
 
     Args:
         name: The task's name.
         task: MM-Vet or LLaVA-Bench.
-        file: MM-Vet's file of grades, or LLaVA-Bench's of reviews.
-        answers: What was graded, as `write_submission` wrote it.
+        file: MM-Vet's file of grades, or LLaVA-Bench's file of reviews.
+        answers: The answers that were graded.
 
     Raises:
-        InputError: The file is not laid out as published.
+        InputError: The file has another layout.
     """
     read: Callable[[Path], Mapping[str, Any]]
     read = read_reviews if isinstance(task, LlavaWild) else read_grades
@@ -51,14 +51,14 @@ def judged(
     journal: Path,
     progress: Callable[[int, int], None] = no_progress,
 ) -> Graded:
-    """Have every reply to a judged task graded that the journal has no grade of.
+    """Return grades of all replies to judged tasks, from the journal or else from the judge.
 
     Args:
-        judge: Who grades.
+        judge: The judge.
         tasks: All tasks by name.
         answers: All answers.
-        journal: A file of JSON lines; another judge's grades in it don't count.
-        progress: Called with the replies graded and their number, of those that are left.
+        journal: A file of JSON lines; another judge's grades in it are ignored.
+        progress: Called with the replies graded and their total, of those that the journal lacks.
 
     Raises:
         InputError: The judge can't be reached, or doesn't answer with grades.
@@ -84,15 +84,15 @@ def judged(
 def write_submission(
     folder: Path, name: str, task: EvaluationTask[Any], answers: Sequence[Answer], model: str
 ) -> Path:
-    """Write replies as a judged benchmark's own evaluator takes them; return the file.
+    """Write replies in the format of a judged benchmark's own evaluator; return the file.
 
     Args:
-        folder: Where to.
+        folder: The folder to write to.
         name: The task's name.
         task: MM-Vet, whose evaluator takes a JSON of replies by item, or LLaVA-Bench, whose
-            evaluator takes a line a reply.
+            evaluator takes a line for each reply.
         answers: The replies.
-        model: What the model is called.
+        model: The model's name.
     """
     folder.mkdir(exist_ok=True)
     if isinstance(task, LlavaWild):

@@ -1,7 +1,6 @@
-"""Replies judged by a language model behind an endpoint that speaks OpenAI's protocol.
+"""A judge: a language model behind an endpoint of OpenAI's protocol.
 
-The questions to the judge are our own words, so that its grades are not those of the papers, whose
-judges were asked otherwise.
+The prompts are our own, so the grades are not comparable with those of the papers.
 """
 
 from __future__ import annotations
@@ -19,13 +18,13 @@ from fastvlm.data.tasks.llava_wild import LlavaWild
 from fastvlm.data.tasks.mmvet import MmVet
 from fastvlm.functional.errors import InputError
 
-ATTEMPTS, PAUSE, TIMEOUT = 4, 2.0, 120.0
-"""Tries of one question; seconds after the first that failed, doubled each time; seconds a try."""
-TOO_MANY, BROKEN = 429, 500
-"""Status of a server that is asked too much; from here on the server's own failures."""
-NUMBER = re.compile(r"\d+(?:\.\d+)?")
+MAX_ATTEMPTS, FIRST_PAUSE_SECONDS, TIMEOUT_SECONDS = 4, 2.0, 120.0
+"""Attempts for each prompt; the pause after the first, doubled each time; the limit of each."""
+TOO_MANY_REQUESTS_STATUS, SERVER_ERROR_STATUS = 429, 500
+"""HTTP status codes after which a request is repeated: 429, and 500 and above."""
+NUMBER_PATTERN = re.compile(r"\d+(?:\.\d+)?")
 
-CORRECTNESS = """\
+CORRECTNESS_PROMPT = """\
 Grade a reply to a question about an image that you can't see. You are given the right answer, in \
 which <AND> joins parts that are all needed and <OR> separates answers that are each right. Give a \
 number from 0.0 (nothing of it is right) to 1.0 (all of it is right) in steps of 0.1; more detail \
@@ -36,7 +35,7 @@ Right answer: {answer}
 Reply: {reply}
 Grade:"""
 
-COMPARISON = """\
+COMPARISON_PROMPT = """\
 Two assistants were asked about an image. You can't see it; this is what it shows:
 {context}
 
@@ -53,13 +52,16 @@ nothing. Answer with two numbers alone: the first assistant's grade, a space, th
 
 
 class Judge:
-    """A language model that grades.
+    """A language model that grades replies.
 
     Args:
         url: The endpoint up to its version, such as `http://localhost:8000/v1`.
-        model: The model's name there.
-        key: What the endpoint wants to be shown; None for nothing.
-        sleep: Waits some seconds.
+        model: The model's name at the endpoint.
+        key: The API key; None for none.
+        sleep: Waits for a number of seconds.
+
+    Raises:
+        InputError: The URL is not one of HTTP or HTTPS.
     """
 
     def __init__(
@@ -74,22 +76,24 @@ class Judge:
         self.url, self.model, self.key, self.sleep = url.rstrip("/"), model, key, sleep
 
     def grade(self, task: EvaluationTask[Any], item: str, reply: str) -> Any:
-        """Return what a judged task's `score` takes for a reply.
+        """Return the grade of a reply, in the form that the task's `score` takes.
 
         Args:
             task: MM-Vet or LLaVA-Bench.
             item: The item's id.
-            reply: The model's.
+            reply: The model's reply.
 
         Raises:
             InputError: The judge can't be reached, or doesn't answer with grades.
         """
         question = next(one.prompt for one in task.items if one.id == item)
         if isinstance(task, MmVet):
-            text = CORRECTNESS.format(question=question, answer=task.answers[item], reply=reply)
+            text = CORRECTNESS_PROMPT.format(
+                question=question, answer=task.answers[item], reply=reply
+            )
             return self.numbers(text, 1, 0.0, 1.0)
         if isinstance(task, LlavaWild):
-            text = COMPARISON.format(
+            text = COMPARISON_PROMPT.format(
                 context=task.contexts[item],
                 question=question,
                 reference=task.references[item],
@@ -99,13 +103,19 @@ class Judge:
         raise InputError(f"fastvlm doesn't know how {task.name} is judged.")
 
     def numbers(self, text: str, count: int, low: float, high: float) -> list[float]:
-        """Return the numbers that the judge answers with.
+        """Return the grades in the judge's answer to a prompt.
+
+        Args:
+            text: The prompt.
+            count: The number of grades asked for.
+            low: The lowest valid grade.
+            high: The highest valid grade.
 
         Raises:
-            InputError: There are not as many as asked for, or one is out of range.
+            InputError: There are fewer grades than asked for, or one is out of range.
         """
         said = self.ask(text)
-        found = [float(number) for number in NUMBER.findall(said)]
+        found = [float(number) for number in NUMBER_PATTERN.findall(said)]
         if len(found) < count or not all(low <= grade <= high for grade in found[:count]):
             raise InputError(
                 f"The judge {self.model} was asked for {count} number{'s' * (count > 1)} from"
@@ -114,10 +124,10 @@ class Judge:
         return found[:count]
 
     def ask(self, text: str) -> str:
-        """Return what the judge says to a text.
+        """Return the judge's answer to a prompt.
 
         Raises:
-            InputError: It can't be reached, or refuses.
+            InputError: The judge can't be reached, or refuses.
         """
         body = {
             "model": self.model,
@@ -130,14 +140,16 @@ class Judge:
         address = f"{self.url}/chat/completions"
         # The scheme was looked at above: no file is opened by this.
         request = Request(address, json.dumps(body).encode(), headers)
-        for attempt in range(ATTEMPTS):
-            last = attempt == ATTEMPTS - 1
+        for attempt in range(MAX_ATTEMPTS):
+            last = attempt == MAX_ATTEMPTS - 1
             try:
-                with urlopen(request, timeout=TIMEOUT) as response:
+                with urlopen(request, timeout=TIMEOUT_SECONDS) as response:
                     said = json.load(response)
                 return str(said["choices"][0]["message"]["content"])
             except HTTPError as error:
-                if last or (error.code != TOO_MANY and error.code < BROKEN):
+                if last or (
+                    error.code != TOO_MANY_REQUESTS_STATUS and error.code < SERVER_ERROR_STATUS
+                ):
                     raise InputError(f"The judge at {address} refuses: {error}.") from error
             except (URLError, TimeoutError) as error:
                 if last:
@@ -148,5 +160,5 @@ class Judge:
                 raise InputError(
                     f"What the judge at {address} sends is not as OpenAI's protocol has it."
                 ) from error
-            self.sleep(PAUSE * 2**attempt)
+            self.sleep(FIRST_PAUSE_SECONDS * 2**attempt)
         raise AssertionError  # the last attempt returns or raises

@@ -9,8 +9,8 @@ from typing import Any
 from fastvlm.evaluation.tasks.curves import Chart
 from fastvlm.functional.errors import InputError
 
-SIZE = (7.0, 4.2)
-MARKERS = "osD^vPXd<>"
+FIGURE_SIZE_INCHES = (7.0, 4.2)
+MARKER_STYLES = "osD^vPXd<>"
 
 
 def pyplot() -> Any:
@@ -36,7 +36,7 @@ def drawn(chart: Chart, strategies: Sequence[str]) -> str:
 
     Args:
         chart: The chart.
-        strategies: All there are: each has its colour and its marker in every chart.
+        strategies: All strategies; each has the same colour and marker in every chart.
 
     Raises:
         InputError: matplotlib is not installed.
@@ -44,7 +44,7 @@ def drawn(chart: Chart, strategies: Sequence[str]) -> str:
     plt = pyplot()
     settings = {"svg.hashsalt": chart.name, "axes.spines.top": False, "axes.spines.right": False}
     with plt.rc_context(settings):
-        figure, axes = plt.subplots(figsize=SIZE, layout="constrained")
+        figure, axes = plt.subplots(figsize=FIGURE_SIZE_INCHES, layout="constrained")
         named = all(curve.label in strategies for curve in chart.curves)
         for number, curve in enumerate(chart.curves):
             place = strategies.index(curve.label) if named else number
@@ -59,8 +59,8 @@ def drawn(chart: Chart, strategies: Sequence[str]) -> str:
             shift = 1 + 0.02 * (number - (len(chart.curves) - 1) / 2) if chart.doubling else 1
             axes.errorbar(
                 [x * shift for x in curve.x], curve.y, yerr=errors, label=curve.label, color=colour,
-                marker=MARKERS[place % len(MARKERS)], markersize=5, capsize=2, linewidth=1.4,
-                elinewidth=0.8,
+                marker=MARKER_STYLES[place % len(MARKER_STYLES)], markersize=5, capsize=2,
+                linewidth=1.4, elinewidth=0.8,
             )  # fmt: skip
             for x, y, note in zip(curve.x, curve.y, curve.notes or (), strict=False):
                 axes.annotate(

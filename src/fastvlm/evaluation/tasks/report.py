@@ -39,15 +39,21 @@ from fastvlm.evaluation.tasks.tables import (
 from fastvlm.functional.files import write_text
 from fastvlm.vision.loading import load_image
 
-EXAMPLES = 2
-"""Items of each task that are shown."""
-SIDE = 440
-"""Pixels of the longer side of an image that is shown."""
-TITLE = "Quality and speed on the same images"
+EXAMPLES_PER_TASK = 2
+"""The number of items of each task that are shown."""
+MAX_IMAGE_SIDE_PIXELS = 440
+"""The maximum side of an image in the report, in pixels."""
+REPORT_TITLE = "Quality and speed on the same images"
 
 
 def write_report(folder: Path, plan: Plan, journal: Journal, rows: Sequence[ScoreRow]) -> None:
     """Write `report.json`, `report.md`, `report.html` and `figures/`.
+
+    Args:
+        folder: The folder to write to.
+        plan: The evaluation's plan.
+        journal: The answers.
+        rows: The scores.
 
     Raises:
         InputError: matplotlib is not installed.
@@ -68,14 +74,21 @@ def write_report(folder: Path, plan: Plan, journal: Journal, rows: Sequence[Scor
     }
     write_text(folder / "report.json", json.dumps(content, indent=2) + "\n")
     found = parts(plan, journal, rows, plots)
-    write_text(folder / "report.md", markdown(TITLE, found))
-    write_text(folder / "report.html", html(TITLE, found))
+    write_text(folder / "report.md", markdown(REPORT_TITLE, found))
+    write_text(folder / "report.html", html(REPORT_TITLE, found))
 
 
 def parts(
     plan: Plan, journal: Journal, rows: Sequence[ScoreRow], plots: Sequence[Plot]
 ) -> list[Part]:
-    """Return all that the report holds."""
+    """Return the contents of the report.
+
+    Args:
+        plan: The evaluation's plan.
+        journal: The answers.
+        rows: The scores.
+        plots: The plots.
+    """
     written = [row for row in rows if row.speed is not None]
     found: list[Part] = [*provenance(plan, journal)]
     found += failures(journal)
@@ -104,7 +117,7 @@ def parts(
     for name, task in plan.tasks.items():
         found += [Heading(f"{task.name} ({len(task.items)} items)")]
         found += task_parts(plan, [row for row in rows if row.task == name])
-        found += [example(plan, journal, name, item) for item in task.items[:EXAMPLES]]
+        found += [example(plan, journal, name, item) for item in task.items[:EXAMPLES_PER_TASK]]
     return found
 
 
@@ -160,14 +173,21 @@ def provenance(plan: Plan, journal: Journal) -> list[Part]:
 
 
 def drafts(what: Mapping[str, Any]) -> str:
-    """Return how long a strategy's drafts are."""
+    """Return a strategy's draft length as the report shows it."""
     if what["kind"] == "autoregressive":
         return "-"
     return "its own rule" if what["draft_length"] is None else str(what["draft_length"])
 
 
 def example(plan: Plan, journal: Journal, task: str, item: Item) -> ExampleBox:
-    """Return an item with its image and what was replied."""
+    """Return an item with its image and all replies to it.
+
+    Args:
+        plan: The evaluation's plan.
+        journal: The answers.
+        task: The task's name.
+        item: The item.
+    """
     size = plan.sizes[0]
     if item.options:
         ratings = journal.ratings[task, item.id, size].ratings
@@ -183,7 +203,7 @@ def example(plan: Plan, journal: Journal, task: str, item: Item) -> ExampleBox:
             for text, names in by_text.items()
         ]
     image = load_image(item.open())
-    image.thumbnail((SIDE, SIDE))
+    image.thumbnail((MAX_IMAGE_SIDE_PIXELS, MAX_IMAGE_SIDE_PIXELS))
     out = BytesIO()
     image.save(out, "JPEG", quality=80)
     return ExampleBox(out.getvalue(), item.prompt, replies)

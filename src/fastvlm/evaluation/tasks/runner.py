@@ -1,4 +1,4 @@
-"""An evaluation's pass over its items: every strategy answers before the next item."""
+"""A pass over an evaluation's items: every strategy answers an item before the next one begins."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import fastvlm
-from fastvlm.data.broken import SHARE, BrokenRecords
+from fastvlm.data.broken import MAX_BROKEN_SHARE, BrokenRecords
 from fastvlm.data.conversations import Broken
 from fastvlm.decoding import Strategy
 from fastvlm.evaluation.likelihood import likelihoods
@@ -28,26 +28,26 @@ def evaluate(
     plan: Plan,
     journal: Journal,
     progress: Callable[[int, int], None] = no_progress,
-    max_failed: float = SHARE,
+    max_failed: float = MAX_BROKEN_SHARE,
 ) -> None:
-    """Ask all that the journal does not know yet; what failed before is asked once more.
+    """Ask every question that the journal has no answer to, those that failed before included.
 
-    An item that can't be asked, such as one whose image can't be read, is noted with the reason,
-    and the others are asked.
+    An item that can't be asked, such as one whose image can't be read, is recorded with the reason,
+    and the evaluation goes on.
 
-    Strategies take turns in being first. Options are rated by the model once, as no strategy has a
-    part in that. The first item is answered once more beforehand, unmeasured.
+    The order of the strategies rotates. Options are rated once, as the ratings don't depend on the
+    strategy. The first item is answered once beforehand without being measured.
 
     Args:
         vlm: The model.
         strategies: The plan's strategies by name.
-        plan: What to ask.
-        journal: Where the findings go, one by one.
-        progress: Called with the questions done and their number, of those that are left.
-        max_failed: The largest share of all questions that may fail.
+        plan: The evaluation's plan.
+        journal: Where findings are recorded.
+        progress: Called with the questions done and their total, of those that were left.
+        max_failed: The maximum share of all questions that may fail, from 0 to 1.
 
     Raises:
-        InputError: More fail, or another run writes to the journal's folder; it names the first.
+        InputError: More questions fail, or another run writes to the journal's folder.
     """
     with locked(journal.file.parent):
         _ask(vlm, strategies, plan, journal, progress, max_failed)
@@ -94,7 +94,16 @@ def _ask(
 
 
 def unknown(journal: Journal, asked: PlannedItem, names: list[str]) -> list[str]:
-    """Return whose answers to a question are not known yet; options are the model's to rate."""
+    """Return the names of the strategies whose answer is missing.
+
+    Args:
+        journal: The answers so far.
+        asked: The question.
+        names: All strategies.
+
+    Returns:
+        The names; "the model" alone for options that are not rated yet, as no strategy rates them.
+    """
     key = (asked.task, asked.item.id, asked.size)
     if asked.item.options:
         return [] if key in journal.ratings else ["the model"]
@@ -109,7 +118,18 @@ def shown(asked: PlannedItem) -> ImageOptions:
 def answer(
     vlm: VisionLanguageModel, name: str, strategy: Strategy, asked: PlannedItem, limit: int
 ) -> Answer:
-    """Return one strategy's answer."""
+    """Return a strategy's answer to a question.
+
+    Args:
+        vlm: The model.
+        name: The strategy's name.
+        strategy: The strategy.
+        asked: The question.
+        limit: The maximum number of tokens in the reply.
+
+    Raises:
+        InputError: The image can't be read, or the prompt doesn't fit into the model's context.
+    """
     item = asked.item
     options = {"max_new_tokens": limit, **shown(asked)}
     request = run_request(vlm, strategy, item.prompt, item.open(), **options)
@@ -130,7 +150,7 @@ def answer(
 
 
 def rated(vlm: VisionLanguageModel, asked: PlannedItem) -> Ratings:
-    """Return how likely the model finds each option as the whole of its reply."""
+    """Return the log-likelihood of each option as the model's whole reply."""
     item = asked.item
     request = vlm.request(item.prompt, item.open(), **shown(asked))
     found = likelihoods(vlm, request, item.options)
@@ -138,7 +158,7 @@ def rated(vlm: VisionLanguageModel, asked: PlannedItem) -> Ratings:
 
 
 def session(vlm: VisionLanguageModel) -> dict[str, Any]:
-    """Return when and on what this is measured."""
+    """Return the date, versions and hardware of a measurement."""
     return {
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
         "fastvlm": fastvlm.__version__,
@@ -148,7 +168,7 @@ def session(vlm: VisionLanguageModel) -> dict[str, Any]:
 
 
 def commit() -> str | None:
-    """Return the commit that runs; None where fastvlm is installed without its repository."""
+    """Return the commit of the code; None where fastvlm is installed without its repository."""
     here = Path(__file__).parent
     command = ["git", "-C", str(here), "describe", "--always", "--dirty", "--abbrev=12"]
     try:

@@ -1,4 +1,4 @@
-"""The figures of an evaluation: quality, speed and what drafts were worth."""
+"""The scores of an evaluation: quality, speed and acceptance."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from fastvlm.evaluation.tasks.grades import Graded
 from fastvlm.evaluation.tasks.plan import Plan
 from fastvlm.functional.statistics import DecodingStatistics, Spread
 
-HEADLINES = {
+HEADLINE_SCORES = {
     "coco": "CIDEr",
     "nocaps": "CIDEr",
     "flickr8k": "CIDEr",
@@ -26,31 +26,31 @@ HEADLINES = {
     "mmvet": "total",
     "llava-wild": "all",
 }
-"""The one of a task's scores that stands in the table of all tasks."""
+"""Each task's main score, which is shown in the table of all tasks."""
 
 
 def headline(task: str) -> str:
     """Return the name of a task's main score."""
-    return HEADLINES[task.partition(":")[0].replace("_", "-")]
+    return HEADLINE_SCORES[task.partition(":")[0].replace("_", "-")]
 
 
 @dataclass(frozen=True, slots=True)
 class Speed:
-    """How replies came, each figure over the replies.
+    """Timings and acceptance of replies, with the spread over the replies.
 
     Args:
-        replies: How many.
-        tokens: Their lengths.
-        ttft_ms: Time to first token.
-        tpot_ms: Time per output token after the first.
+        replies: The number of replies.
+        tokens: Tokens of a reply.
+        ttft_ms: Time to first token, in milliseconds.
+        tpot_ms: Time per output token after the first, in milliseconds.
         decode_rate: Tokens per second after the first token.
         whole_rate: Tokens per second, image and prefill included.
-        passes: Calls of the full model, the prefill among them.
-        acceptance_rate: Accepted tokens per drafted one.
+        passes: Calls of the full model, prefill included.
+        acceptance_rate: Accepted tokens per drafted token.
         acceptance_length: Tokens per call of the full model after the prefill.
         draft_length: Drafted tokens per such call.
-        speedup: The reference's time per output token over this one's.
-        speedup_end_to_end: The same of whole replies.
+        speedup: The reference's time per output token over that of these replies.
+        speedup_end_to_end: The same for whole replies.
     """
 
     replies: int
@@ -68,7 +68,7 @@ class Speed:
 
     @classmethod
     def of(cls, own: Sequence[Answer], reference: Sequence[Answer]) -> Speed:
-        """Return the figures of a strategy's answers, and the reference's to the same items."""
+        """Return the timings of a strategy's answers, given the reference's to the same items."""
         mine = [answer.statistics for answer in own]
         ordinary = [answer.statistics for answer in reference]
         tpot = [one.tpot_ms for one in mine if one.tpot_ms is not None]
@@ -100,16 +100,16 @@ def _spread(values: Sequence[float | None]) -> Spread | None:
 
 @dataclass(frozen=True, slots=True)
 class ScoreRow:
-    """What one strategy did on one task with images of one size.
+    """The result of one strategy on one task, with images of one size.
 
     Args:
         task: The task's name.
         size: Side of the images in pixels; None for the model's own.
         strategy: The strategy's name.
         scores: The task's scores by name; None where replies were not judged.
-        different: Replies whose tokens are not the reference's.
-        speed: How the replies came; None where options were rated and nothing was written.
-        by_length: The same, of replies of up to so many tokens and more than the length before.
+        different: The number of replies whose tokens differ from the reference's.
+        speed: Timings and acceptance; None where options were rated and nothing was generated.
+        by_length: The same by reply length in tokens, rounded up to a power of two.
     """
 
     task: str
@@ -126,12 +126,18 @@ class ScoreRow:
 
 
 def length_class(tokens: int) -> int:
-    """Return the power of two that a reply's length is not above: 4, 8, 16 ..."""
+    """Return a reply's length rounded up to a power of two, at least 4."""
     return max(4, 1 << (tokens - 1).bit_length())
 
 
 def rows(plan: Plan, journal: Journal, graded: Graded) -> list[ScoreRow]:
-    """Return the figures of a finished evaluation, in the plan's order."""
+    """Return the scores and speeds of a finished evaluation, in the plan's order.
+
+    Args:
+        plan: The evaluation's plan.
+        journal: The answers.
+        graded: The grades of replies that a judge has graded.
+    """
     found = []
     names = list(plan.strategies)
     for task_name, task in plan.tasks.items():
@@ -174,7 +180,16 @@ def rows(plan: Plan, journal: Journal, graded: Graded) -> list[ScoreRow]:
 def quality(
     task: EvaluationTask[Any], answers: Sequence[Answer], graded: Graded
 ) -> Mapping[str, float] | None:
-    """Return a task's scores of one strategy's answers; None where a grade is missing."""
+    """Return a task's scores of one strategy's answers.
+
+    Args:
+        task: The task.
+        answers: The strategy's answers.
+        graded: The grades of replies that a judge has graded.
+
+    Returns:
+        The scores by name; None where a grade is missing.
+    """
     if not task.judged:
         return task.score({answer.item: answer.text for answer in answers})
     keys = {answer.item: (answer.task, answer.item, answer.text) for answer in answers}

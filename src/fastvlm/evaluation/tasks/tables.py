@@ -16,7 +16,7 @@ def reference(plan: Plan) -> str:
 
 
 def lossless(plan: Plan, rows: Sequence[ScoreRow]) -> str:
-    """Return in a sentence whether all strategies replied the same."""
+    """Return a sentence that says whether all strategies gave the same replies."""
     compared = [row for row in rows if row.speed is not None and row.strategy != reference(plan)]
     replies = sum(row.speed.replies for row in compared if row.speed is not None)
     different = sum(row.different for row in compared)
@@ -31,7 +31,7 @@ def lossless(plan: Plan, rows: Sequence[ScoreRow]) -> str:
     )
 
 
-COLUMNS: Sequence[Sequence[tuple[str, Callable[[ScoreRow, Speed], str]]]] = (
+SPEED_TABLE_COLUMNS: Sequence[Sequence[tuple[str, Callable[[ScoreRow, Speed], str]]]] = (
     (
         ("tokens", lambda _, speed: spread(speed.tokens, 0)),
         ("TTFT ms", lambda _, speed: spread(speed.ttft_ms, 0)),
@@ -47,11 +47,17 @@ COLUMNS: Sequence[Sequence[tuple[str, Callable[[ScoreRow, Speed], str]]]] = (
         ("draft length", lambda _, speed: spread(speed.draft_length, 1)),
     ),
 )
-"""Two tables of how replies came: times, and what drafts were worth."""
+"""The columns of two tables: timings, and acceptance of drafts."""
 
 
 def overview(plan: Plan, rows: Sequence[ScoreRow], value: Callable[[ScoreRow], str]) -> Table:
-    """Return a table of strategies, and tasks in every size of their images."""
+    """Return a table with a row for each strategy and a column for each task and image size.
+
+    Args:
+        plan: The evaluation's plan.
+        rows: The scores.
+        value: Returns a cell's text.
+    """
     found = {(row.strategy, row.task, row.size): value(row) for row in rows}
     columns = list(dict.fromkeys((row.task, row.size) for row in rows))
     heading = [
@@ -87,7 +93,7 @@ def speedup_end_to_end(row: ScoreRow) -> str:
 
 
 def acceptance(row: ScoreRow) -> str:
-    """Return rate and length of what was accepted."""
+    """Return acceptance rate and acceptance length."""
     if row.speed is None or row.speed.acceptance_rate is None:
         return "-"
     length = row.speed.acceptance_length
@@ -111,7 +117,7 @@ def task_parts(plan: Plan, rows: Sequence[ScoreRow]) -> list[Part]:
     written = [(row, row.speed) for row in rows if row.speed is not None]
     if written:
         found.append(Paragraph("Medians and quartiles over the replies:"))
-        for columns in COLUMNS:
+        for columns in SPEED_TABLE_COLUMNS:
             body = [
                 [label(row.strategy, row.size), *(cells(row, speed) for _, cells in columns)]
                 for row, speed in written
@@ -171,12 +177,12 @@ def length_table(plan: Plan, rows: Sequence[ScoreRow]) -> list[Part]:
 
 
 def number(value: float | None, digits: int) -> str:
-    """Return a figure; a dash where there is none."""
+    """Return a number with some digits after the decimal point; a dash for None."""
     return "-" if value is None else f"{value:,.{digits}f}"
 
 
 def score(value: float) -> str:
-    """Return a score, of which a hundredth of a point counts."""
+    """Return a score, to a hundredth of a point."""
     return f"{value:.4f}" if abs(value) < 10 else f"{value:.2f}"  # noqa: PLR2004 (a point or 100)
 
 
