@@ -271,6 +271,13 @@ class DecoderCache:
             self.layers[layer_idx] = layer
         return layer.exchange(positions, self._rows, keys, values)
 
+    def get_seq_length(self, layer_idx: int = 0) -> int:  # noqa: ARG002 (as transformers has it)
+        """Return the first position of a pass, as layers ask that count positions themselves.
+
+        Where rows start at different positions it is the first of them.
+        """
+        return 0 if self._positions is None else min(self._positions.starts)
+
     def export_slot(self, slot: int, length: int, layers: int) -> list[Tensor]:
         """Return a copy of a slot's beginning.
 

@@ -7,7 +7,7 @@ import importlib
 import inspect
 import weakref
 from abc import ABC, abstractmethod
-from collections.abc import Hashable, Iterable, Sequence
+from collections.abc import Callable, Hashable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -258,7 +258,11 @@ def additive(seen: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 def untrained_layers(
-    config: PreTrainedConfig, number: int, first_index: int, path: str = "layers"
+    config: PreTrainedConfig,
+    number: int,
+    first_index: int,
+    path: str = "layers",
+    kind: Callable[..., Any] | None = None,
 ) -> nn.ModuleList:
     """Return the last layers of a configuration's decoder, untrained.
 
@@ -267,10 +271,11 @@ def untrained_layers(
         number: How many layers.
         first_index: What they cache as: layers from this one on.
         path: Where a model of the configuration has its layers.
+        kind: The class of that model; None for the one that `transformers` has for it.
     """
     # On no device, as large as it is: of which class each layer is depends on its place.
     with torch.device("meta"):
-        shell = decoder_class(config)(copy.deepcopy(config))
+        shell = (kind or decoder_class(config))(copy.deepcopy(config))
     layers: nn.ModuleList = shell.get_submodule(path)[-number:]
     layers.to_empty(device="cpu").apply(shell._init_weights)
     for offset, layer in enumerate(layers):

@@ -6,11 +6,19 @@ from transformers import PreTrainedModel
 
 from fastvlm.language.decoder import SplitDecoder
 from fastvlm.language.general import GeneralDecoder
+from fastvlm.language.llama4 import Llama4Decoder
 from fastvlm.language.opt import OptDecoder
 from fastvlm.language.structure import text_decoder
 from fastvlm.language.t5 import T5Decoder
+from fastvlm.language.t5gemma import T5GemmaDecoder
 
-NAMED: dict[str, type[SplitDecoder]] = {"mt5": T5Decoder, "opt": OptDecoder, "t5": T5Decoder}
+NAMED: dict[str, type[SplitDecoder]] = {
+    "llama4": Llama4Decoder,
+    "mt5": T5Decoder,
+    "opt": OptDecoder,
+    "t5": T5Decoder,
+    "t5_gemma_module": T5GemmaDecoder,
+}
 """Families that are not of the usual form; all others are split by `GeneralDecoder`."""
 
 

@@ -6,25 +6,34 @@ itself (`verification`), so no family needs to be named here.
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Iterable, Sequence
-from typing import Any
+from collections.abc import Callable, Hashable, Iterable, Sequence
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from fastvlm.language.cache import KeyValueCache
-from fastvlm.language.decoder import DecoderShape, FeedForward, SplitDecoder, untrained_layers
+from fastvlm.language.cross_attention import CrossCache
+from fastvlm.language.decoder import (
+    DecoderShape,
+    FeedForward,
+    SplitDecoder,
+    additive,
+    untrained_layers,
+)
 from fastvlm.language.layer_calls import (
     CACHE_NAMES,
     DecoderCalls,
     LayerCall,
     RotaryKind,
     observe_calls,
+    root_of_width,
 )
 from fastvlm.language.masks import MaskKind
-from fastvlm.language.positions import Positions
+from fastvlm.language.positions import EncoderContext, Positions
 from fastvlm.language.rotary import Rotary, Rotations, scaled_context
+from fastvlm.language.structure import check_structure
 from fastvlm.language.verification import verified_rule
 
 FEED_FORWARD_NORMS = ("pre_feedforward_layernorm", "post_attention_layernorm")
@@ -43,11 +52,15 @@ class GeneralDecoder(SplitDecoder):
             other states than the model's own `forward`.
     """
 
+    PARTS: ClassVar[tuple[str, ...]] = ("embed_tokens", "layers", "norm")
+    """The modules that such a decoder has."""
+
     def __init__(self, model: PreTrainedModel, decoder: Any) -> None:
         super().__init__(model, decoder)
+        check_structure(decoder, self.PARTS)
         self.width = decoder.config.hidden_size
         self.context = scaled_context(decoder.config)
-        self.calls: DecoderCalls = observe_calls(decoder)
+        self.calls: DecoderCalls = observe_calls(decoder, self.first_entry())
         kinds = {call.rotary for call in self.calls.layers if call.rotary is not None}
         self.rotary: dict[RotaryKind, Rotary] = {
             kind: Rotary(getattr(decoder, kind.module), kind.layer_type, axes=kind.axes)
@@ -105,7 +118,7 @@ class GeneralDecoder(SplitDecoder):
         # Going through a list of modules is faster than looking each up by its number.
         own, calls, numbers = tuple(self.layers), self.calls.layers, list(layers)
         if numbers and numbers[0] == 0:
-            x = self._enter(x)
+            x = self.enter(x, positions)
             if (added := positions.injection(-1, x)) is not None:
                 x = x + added
         return self._run(
@@ -143,11 +156,20 @@ class GeneralDecoder(SplitDecoder):
             for place, key in enumerate(keys)
         ]
 
-    def _enter(self, x: Tensor) -> Tensor:
-        """Return embeddings as the first layer takes them."""
+    def enter(self, x: Tensor, positions: Positions) -> Tensor:  # noqa: ARG002 (for tables)
+        """Return embeddings as the first layer takes them: (batch, new, d_model).
+
+        A family that does more than scaling or norming overrides this and `first_entry`.
+        """
         if self.calls.entry == "scale":
             return x * self.decoder.embedding_multiplier
-        return self.decoder.norm(x) if self.calls.entry == "norm" else x
+        if self.calls.entry == "root":
+            return x * root_of_width(x)
+        return self.norm(x) if self.calls.entry == "norm" else x
+
+    def first_entry(self) -> Callable[[Tensor], Tensor] | None:
+        """Return what `enter` does to the first positions, which is checked; None to observe it."""
+        return None
 
     def _run(
         self,
@@ -158,6 +180,8 @@ class GeneralDecoder(SplitDecoder):
     ) -> Tensor:
         """Run layers, each with how it is called and its number in the target, if it has one."""
         cache.begin_pass(positions)
+        source = positions.encoder
+        held: Any = cache if source is None else CrossCache(cache, source)
         masks: dict[MaskKind, Tensor | None] = {}
         rotations: dict[RotaryKind | None, Rotations | None] = {None: None}
         arguments: dict[LayerCall, dict[str, Any]] = {}
@@ -173,7 +197,9 @@ class GeneralDecoder(SplitDecoder):
                     "position_ids": positions.indices,
                     "position_embeddings": rotations[call.rotary],
                     "use_cache": True,
-                    **dict.fromkeys(CACHE_NAMES, cache),
+                    "encoder_hidden_states": None if source is None else source.states,
+                    "encoder_attention_mask": self._source_mask(x, source),
+                    **dict.fromkeys(CACHE_NAMES, held),
                 }
                 given = arguments[call] = {name: known[name] for name in call.names}
             x = layer(x, **given)
@@ -182,3 +208,11 @@ class GeneralDecoder(SplitDecoder):
             if number is not None and (added := positions.injection(number, x)) is not None:
                 x = x + added
         return x
+
+    def _source_mask(self, x: Tensor, source: EncoderContext | None) -> Tensor | None:
+        """Return the mask of cross-attention as the layers' implementation takes it."""
+        if source is None:
+            return None
+        seen = source.visible[:, None, None].expand(-1, 1, x.shape[1], -1)
+        eager = self.decoder.config._attn_implementation == "eager"
+        return additive(seen, x.dtype) if eager else seen

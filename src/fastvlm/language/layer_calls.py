@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import copy
 import inspect
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -17,7 +17,6 @@ from torch import Tensor, nn
 
 from fastvlm.functional.errors import InputError, first_line
 from fastvlm.language.masks import FULL, MaskKind
-from fastvlm.language.structure import check_structure
 
 LENGTH = 8
 """Positions of the pass that is observed."""
@@ -38,7 +37,15 @@ HARMLESS = frozenset(
 )
 """Arguments that change no hidden state."""
 GIVEN = frozenset(
-    {"attention_mask", "position_embeddings", "position_ids", "use_cache", *CACHE_NAMES}
+    {
+        "attention_mask",
+        "encoder_attention_mask",
+        "encoder_hidden_states",
+        "position_embeddings",
+        "position_ids",
+        "use_cache",
+        *CACHE_NAMES,
+    }
 )
 """Arguments that we give layers."""
 
@@ -80,7 +87,7 @@ class DecoderCalls:
     Args:
         layers: How each is called.
         entry: What is done to embeddings before the first: `nothing`, `scale` (by the decoder's
-            `embedding_multiplier`) or `norm` (the decoder's own).
+            `embedding_multiplier`), `root` (by the root of their width) or `norm` (the final one).
     """
 
     layers: tuple[LayerCall, ...]
@@ -138,17 +145,18 @@ class _NotingRotary(nn.Module):
 
 
 @torch.no_grad()
-def observe_calls(decoder: Any) -> DecoderCalls:
+def observe_calls(decoder: Any, enter: Callable[[Tensor], Tensor] | None = None) -> DecoderCalls:
     """Return how a decoder calls its layers. No layer is run, and the decoder is left as it is.
 
     Args:
-        decoder: The decoder, as `transformers` made it.
+        decoder: The decoder, as `transformers` made it: a module with `embed_tokens` and `layers`.
+        enter: What it does to the embeddings of the first positions before its first layer; None
+            for what every family may do.
 
     Raises:
-        InputError: It isn't of the usual form, or hands its layers something that fastvlm doesn't
-            know.
+        InputError: It hands its layers something that fastvlm doesn't know, or changes embeddings
+            otherwise.
     """
-    check_structure(decoder)
     notes = _Notes()
     weight = next(decoder.embed_tokens.parameters())
     torch_random = torch.Generator().manual_seed(0)
@@ -159,8 +167,11 @@ def observe_calls(decoder: Any) -> DecoderCalls:
     probe = _noting(decoder, notes)
     try:
         mask = torch.ones(1, LENGTH, dtype=torch.long, device=device)
+        source = example_source(decoder, x)
         # An instance's own `forward`, as accelerate's hooks have it, would run the decoder itself.
-        type(decoder).forward(probe, inputs_embeds=x, attention_mask=mask, use_cache=False)
+        type(decoder).forward(
+            probe, inputs_embeds=x, attention_mask=mask, use_cache=False, **source
+        )
     except Exception as error:  # whatever a family's own code stumbles over
         raise InputError(
             f"{type(decoder).__name__} can't be observed, so fastvlm can't split it:"
@@ -173,7 +184,28 @@ def observe_calls(decoder: Any) -> DecoderCalls:
         )
     calls = [_call(decoder, index, named, notes) for index, named in enumerate(notes.layers)]
     first = _NotingLayer(decoder.layers[0], notes).names[0]
-    return DecoderCalls(tuple(calls), _entry(decoder, x, notes.layers[0][first]))
+    entered = notes.layers[0][first]
+    if enter is None:
+        return DecoderCalls(tuple(calls), _entry(decoder, x, entered))
+    if not torch.equal(enter(x), entered):
+        raise _changed(decoder)
+    return DecoderCalls(tuple(calls))
+
+
+def example_source(decoder: Any, x: Tensor) -> dict[str, Tensor]:
+    """Return what an encoder-decoder's decoder attends to in a check; nothing for others.
+
+    Args:
+        decoder: The decoder.
+        x: Embeddings, (batch, length, d_model), which stand for the encoder's states.
+    """
+    if "encoder_hidden_states" not in inspect.signature(type(decoder).forward).parameters:
+        return {}
+    width = getattr(decoder.config, "cross_attention_hidden_size", None) or x.shape[-1]
+    states = x[:, :1].repeat(1, 3, -(-width // x.shape[-1]))[..., :width]
+    states = states * torch.tensor([1.0, -0.5, 2.0]).to(x)[:, None]
+    seen = torch.ones(states.shape[:2], dtype=torch.long, device=x.device)
+    return {"encoder_hidden_states": states, "encoder_attention_mask": seen}
 
 
 def _noting(decoder: Any, notes: _Notes) -> Any:
@@ -248,9 +280,20 @@ def _entry(decoder: Any, x: Tensor, entered: Tensor) -> str:
     factor = getattr(decoder, "embedding_multiplier", None)
     if factor is not None and torch.equal(x * factor, entered):
         return "scale"
+    if torch.equal(x * root_of_width(x), entered):
+        return "root"
     if torch.equal(decoder.norm(x), entered):
         return "norm"
-    raise InputError(
+    raise _changed(decoder)
+
+
+def root_of_width(x: Tensor) -> Tensor:
+    """Return the root of the last size of a tensor, rounded to the tensor's precision."""
+    return torch.tensor(x.shape[-1] ** 0.5, dtype=x.dtype)
+
+
+def _changed(decoder: Any) -> InputError:
+    return InputError(
         f"{type(decoder).__name__} changes embeddings before its first layer in a way that fastvlm"
         " doesn't know, so it can't split the decoder."
     )

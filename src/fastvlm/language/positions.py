@@ -49,6 +49,15 @@ class EncoderContext:
         counted = torch.arange(states.shape[1], device=states.device)
         return cls(states, counted < lengths[:, None])
 
+    def of_row(self, row: int) -> EncoderContext:
+        """Return what one row attends to; what its layers compute is not kept."""
+        one = slice(row, row + 1)
+        known = {
+            layer: CrossKeyValues(*(part[one] for part in both))
+            for layer, both in self.cross.items()
+        }
+        return EncoderContext(self.states[one], self.visible[one], known)
+
     def put(self, layer: int, found: CrossKeyValues) -> None:
         """Keep a layer's keys and values."""
         self.cross[layer] = found
@@ -111,6 +120,21 @@ class Positions:
             aligned=True,
             prompts=prompts,
             encoder=EncoderContext.of(sources),
+        )
+
+    def of_row(self, row: int) -> Positions:
+        """Return the positions of one row."""
+        end = self.starts[row] + self.width
+        return Positions(
+            slots=[self.slots[row]],
+            starts=[self.starts[row]],
+            width=self.width,
+            end=min(end, self.end),
+            indices=self.indices[row : row + 1],
+            aligned=True,
+            prompts=self.prompts[row : row + 1],
+            encoder=None if self.encoder is None else self.encoder.of_row(row),
+            tables=self.tables,
         )
 
     def rows(self, device: torch.device) -> Tensor:

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
-from torch import nn
-from transformers import PreTrainedModel
+from transformers import GenerationMixin, PreTrainedModel
 
 from fastvlm.functional.errors import InputError
 
@@ -18,33 +18,36 @@ def text_decoder(model: PreTrainedModel) -> Any:
 
     It is the module that has the layers: `get_decoder` of some models returns another whole model.
     """
-    decoder = model.get_decoder()
+    decoder: Any = model.get_decoder()
     while (inner := decoder.get_decoder()) is not decoder:
         decoder = inner
+    # Some whole models give themselves.
+    if isinstance(decoder, GenerationMixin) and hasattr(decoder, "model"):
+        decoder = decoder.model
     return decoder
 
 
-def check_structure(decoder: Any) -> None:
-    """Refuse a decoder that isn't of the usual form; its weights are not looked at.
+def check_structure(decoder: Any, parts: Sequence[str]) -> None:
+    """Refuse a decoder that lacks parts of a form; its weights are not looked at.
+
+    Args:
+        decoder: The decoder.
+        parts: The names of the modules that it should have.
 
     Raises:
-        InputError: It has no embedding, list of layers or final norm, or its layers keep another
-            state than keys and values.
+        InputError: It lacks some, or its layers keep another state than keys and values.
     """
-    name, kind = type(decoder).__name__, decoder.config.model_type
+    kind = decoder.config.model_type
     others = sorted(set(getattr(decoder.config, "layer_types", None) or ()) - ATTENTION_KINDS)
     if others:
         raise InputError(
             f"{kind} has layers of the kind {', '.join(others)}, whose state can't be rolled back"
             " when a draft is rejected; decode it with transformers' own generate."
         )
-    parts = {"embed_tokens": nn.Module, "layers": nn.ModuleList, "norm": nn.Module}
-    missing = [
-        part for part, of in parts.items() if not isinstance(getattr(decoder, part, None), of)
-    ]
-    if missing:
+    own = dict(decoder.named_children())
+    if missing := [part for part in parts if part not in own]:
         raise InputError(
-            f"The decoder of {kind} is a {name}, which has no {' and no '.join(missing)}, so"
-            " fastvlm can't split it; decode it with transformers' own generate, or see 'Adding a"
-            " family' in fastvlm's documentation."
+            f"The decoder of {kind} is a {type(decoder).__name__}, which has no"
+            f" {' and no '.join(missing)}, so fastvlm can't split it; decode it with transformers'"
+            " own generate, or see 'Adding a family' in fastvlm's documentation."
         )

@@ -8,9 +8,10 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import EncoderDecoderCache, PreTrainedModel
+from transformers import PreTrainedModel
 
-from fastvlm.language.cache import DecoderCache, KeyValueCache
+from fastvlm.language.cache import KeyValueCache
+from fastvlm.language.cross_attention import CrossCache
 from fastvlm.language.decoder import (
     DecoderShape,
     FeedForward,
@@ -19,7 +20,7 @@ from fastvlm.language.decoder import (
     cache_name,
     untrained_layers,
 )
-from fastvlm.language.positions import CrossKeyValues, EncoderContext, Positions
+from fastvlm.language.positions import Positions
 
 
 class T5Decoder(SplitDecoder):
@@ -37,7 +38,9 @@ class T5Decoder(SplitDecoder):
         super().__init__(model, decoder)
         config: Any = decoder.config
         self.width = config.d_model
-        self.scale: float | None = config.d_model**-0.5 if config.scale_decoder_outputs else None
+        # mT5 has no such setting, and doesn't.
+        scales = getattr(config, "scale_decoder_outputs", False)
+        self.scale: float | None = config.d_model**-0.5 if scales else None
 
     @property
     def layers(self) -> Any:
@@ -133,33 +136,3 @@ class T5Decoder(SplitDecoder):
         bias = attention.relative_attention_bias(buckets)
         mask: Tensor = bias.permute(0, 3, 1, 2).to(self.dtype)
         return mask.masked_fill(~positions.visible()[: len(away)], torch.finfo(mask.dtype).min)
-
-
-class CrossCache(EncoderDecoderCache):
-    """What T5's attention asks of a cache: its own positions are `cache`'s, its source is kept.
-
-    Args:
-        cache: Where keys and values of the decoder's positions go.
-        source: What cross-attention reads; its keys and values are computed once for a cache that
-            keeps anything, by each layer when it first runs.
-    """
-
-    def __init__(self, cache: KeyValueCache, source: EncoderContext | None) -> None:
-        # The base class wants caches of its own kind, which are what ours stands for.
-        self.self_attention_cache: Any = cache
-        self.cross_attention_cache: Any = self
-        self.source = source if isinstance(cache, DecoderCache) else None
-        self.layers: Any = {} if self.source is None else self.source.cross
-        self.is_updated = dict.fromkeys(self.layers, True)
-
-    def update(
-        self, key_states: Tensor, value_states: Tensor, layer_idx: int, *_: Any, **__: Any
-    ) -> tuple[Tensor, Tensor]:
-        """Keep a layer's keys and values of the source: (batch, heads, source, head_dim)."""
-        if self.source is not None:
-            self.source.put(layer_idx, CrossKeyValues(key_states, value_states))
-        return key_states, value_states
-
-    def get_seq_length(self, layer_idx: int = 0) -> int:  # noqa: ARG002
-        """Return 0: only a bias that attention computed itself would ask for the length."""
-        return 0

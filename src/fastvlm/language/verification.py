@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import json
 from collections.abc import Callable, Iterator
 from itertools import product
@@ -18,6 +19,7 @@ from fastvlm.functional.overrides import override_method
 from fastvlm.language.decoder import SplitDecoder
 from fastvlm.language.decoder_inputs import DecoderInputs
 from fastvlm.language.generator import generator_of
+from fastvlm.language.layer_calls import example_source
 
 PROMPTS = (9, 5)
 """Positions of the prompts of the check, the longer one first."""
@@ -58,10 +60,10 @@ _turn = Lock()
 def verified_rule(split: SplitDecoder) -> LogitRule:
     """Refuse a split decoder that isn't the model's own decoder; return its rule for logits.
 
-    Two prompts of different lengths, and a pass of several tokens after both, are compared with the
-    decoder's own `forward` on the padded batch, all of the hidden states that the LM head is given;
-    and what the model makes of the LM head's outputs is compared with the rules of `LogitRule`. It
-    is done once for a class of model and a configuration.
+    Two prompts of different lengths, and a pass of several tokens after both together, are compared
+    with the decoder's own `forward`: all of the hidden states that the LM head is given. What the
+    model makes of the LM head's outputs is compared with the rules of `LogitRule`. It is done once
+    for a class of model and a configuration.
 
     Raises:
         InputError: They differ, or the model's own `forward` fails on text.
@@ -103,8 +105,9 @@ def _compare(split: SplitDecoder, model: PreTrainedModel) -> tuple[float, LogitR
     model.eval()
     try:
         rule = _logit_rule(split, model, tokens)
-        wanted = _own_states(split, rows)
-        found = _split_states(split, rows)
+        source = example_source(split.decoder, split.embed(tokens))
+        wanted = _own_states(split, rows, source)
+        found = _split_states(split, rows, source)
     finally:
         model.train(training)
     return _error(split, torch.cat(found), torch.cat(wanted)), rule
@@ -150,7 +153,8 @@ def _logit_rule(split: SplitDecoder, model: PreTrainedModel, tokens: Tensor) -> 
         return found
 
     with override_method(split.decoder, "forward", noting):
-        logits: Tensor = model(input_ids=tokens, use_cache=False, return_dict=True).logits
+        both = {"decoder_input_ids": tokens} if model.config.is_encoder_decoder else {}
+        logits: Tensor = model(input_ids=tokens, use_cache=False, return_dict=True, **both).logits
     raw: Tensor = split.lm_head(seen[-1])
     names = ("logit_scale", "logits_scaling", "final_logit_softcapping")
     given = [{None, getattr(split.decoder.config, name, None)} for name in names]
@@ -164,29 +168,36 @@ def _logit_rule(split: SplitDecoder, model: PreTrainedModel, tokens: Tensor) -> 
     )
 
 
-def _own_states(split: SplitDecoder, rows: list[Tensor]) -> list[Tensor]:
-    """Return the normed states of rows by the decoder itself, in one batch padded on the left."""
-    longest = max(map(len, rows))
-    tokens = torch.stack([torch.cat((row[:1].expand(longest - len(row)), row)) for row in rows])
-    places = torch.arange(longest, device=tokens.device)
-    mask = torch.stack([(places >= longest - len(row)).long() for row in rows])
-    found = split.decoder(
-        inputs_embeds=split.embed(tokens),
-        attention_mask=mask,
-        position_ids=(mask.cumsum(-1) - 1).clamp(min=0),
-        use_cache=False,
-    )
-    return [found[0][index, longest - len(row) :] for index, row in enumerate(rows)]
+def _own_states(split: SplitDecoder, rows: list[Tensor], source: dict[str, Tensor]) -> list[Tensor]:
+    """Return the normed states of rows by the decoder itself, one row at a time."""
+    # Attention that isn't causal by itself is so where there is a mask, as padding makes one.
+    padding = 0 if split.is_causal else 1
+    found = []
+    for index, row in enumerate(rows):
+        tokens = torch.cat((row[:padding], row))[None]
+        mask = torch.ones_like(tokens)
+        mask[:, :padding] = 0
+        given = {name: tensor[index : index + 1] for name, tensor in source.items()}
+        if "position_ids" in inspect.signature(type(split.decoder).forward).parameters:
+            given["position_ids"] = (mask.cumsum(-1) - 1).clamp(min=0)
+        states = split.decoder(
+            inputs_embeds=split.embed(tokens), attention_mask=mask, use_cache=False, **given
+        )
+        found.append(states[0][0, padding:])
+    return found
 
 
-def _split_states(split: SplitDecoder, rows: list[Tensor]) -> list[Tensor]:
+def _split_states(
+    split: SplitDecoder, rows: list[Tensor], source: dict[str, Tensor]
+) -> list[Tensor]:
     """Return the same by the split decoder: each prompt, then a pass of both replies."""
     cache = split.cache(len(rows), max(map(len, rows)))
     firsts = []
     for slot, row in enumerate(rows):
         prompt = row[: len(row) - REPLY]
         x = split.embed(prompt[None])
-        cache.assign(slot, DecoderInputs(prompt.tolist(), x[0]))
+        states = source["encoder_hidden_states"][slot] if source else None
+        cache.assign(slot, DecoderInputs(prompt.tolist(), x[0], encoder_states=states))
         positions = cache.positions([0], len(prompt), [slot])
         firsts.append(split.norm(split.forward_layers(x, positions, cache, range(split.depth)))[0])
     x = split.embed(torch.stack([row[-REPLY:] for row in rows]))
