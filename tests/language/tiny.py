@@ -6,6 +6,7 @@ import copy
 import math
 import re
 from collections.abc import Callable, Iterator
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -49,18 +50,20 @@ RULES = [
     _rule(r".*sparse_step|layer_frequency|num_kv_shared_layers|max_window_layers", 2),
     _rule(r"(num_|n_)?(sparse_)?(\w+_)?layers?|depth|num_blocks|num_layers_per_stack", DEPTH),
     _rule(r"(\w*_)?(sliding_window|attention_chunk_size|sliding_window_size)", WINDOW),
+    _rule(r".*(head_dim|dim_head|head_size|headdim|d_head|d_kv|kv_channels|rotary_dim)", HEAD),
     _rule(r".*(_heads?|n_heads?|num_heads|attn_heads|num_query_groups)", HEADS),
     _rule(r".*lora_rank|hc_lowrank|.*_rank", RANK),
     _rule(r".*max_position_embeddings|n_positions|n_ctx|max_seq_len|context_length", PLACES),
     _rule(r"max_(target|encoder_position|decoder_position)\w*|model_max_length", PLACES),
-    _rule(r".*(head_dim|dim_head|head_size|headdim|d_head|d_kv|kv_channels|rotary_dim)", HEAD),
-    _rule(r".*(state_size|d_state|chunk_size)", HEAD),
+    _rule(r".*(state_size|d_state)|(mamba_)?chunk_size", HEAD),
     _rule(r".*(intermediate|ffn|feed_?forward|d_ff|dff|dim_ff|mlp_dim|n_inner|d_inner).*", INNER),
     _rule(r".*(hidden_size|d_model|n_embd|_dim|embedding_size|hidden_dim|embed_dim).*", WIDTH),
     _rule(r".*(_width|_channels?|channel_size|_size_mlp|output_size|dimension).*", WIDTH),
     _rule(r"dim_model|output_dim|input_dim|lru_width|pooler_output_size|attention_channels", WIDTH),
 ]
 """What a field of some name is at most: the first pattern that fits the whole name counts."""
+MISSING = {"head_dim": HEAD, "num_key_value_heads": HEADS // 2}
+"""What a field is where the default says nothing."""
 AS_IT_IS = re.compile(
     r".*(image_size|patch_size|img_size|crop_size|kernel_size|window_size|num_channels|conv_width"
     r"|(^|_)(in|out)_channels|audio_channels|mel\w*|input_feat_size|feature_size|sampling_rate"
@@ -68,6 +71,15 @@ AS_IT_IS = re.compile(
     r"|num_mel_bins|attention_window|\w*kernel_dim)"
 )
 """Fields that say how images and sounds are cut, which costs a tiny model little."""
+DEPTHS = [
+    "num_hidden_layers",
+    "n_layer",
+    "n_layers",
+    "num_layers",
+    "depth",
+    "decoder_layers",
+    "layers",
+]
 IDS = re.compile(r".*(_ids?|token_(id|index)|_index|_token)")
 
 
@@ -111,16 +123,21 @@ def guarded(made: type[PreTrainedModel], config: PreTrainedConfig) -> None:
 def small_config(model_type: str, class_name: str) -> PreTrainedConfig:
     """Return the configuration of a tiny model."""
     kind = CONFIG_MAPPING[model_type]
-    overrides = OVERRIDES.get(model_type, {})
-    fields = kind(**overrides.get("default", {})).to_dict()
+    fields = kind(**OVERRIDES.get(model_type, {}).get("default", {})).to_dict()
     shrunk = Shrinking().config(fields)
-    decoding = class_name in causal_names() and "is_decoder" in fields
-    if decoding:
+    if "is_decoder" in fields and class_name in causal_names():
         shrunk["is_decoder"] = True
-    merge(shrunk, {name: value for name, value in overrides.items() if name != "default"})
-    config = kind.from_dict(shrunk)
+    config = wanted(kind.from_dict(shrunk), getattr(transformers, class_name))
     config._experts_implementation = "eager"  # the others don't compute in float64
     return config
+
+
+def wanted(config: PreTrainedConfig, made: type[PreTrainedModel]) -> PreTrainedConfig:
+    """Return the configuration that a class is made with, which may stand inside another."""
+    if made.config_class is None or isinstance(config, made.config_class):
+        return config
+    inner = [part for part in vars(config).values() if isinstance(part, made.config_class)]
+    return inner[0] if inner else config
 
 
 def causal_names() -> set[str]:
@@ -137,6 +154,8 @@ def each(value: Any) -> list[Any]:
 def merge(fields: Fields, changes: Fields) -> None:
     """Change fields, those of configurations inside as well; `...` takes a field away."""
     for name, value in changes.items():
+        if name == "default":
+            continue
         if value is ...:
             fields.pop(name, None)
         elif isinstance(value, dict) and isinstance(fields.get(name), dict):
@@ -155,23 +174,28 @@ class Shrinking:
         """Return the fields of a configuration, shrunk."""
         deep = depth(fields)
         chosen = layers(fields, deep)
-        return {
+        small = {
             name: self.field(name, value, fields, deep, chosen) for name, value in fields.items()
         }
+        merge(small, OVERRIDES.get(fields.get("model_type", ""), {}))
+        return small
 
     def field(self, name: str, value: Any, fields: Fields, deep: int, chosen: list[int]) -> Any:
         """Return one field of a configuration, shrunk."""
         if isinstance(value, dict):
-            return self.inside(name, value, fields)
+            return self.inside(name, value, fields, chosen)
         if isinstance(value, list | tuple) and value:
             return self.listed(name, list(value), fields, deep, chosen)
         if isinstance(value, bool) or not isinstance(value, int):
-            return 0.3 if name in {"initializer_range", "init_std"} else value
+            return MISSING.get(name) if value is None else value
         return self.number(name, value, fields)
 
-    def inside(self, name: str, value: Fields, fields: Fields) -> Fields:
+    def inside(self, name: str, value: Fields, fields: Fields, chosen: list[int]) -> Fields:
         """Return a configuration, or settings, inside a configuration."""
-        if name in {"id2label", "label2id", "per_layer_config", "compress_rates"}:
+        if name == "per_layer_config":
+            layer = {int(number): self.config(inner) for number, inner in value.items()}
+            return {str(new): layer[old] for new, old in enumerate(chosen) if old in layer}
+        if name in {"label2id", "compress_rates"} or not all(isinstance(key, str) for key in value):
             return value
         if name.startswith("rope_"):
             return rotary(value, fields)
@@ -217,14 +241,13 @@ class Shrinking:
 def is_layers(name: str, values: list[int], deep: int) -> bool:
     """Tell whether a list names layers."""
     named = re.search(r"layer|index|idx", name) and "type" not in name
-    rising = all(one < other for one, other in zip(values, values[1:], strict=False))
+    rising = all(one < other for one, other in pairwise(values))
     return bool(named) and rising and values[0] >= 0 and max(values) < max(deep, 1) + 1
 
 
 def depth(fields: Fields) -> int:
     """Return how many layers a configuration has, or 0."""
-    names = "num_hidden_layers n_layer n_layers num_layers depth decoder_layers layers".split()
-    found = [fields[name] for name in names if isinstance(fields.get(name), int)]
+    found = [fields[name] for name in DEPTHS if isinstance(fields.get(name), int)]
     return found[0] if found else 0
 
 
@@ -233,6 +256,8 @@ def layers(fields: Fields, deep: int) -> list[int]:
     if deep <= DEPTH:
         return list(range(deep))
     lists = [value for value in fields.values() if isinstance(value, list) and len(value) == deep]
+    single = {int(number): value for number, value in fields.get("per_layer_config", {}).items()}
+    lists.append([single.get(number) for number in range(deep)])
     sorts: dict[str, int] = {}
     for number in range(deep):
         sorts.setdefault(str([value[number] for value in lists]), number)
