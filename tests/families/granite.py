@@ -6,6 +6,8 @@ import torch
 from transformers import (
     Granite4VisionConfig,
     Granite4VisionForConditionalGeneration,
+    GraniteDoclingConfig,
+    GraniteDoclingForConditionalGeneration,
     LlavaNextConfig,
     LlavaNextForConditionalGeneration,
     PreTrainedModel,
@@ -13,6 +15,8 @@ from transformers import (
 
 from tests.families.parts import (
     IMAGE,
+    PAD,
+    PATCHES,
     ROTARY,
     TOWER,
     Inputs,
@@ -25,6 +29,7 @@ from tests.families.parts import (
 )
 from tests.families.text_only import GRANITE
 
+AROUND = 80
 PINPOINTS = [[32, 64], [64, 32]]
 SIZES = [[40, 64], [64, 30], [32, 64], [50, 35]]
 
@@ -99,4 +104,41 @@ def granite4_vision() -> NewerFamily:
     return model, in_packed_tiles(model)
 
 
-NEWER_GRANITE = {"granite-vision": granite_vision, "granite4-vision": granite4_vision}
+def granite_docling() -> NewerFamily:
+    """Granite for Docling: tiles shuffled to a quarter; features for several layers."""
+    torch.manual_seed(5)
+    config = GraniteDoclingConfig(
+        vision_config={
+            **TOWER,
+            "out_hidden_size": 32,
+            "scale_factor": 2,
+            "deepstack_visual_indexes": [0, 1],
+        },
+        text_config={**ROTARY, **GRANITE},
+        image_token_id=IMAGE,
+        pad_token_id=PAD,
+    )
+    return lively(GraniteDoclingForConditionalGeneration(config)), in_some_tiles
+
+
+def in_some_tiles(rows: int, images_per_row: int = 1) -> Inputs:
+    """Return inputs of images in different numbers of tiles, each between two tokens."""
+    numbers = [[2, 1, 3, 2][image % 4] for image in range(rows * images_per_row)]
+    blocks = [[*[AROUND, *[IMAGE] * (PATCHES // 4)] * tiles, AROUND] for tiles in numbers]
+    made = prompts(shared_out(blocks, rows))
+    if not images_per_row:
+        return made
+    each = torch.tensor(numbers).view(rows, images_per_row).sum(dim=1)
+    there = torch.arange(int(each.max())) < each[:, None]
+    return {
+        **made,
+        "pixel_values": images(*there.shape, 3, 32, 32),
+        "pixel_attention_mask": there,
+    }
+
+
+NEWER_GRANITE = {
+    "granite-vision": granite_vision,
+    "granite4-vision": granite4_vision,
+    "granite-docling": granite_docling,
+}
