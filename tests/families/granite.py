@@ -18,6 +18,7 @@ from tests.families.parts import (
     PAD,
     PATCHES,
     ROTARY,
+    SIGLIP,
     TOWER,
     Inputs,
     MakeInputs,
@@ -60,7 +61,7 @@ def granite_vision() -> NewerFamily:
     """Granite Vision 3: tiles of SigLIP's patches from several layers, packed; Granite."""
     torch.manual_seed(5)
     config = LlavaNextConfig(
-        vision_config={**TOWER, "model_type": "siglip_vision_model", "vision_use_head": False},
+        vision_config=SIGLIP,
         text_config={**ROTARY, **GRANITE, "model_type": "granite"},
         image_token_id=IMAGE,
         image_grid_pinpoints=PINPOINTS,
@@ -76,12 +77,7 @@ def granite4_vision() -> NewerFamily:
     """Granite 4 Vision: features of tiles are added before several of the decoder's layers."""
     torch.manual_seed(5)
     config = Granite4VisionConfig(
-        vision_config={
-            **TOWER,
-            "model_type": "siglip_vision_model",
-            "vision_use_head": False,
-            "hidden_size": 64,  # the projector has a head for every 64
-        },
+        vision_config={**SIGLIP, "hidden_size": 64},  # the projector has a head for every 64
         text_config={**ROTARY, **GRANITE, "model_type": "granite4_vision_text"},
         qformer_config={
             "model_type": "blip_2_qformer",
