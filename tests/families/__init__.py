@@ -28,6 +28,7 @@ from tests.families.parts import (
     finished,
     replies,
 )
+from tests.families.phi import NEWER_PHI
 from tests.families.queries import QUERIES, blip2, instructblip
 from tests.families.qwen import NEWER_QWEN, qwen2_5_vl, qwen2_vl
 from tests.families.read_first import NEWER_READ_FIRST, NEWER_READ_FIRST_WITH_IMAGES
@@ -88,6 +89,7 @@ NEWER_WITH_IMAGES: dict[str, Callable[[], NewerFamily]] = {
     **NEWER_GRANITE,
     **NEWER_KOSMOS,
     **NEWER_LLAMA,
+    **NEWER_PHI,
     **NEWER_QWEN,
     **NEWER_READ_FIRST_WITH_IMAGES,
     **NEWER_TILES,

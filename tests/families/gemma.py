@@ -17,7 +17,7 @@ from tests.families.parts import (
     IMAGE,
     PATCHES,
     ROTARY,
-    TOWER,
+    SIGLIP,
     Inputs,
     NewerFamily,
     lively,
@@ -25,10 +25,13 @@ from tests.families.parts import (
 )
 from tests.families.text_only import GEMMA, SLIDING, in_float32
 
-SIGLIP: dict[str, Any] = {**TOWER, "model_type": "siglip_vision_model", "vision_use_head": False}
 POOLED = 9
 """Tokens of an image: pooled from 36, and more than what a window holds."""
 STARTS, ENDS = 94, 93
+TURNS = {
+    "sliding_attention": {"rope_type": "default", "rope_theta": 1e4},
+    "full_attention": {"rope_type": "linear", "rope_theta": 1e6, "factor": 8.0},
+}
 
 
 def types_of_tokens(made: Inputs) -> dict[str, Tensor]:
@@ -41,7 +44,13 @@ def gemma3() -> NewerFamily:
     torch.manual_seed(5)
     config = Gemma3Config(
         vision_config={**SIGLIP, "image_size": 48},
-        text_config={**ROTARY, **GEMMA, "model_type": "gemma3_text", "layer_types": SLIDING},
+        text_config={
+            **ROTARY,
+            **GEMMA,
+            "model_type": "gemma3_text",
+            "layer_types": SLIDING,
+            "rope_parameters": TURNS,
+        },
         mm_tokens_per_image=POOLED,
         image_token_index=IMAGE,
         boi_token_index=STARTS,

@@ -6,6 +6,8 @@ import torch
 from transformers import (
     Granite4VisionConfig,
     Granite4VisionForConditionalGeneration,
+    GraniteDoclingConfig,
+    GraniteDoclingForConditionalGeneration,
     LlavaNextConfig,
     LlavaNextForConditionalGeneration,
     PreTrainedModel,
@@ -13,7 +15,10 @@ from transformers import (
 
 from tests.families.parts import (
     IMAGE,
+    PAD,
+    PATCHES,
     ROTARY,
+    SIGLIP,
     TOWER,
     Inputs,
     MakeInputs,
@@ -25,6 +30,7 @@ from tests.families.parts import (
 )
 from tests.families.text_only import GRANITE
 
+AROUND = 80
 PINPOINTS = [[32, 64], [64, 32]]
 SIZES = [[40, 64], [64, 30], [32, 64], [50, 35]]
 
@@ -55,7 +61,7 @@ def granite_vision() -> NewerFamily:
     """Granite Vision 3: tiles of SigLIP's patches from several layers, packed; Granite."""
     torch.manual_seed(5)
     config = LlavaNextConfig(
-        vision_config={**TOWER, "model_type": "siglip_vision_model", "vision_use_head": False},
+        vision_config=SIGLIP,
         text_config={**ROTARY, **GRANITE, "model_type": "granite"},
         image_token_id=IMAGE,
         image_grid_pinpoints=PINPOINTS,
@@ -71,12 +77,7 @@ def granite4_vision() -> NewerFamily:
     """Granite 4 Vision: features of tiles are added before several of the decoder's layers."""
     torch.manual_seed(5)
     config = Granite4VisionConfig(
-        vision_config={
-            **TOWER,
-            "model_type": "siglip_vision_model",
-            "vision_use_head": False,
-            "hidden_size": 64,  # the projector has a head for every 64
-        },
+        vision_config={**SIGLIP, "hidden_size": 64},  # the projector has a head for every 64
         text_config={**ROTARY, **GRANITE, "model_type": "granite4_vision_text"},
         qformer_config={
             "model_type": "blip_2_qformer",
@@ -99,4 +100,41 @@ def granite4_vision() -> NewerFamily:
     return model, in_packed_tiles(model)
 
 
-NEWER_GRANITE = {"granite-vision": granite_vision, "granite4-vision": granite4_vision}
+def granite_docling() -> NewerFamily:
+    """Granite for Docling: tiles shuffled to a quarter; features for several layers."""
+    torch.manual_seed(5)
+    config = GraniteDoclingConfig(
+        vision_config={
+            **TOWER,
+            "out_hidden_size": 32,
+            "scale_factor": 2,
+            "deepstack_visual_indexes": [0, 1],
+        },
+        text_config={**ROTARY, **GRANITE},
+        image_token_id=IMAGE,
+        pad_token_id=PAD,
+    )
+    return lively(GraniteDoclingForConditionalGeneration(config)), in_some_tiles
+
+
+def in_some_tiles(rows: int, images_per_row: int = 1) -> Inputs:
+    """Return inputs of images in different numbers of tiles, each between two tokens."""
+    numbers = [[2, 1, 3, 2][image % 4] for image in range(rows * images_per_row)]
+    blocks = [[*[AROUND, *[IMAGE] * (PATCHES // 4)] * tiles, AROUND] for tiles in numbers]
+    made = prompts(shared_out(blocks, rows))
+    if not images_per_row:
+        return made
+    each = torch.tensor(numbers).view(rows, images_per_row).sum(dim=1)
+    there = torch.arange(int(each.max())) < each[:, None]
+    return {
+        **made,
+        "pixel_values": images(*there.shape, 3, 32, 32),
+        "pixel_attention_mask": there,
+    }
+
+
+NEWER_GRANITE = {
+    "granite-vision": granite_vision,
+    "granite4-vision": granite4_vision,
+    "granite-docling": granite_docling,
+}

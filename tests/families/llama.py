@@ -32,6 +32,14 @@ TILES = 4
 """How many tiles of an image Llama 3.2 sees at most."""
 SEEN = [[1, 1], [2, 2], [6, 4], [4, 3]]
 """Shapes in which images are tiled, by their numbers among those that are possible, and tiles."""
+TURNS = {
+    "rope_type": "llama3",
+    "rope_theta": 1e4,
+    "factor": 8.0,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 32,
+}
 STARTS, ENDS, SEPARATES, WHOLE = 94, 93, 92, 91
 
 
@@ -52,7 +60,12 @@ def mllama() -> NewerFamily:
             "vision_output_dim": 48,
         },
         # The image's token is the first of those that can be read but not written.
-        text_config={**ROTARY, "vocab_size": IMAGE, "cross_attention_layers": [1, 3]},
+        text_config={
+            **ROTARY,
+            "vocab_size": IMAGE,
+            "cross_attention_layers": [1, 3],
+            "rope_parameters": TURNS,
+        },
         image_token_index=IMAGE,
     )
     return lively(MllamaForConditionalGeneration(config)), beside_text

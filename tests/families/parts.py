@@ -77,6 +77,7 @@ TOWER: dict[str, Any] = {
     "image_size": 32,
     "patch_size": 8,
 }
+SIGLIP: dict[str, Any] = {**TOWER, "model_type": "siglip_vision_model", "vision_use_head": False}
 PATCHES = 16
 """Patches of an image, or of a tile of one."""
 WINDOW = 4

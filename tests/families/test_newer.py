@@ -23,6 +23,7 @@ from tests.families.parts import MakeInputs
 from tests.processors import NEWER_PROCESSORS, asked, sample_image, saved
 
 LIMIT = 14
+PIXELS = {"pixel_values", "flattened_patches", "image_pixel_values"}
 QUESTIONS = ["What is it?", "Where?", "How many"]
 
 
@@ -52,7 +53,7 @@ def test_replies_to_images_differ_alone_and_in_a_batch(name: str, images_per_row
     together = replies(model, given, LIMIT)
     assert_lively(together)
     assert replies(model, inputs(1, images_per_row=images_per_row), LIMIT) == together[:1]
-    [pixels] = given.keys() & {"pixel_values", "flattened_patches"}
+    [pixels] = given.keys() & PIXELS
     others = {**given, pixels: given[pixels].roll(1, dims=0)}
     assert replies(model, others, LIMIT) != together
 
@@ -88,11 +89,8 @@ def test_a_family_answers_about_what_its_processor_shows(name: str, tmp_path: Pa
 def loaded(name: str, folder: Path) -> PreTrainedModel:
     """Load a model in the precision of the one that was saved."""
     built, _ = family(name)
-    kind: Any = AutoModelForCausalLM
-    if name in NEWER_WITH_IMAGES:
-        kind = AutoModelForImageTextToText
-    elif built.config.is_encoder_decoder:
-        kind = AutoModelForSeq2SeqLM
+    kinds: list[Any] = [AutoModelForImageTextToText, AutoModelForSeq2SeqLM, AutoModelForCausalLM]
+    kind = next(kind for kind in kinds if type(built.config) in kind._model_mapping)
     model = kind.from_pretrained(folder, dtype=built.dtype).eval()
     assert type(model) is type(built)
     if model.dtype == torch.float64:

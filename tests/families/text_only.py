@@ -37,6 +37,27 @@ GRANITE: dict[str, Any] = {
     "attention_multiplier": 0.2,
     "tie_word_embeddings": True,
 }
+LLAMA4: dict[str, Any] = {
+    "head_dim": 8,
+    "intermediate_size_mlp": 40,
+    "num_local_experts": 4,
+    "interleave_moe_layer_step": 2,
+    "no_rope_layers": [1, 0, 1, 0],
+    "attention_chunk_size": WINDOW,
+}
+YARN: dict[str, Any] = {
+    "rope_type": "yarn",
+    "rope_theta": 1e4,
+    "factor": 32.0,
+    "truncate": False,
+    "original_max_position_embeddings": ROTARY["max_position_embeddings"] // 32,
+}
+LONG: dict[str, Any] = {
+    "rope_type": "longrope",
+    "rope_theta": 1e4,
+    "short_factor": [1.0, 1.2, 1.5, 2.0],
+    "long_factor": [1.0, 2.0, 4.0, 8.0],
+}
 
 
 def text(model_type: str, gain: float = 3.0, **options: Any) -> Family:
@@ -47,16 +68,6 @@ def text(model_type: str, gain: float = 3.0, **options: Any) -> Family:
     return finished(AutoModelForCausalLM.from_config(config), gain), lambda rows: written(
         lengths(rows), [0] * rows
     )
-
-
-LLAMA4: dict[str, Any] = {
-    "head_dim": 8,
-    "intermediate_size_mlp": 40,
-    "num_local_experts": 4,
-    "interleave_moe_layer_step": 2,
-    "no_rope_layers": [1, 0, 1, 0],
-    "attention_chunk_size": WINDOW,
-}
 
 
 def words(rows: int, images_per_row: int = 0) -> Inputs:  # noqa: ARG001  nothing is shown
@@ -107,10 +118,13 @@ NEWER_TEXT: dict[str, Callable[[], NewerFamily]] = {
             num_local_experts=4,
             sliding_window=WINDOW,
             layer_types=SLIDING,
-            rope_parameters={"rope_type": "default", "rope_theta": 1e4},
+            rope_parameters=YARN,
         )
     ),
     "phi3": lambda: newer_text("phi3", sliding_window=WINDOW),
+    "phi3-long": lambda: newer_text(
+        "phi3", rope_parameters=LONG, original_max_position_embeddings=64
+    ),
     "olmo2": lambda: newer_text("olmo2"),
     "smollm3": lambda: newer_text("smollm3", no_rope_layers=[1, 0, 1, 1]),
     # Queries are scaled by their positions, of which padding has some too.

@@ -16,11 +16,11 @@ from transformers import (
     Mistral3ForConditionalGeneration,
 )
 
-from tests.families.gemma import SIGLIP
 from tests.families.parts import (
     IMAGE,
     PATCHES,
     ROTARY,
+    SIGLIP,
     TOWER,
     WINDOW,
     Inputs,

@@ -19,6 +19,8 @@ from transformers import (
     Glm46VProcessor,
     GotOcr2ImageProcessor,
     Granite4VisionProcessor,
+    GraniteDoclingImageProcessor,
+    GraniteDoclingProcessor,
     InternVLProcessor,
     Kosmos2_5ImageProcessor,
     Kosmos2_5Processor,
@@ -134,6 +136,18 @@ def aya_vision() -> ProcessorMixin:
     )
 
 
+def granite_docling() -> ProcessorMixin:
+    special = {n: f"<row_{n - 81}_col_1>" for n in range(82, 85)}
+    special |= {n: f"<row_{n - 84}_col_2>" for n in range(85, 88)}
+    special |= {80: "<fake_token_around_image>", 81: "<global-img>"}
+    return GraniteDoclingProcessor(
+        GraniteDoclingImageProcessor(size={"height": 32, "width": 32}, max_patches=2),
+        character_tokenizer(special=special),
+        image_seq_len=PATCHES // 4,
+        chat_template=template("<image>"),
+    )
+
+
 def internvl() -> ProcessorMixin:
     tokenizer = character_tokenizer(
         "<IMG_CONTEXT>",
@@ -191,6 +205,7 @@ NEWER_PROCESSORS: dict[str, Callable[[], ProcessorMixin]] = {
     "glm46v": lambda: glm(Glm46VProcessor, Glm46VImageProcessor),
     "granite-vision": lambda: granite_vision(LlavaNextProcessor),
     "granite4-vision": lambda: granite_vision(Granite4VisionProcessor, downsample_rate="1/2"),
+    "granite-docling": granite_docling,
     "kosmos-2.5": kosmos2_5,
     "mllama": mllama,
     "qwen3-vl": qwen3_vl,
@@ -199,4 +214,4 @@ NEWER_PROCESSORS: dict[str, Callable[[], ProcessorMixin]] = {
     "aya-vision": aya_vision,
     "internvl": internvl,
 }
-"""Cohere 2 Vision, Llama 4 and Mistral 3 have none: in transformers theirs need torchvision."""
+"""Those of Cohere 2 Vision, Llama 4, Mistral 3 and Phi-4 Multimodal need torchvision."""
