@@ -168,7 +168,9 @@ def test_an_exported_slot_goes_on_in_another(known: Known) -> None:
         prefill(decoder, cache, slot, prompt)
     length = len(prompts[1].token_ids)
     state = cache.export_slot(1, length, decoder.depth)
-    assert sum(tensor.nbytes for tensor in state) == cache.exported_bytes(length, decoder.depth)
+    assert sum(tensor.nbytes for tensor in state.values()) == cache.exported_bytes(
+        length, decoder.depth
+    )
     other = decoder.cache(3, 200)
     for part in (length, max(length - 2, 0)):
         other.assign(2, prompts[1])

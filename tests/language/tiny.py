@@ -98,7 +98,7 @@ def tiny(model_type: str, class_name: str) -> PreTrainedModel:
         return started(randomised(made(config), dtype))
     except BuildError:
         raise
-    except Exception as error:  # noqa: BLE001  whatever a constructor raises is the reason
+    except Exception as error:
         raise BuildError(first_line(error)) from error
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable, Sequence
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 from torch import Tensor
@@ -22,13 +22,13 @@ class PrefixEntry:
     """
 
     keys: list[Hashable]
-    state: list[Tensor]
+    state: Mapping[int, Tensor]
     exits: dict[int, Tensor] = field(default_factory=dict)
 
     @property
     def nbytes(self) -> int:
         """Bytes of its tensors."""
-        return sum(tensor.nbytes for tensor in (*self.state, *self.exits.values()))
+        return sum(tensor.nbytes for tensor in (*self.state.values(), *self.exits.values()))
 
 
 @dataclass(frozen=True, slots=True)

@@ -6,7 +6,7 @@ beyond a slot's length is never attended to, so rolling back a rejected draft is
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
@@ -278,31 +278,30 @@ class DecoderCache:
         """
         return 0 if self._positions is None else min(self._positions.starts)
 
-    def export_slot(self, slot: int, length: int, layers: int) -> list[Tensor]:
+    def export_slot(self, slot: int, length: int, layers: int) -> dict[int, Tensor]:
         """Return a copy of a slot's beginning.
 
         Args:
             slot: The slot.
             length: Positions to copy.
-            layers: The layers to copy, from the first on.
+            layers: The layers to copy, from the first on; those that hold nothing are left out.
 
         Returns:
-            Keys and values of each layer: (2, kv_heads, length, head_dim).
+            Keys and values by layer: (2, kv_heads, length, head_dim) each.
         """
-        found = [self.layers[index] for index in range(layers)]
-        return [
-            torch.stack((layer.keys[slot, :, :length], layer.values[slot, :, :length]))
-            for layer in found
-        ]
+        return {
+            index: torch.stack((layer.keys[slot, :, :length], layer.values[slot, :, :length]))
+            for index, layer in self._first(layers).items()
+        }
 
     def exported_bytes(self, length: int, layers: int) -> int:
         """Return the bytes that `export_slot` would copy."""
         each = self.slots * self.capacity
-        return sum(self.layers[index].nbytes // each * length for index in range(layers))
+        return sum(layer.nbytes // each * length for layer in self._first(layers).values())
 
-    def import_slot(self, slot: int, state: Sequence[Tensor], length: int) -> None:
+    def import_slot(self, slot: int, state: Mapping[int, Tensor], length: int) -> None:
         """Write the beginning of what `export_slot` returned to the beginning of a slot."""
-        for index, (keys, values) in enumerate(state):
+        for index, (keys, values) in state.items():
             layer = self.layers.get(index)
             if layer is None:
                 layer = LayerStorage(keys[None], values[None], self.slots, self.capacity)
@@ -310,6 +309,9 @@ class DecoderCache:
             layer.keys[slot, :, :length] = keys[:, :length]
             layer.values[slot, :, :length] = values[:, :length]
             layer.finite[slot] = length
+
+    def _first(self, number: int) -> dict[int, LayerStorage]:
+        return {index: layer for index, layer in self.layers.items() if index < number}
 
     def _counted(self) -> Tensor:
         counted: Tensor | None = self.tables.get("counted")

@@ -18,21 +18,15 @@ from transformers import PreTrainedModel
 
 from fastvlm.functional.errors import InputError
 from fastvlm.functional.overrides import override_method
+from fastvlm.language.additions import ADDITIONS, row_injections, row_source, with_images
 from fastvlm.language.blocks import RowBlocks, row_blocks
 from fastvlm.language.decoder_inputs import UNKNOWN_TOKEN, DecoderInputs
 from fastvlm.language.generator import start_token
 from fastvlm.language.structure import text_decoder
 
-INJECTED = {
-    "visual_pos_masks": ("deepstack_visual_embeds", 0),
-    "vision_mask": ("deepstack_features", -1),
-}
-"""Masks of the positions that states are added to: by what name the states come, and after which
-layer the first of them are added, as Qwen3-VL and Granite 4 Vision have it."""
 USED = frozenset(
     {
-        *INJECTED,
-        *(name for name, _ in INJECTED.values()),
+        *ADDITIONS,
         "attention_mask",
         "encoder_attention_mask",
         "encoder_hidden_states",
@@ -81,6 +75,7 @@ def capture_decoder_inputs(
     handed = decoder_arguments(model, given)
     decoder = text_decoder(model)
     states: Tensor | None = handed.get("encoder_hidden_states")
+    handed = with_images(decoder, handed)
     tokens: Tensor | None = handed.get("input_ids")
     embeddings: Tensor | None = handed.get("inputs_embeds")
     if tokens is None and embeddings is None:
@@ -123,7 +118,7 @@ def capture_decoder_inputs(
             tokens[row][mask.to(tokens.device)].tolist(),
             embeddings[row][mask],
             None if positions is None else row_positions(decoder, positions, row, mask),
-            source,
+            *((source, None) if states is not None else row_source(handed, row, mask)),
             *blocks[row],
             row_injections(handed, row, mask, embeddings),
         )
@@ -311,32 +306,6 @@ def check_no_gaps(own: Tensor) -> None:
             "A row's padding stands between its positions, which the model would count; decode rows"
             " of different lengths one at a time."
         )
-
-
-def row_injections(
-    handed: Mapping[str, Any], row: int, mask: Tensor, embeddings: Tensor
-) -> dict[int, Tensor]:
-    """Return what is added to a row's states after each layer, see `DecoderInputs.injections`.
-
-    Args:
-        handed: The decoder's arguments.
-        row: The row.
-        mask: Which positions are the row's own: (length,).
-        embeddings: Of all rows: (batch, length, d_model).
-    """
-    found: dict[int, Tensor] = {}
-    for name, (source, first) in INJECTED.items():
-        given = handed.get(source)
-        if given is None:
-            continue
-        shown: Tensor = handed[name].to(embeddings.device)
-        shown = shown if shown.dim() == 2 else shown[..., 0]  # noqa: PLR2004 (batch, length)
-        numbered = given.items() if isinstance(given, Mapping) else enumerate(given)
-        for number, states in numbered:
-            whole = torch.zeros_like(embeddings)
-            whole[shown] = states.to(embeddings)
-            found[number + first] = whole[row][mask]
-    return found
 
 
 def row_positions(decoder: Any, positions: Tensor, row: int, mask: Tensor) -> Tensor | None:

@@ -195,9 +195,13 @@ class SplitDecoder(ABC):
         """
         return x
 
+    def raw_logits(self, x: Tensor) -> Tensor:
+        """Return the LM head's outputs of normed states: (..., d_model) to (..., vocabulary)."""
+        return self.lm_head(x)
+
     def head(self, x: Tensor) -> Tensor:
         """Return the logits of (batch, new, d_model): `norm`, LM head, `logits`."""
-        return self.logits(self.lm_head(self.norm(x)))
+        return self.logits(self.raw_logits(self.norm(x)))
 
     def lm_head_rows(self, token_ids: Tensor) -> Tensor | None:
         """Return the LM head's rows of some tokens: (tokens, its inputs).

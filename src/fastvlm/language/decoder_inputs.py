@@ -28,8 +28,10 @@ class DecoderInputs:
         position_ids: Where each position is: (1, length), or time, height and width for a model
             that tells them apart, (3, length). A reply counts on from the greatest. None for 0, 1,
             2 ...
-        encoder_states: An encoder-decoder's encoded source, (source, d_model); None for other
-            models.
+        encoder_states: What cross-attention attends to, (source, d_model): an encoder-decoder's
+            encoded source, or images; None for a model without cross-attention.
+        source_visible: Which of these each position sees, (length, source); a reply sees what the
+            last position does. None for all.
         blocks: The bidirectional block that each position is in, `OUTSIDE` for none: (length,).
             The positions of a block, which lie side by side, see one another. None for a causal
             prompt.
@@ -44,6 +46,7 @@ class DecoderInputs:
     embeddings: Tensor
     position_ids: Tensor | None = None
     encoder_states: Tensor | None = None
+    source_visible: Tensor | None = None
     blocks: Tensor | None = None
     windows_limit_blocks: bool = False
     injections: Mapping[int, Tensor] = field(default_factory=dict)

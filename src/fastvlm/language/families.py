@@ -4,16 +4,22 @@ from __future__ import annotations
 
 from transformers import PreTrainedModel
 
+from fastvlm.language.bart import BartDecoder
 from fastvlm.language.decoder import SplitDecoder
 from fastvlm.language.general import GeneralDecoder
+from fastvlm.language.kosmos import Kosmos25Decoder
 from fastvlm.language.llama4 import Llama4Decoder
+from fastvlm.language.mllama import MllamaDecoder
 from fastvlm.language.opt import OptDecoder
 from fastvlm.language.structure import text_decoder
 from fastvlm.language.t5 import T5Decoder
 from fastvlm.language.t5gemma import T5GemmaDecoder
 
 NAMED: dict[str, type[SplitDecoder]] = {
+    "bart": BartDecoder,
+    "kosmos_2_5_text_model": Kosmos25Decoder,
     "llama4": Llama4Decoder,
+    "mllama": MllamaDecoder,
     "mt5": T5Decoder,
     "opt": OptDecoder,
     "t5": T5Decoder,
@@ -35,4 +41,5 @@ def split_decoder(model: PreTrainedModel) -> SplitDecoder:
             model itself.
     """
     decoder = text_decoder(model)
-    return family(decoder.config.model_type)(model, decoder)
+    kind = getattr(getattr(decoder, "config", None), "model_type", "")
+    return family(kind)(model, decoder)

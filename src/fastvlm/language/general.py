@@ -63,7 +63,7 @@ class GeneralDecoder(SplitDecoder):
         self.calls: DecoderCalls = observe_calls(decoder, self.first_entry())
         kinds = {call.rotary for call in self.calls.layers if call.rotary is not None}
         self.rotary: dict[RotaryKind, Rotary] = {
-            kind: Rotary(getattr(decoder, kind.module), kind.layer_type, axes=kind.axes)
+            kind: Rotary(decoder.get_submodule(kind.module), kind.layer_type, axes=kind.axes)
             for kind in kinds
         }
         self.logit_rule = verified_rule(self)
@@ -73,7 +73,7 @@ class GeneralDecoder(SplitDecoder):
         """Return the shape of the decoder of a configuration."""
         names = ("rms_norm_eps", "layer_norm_eps", "norm_eps", "layer_norm_epsilon")
         eps = next((getattr(config, name) for name in names if hasattr(config, name)), 1e-6)
-        hidden: Any = config.intermediate_size
+        hidden: Any = getattr(config, "intermediate_size", None) or 4 * config.hidden_size
         return DecoderShape(
             config.num_hidden_layers,
             config.hidden_size,
@@ -201,7 +201,7 @@ class GeneralDecoder(SplitDecoder):
                     "encoder_attention_mask": self._source_mask(x, source),
                     **dict.fromkeys(CACHE_NAMES, held),
                 }
-                given = arguments[call] = {name: known[name] for name in call.names}
+                given = arguments[call] = {name: known.get(name) for name in call.names}
             x = layer(x, **given)
             if isinstance(x, tuple):
                 x = x[0]

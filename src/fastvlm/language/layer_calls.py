@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from transformers import DynamicCache
 
 from fastvlm.functional.errors import InputError, first_line
 from fastvlm.language.masks import FULL, MaskKind
@@ -39,8 +40,11 @@ HARMLESS = frozenset(
 GIVEN = frozenset(
     {
         "attention_mask",
+        "cross_attention_mask",
+        "cross_attention_states",
         "encoder_attention_mask",
         "encoder_hidden_states",
+        "full_text_row_masked_out_mask",
         "position_embeddings",
         "position_ids",
         "use_cache",
@@ -182,7 +186,11 @@ def observe_calls(decoder: Any, enter: Callable[[Tensor], Tensor] | None = None)
             f"{type(decoder).__name__} runs {len(notes.layers)} layers, but has"
             f" {len(decoder.layers)}; fastvlm can't split it."
         )
-    calls = [_call(decoder, index, named, notes) for index, named in enumerate(notes.layers)]
+    cached = cached_windows(decoder.config)
+    calls = [
+        _call(decoder, index, named, notes, cached[index] if index < len(cached) else None)
+        for index, named in enumerate(notes.layers)
+    ]
     first = _NotingLayer(decoder.layers[0], notes).names[0]
     entered = notes.layers[0][first]
     if enter is None:
@@ -199,11 +207,13 @@ def example_source(decoder: Any, x: Tensor) -> dict[str, Tensor]:
         decoder: The decoder.
         x: Embeddings, (batch, length, d_model), which stand for the encoder's states.
     """
-    if "encoder_hidden_states" not in inspect.signature(type(decoder).forward).parameters:
+    taken = inspect.signature(type(decoder).forward).parameters
+    if "cross_attention_states" in taken:
+        return {"cross_attention_states": x[:, :3]}
+    if "encoder_hidden_states" not in taken:
         return {}
     width = getattr(decoder.config, "cross_attention_hidden_size", None) or x.shape[-1]
-    states = x[:, :1].repeat(1, 3, -(-width // x.shape[-1]))[..., :width]
-    states = states * torch.tensor([1.0, -0.5, 2.0]).to(x)[:, None]
+    states = x[:, :3].repeat(1, 1, -(-width // x.shape[-1]))[..., :width]
     seen = torch.ones(states.shape[:2], dtype=torch.long, device=x.device)
     return {"encoder_hidden_states": states, "encoder_attention_mask": seen}
 
@@ -212,7 +222,7 @@ def _noting(decoder: Any, notes: _Notes) -> Any:
     """Return a copy of a decoder, with its own parts, that notes instead of computing layers."""
     probe = copy.copy(decoder)
     probe._modules = {
-        name: _NotingRotary(name, part, notes) if "rotary" in name and part is not None else part
+        name: _noting_rotary(name, part, notes) if "rotary" in name else part
         for name, part in decoder._modules.items()
     }
     probe._modules["layers"] = nn.ModuleList(_NotingLayer(one, notes) for one in decoder.layers)
@@ -225,8 +235,29 @@ def _noting(decoder: Any, notes: _Notes) -> Any:
     return probe
 
 
-def _call(decoder: Any, index: int, named: dict[str, Any], notes: _Notes) -> LayerCall:
-    """Return how a layer is called, by what it was given."""
+def _noting_rotary(name: str, part: Any, notes: _Notes) -> Any:
+    """Return what stands for a rotary module, or for each in a container of some."""
+    if isinstance(part, nn.ModuleList):
+        return nn.ModuleList(
+            _noting_rotary(f"{name}.{key}", one, notes) for key, one in part.named_children()
+        )
+    if isinstance(part, nn.ModuleDict):
+        return nn.ModuleDict(
+            {key: _noting_rotary(f"{name}.{key}", one, notes) for key, one in part.items()}
+        )
+    return None if part is None else _NotingRotary(name, part, notes)
+
+
+def cached_windows(config: Any) -> list[int | None]:
+    """Return how many positions the cache of `generate` keeps for each layer; None for all."""
+    layers: Any = DynamicCache(config=config).layers
+    return [getattr(layer, "sliding_window", None) for layer in layers]
+
+
+def _call(
+    decoder: Any, index: int, named: dict[str, Any], notes: _Notes, cached: int | None
+) -> LayerCall:
+    """Return how a layer is called, by what it was given and what the cache keeps for it."""
     where = f"Layer {index} of {type(decoder).__name__}"
     layer = _NotingLayer(decoder.layers[index], notes)
     rest = {name: value for name, value in named.items() if name != layer.names[0]}
@@ -246,8 +277,9 @@ def _call(decoder: Any, index: int, named: dict[str, Any], notes: _Notes) -> Lay
         kind = next((kind for kind, found in notes.rotary if found is rotations), None)
         if kind is None:
             raise InputError(f"{where} is given rotations that fastvlm can't tell the origin of.")
+    mask = _mask_kind(decoder.config, where, rest.get("attention_mask"))
     return LayerCall(
-        _mask_kind(decoder.config, where, rest.get("attention_mask")),
+        MaskKind(kept=cached) if mask == FULL else mask,
         kind,
         frozenset(rest) & GIVEN,
     )

@@ -15,10 +15,13 @@ class MaskKind(NamedTuple):
     Args:
         window: The last positions, its own included; None for no window.
         chunk: The positions of the same chunk, of which each has so many; None for no chunks.
+        kept: The last positions that the cache of `transformers` keeps for those of a reply, though
+            its mask lets them see all; a prompt's see all. None for all.
     """
 
     window: int | None = None
     chunk: int | None = None
+    kept: int | None = None
 
     def is_whole(self, length: int) -> bool:
         """Return whether all of so many positions are seen."""

@@ -218,6 +218,9 @@ class Positions:
         keys = torch.arange(self.end, device=self.indices.device)
         here = self.indices[:, None, :, None]
         seen = kind.visible(here, keys)
+        if kind.kept is not None:
+            lengths = torch.tensor(self.prompt_lengths, device=here.device)[:, None, None, None]
+            seen = seen & ((here < lengths) | (keys > here - kind.kept))
         if (blocks := self.blocks) is not None:
             own = blocks.gather(1, self.indices.clamp(max=self.end - 1))
             beside = in_the_same_block(own, blocks)[:, None]

@@ -19,7 +19,7 @@ def text_decoder(model: PreTrainedModel) -> Any:
     It is the module that has the layers: `get_decoder` of some models returns another whole model.
     """
     decoder: Any = model.get_decoder()
-    while (inner := decoder.get_decoder()) is not decoder:
+    while hasattr(decoder, "get_decoder") and (inner := decoder.get_decoder()) is not decoder:
         decoder = inner
     # Some whole models give themselves.
     if isinstance(decoder, GenerationMixin) and hasattr(decoder, "model"):
@@ -37,8 +37,10 @@ def check_structure(decoder: Any, parts: Sequence[str]) -> None:
     Raises:
         InputError: It lacks some, or its layers keep another state than keys and values.
     """
-    kind = decoder.config.model_type
-    others = sorted(set(getattr(decoder.config, "layer_types", None) or ()) - ATTENTION_KINDS)
+    kind = getattr(getattr(decoder, "config", None), "model_type", type(decoder).__name__)
+    others = sorted(
+        set(getattr(getattr(decoder, "config", None), "layer_types", None) or ()) - ATTENTION_KINDS
+    )
     if others:
         raise InputError(
             f"{kind} has layers of the kind {', '.join(others)}, whose state can't be rolled back"

@@ -1,0 +1,81 @@
+"""Llama 3.2 Vision (Mllama): layers of their own attend to the image, between those of the text."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from itertools import groupby
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from fastvlm.language.cache import KeyValueCache
+from fastvlm.language.cross_attention import CrossCache
+from fastvlm.language.decoder import additive, cache_name
+from fastvlm.language.general import GeneralDecoder
+from fastvlm.language.layer_calls import LayerCall
+from fastvlm.language.positions import EncoderContext, Positions
+
+
+class MllamaDecoder(GeneralDecoder):
+    """The decoder of Mllama. See `GeneralDecoder`.
+
+    Cross-attention layers are left out of rows without an image, as the model does.
+    """
+
+    def _run(
+        self,
+        x: Tensor,
+        positions: Positions,
+        cache: KeyValueCache,
+        layers: Sequence[tuple[Any, LayerCall, int | None]],
+    ) -> Tensor:
+        for crosses, some in groupby(layers, key=lambda one: hasattr(one[0], "cross_attn")):
+            if not crosses:
+                x = super()._run(x, positions, cache, list(some))
+            elif positions.encoder is not None:
+                for layer, *_ in some:
+                    x = self._cross(layer, x, positions, positions.encoder, cache)
+        return x
+
+    def _cross(
+        self,
+        layer: Any,
+        x: Tensor,
+        positions: Positions,
+        source: EncoderContext,
+        cache: KeyValueCache,
+    ) -> Tensor:
+        both: Any = CrossCache(cache, source)
+        seen = self._seen(positions, source)
+        any_seen = seen.any(-1, keepdim=True)
+        # A position that sees nothing attends to all of its row's source, as the model has it.
+        attended = (seen | ~any_seen) & source.visible[:, None, None]
+        found = layer(
+            x,
+            cross_attention_states=None if layer.layer_idx in both.layers else source.states,
+            cross_attention_mask=additive(attended, x.dtype),
+            attention_mask=None,
+            full_text_row_masked_out_mask=any_seen.to(x.dtype),
+            **{cache_name(layer): both},
+        )
+        has_source = source.visible.any(1)[:, None, None]
+        return torch.where(has_source, found, x)
+
+    def _seen(self, positions: Positions, source: EncoderContext) -> Tensor:
+        """Return what positions see of their row's source: (batch, 1, width, source)."""
+        rows = []
+        for prompt, start in zip(positions.prompts, positions.starts, strict=True):
+            size = source.states.shape[1]
+            own = None if prompt is None else prompt.source_visible
+            if own is None:
+                rows.append(
+                    torch.ones(positions.width, size, dtype=torch.bool, device=source.states.device)
+                )
+                continue
+            # A reply sees what the prompt's last position does.
+            places = torch.arange(start, start + positions.width, device=own.device)
+            shown = own[places.clamp(max=len(own) - 1)]
+            rows.append(F.pad(shown, (0, size - shown.shape[1])))
+        return torch.stack(rows)[:, None]
