@@ -24,7 +24,7 @@ from transformers import PreTrainedModel
 from transformers.models.auto import modeling_auto
 
 from fastvlm.language.families import text_decoder
-from tests.language.tiny import BuildError, each, first_line, tiny
+from tests.language.tiny import BuildError, build, each, first_line
 
 MAPPINGS = ["CAUSAL_LM", "IMAGE_TEXT_TO_TEXT", "SEQ_TO_SEQ_CAUSAL_LM", "MULTIMODAL_LM"]
 LIMIT = 12
@@ -75,6 +75,23 @@ def classes() -> list[GeneratingClass]:
     return list(found.values())
 
 
+def tiny(model_type: str, class_name: str) -> PreTrainedModel:
+    """Return a tiny model whose replies vary where they can.
+
+    Raises:
+        BuildError: The class can't be built so small, with the reason.
+    """
+    return build(model_type, class_name, varied)
+
+
+def varied(model: PreTrainedModel) -> int:
+    """Return how many different tokens a model's reply has, or 0 where it has none."""
+    try:
+        return len(set(expected(model, prompt(model), LIMIT)))
+    except GenerateError:
+        return 0
+
+
 def prompt(model: PreTrainedModel) -> dict[str, Tensor]:
     """Return a text prompt: what an encoder reads, where there is one."""
     generator = torch.Generator().manual_seed(3)
@@ -99,6 +116,7 @@ def generated(model: PreTrainedModel, inputs: dict[str, Tensor], limit: int) -> 
                 do_sample=False,
                 num_beams=1,
                 return_dict_in_generate=True,
+                output_logits=True,
             )
     except Exception as error:
         said = f"transformers itself doesn't generate: {first_line(error)}"
@@ -117,6 +135,8 @@ def expected(model: PreTrainedModel, inputs: dict[str, Tensor], limit: int) -> l
 def new_tokens(model: PreTrainedModel, inputs: dict[str, Tensor], out: Any) -> list[int]:
     """Return the tokens that `generate` added."""
     start = 1 if model.config.is_encoder_decoder else inputs["input_ids"].shape[1]
+    if any(logits.isnan().any() for logits in out.logits or ()):
+        raise GenerateError("The logits aren't numbers.")
     return out.sequences[0, start:].tolist()
 
 
