@@ -42,7 +42,9 @@ OVERRIDES: dict[str, dict[str, Any]] = {
     "deepseek_ocr2_text": {"mlp_layer_types": SPARSE},
     "dots1": {"n_routed_experts": 8, "n_shared_experts": 1, "num_experts_per_tok": 2},
     "emu3": {"vocabulary_map": IMAGE_WORDS},
+    "encoder-decoder": {"decoder": {"is_decoder": True, "add_cross_attention": True}},
     "ernie4_5_vl_moe_text": {"rope_parameters": {"mrope_section": [3, 3, 2]}},
+    "dots3_note_audio_encoder": {"adapter_input_size": 64},
     "dots3_note_text": {
         "layer_types": ["indexed_attention", "sliding_attention"] * 2,
         "mlp_layer_types": SPARSE,
@@ -53,7 +55,6 @@ OVERRIDES: dict[str, dict[str, Any]] = {
     "fun_asr_nano": {"adaptor_config": {"intermediate_size": 16}},
     "gemma4_text": SHARED,
     "gemma4_unified_text": SHARED,
-    "gemma4_assistant": {"default": {"text_config": {"hidden_size_per_layer_input": 0}}},
     "diffusion_gemma_text": {
         **SHARED,
         "num_experts": 8,
@@ -85,7 +86,7 @@ OVERRIDES: dict[str, dict[str, Any]] = {
     "glm_ocr_text": SECTIONS,
     "glm4v_moe_text": {"rope_parameters": {"mrope_section": [1, 1, 2]}},
     "paddleocr_vl_text": SECTIONS,
-    "qwen2_5_omni": {"enable_audio_output": False},
+    "qwen2_5_omni_text": SECTIONS,
     "qwen2_5_omni_thinker": VISION_TOKENS,
     "qwen3_omni_moe": {"enable_audio_output": False},
     "qwen3_omni_moe_thinker": VISION_TOKENS,
@@ -98,11 +99,12 @@ OVERRIDES: dict[str, dict[str, Any]] = {
         "indexer_head_dim": 16,
     },
     "reformer": {"axial_pos_embds_dim": [32, 32], "axial_pos_shape": [16, 16]},
-    "step3p7_text": {
+    "step3p5": {
         "layer_types": ["full_attention", "sliding_attention"] * 2,
         "sliding_window": 8,
     },
     "vibevoice_acoustic_tokenizer_encoder": {"num_filters": 4},
+    "vision-encoder-decoder": {"decoder": {"is_decoder": True, "add_cross_attention": True}},
     "xlstm": {"hidden_size": 128, "embedding_dim": 128},
     "xmod": {"default_language": "en_XX"},
     "zamba": {
@@ -118,5 +120,5 @@ OVERRIDES: dict[str, dict[str, Any]] = {
 
 `default` has the fields that the configuration is first made with, before it is shrunk.
 """
-SINGLE: frozenset[str] = frozenset({"inkling2", "inkling2_text", "xglm", "xlnet"})
+SINGLE: frozenset[str] = frozenset({"inkling2", "inkling2_text", "prophetnet", "xglm", "xlnet"})
 """Model types that compute in float32 whatever their weights are."""

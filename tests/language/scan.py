@@ -28,6 +28,7 @@ from tests.language.tiny import BuildError, build, each, first_line
 
 MAPPINGS = ["CAUSAL_LM", "IMAGE_TEXT_TO_TEXT", "SEQ_TO_SEQ_CAUSAL_LM", "MULTIMODAL_LM"]
 LIMIT = 12
+SPEAKING = {"qwen2_5_omni", "qwen3_omni_moe"}
 SECONDS, MEMORY, PROCESSES = 60, 3 << 30, 2
 PARTS = ["embed_tokens", "layers", "norm", "rotary_emb"]
 
@@ -95,11 +96,13 @@ def varied(model: PreTrainedModel) -> int:
 def prompt(model: PreTrainedModel) -> dict[str, Tensor]:
     """Return a text prompt: what an encoder reads, where there is one."""
     generator = torch.Generator().manual_seed(3)
-    del model
-    return {
+    inputs = {
         "input_ids": torch.randint(30, 60, (1, 7), generator=generator),
         "attention_mask": torch.ones(1, 7, dtype=torch.long),
     }
+    if model.config.model_type == "udop":  # its encoder asks where on a page the words stand
+        inputs["bbox"] = torch.arange(28, dtype=model.dtype).view(1, 7, 4) / 28
+    return inputs
 
 
 def generated(model: PreTrainedModel, inputs: dict[str, Tensor], limit: int) -> Any:
@@ -108,13 +111,18 @@ def generated(model: PreTrainedModel, inputs: dict[str, Tensor], limit: int) -> 
     Raises:
         GenerateError: It doesn't.
     """
+    made: Any = model
+    options: dict[str, Any] = {}
+    if model.config.model_type in SPEAKING:  # they would speak, and count the words apart
+        options = {"generation_mode": "text", "thinker_max_new_tokens": limit}
     try:
         with torch.no_grad():
-            return model.generate(
+            return made.generate(
                 **inputs,
                 max_new_tokens=limit,
                 do_sample=False,
                 num_beams=1,
+                **options,
                 return_dict_in_generate=True,
                 output_logits=True,
             )
@@ -144,7 +152,7 @@ def structure(model: PreTrainedModel) -> dict[str, Any]:
     """Return how a model's decoder is made."""
     found: dict[str, Any] = {"error": ""}
     try:
-        decoder: nn.Module = text_decoder(model)
+        decoder: Any = text_decoder(model)
     except Exception as error:  # noqa: BLE001  whatever it raises is what the scan is after
         found["error"] = first_line(error)
         decoder = model.base_model

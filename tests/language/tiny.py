@@ -168,7 +168,7 @@ def merge(fields: Fields, changes: Fields) -> None:
         elif isinstance(value, dict) and isinstance(fields.get(name), dict):
             merge(fields[name], value)
         else:
-            fields[name] = value
+            fields[name] = copy.deepcopy(value)
 
 
 class Shrinking:
@@ -302,7 +302,9 @@ def sections(old: list[int], whole: int) -> list[int]:
 
 
 def started(model: PreTrainedModel) -> PreTrainedModel:
-    """Return a model that knows which token its decoder begins with."""
+    """Return a model that knows which token its decoder begins with, and whose voice it has."""
+    if hasattr(model, "speaker_map"):
+        vars(model)["speaker_map"] = {"Chelsie": {}}
     settings = getattr(model, "generation_config", None)
     if settings is not None and model.config.is_encoder_decoder:
         first = [settings.decoder_start_token_id, settings.bos_token_id]
@@ -320,7 +322,15 @@ class Sizes(NamedTuple):
     gain: float
 
 
-ATTEMPTS = [Sizes(0.3, 3.0, 2.0), Sizes(0.05, 3.0, 3.0), Sizes(1.0, 3.0, 4.0), Sizes(0.1, 1.0, 1.0)]
+ATTEMPTS = [
+    Sizes(0.3, 3.0, 2.0),
+    Sizes(0.05, 3.0, 3.0),
+    Sizes(1.0, 3.0, 4.0),
+    Sizes(0.1, 1.0, 1.0),
+    Sizes(0.3, 8.0, 8.0),
+    Sizes(0.02, 0.3, 6.0),
+    Sizes(2.0, 6.0, 0.7),
+]
 """Sizes to try until replies vary: which do depends on norms, tied weights and positions."""
 VARIED = 6
 
