@@ -111,7 +111,7 @@ def build(
 
 def first_line(error: BaseException) -> str:
     """Return an exception's class and the line that says most."""
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    lines = [line.strip().rstrip(":") for line in str(error).splitlines() if line.strip()]
     return ": ".join([type(error).__name__, *lines[: 2 if "validat" in "".join(lines[:1]) else 1]])
 
 
