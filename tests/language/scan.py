@@ -24,10 +24,11 @@ from transformers import PreTrainedModel
 from transformers.models.auto import modeling_auto
 
 from fastvlm.language.families import text_decoder
-from tests.language.tiny import BuildError, each, first_line, tiny
+from tests.language.tiny import BuildError, build, each, first_line
 
 MAPPINGS = ["CAUSAL_LM", "IMAGE_TEXT_TO_TEXT", "SEQ_TO_SEQ_CAUSAL_LM", "MULTIMODAL_LM"]
 LIMIT = 12
+SPEAKING = {"qwen2_5_omni", "qwen3_omni_moe"}
 SECONDS, MEMORY, PROCESSES = 60, 3 << 30, 2
 PARTS = ["embed_tokens", "layers", "norm", "rotary_emb"]
 
@@ -75,14 +76,33 @@ def classes() -> list[GeneratingClass]:
     return list(found.values())
 
 
+def tiny(model_type: str, class_name: str) -> PreTrainedModel:
+    """Return a tiny model whose replies vary where they can.
+
+    Raises:
+        BuildError: The class can't be built so small, with the reason.
+    """
+    return build(model_type, class_name, varied)
+
+
+def varied(model: PreTrainedModel) -> int:
+    """Return how many different tokens a model's reply has, or 0 where it has none."""
+    try:
+        return len(set(expected(model, prompt(model), LIMIT)))
+    except GenerateError:
+        return 0
+
+
 def prompt(model: PreTrainedModel) -> dict[str, Tensor]:
     """Return a text prompt: what an encoder reads, where there is one."""
     generator = torch.Generator().manual_seed(3)
-    del model
-    return {
+    inputs = {
         "input_ids": torch.randint(30, 60, (1, 7), generator=generator),
         "attention_mask": torch.ones(1, 7, dtype=torch.long),
     }
+    if model.config.model_type == "udop":  # its encoder asks where on a page the words stand
+        inputs["bbox"] = torch.arange(28, dtype=model.dtype).view(1, 7, 4) / 28
+    return inputs
 
 
 def generated(model: PreTrainedModel, inputs: dict[str, Tensor], limit: int) -> Any:
@@ -91,14 +111,20 @@ def generated(model: PreTrainedModel, inputs: dict[str, Tensor], limit: int) -> 
     Raises:
         GenerateError: It doesn't.
     """
+    made: Any = model
+    options: dict[str, Any] = {}
+    if model.config.model_type in SPEAKING:  # they would speak, and count the words apart
+        options = {"generation_mode": "text", "thinker_max_new_tokens": limit}
     try:
         with torch.no_grad():
-            return model.generate(
+            return made.generate(
                 **inputs,
                 max_new_tokens=limit,
                 do_sample=False,
                 num_beams=1,
+                **options,
                 return_dict_in_generate=True,
+                output_logits=True,
             )
     except Exception as error:
         said = f"transformers itself doesn't generate: {first_line(error)}"
@@ -117,6 +143,8 @@ def expected(model: PreTrainedModel, inputs: dict[str, Tensor], limit: int) -> l
 def new_tokens(model: PreTrainedModel, inputs: dict[str, Tensor], out: Any) -> list[int]:
     """Return the tokens that `generate` added."""
     start = 1 if model.config.is_encoder_decoder else inputs["input_ids"].shape[1]
+    if any(logits.isnan().any() for logits in out.logits or ()):
+        raise GenerateError("The logits aren't numbers.")
     return out.sequences[0, start:].tolist()
 
 
@@ -124,7 +152,7 @@ def structure(model: PreTrainedModel) -> dict[str, Any]:
     """Return how a model's decoder is made."""
     found: dict[str, Any] = {"error": ""}
     try:
-        decoder: nn.Module = text_decoder(model)
+        decoder: Any = text_decoder(model)
     except Exception as error:  # noqa: BLE001  whatever it raises is what the scan is after
         found["error"] = first_line(error)
         decoder = model.base_model

@@ -7,7 +7,7 @@ import math
 import re
 from collections.abc import Callable, Iterator
 from itertools import pairwise
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import transformers
@@ -62,7 +62,7 @@ RULES = [
     _rule(r"dim_model|output_dim|input_dim|lru_width|pooler_output_size|attention_channels", WIDTH),
 ]
 """What a field of some name is at most: the first pattern that fits the whole name counts."""
-MISSING = {"head_dim": HEAD, "num_key_value_heads": HEADS // 2}
+MISSING = {"head_dim": HEAD, "num_key_value_heads": HEADS // 2, "num_experts_per_tok": 2}
 """What a field is where the default says nothing."""
 AS_IT_IS = re.compile(
     r".*(image_size|patch_size|img_size|crop_size|kernel_size|window_size|num_channels|conv_width"
@@ -83,8 +83,15 @@ DEPTHS = [
 IDS = re.compile(r".*(_ids?|token_(id|index)|_index|_token)")
 
 
-def tiny(model_type: str, class_name: str) -> PreTrainedModel:
-    """Return a tiny model with random weights.
+def build(
+    model_type: str, class_name: str, varied: Callable[[PreTrainedModel], int]
+) -> PreTrainedModel:
+    """Return a tiny model with random weights, in float64 and for evaluation.
+
+    Args:
+        model_type: The configuration's model type.
+        class_name: The model's class.
+        varied: How many different tokens a model's reply has, to choose weights by.
 
     Raises:
         BuildError: The class can't be built so small, with the reason.
@@ -95,7 +102,7 @@ def tiny(model_type: str, class_name: str) -> PreTrainedModel:
         guarded(made, copy.deepcopy(config))
         torch.manual_seed(5)
         dtype = torch.float32 if model_type in SINGLE else torch.float64
-        return started(randomised(made(config), dtype))
+        return lively(started(made(config).to(dtype).eval()), varied)
     except BuildError:
         raise
     except Exception as error:
@@ -104,7 +111,7 @@ def tiny(model_type: str, class_name: str) -> PreTrainedModel:
 
 def first_line(error: BaseException) -> str:
     """Return an exception's class and the line that says most."""
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    lines = [line.strip().rstrip(":") for line in str(error).splitlines() if line.strip()]
     return ": ".join([type(error).__name__, *lines[: 2 if "validat" in "".join(lines[:1]) else 1]])
 
 
@@ -161,7 +168,7 @@ def merge(fields: Fields, changes: Fields) -> None:
         elif isinstance(value, dict) and isinstance(fields.get(name), dict):
             merge(fields[name], value)
         else:
-            fields[name] = value
+            fields[name] = copy.deepcopy(value)
 
 
 class Shrinking:
@@ -295,7 +302,9 @@ def sections(old: list[int], whole: int) -> list[int]:
 
 
 def started(model: PreTrainedModel) -> PreTrainedModel:
-    """Return a model that knows which token its decoder begins with."""
+    """Return a model that knows which token its decoder begins with, and whose voice it has."""
+    if hasattr(model, "speaker_map"):
+        vars(model)["speaker_map"] = {"Chelsie": {}}
     settings = getattr(model, "generation_config", None)
     if settings is not None and model.config.is_encoder_decoder:
         first = [settings.decoder_start_token_id, settings.bos_token_id]
@@ -305,35 +314,73 @@ def started(model: PreTrainedModel) -> PreTrainedModel:
     return model
 
 
+class Sizes(NamedTuple):
+    """How large random weights are."""
+
+    embedding: float
+    position: float
+    gain: float
+
+
+ATTEMPTS = [
+    Sizes(0.3, 3.0, 2.0),
+    Sizes(0.05, 3.0, 3.0),
+    Sizes(1.0, 3.0, 4.0),
+    Sizes(0.1, 1.0, 1.0),
+    Sizes(0.3, 8.0, 8.0),
+    Sizes(0.02, 0.3, 6.0),
+    Sizes(2.0, 6.0, 0.7),
+]
+"""Sizes to try until replies vary: which do depends on norms, tied weights and positions."""
+VARIED = 6
+
+
+def lively(model: PreTrainedModel, varied: Callable[[PreTrainedModel], int]) -> PreTrainedModel:
+    """Return a model with random weights, so that its reply has several different tokens.
+
+    Args:
+        model: The model.
+        varied: How many different tokens its reply has.
+    """
+    found: dict[int, int] = {}
+    for number in range(2 * len(ATTEMPTS)):
+        randomise(model, number)
+        count = varied(model)
+        if count >= VARIED:
+            return model
+        found.setdefault(count, number)
+    randomise(model, found[max(found)])
+    return model
+
+
 @torch.no_grad()
-def randomised(model: PreTrainedModel, dtype: torch.dtype) -> PreTrainedModel:
-    """Return a model with weights large enough that its replies don't just repeat a token."""
-    generator = torch.Generator().manual_seed(7)
+def randomise(model: PreTrainedModel, number: int) -> None:
+    """Draw a model's weights anew."""
+    generator = torch.Generator().manual_seed(7 + number)
+    sizes = ATTEMPTS[number % len(ATTEMPTS)]
     seen: set[int] = set()
-    for place, parameter in weights(model):
-        if id(parameter) in seen:
-            continue
-        seen.add(id(parameter))
-        values = torch.randn(parameter.shape, generator=generator)
-        parameter.copy_(values * place(parameter))
-    return model.to(dtype).eval()
+    for parameter, size in weights(model, sizes):
+        if id(parameter) not in seen:
+            seen.add(id(parameter))
+            values = torch.randn(parameter.shape, generator=generator)
+            parameter.copy_(values * size)
 
 
-def weights(model: nn.Module) -> Iterator[tuple[Callable[[nn.Parameter], float], nn.Parameter]]:
-    """Yield the weights to draw anew, with what tells how large they become."""
-    for module in model.modules():
+def weights(model: nn.Module, sizes: Sizes) -> Iterator[tuple[nn.Parameter, float]]:
+    """Yield the weights to draw anew, and how large they become."""
+    for place, module in model.named_modules():
         for name, parameter in module.named_parameters(recurse=False):
             if not parameter.is_floating_point() or name.endswith(("A_log", "dt_bias")):
                 continue
             if isinstance(module, nn.Embedding):
-                yield (lambda _: 1.0), parameter
-            elif parameter.dim() > 1 and not (parameter == 0).all():
-                yield scale, parameter
+                positions = re.search(r"posi|wpe|relative", place)
+                yield parameter, sizes.position if positions else sizes.embedding
+            elif parameter.dim() > 1:
+                yield parameter, sizes.gain / math.sqrt(entering(parameter))
             elif name == "bias" and hasattr(module, "weight") and module.weight.dim() > 1:
-                yield (lambda _: 0.1), parameter
+                yield parameter, 0.1
 
 
-def scale(parameter: nn.Parameter) -> float:
-    """Return how large a matrix's weights are, by what enters it."""
-    entering = parameter.numel() // parameter.shape[0] if parameter.dim() != 3 else WIDTH
-    return 2.0 / math.sqrt(max(1, entering))
+def entering(parameter: nn.Parameter) -> int:
+    """Return how many numbers a matrix's output is a sum of."""
+    return max(1, WIDTH if parameter.dim() == 3 else parameter.numel() // parameter.shape[0])
