@@ -18,7 +18,6 @@ from fastvlm.cli.command import add_verb, each_of, verbs
 from fastvlm.cli.files import check_folder
 from fastvlm.cli.loading import UsageError
 from fastvlm.cli.training_options import (
-    AccumulationOption,
     CheckpointingOption,
     ModelTrainingRuntime,
     OutputOption,
@@ -136,7 +135,17 @@ class ModelRun:
         ),
     ] = None
     seed: SeedOption = 0
-    accumulation: AccumulationOption = 1
+    accumulation: Annotated[
+        int | None,
+        typer.Option(
+            metavar="N",
+            min=1,
+            max=4096,
+            help="Slices in which a step is computed, in every stage: more of them need less"
+            " memory.",
+            show_default="the stage's",
+        ),
+    ] = None
     gradient_checkpointing: CheckpointingOption = False
     tracker: TrackerOption = None
 
@@ -160,14 +169,14 @@ def model(
     from recipe.stages import STAGES, scaled
 
     chosen = [planned for planned in STAGES if not run.stage or planned.name in run.stage]
+    given = {"learning_rate": run.learning_rate, "accumulation": run.accumulation}
     stages = scaled(
         chosen,
         run.share,
         seed=run.seed,
         precision=runtime.mixed_precision,
-        accumulation=run.accumulation,
         trackers=tuple(run.tracker or ()),
-        **({} if run.learning_rate is None else {"learning_rate": run.learning_rate}),
+        **{name: value for name, value in given.items() if value is not None},
     )
     with runtime.progress():
         train_model(
