@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import random
 from collections import Counter
 from dataclasses import replace
 from pathlib import Path
@@ -23,11 +24,11 @@ from fastvlm.training.schedule import Schedule, seed_step
 from fastvlm.vision import FastViTHD
 from fastvlm.vision.images import prepare
 from fastvlm.vlm import VisionLanguageModel, load
-from fastvlm_example import SCENE_PROMPT
-from fastvlm_example.scenes import render, sample
+from fastvlm_example import HELD_OUT_SCENES, SCENE_PROMPT
+from fastvlm_example.scenes import describe, render, sample
 from recipe.architecture import DecoderShape
 from recipe.consensus import SAMPLES, Consensus, advantages, sample_sentences
-from recipe.conversations import PROMPTS, DecodedPhotos
+from recipe.conversations import PROMPTS, DecodedPhotos, described
 from recipe.model import ModelTask, train_model
 from recipe.stages import STAGES, Stage
 from tests.models import IMAGE_SIZE, small_encoder_config, small_vlm
@@ -51,8 +52,14 @@ def photos(tmp_path: Path) -> Path:
     return folder
 
 
+def weights(folder: Path) -> dict[str, Tensor]:
+    return load_file(folder / "model.safetensors")
+
+
 def task_of(stage: Stage, photos: Path) -> ModelTask:
     vlm = small_vlm()
+    # The tokenizer has seen no captions.
+    vlm.model.config.text_config.max_position_embeddings = 512
     found = read_flickr8k(photos, "train")
     shown = DecodedPhotos(found, decode(found, IMAGE_SIZE))
     return ModelTask(vlm.model, vlm.tokenizer, shown, stage)
@@ -69,6 +76,8 @@ def naive_losses(task: ModelTask, row: TrainingRow) -> Tensor:
 def test_a_step_shows_scenes_and_photos_as_a_prompt_shows_them(photos: Path) -> None:
     task = task_of(replace(STAGES[1], scenes=2, photos=2), photos)
     seed_step(0, 0)
+    scenes = [sample(random.randrange(HELD_OUT_SCENES)) for _ in range(2)]
+    seed_step(0, 0)
     rows = task.draw(0)
     kinds = Counter(row.kind for row in rows)
     assert kinds == {"scene": 2, "description": 2, "sentence": 2}
@@ -83,9 +92,20 @@ def test_a_step_shows_scenes_and_photos_as_a_prompt_shows_them(photos: Path) -> 
         text = reply.removesuffix("<|end|>")
         assert text != reply
         if row.kind == "scene":
-            assert text.startswith("A ")
+            [scene] = [scene for scene in scenes if describe(scene) == text]
+            assert row.inputs["pixel_values"].equal(prepare(render(scene, IMAGE_SIZE), IMAGE_SIZE))
         else:
             assert text in {"sentence": set(TIDY), "description": {" ".join(TIDY)}}[row.kind]
+
+
+def test_a_shortened_description_ends_with_the_last_thing() -> None:
+    scene = sample(1)
+    whole = describe(scene)
+    assert described(scene, 0.0) == whole
+    short = described(scene, 1.0)
+    assert whole.startswith(short)
+    assert short != whole
+    assert short.count(".") == 1 + len(scene.things)
 
 
 def test_a_steps_loss_is_the_mean_of_its_tokens(photos: Path) -> None:
@@ -144,6 +164,20 @@ def test_the_stages_make_a_model_that_loads_and_replies(tmp_path: Path, photos: 
     # Nine visual tokens, one for each place of a scene.
     assert vlm.model.config.image_seq_length == 9
     assert len(vlm.generate(SCENE_PROMPT, render(sample(3), 192), max_new_tokens=5).token_ids) == 5
+
+
+def test_the_encoder_stays_as_it_is(tmp_path: Path, photos: Path) -> None:
+    torch.manual_seed(3)
+    encoder = FastViTHD(small_encoder_config(image_size=192))
+    encoder.save_pretrained(tmp_path / "encoder")
+    schedule = Schedule(steps=2, learning_rate=1e-2, warmup=0)
+    stage = replace(STAGES[1], schedule=schedule)
+    train_model(
+        photos, tmp_path / "model", encoder=tmp_path / "encoder", stages=[stage], shape=SHAPE
+    )
+    found = weights(tmp_path / "model")
+    for name, weight in encoder.fuse().state_dict().items():
+        assert found[f"model.vision_tower.{name}"].equal(weight.to(torch.bfloat16)), name
 
 
 def test_a_model_goes_on_from_another_with_a_better_encoder(tmp_path: Path, photos: Path) -> None:
@@ -227,10 +261,6 @@ def test_sampled_sentences_are_the_models_own(checkpointing: bool) -> None:
     assert [row.labels.tolist() for row in again] == [row.labels.tolist() for row in rows]
 
 
-def weights(folder: Path) -> dict[str, Tensor]:
-    return load_file(folder / "model.safetensors")
-
-
 def test_a_stopped_run_goes_on_to_the_same_weights(
     tmp_path: Path, photos: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -266,7 +296,7 @@ def test_a_stopped_run_goes_on_to_the_same_weights(
 def test_scenes_are_learnt(tmp_path: Path, photos: Path) -> None:
     torch.manual_seed(2)
     FastViTHD(small_encoder_config(image_size=192)).save_pretrained(tmp_path / "encoder")
-    schedule = Schedule(steps=30, learning_rate=3e-3, warmup=2, log_seconds=0)
+    schedule = Schedule(steps=40, learning_rate=2e-2, warmup=2, log_seconds=0)
     stage = replace(STAGES[0], schedule=schedule, scenes=4)
     output = tmp_path / "model"
     train_model(photos, output, encoder=tmp_path / "encoder", stages=[stage], shape=SHAPE)
