@@ -23,7 +23,7 @@ from fastvlm.cli.training_options import (
     OutputOption,
     TrackerOption,
 )
-from fastvlm.training.schedule import Accumulation, LearningRate, Seed, Steps
+from fastvlm.training.schedule import LearningRate, Seed, Steps
 
 PhotosOption = Annotated[
     Path,
@@ -133,7 +133,17 @@ class ModelRun:
         ),
     ] = None
     seed: Seed = 0
-    accumulation: Accumulation = 1
+    accumulation: Annotated[
+        int | None,
+        typer.Option(
+            metavar="N",
+            min=1,
+            max=4096,
+            help="Slices in which a step is computed, in every stage: more of them need less"
+            " memory.",
+            show_default="the stage's",
+        ),
+    ] = None
     gradient_checkpointing: CheckpointingOption = False
     tracker: TrackerOption = None
 
@@ -157,14 +167,14 @@ def model(
     from recipe.stages import STAGES, scaled
 
     chosen = [planned for planned in STAGES if not run.stage or planned.name in run.stage]
+    given = {"learning_rate": run.learning_rate, "accumulation": run.accumulation}
     stages = scaled(
         chosen,
         run.share,
         seed=run.seed,
         precision=runtime.mixed_precision,
-        accumulation=run.accumulation,
         trackers=tuple(run.tracker or ()),
-        **({} if run.learning_rate is None else {"learning_rate": run.learning_rate}),
+        **{name: value for name, value in given.items() if value is not None},
     )
     with runtime.progress():
         train_model(

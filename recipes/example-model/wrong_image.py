@@ -7,14 +7,17 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import torch
 
 import fastvlm
 from fastvlm.data.captioned import CaptionedImage, read_flickr8k
-from fastvlm.training.rows import IGNORED
-from fastvlm.vision.images import prepare
+from fastvlm.data.conversations import Conversation
+from fastvlm.prompts.messages import question
+from fastvlm.training.instruction import score_replies
+from fastvlm.training.rows import FastViTHDRows
 from fastvlm.vlm import VisionLanguageModel
 from fastvlm_example import SENTENCE_PROMPT
 
@@ -25,29 +28,30 @@ def caption_losses(
 ) -> dict[str, float]:
     """Return the cross-entropy per token of human captions with the right and a wrong image.
 
-    The wrong image is the next photo's. One caption of each photo is taken.
+    The wrong image is the photo's before it. One caption of each photo is taken.
     """
-    prompt = vlm.tokens(SENTENCE_PROMPT, images=1)
+    builder = FastViTHDRows(vlm.model, vlm.tokenizer, vlm.image_size)
     sums = {"right": 0.0, "wrong": 0.0}
     count = 0
     for start in range(0, len(photos), batch):
-        shown = photos[start : start + batch]
-        captions = [[*vlm.tokenizer.encode(p.captions[0]), min(vlm.end_tokens)] for p in shown]
-        width = max(len(caption) for caption in captions)
-        tokens = torch.zeros(len(shown), len(prompt) + width, dtype=torch.long)
-        labels = torch.full_like(tokens, IGNORED)
-        for row, caption in enumerate(captions):
-            whole = torch.tensor(prompt + caption)
-            tokens[row, : len(whole)] = whole
-            labels[row, len(prompt) : len(whole)] = whole[len(prompt) :]
-        learnt = int((labels != IGNORED).sum())
-        pixels = torch.cat([prepare(p.path, vlm.image_size) for p in shown])
-        for kind, seen in (("right", pixels), ("wrong", pixels.roll(1, 0))):
-            # Padding stands on the right, where the causal mask hides it.
-            loss = vlm.model(input_ids=tokens, pixel_values=seen, labels=labels).loss
-            sums[kind] += float(loss) * learnt
-        count += learnt
+        right = [
+            row for photo in photos[start : start + batch] for row in builder.rows(captioned(photo))
+        ]
+        wrong = [
+            replace(row, inputs={**row.inputs, "pixel_values": other.inputs["pixel_values"]})
+            for row, other in zip(right, right[-1:] + right[:-1], strict=True)
+        ]
+        for kind, rows in (("right", right), ("wrong", wrong)):
+            losses = torch.cat([row.losses for row in score_replies(vlm.model, builder, rows)])
+            sums[kind] += float(losses.sum())
+        count += len(losses)
     return {kind: value / count for kind, value in sums.items()}
+
+
+def captioned(photo: CaptionedImage) -> Conversation:
+    """Return the question for a sentence about a photo, and its first caption."""
+    caption = {"role": "assistant", "content": [{"type": "text", "text": photo.captions[0]}]}
+    return Conversation(str(photo.path), (*question(SENTENCE_PROMPT, photo.path), caption))
 
 
 def main() -> None:

@@ -1,31 +1,41 @@
-"""The whole model's lesson: each dialogue has its own loss, and the stages make a model."""
+"""The example model's training: what a step shows, what it costs, and that stages make a model."""
 
 from __future__ import annotations
 
 import json
+import random
+from collections import Counter
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from PIL import Image
+from safetensors.torch import load_file
+from torch import Tensor
 from torch.nn.modules.module import register_module_forward_hook
 
-from fastvlm.data.captioned import CaptionedImage
+from fastvlm.data.captioned import CaptionedImage, decode, read_flickr8k
 from fastvlm.functional.errors import CheckpointError
-from fastvlm.training.schedule import Schedule
+from fastvlm.training.instruction import ReplyScores, score_replies
+from fastvlm.training.rows import IGNORED, TrainingRow
+from fastvlm.training.schedule import Schedule, seed_step
 from fastvlm.vision import FastViTHD
-from fastvlm.vlm import load
-from fastvlm_example import SCENE_PROMPT
+from fastvlm.vision.images import prepare
+from fastvlm.vlm import VisionLanguageModel, load
+from fastvlm_example import HELD_OUT_SCENES, SCENE_PROMPT
 from fastvlm_example.scenes import describe, render, sample
 from recipe.architecture import DecoderShape
 from recipe.consensus import SAMPLES, Consensus, advantages, sample_sentences
-from recipe.dialogues import Dialogue, encode_dialogue, token_losses
-from recipe.model import train_model
-from recipe.stages import STAGES
-from tests.models import VISUAL_TOKENS, small_encoder_config, small_vlm
+from recipe.conversations import PROMPTS, DecodedPhotos, described
+from recipe.model import ModelTask, train_model
+from recipe.stages import STAGES, Stage
+from tests.models import IMAGE_SIZE, small_encoder_config, small_vlm
 
 CAPTIONS = ("A dog runs .", "A brown dog runs fast .", "The sun")
+TIDY = ("A dog runs.", "A brown dog runs fast.", "The sun.")
+SHAPE = DecoderShape(layers=2, width=32, hidden=32, heads=4, kv_heads=2, vocabulary=300)
 
 
 @pytest.fixture
@@ -42,32 +52,105 @@ def photos(tmp_path: Path) -> Path:
     return folder
 
 
-def test_a_pass_gives_each_dialogue_the_loss_it_has_alone() -> None:
+def weights(folder: Path) -> dict[str, Tensor]:
+    return load_file(folder / "model.safetensors")
+
+
+def task_of(stage: Stage, photos: Path) -> ModelTask:
     vlm = small_vlm()
-    torch.manual_seed(1)
-    features = torch.randn(3, VISUAL_TOKENS, vlm.decoder.width, dtype=torch.float64)
-    dialogues = []
-    for seen, reply in zip(features, ("Red.", describe(sample(1)), "Two circles."), strict=True):
-        tokens, labels = encode_dialogue(vlm.tokenizer, SCENE_PROMPT, reply, VISUAL_TOKENS)
-        dialogues.append(Dialogue("scene", tokens, labels, seen))
-    together = token_losses(vlm.model, dialogues)
-    for dialogue, losses in zip(dialogues, together, strict=True):
-        embeddings = vlm.model.get_input_embeddings()(dialogue.tokens[None])
-        embeddings[dialogue.tokens[None] == vlm.model.config.image_token_id] = dialogue.features
-        logits = vlm.model(inputs_embeds=embeddings).logits[0, :-1]
-        reply = dialogue.labels[1:]
-        alone = -logits.log_softmax(-1)[range(len(reply)), reply][reply >= 0]
-        torch.testing.assert_close(losses, alone)
+    # The tokenizer has seen no captions.
+    vlm.model.config.text_config.max_position_embeddings = 512
+    found = read_flickr8k(photos, "train")
+    shown = DecodedPhotos(found, decode(found, IMAGE_SIZE))
+    return ModelTask(vlm.model, vlm.tokenizer, shown, stage)
+
+
+def naive_losses(task: ModelTask, row: TrainingRow) -> Tensor:
+    """The cross-entropy of each token of a row's reply, from the model's own logits."""
+    tokens, pixels = row.inputs["input_ids"], row.inputs["pixel_values"]
+    logits = task.model(input_ids=tokens[None], pixel_values=pixels.double()).logits[0, :-1]
+    reply = row.labels[1:]
+    return -logits.log_softmax(-1)[range(len(reply)), reply][reply != IGNORED]
+
+
+def test_a_step_shows_scenes_and_photos_as_a_prompt_shows_them(photos: Path) -> None:
+    task = task_of(replace(STAGES[1], scenes=2, photos=2), photos)
+    seed_step(0, 0)
+    scenes = [sample(random.randrange(HELD_OUT_SCENES)) for _ in range(2)]
+    seed_step(0, 0)
+    rows = task.draw(0)
+    kinds = Counter(row.kind for row in rows)
+    assert kinds == {"scene": 2, "description": 2, "sentence": 2}
+    assert [len(row.labels) for row in rows] == sorted(len(row.labels) for row in rows)
+    vlm = VisionLanguageModel(task.model, task.tokenizer)
+    for row in rows:
+        tokens, learnt = row.inputs["input_ids"].tolist(), row.labels != IGNORED
+        asked = [vlm.tokens(prompt, images=1) for prompt in PROMPTS[row.kind]]
+        assert tokens[: int((~learnt).sum())] in asked
+        assert row.labels[learnt].tolist() == tokens[-int(learnt.sum()) :]
+        reply = task.tokenizer.decode(row.labels[learnt])
+        text = reply.removesuffix("<|end|>")
+        assert text != reply
+        if row.kind == "scene":
+            [scene] = [scene for scene in scenes if describe(scene) == text]
+            assert row.inputs["pixel_values"].equal(prepare(render(scene, IMAGE_SIZE), IMAGE_SIZE))
+        else:
+            assert text in {"sentence": set(TIDY), "description": {" ".join(TIDY)}}[row.kind]
+
+
+def test_a_shortened_description_ends_with_the_last_thing() -> None:
+    scene = sample(1)
+    whole = describe(scene)
+    assert described(scene, 0.0) == whole
+    short = described(scene, 1.0)
+    assert whole.startswith(short)
+    assert short != whole
+    assert short.count(".") == 1 + len(scene.things)
+
+
+def test_a_steps_loss_is_the_mean_of_its_tokens(photos: Path) -> None:
+    task = task_of(replace(STAGES[1], scenes=2, photos=2), photos)
+    seed_step(0, 0)
+    rows = task.draw(0)
+    found = task.loss(rows)
+    alone = [naive_losses(task, row) for row in rows]
+    assert found.weight == sum(map(len, alone))
+    torch.testing.assert_close(found.total, torch.cat(alone).sum(), rtol=1e-6, atol=0)
+    for kind in PROMPTS:
+        parts = [part for row, part in zip(rows, alone, strict=True) if row.kind == kind]
+        expected = (float(torch.cat(parts).detach().sum()), sum(map(len, parts)))
+        assert found.report[kind] == pytest.approx(expected, rel=1e-6)
+
+
+def test_sampled_sentences_count_by_their_advantage(photos: Path) -> None:
+    task = task_of(replace(STAGES[2], scenes=1, photos=0, sampled=2), photos)
+    # A small model says nothing that people say.
+    rewards = iter(range(2 * SAMPLES))
+    task.reward = lambda *_: float(next(rewards) ** 2)  # type: ignore[method-assign]
+    drawn: list[TrainingRow] = []
+
+    def score(model: Any, builder: Any, rows: list[TrainingRow]) -> list[ReplyScores]:
+        drawn.extend(rows)
+        return score_replies(model, builder, rows)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("recipe.model.score_replies", score)
+        assert task.consensus is not None
+        seed_step(0, 0)
+        loss, reward = task.sampled(task.consensus)
+    assert reward == pytest.approx(28.5)
+    gains = advantages(torch.arange(10.0).square().view(2, SAMPLES)).flatten()
+    alone = [gain * naive_losses(task, row) for gain, row in zip(gains, drawn, strict=True)]
+    torch.testing.assert_close(loss, torch.cat(alone).mean(), rtol=1e-5, atol=1e-6)
 
 
 def test_the_stages_make_a_model_that_loads_and_replies(tmp_path: Path, photos: Path) -> None:
     torch.manual_seed(2)
     FastViTHD(small_encoder_config(image_size=192)).save_pretrained(tmp_path / "encoder")
-    shape = DecoderShape(layers=2, width=32, hidden=32, heads=4, kv_heads=2, vocabulary=300)
     schedule = Schedule(steps=2, learning_rate=1e-3, warmup=1, log_seconds=0)
     stages = [replace(stage, schedule=schedule) for stage in STAGES]
     train_model(
-        photos, tmp_path / "model", encoder=tmp_path / "encoder", stages=stages, shape=shape
+        photos, tmp_path / "model", encoder=tmp_path / "encoder", stages=stages, shape=SHAPE
     )
     reports = {
         stage.name: json.loads(
@@ -83,6 +166,20 @@ def test_the_stages_make_a_model_that_loads_and_replies(tmp_path: Path, photos: 
     assert len(vlm.generate(SCENE_PROMPT, render(sample(3), 192), max_new_tokens=5).token_ids) == 5
 
 
+def test_the_encoder_stays_as_it_is(tmp_path: Path, photos: Path) -> None:
+    torch.manual_seed(3)
+    encoder = FastViTHD(small_encoder_config(image_size=192))
+    encoder.save_pretrained(tmp_path / "encoder")
+    schedule = Schedule(steps=2, learning_rate=1e-2, warmup=0)
+    stage = replace(STAGES[1], schedule=schedule)
+    train_model(
+        photos, tmp_path / "model", encoder=tmp_path / "encoder", stages=[stage], shape=SHAPE
+    )
+    found = weights(tmp_path / "model")
+    for name, weight in encoder.fuse().state_dict().items():
+        assert found[f"model.vision_tower.{name}"].equal(weight.to(torch.bfloat16)), name
+
+
 def test_a_model_goes_on_from_another_with_a_better_encoder(tmp_path: Path, photos: Path) -> None:
     schedule = Schedule(steps=1, learning_rate=1e-9, warmup=1, log_seconds=0)
     stage = replace(STAGES[0], schedule=schedule)
@@ -90,9 +187,8 @@ def test_a_model_goes_on_from_another_with_a_better_encoder(tmp_path: Path, phot
     FastViTHD(small_encoder_config(image_size=192)).save_pretrained(tmp_path / "encoder")
     better = FastViTHD(small_encoder_config(image_size=192))
     better.save_pretrained(tmp_path / "better")
-    shape = DecoderShape(layers=2, width=32, hidden=32, heads=4, kv_heads=2, vocabulary=300)
     train_model(
-        photos, tmp_path / "first", encoder=tmp_path / "encoder", stages=[stage], shape=shape
+        photos, tmp_path / "first", encoder=tmp_path / "encoder", stages=[stage], shape=SHAPE
     )
     train_model(
         photos,
@@ -138,27 +234,80 @@ def test_samples_are_set_against_the_others_of_their_photo() -> None:
     assert float(found.std()) == pytest.approx(1.0)
 
 
-def test_sampled_sentences_are_the_models_own() -> None:
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_sampled_sentences_are_the_models_own(checkpointing: bool) -> None:
     vlm = small_vlm()
+    decoder = vlm.model.model.language_model.train()
+    if checkpointing:
+        decoder.activation_checkpointing_enable()
+    images = [render(sample(seed), IMAGE_SIZE) for seed in (1, 2)]
     torch.manual_seed(4)
-    features = torch.randn(2, VISUAL_TOKENS, vlm.decoder.width, dtype=torch.float64)
-    drawn = sample_sentences(vlm.model, vlm.tokenizer, SCENE_PROMPT, features)
-    assert [len(dialogues) for dialogues in drawn] == [SAMPLES, SAMPLES]
-    for dialogues, seen in zip(drawn, features, strict=True):
-        for dialogue in dialogues:
-            assert dialogue.features.equal(seen)
-            reply = dialogue.labels >= 0
-            assert dialogue.tokens[reply].equal(dialogue.labels[reply])
-            ends = (dialogue.tokens[reply] == vlm.tokenizer.eos_token_id).tolist()
-            assert not any(ends[:-1])
-    # Sampled, not the best one five times.
-    assert len({tuple(dialogue.tokens.tolist()) for dialogue in drawn[0]}) > 1
+    rows = sample_sentences(vlm.model, vlm.tokenizer, SCENE_PROMPT, images)
+    assert decoder.training
+    assert len(rows) == 2 * SAMPLES
+    asked = vlm.tokens(SCENE_PROMPT, images=1)
+    for place, row in enumerate(rows):
+        assert row.inputs["pixel_values"].equal(prepare(images[place // SAMPLES], IMAGE_SIZE))
+        tokens = row.inputs["input_ids"].tolist()
+        assert tokens[: len(asked)] == asked
+        assert row.labels.tolist() == [IGNORED] * len(asked) + tokens[len(asked) :]
+        assert vlm.tokenizer.eos_token_id not in tokens[len(asked) : -1]
+    # Sampled, not the best one five times; and the same with gradient checkpointing.
+    replies = [row.inputs["input_ids"][len(asked) :].tolist() for row in rows]
+    assert len({*map(tuple, replies[:SAMPLES])}) > 1
+    torch.manual_seed(4)
+    decoder.activation_checkpointing_disable()
+    again = sample_sentences(vlm.model, vlm.tokenizer, SCENE_PROMPT, images)
+    assert [row.labels.tolist() for row in again] == [row.labels.tolist() for row in rows]
+
+
+def test_a_stopped_run_goes_on_to_the_same_weights(
+    tmp_path: Path, photos: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    torch.manual_seed(2)
+    FastViTHD(small_encoder_config(image_size=192)).save_pretrained(tmp_path / "encoder")
+    schedule = Schedule(steps=3, learning_rate=1e-3, warmup=1, checkpoint_seconds=0)
+    stages = [replace(stage, schedule=schedule) for stage in (STAGES[0], STAGES[2])]
+
+    def go(output: Path) -> None:
+        train_model(photos, output, encoder=tmp_path / "encoder", stages=stages, shape=SHAPE)
+
+    go(tmp_path / "whole")
+    original = ModelTask.draw
+
+    def stop(self: ModelTask, step: int) -> list[TrainingRow]:
+        if self.stage.sampled and step == 2:
+            raise KeyboardInterrupt
+        return original(self, step)
+
+    monkeypatch.setattr(ModelTask, "draw", stop)
+    with pytest.raises(KeyboardInterrupt):
+        go(tmp_path / "stopped")
+    monkeypatch.undo()
+    go(tmp_path / "stopped")
+    logged = (tmp_path / "stopped" / "consensus" / "log.jsonl").read_text().splitlines()
+    assert json.loads(logged[-1])["step"] == 3
+    whole, stopped = weights(tmp_path / "whole"), weights(tmp_path / "stopped")
+    assert whole.keys() == stopped.keys()
+    for name, weight in whole.items():
+        assert stopped[name].equal(weight), name
+
+
+def test_scenes_are_learnt(tmp_path: Path, photos: Path) -> None:
+    torch.manual_seed(2)
+    FastViTHD(small_encoder_config(image_size=192)).save_pretrained(tmp_path / "encoder")
+    schedule = Schedule(steps=40, learning_rate=2e-2, warmup=2, log_seconds=0)
+    stage = replace(STAGES[0], schedule=schedule, scenes=4)
+    output = tmp_path / "model"
+    train_model(photos, output, encoder=tmp_path / "encoder", stages=[stage], shape=SHAPE)
+    log = [json.loads(line) for line in (output / "scenes" / "log.jsonl").read_text().splitlines()]
+    assert log[0]["scene"] == pytest.approx(log[0]["loss"])
+    assert log[-1]["loss"] < 0.6 * log[0]["loss"]
 
 
 def test_gradient_checkpointing_learns_the_same(tmp_path: Path, photos: Path) -> None:
     torch.manual_seed(2)
     FastViTHD(small_encoder_config(image_size=192)).save_pretrained(tmp_path / "encoder")
-    shape = DecoderShape(layers=2, width=32, hidden=32, heads=4, kv_heads=2, vocabulary=300)
     schedule = Schedule(steps=2, learning_rate=1e-3, warmup=1, log_seconds=0)
     curves, passes = [], []
     for again in (False, True):
@@ -168,7 +317,7 @@ def test_gradient_checkpointing_learns_the_same(tmp_path: Path, photos: Path) ->
             lambda module, *_, seen=seen: seen.append(type(module).__name__)
         )
         train_model(
-            photos, output, encoder=tmp_path / "encoder", shape=shape,
+            photos, output, encoder=tmp_path / "encoder", shape=SHAPE,
             stages=[replace(STAGES[1], schedule=schedule)], gradient_checkpointing=again,
         )  # fmt: skip
         hook.remove()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,7 @@ from fastvlm.data.conversations import Conversation, Records
 from fastvlm.data.feed import Feed
 from fastvlm.functional.errors import InputError
 from fastvlm.training.assembly import assemble
-from fastvlm.training.instruction import InstructionTask, tune_model
+from fastvlm.training.instruction import InstructionTask, SupervisedTask, score_replies, tune_model
 from fastvlm.training.paper_stages import PAPER_STAGES, PaperStage
 from fastvlm.training.parts import learning
 from fastvlm.training.rows import IGNORED, FastViTHDRows, rows_for
@@ -129,6 +130,31 @@ def test_the_loss_is_transformers_own() -> None:
     # transformers' own loss is in float32.
     assert float(found.total.detach()) == pytest.approx(sum(alone), rel=1e-6)
     assert 0 <= found.report["right"][0] <= learnt == found.report["right"][1]
+
+
+def test_each_row_has_the_scores_that_it_has_alone() -> None:
+    vlm = small_vlm()
+    rows = rows_of(vlm)
+    made = [row for one in conversations() for row in rows.rows(one)]
+    for row, scored in zip(made, score_replies(vlm.model, rows, made), strict=True):
+        [alone] = score_replies(vlm.model, rows, [row])
+        assert len(alone.losses) == int((row.labels != IGNORED).sum())
+        torch.testing.assert_close(scored.losses, alone.losses)
+        assert scored.right.equal(alone.right)
+
+
+def test_the_loss_of_each_kind_is_reported() -> None:
+    vlm = small_vlm()
+    rows = rows_of(vlm)
+    made = [row for one in conversations() for row in rows.rows(one)]
+    task = SupervisedTask(vlm.model, rows)
+    assert task.loss(made).report.keys() == {"right"}
+    kinds = ("asked", "", "asked")
+    named = [replace(row, kind=kind) for row, kind in zip(made, kinds, strict=True)]
+    report = task.loss(named).report
+    assert report.keys() == {"right", "asked"}
+    expected = task.loss([made[0], made[2]])
+    assert report["asked"] == pytest.approx((float(expected.total.detach()), expected.weight))
 
 
 def test_gradients_reach_projector_and_encoder_and_statistics_stay() -> None:

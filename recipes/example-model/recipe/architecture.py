@@ -97,7 +97,8 @@ def use_encoder(model: FastVlmForConditionalGeneration, encoder: FastViTHD) -> N
             f"The model's projector takes features of width {width}, but the encoder's are"
             f" {encoder.config.hidden_size} wide."
         )
-    model.model.vision_tower = encoder.requires_grad_(False).fuse()
+    # Folding makes new weights, so they are frozen after it.
+    model.model.vision_tower = encoder.fuse().requires_grad_(False)
     encoder.config.form = "fused"
     # Where it was read from is nobody's business later.
     encoder.config.name_or_path = ""

@@ -13,21 +13,20 @@ from typing import Any, cast
 
 import torch
 from torch import Tensor
-from transformers import (
-    FastVlmForConditionalGeneration,
-    GenerationConfig,
-    PreTrainedTokenizerFast,
-)
+from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerFast
 
 from fastvlm.data.captioned import CaptionedImage
+from fastvlm.language.families import text_decoder
 from fastvlm.metrics.captions import CiderD
 from fastvlm.metrics.tokenization import tokenize_caption
-from fastvlm.training.rows import IGNORED
-from recipe.dialogues import Dialogue, embed_dialogue, encode_prompt
+from fastvlm.prompts.fastvithd import FastViTHDInputs
+from fastvlm.prompts.messages import question
+from fastvlm.training.rows import IGNORED, TrainingRow
+from fastvlm.vision.loading import ImageInput
 
 SAMPLES = 5
 """Sentences sampled of a photo."""
-LONGEST = 24
+MAX_NEW_TOKENS = 24
 """Tokens of the longest sentence."""
 END = "</s>"
 """Stands after each caption in the reward, or a sentence that breaks off would be as good."""
@@ -46,61 +45,59 @@ class Consensus:
         ]
         self.scorer = CiderD(self.references)
 
-    def reward(self, row: int, sentence: str, *, ended: bool) -> float:
-        """Score a sentence about a photo, given by its index.
+    def reward(self, number: int, sentence: str, *, ended: bool) -> float:
+        """Score a sentence about a photo.
 
         Args:
-            row: The photo.
+            number: The photo's index.
             sentence: The sentence.
             ended: Whether it came to its end, or ran into the limit.
         """
         tokens = [*tokenize_caption(sentence), *([END] if ended else [])]
-        return self.scorer.score(tokens, self.references[row])
+        return self.scorer.score(tokens, self.references[number])
 
 
+@torch.no_grad()
 def sample_sentences(
-    model: FastVlmForConditionalGeneration,
+    model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerFast,
     prompt: str,
-    features: Tensor,
-) -> list[list[Dialogue]]:
-    """Return `SAMPLES` dialogues for each image, whose replies the model drew at temperature 1.
-
-    Args:
-        model: The model.
-        tokenizer: Its tokenizer.
-        prompt: What is asked of every image.
-        features: (images, visual tokens, d_model).
-    """
-    asked = encode_prompt(tokenizer, prompt, features.shape[1])
-    tokens = torch.tensor([asked] * len(features), device=features.device)
-    end = tokenizer.eos_token_id
-    config = GenerationConfig(
+    images: Sequence[ImageInput],
+) -> list[TrainingRow]:
+    """Return `SAMPLES` rows for each image, whose replies the model draws at temperature 1."""
+    # Which methods and settings a composite model has is its class's matter.
+    config: Any = model.config
+    size, end = config.vision_config.image_size, tokenizer.eos_token_id
+    inputs = FastViTHDInputs(tokenizer, type(model).__name__, config.image_token_id, size)
+    prompts = [inputs(question(prompt, image)) for image in images]
+    tokens = torch.tensor([asked for asked, _ in prompts], device=model.device)
+    sampling = GenerationConfig(
         do_sample=True,
         top_k=0,
         num_return_sequences=SAMPLES,
-        max_new_tokens=LONGEST,
+        max_new_tokens=MAX_NEW_TOKENS,
         eos_token_id=end,
         pad_token_id=tokenizer.pad_token_id,
-        suppress_tokens=[model.config.image_token_id],
+        suppress_tokens=[config.image_token_id],
     )
-    with torch.no_grad():
-        embeddings = embed_dialogue(model, tokens, features)
-        replies: Tensor = cast(Any, model).generate(
-            inputs_embeds=embeddings,
-            attention_mask=torch.ones_like(tokens),
-            generation_config=config,
-        )
-    drawn = []
-    for row, seen in zip(replies.view(len(features), SAMPLES, -1).tolist(), features, strict=True):
-        dialogues = []
-        for reply in row:
-            kept = reply[: reply.index(end) + 1] if end in reply else reply
-            labels = [IGNORED] * tokens.shape[1] + kept
-            whole = torch.cat((tokens[0], tokens.new_tensor(kept)))
-            dialogues.append(Dialogue("sampled", whole, tokens.new_tensor(labels), seen))
-        drawn.append(dialogues)
-    return drawn
+    decoder = text_decoder(model)
+    training = decoder.training
+    # With gradient checkpointing, training mode has no cache: each token would see only itself.
+    decoder.eval()
+    drawn: Tensor = cast(Any, model).generate(
+        input_ids=tokens,
+        attention_mask=torch.ones_like(tokens),
+        pixel_values=torch.cat([pixels for _, [pixels] in prompts]).to(model.device),
+        generation_config=sampling,
+    )
+    decoder.train(training)
+    rows = []
+    for place, reply in enumerate(drawn[:, tokens.shape[1] :].tolist()):
+        asked, [pixels] = prompts[place // SAMPLES]
+        kept = reply[: reply.index(end) + 1] if end in reply else reply
+        shown = {"input_ids": torch.tensor(asked + kept), "pixel_values": pixels}
+        rows.append(TrainingRow(shown, torch.tensor([IGNORED] * len(asked) + kept)))
+    return rows
 
 
 def advantages(rewards: Tensor) -> Tensor:

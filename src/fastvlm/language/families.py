@@ -19,7 +19,7 @@ NAMED: dict[str, type[SplitDecoder]] = {
     "bart": BartDecoder,
     "kosmos_2_5_text_model": Kosmos25Decoder,
     "llama4": Llama4Decoder,
-    "mllama": MllamaDecoder,
+    "mllama_text_model": MllamaDecoder,
     "mt5": T5Decoder,
     "opt": OptDecoder,
     "t5": T5Decoder,

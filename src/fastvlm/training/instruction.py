@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Generator, Mapping, Sequence
 from contextlib import closing
+from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -33,8 +34,39 @@ from fastvlm.vision.configuration import REDUCTION
 from fastvlm.vision.fastvithd import FastViTHD
 
 
-class InstructionTask:
-    """Teaches a model the replies of conversations: cross-entropy at each of their tokens.
+@dataclass(frozen=True, slots=True)
+class ReplyScores:
+    """How well a model predicts the labelled tokens of a row.
+
+    Args:
+        losses: The cross-entropy of each: (tokens,).
+        right: Whether the model's best token is the label: (tokens,).
+    """
+
+    losses: Tensor
+    right: Tensor
+
+
+def score_replies(
+    model: PreTrainedModel, builder: RowBuilder, rows: Sequence[TrainingRow]
+) -> list[ReplyScores]:
+    """Return the scores of some rows, in their order."""
+    found: list[ReplyScores] = []
+    for inputs, labels in builder.batches(rows):
+        states = model.base_model(**inputs, use_cache=False).last_hidden_state
+        # Each position predicts the next; logits of the others would fill the memory.
+        targets = labels[:, 1:]
+        places = targets != IGNORED
+        logits = full_precision(model.get_output_embeddings()(states[:, :-1][places]))
+        losses = F.cross_entropy(logits, targets[places], reduction="none")
+        right = logits.argmax(-1) == targets[places]
+        counts = places.sum(1).tolist()
+        found += map(ReplyScores, losses.split(counts), right.split(counts))
+    return found
+
+
+class SupervisedTask:
+    """Teaches a model replies: cross-entropy at each of their tokens. A subclass draws the rows.
 
     BatchNorms keep the statistics that they came with: those of a step's few images would be
     poor ones, and what is trained is then exactly what inference folds.
@@ -42,6 +74,59 @@ class InstructionTask:
     Args:
         model: The model; what of it requires a gradient learns.
         rows: What makes its rows.
+        plan: See `TrainingTask`.
+        source: See `TrainingTask`.
+    """
+
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        rows: RowBuilder,
+        plan: Mapping[str, Any] | None = None,
+        source: ExampleStream | None = None,
+    ) -> None:
+        self.model = model.eval()
+        # Gradient checkpointing asks for this mode.
+        text_decoder(model).train()
+        self.module: nn.Module = model
+        self.unit = "tokens"
+        self.plan: Mapping[str, Any] = plan or {}
+        self.source = source
+        self.whole: str | None = None
+        self.rows = rows
+
+    def draw(self, step: int) -> list[TrainingRow]:
+        """Return the rows of a step. See `TrainingTask.draw`."""
+        raise NotImplementedError
+
+    def loss(self, examples: Sequence[TrainingRow]) -> Losses:
+        """Return the cross-entropy of some rows.
+
+        Reported is how often the best token is right, and the loss of each kind of rows.
+        """
+        scores = score_replies(self.model, self.rows, examples)
+        kinds: dict[str, list[Tensor]] = {}
+        for row, scored in zip(examples, scores, strict=True):
+            if row.kind:
+                kinds.setdefault(row.kind, []).append(scored.losses.detach())
+        losses = torch.cat([scored.losses for scored in scores])
+        right = int(torch.cat([scored.right for scored in scores]).sum())
+        report = {"right": (float(right), float(len(losses)))}
+        for kind, parts in sorted(kinds.items()):
+            report[kind] = (float(torch.cat(parts).sum()), float(sum(map(len, parts))))
+        total = losses.sum()
+        if not total.requires_grad:
+            # Text alone reaches no projector; the step goes on without a gradient.
+            total.requires_grad_()
+        return Losses(total, len(losses), report)
+
+
+class InstructionTask(SupervisedTask):
+    """Teaches a model the replies of a feed's conversations.
+
+    Args:
+        model: See `SupervisedTask`.
+        rows: See `SupervisedTask`.
         feed: The conversations.
         batch: Conversations that this process takes in a step.
         plan: See `TrainingTask`.
@@ -58,15 +143,8 @@ class InstructionTask:
         plan: Mapping[str, Any] | None = None,
         workers: int = 0,
     ) -> None:
-        self.model = model.eval()
-        # Gradient checkpointing asks for this mode.
-        text_decoder(model).train()
-        self.module: nn.Module = model
-        self.unit = "tokens"
-        self.plan: Mapping[str, Any] = plan or {}
-        self.source: ExampleStream | None = feed
-        self.whole: str | None = None
-        self.rows, self.feed, self.batch, self.workers = rows, feed, batch, workers
+        super().__init__(model, rows, plan, feed)
+        self.feed, self.batch, self.workers = feed, batch, workers
         self._prepared: Generator[list[TrainingRow]] | None = None
 
     def draw(self, step: int) -> list[TrainingRow]:
@@ -87,26 +165,6 @@ class InstructionTask:
         if self._prepared is not None:
             self._prepared.close()
             self._prepared = None
-
-    def loss(self, examples: Sequence[TrainingRow]) -> Losses:
-        """Return the cross-entropy of some rows; reported is how often the best token is right."""
-        losses: list[Tensor] = []
-        right = counted = 0
-        for inputs, labels in self.rows.batches(examples):
-            states = self.model.base_model(**inputs, use_cache=False).last_hidden_state
-            # Each position predicts the next; logits of the others would fill the memory.
-            targets = labels[:, 1:]
-            places = targets != IGNORED
-            head = self.model.get_output_embeddings()
-            logits = full_precision(head(states[:, :-1][places]))
-            losses.append(F.cross_entropy(logits, targets[places], reduction="sum"))
-            right += int((logits.argmax(-1) == targets[places]).sum())
-            counted += int(places.sum())
-        total = torch.stack(losses).sum()
-        if not total.requires_grad:
-            # Text alone reaches no projector; the step goes on without a gradient.
-            total.requires_grad_()
-        return Losses(total, counted, {"right": (right, counted)})
 
 
 def tune_model(
@@ -161,8 +219,15 @@ def tune_model(
             train(task, schedule, output / "training")
     if stage.image_size is not None:
         show_images_of(model, stage.image_size)
+    save_tuned(model, processor, output)
+
+
+def save_tuned(
+    model: PreTrainedModel, processor: PreTrainedTokenizerBase | ProcessorMixin, output: Path
+) -> None:
+    """Save a model in bfloat16; every process calls this, and process 0 writes."""
     state = whole_state(moved(model, torch.bfloat16))
-    if process.is_main_process:
+    if this_process().is_main_process:
         with written_into(output, last="config.json") as beside:
             processor.save_pretrained(beside)
             model.save_pretrained(beside, state_dict=state)

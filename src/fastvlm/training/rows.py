@@ -37,10 +37,12 @@ class TrainingRow:
         inputs: What the model's forward takes.
         labels: What each position should have been predicted as, `IGNORED` where it doesn't
             matter: (length,).
+        kind: What its loss is also reported as, on its own; "" for nothing.
     """
 
     inputs: dict[str, Tensor]
     labels: Tensor
+    kind: str = ""
 
 
 class RowBuilder(Protocol):
