@@ -8,6 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fastvlm.functional.errors import InputError
+
 INJECTED = {
     "visual_pos_masks": ("deepstack_visual_embeds", 0),
     "vision_mask": ("deepstack_features", -1),
@@ -64,15 +66,20 @@ def row_source(
 
     Returns:
         (source, d_model) and (own, source), see `DecoderInputs.encoder_states` and
-        `source_visible`; None for all of the source, or no source.
+        `source_visible`; None for no source.
+
+    Raises:
+        InputError: There is a source, but no mask of it.
     """
     states, added, sees = (handed.get(name) for name in CROSS_ATTENTION)
     if states is None:
         return None, None
-    batch = len(mask) and (1 if added is None else len(added))
-    own = states.reshape(batch, -1, states.shape[-1])[row]
     if added is None or sees is None:
-        return own, None
+        raise InputError(
+            "An image is attended to by a mask: give generate the cross_attention_mask of the"
+            " processor."
+        )
+    own = states.reshape(len(added), -1, states.shape[-1])[row]
     seen = (added[row, 0] == 0) & (sees[row, 0] != 0)
     return own, seen[mask.to(seen.device)]
 

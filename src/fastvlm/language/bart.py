@@ -63,6 +63,5 @@ class BartDecoder(GeneralDecoder):
     def _placed(self, x: Tensor, indices: Tensor) -> Tensor:
         # What is drafted past a row's limit is never accepted, but is computed beside other rows.
         indices = indices.clamp(max=self.max_positions - 1)
-        return self.decoder.layernorm_embedding(
-            x + self.decoder.embed_positions(None, position_ids=indices)
-        )
+        table = self.decoder.embed_positions
+        return self.decoder.layernorm_embedding(x + table.weight[indices + table.offset])

@@ -76,7 +76,11 @@ class SplitDecoder(ABC):
 
     def __init__(self, model: PreTrainedModel, decoder: Any) -> None:
         self.decoder = decoder
-        self.is_causal = all(getattr(part, "is_causal", True) for part in decoder.modules())
+        self.is_causal = all(
+            getattr(part, "is_causal", True)
+            for name, part in decoder.named_modules()
+            if name.endswith("self_attn")
+        )
         """Whether the layers attend causally where they are given no mask."""
         self._model = weakref.ref(model)
 

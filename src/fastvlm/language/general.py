@@ -181,7 +181,11 @@ class GeneralDecoder(SplitDecoder):
         """Run layers, each with how it is called and its number in the target, if it has one."""
         cache.begin_pass(positions)
         source = positions.encoder
-        held: Any = cache if source is None else CrossCache(cache, source)
+        held: Any = cache
+        if source is not None and any(
+            "encoder_hidden_states" in call.names for _, call, _ in layers
+        ):
+            held = CrossCache(cache, source)
         masks: dict[MaskKind, Tensor | None] = {}
         rotations: dict[RotaryKind | None, Rotations | None] = {None: None}
         arguments: dict[LayerCall, dict[str, Any]] = {}

@@ -209,7 +209,11 @@ def example_source(decoder: Any, x: Tensor) -> dict[str, Tensor]:
     """
     taken = inspect.signature(type(decoder).forward).parameters
     if "cross_attention_states" in taken:
-        return {"cross_attention_states": x[:, :3]}
+        # Without a mask, attention would take the source for positions, and be causal.
+        return {
+            "cross_attention_states": x[:, :3],
+            "cross_attention_mask": torch.zeros_like(x[:, None, :1, :3]),
+        }
     if "encoder_hidden_states" not in taken:
         return {}
     width = getattr(decoder.config, "cross_attention_hidden_size", None) or x.shape[-1]

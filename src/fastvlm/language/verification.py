@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 import json
 from collections.abc import Callable, Iterator
 from itertools import product
@@ -168,7 +167,7 @@ def _own_pass(
     mask = torch.ones_like(padded)
     mask[:, :padding] = 0
     given: dict[str, Any] = dict(source)
-    if "position_ids" in inspect.signature(type(split.decoder).forward).parameters:
+    if padding:
         given["position_ids"] = (mask.cumsum(-1) - 1).clamp(min=0)
     found = forward(
         inputs_embeds=split.embed(padded), attention_mask=mask, use_cache=False, **given
