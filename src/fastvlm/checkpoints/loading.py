@@ -55,7 +55,7 @@ from fastvlm.functional.errors import (
 )
 from fastvlm.functional.model_files import check_size, read_object
 from fastvlm.functional.placement import moved
-from fastvlm.language.families import family
+from fastvlm.language.families import check_family
 from fastvlm.vision.fastvithd import FastViTHD
 
 Loaded = TypeVar("Loaded")
@@ -220,20 +220,14 @@ def _load_with_transformers(
         f"{folder / 'config.json'} is refused", AutoConfig.from_pretrained, folder, **trusting
     )
     check_generation_config(folder)
-    decoder = attempt(f"{folder / 'config.json'} is refused", config.get_text_config, decoder=True)
-    family(decoder.model_type)
+    shell = attempt(f"{folder / 'config.json'} is refused", shell_of, config, trusting)
+    check_family(shell)
     shows_images = type(config) in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING
     if (
         "quantization_config" not in options
         and getattr(config, "quantization_config", None) is None
     ):
-        attempt(
-            f"{folder / 'config.json'} is refused",
-            check_size,
-            folder / "config.json",
-            weight_files(folder),
-            lambda: automatic(config).from_config(config, **trusting),
-        )
+        check_size(folder / "config.json", weight_files(folder), shell)
     target, found = attempt(
         f"The model in {folder} can't be loaded",
         automatic(config).from_pretrained,
@@ -248,6 +242,18 @@ def _load_with_transformers(
         what = f"The processor in {folder} can't be loaded"
         return target, attempt(what, load_processor, folder, config, **trusting)
     return target, load_tokenizer(folder, **trusting)
+
+
+def shell_of(config: PreTrainedConfig, options: dict[str, Any]) -> PreTrainedModel:
+    """Return a configuration's model on the meta device, which has no weights.
+
+    Args:
+        config: The configuration.
+        options: What `from_config` takes beside it.
+    """
+    with torch.device("meta"):
+        shell: PreTrainedModel = automatic(config).from_config(config, **options)
+    return shell
 
 
 def needs_code(stored: dict[str, Any]) -> bool:

@@ -49,9 +49,9 @@ def load_draft(directory: str | Path, target: PreTrainedModel) -> ImitationNetwo
     check_weight_file(path / "model.safetensors")
     try:
         config = ImitationConfig.from_pretrained(path)
-        check_size(
-            path / "config.json", [path / "model.safetensors"], lambda: ImitationNetwork(config)
-        )
+        with torch.device("meta"):
+            shell = ImitationNetwork(config)
+        check_size(path / "config.json", [path / "model.safetensors"], shell)
         # transformers' annotation knows the model alone, not the pair that this option gives.
         loaded: Any = ImitationNetwork.from_pretrained(
             path, dtype=torch.float32, output_loading_info=True

@@ -4,11 +4,10 @@ from __future__ import annotations
 
 import json
 import zipfile
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import nn
 
 from fastvlm.functional.errors import CheckpointError, first_line
@@ -104,7 +103,7 @@ def _check_safetensors(file: Path) -> None:
         raise CheckpointError(f"{file} has {-missing:,} bytes more than its header tells of.")
 
 
-def check_size(config: Path, files: Sequence[Path], build: Callable[[], nn.Module]) -> None:
+def check_size(config: Path, files: Sequence[Path], model: nn.Module) -> None:
     """Refuse a configuration whose model is far larger than the weights beside it.
 
     Loading it would fill the memory with random weights before the mismatch is found.
@@ -112,14 +111,12 @@ def check_size(config: Path, files: Sequence[Path], build: Callable[[], nn.Modul
     Args:
         config: The configuration file.
         files: The files of weights.
-        build: Makes the model.
+        model: The model of that configuration, on the meta device.
 
     Raises:
         CheckpointError: The model is too large.
     """
     stored = sum(file.stat().st_size for file in files)
-    with torch.device("meta"):
-        model = build()
     # No format has less than half a byte a parameter, and none is quantised here.
     described = sum(parameter.numel() for parameter in model.parameters())
     if described > MIN_EXCESS_PARAMETERS + 2 * stored:

@@ -100,6 +100,8 @@ def row_injections(
         given = handed.get(source)
         if given is None:
             continue
+        if handed.get(name) is None:
+            raise InputError(f"A decoder is handed {source}, but no {name} for where they go.")
         shown: Tensor = handed[name].to(embeddings.device)
         shown = shown if shown.dim() == 2 else shown[..., 0]  # noqa: PLR2004 (batch, length)
         numbered = given.items() if isinstance(given, Mapping) else enumerate(given)

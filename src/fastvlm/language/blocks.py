@@ -35,11 +35,12 @@ def row_blocks(decoder: Any, mask: Any, own: Tensor) -> list[RowBlocks]:
     """
     config = decoder.config
     masks = mask if isinstance(mask, Mapping) else {"full_attention": mask}
-    square = {
-        kind: given
-        for kind, given in masks.items()
-        if isinstance(given, Tensor) and given.dim() == 4  # noqa: PLR2004 (batch, heads, ...)
-    }
+    square = {}
+    for kind, given in masks.items():
+        if isinstance(given, Tensor) and given.dim() == 4:  # noqa: PLR2004 (batch, heads, ...)
+            square[kind] = given
+        elif given is not None and not (isinstance(given, Tensor) and given.shape == own.shape):
+            raise InputError(f"The model's mask ({kind}) is of a form that fastvlm doesn't know.")
     kinds = {
         "full_attention": FULL,
         "sliding_attention": MaskKind(window=getattr(config, "sliding_window", None)),
@@ -71,18 +72,21 @@ def visible(mask: Tensor, places: Tensor) -> Tensor:
     """Return which of a row's own positions see which: (own, own).
 
     Args:
-        mask: True, or no less than 0, for what is seen: (length, keys).
+        mask: True, or 0, for what is seen; False, or a large negative number, for what is not:
+            (length, keys).
         places: Which positions are the row's own: (length,).
 
     Raises:
-        InputError: There are other keys than positions.
+        InputError: There are other keys than positions, or other numbers.
     """
     if mask.shape != (len(places), len(places)):
         raise InputError(
             f"An attention mask of {tuple(mask.shape)} doesn't fit a prompt of {len(places)}"
             " positions; if generate was asked for cache_implementation='static', leave that out."
         )
-    seen = mask if mask.dtype == torch.bool else mask >= 0
+    seen = mask if mask.dtype == torch.bool else mask == 0
+    if not mask.dtype == torch.bool and bool((mask[~seen] > -1e4).any()):  # noqa: PLR2004
+        raise InputError("The model's attention mask adds to scores, which fastvlm can't do.")
     places = places.to(mask.device)
     return seen[places][:, places].cpu()
 

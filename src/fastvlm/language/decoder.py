@@ -20,6 +20,9 @@ from fastvlm.language.cache import DecoderCache, KeyValueCache
 from fastvlm.language.masks import FULL, MaskKind
 from fastvlm.language.positions import Positions
 
+MAX_LAYERS = 1024
+"""Layers of the deepest decoder that is built from a configuration alone."""
+
 
 @dataclass(frozen=True, slots=True)
 class DecoderShape:
@@ -280,12 +283,20 @@ def untrained_layers(
         first_index: What they cache as: layers from this one on.
         path: Where a model of the configuration has its layers.
         kind: The class of that model; None for the one that `transformers` has for it.
+
+    Raises:
+        InputError: There are more layers than any model has.
     """
+    depth: int = config.num_hidden_layers
+    if depth > MAX_LAYERS:
+        raise InputError(f"A decoder of {depth:,} layers is not one that can be built.")
     # On no device, as large as it is: of which class each layer is depends on its place.
     with torch.device("meta"):
         shell = (kind or decoder_class(config))(copy.deepcopy(config))
     layers: nn.ModuleList = shell.get_submodule(path)[-number:]
-    layers.to_empty(device="cpu").apply(shell._init_weights)
+    device = torch.get_default_device()
+    if device.type != "meta":
+        layers.to_empty(device=device).apply(shell._init_weights)
     for offset, layer in enumerate(layers):
         for part in layer.modules():
             if hasattr(part, "layer_idx"):

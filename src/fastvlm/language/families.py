@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from transformers import PreTrainedModel
 
 from fastvlm.language.bart import BartDecoder
@@ -11,7 +13,7 @@ from fastvlm.language.kosmos import Kosmos25Decoder
 from fastvlm.language.llama4 import Llama4Decoder
 from fastvlm.language.mllama import MllamaDecoder
 from fastvlm.language.opt import OptDecoder
-from fastvlm.language.structure import text_decoder
+from fastvlm.language.structure import check_structure, text_decoder
 from fastvlm.language.t5 import T5Decoder
 from fastvlm.language.t5gemma import T5GemmaDecoder
 
@@ -33,6 +35,26 @@ def family(model_type: str) -> type[SplitDecoder]:
     return NAMED.get(model_type.removesuffix("_text"), GeneralDecoder)
 
 
+def check_family(model: PreTrainedModel) -> None:
+    """Refuse a model whose decoder can't be split, by what it is made of; weights are not needed.
+
+    Args:
+        model: The model, which may lie on the meta device.
+
+    Raises:
+        InputError: Its decoder lacks parts, or keeps a state that can't be rolled back.
+    """
+    decoder = text_decoder(model)
+    kind = family_of(decoder)
+    if issubclass(kind, GeneralDecoder):
+        check_structure(decoder, kind.PARTS)
+
+
+def family_of(decoder: Any) -> type[SplitDecoder]:
+    """Return the class that splits a decoder."""
+    return family(getattr(getattr(decoder, "config", None), "model_type", ""))
+
+
 def split_decoder(model: PreTrainedModel) -> SplitDecoder:
     """Return the split decoder of a causal, an encoder-decoder or a vision-language model.
 
@@ -41,5 +63,4 @@ def split_decoder(model: PreTrainedModel) -> SplitDecoder:
             model itself.
     """
     decoder = text_decoder(model)
-    kind = getattr(getattr(decoder, "config", None), "model_type", "")
-    return family(kind)(model, decoder)
+    return family_of(decoder)(model, decoder)

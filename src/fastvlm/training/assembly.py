@@ -19,7 +19,6 @@ from transformers import (
 from fastvlm.checkpoints import load_checkpoint
 from fastvlm.checkpoints.layouts import CHATML_TEMPLATE, IMAGE_TOKEN
 from fastvlm.functional.errors import CheckpointError, InputError
-from fastvlm.language.families import family
 from fastvlm.vision.configuration import REDUCTION, FastViTHDConfig
 from fastvlm.vision.fastvithd import FastViTHD
 
@@ -45,7 +44,6 @@ def assemble(
         raise InputError(f"{decoder} is a {type(text).__name__}; a decoder reads text alone.")
     if getattr(text.config, "vision_config", None) is not None:
         raise InputError(f"{decoder} has an encoder of its own; give it as --model.")
-    family(text.config.model_type)
     ends = prepare_tokenizer(processor, decoder)
     image = cast(int, processor.convert_tokens_to_ids(IMAGE_TOKEN))
     weight = cast(Tensor, text.get_input_embeddings().weight)
