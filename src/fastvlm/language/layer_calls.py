@@ -9,6 +9,7 @@ from __future__ import annotations
 import copy
 import inspect
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -200,6 +201,31 @@ def observe_calls(decoder: Any, enter: Callable[[Tensor], Tensor] | None = None)
     return DecoderCalls(tuple(calls))
 
 
+@torch.no_grad()
+def check_arguments(decoder: Any) -> None:
+    """Refuse a decoder whose layers are given what isn't known; it has no weights yet.
+
+    What a decoder without weights can't show is seen by `observe_calls` once it has them.
+
+    Args:
+        decoder: The decoder, on the meta device.
+
+    Raises:
+        InputError: A layer's argument isn't known.
+    """
+    notes = _Notes()
+    x = torch.zeros(1, LENGTH, decoder.config.hidden_size, device="meta")
+    mask = torch.ones(1, LENGTH, dtype=torch.long, device="meta")
+    with suppress(Exception):
+        type(decoder).forward(
+            _noting(decoder, notes), inputs_embeds=x, attention_mask=mask, use_cache=False
+        )
+    for index, named in enumerate(notes.layers):
+        first = _NotingLayer(decoder.layers[index], notes).names[0]
+        where = f"Layer {index} of {type(decoder).__name__}"
+        _check_known(where, {name: value for name, value in named.items() if name != first})
+
+
 def example_source(decoder: Any, x: Tensor) -> dict[str, Tensor]:
     """Return what an encoder-decoder's decoder attends to in a check; nothing for others.
 
@@ -265,16 +291,7 @@ def _call(
     where = f"Layer {index} of {type(decoder).__name__}"
     layer = _NotingLayer(decoder.layers[index], notes)
     rest = {name: value for name, value in named.items() if name != layer.names[0]}
-    unknown = sorted(
-        name
-        for name, value in rest.items()
-        if name not in GIVEN | HARMLESS and value is not None and value is not False
-    )
-    if unknown:
-        raise InputError(
-            f"{where} is given {', '.join(unknown)}, which fastvlm doesn't know, so it can't split"
-            " the decoder; decode the model with transformers' own generate."
-        )
+    _check_known(where, rest)
     rotations = rest.get("position_embeddings")
     kind = None
     if rotations is not None:
@@ -287,6 +304,20 @@ def _call(
         kind,
         frozenset(rest) & GIVEN,
     )
+
+
+def _check_known(where: str, given: dict[str, Any]) -> None:
+    """Refuse arguments of a layer that aren't known."""
+    unknown = sorted(
+        name
+        for name, value in given.items()
+        if name not in GIVEN | HARMLESS and value is not None and value is not False
+    )
+    if unknown:
+        raise InputError(
+            f"{where} is given {', '.join(unknown)}, which fastvlm doesn't know, so it can't split"
+            " the decoder; decode the model with transformers' own generate."
+        )
 
 
 def _mask_kind(config: Any, where: str, mask: Any) -> MaskKind:
