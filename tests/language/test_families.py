@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cache, partial
 
@@ -10,9 +10,11 @@ import pytest
 import torch
 from transformers import PreTrainedModel
 
-from fastvlm.language import capture_decoder_inputs, split_decoder
+from fastvlm.decoding import Autoregressive, Engine, Request, Strategy
+from fastvlm.decoding.layer_search import SampleReplies
+from fastvlm.language import DecoderInputs, SplitDecoder, capture_decoder_inputs, split_decoder
 from fastvlm.language.generator import generator_of
-from tests.families import FAMILIES, NEWER, NEWER_WITH_IMAGES, Inputs, replies, text
+from tests.families import END, FAMILIES, NEWER, NEWER_WITH_IMAGES, Inputs, replies, text
 from tests.families.parts import FIRST_SPECIAL, together
 from tests.language.decoding import LIMIT, STRATEGIES, decode, strategy
 
@@ -57,13 +59,20 @@ def test_replies_are_not_one_token_repeated(family: str) -> None:
     assert len({tuple(reply) for reply in found}) == 4
 
 
+def perfect(decoder: SplitDecoder, prompts: Sequence[DecoderInputs]) -> Strategy:
+    """Return a strategy whose draft is the target itself.
+
+    What is added after the layers that a draft stands for is not seen by the draft.
+    """
+    added = [layer for prompt in prompts for layer in prompt.injections]
+    return strategy("perfect", decoder, max([1, *(layer + 1 for layer in added)]))
+
+
 def assert_greedy(family: str, name: str, rows: int) -> None:
     known = case(family)
     decoder = split_decoder(known.model)
     prompts = capture_decoder_inputs(known.model, known.inputs[rows])
-    # Features that are added after a layer that a draft stands for are not seen by the draft.
-    first = max([1, *(layer + 1 for prompt in prompts for layer in prompt.injections)])
-    drafts = strategy(name, decoder, first if name == "perfect" else 1)
+    drafts = perfect(decoder, prompts) if name == "perfect" else strategy(name, decoder)
     found = decode(decoder, drafts, prompts)
     assert [request.output_token_ids for request in found] == known.expected[rows]
     if name == "perfect":
@@ -118,6 +127,36 @@ def test_a_batch_has_rows_with_and_without_images(family: str) -> None:
     expected = replies(known.model, given, LIMIT)
     assert expected[:4] == known.expected[4]
     assert decoded(known.model, given, "block") == expected
+
+
+@pytest.mark.parametrize("family", NEWER)
+def test_prompts_in_chunks_beside_a_reply(family: str) -> None:
+    """A chunk begins and ends anywhere but inside a block of positions that see one another."""
+    known = case(family)
+    decoder = split_decoder(known.model)
+    prompts = capture_decoder_inputs(known.model, known.inputs[4])
+    drafts, ends = perfect(decoder, prompts), frozenset({END})
+    engine = Engine(decoder, prefill_positions=3)
+    requests = [Request(prompt, drafts, LIMIT, end_token_ids=ends) for prompt in prompts]
+    engine.add(requests[0])
+    engine.step()
+    for request in requests[1:]:
+        engine.add(request)
+    while not all(request.finished for request in requests):
+        engine.step()
+    assert [request.error for request in requests] == [None] * 4
+    assert [request.output_token_ids for request in requests] == known.expected[4]
+    assert all(request.accepted == request.proposed for request in requests)
+
+
+@pytest.mark.parametrize("family", NEWER)
+def test_a_search_for_layers_to_skip_sees_what_drafts_see(family: str) -> None:
+    known = case(family)
+    decoder = split_decoder(known.model)
+    prompts = capture_decoder_inputs(known.model, known.inputs[4])[:2]
+    found = SampleReplies(decoder, [Request(one, Autoregressive(), LIMIT) for one in prompts])
+    assert found.acceptance([]) == 1
+    assert found.acceptance([1]) <= 1
 
 
 @pytest.mark.parametrize("family", NEWER)

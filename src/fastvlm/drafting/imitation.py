@@ -176,8 +176,9 @@ def initialise_from(network: ImitationNetwork, layers: Sequence[nn.Module]) -> N
     """Initialise a network from the target's layers that it replaces.
 
     A `block` takes the layers from the exit layer on (so a draft with as many blocks as the target
-    has layers left is the target itself), each the next one of its own kind. An `mlp` takes the first one's feed-forward part, if that
-    is gated like its own; otherwise it starts as the identity, which is early exit.
+    has layers left is the target itself), each the next one of its own kind. An `mlp` takes the
+    first one's feed-forward part, if that is gated like its own; otherwise it starts as the
+    identity, which is early exit.
 
     Args:
         network: The network to initialise.
