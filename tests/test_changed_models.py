@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import warnings
 from collections.abc import Callable
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +24,7 @@ from fastvlm.drafting.imitation import initialise_from
 from fastvlm.language import split_decoder
 from fastvlm.vlm import VisionLanguageModel
 from fastvlm_example.scenes import render, sample
-from tests.families import FAMILIES, Inputs
+from tests.families import FAMILIES, NEWER, Inputs
 from tests.language.test_placement import Int8Linear, quantise
 from tests.models import IMAGE_SIZE, small_vlm
 
@@ -95,10 +96,17 @@ def generated(model: Any, inputs: Inputs, method: Any = None) -> torch.Tensor:
     return out
 
 
-@pytest.mark.parametrize("change", CHANGES)
-@pytest.mark.parametrize("family", ["llama", "llava"])
+@pytest.mark.parametrize(
+    ("family", "change"),
+    [
+        *product(["llama", "llava"], CHANGES),
+        *product(["gemma3", "qwen3-vl", "mllama", "t5gemma"], ["adapter on the layers"]),
+        ("gemma3", "adapter on the head"),
+        ("qwen3-vl", "resized"),
+    ],
+)
 def test_one_speculative_object_decodes_a_model_as_it_is(family: str, change: str) -> None:
-    model, inputs = FAMILIES[family]()
+    model, inputs = {**FAMILIES, **NEWER}[family]()
     given = inputs(2)
     methods = [fastvlm.speculative(draft_for(model)), fastvlm.speculative(strategy="early-exit")]
     before = generated(model, given)

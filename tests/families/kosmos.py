@@ -51,7 +51,11 @@ def kosmos2_5() -> NewerFamily:
         },
         latent_query_num=LATENT,
     )
-    return lively(Kosmos2_5ForConditionalGeneration(config), gain=6.0, shift=0.1), of_pages
+    model = lively(Kosmos2_5ForConditionalGeneration(config), gain=6.0, shift=0.1)
+    with torch.no_grad():
+        # Where a reply had padding, transformers would not count its position.
+        model.get_output_embeddings().weight[PAD] = 0.0
+    return model, of_pages
 
 
 def of_pages(rows: int, images_per_row: int = 1) -> Inputs:
@@ -62,13 +66,15 @@ def of_pages(rows: int, images_per_row: int = 1) -> Inputs:
     made = prompts([[[STARTS, *[IMAGE] * LATENT, ENDS]] * images_per_row] * rows, even=True)
     if not images_per_row:
         return made
+    tokens = made["input_ids"]
+    around = (tokens == STARTS) | (tokens == ENDS)
     count = SIDE * SIDE
     places = torch.stack([torch.arange(count) // SIDE + 1, torch.arange(count) % SIDE + 1], -1)
     patches = images(rows * images_per_row, count, 3 * 8 * 8)
     return {
         **made,
         "flattened_patches": torch.cat([places.expand(len(patches), -1, -1), patches], dim=-1),
-        "image_embeds_position_mask": (made["input_ids"] == IMAGE).long(),
+        "image_embeds_position_mask": (tokens == IMAGE).long() - around.long(),
     }
 
 

@@ -69,11 +69,12 @@ def with_images(decoder: Any, handed: Mapping[str, Any]) -> dict[str, Any]:
     features, places = (found.pop(name, None) for name in IMAGE_EMBEDDINGS)
     if features is None or places is None:
         return found
+    # The tokens around an image, -1, have positions of its kind, but no features.
     shown = places != 0
     with torch.no_grad():
         given: Tensor | None = found.get("inputs_embeds")
         embeddings = (decoder.embed_tokens(found["input_ids"]) if given is None else given).clone()
-        embeddings[shown] = features.to(embeddings).reshape(-1, features.shape[-1])
+        embeddings[places == 1] = features.to(embeddings).reshape(-1, features.shape[-1])
         # The embedding of images' positions, in the place of the text's.
         text, image = decoder.segment_emb.weight[:2]
         found["inputs_embeds"] = embeddings

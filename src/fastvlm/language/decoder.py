@@ -19,6 +19,7 @@ from fastvlm.functional.errors import InputError
 from fastvlm.language.cache import DecoderCache, KeyValueCache
 from fastvlm.language.masks import FULL, MaskKind
 from fastvlm.language.positions import Positions
+from fastvlm.language.structure import attends_causally
 
 MAX_LAYERS = 1024
 """Layers of the deepest decoder that is built from a configuration alone."""
@@ -79,11 +80,7 @@ class SplitDecoder(ABC):
 
     def __init__(self, model: PreTrainedModel, decoder: Any) -> None:
         self.decoder = decoder
-        self.is_causal = all(
-            getattr(part, "is_causal", True)
-            for name, part in decoder.named_modules()
-            if name.endswith("self_attn")
-        )
+        self.is_causal = attends_causally(decoder)
         """Whether the layers attend causally where they are given no mask."""
         self._model = weakref.ref(model)
 

@@ -53,3 +53,12 @@ def check_structure(decoder: Any, parts: Sequence[str]) -> None:
             f" {' and no '.join(missing)}, so fastvlm can't split it; decode it with transformers'"
             " own generate, or see 'Adding a family' in fastvlm's documentation."
         )
+
+
+def attends_causally(decoder: Any) -> bool:
+    """Return whether a decoder's layers attend causally where they are given no mask."""
+    return all(
+        getattr(part, "is_causal", True)
+        for name, part in decoder.named_modules()
+        if name.endswith("self_attn")
+    )
