@@ -83,17 +83,29 @@ def drafts(method: Any, model: PreTrainedModel) -> Iterator[list[int]]:
         yield found
 
 
-@pytest.mark.parametrize("family", [*FAMILIES, *NEWER])
+def assert_sooner(model: PreTrainedModel, inputs: Inputs, method: Any) -> int:
+    """Hold a batch against `generate`'s; return how many tokens were drafted."""
+    with drafts(method, model) as proposed:
+        ordinary, sooner = both(model, inputs, method)
+    assert torch.equal(ordinary, sooner)
+    return sum(proposed)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
 def test_a_user_changes_one_argument(family: str) -> None:
-    model, make = {**FAMILIES, **NEWER}[family]()
+    model, inputs = FAMILIES[family]()
+    for method in (fastvlm.speculative(block(model)), fastvlm.speculative()):
+        drafted = [assert_sooner(model, inputs(rows), method) for rows in (1, 3)]
+        assert sum(drafted) > 0
+
+
+@pytest.mark.parametrize("family", NEWER)
+def test_a_user_changes_one_argument_for_newer_families(family: str) -> None:
+    model, make = NEWER[family]()
     # Phi-4 Multimodal hands its decoder pixels.
     inputs = partial(make, images_per_row=0) if family == "phi4-multimodal" else make
-    for method in (fastvlm.speculative(block(model)), fastvlm.speculative()):
-        for rows in (1, 3):
-            with drafts(method, model) as proposed:
-                ordinary, sooner = both(model, inputs(rows), method)
-            assert torch.equal(ordinary, sooner)
-        assert sum(proposed) > 0
+    assert_sooner(model, inputs(1), fastvlm.speculative())
+    assert assert_sooner(model, inputs(4), fastvlm.speculative(block(model))) > 0
 
 
 def test_a_draft_is_loaded_from_its_directory(

@@ -3,16 +3,20 @@
 from __future__ import annotations
 
 import math
+from pathlib import Path
 
 import pytest
 import torch
 
+import fastvlm
 from fastvlm.evaluation.likelihood import likelihoods
 from fastvlm.functional.errors import InputError
 from fastvlm.vision.images import prepare
 from fastvlm.vlm import VisionLanguageModel
 from fastvlm_example.scenes import render, sample
+from tests.families import END
 from tests.models import small_vlm
+from tests.processors import asked, sample_image, saved
 
 REPLIES = ["red", "a large blue circle", "Red!", "a square is above a circle", "a"]
 
@@ -63,3 +67,35 @@ def test_replies_that_have_none(vlm: VisionLanguageModel, reply: str, said: str)
     request = vlm.request("What is it?", render(sample(5), 128))
     with pytest.raises(InputError, match=said):
         likelihoods(vlm, request, ["red", reply])
+
+
+@pytest.mark.parametrize("family", ["florence2", "gemma3", "mllama", "paligemma", "qwen3-vl"])
+def test_newer_families_against_their_own_logits(family: str, tmp_path: Path) -> None:
+    model, processor = saved(family, tmp_path)
+    known = fastvlm.load(tmp_path, dtype=torch.float64)
+    inputs = asked(processor, ["What is it?"], [sample_image(0)])
+    replies = ["red", "a word", "b"]
+    found = likelihoods(known, known.request("What is it?", sample_image(0)), replies)
+    start = 1 if model.config.is_encoder_decoder else inputs["input_ids"].shape[1]
+    for reply, one in zip(replies, found, strict=True):
+        tokens = known.tokenizer.encode(reply, add_special_tokens=False)
+
+        def forced(_: int, so_far: torch.Tensor, tokens: list[int] = tokens) -> list[int]:
+            place = len(so_far) - start
+            return tokens[place : place + 1] or [END]
+
+        logits = torch.cat(
+            model.generate(
+                **inputs,
+                max_new_tokens=len(tokens) + 1,
+                do_sample=False,
+                prefix_allowed_tokens_fn=forced,
+                output_logits=True,
+                return_dict_in_generate=True,
+            ).logits
+        ).double()
+        logs = logits.log_softmax(-1)
+        expected = sum(float(logs[place, token]) for place, token in enumerate(tokens))
+        # transformers hands on logits in float32.
+        assert one.text == pytest.approx(expected, abs=1e-5)
+        assert one.end == pytest.approx(float(logs[-1, END]), abs=1e-5)

@@ -100,8 +100,9 @@ def test_a_draft_learns_and_drafts_losslessly(family: str, tmp_path: Path) -> No
     }
     schedule = Schedule(steps=3, learning_rate=1e-3, warmup=1)
     networks = train_draft(vlm, plans, examples, tmp_path / "drafts", schedule)
-    measured = decode_held_out(vlm, networks, turns, max_new_tokens=12)
-    assert all(found.acceptance_length >= 1 for found in measured.values())
+    if family in PROCESSORS:
+        measured = decode_held_out(vlm, networks, turns, max_new_tokens=12)
+        assert all(found.acceptance_length >= 1 for found in measured.values())
     expected = [
         replies(vlm.model, inputs_of([text], [path and Image.open(path)]), 12)[0]
         for text, path in zip(QUESTIONS, photos, strict=True)

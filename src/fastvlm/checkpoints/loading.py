@@ -284,7 +284,9 @@ def automatic(config: PreTrainedConfig) -> Any:
     kind = type(config)
     if kind in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING:
         return AutoModelForImageTextToText
-    if kind in MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING and kind not in MODEL_FOR_CAUSAL_LM_MAPPING:
+    # BART's decoder is a causal model, too, where the configuration says that it stands alone.
+    causal = kind in MODEL_FOR_CAUSAL_LM_MAPPING and not config.is_encoder_decoder
+    if kind in MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING and not causal:
         return AutoModelForSeq2SeqLM
     return AutoModelForCausalLM
 
