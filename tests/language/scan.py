@@ -19,16 +19,16 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 from transformers import PreTrainedModel
 from transformers.models.auto import modeling_auto
 
 from fastvlm.language.families import text_decoder
+from tests.language.generating import LIMIT, generated, new_tokens, prompt, varied
+from tests.language.outcomes import outcome
 from tests.language.tiny import BuildError, build, each, first_line
 
 MAPPINGS = ["CAUSAL_LM", "IMAGE_TEXT_TO_TEXT", "SEQ_TO_SEQ_CAUSAL_LM", "MULTIMODAL_LM"]
-LIMIT = 12
-SPEAKING = {"qwen2_5_omni", "qwen3_omni_moe"}
 SECONDS, MEMORY, PROCESSES = 60, 3 << 30, 2
 PARTS = ["embed_tokens", "layers", "norm", "rotary_emb"]
 
@@ -56,13 +56,10 @@ class Row:
     generates: bool = False
     error: str = ""
     tokens: list[int] = field(default_factory=list)
+    outcome: dict[str, Any] = field(default_factory=dict)
     cache: str = ""
     cache_layers: list[str] = field(default_factory=list)
     seconds: float = 0.0
-
-
-class GenerateError(Exception):
-    """A class that transformers itself doesn't generate with from a text prompt."""
 
 
 def classes() -> list[GeneratingClass]:
@@ -83,69 +80,6 @@ def tiny(model_type: str, class_name: str) -> PreTrainedModel:
         BuildError: The class can't be built so small, with the reason.
     """
     return build(model_type, class_name, varied)
-
-
-def varied(model: PreTrainedModel) -> int:
-    """Return how many different tokens a model's reply has, or 0 where it has none."""
-    try:
-        return len(set(expected(model, prompt(model), LIMIT)))
-    except GenerateError:
-        return 0
-
-
-def prompt(model: PreTrainedModel) -> dict[str, Tensor]:
-    """Return a text prompt: what an encoder reads, where there is one."""
-    generator = torch.Generator().manual_seed(3)
-    inputs = {
-        "input_ids": torch.randint(30, 60, (1, 7), generator=generator),
-        "attention_mask": torch.ones(1, 7, dtype=torch.long),
-    }
-    if model.config.model_type == "udop":  # its encoder asks where on a page the words stand
-        inputs["bbox"] = torch.arange(28, dtype=model.dtype).view(1, 7, 4) / 28
-    return inputs
-
-
-def generated(model: PreTrainedModel, inputs: dict[str, Tensor], limit: int) -> Any:
-    """Return what transformers generates greedily.
-
-    Raises:
-        GenerateError: It doesn't.
-    """
-    made: Any = model
-    options: dict[str, Any] = {}
-    if model.config.model_type in SPEAKING:  # they would speak, and count the words apart
-        options = {"generation_mode": "text", "thinker_max_new_tokens": limit}
-    try:
-        with torch.no_grad():
-            return made.generate(
-                **inputs,
-                max_new_tokens=limit,
-                do_sample=False,
-                num_beams=1,
-                **options,
-                return_dict_in_generate=True,
-                output_logits=True,
-            )
-    except Exception as error:
-        said = f"transformers itself doesn't generate: {first_line(error)}"
-        raise GenerateError(said) from error
-
-
-def expected(model: PreTrainedModel, inputs: dict[str, Tensor], limit: int) -> list[int]:
-    """Return the tokens that transformers generates greedily.
-
-    Raises:
-        GenerateError: It doesn't.
-    """
-    return new_tokens(model, inputs, generated(model, inputs, limit))
-
-
-def new_tokens(model: PreTrainedModel, inputs: dict[str, Tensor], out: Any) -> list[int]:
-    """Return the tokens that `generate` added."""
-    start = 1 if model.config.is_encoder_decoder else inputs["input_ids"].shape[1]
-    if any(logits.isnan().any() for logits in out.logits or ()):
-        raise GenerateError("The logits aren't numbers.")
-    return out.sequences[0, start:].tolist()
 
 
 def structure(model: PreTrainedModel) -> dict[str, Any]:
@@ -197,6 +131,7 @@ def row(found: GeneratingClass) -> Row:
         made.tokens = new_tokens(model, inputs, out)
         made.generates = True
         describe_cache(made, out)
+        made.outcome = asdict(outcome(model, inputs))
     except Exception as error:  # noqa: BLE001  one class must not stop the scan
         made.error = first_line(error)
     made.seconds = round(time.monotonic() - began, 1)
@@ -259,7 +194,9 @@ def line(one: Row) -> str:
     parts = "".join("+" if there else "-" for there in one.decoder["parts"].values())
     said = f"{len(set(one.tokens))}/{len(one.tokens)}" if one.generates else one.error[:160]
     sorts = ",".join(sorted(set(one.decoder["layer_types"] or [])))
-    return f"{name} {parts} {one.cache:22} {sorts:30} {said}"
+    made = one.outcome
+    told = f"{made['result']} {made['adapter']} {made['reason'][:300]}" if made else ""
+    return f"{name} {parts} {one.cache:22} {sorts:30} {said} {told}"
 
 
 def main(arguments: list[str]) -> None:

@@ -12,6 +12,32 @@ from fastvlm.functional.errors import InputError
 ATTENTION_KINDS = frozenset({"full_attention", "sliding_attention", "chunked_attention"})
 """Kinds of layers whose state is keys and values of each position, which can be rolled back."""
 
+NAMES = {
+    "embed_tokens": ("embed_tokens", "embed_in", "wte", "word_embeddings"),
+    "layers": ("layers", "h", "block", "blocks"),
+    "norm": (
+        "norm", "final_layernorm", "final_layer_norm", "layer_norm", "ln_f", "norm_f",
+    ),
+}  # fmt: skip
+"""What families call the parts of a decoder."""
+
+
+def part_name(decoder: Any, part: str) -> str | None:
+    """Return what a decoder calls one of its parts; None where it has none of that kind.
+
+    Args:
+        decoder: The decoder.
+        part: What Llama calls it.
+    """
+    own = dict(decoder.named_children())
+    return next((name for name in NAMES.get(part, (part,)) if name in own), None)
+
+
+def find_part(decoder: Any, part: str) -> Any:
+    """Return one of a decoder's parts; None where it has none of that kind. See `part_name`."""
+    name = part_name(decoder, part)
+    return None if name is None else getattr(decoder, name)
+
 
 def text_decoder(model: PreTrainedModel) -> Any:
     """Return the decoder inside a causal, an encoder-decoder or a vision-language model.
@@ -46,8 +72,7 @@ def check_structure(decoder: Any, parts: Sequence[str]) -> None:
             f"{kind} has layers of the kind {', '.join(others)}, whose state can't be rolled back"
             " when a draft is rejected; decode it with transformers' own generate."
         )
-    own = dict(decoder.named_children())
-    if missing := [part for part in parts if part not in own]:
+    if missing := [part for part in parts if part_name(decoder, part) is None]:
         raise InputError(
             f"The decoder of {kind} is a {type(decoder).__name__}, which has no"
             f" {' and no '.join(missing)}, so fastvlm can't split it; decode it with transformers'"
