@@ -90,7 +90,7 @@ def structure(model: PreTrainedModel) -> dict[str, Any]:
     except Exception as error:  # noqa: BLE001  whatever it raises is what the scan is after
         found["error"] = first_line(error)
         decoder = model.base_model
-    config = decoder.config
+    config = getattr(decoder, "config", model.config)
     found |= {
         "class": type(decoder).__name__,
         "model_type": config.model_type,

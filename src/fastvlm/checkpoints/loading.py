@@ -284,7 +284,8 @@ def automatic(config: PreTrainedConfig) -> Any:
     kind = type(config)
     if kind in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING:
         return AutoModelForImageTextToText
-    if kind in MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING and kind not in MODEL_FOR_CAUSAL_LM_MAPPING:
+    reads_first = config.is_encoder_decoder or kind not in MODEL_FOR_CAUSAL_LM_MAPPING
+    if kind in MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING and reads_first:
         return AutoModelForSeq2SeqLM
     return AutoModelForCausalLM
 

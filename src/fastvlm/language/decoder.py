@@ -19,7 +19,7 @@ from fastvlm.functional.errors import InputError
 from fastvlm.language.cache import DecoderCache, KeyValueCache
 from fastvlm.language.masks import FULL, MaskKind
 from fastvlm.language.positions import Positions
-from fastvlm.language.structure import find_part
+from fastvlm.language.structure import attends_causally, find_part
 
 MAX_LAYERS = 1024
 """Layers of the deepest decoder that is built from a configuration alone."""
@@ -77,14 +77,13 @@ class SplitDecoder(ABC):
     """Positions that the model was made for."""
     max_positions: int | None = None
     """Positions that there are, where a table ends; None where a reply may go beyond `context`."""
+    restart: int | None = None
+    """The length at which `generate` forgets a row's keys and values and computes all anew, with
+    other rotations; None for never."""
 
     def __init__(self, model: PreTrainedModel, decoder: Any) -> None:
         self.decoder = decoder
-        self.is_causal = all(
-            getattr(part, "is_causal", True)
-            for name, part in decoder.named_modules()
-            if name.endswith("self_attn")
-        )
+        self.is_causal = attends_causally(decoder)
         """Whether the layers attend causally where they are given no mask."""
         self._model = weakref.ref(model)
 
@@ -319,7 +318,8 @@ def decoder_class(config: PreTrainedConfig) -> Any:
     place = type(config).__module__.replace(".configuration_", ".modeling_")
     for found in vars(importlib.import_module(place)).values():
         whole = isinstance(found, type) and issubclass(found, PreTrainedModel)
-        if whole and getattr(found, "config_class", None) is type(config):
+        abstract = whole and found.__name__.endswith("PreTrainedModel")
+        if whole and not abstract and getattr(found, "config_class", None) is type(config):
             return found
     raise InputError(f"transformers has no decoder for {type(config).__name__}.")
 

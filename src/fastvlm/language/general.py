@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from fastvlm.functional.errors import InputError
 from fastvlm.language.cache import KeyValueCache
 from fastvlm.language.cross_attention import CrossCache
 from fastvlm.language.decoder import (
@@ -32,7 +33,7 @@ from fastvlm.language.layer_calls import (
 )
 from fastvlm.language.masks import MaskKind
 from fastvlm.language.positions import EncoderContext, Positions
-from fastvlm.language.rotary import Rotary, Rotations, scaled_context
+from fastvlm.language.rotary import Rotary, Rotations, restart_length, scaled_context
 from fastvlm.language.structure import check_structure, find_part
 from fastvlm.language.verification import verified_rule
 
@@ -60,8 +61,15 @@ class GeneralDecoder(SplitDecoder):
     def __init__(self, model: PreTrainedModel, decoder: Any) -> None:
         super().__init__(model, decoder)
         check_structure(decoder, self.PARTS)
-        self.width = decoder.config.hidden_size
-        self.context = self.positions_of(decoder.config)
+        try:
+            self.width = decoder.config.hidden_size
+            self.context = self.positions_of(decoder.config)
+        except AttributeError as error:
+            raise InputError(
+                f"fastvlm can't split a {type(decoder).__name__}: {error}. Decode it with"
+                " transformers' own generate."
+            ) from error
+        self.restart = restart_length(decoder.config)
         self.calls: DecoderCalls = observe_calls(decoder, self.first_entry(), self.EXTRAS)
         kinds = {call.rotary for call in self.calls.layers if call.rotary is not None}
         self.rotary: dict[RotaryKind, Rotary] = {

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+from torch import nn
 from transformers import GenerationMixin, PreTrainedModel
 
 from fastvlm.functional.errors import InputError
@@ -47,10 +48,21 @@ def text_decoder(model: PreTrainedModel) -> Any:
     decoder: Any = model.get_decoder()
     while hasattr(decoder, "get_decoder") and (inner := decoder.get_decoder()) is not decoder:
         decoder = inner
-    # Some whole models give themselves.
+    # Some give their LM head, whose name is a decoder's, and some whole models give themselves.
+    if isinstance(decoder, nn.Linear):
+        decoder = model.base_model
     if isinstance(decoder, GenerationMixin) and hasattr(decoder, "model"):
         decoder = decoder.model
     return decoder
+
+
+def attends_causally(decoder: Any) -> bool:
+    """Return whether a decoder's layers attend causally where they are given no mask."""
+    return all(
+        getattr(part, "is_causal", True)
+        for name, part in decoder.named_modules()
+        if name.endswith("self_attn")
+    )
 
 
 def check_structure(decoder: Any, parts: Sequence[str]) -> None:
