@@ -169,7 +169,13 @@ class Contenders:
         )
 
     def our_engine(self, language: PreTrainedModel) -> Callable[[Tensor], Tensor]:
-        """Return the prefill and the head as `fastvlm.decoding` runs them."""
+        """Return the prefill and the head as `fastvlm.decoding` runs them.
+
+        Without weights they can't be held against the model, and are only counted: the arithmetic
+        is that of `transformers`.
+        """
+        if language.device.type == "meta":
+            return self.in_transformers(language)
         decoder = split_decoder(language)
 
         def logits(embeddings: Tensor) -> Tensor:

@@ -48,7 +48,7 @@ def test_two_models_and_their_prefixes_share_a_limit() -> None:
     one, other, prefixes = ImageFeatureCache(lru), ImageFeatureCache(lru), PrefixCache(lru)
     one.put("image", torch.zeros(4, 8))
     assert other.get("image") is None
-    entry = PrefixEntry(["image"], [torch.zeros(2, 1, 1, 4)])
+    entry = PrefixEntry(["image"], {0: torch.zeros(2, 1, 1, 4)})
     assert prefixes.put(["image"], entry.nbytes, lambda: entry)
     assert prefixes.match(["image"]).entry is entry
     assert one.get("image").shape == (4, 8)

@@ -13,7 +13,7 @@ import typer
 
 from fastvlm.cli.contenders import Contenders
 from fastvlm.cli.files import FiguresOutput, check_folder
-from fastvlm.cli.loading import MaxNewTokensOption, Runtime, UsageError, whole_numbers
+from fastvlm.cli.loading import MaxNewTokensOption, Runtime, UsageError, usage, whole_numbers
 from fastvlm.cli.questions import MAX_FAILED, MaxFailedOption
 from fastvlm.cli.strategies import LAYER_SKIP, describe
 from fastvlm.cli.tables import FigureTable
@@ -132,6 +132,8 @@ def evaluate(
     sizes = sizes_in(benchmarks.image_sizes)
     prompts, graded_files = pairs(benchmarks.prompt, "--prompt"), pairs(grading.grades, "--grades")
     names = names_in(benchmarks.tasks)
+    if unasked := sorted(prompts.keys() - set(names)):
+        raise UsageError(f"--prompt names {unasked[0]!r}, which --tasks doesn't.")
     check_folder(output)
     from fastvlm.drafting.fingerprint import weights_hash
     from fastvlm.evaluation.tasks.answers import Journal, left_out, recorded_plan
@@ -199,15 +201,14 @@ def names_in(tasks: str) -> list[str]:
     Raises:
         UsageError: One is none, or there is none.
     """
-    from fastvlm.data.tasks import LOADERS
+    from fastvlm.evaluation.tasks.plan import loader_of
 
-    known = [name.replace("_", "-") for name in LOADERS]
     names = [name.strip() for name in tasks.split(",") if name.strip()]
-    for name in names:
-        if name.partition(":")[0].replace("_", "-") not in known:
-            raise UsageError(f"The tasks are {', '.join(known)}; got {name!r}.")
     if not names:
-        raise UsageError(f"--tasks names none; there are {', '.join(known)}.")
+        raise UsageError("--tasks names no benchmark.")
+    with usage():
+        for name in names:
+            loader_of(name)
     return names
 
 

@@ -24,8 +24,23 @@ CROSS_ATTENTION = (
     "full_text_row_masked_out_mask",
 )
 """What Mllama's cross-attention layers attend to, and which of it each position sees."""
+ENCODED_INSIDE = (
+    "image_pixel_values",
+    "image_sizes",
+    "image_attention_mask",
+    "audio_input_features",
+    "audio_embed_sizes",
+    "audio_attention_mask",
+)
+"""What Phi-4 Multimodal's decoder encodes itself."""
 ADDITIONS = frozenset(
-    {*INJECTED, *(name for name, _ in INJECTED.values()), *IMAGE_EMBEDDINGS, *CROSS_ATTENTION}
+    {
+        *INJECTED,
+        *(name for name, _ in INJECTED.values()),
+        *IMAGE_EMBEDDINGS,
+        *CROSS_ATTENTION,
+        *ENCODED_INSIDE,
+    }
 )
 """All arguments of decoders that are read here."""
 
@@ -36,8 +51,21 @@ def with_images(decoder: Any, handed: Mapping[str, Any]) -> dict[str, Any]:
     Args:
         decoder: The decoder, as `transformers` made it.
         handed: Its arguments.
+
+    Raises:
+        InputError: It is handed images as no decoder takes them that is known.
     """
     found = dict(handed)
+    encoded = {name: found.pop(name) for name in ENCODED_INSIDE if name in found}
+    if hasattr(decoder, "embed_tokens_extend") and found.get("input_ids") is not None:
+        with torch.no_grad():
+            tokens = found["input_ids"]
+            found["inputs_embeds"] = decoder.embed_tokens_extend(
+                tokens, decoder.embed_tokens(tokens), **encoded
+            )
+        return found
+    if any(value is not None for value in encoded.values()):
+        raise InputError(f"{type(decoder).__name__} is handed images that it can't encode.")
     features, places = (found.pop(name, None) for name in IMAGE_EMBEDDINGS)
     if features is None or places is None:
         return found

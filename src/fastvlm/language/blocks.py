@@ -11,7 +11,6 @@ from torch import Tensor
 from fastvlm.functional.errors import InputError
 from fastvlm.language.decoder_inputs import OUTSIDE
 from fastvlm.language.masks import FULL, MaskKind, in_the_same_block
-from fastvlm.language.structure import attends_causally
 
 
 class RowBlocks(NamedTuple):
@@ -36,9 +35,6 @@ def row_blocks(decoder: Any, mask: Any, own: Tensor) -> list[RowBlocks]:
     """
     config = decoder.config
     masks = mask if isinstance(mask, Mapping) else {"full_attention": mask}
-    if all(given is None for given in masks.values()) and not attends_causally(decoder):
-        # Its attention lets the whole prompt see itself.
-        return [RowBlocks(torch.zeros(int(places.sum()), dtype=torch.long)) for places in own]
     square = {}
     for kind, given in masks.items():
         if isinstance(given, Tensor) and given.dim() == 4:  # noqa: PLR2004 (batch, heads, ...)

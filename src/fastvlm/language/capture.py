@@ -78,9 +78,6 @@ def capture_decoder_inputs(
     handed = with_images(decoder, handed)
     tokens: Tensor | None = handed.get("input_ids")
     embeddings: Tensor | None = handed.get("inputs_embeds")
-    if model.config.is_encoder_decoder and not any(name.startswith("decoder_") for name in given):
-        # Some models would put the source in, as in training.
-        tokens = embeddings = None
     if tokens is None and embeddings is None:
         if states is None:
             raise InputError(

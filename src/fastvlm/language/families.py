@@ -17,6 +17,7 @@ from fastvlm.language.decoder import SplitDecoder
 from fastvlm.language.general import GeneralDecoder
 from fastvlm.language.gpt2 import Gpt2Decoder, GptNeoDecoder
 from fastvlm.language.kosmos import Kosmos25Decoder
+from fastvlm.language.layer_calls import check_arguments
 from fastvlm.language.llama4 import Llama4Decoder
 from fastvlm.language.mllama import MllamaDecoder
 from fastvlm.language.opt import OptDecoder
@@ -64,15 +65,17 @@ def check_family(model: PreTrainedModel) -> None:
     """Refuse a model whose decoder can't be split, by what it is made of; weights are not needed.
 
     Args:
-        model: The model, which may lie on the meta device.
+        model: The model, on the meta device.
 
     Raises:
-        InputError: Its decoder lacks parts, or keeps a state that can't be rolled back.
+        InputError: Its decoder lacks parts, keeps a state that can't be rolled back, or gives its
+            layers something that isn't known.
     """
     decoder = text_decoder(model)
     kind = family_of(decoder)
     if issubclass(kind, GeneralDecoder):
         check_structure(decoder, kind.PARTS)
+        check_arguments(decoder, kind.EXTRAS)
 
 
 def family_of(decoder: Any) -> type[SplitDecoder]:

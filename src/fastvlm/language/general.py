@@ -220,6 +220,7 @@ class GeneralDecoder(SplitDecoder):
         masks: dict[MaskKind, Tensor | None] = {}
         rotations: dict[RotaryKind | None, Rotations | None] = {None: None}
         arguments: dict[LayerCall, dict[str, Any]] = {}
+        injects = any(prompt and prompt.injections for prompt in positions.prompts)
         for layer, call, number in layers:
             given = arguments.get(call)
             if given is None:
@@ -241,8 +242,9 @@ class GeneralDecoder(SplitDecoder):
             x = layer(x, **given)
             if isinstance(x, tuple):
                 x = x[0]
-            if number is not None and (added := positions.injection(number, x)) is not None:
-                x = x + added
+            if injects and number is not None:
+                added = positions.injection(number, x)
+                x = x if added is None else x + added
         return x
 
     def _source_mask(self, x: Tensor, source: EncoderContext | None) -> Tensor | None:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import copy
 import inspect
 from collections.abc import Callable, Collection, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -228,6 +229,32 @@ def _observe(decoder: Any, x: Tensor) -> _Notes:
     return notes
 
 
+@torch.no_grad()
+def check_arguments(decoder: Any, extras: Collection[str] = ()) -> None:
+    """Refuse a decoder whose layers are given what isn't known; it has no weights yet.
+
+    What a decoder without weights can't show is seen by `observe_calls` once it has them.
+
+    Args:
+        decoder: The decoder, on the meta device.
+        extras: Arguments beside the usual ones that layers may be given.
+
+    Raises:
+        InputError: A layer's argument isn't known.
+    """
+    notes = _Notes()
+    x = torch.zeros(1, LENGTH, decoder.config.hidden_size, device="meta")
+    mask = torch.ones(1, LENGTH, dtype=torch.long, device="meta")
+    with suppress(Exception):
+        type(decoder).forward(
+            _noting(decoder, notes, in_tuple=False), inputs_embeds=x, attention_mask=mask, use_cache=False
+        )
+    for index, named in enumerate(notes.layers):
+        first = _NotingLayer(find_part(decoder, "layers")[index], notes).names[0]
+        where = f"Layer {index} of {type(decoder).__name__}"
+        _check_known(where, {name: value for name, value in named.items() if name != first}, extras)
+
+
 def example_source(decoder: Any, x: Tensor) -> dict[str, Tensor]:
     """Return what an encoder-decoder's decoder attends to in a check; nothing for others.
 
@@ -302,18 +329,9 @@ def _call(
     """Return how a layer is called, by what it was given and what the cache keeps for it."""
     where = f"Layer {index} of {type(decoder).__name__}"
     layer = _NotingLayer(find_part(decoder, "layers")[index], notes)
-    named, known = notes.layers[index], GIVEN | set(extras)
+    named = notes.layers[index]
     rest = {name: value for name, value in named.items() if name != layer.names[0]}
-    unknown = sorted(
-        name
-        for name, value in rest.items()
-        if name not in known | HARMLESS and value is not None and value is not False
-    )
-    if unknown:
-        raise InputError(
-            f"{where} is given {', '.join(unknown)}, which fastvlm doesn't know, so it can't split"
-            " the decoder; decode the model with transformers' own generate."
-        )
+    _check_known(where, rest, extras)
     rotations = rest.get("position_embeddings")
     kind = None
     if rotations is not None:
@@ -324,8 +342,23 @@ def _call(
     return LayerCall(
         MaskKind(kept=cached) if mask == FULL else mask,
         kind,
-        frozenset(rest) & known | frozenset(layer.required),
+        frozenset(rest) & (GIVEN | set(extras)) | frozenset(layer.required),
     )
+
+
+def _check_known(where: str, given: dict[str, Any], extras: Collection[str]) -> None:
+    """Refuse arguments of a layer that aren't known."""
+    known = {*GIVEN, *HARMLESS, *extras}
+    unknown = sorted(
+        name
+        for name, value in given.items()
+        if name not in known and value is not None and value is not False
+    )
+    if unknown:
+        raise InputError(
+            f"{where} is given {', '.join(unknown)}, which fastvlm doesn't know, so it can't split"
+            " the decoder; decode the model with transformers' own generate."
+        )
 
 
 def _mask_kind(config: Any, where: str, mask: Any) -> MaskKind:

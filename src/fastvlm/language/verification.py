@@ -28,7 +28,8 @@ TOLERANCES = {torch.float64: 1e-5, torch.float32: 1e-3}
 """The greatest error, as a share of the spread of what is compared. Parts of a model may compute in
 float32 whatever its precision."""
 COARSE_TOLERANCE = 0.1
-"""The same in 16 bits, of the median position: rounding may send single tokens elsewhere."""
+"""The same in 16 bits or with quantised weights, of the median position: rounding may send single
+tokens to other experts."""
 
 
 class LogitRule(NamedTuple):
@@ -85,7 +86,7 @@ def verified_rule(split: SplitDecoder) -> LogitRule:
             f"fastvlm can't split {name}: {first_line(caught)}. Decode it with transformers' own"
             " generate."
         ) from caught
-    if not error <= TOLERANCES.get(split.dtype, COARSE_TOLERANCE):
+    if not error <= (COARSE_TOLERANCE if _is_coarse(split) else TOLERANCES[split.dtype]):
         raise InputError(
             f"fastvlm can't split {name}: its layers, called one by one, give other states than its"
             f" decoder (by {error:.1%} of their spread). Decode it with transformers' own generate."
@@ -116,7 +117,12 @@ def _compare(split: SplitDecoder, model: PreTrainedModel) -> tuple[float, LogitR
 def _error(split: SplitDecoder, found: Tensor, wanted: Tensor) -> float:
     """Return how far rows of numbers lie from others, as a share of the others' spread."""
     errors = (found - wanted).abs().amax(-1) / wanted.std(-1).clamp(min=1e-30)
-    return float(errors.max() if split.dtype in TOLERANCES else errors.median())
+    return float(errors.median() if _is_coarse(split) else errors.max())
+
+
+def _is_coarse(split: SplitDecoder) -> bool:
+    """Return whether a model computes in 16 bits or less, or with quantised weights."""
+    return split.dtype not in TOLERANCES or bool(getattr(split.model, "is_quantized", False))
 
 
 def _ordinary_tokens(model: PreTrainedModel, number: int) -> Tensor:

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -124,26 +125,35 @@ def read_tasks(
     return tasks
 
 
+def loader_of(typed: str) -> tuple[str, Callable[..., EvaluationTask[Any]]]:
+    """Return the folder name of a task, `NAME` or `NAME:SPLIT`, and what reads that folder.
+
+    Raises:
+        InputError: There is no such task or split.
+    """
+    name, _, split = typed.partition(":")
+    loader: Callable[..., EvaluationTask[Any]] | None = LOADERS.get(name.replace("-", "_"))
+    if loader is None:
+        known = ", ".join(one.replace("_", "-") for one in LOADERS)
+        raise InputError(f"The tasks are {known}; got {typed!r}.")
+    if not split:
+        return name, loader
+    if "split" not in inspect.signature(loader).parameters:
+        raise InputError(f"{name} has one split only; got {typed!r}.")
+    return name, partial(loader, split=split)
+
+
 def read_task(typed: str, data: Path) -> EvaluationTask[Any]:
     """Read a task, `NAME` or `NAME:SPLIT`. See `read_tasks`.
 
     Raises:
         InputError: There is no such task or split, or its files are missing or broken.
     """
-    name, _, split = typed.partition(":")
-    loader = LOADERS.get(name.replace("-", "_"))
-    if loader is None:
-        known = ", ".join(one.replace("_", "-") for one in LOADERS)
-        raise InputError(f"The tasks are {known}; got {typed!r}.")
+    name, load = loader_of(typed)
     folder = data / name
     if not folder.is_dir():
         raise InputError(f"There is no folder {folder} with the files of {name}.")
-    if not split:
-        return loader(folder)
-    if "split" not in inspect.signature(loader).parameters:
-        raise InputError(f"{name} has one split only; got {typed!r}.")
-    # That it takes a split is what was just asked of its signature.
-    return loader(folder, split=split)  # type: ignore[call-arg]
+    return load(folder)
 
 
 def with_items(task: EvaluationTask[Any], items: Sequence[Item]) -> EvaluationTask[Any]:
