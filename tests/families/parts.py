@@ -200,6 +200,49 @@ def padded(rows: Sequence[Sequence[int]]) -> Inputs:
     }
 
 
+PER_TOKEN = (
+    "input_ids",
+    "attention_mask",
+    "token_type_ids",
+    "mm_token_type_ids",
+    "image_embeds_position_mask",
+    "cross_attention_mask",
+)
+"""Inputs that have an entry for each token."""
+
+
+def together(shown: Inputs, asked: Inputs) -> Inputs:
+    """Return rows with images and rows of text as one batch.
+
+    Args:
+        shown: Inputs of the rows with images.
+        asked: Inputs of the rows of text.
+    """
+    more = len(asked["input_ids"])
+    longest = max(len(given["input_ids"][0]) for given in (shown, asked))
+    at_the_end = not bool(asked["attention_mask"][:, -1].all())
+    # Else images stand one after another, whatever row they are in.
+    by_row = not shown.keys().isdisjoint(("aspect_ratio_ids", "pixel_attention_mask"))
+
+    def long(value: Tensor) -> Tensor:
+        missing = value.new_zeros(len(value), longest - value.shape[1], *value.shape[2:])
+        return torch.cat((value, missing) if at_the_end else (missing, value), 1)
+
+    found = {}
+    for name, value in shown.items():
+        if name in PER_TOKEN:
+            other = asked.get(name, value.new_zeros(more, 1, *value.shape[2:]))
+            found[name] = torch.cat((long(value), long(other)))
+        elif by_row:
+            found[name] = torch.cat((value, value.new_zeros(more, *value.shape[1:])))
+        else:
+            found[name] = value
+    if "aspect_ratio_mask" in found:
+        # As the processor has it: each image has a first tile.
+        found["aspect_ratio_mask"][..., 0] = 1
+    return found
+
+
 def of_one_size(
     block: Sequence[int],
     *shape: int,

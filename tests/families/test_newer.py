@@ -76,10 +76,7 @@ def test_a_family_answers_about_what_its_processor_shows(name: str, tmp_path: Pa
     images = [sample_image(number) for number in range(rows)]
     found = replies(
         model,
-        {
-            key: value.to(model.dtype) if value.is_floating_point() else value
-            for key, value in asked(processor, QUESTIONS[:rows], images, **options).items()
-        },
+        asked(processor, QUESTIONS[:rows], images, model.dtype, **options),
         LIMIT,
     )
     assert len({tuple(reply) for reply in found}) == rows

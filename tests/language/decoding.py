@@ -27,14 +27,19 @@ STRATEGIES = (
 
 
 def network(
-    decoder: SplitDecoder, kind: str, *, perfect: bool = False, vocabulary: Sequence[int] = ()
+    decoder: SplitDecoder,
+    kind: str,
+    *,
+    perfect: bool = False,
+    vocabulary: Sequence[int] = (),
+    exit_layer: int = 1,
 ) -> ImitationNetwork:
     torch.manual_seed(1)
     made = ImitationNetwork(
         ImitationConfig(
             kind=kind,
-            exit_layer=1,
-            blocks=DEPTH - 1 if perfect else 1,
+            exit_layer=exit_layer,
+            blocks=DEPTH - exit_layer if perfect else 1,
             text_config=decoder.decoder.config.to_dict(),
             draft_vocabulary_size=len(vocabulary) or None,
         )
@@ -46,7 +51,7 @@ def network(
     return made.implement_as(decoder).to(decoder.dtype).eval()
 
 
-def strategy(name: str, decoder: SplitDecoder) -> Strategy:
+def strategy(name: str, decoder: SplitDecoder, exit_layer: int = 1) -> Strategy:
     if name == "autoregressive":
         return Autoregressive()
     if name == "prompt-lookup":
@@ -55,11 +60,11 @@ def strategy(name: str, decoder: SplitDecoder) -> Strategy:
         return LayerSkip(decoder, [1], FixedLength(3))
     made = {
         "early-exit": lambda: None,
-        "block": lambda: network(decoder, "block"),
-        "perfect": lambda: network(decoder, "block", perfect=True),
-        "mlp": lambda: network(decoder, "mlp"),
+        "block": lambda: network(decoder, "block", exit_layer=exit_layer),
+        "perfect": lambda: network(decoder, "block", perfect=True, exit_layer=exit_layer),
+        "mlp": lambda: network(decoder, "mlp", exit_layer=exit_layer),
     }[name]()
-    return SelfSpeculative(decoder, 1, made, FixedLength(3))
+    return SelfSpeculative(decoder, exit_layer, made, FixedLength(3))
 
 
 def decode(

@@ -99,6 +99,7 @@ def asked(
     processor: ProcessorMixin,
     prompts: Sequence[str],
     images: Sequence[Image.Image],
+    dtype: torch.dtype = torch.float64,
     **options: Any,
 ) -> Inputs:
     """Return what transformers makes of questions with an image each, as a user writes it."""
@@ -118,6 +119,7 @@ def asked(
             )
             for prompt in prompts
         ]
-    options = {"add_special_tokens": not processor.chat_template, **options}
+    if processor.chat_template:
+        options = {"add_special_tokens": False, **options}
     inputs = processor(images=shown, text=texts, padding=True, return_tensors="pt", **options)
-    return dict(inputs.to(torch.float64))
+    return dict(inputs.to(dtype))

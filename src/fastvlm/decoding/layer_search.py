@@ -64,12 +64,18 @@ class ContextCache:
     """
 
     def __init__(self, cache: DecoderCache, length: int) -> None:
-        layers = [cache.layers[index] for index in range(len(cache.layers))]
-        self.keys = [layer.keys[:, :, :length] for layer in layers]
-        self.values = [layer.values[:, :, :length] for layer in layers]
+        self.start = 0
+        # Layers that attend to an image alone keep nothing here.
+        self.keys = {index: layer.keys[:, :, :length] for index, layer in cache.layers.items()}
+        self.values = {index: layer.values[:, :, :length] for index, layer in cache.layers.items()}
 
     def begin_pass(self, positions: Positions) -> None:
-        """Do nothing: the cache is read-only."""
+        """Note where the pass begins: the cache is read-only."""
+        self.start = min(positions.starts)
+
+    def get_seq_length(self, layer_idx: int = 0) -> int:  # noqa: ARG002 (as transformers has it)
+        """Return the first position of the pass."""
+        return self.start
 
     def update(
         self, keys: Tensor, values: Tensor, layer_idx: int, *_: Any, **__: Any
@@ -108,6 +114,8 @@ class FirstDraftPositions(Positions):
         here = self.indices[:, None, :, None]
         keys = torch.arange(self.end, device=here.device)
         seen = kind.visible(here, keys) & (keys < here)
+        if kind.kept is not None:
+            seen = seen & (keys > here - kind.kept)
         own = torch.eye(self.width, dtype=torch.bool, device=here.device)
         return torch.cat((seen, own[None, None]), 3)
 

@@ -176,8 +176,9 @@ def initialise_from(network: ImitationNetwork, layers: Sequence[nn.Module]) -> N
     """Initialise a network from the target's layers that it replaces.
 
     A `block` takes the layers from the exit layer on (so a draft with as many blocks as the target
-    has layers left is the target itself). An `mlp` takes the first one's feed-forward part, if that
-    is gated like its own; otherwise it starts as the identity, which is early exit.
+    has layers left is the target itself), each the next one of its own kind. An `mlp` takes the
+    first one's feed-forward part, if that is gated like its own; otherwise it starts as the
+    identity, which is early exit.
 
     Args:
         network: The network to initialise.
@@ -195,8 +196,24 @@ def initialise_from(network: ImitationNetwork, layers: Sequence[nn.Module]) -> N
             network.mlp.up_proj.weight.copy_(found.up)
             network.mlp.down_proj.weight.copy_(found.down)
         return
-    for block, source in zip(network.layers, layers[first:], strict=False):
-        block.load_state_dict(copy.deepcopy(source.state_dict()))
+    place = first
+    for block in network.layers:
+        if place == len(layers):
+            return
+        # Where layers are of several kinds, the blocks are of the kinds of the last ones.
+        here = range(place, len(layers))
+        place = next((one for one in here if same_shapes(block, layers[one])), place)
+        block.load_state_dict(copy.deepcopy(layers[place].state_dict()))
+        place += 1
+
+
+def same_shapes(one: nn.Module, other: nn.Module) -> bool:
+    """Return whether two modules have weights of the same names and shapes."""
+    shapes = [
+        {name: weight.shape for name, weight in module.state_dict().items()}
+        for module in (one, other)
+    ]
+    return shapes[0] == shapes[1]
 
 
 AutoConfig.register("fastvlm_imitation", ImitationConfig, exist_ok=True)

@@ -11,6 +11,7 @@ from torch import Tensor
 from fastvlm.functional.errors import InputError
 from fastvlm.language.decoder_inputs import OUTSIDE
 from fastvlm.language.masks import FULL, MaskKind, in_the_same_block
+from fastvlm.language.structure import attends_causally
 
 
 class RowBlocks(NamedTuple):
@@ -34,6 +35,12 @@ def row_blocks(decoder: Any, mask: Any, own: Tensor) -> list[RowBlocks]:
         InputError: Positions see others than those before them and those of their own block.
     """
     config = decoder.config
+    unmasked = mask is None or (isinstance(mask, Tensor) and mask.shape == own.shape)
+    if unmasked and config._attn_implementation == "sdpa" and bool(own.all()):
+        # Without padding the layers get no mask, and not all are causal by themselves.
+        whole = own.shape[1] > 1 and not attends_causally(decoder)
+        blocks = torch.zeros(own.shape[1], dtype=torch.long) if whole else None
+        return [RowBlocks(blocks)] * len(own)
     masks = mask if isinstance(mask, Mapping) else {"full_attention": mask}
     square = {}
     for kind, given in masks.items():

@@ -35,6 +35,10 @@ class KeyValueCache(Protocol):
         """Take a layer's new keys and values, and return all that its queries may read."""
         ...
 
+    def get_seq_length(self, layer_idx: int = 0) -> int:
+        """Return the first position of a pass, as layers ask that count positions themselves."""
+        ...
+
 
 class LayerStorage:
     """One layer's keys and values: (slots, kv_heads, capacity, head_dim) each.

@@ -49,6 +49,11 @@ HARMLESS = frozenset(
 )
 """Arguments of a decoder that say what it returns, and change no hidden state."""
 
+REPLY_STARTS = ("decoder_input_ids", "decoder_inputs_embeds")
+"""What an encoder-decoder's `forward` takes for the beginning of a reply."""
+SOURCES = ("input_ids", "inputs_embeds", "attention_mask", "pixel_values")
+"""What a `forward` takes that has an entry for each row."""
+
 
 def capture_decoder_inputs(
     model: PreTrainedModel, inputs: Mapping[str, Any]
@@ -226,6 +231,12 @@ def normalise_inputs(model: PreTrainedModel, inputs: Mapping[str, Any]) -> dict[
         row = [config.image_token_id] * queries + [config.text_config.bos_token_id]
         pixels: Tensor = given["pixel_values"]
         given["input_ids"] = torch.tensor([row] * len(pixels), device=pixels.device)
+    if config.is_encoder_decoder and given.keys().isdisjoint(REPLY_STARTS):
+        # BART's `forward` would make a reply of the source; `generate` starts one.
+        source: Tensor | None = next((given[name] for name in SOURCES if name in given), None)
+        if source is not None:
+            start = torch.full((len(source), 1), start_token(model), device=source.device)
+            given["decoder_input_ids"] = start
     base: Any = model.base_model
     remembers = hasattr(base, "rope_deltas") and hasattr(base, "get_rope_index")
     if remembers and "position_ids" not in given:

@@ -247,7 +247,10 @@ def check_arguments(decoder: Any, extras: Collection[str] = ()) -> None:
     mask = torch.ones(1, LENGTH, dtype=torch.long, device="meta")
     with suppress(Exception):
         type(decoder).forward(
-            _noting(decoder, notes, in_tuple=False), inputs_embeds=x, attention_mask=mask, use_cache=False
+            _noting(decoder, notes, in_tuple=False),
+            inputs_embeds=x,
+            attention_mask=mask,
+            use_cache=False,
         )
     for index, named in enumerate(notes.layers):
         first = _NotingLayer(find_part(decoder, "layers")[index], notes).names[0]

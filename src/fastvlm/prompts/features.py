@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field, fields
 from typing import Any
 
 import torch
@@ -18,6 +18,8 @@ from fastvlm.functional.overrides import override_method
 
 Features = Tensor | Sequence[Tensor]
 """Images' visual tokens, (visual tokens, d_model), in one tensor or in one for each image."""
+COMMON_FIELDS = frozenset(one.name for one in fields(BaseModelOutputWithPooling))
+"""What every `get_image_features` may return; of these the features alone are read."""
 
 
 class ImageFeatureCache:
@@ -35,19 +37,14 @@ class ImageFeatureCache:
         found = self._get(digest)
         return None if found is None else found.features
 
-    def put(
-        self, digest: str, features: Features, output_type: type = BaseModelOutputWithPooling
-    ) -> bool:
+    def put(self, digest: str, features: Features) -> bool:
         """Keep an image's features; return whether there is room for them.
 
         Args:
             digest: A digest of the image and of everything else that its features depend on.
             features: The visual tokens, which must not be changed later.
-            output_type: The class of `get_image_features`' output.
         """
-        tensors = [features] if isinstance(features, Tensor) else features
-        nbytes = sum(tensor.nbytes for tensor in tensors)
-        return self.lru.put(_Key(self, digest), _Kept(features, output_type), nbytes)
+        return self._put(digest, _Kept(features))
 
     @contextmanager
     def patched(self, model: PreTrainedModel) -> Iterator[list[str]]:
@@ -64,6 +61,8 @@ class ImageFeatureCache:
         # Where both have the method, the outer model's asks the inner one's.
         owner: Any = model.base_model
         if not hasattr(owner, "get_image_features"):
+            owner = model
+        if not hasattr(owner, "get_image_features"):
             yield asked
             return
 
@@ -74,11 +73,24 @@ class ImageFeatureCache:
             if found is not None:
                 return found.output()
             output = original(*args, **kwargs)
-            self.put(name, output.pooler_output, type(output))
+            # Such as DeepStack's features for several layers, which Granite 4 has alone.
+            others = {
+                key: value
+                for key, value in vars(output).items()
+                if key not in COMMON_FIELDS and value is not None
+            }
+            if output.pooler_output is None and not others:
+                # Llama 4's features are what leaves its tower.
+                others["last_hidden_state"] = output.last_hidden_state
+            self._put(name, _Kept(output.pooler_output, type(output), others))
             return output
 
         with override_method(owner, "get_image_features", answer):
             yield asked
+
+    def _put(self, digest: str, kept: _Kept) -> bool:
+        nbytes = sum(tensor.nbytes for tensor in tensors_in([kept.features, *kept.others.values()]))
+        return self.lru.put(_Key(self, digest), kept, nbytes)
 
     def _get(self, digest: str) -> _Kept | None:
         found: _Kept | None = self.lru.get(_Key(self, digest))
@@ -95,17 +107,35 @@ class _Key:
 
 @dataclass(frozen=True, slots=True)
 class _Kept:
-    """An image's features, and the class of what the model returned with them."""
+    """An image's features, and the class of what the model returned with them.
 
-    features: Features
-    output_type: Any
+    Args:
+        features: The visual tokens; None where a family returns them otherwise.
+        output_type: The class of `get_image_features`' output.
+        others: What the family adds, by its names.
+    """
+
+    features: Features | None
+    output_type: Any = BaseModelOutputWithPooling
+    others: Mapping[str, Any] = field(default_factory=dict)
 
     def output(self) -> Any:
-        """Return the features as the model did, without what else it returned."""
+        """Return the features as the model did, without states of its tower."""
         output = self.output_type()
         # Some models add the features to a class that has no field for them.
         output.pooler_output = self.features
+        for name, value in self.others.items():
+            setattr(output, name, value)
         return output
+
+
+def tensors_in(value: Any) -> Iterator[Tensor]:
+    """Yield the tensors of a value: a tensor, sequences of them, and plain values."""
+    if isinstance(value, Tensor):
+        yield value
+    elif isinstance(value, list | tuple):
+        for part in value:
+            yield from tensors_in(part)
 
 
 def digest(value: Any) -> str:

@@ -153,3 +153,7 @@ class GradientCache:
         """
         del layer_idx
         return keys, values
+
+    def get_seq_length(self, layer_idx: int = 0) -> int:
+        """Return the first position of the pass."""
+        return 0
