@@ -11,6 +11,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from family_lists import families
+
 ROOT = Path(__file__).parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
 LEAST_CIDER = 0.001
@@ -412,6 +414,7 @@ DOCUMENTS: dict[str, dict[str, Callable[[], str]]] = {
         "packed": packed,
         "sizes": sizes,
     },
+    "docs/families.md": {"families": families},
     "docs/architecture.md": {"sampling": sampling, "uneven": uneven},
     "docs/images/speedup.svg": {},
 }

@@ -1,6 +1,8 @@
 """Every generating class of transformers: a tiny model of it, its decoder and its replies.
 
-`python -m tests.language.scan table.json` prints a line for each class and writes them as JSON.
+`python -m tests.language.scan table.json` prints a line for each class and writes them as JSON;
+`python -m tests.language.scan --write` writes what fastvlm makes of them where
+`benchmarks/figures.py` reads it for the documentation.
 """
 
 from __future__ import annotations
@@ -19,8 +21,9 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
+import transformers
 from torch import nn
-from transformers import PreTrainedModel
+from transformers import CONFIG_MAPPING, PreTrainedModel
 from transformers.models.auto import modeling_auto
 
 from fastvlm.language.families import text_decoder
@@ -30,6 +33,7 @@ from tests.language.tiny import BuildError, build, each, first_line
 
 MAPPINGS = ["CAUSAL_LM", "IMAGE_TEXT_TO_TEXT", "SEQ_TO_SEQ_CAUSAL_LM", "MULTIMODAL_LM"]
 SECONDS, MEMORY, PROCESSES = 60, 3 << 30, 2
+COMMITTED = Path(__file__).parents[2] / "benchmarks" / "results" / "families.json"
 PARTS = ["embed_tokens", "layers", "norm", "rotary_emb"]
 
 
@@ -199,8 +203,38 @@ def line(one: Row) -> str:
     return f"{name} {parts} {one.cache:22} {sorts:30} {said} {told}"
 
 
+def kind(one: Row) -> str:
+    """Return what sort of inputs a class is for."""
+    if one.encoder_decoder or one.mapping == "SEQ_TO_SEQ_CAUSAL_LM":
+        return "encoder-decoder"
+    inside = " ".join(CONFIG_MAPPING[one.model_type].sub_configs)
+    for mark, name in (("vision", "images"), ("audio", "audio"), ("encoder", "audio")):
+        if mark in inside:
+            return name
+    return {"CAUSAL_LM": "text", "IMAGE_TEXT_TO_TEXT": "images"}.get(one.mapping, "audio")
+
+
+def summary(found: Iterable[Row]) -> dict[str, Any]:
+    """Return what is committed of a scan."""
+    lines = []
+    for one in found:
+        made = one.outcome
+        lines.append(
+            {
+                "model_type": one.model_type,
+                "class": one.class_name,
+                "kind": kind(one),
+                "result": made["result"] if made else "untested",
+                "reason": made["reason"] if made else one.reason or one.error,
+                "adapter": made["adapter"] if made else "",
+                "alone": bool(made and made["alone"]),
+            }
+        )
+    return {"transformers": transformers.__version__, "families": lines}
+
+
 def main(arguments: list[str]) -> None:
-    """Print the table, and write it: `scan [table.json [model type ...]]`."""
+    """Print the table, and write it: `scan [--write | table.json [model type ...]]`."""
     asked = [one for one in classes() if not arguments[1:] or one.model_type in arguments[1:]]
     found = []
     for one in rows(asked):
@@ -209,7 +243,9 @@ def main(arguments: list[str]) -> None:
         sys.stdout.flush()
     built, generating = sum(one.built for one in found), sum(one.generates for one in found)
     sys.stdout.write(f"{len(found)} classes, {built} built, {generating} generate\n")
-    if arguments:
+    if arguments[:1] == ["--write"]:
+        COMMITTED.write_text(json.dumps(summary(found), indent=1) + "\n")
+    elif arguments:
         Path(arguments[0]).write_text(json.dumps([asdict(one) for one in found], indent=1))
 
 

@@ -34,5 +34,10 @@ class BloomDecoder(GeneralDecoder):
 
     def extras(self, x: Tensor, positions: Positions) -> dict[str, Any]:
         """Return the bias of each key. See `GeneralDecoder.extras`."""
-        keys = torch.ones(len(x), positions.end, dtype=torch.long, device=x.device)
-        return {"alibi": self.decoder.build_alibi_tensor(keys, self.decoder.num_heads, x.dtype)}
+        away = positions.distances
+        places = positions.indices[: len(away), :, None] - away
+        two = torch.ones(1, 2, dtype=torch.long, device=x.device)
+        heads = self.decoder.num_heads
+        slopes = self.decoder.build_alibi_tensor(two, heads, torch.float32)[:, 0, 1]
+        bias = (slopes[:, None, None] * places[:, None]).expand(len(x), -1, -1, -1)
+        return {"alibi": bias.reshape(len(x) * heads, *places.shape[1:]).to(x.dtype)}
