@@ -19,11 +19,11 @@ GENERAL = "GeneralDecoder"
 UNTESTED = "not tested: transformers doesn't build it so small here, or doesn't generate from text"
 REASONS = [
     (
-        r"layers of the kind (.*), whose state",
-        "layers keep a state that can't be rolled back when a draft is rejected ({0})",
+        r"layers of the kind ",
+        "layers keep a state that can't be rolled back when a draft is rejected",
     ),
     (r"which has no ", "the decoder's modules are of a form that fastvlm doesn't know"),
-    (r"is given (?!a mask|rotations)(.*), which", "layers are given {0}"),
+    (r"is given (?!a mask|rotations)", "layers are given what fastvlm doesn't know"),
     (r"changes embeddings before", "embeddings are changed before the first layer in an own way"),
     (r"changes its LM head's", "the LM head's outputs are changed in an own way"),
     (r"give other states", "layers called one by one give other states than the decoder"),
@@ -33,18 +33,23 @@ REASONS = [
 """What a refusal says, and what it is in a few words."""
 
 
-def families() -> str:
-    """Return the lists of model types by result, and of adapters, as Markdown."""
+def supported() -> str:
+    """Return how many classes decode as `generate` does, in a sentence."""
     scan = json.loads(SCAN.read_text())
     rows: list[dict[str, Any]] = scan["families"]
     count = {name: sum(row["result"] == name for row in rows) for name in ("equal", "refused")}
-    told = (
+    return (
         f"Of the {len(rows)} generating classes of transformers {scan['transformers']},"
         f" {count['equal']} decode to the tokens of `generate` and {count['refused']} are refused;"
-        f" {len(rows) - sum(count.values())} could not be tested. Listed by `model_type`."
+        f" {len(rows) - sum(count.values())} could not be tested."
     )
+
+
+def families() -> str:
+    """Return the lists of model types by result, and of adapters, as Markdown."""
+    rows: list[dict[str, Any]] = json.loads(SCAN.read_text())["families"]
     lines = [
-        told,
+        f"{supported()} Listed by `model_type`.",
         "",
         "| equal to `generate` | model types |",
         "|---|---|",
@@ -61,6 +66,14 @@ def families() -> str:
             adapters[row["adapter"]].append(row)
     lines += [f"| `{name}` | {_types(found)} |" for name, found in sorted(adapters.items())]
     lines.append(f"| `{GENERAL}` | all others |")
+    alone = [row for row in rows if row["alone"]]
+    lines += [
+        "",
+        (
+            "Rows of a padded batch have the tokens that they have alone. Padding changes what"
+            f" `generate` itself makes of {_types(alone)} here, and there the two differ."
+        ),
+    ]
     return "\n".join(lines)
 
 
@@ -82,9 +95,8 @@ def _grouped(rows: list[dict[str, Any]]) -> list[str]:
 def in_short(reason: str) -> str:
     """Return what a refusal says, in a few words."""
     for pattern, text in REASONS:
-        found = re.search(pattern, reason)
-        if found is not None:
-            return text.format(*(f"`{group}`" for group in found.groups()))
+        if re.search(pattern, reason):
+            return text
     return reason
 
 

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from family_lists import families
+from family_lists import families, supported
 
 ROOT = Path(__file__).parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
@@ -407,7 +407,7 @@ def hours() -> str:
 
 
 DOCUMENTS: dict[str, dict[str, Callable[[], str]]] = {
-    "README.md": {"hours": hours},
+    "README.md": {"supported": supported, "hours": hours},
     "docs/evaluation.md": {"figures": decoding, "tables": tables, "ttft": first_token},
     "docs/drafts.md": {
         "ablation": lambda: ablation(read("ablation")),

@@ -205,13 +205,15 @@ def line(one: Row) -> str:
 
 def kind(one: Row) -> str:
     """Return what sort of inputs a class is for."""
-    if one.encoder_decoder or one.mapping == "SEQ_TO_SEQ_CAUSAL_LM":
+    if one.encoder_decoder:
         return "encoder-decoder"
+    if one.model_type in modeling_auto.MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES:
+        return "images"
     inside = " ".join(CONFIG_MAPPING[one.model_type].sub_configs)
     for mark, name in (("vision", "images"), ("audio", "audio"), ("encoder", "audio")):
         if mark in inside:
             return name
-    return {"CAUSAL_LM": "text", "IMAGE_TEXT_TO_TEXT": "images"}.get(one.mapping, "audio")
+    return "text" if one.mapping == "CAUSAL_LM" else "audio"
 
 
 def summary(found: Iterable[Row]) -> dict[str, Any]:

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from transformers import DynamicCache
 
 from fastvlm.functional.errors import InputError, first_line
+from fastvlm.language.example_source import example_source
 from fastvlm.language.masks import FULL, MaskKind
 from fastvlm.language.structure import find_part, part_name
 
@@ -256,31 +257,6 @@ def check_arguments(decoder: Any, extras: Collection[str] = ()) -> None:
         first = _NotingLayer(find_part(decoder, "layers")[index], notes).names[0]
         where = f"Layer {index} of {type(decoder).__name__}"
         _check_known(where, {name: value for name, value in named.items() if name != first}, extras)
-
-
-def example_source(decoder: Any, x: Tensor) -> dict[str, Tensor]:
-    """Return what an encoder-decoder's decoder attends to in a check; nothing for others.
-
-    Args:
-        decoder: The decoder.
-        x: Embeddings, (batch, length, d_model), which stand for the encoder's states.
-    """
-    taken = inspect.signature(type(decoder).forward).parameters
-    if "cross_attention_states" in taken:
-        # Without a mask, attention would take the source for positions, and be causal.
-        return {
-            "cross_attention_states": x[:, :3],
-            "cross_attention_mask": torch.zeros_like(x[:, None, :1, :3]),
-        }
-    attends = any(
-        mark in name for name, _ in decoder.named_modules() for mark in ("cross", "enc", "Enc")
-    )
-    if "encoder_hidden_states" not in taken or not attends:
-        return {}
-    width = getattr(decoder.config, "cross_attention_hidden_size", None) or x.shape[-1]
-    states = x[:, :3].repeat(1, 1, -(-width // x.shape[-1]))[..., :width]
-    seen = torch.ones(states.shape[:2], dtype=torch.long, device=x.device)
-    return {"encoder_hidden_states": states, "encoder_attention_mask": seen}
 
 
 def _noting(decoder: Any, notes: _Notes, *, in_tuple: bool) -> Any:
