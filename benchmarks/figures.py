@@ -11,6 +11,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from family_lists import families, supported
+
 ROOT = Path(__file__).parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
 LEAST_CIDER = 0.001
@@ -405,13 +407,14 @@ def hours() -> str:
 
 
 DOCUMENTS: dict[str, dict[str, Callable[[], str]]] = {
-    "README.md": {"hours": hours},
+    "README.md": {"supported": supported, "hours": hours},
     "docs/evaluation.md": {"figures": decoding, "tables": tables, "ttft": first_token},
     "docs/drafts.md": {
         "ablation": lambda: ablation(read("ablation")),
         "packed": packed,
         "sizes": sizes,
     },
+    "docs/families.md": {"families": families},
     "docs/architecture.md": {"sampling": sampling, "uneven": uneven},
     "docs/images/speedup.svg": {},
 }

@@ -129,5 +129,7 @@ NEWER_TEXT: dict[str, Callable[[], NewerFamily]] = {
     "smollm3": lambda: newer_text("smollm3", no_rope_layers=[1, 0, 1, 1]),
     # Queries are scaled by their positions, of which padding has some too.
     "llama4-text": lambda: newer_text("llama4_text", seed=7, floor_scale=WINDOW, **LLAMA4),
+    "gpt2": lambda: newer_text("gpt2"),
+    "gpt-neox": lambda: newer_text("gpt_neox"),
     "nanochat": lambda: newer_text("nanochat"),
 }

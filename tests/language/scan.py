@@ -1,6 +1,8 @@
 """Every generating class of transformers: a tiny model of it, its decoder and its replies.
 
-`python -m tests.language.scan table.json` prints a line for each class and writes them as JSON.
+`python -m tests.language.scan table.json` prints a line for each class and writes them as JSON;
+`python -m tests.language.scan --write` writes what fastvlm makes of them where
+`benchmarks/figures.py` reads it for the documentation.
 """
 
 from __future__ import annotations
@@ -19,17 +21,19 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor, nn
-from transformers import PreTrainedModel
+import transformers
+from torch import nn
+from transformers import CONFIG_MAPPING, PreTrainedModel
 from transformers.models.auto import modeling_auto
 
 from fastvlm.language.families import text_decoder
+from tests.language.generating import LIMIT, generated, new_tokens, prompt, varied
+from tests.language.outcomes import outcome
 from tests.language.tiny import BuildError, build, each, first_line
 
 MAPPINGS = ["CAUSAL_LM", "IMAGE_TEXT_TO_TEXT", "SEQ_TO_SEQ_CAUSAL_LM", "MULTIMODAL_LM"]
-LIMIT = 12
-SPEAKING = {"qwen2_5_omni", "qwen3_omni_moe"}
 SECONDS, MEMORY, PROCESSES = 60, 3 << 30, 2
+COMMITTED = Path(__file__).parents[2] / "benchmarks" / "results" / "families.json"
 PARTS = ["embed_tokens", "layers", "norm", "rotary_emb"]
 
 
@@ -56,13 +60,10 @@ class Row:
     generates: bool = False
     error: str = ""
     tokens: list[int] = field(default_factory=list)
+    outcome: dict[str, Any] = field(default_factory=dict)
     cache: str = ""
     cache_layers: list[str] = field(default_factory=list)
     seconds: float = 0.0
-
-
-class GenerateError(Exception):
-    """A class that transformers itself doesn't generate with from a text prompt."""
 
 
 def classes() -> list[GeneratingClass]:
@@ -85,69 +86,6 @@ def tiny(model_type: str, class_name: str) -> PreTrainedModel:
     return build(model_type, class_name, varied)
 
 
-def varied(model: PreTrainedModel) -> int:
-    """Return how many different tokens a model's reply has, or 0 where it has none."""
-    try:
-        return len(set(expected(model, prompt(model), LIMIT)))
-    except GenerateError:
-        return 0
-
-
-def prompt(model: PreTrainedModel) -> dict[str, Tensor]:
-    """Return a text prompt: what an encoder reads, where there is one."""
-    generator = torch.Generator().manual_seed(3)
-    inputs = {
-        "input_ids": torch.randint(30, 60, (1, 7), generator=generator),
-        "attention_mask": torch.ones(1, 7, dtype=torch.long),
-    }
-    if model.config.model_type == "udop":  # its encoder asks where on a page the words stand
-        inputs["bbox"] = torch.arange(28, dtype=model.dtype).view(1, 7, 4) / 28
-    return inputs
-
-
-def generated(model: PreTrainedModel, inputs: dict[str, Tensor], limit: int) -> Any:
-    """Return what transformers generates greedily.
-
-    Raises:
-        GenerateError: It doesn't.
-    """
-    made: Any = model
-    options: dict[str, Any] = {}
-    if model.config.model_type in SPEAKING:  # they would speak, and count the words apart
-        options = {"generation_mode": "text", "thinker_max_new_tokens": limit}
-    try:
-        with torch.no_grad():
-            return made.generate(
-                **inputs,
-                max_new_tokens=limit,
-                do_sample=False,
-                num_beams=1,
-                **options,
-                return_dict_in_generate=True,
-                output_logits=True,
-            )
-    except Exception as error:
-        said = f"transformers itself doesn't generate: {first_line(error)}"
-        raise GenerateError(said) from error
-
-
-def expected(model: PreTrainedModel, inputs: dict[str, Tensor], limit: int) -> list[int]:
-    """Return the tokens that transformers generates greedily.
-
-    Raises:
-        GenerateError: It doesn't.
-    """
-    return new_tokens(model, inputs, generated(model, inputs, limit))
-
-
-def new_tokens(model: PreTrainedModel, inputs: dict[str, Tensor], out: Any) -> list[int]:
-    """Return the tokens that `generate` added."""
-    start = 1 if model.config.is_encoder_decoder else inputs["input_ids"].shape[1]
-    if any(logits.isnan().any() for logits in out.logits or ()):
-        raise GenerateError("The logits aren't numbers.")
-    return out.sequences[0, start:].tolist()
-
-
 def structure(model: PreTrainedModel) -> dict[str, Any]:
     """Return how a model's decoder is made."""
     found: dict[str, Any] = {"error": ""}
@@ -156,7 +94,7 @@ def structure(model: PreTrainedModel) -> dict[str, Any]:
     except Exception as error:  # noqa: BLE001  whatever it raises is what the scan is after
         found["error"] = first_line(error)
         decoder = model.base_model
-    config = decoder.config
+    config = getattr(decoder, "config", model.config)
     found |= {
         "class": type(decoder).__name__,
         "model_type": config.model_type,
@@ -197,6 +135,7 @@ def row(found: GeneratingClass) -> Row:
         made.tokens = new_tokens(model, inputs, out)
         made.generates = True
         describe_cache(made, out)
+        made.outcome = asdict(outcome(model, inputs))
     except Exception as error:  # noqa: BLE001  one class must not stop the scan
         made.error = first_line(error)
     made.seconds = round(time.monotonic() - began, 1)
@@ -259,11 +198,45 @@ def line(one: Row) -> str:
     parts = "".join("+" if there else "-" for there in one.decoder["parts"].values())
     said = f"{len(set(one.tokens))}/{len(one.tokens)}" if one.generates else one.error[:160]
     sorts = ",".join(sorted(set(one.decoder["layer_types"] or [])))
-    return f"{name} {parts} {one.cache:22} {sorts:30} {said}"
+    made = one.outcome
+    told = f"{made['result']} {made['adapter']} {made['reason'][:300]}" if made else ""
+    return f"{name} {parts} {one.cache:22} {sorts:30} {said} {told}"
+
+
+def kind(one: Row) -> str:
+    """Return what sort of inputs a class is for."""
+    if one.encoder_decoder:
+        return "encoder-decoder"
+    if one.model_type in modeling_auto.MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES:
+        return "images"
+    inside = " ".join(CONFIG_MAPPING[one.model_type].sub_configs)
+    for mark, name in (("vision", "images"), ("audio", "audio"), ("encoder", "audio")):
+        if mark in inside:
+            return name
+    return "text" if one.mapping == "CAUSAL_LM" else "audio"
+
+
+def summary(found: Iterable[Row]) -> dict[str, Any]:
+    """Return what is committed of a scan."""
+    lines = []
+    for one in found:
+        made = one.outcome
+        lines.append(
+            {
+                "model_type": one.model_type,
+                "class": one.class_name,
+                "kind": kind(one),
+                "result": made["result"] if made else "untested",
+                "reason": made["reason"] if made else one.reason or one.error,
+                "adapter": made["adapter"] if made else "",
+                "alone": bool(made and made["alone"]),
+            }
+        )
+    return {"transformers": transformers.__version__, "families": lines}
 
 
 def main(arguments: list[str]) -> None:
-    """Print the table, and write it: `scan [table.json [model type ...]]`."""
+    """Print the table, and write it: `scan [--write | table.json [model type ...]]`."""
     asked = [one for one in classes() if not arguments[1:] or one.model_type in arguments[1:]]
     found = []
     for one in rows(asked):
@@ -272,7 +245,9 @@ def main(arguments: list[str]) -> None:
         sys.stdout.flush()
     built, generating = sum(one.built for one in found), sum(one.generates for one in found)
     sys.stdout.write(f"{len(found)} classes, {built} built, {generating} generate\n")
-    if arguments:
+    if arguments[:1] == ["--write"]:
+        COMMITTED.write_text(json.dumps(summary(found), indent=1) + "\n")
+    elif arguments:
         Path(arguments[0]).write_text(json.dumps([asdict(one) for one in found], indent=1))
 
 

@@ -306,6 +306,8 @@ def started(model: PreTrainedModel) -> PreTrainedModel:
     if hasattr(model, "speaker_map"):
         vars(model)["speaker_map"] = {"Chelsie": {}}
     settings = getattr(model, "generation_config", None)
+    if settings is not None:  # processors of logits are no family's business
+        settings.forced_bos_token_id = settings.forced_eos_token_id = None
     if settings is not None and model.config.is_encoder_decoder:
         first = [settings.decoder_start_token_id, settings.bos_token_id]
         if first == [None, None]:

@@ -11,6 +11,7 @@ from transformers.models.auto.processing_auto import (
     PROCESSOR_MAPPING,
     processor_class_from_name,
 )
+from transformers.utils.import_utils import DummyObject
 
 from fastvlm.functional.errors import CheckpointError
 from fastvlm.functional.model_files import read_object
@@ -83,12 +84,28 @@ def load_processor(
         trust_remote_code: Whether to run code from the folder.
 
     Raises:
-        CheckpointError: No file and no configuration says which class it is.
+        CheckpointError: No file and no configuration says which class it is, or it needs a package
+            that isn't installed.
     """
     kind = processor_class(folder, config)
+    check_packages(kind)
     if "video_processor" in kind.get_attributes():
         kind = without_video(cast(Any, kind))
     return kind.from_pretrained(folder, trust_remote_code=trust_remote_code)
+
+
+def check_packages(kind: type) -> None:
+    """Refuse a processor for which a package is missing, so that `transformers` has no code of it.
+
+    Raises:
+        CheckpointError: One is missing, which is named.
+    """
+    if isinstance(kind, DummyObject):
+        packages = " and ".join(vars(kind)["_backends"])
+        raise CheckpointError(
+            f"The processor {kind.__name__} needs {packages}: install {packages} in the build that"
+            " fits the installed torch, see https://pytorch.org/get-started/locally."
+        )
 
 
 def tokenizer_of(processor: PreTrainedTokenizerBase | ProcessorMixin) -> PreTrainedTokenizerBase:

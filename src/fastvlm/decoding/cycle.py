@@ -120,7 +120,7 @@ def prefill(batch: Batch, width: int, exit_layer: int) -> None:
     device, dtype = decoder.device_and_dtype()
     x = torch.stack(
         [
-            slot.request.inputs.embeddings[start : start + width]
+            slot.inputs.embeddings[start : start + width]
             for slot, start in zip(slots, starts, strict=True)
         ]
     ).to(device, dtype)
@@ -130,7 +130,7 @@ def prefill(batch: Batch, width: int, exit_layer: int) -> None:
     through = [
         row
         for row, (slot, start) in enumerate(zip(slots, starts, strict=True))
-        if start + width == len(slot.request.inputs.token_ids)
+        if start + width == len(slot.inputs)
     ]
     done = Batch(decoder, cache, [slots[row] for row in through], batch.clock)
     tokens, logits = [], x

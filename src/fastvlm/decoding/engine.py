@@ -13,10 +13,12 @@ from threading import Condition, Lock
 
 import torch
 
+from fastvlm.decoding.attempt import attempt
 from fastvlm.decoding.batch import Batch
 from fastvlm.decoding.cycle import cycle, prefill
 from fastvlm.decoding.prefix_reuse import restore_prefix, store_prefix
 from fastvlm.decoding.request import Request
+from fastvlm.decoding.restarts import restart_of, restart_slots
 from fastvlm.decoding.slot import ExitStates, Slot
 from fastvlm.functional.errors import InputError, first_line
 from fastvlm.language.cache import DecoderCache
@@ -128,6 +130,7 @@ class Engine:
                     self._free_finished()
                 if self.waiting:
                     self._admit()
+                restart_slots(self.slots, self.decoder, self.cache)
                 before = {slot.request: len(slot.request.output_token_ids) for slot in self.slots}
                 for slots, work in self._passes():
                     self._make(slots, work)
@@ -239,7 +242,7 @@ class Engine:
             with self._autocast(slots):
                 work(self._batch(slots))
 
-        error = _attempt(computed)
+        error = attempt(computed)
         if error is None:
             return
         if len(slots) == 1:
@@ -254,7 +257,7 @@ class Engine:
             request = slot.request
             if request.finish_reason in ("stop", "length"):
                 # The reply is whole, whatever becomes of this.
-                error = _attempt(partial(self._keep, slot))
+                error = attempt(partial(self._keep, slot))
                 if error is not None:
                     warnings.warn(
                         f"A reply has ended, but nothing of it is kept: {first_line(error)}.",
@@ -273,7 +276,7 @@ class Engine:
         for slot in self.slots:
             if slot.decodes:
                 continue
-            inputs = slot.request.inputs
+            inputs = slot.inputs
             width = len(inputs) - slot.prefilled
             if left is not None:
                 width = inputs.chunk_end(slot.prefilled, left) - slot.prefilled if left else 0
@@ -294,13 +297,13 @@ class Engine:
                 admitted.append(request)
         if not admitted:
             return
-        error = _attempt(partial(self._make_room, admitted))
+        error = attempt(partial(self._make_room, admitted))
         if error is not None:
             for request in admitted:
                 request.fail(error)
             return
         for index, request in zip(self._free_indices(), admitted, strict=False):
-            error = _attempt(partial(self._seat, index, request))
+            error = attempt(partial(self._seat, index, request))
             if error is not None:
                 self.cache.release(index)
                 request.fail(error)
@@ -326,6 +329,7 @@ class Engine:
         if request.strategy.cache_layers:
             exits = ExitStates(kept=request.prefix_cache is not None and inputs.keys is not None)
         slot = Slot(index, request, exits)
+        slot.restart = restart_of(self.decoder, inputs)
         restore_prefix(slot, self.decoder, self.cache)
         self.slots.append(slot)
 
@@ -385,16 +389,3 @@ class Engine:
             self.cache.release(slot.index)
         else:
             self.cache = DecoderCache(self.cache.device)
-
-
-def _attempt(work: Callable[[], None]) -> Exception | None:
-    """Do what may fail because of one request, and return the error that it failed with.
-
-    A request's strategy, its processors and its criteria may be a user's code, which raises
-    anything, and memory may be short; neither is a matter of its neighbours.
-    """
-    try:
-        work()
-    except Exception as error:  # noqa: BLE001 (whatever it is, its request is told)
-        return error
-    return None

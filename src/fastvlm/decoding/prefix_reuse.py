@@ -55,7 +55,7 @@ def store_prefix(
         return
     # The last token's keys and values were never computed.
     tokens = [*inputs.keys, *request.output_token_ids[:-1]]
-    keys = list(decoder.position_keys(tokens, len(inputs.token_ids)))
+    keys = list(decoder.position_keys(tokens, len(slot.inputs)))
     length, depth, exits = len(keys), decoder.depth, slot.exits
 
     def make() -> PrefixEntry:

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from fastvlm.decoding.request import Request
+from fastvlm.language.decoder_inputs import DecoderInputs
 
 
 class ExitStates:
@@ -53,6 +54,9 @@ class Slot:
         length: Committed positions, whose keys and values are final.
         drafted_length: The number of these that the imitation network's layers hold, which may be
             any number lower.
+        restart: The length at which all positions are computed anew, see `SplitDecoder.restart`;
+            None for never, or where it has happened.
+        restarted: The prompt and the reply so far, as they were then.
     """
 
     index: int
@@ -61,11 +65,18 @@ class Slot:
     prefilled: int = 0
     length: int = 0
     drafted_length: int = 0
+    restart: int | None = None
+    restarted: DecoderInputs | None = None
+
+    @property
+    def inputs(self) -> DecoderInputs:
+        """What is computed before the reply goes on."""
+        return self.request.inputs if self.restarted is None else self.restarted
 
     @property
     def decodes(self) -> bool:
         """Whether the prompt is computed, so that the reply goes on."""
-        return self.prefilled == len(self.request.inputs.token_ids)
+        return self.prefilled == len(self.inputs)
 
     @property
     def last(self) -> int:
@@ -80,4 +91,5 @@ class Slot:
     @property
     def room(self) -> int:
         """The most tokens of a draft: of the reply's limit, one is left for the target's own."""
-        return self.request.max_new_tokens - len(self.request.output_token_ids) - 1
+        left = self.request.max_new_tokens - len(self.request.output_token_ids) - 1
+        return left if self.restart is None else min(left, self.restart - 1 - self.length)

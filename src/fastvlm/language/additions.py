@@ -73,7 +73,8 @@ def with_images(decoder: Any, handed: Mapping[str, Any]) -> dict[str, Any]:
     shown = places != 0
     with torch.no_grad():
         given: Tensor | None = found.get("inputs_embeds")
-        embeddings = (decoder.embed_tokens(found["input_ids"]) if given is None else given).clone()
+        embed = decoder.get_input_embeddings()
+        embeddings = (embed(found["input_ids"]) if given is None else given).clone()
         embeddings[places == 1] = features.to(embeddings).reshape(-1, features.shape[-1])
         # The embedding of images' positions, in the place of the text's.
         text, image = decoder.segment_emb.weight[:2]

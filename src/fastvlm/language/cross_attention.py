@@ -38,6 +38,7 @@ class CrossCache(EncoderDecoderCache):
             self.source.put(layer_idx, CrossKeyValues(key_states, value_states))
         return key_states, value_states
 
-    def get_seq_length(self, layer_idx: int = 0) -> int:  # noqa: ARG002
-        """Return 0: only a bias that attention computed itself would ask for the length."""
-        return 0
+    def get_seq_length(self, layer_idx: int = 0) -> int:
+        """Return the first position of a pass, as layers ask that compute a bias themselves."""
+        ask = getattr(self.self_attention_cache, "get_seq_length", None)
+        return 0 if ask is None else ask(layer_idx)

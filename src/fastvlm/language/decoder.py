@@ -19,7 +19,7 @@ from fastvlm.functional.errors import InputError
 from fastvlm.language.cache import DecoderCache, KeyValueCache
 from fastvlm.language.masks import FULL, MaskKind
 from fastvlm.language.positions import Positions
-from fastvlm.language.structure import attends_causally
+from fastvlm.language.structure import attends_causally, find_part
 
 MAX_LAYERS = 1024
 """Layers of the deepest decoder that is built from a configuration alone."""
@@ -77,6 +77,9 @@ class SplitDecoder(ABC):
     """Positions that the model was made for."""
     max_positions: int | None = None
     """Positions that there are, where a table ends; None where a reply may go beyond `context`."""
+    restart: int | None = None
+    """The length at which `generate` forgets a row's keys and values and computes all anew, with
+    other rotations; None for never."""
 
     def __init__(self, model: PreTrainedModel, decoder: Any) -> None:
         self.decoder = decoder
@@ -114,7 +117,7 @@ class SplitDecoder(ABC):
     @property
     def layers(self) -> Any:
         """The target's own layers."""
-        return self.decoder.layers
+        return find_part(self.decoder, "layers")
 
     @property
     def depth(self) -> int:
@@ -124,7 +127,7 @@ class SplitDecoder(ABC):
     @property
     def embedding(self) -> Any:
         """The module that embeds tokens."""
-        return self.decoder.embed_tokens
+        return find_part(self.decoder, "embed_tokens")
 
     @property
     def lm_head(self) -> Any:
@@ -269,7 +272,7 @@ def untrained_layers(
     config: PreTrainedConfig,
     number: int,
     first_index: int,
-    path: str = "layers",
+    path: str | None = None,
     kind: Callable[..., Any] | None = None,
 ) -> nn.ModuleList:
     """Return the last layers of a configuration's decoder, untrained.
@@ -278,7 +281,7 @@ def untrained_layers(
         config: The configuration, which is left as it is.
         number: How many layers.
         first_index: What they cache as: layers from this one on.
-        path: Where a model of the configuration has its layers.
+        path: Where a model of the configuration has its layers; None for itself.
         kind: The class of that model; None for the one that `transformers` has for it.
 
     Raises:
@@ -290,14 +293,16 @@ def untrained_layers(
     # On no device, as large as it is: of which class each layer is depends on its place.
     with torch.device("meta"):
         shell = (kind or decoder_class(config))(copy.deepcopy(config))
-    layers: nn.ModuleList = shell.get_submodule(path)[-number:]
+    found: Any = find_part(shell, "layers") if path is None else shell.get_submodule(path)
+    layers: nn.ModuleList = found[-number:]
     device = torch.get_default_device()
     if device.type != "meta":
         layers.to_empty(device=device).apply(shell._init_weights)
     for offset, layer in enumerate(layers):
         for part in layer.modules():
-            if hasattr(part, "layer_idx"):
-                setattr(part, "layer_idx", first_index + offset)  # noqa: B010 - a module's attribute
+            for name in ("layer_idx", "layer_id"):
+                if hasattr(part, name):
+                    setattr(part, name, first_index + offset)
     return layers
 
 
@@ -313,7 +318,8 @@ def decoder_class(config: PreTrainedConfig) -> Any:
     place = type(config).__module__.replace(".configuration_", ".modeling_")
     for found in vars(importlib.import_module(place)).values():
         whole = isinstance(found, type) and issubclass(found, PreTrainedModel)
-        if whole and getattr(found, "config_class", None) is type(config):
+        abstract = whole and found.__name__.endswith("PreTrainedModel")
+        if whole and not abstract and getattr(found, "config_class", None) is type(config):
             return found
     raise InputError(f"transformers has no decoder for {type(config).__name__}.")
 

@@ -6,25 +6,50 @@ from typing import Any
 
 from transformers import PreTrainedModel
 
-from fastvlm.language.bart import BartDecoder
+from fastvlm.language.bart import (
+    BartDecoder,
+    BioGptDecoder,
+    BlenderbotSmallDecoder,
+    M2m100Decoder,
+)
+from fastvlm.language.bloom import BloomDecoder
 from fastvlm.language.decoder import SplitDecoder
 from fastvlm.language.general import GeneralDecoder
+from fastvlm.language.gpt2 import Gpt2Decoder, GptNeoDecoder
 from fastvlm.language.kosmos import Kosmos25Decoder
 from fastvlm.language.layer_calls import check_arguments
 from fastvlm.language.llama4 import Llama4Decoder
 from fastvlm.language.mllama import MllamaDecoder
 from fastvlm.language.opt import OptDecoder
+from fastvlm.language.placed import TableDecoder
 from fastvlm.language.structure import check_structure, text_decoder
 from fastvlm.language.t5 import T5Decoder
 from fastvlm.language.t5gemma import T5GemmaDecoder
+from fastvlm.language.umt5 import Umt5Decoder
 
 NAMED: dict[str, type[SplitDecoder]] = {
     "bart": BartDecoder,
+    "blenderbot": BartDecoder,
+    "biogpt": BioGptDecoder,
+    "blenderbot-small": BlenderbotSmallDecoder,
+    "bloom": BloomDecoder,
+    "codegen": TableDecoder,
+    "gpt2": Gpt2Decoder,
+    "gpt_bigcode": Gpt2Decoder,
+    "gpt_neo": GptNeoDecoder,
+    "gptj": TableDecoder,
     "kosmos_2_5_text_model": Kosmos25Decoder,
     "llama4": Llama4Decoder,
+    "m2m_100": M2m100Decoder,
+    "marian": BartDecoder,
+    "mbart": BartDecoder,
     "mllama_text_model": MllamaDecoder,
     "mt5": T5Decoder,
     "opt": OptDecoder,
+    "pegasus": BartDecoder,
+    "plbart": BartDecoder,
+    "longt5": T5Decoder,
+    "umt5": Umt5Decoder,
     "t5": T5Decoder,
     "t5_gemma_module": T5GemmaDecoder,
 }
@@ -50,7 +75,7 @@ def check_family(model: PreTrainedModel) -> None:
     kind = family_of(decoder)
     if issubclass(kind, GeneralDecoder):
         check_structure(decoder, kind.PARTS)
-        check_arguments(decoder)
+        check_arguments(decoder, kind.EXTRAS)
 
 
 def family_of(decoder: Any) -> type[SplitDecoder]:

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from fastvlm.functional.errors import InputError
 from fastvlm.language.cache import KeyValueCache
 from fastvlm.language.cross_attention import CrossCache
 from fastvlm.language.decoder import (
@@ -32,8 +33,8 @@ from fastvlm.language.layer_calls import (
 )
 from fastvlm.language.masks import MaskKind
 from fastvlm.language.positions import EncoderContext, Positions
-from fastvlm.language.rotary import Rotary, Rotations, scaled_context
-from fastvlm.language.structure import check_structure
+from fastvlm.language.rotary import Rotary, Rotations, restart_length, scaled_context
+from fastvlm.language.structure import check_structure, find_part
 from fastvlm.language.verification import verified_rule
 
 FEED_FORWARD_NORMS = ("pre_feedforward_layernorm", "post_attention_layernorm")
@@ -53,20 +54,34 @@ class GeneralDecoder(SplitDecoder):
     """
 
     PARTS: ClassVar[tuple[str, ...]] = ("embed_tokens", "layers", "norm")
-    """The modules that such a decoder has."""
+    """The modules that such a decoder has, by what Llama calls them; see `structure.NAMES`."""
+    EXTRAS: ClassVar[tuple[str, ...]] = ()
+    """Arguments of its layers beside the usual ones; `extras` has what they are."""
 
     def __init__(self, model: PreTrainedModel, decoder: Any) -> None:
         super().__init__(model, decoder)
         check_structure(decoder, self.PARTS)
-        self.width = decoder.config.hidden_size
-        self.context = scaled_context(decoder.config)
-        self.calls: DecoderCalls = observe_calls(decoder, self.first_entry())
+        try:
+            self.width = decoder.config.hidden_size
+            self.context = self.positions_of(decoder.config)
+        except AttributeError as error:
+            raise InputError(
+                f"fastvlm can't split a {type(decoder).__name__}: {error}. Decode it with"
+                " transformers' own generate."
+            ) from error
+        self.restart = restart_length(decoder.config)
+        self.calls: DecoderCalls = observe_calls(decoder, self.first_entry(), self.EXTRAS)
         kinds = {call.rotary for call in self.calls.layers if call.rotary is not None}
         self.rotary: dict[RotaryKind, Rotary] = {
             kind: Rotary(decoder.get_submodule(kind.module), kind.layer_type, axes=kind.axes)
             for kind in kinds
         }
         self.logit_rule = verified_rule(self)
+
+    @staticmethod
+    def positions_of(config: Any) -> int:
+        """Return the positions that a model of a configuration was made for."""
+        return scaled_context(config)
 
     @staticmethod
     def shape(config: Any) -> DecoderShape:
@@ -140,7 +155,7 @@ class GeneralDecoder(SplitDecoder):
 
     def norm(self, x: Tensor) -> Tensor:
         """Return the final norm of hidden states."""
-        return self.decoder.norm(x)
+        return find_part(self.decoder, "norm")(x)
 
     def logits(self, x: Tensor) -> Tensor:
         """Return the LM head's outputs scaled and soft-capped, as the model does it."""
@@ -171,6 +186,22 @@ class GeneralDecoder(SplitDecoder):
         """Return what `enter` does to the first positions, which is checked; None to observe it."""
         return None
 
+    def places(self, positions: Positions) -> Tensor:
+        """Return the positions of a pass as a table may be asked for them: (batch, new)."""
+        if self.max_positions is None:
+            return positions.indices
+        # What is drafted past a row's limit is never accepted, but is computed beside other rows.
+        return positions.indices.clamp(max=self.max_positions - 1)
+
+    def extras(self, x: Tensor, positions: Positions) -> dict[str, Any]:  # noqa: ARG002
+        """Return what layers are given beside the usual arguments, by the names in `EXTRAS`.
+
+        Args:
+            x: The hidden states of a pass.
+            positions: Of the pass.
+        """
+        return {}
+
     def _run(
         self,
         x: Tensor,
@@ -199,12 +230,13 @@ class GeneralDecoder(SplitDecoder):
                     rotations[call.rotary] = self.rotary[call.rotary](x, positions)
                 known: dict[str, Any] = {
                     "attention_mask": masks[call.mask],
-                    "position_ids": positions.indices,
+                    "position_ids": self.places(positions),
                     "position_embeddings": rotations[call.rotary],
                     "use_cache": True,
                     "encoder_hidden_states": None if source is None else source.states,
                     "encoder_attention_mask": self._source_mask(x, source),
                     **dict.fromkeys(CACHE_NAMES, held),
+                    **self.extras(x, positions),
                 }
                 given = arguments[call] = {name: known.get(name) for name in call.names}
             x = layer(x, **given)

@@ -2,42 +2,28 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import ClassVar
 
-import torch
 from torch import Tensor
 
-from fastvlm.language.general import GeneralDecoder
-from fastvlm.language.positions import Positions
+from fastvlm.language.placed import PlacedDecoder
 
 
-class Kosmos25Decoder(GeneralDecoder):
+class Kosmos25Decoder(PlacedDecoder):
     """The decoder of Kosmos-2.5. See `GeneralDecoder`.
 
     What its embedding adds at the positions of images is an injection of the prompt.
     """
 
-    PARTS: ClassVar = ("embed_tokens", "embed_positions", "segment_emb", "layers", "layer_norm")
+    PARTS: ClassVar = ("embed_tokens", "embed_positions", "segment_emb", "layers", "norm")
 
-    def enter(self, x: Tensor, positions: Positions) -> Tensor:
-        """Return embeddings, scaled, with their positions: (batch, new, d_model)."""
-        return self._placed(x, positions.indices)
-
-    def first_entry(self) -> Callable[[Tensor], Tensor]:
-        """Return what `enter` does to the first positions."""
-        return lambda x: self._placed(x, torch.arange(x.shape[1], device=x.device)[None])
-
-    def norm(self, x: Tensor) -> Tensor:
-        """Return the final norm of hidden states."""
-        return self.decoder.layer_norm(x)
-
-    def _placed(self, x: Tensor, indices: Tensor) -> Tensor:
+    def placed(self, x: Tensor, places: Tensor) -> Tensor:
+        """Return embeddings, scaled, with their positions. See `PlacedDecoder`."""
         table = self.decoder.embed_positions
         first = table.padding_idx + 1
-        positions = indices.expand(x.shape[:2]) + first
+        positions = places.expand(x.shape[:2]) + first
         # The table grows with the positions that it is said to begin after.
-        past = max(int(indices.max()) + 1 - x.shape[1], 0)
+        past = max(int(places.max()) + 1 - x.shape[1], 0)
         added = table(
             inputs_embeds=x, past_key_values_length=past, position_ids=positions.contiguous()
         )

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import copy
 import inspect
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import Any
@@ -18,15 +18,17 @@ from torch import Tensor, nn
 from transformers import DynamicCache
 
 from fastvlm.functional.errors import InputError, first_line
+from fastvlm.language.example_source import example_source
 from fastvlm.language.masks import FULL, MaskKind
+from fastvlm.language.structure import find_part, part_name
 
 LENGTH = 8
 """Positions of the pass that is observed."""
 SIZE = 3
 """Window and chunk of that pass, so that each kind of mask shows within its length."""
 SIZES = ("sliding_window", "attention_chunk_size")
-CACHE_NAMES = ("past_key_values", "cache")
-"""What models and their layers call their cache, by release of `transformers`."""
+CACHE_NAMES = ("past_key_values", "layer_past", "cache")
+"""What models and their layers call their cache, by family and release of `transformers`."""
 HARMLESS = frozenset(
     {
         "cache_position",
@@ -110,11 +112,19 @@ class _Notes:
 class _NotingLayer(nn.Module):
     """Stands for a layer: it notes its arguments, and returns the hidden states as they are."""
 
-    def __init__(self, layer: nn.Module, notes: _Notes) -> None:
+    def __init__(self, layer: nn.Module, notes: _Notes, *, in_tuple: bool = False) -> None:
         super().__init__()
+        self.in_tuple = in_tuple
         # In a list, or it would become a part of this module.
         self.stands_for, self.notes = [layer], notes
-        self.names = list(inspect.signature(type(layer).forward).parameters)[1:]
+        taken = inspect.signature(type(layer).forward).parameters
+        self.names = list(taken)[1:]
+        self.required = [
+            name
+            for name in self.names[1:]
+            if taken[name].default is taken[name].empty
+            and taken[name].kind is taken[name].POSITIONAL_OR_KEYWORD
+        ]
 
     def __getattr__(self, name: str) -> Any:
         try:
@@ -125,7 +135,8 @@ class _NotingLayer(nn.Module):
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         named = {**dict(zip(self.names, args, strict=False)), **kwargs}
         self.notes.layers.append(named)
-        return named[self.names[0]]
+        x = named[self.names[0]]
+        return (x, None) if self.in_tuple else x
 
 
 class _NotingRotary(nn.Module):
@@ -150,49 +161,48 @@ class _NotingRotary(nn.Module):
 
 
 @torch.no_grad()
-def observe_calls(decoder: Any, enter: Callable[[Tensor], Tensor] | None = None) -> DecoderCalls:
+def observe_calls(
+    decoder: Any,
+    enter: Callable[[Tensor], Tensor] | None = None,
+    extras: Collection[str] = (),
+) -> DecoderCalls:
     """Return how a decoder calls its layers. No layer is run, and the decoder is left as it is.
 
     Args:
         decoder: The decoder, as `transformers` made it: a module with `embed_tokens` and `layers`.
         enter: What it does to the embeddings of the first positions before its first layer; None
             for what every family may do.
+        extras: Arguments beside the usual ones that layers may be given.
 
     Raises:
         InputError: It hands its layers something that fastvlm doesn't know, or changes embeddings
             otherwise.
     """
-    notes = _Notes()
-    weight = next(decoder.embed_tokens.parameters())
+    weight = next(find_part(decoder, "embed_tokens").parameters())
     torch_random = torch.Generator().manual_seed(0)
     # Meta tensors lie nowhere until they are needed; accelerate then computes on a device.
     device = "cpu" if weight.is_meta else weight.device
     dtype = weight.dtype if weight.is_floating_point() else torch.float32
     x = torch.randn(1, LENGTH, decoder.config.hidden_size, generator=torch_random).to(device, dtype)
-    probe = _noting(decoder, notes)
     try:
-        mask = torch.ones(1, LENGTH, dtype=torch.long, device=device)
-        source = example_source(decoder, x)
-        # An instance's own `forward`, as accelerate's hooks have it, would run the decoder itself.
-        type(decoder).forward(
-            probe, inputs_embeds=x, attention_mask=mask, use_cache=False, **source
-        )
+        notes = _observe(decoder, x)
     except Exception as error:  # whatever a family's own code stumbles over
         raise InputError(
             f"{type(decoder).__name__} can't be observed, so fastvlm can't split it:"
             f" {first_line(error)}."
         ) from error
-    if len(notes.layers) != len(decoder.layers):
+    layers = find_part(decoder, "layers")
+    if len(notes.layers) != len(layers):
         raise InputError(
             f"{type(decoder).__name__} runs {len(notes.layers)} layers, but has"
-            f" {len(decoder.layers)}; fastvlm can't split it."
+            f" {len(layers)}; fastvlm can't split it."
         )
     cached = cached_windows(decoder.config)
     calls = [
-        _call(decoder, index, named, notes, cached[index] if index < len(cached) else None)
-        for index, named in enumerate(notes.layers)
+        _call(decoder, index, notes, cached[index] if index < len(cached) else None, extras)
+        for index in range(len(layers))
     ]
-    first = _NotingLayer(decoder.layers[0], notes).names[0]
+    first = _NotingLayer(layers[0], notes).names[0]
     entered = notes.layers[0][first]
     if enter is None:
         return DecoderCalls(tuple(calls), _entry(decoder, x, entered))
@@ -201,14 +211,34 @@ def observe_calls(decoder: Any, enter: Callable[[Tensor], Tensor] | None = None)
     return DecoderCalls(tuple(calls))
 
 
+def _observe(decoder: Any, x: Tensor) -> _Notes:
+    """Return what was seen of a pass over some embeddings: (1, length, d_model)."""
+    given = {
+        "inputs_embeds": x,
+        "attention_mask": torch.ones(x.shape[:2], dtype=torch.long, device=x.device),
+        **example_source(decoder, x),
+    }
+    # An instance's own `forward`, as accelerate's hooks have it, would run the decoder itself.
+    run = type(decoder).forward
+    notes = _Notes()
+    try:
+        run(_noting(decoder, notes, in_tuple=False), use_cache=False, **given)
+    except IndexError:
+        # Older code takes the hidden states out of a tuple.
+        notes = _Notes()
+        run(_noting(decoder, notes, in_tuple=True), use_cache=False, **given)
+    return notes
+
+
 @torch.no_grad()
-def check_arguments(decoder: Any) -> None:
+def check_arguments(decoder: Any, extras: Collection[str] = ()) -> None:
     """Refuse a decoder whose layers are given what isn't known; it has no weights yet.
 
     What a decoder without weights can't show is seen by `observe_calls` once it has them.
 
     Args:
         decoder: The decoder, on the meta device.
+        extras: Arguments beside the usual ones that layers may be given.
 
     Raises:
         InputError: A layer's argument isn't known.
@@ -218,44 +248,28 @@ def check_arguments(decoder: Any) -> None:
     mask = torch.ones(1, LENGTH, dtype=torch.long, device="meta")
     with suppress(Exception):
         type(decoder).forward(
-            _noting(decoder, notes), inputs_embeds=x, attention_mask=mask, use_cache=False
+            _noting(decoder, notes, in_tuple=False),
+            inputs_embeds=x,
+            attention_mask=mask,
+            use_cache=False,
         )
     for index, named in enumerate(notes.layers):
-        first = _NotingLayer(decoder.layers[index], notes).names[0]
+        first = _NotingLayer(find_part(decoder, "layers")[index], notes).names[0]
         where = f"Layer {index} of {type(decoder).__name__}"
-        _check_known(where, {name: value for name, value in named.items() if name != first})
+        _check_known(where, {name: value for name, value in named.items() if name != first}, extras)
 
 
-def example_source(decoder: Any, x: Tensor) -> dict[str, Tensor]:
-    """Return what an encoder-decoder's decoder attends to in a check; nothing for others.
-
-    Args:
-        decoder: The decoder.
-        x: Embeddings, (batch, length, d_model), which stand for the encoder's states.
-    """
-    taken = inspect.signature(type(decoder).forward).parameters
-    if "cross_attention_states" in taken:
-        # Without a mask, attention would take the source for positions, and be causal.
-        return {
-            "cross_attention_states": x[:, :3],
-            "cross_attention_mask": torch.zeros_like(x[:, None, :1, :3]),
-        }
-    if "encoder_hidden_states" not in taken:
-        return {}
-    width = getattr(decoder.config, "cross_attention_hidden_size", None) or x.shape[-1]
-    states = x[:, :3].repeat(1, 1, -(-width // x.shape[-1]))[..., :width]
-    seen = torch.ones(states.shape[:2], dtype=torch.long, device=x.device)
-    return {"encoder_hidden_states": states, "encoder_attention_mask": seen}
-
-
-def _noting(decoder: Any, notes: _Notes) -> Any:
+def _noting(decoder: Any, notes: _Notes, *, in_tuple: bool) -> Any:
     """Return a copy of a decoder, with its own parts, that notes instead of computing layers."""
     probe = copy.copy(decoder)
     probe._modules = {
         name: _noting_rotary(name, part, notes) if "rotary" in name else part
         for name, part in decoder._modules.items()
     }
-    probe._modules["layers"] = nn.ModuleList(_NotingLayer(one, notes) for one in decoder.layers)
+    name = part_name(decoder, "layers")
+    assert name is not None  # `check_structure` comes first
+    own = getattr(decoder, name)
+    probe._modules[name] = nn.ModuleList(_NotingLayer(one, notes, in_tuple=in_tuple) for one in own)
     config = probe.config = copy.copy(decoder.config)
     for name in SIZES:
         if getattr(config, name, None) is not None:
@@ -285,13 +299,18 @@ def cached_windows(config: Any) -> list[int | None]:
 
 
 def _call(
-    decoder: Any, index: int, named: dict[str, Any], notes: _Notes, cached: int | None
+    decoder: Any,
+    index: int,
+    notes: _Notes,
+    cached: int | None,
+    extras: Collection[str],
 ) -> LayerCall:
     """Return how a layer is called, by what it was given and what the cache keeps for it."""
     where = f"Layer {index} of {type(decoder).__name__}"
-    layer = _NotingLayer(decoder.layers[index], notes)
+    layer = _NotingLayer(find_part(decoder, "layers")[index], notes)
+    named = notes.layers[index]
     rest = {name: value for name, value in named.items() if name != layer.names[0]}
-    _check_known(where, rest)
+    _check_known(where, rest, extras)
     rotations = rest.get("position_embeddings")
     kind = None
     if rotations is not None:
@@ -302,16 +321,17 @@ def _call(
     return LayerCall(
         MaskKind(kept=cached) if mask == FULL else mask,
         kind,
-        frozenset(rest) & GIVEN,
+        frozenset(rest) & (GIVEN | set(extras)) | frozenset(layer.required),
     )
 
 
-def _check_known(where: str, given: dict[str, Any]) -> None:
+def _check_known(where: str, given: dict[str, Any], extras: Collection[str]) -> None:
     """Refuse arguments of a layer that aren't known."""
+    known = {*GIVEN, *HARMLESS, *extras}
     unknown = sorted(
         name
         for name, value in given.items()
-        if name not in GIVEN | HARMLESS and value is not None and value is not False
+        if name not in known and value is not None and value is not False
     )
     if unknown:
         raise InputError(
@@ -349,7 +369,7 @@ def _entry(decoder: Any, x: Tensor, entered: Tensor) -> str:
         return "scale"
     if torch.equal(x * root_of_width(x), entered):
         return "root"
-    if torch.equal(decoder.norm(x), entered):
+    if torch.equal(find_part(decoder, "norm")(x), entered):
         return "norm"
     raise _changed(decoder)
 

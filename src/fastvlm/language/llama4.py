@@ -2,19 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Any
-
-import torch
-from torch import Tensor
-
-from fastvlm.language.cache import KeyValueCache
-from fastvlm.language.general import GeneralDecoder
-from fastvlm.language.layer_calls import LayerCall
 from fastvlm.language.positions import Positions
+from fastvlm.language.row_by_row import RowByRow
 
 
-class Llama4Decoder(GeneralDecoder):
+class Llama4Decoder(RowByRow):
     """The decoder of Llama 4.
 
     Its layers count positions from where the cache says that the pass begins, for all rows alike.
@@ -22,19 +14,8 @@ class Llama4Decoder(GeneralDecoder):
     start at different positions go through the layers one at a time.
     """
 
-    def _run(
-        self,
-        x: Tensor,
-        positions: Positions,
-        cache: KeyValueCache,
-        layers: Sequence[tuple[Any, LayerCall, int | None]],
-    ) -> Tensor:
+    def is_apart(self, positions: Positions) -> bool:
+        """Return whether the rows of a pass go through the layers one at a time."""
         config = self.decoder.config
         scales = config.attn_temperature_tuning and positions.end >= config.floor_scale
-        if positions.aligned or not scales:
-            return super()._run(x, positions, cache, layers)
-        rows = [
-            super(Llama4Decoder, self)._run(x[row : row + 1], positions.of_row(row), cache, layers)
-            for row in range(len(x))
-        ]
-        return torch.cat(rows)
+        return scales and not positions.aligned

@@ -10,10 +10,14 @@ import torch
 from torch import Tensor
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
+from fastvlm.functional.errors import InputError
 from fastvlm.language.positions import Positions
 
 TABLE_POSITIONS = 256
 """Positions that a table of rotations has beyond those that are asked for."""
+
+RESTARTING = frozenset({"phi3", "phi4_multimodal"})
+"""Families whose cache is emptied where LongRoPE's long factors begin."""
 
 Rotations = Tensor | tuple[Tensor, ...]
 """Cosines and sines, or complex numbers: (batch, width, size) each."""
@@ -39,6 +43,12 @@ class Rotary:
         own: int = module.config.max_position_embeddings
         longrope = self.scaling == "longrope"
         self.original: int = parameters["original_max_position_embeddings"] if longrope else own
+
+        if not self.is_static and not hasattr(type(module).forward, "__wrapped__"):
+            raise InputError(
+                f"{type(module).__name__} scales rotations by a rule of its own, which fastvlm"
+                " doesn't know; decode the model with transformers' own generate."
+            )
 
     @property
     def is_static(self) -> bool:
@@ -123,6 +133,14 @@ class Rotary:
         # The module's own rule would choose frequencies by the greatest position of the pass.
         fixed.rope_type = "default" if kind is None else {**fixed.rope_type, kind: "default"}
         return fixed
+
+
+def restart_length(config: Any) -> int | None:
+    """Return where `generate` computes a row anew, see `SplitDecoder.restart`; None for nowhere."""
+    rope = getattr(config, "rope_parameters", None) or {}
+    if config.model_type not in RESTARTING or rope.get("rope_type") != "longrope":
+        return None
+    return getattr(config, "original_max_position_embeddings", None)
 
 
 def each(change: Callable[[Tensor], Tensor], rotations: Rotations) -> Rotations:

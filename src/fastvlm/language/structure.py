@@ -5,12 +5,39 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+from torch import nn
 from transformers import GenerationMixin, PreTrainedModel
 
 from fastvlm.functional.errors import InputError
 
 ATTENTION_KINDS = frozenset({"full_attention", "sliding_attention", "chunked_attention"})
 """Kinds of layers whose state is keys and values of each position, which can be rolled back."""
+
+NAMES = {
+    "embed_tokens": ("embed_tokens", "embed_in", "wte", "word_embeddings"),
+    "layers": ("layers", "h", "block", "blocks"),
+    "norm": (
+        "norm", "final_layernorm", "final_layer_norm", "layer_norm", "ln_f", "norm_f",
+    ),
+}  # fmt: skip
+"""What families call the parts of a decoder."""
+
+
+def part_name(decoder: Any, part: str) -> str | None:
+    """Return what a decoder calls one of its parts; None where it has none of that kind.
+
+    Args:
+        decoder: The decoder.
+        part: What Llama calls it.
+    """
+    own = dict(decoder.named_children())
+    return next((name for name in NAMES.get(part, (part,)) if name in own), None)
+
+
+def find_part(decoder: Any, part: str) -> Any:
+    """Return one of a decoder's parts; None where it has none of that kind. See `part_name`."""
+    name = part_name(decoder, part)
+    return None if name is None else getattr(decoder, name)
 
 
 def text_decoder(model: PreTrainedModel) -> Any:
@@ -21,10 +48,21 @@ def text_decoder(model: PreTrainedModel) -> Any:
     decoder: Any = model.get_decoder()
     while hasattr(decoder, "get_decoder") and (inner := decoder.get_decoder()) is not decoder:
         decoder = inner
-    # Some whole models give themselves.
+    # Some give their LM head, whose name is a decoder's, and some whole models give themselves.
+    if isinstance(decoder, nn.Linear):
+        decoder = model.base_model
     if isinstance(decoder, GenerationMixin) and hasattr(decoder, "model"):
         decoder = decoder.model
     return decoder
+
+
+def attends_causally(decoder: Any) -> bool:
+    """Return whether a decoder's layers attend causally where they are given no mask."""
+    return all(
+        getattr(part, "is_causal", True)
+        for name, part in decoder.named_modules()
+        if name.endswith("self_attn")
+    )
 
 
 def check_structure(decoder: Any, parts: Sequence[str]) -> None:
@@ -46,19 +84,9 @@ def check_structure(decoder: Any, parts: Sequence[str]) -> None:
             f"{kind} has layers of the kind {', '.join(others)}, whose state can't be rolled back"
             " when a draft is rejected; decode it with transformers' own generate."
         )
-    own = dict(decoder.named_children())
-    if missing := [part for part in parts if part not in own]:
+    if missing := [part for part in parts if part_name(decoder, part) is None]:
         raise InputError(
             f"The decoder of {kind} is a {type(decoder).__name__}, which has no"
             f" {' and no '.join(missing)}, so fastvlm can't split it; decode it with transformers'"
             " own generate, or see 'Adding a family' in fastvlm's documentation."
         )
-
-
-def attends_causally(decoder: Any) -> bool:
-    """Return whether a decoder's layers attend causally where they are given no mask."""
-    return all(
-        getattr(part, "is_causal", True)
-        for name, part in decoder.named_modules()
-        if name.endswith("self_attn")
-    )

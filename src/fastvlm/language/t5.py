@@ -108,7 +108,7 @@ class T5Decoder(SplitDecoder):
         seen = None if source is None else additive(source.visible[:, None, None], mask.dtype)
         both: Any = CrossCache(cache, source)
         for layer in layers:
-            x, _, _ = layer(
+            x, *_ = layer(
                 x,
                 attention_mask=mask,
                 position_bias=none,

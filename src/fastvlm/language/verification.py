@@ -17,8 +17,8 @@ from fastvlm.functional.errors import FastVlmError, InputError, first_line
 from fastvlm.functional.overrides import override_method
 from fastvlm.language.decoder import SplitDecoder
 from fastvlm.language.decoder_inputs import DecoderInputs
+from fastvlm.language.example_source import example_source
 from fastvlm.language.generator import generator_of
-from fastvlm.language.layer_calls import example_source
 
 PROMPTS = (9, 5)
 """Positions of the prompts of the check, the longer one first."""
