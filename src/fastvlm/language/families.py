@@ -6,26 +6,26 @@ from typing import Any
 
 from transformers import PreTrainedModel
 
-from fastvlm.language.bart import (
+from fastvlm.language.decoder import SplitDecoder
+from fastvlm.language.general import GeneralDecoder
+from fastvlm.language.layer_calls import check_arguments
+from fastvlm.language.named.bart import (
     BartDecoder,
     BioGptDecoder,
     BlenderbotSmallDecoder,
     M2m100Decoder,
 )
-from fastvlm.language.bloom import BloomDecoder
-from fastvlm.language.decoder import SplitDecoder
-from fastvlm.language.general import GeneralDecoder
-from fastvlm.language.gpt2 import Gpt2Decoder, GptNeoDecoder
-from fastvlm.language.kosmos import Kosmos25Decoder
-from fastvlm.language.layer_calls import check_arguments
-from fastvlm.language.llama4 import Llama4Decoder
-from fastvlm.language.mllama import MllamaDecoder
-from fastvlm.language.opt import OptDecoder
-from fastvlm.language.placed import TableDecoder
+from fastvlm.language.named.bloom import BloomDecoder
+from fastvlm.language.named.gpt2 import Gpt2Decoder, GptNeoDecoder
+from fastvlm.language.named.kosmos import Kosmos25Decoder
+from fastvlm.language.named.llama4 import Llama4Decoder
+from fastvlm.language.named.mllama import MllamaDecoder
+from fastvlm.language.named.opt import OptDecoder
+from fastvlm.language.named.placed import TableDecoder
+from fastvlm.language.named.t5 import T5Decoder
+from fastvlm.language.named.t5gemma import T5GemmaDecoder
+from fastvlm.language.named.umt5 import Umt5Decoder
 from fastvlm.language.structure import check_structure, text_decoder
-from fastvlm.language.t5 import T5Decoder
-from fastvlm.language.t5gemma import T5GemmaDecoder
-from fastvlm.language.umt5 import Umt5Decoder
 
 NAMED: dict[str, type[SplitDecoder]] = {
     "bart": BartDecoder,

@@ -11,8 +11,8 @@ from torch import Tensor, nn
 from fastvlm.language.cache import KeyValueCache
 from fastvlm.language.cross_attention import CrossCache
 from fastvlm.language.decoder import additive
+from fastvlm.language.named.t5 import T5Decoder
 from fastvlm.language.positions import Positions
-from fastvlm.language.t5 import T5Decoder
 
 
 class Umt5Decoder(T5Decoder):

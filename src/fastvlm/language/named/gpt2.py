@@ -7,9 +7,9 @@ from typing import Any, ClassVar
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from fastvlm.language.placed import PlacedDecoder
+from fastvlm.language.named.placed import PlacedDecoder
+from fastvlm.language.named.row_by_row import RowByRow
 from fastvlm.language.positions import Positions
-from fastvlm.language.row_by_row import RowByRow
 
 
 class Gpt2Decoder(PlacedDecoder):

@@ -6,7 +6,7 @@ from typing import ClassVar
 
 from torch import Tensor
 
-from fastvlm.language.placed import PlacedDecoder
+from fastvlm.language.named.placed import PlacedDecoder
 
 
 class Kosmos25Decoder(PlacedDecoder):

@@ -9,7 +9,7 @@ from transformers import PreTrainedModel
 
 from fastvlm.language.decoder import DecoderShape, untrained_layers
 from fastvlm.language.general import GeneralDecoder
-from fastvlm.language.placed import PlacedDecoder
+from fastvlm.language.named.placed import PlacedDecoder
 
 
 class BartDecoder(PlacedDecoder):

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+from fastvlm.language.named.row_by_row import RowByRow
 from fastvlm.language.positions import Positions
-from fastvlm.language.row_by_row import RowByRow
 
 
 class Llama4Decoder(RowByRow):

@@ -1,0 +1,1 @@
+"""Families whose decoders are not of the usual form, each a small class."""
