@@ -16,6 +16,7 @@ from fastvlm.cli.demo import demo
 from fastvlm.cli.evaluate import evaluate
 from fastvlm.cli.export import app as export
 from fastvlm.cli.generate import generate
+from fastvlm.cli.serve import serve
 from fastvlm.cli.train import app as train
 
 app = verbs(
@@ -25,7 +26,7 @@ app = verbs(
     epilog="Exit codes: 0; 1 where something failed, 2 for a wrong command line, 130 after Ctrl-C."
     f" {DEBUG_VARIABLE}=1 shows the traceback of a failure of fastvlm's own.",
 )
-for verb in (demo, generate, benchmark, audit, evaluate, convert):
+for verb in (demo, generate, serve, benchmark, audit, evaluate, convert):
     add_verb(app, verb)
 app.add_typer(export, name="export")
 app.add_typer(train, name="train")

@@ -35,7 +35,7 @@ def restore_prefix(slot: Slot, decoder: SplitDecoder, cache: DecoderCache) -> No
             slot.exits.append(states[:known])
     if known:
         cache.import_slot(slot.index, hit.entry.state, known)
-        slot.prefilled = slot.length = known
+        slot.prefilled = slot.length = request.cached = known
 
 
 def store_prefix(

@@ -111,22 +111,52 @@ class ReplyStream:
             StopIteration: The reply has ended.
             Exception: The request failed with this error.
         """
-        request = self.request
         while not self._pieces:
             if self._ended:
                 error, self._error = self._error, None
                 raise error or StopIteration
-            if not request.added:
-                self.engine.add(request)
+            self.start()
             while not self._arrived():
                 self.engine.step(unless=self._arrived)
-            # The reason first: what it ends has all its tokens by then.
-            finished = request.finished
-            self._take(request.output_token_ids[:], finished)
-            if finished:
-                self._ended, self._error = True, request.error
-                self._cancel.detach()
+            self._receive()
         return self._pieces.popleft()
+
+    def start(self) -> None:
+        """Let the request wait for a slot, if it doesn't yet."""
+        if not self.request.added:
+            self.engine.add(self.request)
+
+    def ready(self) -> list[Piece]:
+        """Return the pieces that have come, without making a step; none, once it has ended.
+
+        For callers who make the steps themselves, as a server's thread does.
+
+        Raises:
+            Exception: The request failed with this error, and its last pieces have been returned.
+        """
+        if not self._ended:
+            self._receive()
+        if not self._pieces and self._error is not None:
+            error, self._error = self._error, None
+            raise error
+        pieces = list(self._pieces)
+        self._pieces.clear()
+        return pieces
+
+    @property
+    def ended(self) -> bool:
+        """Whether all pieces have been returned, and no more will come."""
+        return self._ended and not self._pieces and self._error is None
+
+    def _receive(self) -> None:
+        """Make pieces of what has come since."""
+        request = self.request
+        # The reason first: what it ends has all its tokens by then.
+        finished = request.finished
+        self._take(request.output_token_ids[:], finished)
+        if finished:
+            self._ended, self._error = True, request.error
+            self._cancel.detach()
 
     def __enter__(self) -> ReplyStream:
         """Return the stream itself."""

@@ -82,6 +82,8 @@ class Request:
     logits: list[Tensor] = field(default_factory=list)
     """The target's logits of each token, (vocabulary,), where they are kept."""
     token_logprobs: list[TokenLogprob] = field(default_factory=list)
+    cached: int = 0
+    """Positions of the prompt that were taken over from earlier requests."""
     added: bool = False
     """Whether an engine has it, or had it."""
     autocast: tuple[bool, torch.dtype] = (False, torch.float32)

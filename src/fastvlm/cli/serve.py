@@ -1,0 +1,72 @@
+"""`fastvlm serve`: an OpenAI-compatible server, and a page to try it on."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from fastvlm.cli.loading import ModelOption, Runtime, UsageError
+from fastvlm.cli.terminal import PlainConsole
+from fastvlm.functional.errors import InputError
+from fastvlm.serving.settings import ServerSettings
+
+
+def serve(
+    *,
+    model: ModelOption = None,
+    draft: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="DIR",
+            help="The draft's directory.",
+            show_default="the example model's own, for it; else none",
+        ),
+    ] = None,
+    settings: ServerSettings,
+    max_slots: Annotated[
+        int, typer.Option(metavar="N", min=1, max=4096, help="Requests decoded together.")
+    ] = 16,
+    runtime: Runtime,
+) -> None:
+    """Serve a model with OpenAI's API, and a page to try it on.
+
+    Chat completions with images, streamed or whole, at /v1/chat/completions; metrics for Prometheus at
+    /metrics. Any client of OpenAI's API works with it.
+    """
+    try:
+        import uvicorn
+
+        from fastvlm.serving.app import Server
+        from fastvlm.serving.limits import is_loopback, read_keys
+    except ImportError as error:
+        raise InputError(
+            f"{error.name} is missing; install fastvlm with what serving needs:"
+            " pip install 'fastvlm[serve]'."
+        ) from error
+    if not is_loopback(settings.host) and not read_keys(settings.api_key_file):
+        raise UsageError(
+            "A server that other machines reach needs an API key: give --api-key-file, or set"
+            " FASTVLM_API_KEY."
+        )
+    from fastvlm.example import example
+
+    if model is None:
+        model, draft = str(example().MODEL), draft or example().DRAFT
+    vlm = runtime.load(model, draft, max_slots=max_slots)
+    name = settings.served_name or Path(model).name
+    app = Server(vlm, name, settings).app()
+    config = uvicorn.Config(
+        app,
+        host=settings.host,
+        port=settings.port,
+        log_level="warning",
+        access_log=False,
+        timeout_graceful_shutdown=30,
+        server_header=False,
+    )
+    server = uvicorn.Server(config)
+    host = f"[{settings.host}]" if ":" in settings.host else settings.host
+    PlainConsole().print(f"{name} is served at http://{host}:{settings.port}/ (Ctrl-C ends it).")
+    server.run()

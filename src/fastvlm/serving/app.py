@@ -1,0 +1,205 @@
+"""The server's endpoints."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager, suppress
+from pathlib import Path
+from typing import Any
+
+from fastapi import FastAPI, Request, Response
+from fastapi.exceptions import RequestValidationError
+from fastapi.responses import FileResponse, StreamingResponse
+from starlette.exceptions import HTTPException
+from starlette.staticfiles import StaticFiles
+
+from fastvlm.functional.errors import FastVlmError, InputError
+from fastvlm.serving.chat import ChatReplies
+from fastvlm.serving.engine_thread import EngineThread
+from fastvlm.serving.errors import ApiError, on_error, on_http_error, on_invalid
+from fastvlm.serving.limits import Limits, read_keys
+from fastvlm.serving.metrics import Metrics
+from fastvlm.serving.protocol import ChatRequest
+from fastvlm.serving.settings import ServerSettings
+from fastvlm.vlm import VisionLanguageModel
+
+PAGE = Path(__file__).parent / "page"
+"""The page's files."""
+PAGE_HEADERS = {
+    "Content-Security-Policy": "default-src 'self'; img-src 'self' blob: data:; "
+    "media-src 'self' blob:; frame-ancestors 'none'; base-uri 'none'; form-action 'none'",
+    "X-Content-Type-Options": "nosniff",
+    "Referrer-Policy": "no-referrer",
+    "Permissions-Policy": "camera=(self), microphone=(), geolocation=()",
+}
+
+
+class Server:
+    """A model behind OpenAI's API.
+
+    Args:
+        vlm: The model.
+        name: Its name in the API.
+        settings: How it runs.
+    """
+
+    def __init__(self, vlm: VisionLanguageModel, name: str, settings: ServerSettings) -> None:
+        self.vlm, self.name, self.settings = vlm, name, settings
+        self.engine = EngineThread(vlm)
+        self.metrics = Metrics(self.engine, name)
+        self.created = int(time.time())
+
+    def app(self) -> Any:
+        """Return the application, as an ASGI server runs it.
+
+        Raises:
+            InputError: The file of API keys can't be read.
+        """
+        app = FastAPI(title="fastvlm", lifespan=self._life, docs_url=None, redoc_url=None)
+        app.add_exception_handler(ApiError, on_error)
+        app.add_exception_handler(FastVlmError, on_error)
+        app.add_exception_handler(TimeoutError, on_error)
+        app.add_exception_handler(RequestValidationError, on_invalid)
+        app.add_exception_handler(HTTPException, on_http_error)
+        app.add_exception_handler(Exception, on_error)
+        app.get("/health")(self.health)
+        app.get("/ready")(self.health)
+        app.get("/metrics")(self.read_metrics)
+        app.get("/v1/models")(self.models)
+        app.get("/v1/models/{name:path}")(self.model)
+        app.post("/v1/chat/completions")(self.chat)
+        if PAGE.is_dir():
+            app.get("/", include_in_schema=False)(self.page)
+            app.mount("/static", StaticFiles(directory=PAGE))
+        return Limits(app, read_keys(self.settings.api_key_file), self.settings.max_body_bytes)
+
+    @asynccontextmanager
+    async def _life(self, _: FastAPI) -> AsyncIterator[None]:
+        with self.engine:
+            yield
+
+    async def health(self) -> dict[str, str]:
+        """Say that the server answers and the model is loaded."""
+        return {"status": "ok"}
+
+    async def read_metrics(self) -> Response:
+        """Return the metrics as Prometheus reads them."""
+        return Response(self.metrics.text(), media_type="text/plain; version=0.0.4")
+
+    async def page(self) -> Response:
+        """Return the page."""
+        return FileResponse(PAGE / "index.html", headers=PAGE_HEADERS)
+
+    async def models(self) -> dict[str, Any]:
+        """Return the one model that is served."""
+        return {"object": "list", "data": [self.card()]}
+
+    async def model(self, name: str) -> dict[str, Any]:
+        """Return a model by its name.
+
+        Raises:
+            ApiError: It is another.
+        """
+        self.check_name(name)
+        return self.card()
+
+    def card(self) -> dict[str, Any]:
+        """Return what clients are told of the model."""
+        sizes: list[int] | None = None
+        with suppress(InputError):
+            own = self.vlm.image_size
+            sizes = [size for size in (own // 4, own // 2, own, 2 * own) if size % 64 == 0 and size]
+        strategies = ["autoregressive", "early-exit", "prompt-lookup", "layer-skip"]
+        drafts = self.vlm.network is not None
+        return {
+            "id": self.name,
+            "object": "model",
+            "created": self.created,
+            "owned_by": "fastvlm",
+            "fastvlm": {
+                "strategies": [*strategies[:1], "imitation", *strategies[1:]]
+                if drafts
+                else strategies,
+                "default_strategy": "imitation" if drafts else "autoregressive",
+                "image_sizes": sizes,
+                "images": self.vlm.prompts.shows_images,
+                "max_images": self.settings.max_images,
+            },
+        }
+
+    def check_name(self, name: str | None) -> None:
+        """Refuse a model that isn't served.
+
+        Raises:
+            ApiError: It isn't.
+        """
+        if name is not None and name != self.name:
+            raise ApiError(
+                f"The model {name!r} is not served here; there is {self.name!r}.",
+                status=404,
+                param="model",
+                code="model_not_found",
+            )
+
+    async def chat(self, asked: ChatRequest, http: Request) -> Any:
+        """Answer a dialogue, whole or as a stream of server-sent events.
+
+        Raises:
+            ApiError: The request is refused, or the server is busy.
+            FastVlmError: The model refuses it.
+            TimeoutError: It takes too long.
+        """
+        self.check_name(asked.model)
+        self.check_room(asked.n)
+        limit = self.settings.request_seconds
+        replies = await ChatReplies.begin(asked, self.name, self.engine, self.settings)
+        if asked.stream:
+            chunks = self.observed(replies, limit)
+            return StreamingResponse(
+                chunks, media_type="text/event-stream", headers={"Cache-Control": "no-cache"}
+            )
+        watch = asyncio.ensure_future(gone(http, replies))
+        try:
+            async with asyncio.timeout(limit):
+                return await replies.whole()
+        finally:
+            watch.cancel()
+            self.finish(replies)
+
+    async def observed(self, replies: ChatReplies, limit: float) -> AsyncIterator[str]:
+        """Yield a stream's events, within a time, and count it when it has ended."""
+        try:
+            async with asyncio.timeout(limit):
+                async for one in replies.chunks():
+                    yield one
+        finally:
+            self.finish(replies)
+
+    def finish(self, replies: ChatReplies) -> None:
+        """Free what replies still hold, and count them."""
+        replies.close()
+        for stream in replies.streams:
+            self.metrics.observe(stream.stream.request)
+
+    def check_room(self, number: int) -> None:
+        """Refuse requests that too many others wait before.
+
+        Raises:
+            ApiError: They do.
+        """
+        if self.engine.waiting + number > self.settings.max_waiting + self.vlm.engine.max_slots:
+            raise ApiError(
+                "The server is busy; try again in a moment.",
+                status=503,
+                kind="overloaded_error",
+                headers={"Retry-After": "1"},
+            )
+
+
+async def gone(http: Request, replies: ChatReplies) -> None:
+    """End replies once their client has gone away."""
+    while not await http.is_disconnected():
+        await asyncio.sleep(0.1)
+    replies.close()

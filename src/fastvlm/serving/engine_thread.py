@@ -1,0 +1,152 @@
+"""The thread that makes the engine's steps, and the streams that it feeds."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator, Callable
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
+from threading import Condition, Thread
+from types import TracebackType
+
+from fastvlm.decoding.reply import Piece, Reply, ReplyStream
+from fastvlm.functional.errors import FastVlmError
+from fastvlm.vlm import VisionLanguageModel
+
+
+class ServedStream:
+    """A reply as an event loop sees it: an asynchronous iterator over its pieces.
+
+    Args:
+        stream: The stream, whose steps the engine's thread makes.
+        loop: The event loop that reads it.
+    """
+
+    def __init__(self, stream: ReplyStream, loop: asyncio.AbstractEventLoop) -> None:
+        self.stream, self.loop = stream, loop
+        self._arrived: asyncio.Queue[Piece | Exception | None] = asyncio.Queue()
+
+    @property
+    def reply(self) -> Reply:
+        """The reply so far."""
+        return self.stream.reply
+
+    async def __aiter__(self) -> AsyncIterator[Piece]:
+        """Yield the pieces as they come.
+
+        Raises:
+            Exception: The request failed with this error.
+        """
+        while (found := await self._arrived.get()) is not None:
+            if isinstance(found, Exception):
+                raise found
+            yield found
+
+    def close(self) -> None:
+        """End the reply where it stands; its slot is free before the next step."""
+        self.stream.close()
+
+    def feed(self) -> bool:
+        """Hand on what has come, from the engine's thread; return whether the reply has ended."""
+        try:
+            pieces = self.stream.ready()
+        except Exception as error:  # noqa: BLE001 (the request's own error, whatever it is)
+            self._hand_on(error)
+            return True
+        for piece in pieces:
+            self._hand_on(piece)
+        if self.stream.ended:
+            self._hand_on(None)
+            return True
+        return False
+
+    def _hand_on(self, found: Piece | Exception | None) -> None:
+        # The loop is closed when the server stops; nobody reads then.
+        with suppress(RuntimeError):
+            self.loop.call_soon_threadsafe(self._arrived.put_nowait, found)
+
+
+class EngineThread:
+    """Makes the steps of a model's engine while there are requests.
+
+    Prompts are prepared, and their images encoded, in a second thread, so that replies that stream
+    go on meanwhile.
+
+    Args:
+        vlm: The model.
+    """
+
+    def __init__(self, vlm: VisionLanguageModel) -> None:
+        self.vlm = vlm
+        self._streams: list[ServedStream] = []
+        self._changed = Condition()
+        self._stopping = False
+        self._preparing = ThreadPoolExecutor(1, "fastvlm-prepare")
+        self._thread = Thread(target=self._run, name="fastvlm-engine", daemon=True)
+
+    def __enter__(self) -> EngineThread:
+        """Start the thread."""
+        self._thread.start()
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        """End the thread; replies that are not finished are cancelled."""
+        with self._changed:
+            self._stopping = True
+            self._changed.notify()
+        self._thread.join()
+        self._preparing.shutdown()
+
+    @property
+    def running(self) -> int:
+        """Requests that have a slot."""
+        return len(self.vlm.engine.slots)
+
+    @property
+    def waiting(self) -> int:
+        """Requests that wait for a slot."""
+        return len(self.vlm.engine.waiting)
+
+    async def submit(self, make: Callable[[], ReplyStream]) -> ServedStream:
+        """Return the stream of a request, which has begun.
+
+        Args:
+            make: Prepares the request, such as `vlm.stream` with its arguments.
+
+        Raises:
+            FastVlmError: The request is refused.
+        """
+        loop = asyncio.get_running_loop()
+        stream = await loop.run_in_executor(self._preparing, make)
+        served = ServedStream(stream, loop)
+        stream.start()
+        with self._changed:
+            if self._stopping:
+                stream.close()
+                raise FastVlmError("The server is stopping.")
+            self._streams.append(served)
+            self._changed.notify()
+        return served
+
+    def _run(self) -> None:
+        while True:
+            with self._changed:
+                self._changed.wait_for(lambda: self._streams or self._stopping)
+                if self._stopping:
+                    for stream in self._streams:
+                        stream.close()
+                        stream.feed()
+                    return
+                streams = list(self._streams)
+            if not any(stream.stream.request.finished for stream in streams):
+                self.vlm.engine.step()
+            ended = [stream for stream in streams if stream.feed()]
+            if ended:
+                with self._changed:
+                    for stream in ended:
+                        self._streams.remove(stream)
