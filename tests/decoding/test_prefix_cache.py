@@ -17,7 +17,7 @@ POSITION = 2 * LAYERS * HEADS * SIZE * 4
 
 
 def entry(keys: Sequence[Hashable], exits: bool = False) -> PrefixEntry:
-    state = [torch.zeros(2, HEADS, len(keys), SIZE) for _ in range(LAYERS)]
+    state = {layer: torch.zeros(2, HEADS, len(keys), SIZE) for layer in range(LAYERS)}
     return PrefixEntry(list(keys), state, {1: torch.zeros(len(keys), 8)} if exits else {})
 
 
