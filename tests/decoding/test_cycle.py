@@ -17,6 +17,7 @@ from fastvlm.decoding import (
 from fastvlm.drafting import ConfidenceLength, FixedLength
 from fastvlm.functional.errors import InputError
 from fastvlm.language import DecoderInputs, split_decoder
+from fastvlm.language.decoder import cache_name
 from tests.decoding.conftest import (
     FAMILIES,
     decode,
@@ -99,7 +100,7 @@ def test_after_every_commit_the_cache_is_what_recomputing_gives(name: str) -> No
         for slot in engine.slots:
             history = [*slot.request.prompt_token_ids, *slot.request.output_token_ids]
             assert slot.length == len(history) - 1
-            whole = model(torch.tensor([history[:-1]]), use_cache=True).past_key_values
+            whole = model(torch.tensor([history[:-1]]), use_cache=True)[cache_name(model)]
             for layer in range(engine.decoder.depth):
                 expected, found = whole.layers[layer], engine.cache.layers[layer]
                 for tensor, ours in ((expected.keys, found.keys), (expected.values, found.values)):

@@ -20,6 +20,7 @@ from fastvlm.decoding import Autoregressive, Engine, Request, SelfSpeculative, S
 from fastvlm.decoding.prefix_cache import PrefixCache
 from fastvlm.drafting import AdaptiveLength, FixedLength
 from fastvlm.functional.lru import LruBytes
+from fastvlm.language.decoder import cache_name
 from fastvlm.prompts import ImageFeatureCache
 from fastvlm.vlm import VisionLanguageModel
 from fastvlm_example.scenes import render, sample
@@ -65,7 +66,7 @@ class WatchedEngine(Engine):
         reply = torch.tensor(request.output_token_ids, dtype=torch.long)
         embeddings = request.inputs.embeddings.double()
         embedded = torch.cat((embeddings, exact.embed_tokens(reply)))[:length]
-        whole = exact(inputs_embeds=embedded[None], use_cache=True).past_key_values
+        whole = exact(inputs_embeds=embedded[None], use_cache=True)[cache_name(exact)]
         for layer in range(self.decoder.depth):
             found, expected = self.cache.layers[layer], whole.layers[layer]
             for ours, theirs in ((found.keys, expected.keys), (found.values, expected.values)):

@@ -32,6 +32,7 @@ from tests.families.phi import NEWER_PHI
 from tests.families.queries import QUERIES, blip2, instructblip
 from tests.families.qwen import NEWER_QWEN, qwen2_5_vl, qwen2_vl
 from tests.families.read_first import NEWER_READ_FIRST, NEWER_READ_FIRST_WITH_IMAGES
+from tests.families.releases import released
 from tests.families.text_only import NEWER_TEXT, text
 from tests.families.tiles import NEWER_TILES
 
@@ -83,17 +84,19 @@ FAMILIES: dict[str, Callable[[], Family]] = {
     "instructblip-t5": lambda: instructblip(T5, gain=2.5),
     "instructblip-vicuna": lambda: instructblip({**ROTARY, "model_type": "llama"}),
 }
-NEWER_WITH_IMAGES: dict[str, Callable[[], NewerFamily]] = {
-    **NEWER_GEMMA,
-    **NEWER_GLM,
-    **NEWER_GRANITE,
-    **NEWER_KOSMOS,
-    **NEWER_LLAMA,
-    **NEWER_PHI,
-    **NEWER_QWEN,
-    **NEWER_READ_FIRST_WITH_IMAGES,
-    **NEWER_TILES,
-}
+NEWER_WITH_IMAGES = released(
+    {
+        **NEWER_GEMMA,
+        **NEWER_GLM,
+        **NEWER_GRANITE,
+        **NEWER_KOSMOS,
+        **NEWER_LLAMA,
+        **NEWER_PHI,
+        **NEWER_QWEN,
+        **NEWER_READ_FIRST_WITH_IMAGES,
+        **NEWER_TILES,
+    }
+)
 NEWER: dict[str, Callable[[], NewerFamily]] = {
     **NEWER_TEXT,
     **NEWER_READ_FIRST,

@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import torch
+import transformers
 from transformers import (
     Granite4VisionConfig,
     Granite4VisionForConditionalGeneration,
-    GraniteDoclingConfig,
-    GraniteDoclingForConditionalGeneration,
     LlavaNextConfig,
     LlavaNextForConditionalGeneration,
     PreTrainedModel,
@@ -81,6 +80,9 @@ def granite4_vision() -> NewerFamily:
         text_config={**ROTARY, **GRANITE, "model_type": "granite4_vision_text"},
         qformer_config={
             "model_type": "blip_2_qformer",
+            "hidden_size": 64,
+            "encoder_hidden_size": 64,
+            "num_attention_heads": 1,
             "num_hidden_layers": 1,
             "intermediate_size": 32,
             "cross_attention_frequency": 1,
@@ -103,7 +105,7 @@ def granite4_vision() -> NewerFamily:
 def granite_docling() -> NewerFamily:
     """Granite for Docling: tiles shuffled to a quarter; features for several layers."""
     torch.manual_seed(5)
-    config = GraniteDoclingConfig(
+    config = transformers.GraniteDoclingConfig(
         vision_config={
             **TOWER,
             "out_hidden_size": 32,
@@ -114,7 +116,8 @@ def granite_docling() -> NewerFamily:
         image_token_id=IMAGE,
         pad_token_id=PAD,
     )
-    return lively(GraniteDoclingForConditionalGeneration(config)), in_some_tiles
+    model = lively(transformers.GraniteDoclingForConditionalGeneration(config))
+    return model, in_some_tiles
 
 
 def in_some_tiles(rows: int, images_per_row: int = 1) -> Inputs:

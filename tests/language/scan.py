@@ -205,7 +205,7 @@ def row(found: GeneratingClass) -> Row:
 
 def describe_cache(made: Row, out: Any) -> None:
     """Note which cache `generate` used."""
-    for name in ("past_key_values", "cache_params", "mems", "state"):
+    for name in ("cache", "past_key_values", "cache_params", "mems", "state"):
         cache = getattr(out, name, None)
         if cache is not None:
             made.cache = type(cache).__name__

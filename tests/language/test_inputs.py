@@ -16,6 +16,7 @@ from transformers import DynamicCache, PreTrainedModel
 from fastvlm.decoding import Autoregressive
 from fastvlm.functional.errors import InputError
 from fastvlm.language import DecoderInputs, capture_decoder_inputs, split_decoder
+from fastvlm.language.decoder import cache_name
 from fastvlm.language.decoder_inputs import UNKNOWN_TOKEN
 from fastvlm.language.generator import end_tokens
 from fastvlm.language.structure import text_decoder
@@ -168,10 +169,11 @@ def test_a_question_without_an_image_has_ordinary_positions() -> None:
 def test_a_filled_cache_is_refused() -> None:
     model, inputs = FAMILIES["llama"]()
     given = inputs(1)
-    filled = model(**given, past_key_values=DynamicCache()).past_key_values
+    name = cache_name(model)
+    filled = model(**given, **{name: DynamicCache()})[name]
     with pytest.raises(InputError, match="from 5 positions"):
-        capture_decoder_inputs(model, {**given, "past_key_values": filled})
-    assert capture_decoder_inputs(model, {**given, "past_key_values": DynamicCache()})
+        capture_decoder_inputs(model, {**given, name: filled})
+    assert capture_decoder_inputs(model, {**given, name: DynamicCache()})
 
 
 @pytest.mark.parametrize("positions", [[3, 4, 5, 6, 7], [0, 1, 7, 8, 20], [0, 0, 1, 1, 2]])
@@ -268,7 +270,7 @@ def test_what_changes_nothing_is_passed_over(monkeypatch: pytest.MonkeyPatch) ->
         output_attentions=False,
         output_hidden_states=True,
         cache_position=torch.arange(21),
-        past_key_values=DynamicCache(),
+        **{cache_name(text_decoder(model)): DynamicCache()},
     )
     assert_same(capture_decoder_inputs(model, inputs(1)), expected)
 
@@ -291,9 +293,10 @@ def test_a_mask_of_the_models_own_is_refused(mask: Any, monkeypatch: pytest.Monk
 
 def test_what_a_model_puts_before_a_prompt_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     model, inputs = FAMILIES["llama"]()
-    filled = model(**inputs(1), past_key_values=DynamicCache()).past_key_values
+    name = cache_name(model)
+    filled = model(**inputs(1), **{name: DynamicCache()})[name]
     # Prefix tuning does so.
-    handing(model, monkeypatch, past_key_values=filled)
+    handing(model, monkeypatch, **{name: filled})
     with pytest.raises(InputError, match="from 5 positions"):
         capture_decoder_inputs(model, inputs(1))
 
@@ -303,7 +306,8 @@ def test_arguments_by_their_places(monkeypatch: pytest.MonkeyPatch) -> None:
     expected = capture_decoder_inputs(model, inputs(1))
     decoder = text_decoder(model)
     call = type(decoder).__call__
-    order = ("input_ids", "attention_mask", "position_ids", "past_key_values", "inputs_embeds")
+    cache = cache_name(decoder)
+    order = ("input_ids", "attention_mask", "position_ids", cache, "inputs_embeds")
 
     def placed(module: Any, *args: Any, **kwargs: Any) -> Any:
         assert not args

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
+import transformers
 from tokenizers.processors import TemplateProcessing
 from transformers import (
     AyaVisionProcessor,
@@ -19,8 +19,6 @@ from transformers import (
     Glm46VProcessor,
     GotOcr2ImageProcessor,
     Granite4VisionProcessor,
-    GraniteDoclingImageProcessor,
-    GraniteDoclingProcessor,
     InternVLProcessor,
     Kosmos2_5ImageProcessor,
     Kosmos2_5Processor,
@@ -40,6 +38,7 @@ from tests.families.gemma import POOLED
 from tests.families.granite import PINPOINTS
 from tests.families.kosmos import LATENT
 from tests.families.read_first import SEEN
+from tests.families.releases import released
 from tests.processors.parts import SPECIAL, character_tokenizer, still, template
 
 
@@ -140,8 +139,11 @@ def granite_docling() -> ProcessorMixin:
     special = {n: f"<row_{n - 81}_col_1>" for n in range(82, 85)}
     special |= {n: f"<row_{n - 84}_col_2>" for n in range(85, 88)}
     special |= {80: "<fake_token_around_image>", 81: "<global-img>"}
-    return GraniteDoclingProcessor(
-        GraniteDoclingImageProcessor(size={"height": 32, "width": 32}, max_patches=2),
+    images = transformers.GraniteDoclingImageProcessor(
+        size={"height": 32, "width": 32}, max_patches=2
+    )
+    return transformers.GraniteDoclingProcessor(
+        images,
         character_tokenizer(special=special),
         image_seq_len=PATCHES // 4,
         chat_template=template("<image>"),
@@ -197,21 +199,23 @@ def kosmos2_5() -> ProcessorMixin:
     return Kosmos2_5Processor(images, tokenizer, num_image_tokens=LATENT)
 
 
-NEWER_PROCESSORS: dict[str, Callable[[], ProcessorMixin]] = {
-    "gemma3": gemma3,
-    "paligemma": paligemma,
-    "paligemma2": paligemma,
-    "glm4v": lambda: glm(Glm4vProcessor, Glm4vImageProcessor),
-    "glm46v": lambda: glm(Glm46VProcessor, Glm46VImageProcessor),
-    "granite-vision": lambda: granite_vision(LlavaNextProcessor),
-    "granite4-vision": lambda: granite_vision(Granite4VisionProcessor, downsample_rate="1/2"),
-    "granite-docling": granite_docling,
-    "kosmos-2.5": kosmos2_5,
-    "mllama": mllama,
-    "qwen3-vl": qwen3_vl,
-    "qwen3-vl-moe": qwen3_vl,
-    "florence2": florence2,
-    "aya-vision": aya_vision,
-    "internvl": internvl,
-}
+NEWER_PROCESSORS = released(
+    {
+        "gemma3": gemma3,
+        "paligemma": paligemma,
+        "paligemma2": paligemma,
+        "glm4v": lambda: glm(Glm4vProcessor, Glm4vImageProcessor),
+        "glm46v": lambda: glm(Glm46VProcessor, Glm46VImageProcessor),
+        "granite-vision": lambda: granite_vision(LlavaNextProcessor),
+        "granite4-vision": lambda: granite_vision(Granite4VisionProcessor, downsample_rate="1/2"),
+        "granite-docling": granite_docling,
+        "kosmos-2.5": kosmos2_5,
+        "mllama": mllama,
+        "qwen3-vl": qwen3_vl,
+        "qwen3-vl-moe": qwen3_vl,
+        "florence2": florence2,
+        "aya-vision": aya_vision,
+        "internvl": internvl,
+    }
+)
 """Those of Cohere 2 Vision, Llama 4, Mistral 3 and Phi-4 Multimodal need torchvision."""

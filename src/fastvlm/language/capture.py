@@ -22,17 +22,18 @@ from fastvlm.language.additions import ADDITIONS, row_injections, row_source, wi
 from fastvlm.language.blocks import RowBlocks, row_blocks
 from fastvlm.language.decoder_inputs import UNKNOWN_TOKEN, DecoderInputs
 from fastvlm.language.generator import start_token
+from fastvlm.language.layer_calls import CACHE_NAMES
 from fastvlm.language.structure import text_decoder
 
 USED = frozenset(
     {
         *ADDITIONS,
+        *CACHE_NAMES,
         "attention_mask",
         "encoder_attention_mask",
         "encoder_hidden_states",
         "input_ids",
         "inputs_embeds",
-        "past_key_values",
         "position_ids",
     }
 )
@@ -187,7 +188,8 @@ def check_known(model: PreTrainedModel, arguments: Mapping[str, Any]) -> None:
             f"{type(model).__name__} hands its decoder {', '.join(sorted(unknown))}, which fastvlm"
             " doesn't know and would have to leave out; it decodes no such prompt."
         )
-    check_empty(arguments.get("past_key_values"))
+    for name in CACHE_NAMES:
+        check_empty(arguments.get(name))
 
 
 def _counts_up(value: Any) -> bool:
@@ -223,7 +225,8 @@ def normalise_inputs(model: PreTrainedModel, inputs: Mapping[str, Any]) -> dict[
         InputError: They go on from a cache that holds something.
     """
     given = {name: value for name, value in inputs.items() if value is not None}
-    check_empty(given.pop("past_key_values", None))
+    for name in CACHE_NAMES:
+        check_empty(given.pop(name, None))
     config: Any = model.config
     queries = getattr(config, "num_query_tokens", None)
     if queries and "input_ids" not in given and "inputs_embeds" not in given:

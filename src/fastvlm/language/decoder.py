@@ -318,7 +318,7 @@ def decoder_class(config: PreTrainedConfig) -> Any:
     raise InputError(f"transformers has no decoder for {type(config).__name__}.")
 
 
-def cache_name(layer: nn.Module) -> str:
-    """Return what a layer calls its cache, which differs between releases of `transformers`."""
-    names = inspect.signature(type(layer).forward).parameters
+def cache_name(module: nn.Module) -> str:
+    """Return what a model or a layer calls its cache: releases of `transformers` differ in it."""
+    names = inspect.signature(type(module).forward).parameters
     return "cache" if "cache" in names else "past_key_values"

@@ -26,7 +26,7 @@ SIZE = 3
 """Window and chunk of that pass, so that each kind of mask shows within its length."""
 SIZES = ("sliding_window", "attention_chunk_size")
 CACHE_NAMES = ("past_key_values", "cache")
-"""What layers call their cache, by release of `transformers`."""
+"""What models and their layers call their cache, by release of `transformers`."""
 HARMLESS = frozenset(
     {
         "cache_position",
