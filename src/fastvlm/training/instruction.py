@@ -204,7 +204,9 @@ def tune_model(
         source, seed=schedule.seed, process=process.process_index, processes=process.num_processes
     )
     if gradient_checkpointing:
-        model.gradient_checkpointing_enable({"use_reentrant": False})
+        # Newer releases of transformers have another name for it.
+        newer: Any = getattr(model, "activation_checkpointing_enable", None)
+        (newer or model.gradient_checkpointing_enable)({"use_reentrant": False})
     plan = {
         "learns": stage.learns,
         "image_size": stage.image_size,
