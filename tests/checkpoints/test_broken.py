@@ -29,7 +29,7 @@ LAYER = ".layers.1."
 def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Return a folder with a model of each of some families."""
     folder = tmp_path_factory.mktemp("models")
-    for family in ("llava", "qwen2-vl", "smolvlm"):
+    for family in ("llava", "qwen2-vl"):
         saved(family, folder / family)
     model, _ = FAMILIES["llama"]()
     model.save_pretrained(folder / "llama")
@@ -60,6 +60,8 @@ def sentence(folder: Path | str, **options: Any) -> str:
 def test_no_weight_is_left_at_random(how: str, family: str, models: Path, tmp_path: Path) -> None:
     if family == "smolvlm":
         pytest.importorskip("num2words")
+    if not (models / family).exists():
+        saved(family, models / family)
     folder = Path(shutil.copytree(models / family, tmp_path / family))
     weights = load_file(folder / WEIGHTS)
     layer = next(name for name in weights if LAYER in name and name.endswith("proj.weight"))
