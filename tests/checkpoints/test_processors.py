@@ -7,7 +7,15 @@ from pathlib import Path
 
 import pytest
 import torch
-from transformers import LlavaConfig, LlavaNextProcessor, LlavaProcessor, Qwen2Config, Qwen2VLConfig
+from transformers import (
+    LlavaConfig,
+    LlavaNextProcessor,
+    LlavaProcessor,
+    Mistral3Config,
+    Qwen2Config,
+    Qwen2VLConfig,
+)
+from transformers.utils import is_torchvision_available
 
 from fastvlm.checkpoints.processors import load_processor, processor_class
 from fastvlm.functional.errors import CheckpointError
@@ -58,6 +66,17 @@ def test_a_file_decides_before_the_family(tmp_path: Path) -> None:
     assert processor_class(tmp_path, LlavaConfig()) is LlavaNextProcessor
     (tmp_path / "processor_config.json").write_text('{"processor_class": "LlavaProcessor"}')
     assert processor_class(tmp_path, LlavaConfig()) is LlavaProcessor
+
+
+def test_a_processor_that_needs_a_package_says_which(tmp_path: Path) -> None:
+    (tmp_path / "tokenizer_config.json").write_text('{"processor_class": "PixtralProcessor"}')
+    if is_torchvision_available():
+        pytest.skip("torchvision is installed")
+    with pytest.raises(CheckpointError) as caught:
+        load_processor(tmp_path, Mistral3Config())
+    said = str(caught.value)
+    assert said.startswith("The processor PixtralProcessor needs torchvision: install torchvision")
+    assert said.endswith(".")
 
 
 def test_nothing_says_which(tmp_path: Path) -> None:

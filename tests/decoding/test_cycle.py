@@ -186,8 +186,8 @@ def test_a_reply_goes_beyond_the_context_as_generates_does() -> None:
 
 
 def test_an_unknown_family_is_named() -> None:
-    from transformers import GPT2Config, GPT2LMHeadModel
+    from transformers import MambaConfig, MambaForCausalLM
 
-    model = GPT2LMHeadModel(GPT2Config(n_layer=1, n_embd=8, n_head=1, vocab_size=10))
-    with pytest.raises(InputError, match="gpt2"):
+    model = MambaForCausalLM(MambaConfig(num_hidden_layers=1, hidden_size=8, vocab_size=10))
+    with pytest.raises(InputError, match="mamba"):
         split_decoder(model)

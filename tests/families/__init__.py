@@ -102,4 +102,4 @@ NEWER: dict[str, Callable[[], NewerFamily]] = {
     **NEWER_READ_FIRST,
     **NEWER_WITH_IMAGES,
 }
-"""Families that transformers has and fastvlm can't decode yet."""
+"""Families whose inputs have any number of images in a row; those of text alone are shown none."""

@@ -9,8 +9,8 @@ import transformers
 
 from tests.language.scan import COMMITTED, classes, rows, summary
 
-EQUAL = 180
-"""Classes that decode as generate does, at least; there were more when this was written."""
+EQUAL = 187
+"""Classes of transformers 5.23 that decode as generate does, at least."""
 
 
 @pytest.mark.slow

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import GPT2Config, GPT2LMHeadModel
+from transformers import MambaConfig, MambaForCausalLM
 
 import fastvlm
 from fastvlm.functional.errors import InputError
@@ -104,10 +104,10 @@ def test_a_processor_without_its_template(tmp_path: Path) -> None:
 
 
 def test_an_unknown_family(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    model = GPT2LMHeadModel(GPT2Config(n_embd=8, n_layer=1, n_head=2, vocab_size=97))
+    model = MambaForCausalLM(MambaConfig(num_hidden_layers=1, hidden_size=8, vocab_size=97))
     model.save_pretrained(tmp_path)
     character_tokenizer().save_pretrained(tmp_path)
     # No weight is read for that.
     monkeypatch.setattr("transformers.PreTrainedModel.from_pretrained", None)
-    with pytest.raises(InputError, match="gpt2"):
+    with pytest.raises(InputError, match="mamba"):
         load(tmp_path)

@@ -24,8 +24,7 @@ class Kosmos25Decoder(PlacedDecoder):
         positions = places.expand(x.shape[:2]) + first
         # The table grows with the positions that it is said to begin after.
         past = max(int(places.max()) + 1 - x.shape[1], 0)
-        added = table(
-            inputs_embeds=x, past_key_values_length=past, position_ids=positions.contiguous()
-        )
+        # By place: releases of transformers differ in what they call the third.
+        added = table(None, x, past, positions.contiguous())
         added = added.to(x) + self.decoder.segment_emb.weight[0]
         return x * self.decoder.embed_scale + added

@@ -18,6 +18,14 @@ from fastvlm.language.layer_calls import LayerCall
 from fastvlm.language.positions import EncoderContext, Positions
 
 
+class _SourceCache(CrossCache):
+    """A cache whose length is that of the source, which layers of transformers 5.17 ask for."""
+
+    def get_seq_length(self, layer_idx: int = 0) -> int:  # noqa: ARG002
+        """Return the positions of the source, once a layer has seen them."""
+        return max((known.keys.shape[2] for known in self.layers.values()), default=0)
+
+
 class MllamaDecoder(GeneralDecoder):
     """The decoder of Mllama. See `GeneralDecoder`.
 
@@ -47,7 +55,7 @@ class MllamaDecoder(GeneralDecoder):
         source: EncoderContext,
         cache: KeyValueCache,
     ) -> Tensor:
-        both: Any = CrossCache(cache, source)
+        both: Any = _SourceCache(cache, source)
         seen = self._seen(positions, source)
         any_seen = seen.any(-1, keepdim=True)
         # A position that sees nothing attends to all of its row's source, as the model has it.
