@@ -32,8 +32,8 @@ def serve(
 ) -> None:
     """Serve a model with OpenAI's API, and a page to try it on.
 
-    Chat completions with images, streamed or whole, at /v1/chat/completions; metrics for Prometheus at
-    /metrics. Any client of OpenAI's API works with it.
+    Chat completions with images, streamed or whole, at /v1/chat/completions; metrics for
+    Prometheus at /metrics. Any client of OpenAI's API works with it.
     """
     try:
         import uvicorn

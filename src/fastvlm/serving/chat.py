@@ -92,7 +92,7 @@ class ChatReplies:
         asked.check()
         vlm = engine.vlm
         messages = await asyncio.to_thread(messages_of, asked.messages, settings)
-        drafts = (
+        drafts: dict[str, Any] = (
             {}
             if asked.num_speculative_tokens is None
             else {"num_speculative_tokens": asked.num_speculative_tokens}

@@ -83,7 +83,14 @@ class Limits:
                 raise too_large
             return message
 
-        await self.app(scope, counted, send)
+        async def answered(message: MutableMapping[str, Any]) -> None:
+            # What reads the body makes an answer of its own of the error.
+            if taken <= self.max_body_bytes:
+                await send(message)
+            elif message["type"] == "http.response.start":
+                await too_large.response()(scope, receive, send)
+
+        await self.app(scope, counted, answered)
 
     def _refusal(self, path: str, headers: dict[bytes, bytes]) -> ApiError | None:
         open_path = path in OPEN_PATHS or path.startswith("/static/")
@@ -102,6 +109,6 @@ class Limits:
 
     def _known(self, given: bytes) -> bool:
         scheme, _, key = given.partition(b" ")
-        # All are compared, each in constant time, so that nothing can be learnt from how long it takes.
+        # All are compared, each in constant time, so that the time tells nothing.
         same = [hmac.compare_digest(key.strip(), own) for own in self.keys]
         return scheme.lower() == b"bearer" and any(same)

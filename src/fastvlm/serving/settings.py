@@ -31,7 +31,7 @@ class ServerSettings:
     api_key_file: Annotated[
         Path | None,
         Option(
-            "A file of API keys, one a line; else they are in FASTVLM_API_KEY, separated by commas.",
+            "A file of API keys, one a line; else they are in FASTVLM_API_KEY.",
             "FILE",
         ),
     ] = None

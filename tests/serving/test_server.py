@@ -1,0 +1,297 @@
+"""The server by the official client, against the engine's own replies."""
+
+from __future__ import annotations
+
+import base64
+import io
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import httpx
+import openai
+import pytest
+import torch
+import uvicorn
+
+from fastvlm.serving.app import Server
+from fastvlm.serving.settings import ServerSettings
+from fastvlm.vlm import VisionLanguageModel
+from fastvlm_example import SCENE_PROMPT
+from fastvlm_example.scenes import render, sample
+from tests.models import small_vlm
+
+NAME = "small"
+
+
+@contextmanager
+def served(vlm: VisionLanguageModel, **settings: Any) -> Iterator[str]:
+    """Serve a model on a free port; its address."""
+    app = Server(vlm, NAME, ServerSettings(port=0, **settings)).app()
+    server = uvicorn.Server(uvicorn.Config(app, port=0, log_level="error"))
+    thread = threading.Thread(target=server.run)
+    thread.start()
+    while not server.started:
+        time.sleep(0.01)
+    try:
+        yield f"http://127.0.0.1:{server.servers[0].sockets[0].getsockname()[1]}"
+    finally:
+        server.should_exit = True
+        thread.join()
+
+
+@pytest.fixture(scope="module")
+def vlm() -> VisionLanguageModel:
+    return small_vlm(torch.float32, max_slots=4)
+
+
+@pytest.fixture(scope="module")
+def address(vlm: VisionLanguageModel) -> Iterator[str]:
+    with served(vlm) as found:
+        yield found
+
+
+@pytest.fixture
+def client(address: str) -> openai.OpenAI:
+    return openai.OpenAI(base_url=f"{address}/v1", api_key="none", max_retries=0)
+
+
+def image_url(seed: int) -> str:
+    """Return a rendered scene as a data URL."""
+    content = io.BytesIO()
+    render(sample(seed), 128).save(content, "PNG")
+    return f"data:image/png;base64,{base64.b64encode(content.getvalue()).decode()}"
+
+
+def asked(seed: int, text: str = SCENE_PROMPT) -> list[Any]:
+    """Return a question about a scene."""
+    return [
+        {
+            "role": "user",
+            "content": [
+                {"type": "image_url", "image_url": {"url": image_url(seed)}},
+                {"type": "text", "text": text},
+            ],
+        }
+    ]
+
+
+def own(vlm: VisionLanguageModel, scene: int, **options: Any) -> Any:
+    """Return the engine's own reply to the same question."""
+    return vlm.generate(SCENE_PROMPT, render(sample(scene), 128), **options)
+
+
+def test_a_reply_is_the_engines(client: openai.OpenAI, vlm: VisionLanguageModel) -> None:
+    expected = own(vlm, 3, max_new_tokens=20)
+    found = client.chat.completions.create(
+        model=NAME, messages=asked(3), max_tokens=20, temperature=0
+    )
+    assert found.choices[0].message.content == expected.text
+    assert found.choices[0].finish_reason == "length"
+    assert found.usage.completion_tokens == 20
+    assert found.usage.prompt_tokens == len(expected.prompt_token_ids)
+
+
+@pytest.mark.parametrize("strategy", ["autoregressive", "prompt-lookup", "early-exit"])
+def test_a_stream_is_the_reply_in_pieces(
+    client: openai.OpenAI, vlm: VisionLanguageModel, strategy: str
+) -> None:
+    expected = own(vlm, 4, max_new_tokens=24, temperature=0.7, seed=5)
+    chunks = list(
+        client.chat.completions.create(
+            model=NAME, messages=asked(4), max_completion_tokens=24, temperature=0.7, seed=5,
+            stream=True, stream_options={"include_usage": True},
+            extra_body={"strategy": strategy, "return_drafted": True},
+        )
+    )  # fmt: skip
+    texts = [chunk.choices[0].delta.content or "" for chunk in chunks if chunk.choices]
+    assert "".join(texts) == expected.text
+    assert len(texts) > 4
+    drafted = [one for c in chunks if c.choices for one in getattr(c.choices[0], "drafted", [])]
+    assert len(drafted) == len(expected.token_ids)
+    assert any(drafted) == (strategy == "early-exit" and any(drafted))
+    usage = chunks[-1].usage
+    assert usage.completion_tokens == 24
+    assert usage.completion_tokens_details.accepted_prediction_tokens == sum(drafted)
+
+
+def test_several_choices_are_drawn_with_seeds_that_follow(
+    client: openai.OpenAI, vlm: VisionLanguageModel
+) -> None:
+    expected = [own(vlm, 5, max_new_tokens=12, temperature=1.0, seed=7 + i).text for i in range(3)]
+    found = client.chat.completions.create(
+        model=NAME, messages=asked(5), max_tokens=12, temperature=1, seed=7, n=3
+    )
+    assert [choice.message.content for choice in found.choices] == expected
+    assert found.usage.completion_tokens == 36
+
+
+def test_log_probabilities(client: openai.OpenAI, vlm: VisionLanguageModel) -> None:
+    expected = own(vlm, 6, max_new_tokens=5, logprobs=2)
+    words: dict[str, Any] = {
+        "model": NAME, "messages": asked(6), "max_tokens": 5, "temperature": 0, "logprobs": True,
+        "top_logprobs": 2,
+    }  # fmt: skip
+    whole = client.chat.completions.create(**words).choices[0].logprobs.content
+    chunks = client.chat.completions.create(**words, stream=True)
+    streamed = [
+        one for c in chunks if c.choices[0].logprobs for one in c.choices[0].logprobs.content
+    ]
+    for found in (whole, streamed):
+        assert [one.logprob for one in found] == pytest.approx(
+            [one.logprob for one in expected.logprobs]
+        )
+        assert all(len(one.top_logprobs) == 2 for one in found)
+
+
+def test_many_at_once_are_not_mixed_up(client: openai.OpenAI, vlm: VisionLanguageModel) -> None:
+    expected = {seed: own(vlm, seed, max_new_tokens=16).text for seed in range(12)}
+    found: dict[int, str] = {}
+
+    def ask(seed: int) -> None:
+        reply = client.chat.completions.create(
+            model=NAME, messages=asked(seed), max_tokens=16, temperature=0
+        )
+        found[seed] = reply.choices[0].message.content
+
+    threads = [threading.Thread(target=ask, args=(seed,)) for seed in range(12)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert found == expected
+
+
+def test_a_client_that_goes_away_frees_its_slot(
+    client: openai.OpenAI, vlm: VisionLanguageModel
+) -> None:
+    stream = client.chat.completions.create(
+        model=NAME, messages=asked(1), max_tokens=200, temperature=0, stream=True
+    )
+    next(iter(stream))
+    stream.close()
+    deadline = time.monotonic() + 10
+    while vlm.engine.slots and time.monotonic() < deadline:
+        time.sleep(0.02)
+    assert not vlm.engine.slots
+
+
+@pytest.mark.parametrize(
+    ("body", "param"),
+    [
+        ({"top_k": 3, "nonsense": 1}, "nonsense"),
+        ({"temperature": 3}, "temperature"),
+        ({"presence_penalty": 1}, "presence_penalty"),
+        ({"logit_bias": {"5": 1}}, "logit_bias"),
+        ({"top_logprobs": 2}, "top_logprobs"),
+        ({"stream_options": {"include_usage": True}}, "stream_options"),
+        ({"messages": []}, "messages"),
+        ({"messages": [{"role": "user", "content": [{"type": "video", "url": "x"}]}]}, None),
+        ({"tools": []}, "tools"),
+        ({"strategy": "guess"}, None),
+        ({"max_tokens": 0}, "max_tokens"),
+    ],
+)
+def test_what_is_not_supported_is_refused_in_openais_shape(
+    address: str, body: dict[str, Any], param: str | None
+) -> None:
+    whole = {"model": NAME, "messages": asked(1), **body}
+    found = httpx.post(f"{address}/v1/chat/completions", json=whole)
+    assert found.status_code == 400
+    error = found.json()["error"]
+    assert error["type"] == "invalid_request_error"
+    if param is not None:
+        assert error["param"].startswith(param)
+
+
+@pytest.mark.parametrize(
+    "url",
+    [
+        "http://169.254.169.254/latest", "file:///etc/passwd", "/etc/passwd",
+        "data:image/png;base64,AAAA",        "FILE:///etc/passwd", "ftp://x/y", "",
+    ],
+)  # fmt: skip
+def test_nothing_a_client_names_is_opened(address: str, url: str) -> None:
+    content = [{"type": "image_url", "image_url": {"url": url}}]
+    body = {"model": NAME, "messages": [{"role": "user", "content": content}]}
+    found = httpx.post(f"{address}/v1/chat/completions", json=body)
+    assert found.status_code in (400, 403)
+    assert "root:" not in found.text
+
+
+def test_images_below_a_folder(vlm: VisionLanguageModel, tmp_path: Path) -> None:
+    folder, secret = tmp_path / "images", tmp_path / "secret.png"
+    folder.mkdir()
+    render(sample(2), 128).save(folder / "a b.png")
+    render(sample(2), 128).save(secret)
+    (folder / "out.png").symlink_to(secret)
+
+    def status(address: str, path: str) -> int:
+        content = [{"type": "image_url", "image_url": {"url": f"file://{path}"}}]
+        body = {"messages": [{"role": "user", "content": content}], "max_tokens": 1}
+        return httpx.post(f"{address}/v1/chat/completions", json=body).status_code
+
+    with served(vlm, image_folder=folder) as address:
+        assert status(address, f"{folder}/a%20b.png") == 200
+        for path in (secret, folder / "out.png", folder / ".." / "secret.png", folder / "none.png"):
+            assert status(address, str(path)) == 403
+
+
+def test_keys_bodies_and_names(vlm: VisionLanguageModel, tmp_path: Path) -> None:
+    keys = tmp_path / "keys"
+    keys.write_text("one\ntwo\n")
+    body = {"messages": [{"role": "user", "content": "hi"}], "max_tokens": 1}
+    with served(vlm, api_key_file=keys, max_body_bytes=2048) as address:
+        chat = f"{address}/v1/chat/completions"
+        assert httpx.post(chat, json=body).status_code == 401
+        wrong = {"Authorization": "Bearer three"}
+        assert httpx.post(chat, json=body, headers=wrong).status_code == 401
+        right = {"Authorization": "Bearer two"}
+        assert httpx.post(chat, json=body, headers=right).status_code == 200
+        assert httpx.get(f"{address}/health").status_code == 200
+        assert httpx.get(f"{address}/metrics").status_code == 401
+        large = {**body, "user": "x" * 5000}
+        assert httpx.post(chat, json=large, headers=right).status_code == 413
+        # Its length isn't told beforehand.
+        chunks = (b"x" * 1000 for _ in range(10))
+        assert httpx.post(chat, content=chunks, headers=right).status_code == 413
+        other = httpx.post(chat, json={**body, "model": "other"}, headers=right)
+        assert other.status_code == 404
+        assert other.json()["error"]["code"] == "model_not_found"
+
+
+def test_a_busy_server_says_so(vlm: VisionLanguageModel) -> None:
+    with served(vlm, max_waiting=0) as address:
+        body = {"messages": asked(1), "max_tokens": 1, "n": 5}
+        found = httpx.post(f"{address}/v1/chat/completions", json=body)
+        assert found.status_code == 503
+        assert int(found.headers["retry-after"]) >= 1
+
+
+def test_models_and_metrics(client: openai.OpenAI, address: str) -> None:
+    assert [model.id for model in client.models.list()] == [NAME]
+    assert client.models.retrieve(NAME).id == NAME
+    before = metrics(address)
+    client.chat.completions.create(
+        model=NAME, messages=asked(9), max_tokens=8, temperature=0,
+        extra_body={"strategy": "early-exit"},
+    )  # fmt: skip
+    after = metrics(address)
+
+    def grew(name: str) -> float:
+        return after.get(name, 0) - before.get(name, 0)
+
+    assert grew("vllm:generation_tokens_total") == 8
+    assert grew("vllm:time_to_first_token_seconds_count") == 1
+    assert grew("vllm:inter_token_latency_seconds_count") == 7
+    assert grew("vllm:spec_decode_num_drafts_total") >= 1
+
+
+def metrics(address: str) -> dict[str, float]:
+    """Return the server's metrics, the labels left out."""
+    lines = httpx.get(f"{address}/metrics").text.splitlines()
+    pairs = [line.rsplit(" ", 1) for line in lines if not line.startswith("#")]
+    return {name.partition("{")[0]: float(value) for name, value in pairs}
