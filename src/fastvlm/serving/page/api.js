@@ -99,7 +99,12 @@ export async function* streamReply(body, signal) {
   });
   for await (const data of events(response.body)) {
     if (data === "[DONE]") return;
-    const chunk = JSON.parse(data);
+    let chunk;
+    try {
+      chunk = JSON.parse(data);
+    } catch {
+      throw new ServerError("lost", "The server’s answer can’t be read.");
+    }
     if (chunk.error) throw new ServerError("refused", chunk.error.message || "The server gave up.");
     yield chunk;
   }

@@ -20,8 +20,8 @@ export function acceptanceByPosition(accepted, proposed) {
 export function acceptanceChart(accepted, proposed) {
   const bars = acceptanceByPosition(accepted, proposed);
   if (!bars.length) return null;
-  const step = bars.length > 12 ? 20 : 32;
-  const width = Math.max(bars.length, 6) * step;
+  const step = bars.length > 12 ? 18 : 34;
+  const width = bars.length * step;
   const floor = HEIGHT - LABELS;
   const room = floor - VALUES;
   const every = bars.length > 12 ? 4 : 1; // labels that would touch are left out
@@ -31,7 +31,7 @@ export function acceptanceChart(accepted, proposed) {
   });
   for (const { position, tried, kept, rate } of bars) {
     const middle = (position - 0.5) * step;
-    const thick = Math.min(18, step * 0.6);
+    const thick = Math.min(20, step * 0.6);
     const group = svg("g", {}, svg("title", {}, `Position ${position}: ${kept} of ${tried} accepted`));
     group.append(
       svg("rect", { class: "bar-ground", x: middle - thick / 2, y: VALUES, width: thick, height: room, rx: 2 }),

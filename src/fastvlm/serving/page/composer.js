@@ -12,6 +12,7 @@ export class Composer {
   #alert = byId("composer-alert");
   #model = null;
   #running = false;
+  #aboutQuestion = false; // whether the alert ends when something is typed
   #imagesBefore;
 
   /** `ask(text, images)` is called to ask, `stop()` to stop; `imagesBefore()` counts those of earlier turns. */
@@ -21,9 +22,11 @@ export class Composer {
       const text = this.#question.value.trim();
       if (this.#running) return;
       if (!this.#model) this.#say("There is no model to ask yet.");
-      else if (!text) this.#say("Type a question first.");
-      else ask(text, this.#images);
-      this.#question.focus();
+      else if (!text) {
+        this.#say("Type a question first.");
+        this.#aboutQuestion = true;
+      } else ask(text, this.#images);
+      this.#focus();
     };
     byId("composer").addEventListener("submit", (event) => {
       event.preventDefault();
@@ -36,7 +39,7 @@ export class Composer {
       submit();
     });
     this.#question.addEventListener("input", () => {
-      this.#say();
+      if (this.#aboutQuestion) this.#say();
       this.#fit();
       remember(this.#question.value);
     });
@@ -77,7 +80,13 @@ export class Composer {
     this.#say();
     this.#fit();
     this.#show();
-    this.#question.focus();
+    this.#focus();
+  }
+
+  // The keyboard of a phone would cover what is to be seen.
+  #focus() {
+    if (matchMedia("(pointer: coarse)").matches) this.#question.blur();
+    else this.#question.focus();
   }
 
   async receive(files) {
@@ -107,7 +116,7 @@ export class Composer {
     }
     this.#images.push(image);
     this.#show();
-    this.#question.focus();
+    this.#focus();
     return true;
   }
 
@@ -128,6 +137,7 @@ export class Composer {
   }
 
   #say(...message) {
+    this.#aboutQuestion = false;
     tell(this.#alert, ...message);
   }
 

@@ -4,10 +4,11 @@ import { listModels } from "./api.js";
 import { Composer } from "./composer.js";
 import { Conversation } from "./conversation.js";
 import { announce, byId, element, tell } from "./dom.js";
+import { setUpDrawer } from "./drawer.js";
+import { follow } from "./follow.js";
 import { askForKey } from "./key.js";
 import { run } from "./run.js";
 import { Settings, requestOptions } from "./settings.js";
-import { setUpDrawer } from "./drawer.js";
 
 const conversation = new Conversation();
 const settings = new Settings();
@@ -39,6 +40,7 @@ async function answer(turn) {
   const strategies = chosen.compare ? ["autoregressive", chosen.strategy] : [chosen.strategy];
   const panels = turn.open(strategies, chosen.together);
   turn.element.scrollIntoView({ block: "start" });
+  const unfollow = follow(turn.element);
   const messages = conversation.messages(turn);
   const start = (index) => run(
     { model: model.id, messages, ...requestOptions(chosen, strategies[index], seed) },
@@ -56,7 +58,11 @@ async function answer(turn) {
 
   abort = null;
   composer.running = false;
-  if (!conversation.has(turn)) return; // the conversation was cleared meanwhile
+  if (conversation.has(turn)) await settle(turn, strategies, results);
+  unfollow();
+}
+
+async function settle(turn, strategies, results) {
   const error = results.find((result) => result.error)?.error;
   if (error?.kind === "key" && await askForKey()) {
     answer(turn);
@@ -104,7 +110,7 @@ byId("model").addEventListener("change", choose);
 byId("new").addEventListener("click", () => {
   abort?.abort();
   conversation.clear();
-  composer.fill();
+  byId("question").focus();
   announce("New conversation.");
 });
 document.addEventListener("keydown", (event) => {

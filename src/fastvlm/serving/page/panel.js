@@ -18,10 +18,10 @@ export class Panel {
 
   constructor(strategy, waits) {
     this.ordinary = strategy === "autoregressive";
-    const title = this.ordinary ? "Ordinary decoding" : "Speculative decoding";
+    const title = this.ordinary ? "Ordinary" : "Speculative";
     const name = this.ordinary ? null : element("span", { className: "strategy" }, strategyName(strategy));
     const heading = element("h3", {}, title);
-    this.#copy.setAttribute("aria-label", `Copy the reply of ${title.toLowerCase()}`);
+    this.#copy.setAttribute("aria-label", `Copy the ${title.toLowerCase()} reply`);
     this.#copy.addEventListener("click", () => this.#copyText());
     const list = element("dl", { className: "figures" });
     for (const [key, label] of [["first", "First token"], ["speed", "Tokens/s"], ["total", "Total"]]) {
@@ -30,7 +30,7 @@ export class Panel {
     }
     this.element = element("section", { className: "panel" },
       element("div", { className: "panel-head" }, heading, name, this.#copy), list, this.#body, this.#state);
-    this.element.setAttribute("aria-label", title);
+    this.element.setAttribute("aria-label", `${title} decoding`);
     this.element.dataset.kind = this.ordinary ? "ordinary" : "speculative";
     if (waits) this.#state.textContent = "Waits for the other to finish.";
   }
@@ -46,7 +46,12 @@ export class Panel {
 
   piece(text, drafted) {
     this.#text += text;
-    this.#body.append(drafted ? element("span", { className: "drafted" }, text) : text);
+    for (const part of text.split(/(\s+)/)) { // spaces take no colour
+      if (!part) continue;
+      const word = drafted && part.trim() !== "";
+      if (word && this.#body.lastChild?.className === "drafted") this.#body.lastChild.append(part);
+      else this.#body.append(word ? element("span", { className: "drafted" }, part) : part);
+    }
   }
 
   end(result) {
@@ -58,9 +63,13 @@ export class Panel {
     this.#state.replaceChildren(...describe(result).map((line) => element("span", {}, line)));
   }
 
-  /** The other reply was not to be had, so this one is not asked for. */
+  /** The other reply was stopped or not to be had, so this one is not asked for. */
   skip() {
     this.#state.textContent = "Not asked for.";
+  }
+
+  get empty() {
+    return !this.#text;
   }
 
   #showFigures(clock) {

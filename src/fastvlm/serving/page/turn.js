@@ -7,7 +7,8 @@ import { Panel } from "./panel.js";
 export class Turn {
   reply = null; // what the history has of it
   #outcome = element("div", { className: "outcome" });
-  #panels = element("div", { className: "panels" });
+  #list = element("div", { className: "panels" });
+  #panels = [];
 
   constructor(number, text, images) {
     this.text = text;
@@ -17,17 +18,17 @@ export class Turn {
       element("img", { src: url, alt: `Image ${index + 1}: ${name}` })));
     this.element = element("article", { className: "turn" },
       images.length ? element("ul", { className: "turn-images" }, ...shown) : null,
-      question, this.#panels, this.#outcome);
+      question, this.#list, this.#outcome);
     this.element.setAttribute("aria-label", `Turn ${number}`);
   }
 
   /** Make a panel for each strategy; where they run in turn, all but the first wait. */
   open(strategies, together) {
     this.#outcome.replaceChildren();
-    const panels = strategies.map((strategy, index) => new Panel(strategy, index > 0 && !together));
-    this.#panels.replaceChildren(...panels.map((panel) => panel.element));
-    this.#panels.classList.toggle("single", panels.length === 1);
-    return panels;
+    this.#panels = strategies.map((strategy, index) => new Panel(strategy, index > 0 && !together));
+    this.#list.replaceChildren(...this.#panels.map((panel) => panel.element));
+    this.#list.classList.toggle("single", this.#panels.length === 1);
+    return this.#panels;
   }
 
   /** Say how the replies compare, and how the drafts did. */
@@ -64,6 +65,7 @@ export class Turn {
     change.addEventListener("click", edit);
     const failure = element("div", { className: "failure" }, element("p", {}, error.message + wait), again, change);
     failure.setAttribute("role", "alert");
+    for (const panel of this.#panels) if (panel.empty) panel.element.remove();
     this.#outcome.replaceChildren(failure);
   }
 }
@@ -87,13 +89,13 @@ export function compare(ordinary, speculative) {
 function speedup(ordinary, speculative) {
   const [slow, fast] = [ordinary.clock.speed, speculative.clock.speed];
   if (!slow || !fast) return null;
-  return [`${(fast / slow).toFixed(2)}×`, "tokens a second"];
+  return [`${(fast / slow).toFixed(2)}×`, "the tokens per second"];
 }
 
 function perPass({ cycles }) {
   if (!cycles?.accepted.length) return null;
   const kept = cycles.accepted.reduce((sum, number) => sum + number, 0);
-  return [(kept / cycles.accepted.length + 1).toFixed(2), "tokens a pass of the full model"];
+  return [(kept / cycles.accepted.length + 1).toFixed(2), "tokens per pass of the full model"];
 }
 
 const legend = () => element("p", { className: "legend" },
