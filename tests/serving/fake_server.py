@@ -1,11 +1,12 @@
 """A server that answers by the contract of `fastvlm serve` with canned replies, slowly.
 
-It serves the page too: `python -m tests.serving.fake_server` is for working on the page by hand. Words
-in the last question choose what happens: `busy`, `lost`, `refused`, `differ` and `long`.
+It serves the page too, and `python -m tests.serving.fake_server` is for working on that by hand.
+Words in the last question choose what happens: `busy`, `lost`, `refused`, `differ` and `long`.
 """
 
 import json
 import re
+import sys
 import threading
 import time
 from collections.abc import Iterator
@@ -17,11 +18,16 @@ from typing import Any
 
 PAGE = Path(__file__).parents[2] / "src" / "fastvlm" / "serving" / "page"
 POLICY = "default-src 'self'; img-src 'self' blob: data:"
-TYPES = {".html": "text/html", ".css": "text/css", ".js": "text/javascript", ".svg": "image/svg+xml"}
+TYPES = {
+    ".html": "text/html",
+    ".css": "text/css",
+    ".js": "text/javascript",
+    ".svg": "image/svg+xml",
+}
 REPLY = (
     "A person on skis stands on a snowy slope, wearing a red jacket and dark trousers. They hold a"
-    " pole in each hand and look towards the camera, smiling. Behind them the snow is marked by many"
-    " tracks, and the light is bright, as on a clear morning in late winter."
+    " pole in each hand and look towards the camera, smiling. Behind them the snow is marked by"
+    " many tracks, and the light is bright, as on a clear morning in late winter."
 )
 ACCEPTED = (3, 4, 1, 4, 2, 0, 4, 3, 4, 2)
 PROPOSED = 4
@@ -126,7 +132,9 @@ class _Handler(BaseHTTPRequestHandler):
             if lost and done > 5:
                 return
         reason = "length" if len(tokens) == body["max_tokens"] else "stop"
-        self._event({"choices": [{"index": 0, "delta": {}, "finish_reason": reason, "drafted": []}]})
+        self._event(
+            {"choices": [{"index": 0, "delta": {}, "finish_reason": reason, "drafted": []}]}
+        )
         kept = sum(accepted)
         self._event(
             {
@@ -158,11 +166,15 @@ class _Handler(BaseHTTPRequestHandler):
         self.wfile.write(f"data: {json.dumps(data)}\n\n".encode())
         self.wfile.flush()
 
-    def _error(self, status: HTTPStatus, message: str, headers: dict[str, str] | None = None) -> None:
+    def _error(
+        self, status: HTTPStatus, message: str, headers: dict[str, str] | None = None
+    ) -> None:
         error = {"message": message, "type": "error", "param": None, "code": None}
         self._json(status, {"error": error}, headers)
 
-    def _json(self, status: HTTPStatus, data: object, headers: dict[str, str] | None = None) -> None:
+    def _json(
+        self, status: HTTPStatus, data: object, headers: dict[str, str] | None = None
+    ) -> None:
         self._send(status, "application/json", json.dumps(data).encode(), headers)
 
     def _send(
@@ -187,5 +199,6 @@ def _chunk(token: str, *, drafted: bool) -> dict[str, Any]:
 
 if __name__ == "__main__":
     with serving(port=8765, pass_seconds=0.06) as running:
-        print(running.url)  # noqa: T201: for whoever runs it by hand
+        sys.stdout.write(f"{running.url}\n")
+        sys.stdout.flush()
         threading.Event().wait()

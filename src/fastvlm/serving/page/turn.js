@@ -58,12 +58,14 @@ export class Turn {
 
   /** Say what went wrong, and offer to do something about it. */
   fail(error, retry, edit) {
-    const wait = error.retryAfter ? ` Try again in ${count(error.retryAfter, "second")}.` : "";
+    const message = error.retryAfter
+      ? `The server is busy, and asks to wait ${count(error.retryAfter, "second")}.`
+      : error.message;
     const again = element("button", { type: "button", className: "primary", textContent: "Try again" });
     again.addEventListener("click", retry);
     const change = element("button", { type: "button", className: "quiet", textContent: "Edit question" });
     change.addEventListener("click", edit);
-    const failure = element("div", { className: "failure" }, element("p", {}, error.message + wait), again, change);
+    const failure = element("div", { className: "failure" }, element("p", {}, message), again, change);
     failure.setAttribute("role", "alert");
     for (const panel of this.#panels) if (panel.empty) panel.element.remove();
     this.#outcome.replaceChildren(failure);
