@@ -58,6 +58,8 @@ class FakeServer(ThreadingHTTPServer):
         self.requests: list[dict[str, Any]] = []
         self.hung_up = 0
         self.recovered = False  # whether it no longer is busy or lost
+        self.goes_on = threading.Event()  # cleared, replies halt after a few tokens
+        self.goes_on.set()
 
     @property
     def url(self) -> str:
@@ -131,6 +133,8 @@ class _Handler(BaseHTTPRequestHandler):
             done += kept + 1
             if lost and done > 5:
                 return
+            if done > 5:
+                self.server.goes_on.wait(timeout=60)
         reason = "length" if len(tokens) == body["max_tokens"] else "stop"
         self._event(
             {"choices": [{"index": 0, "delta": {}, "finish_reason": reason, "drafted": []}]}

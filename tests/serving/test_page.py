@@ -106,11 +106,13 @@ def images_of(body: dict[str, Any]) -> list[list[str]]:
 
 
 def test_both_replies_stream_side_by_side_and_are_identical(page: Any, server: FakeServer) -> None:
-    server.pass_seconds = 0.03
+    server.goes_on.clear()
     ask(page, "What is this?", wait=False)
-    reply = page.locator(".panel[data-kind=speculative] .reply")
-    sync_api.expect(reply).to_have_text(re.compile(".{20}"))
-    assert 20 < len(reply.text_content()) < len(REPLY)
+    sync_api.expect(page.locator(".reply").first).to_have_text("A person on skis stand")
+    assert page.locator(".panel").first.get_attribute("data-phase") == "running"
+    assert page.locator(".state").last.text_content() == "Waits for the other to finish."
+    assert len(server.requests) == 1
+    server.goes_on.set()
     page.wait_for_selector(".verdict.same")
     assert replies(page) == [REPLY, REPLY]
     assert [body["strategy"] for body in server.requests] == ["autoregressive", "imitation"]
@@ -245,7 +247,7 @@ def test_settings_reach_the_server(page: Any, server: FakeServer) -> None:
     assert speculative["strategy"] == "prompt-lookup"
     assert speculative["num_speculative_tokens"] == 6
     assert "num_speculative_tokens" not in ordinary
-    assert "maximum number of tokens" in page.locator(".state").first.text_content()
+    assert "48 tokens, the maximum" in page.locator(".state").first.text_content()
 
 
 def test_sampled_replies_share_a_new_seed(page: Any, server: FakeServer) -> None:
@@ -256,12 +258,13 @@ def test_sampled_replies_share_a_new_seed(page: Any, server: FakeServer) -> None
 
 
 def test_stop_ends_the_stream(page: Any, server: FakeServer) -> None:
-    server.pass_seconds = 0.03
+    server.goes_on.clear()
     page.uncheck("#compare")
     ask(page, "A long one", wait=False)
     page.wait_for_selector(".reply .drafted")
     page.click("#stop")
-    page.wait_for_selector(".state:has-text('Stopped.')")
+    page.wait_for_selector(".state:has-text('then stopped')")
+    server.goes_on.set()
     assert page.locator("#ask").is_visible()
     for _ in range(50):
         if server.hung_up:

@@ -20,7 +20,7 @@ export function acceptanceByPosition(accepted, proposed) {
 export function acceptanceChart(accepted, proposed) {
   const bars = acceptanceByPosition(accepted, proposed);
   if (!bars.length) return null;
-  const step = bars.length > 12 ? 18 : 34;
+  const step = bars.length > 12 ? 12 : 34; // 24 positions fit a phone
   const width = bars.length * step;
   const floor = HEIGHT - LABELS;
   const room = floor - VALUES;
@@ -39,11 +39,11 @@ export function acceptanceChart(accepted, proposed) {
         class: "bar-value", x: middle - thick / 2, y: floor - rate * room, width: thick, height: rate * room, rx: 2,
       }),
     );
-    if (every === 1) {
-      group.append(svg("text", { class: "bar-number", x: middle, y: VALUES - 4 }, `${Math.round(rate * 100)}`));
-    }
     if (position === 1 || position % every === 0) {
-      group.append(svg("text", { class: "bar-label", x: middle, y: HEIGHT - 2 }, `${position}`));
+      group.append(
+        svg("text", { x: middle, y: VALUES - 4 }, `${Math.round(rate * 100)}`),
+        svg("text", { x: middle, y: HEIGHT - 2 }, `${position}`),
+      );
     }
     drawing.append(group);
   }

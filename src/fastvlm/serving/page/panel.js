@@ -2,11 +2,7 @@
 
 import { count, element, seconds, strategyName } from "./dom.js";
 
-const ENDS = {
-  stop: "",
-  length: "Cut at the maximum number of tokens.",
-  aborted: "Stopped.",
-};
+const ENDS = { length: ", the maximum", aborted: ", then stopped" };
 
 export class Panel {
   #figures = {};
@@ -65,7 +61,7 @@ export class Panel {
 
   /** The other reply was stopped or not to be had, so this one is not asked for. */
   skip() {
-    this.#state.textContent = "Not asked for.";
+    this.element.remove();
   }
 
   get empty() {
@@ -90,8 +86,8 @@ export class Panel {
 /** What there is to say below a reply. */
 function describe({ finish, usage, clock }) {
   const lines = [];
-  if (ENDS[finish]) lines.push(ENDS[finish]);
-  if (clock.tokens) lines.push(count(clock.tokens, "token"));
+  if (clock.tokens) lines.push(count(clock.tokens, "token") + (ENDS[finish] ?? ""));
+  else if (finish === "aborted") lines.push("Stopped before the reply began");
   if (usage) {
     const cached = usage.prompt_tokens_details?.cached_tokens ?? 0;
     lines.push(`prompt ${usage.prompt_tokens}` + (cached ? `, ${cached} of it cached` : ""));
