@@ -24,6 +24,10 @@ demo: $(INSTALLED) ## See fastvlm at work on a small model that comes with it
 
 # A process for each core, with one thread: models this small gain nothing from a second one. A file's
 # tests stay together, for the models that they share.
+.PHONY: serve
+serve: $(INSTALLED) ## Serve the example model with OpenAI's API, and a page to try it on
+	@$(BIN)/fastvlm serve
+
 .PHONY: test
 test: $(INSTALLED) ## Run the fast tests
 	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "not slow" --numprocesses auto --dist loadfile

@@ -13,6 +13,7 @@ import pytest
 import fastvlm
 from fastvlm.cli.verbs import command
 from fastvlm.prompts import question
+from tests.serving.serving import served
 
 ROOT = Path(__file__).parents[2]
 DOCUMENTS = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
@@ -42,13 +43,18 @@ def place(shipped: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Pat
 
 
 @pytest.mark.parametrize("document", blocks("python"))
-def test_the_code_of_a_document_runs(document: str, place: Path) -> None:
+def test_the_code_of_a_document_runs(
+    document: str, place: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     vlm = fastvlm.load(place / "path" / "to" / "model")
     # What a reader of the lines for transformers has already.
     names: dict[str, Any] = {"fastvlm": fastvlm, "model": vlm.model}
     names["inputs"] = vlm.prompts.inputs(question("What is it?", place / "photo.jpg"))
-    for code in blocks("python")[document]:
-        exec(compile(code, document, "exec"), names)
+    with served(vlm) as address:
+        monkeypatch.setenv("OPENAI_BASE_URL", f"{address}/v1")
+        monkeypatch.setenv("OPENAI_API_KEY", "none")
+        for code in blocks("python")[document]:
+            exec(compile(code, document, "exec"), names)
 
 
 @pytest.mark.parametrize("document", blocks("sh"))

@@ -7,7 +7,6 @@ import io
 import threading
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -15,32 +14,12 @@ import httpx
 import openai
 import pytest
 import torch
-import uvicorn
 
-from fastvlm.serving.app import Server
-from fastvlm.serving.settings import ServerSettings
 from fastvlm.vlm import VisionLanguageModel
 from fastvlm_example import SCENE_PROMPT
 from fastvlm_example.scenes import render, sample
 from tests.models import small_vlm
-
-NAME = "small"
-
-
-@contextmanager
-def served(vlm: VisionLanguageModel, **settings: Any) -> Iterator[str]:
-    """Serve a model on a free port; its address."""
-    app = Server(vlm, NAME, ServerSettings(port=0, **settings)).app()
-    server = uvicorn.Server(uvicorn.Config(app, port=0, log_level="error"))
-    thread = threading.Thread(target=server.run)
-    thread.start()
-    while not server.started:
-        time.sleep(0.01)
-    try:
-        yield f"http://127.0.0.1:{server.servers[0].sockets[0].getsockname()[1]}"
-    finally:
-        server.should_exit = True
-        thread.join()
+from tests.serving.serving import NAME, served
 
 
 @pytest.fixture(scope="module")
@@ -275,7 +254,7 @@ def test_models_and_metrics(client: openai.OpenAI, address: str) -> None:
     assert [model.id for model in client.models.list()] == [NAME]
     assert client.models.retrieve(NAME).id == NAME
     before = metrics(address)
-    client.chat.completions.create(
+    found = client.chat.completions.create(
         model=NAME, messages=asked(9), max_tokens=8, temperature=0,
         extra_body={"strategy": "early-exit"},
     )  # fmt: skip
@@ -287,7 +266,10 @@ def test_models_and_metrics(client: openai.OpenAI, address: str) -> None:
     assert grew("vllm:generation_tokens_total") == 8
     assert grew("vllm:time_to_first_token_seconds_count") == 1
     assert grew("vllm:inter_token_latency_seconds_count") == 7
-    assert grew("vllm:spec_decode_num_drafts_total") >= 1
+    counted = found.usage.completion_tokens_details
+    accepted, rejected = counted.accepted_prediction_tokens, counted.rejected_prediction_tokens
+    assert grew("vllm:spec_decode_num_accepted_tokens_total") == accepted
+    assert grew("vllm:spec_decode_num_draft_tokens_total") == accepted + rejected
 
 
 def metrics(address: str) -> dict[str, float]:

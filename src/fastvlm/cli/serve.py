@@ -12,6 +12,9 @@ from fastvlm.cli.terminal import PlainConsole
 from fastvlm.functional.errors import InputError
 from fastvlm.serving.settings import ServerSettings
 
+EXAMPLE_NAME = "fastvlm-example"
+"""The example model's name in the API."""
+
 
 def serve(
     *,
@@ -52,10 +55,10 @@ def serve(
         )
     from fastvlm.example import example
 
+    name = settings.served_name or (EXAMPLE_NAME if model is None else Path(model).name)
     if model is None:
         model, draft = str(example().MODEL), draft or example().DRAFT
     vlm = runtime.load(model, draft, max_slots=max_slots)
-    name = settings.served_name or Path(model).name
     app = Server(vlm, name, settings).app()
     config = uvicorn.Config(
         app,

@@ -5,6 +5,7 @@ import { element, svg } from "./dom.js";
 const HEIGHT = 96;
 const LABELS = 16; // below the bars
 const VALUES = 14; // above them
+const EDGE = 8; // beside them, for labels wider than a bar
 
 /** How often each position of a draft was proposed and accepted. */
 export function acceptanceByPosition(accepted, proposed) {
@@ -21,7 +22,7 @@ export function acceptanceChart(accepted, proposed) {
   const bars = acceptanceByPosition(accepted, proposed);
   if (!bars.length) return null;
   const step = bars.length > 12 ? 12 : 34; // 24 positions fit a phone
-  const width = bars.length * step;
+  const width = bars.length * step + 2 * EDGE;
   const floor = HEIGHT - LABELS;
   const room = floor - VALUES;
   const every = bars.length > 12 ? 4 : 1; // labels that would touch are left out
@@ -30,7 +31,7 @@ export function acceptanceChart(accepted, proposed) {
     "aria-label": `Drafted tokens accepted by position: ${bars.map(spoken).join(", ")}.`,
   });
   for (const { position, tried, kept, rate } of bars) {
-    const middle = (position - 0.5) * step;
+    const middle = EDGE + (position - 0.5) * step;
     const thick = Math.min(20, step * 0.6);
     const group = svg("g", {}, svg("title", {}, `Position ${position}: ${kept} of ${tried} accepted`));
     group.append(
@@ -47,7 +48,7 @@ export function acceptanceChart(accepted, proposed) {
     }
     drawing.append(group);
   }
-  drawing.append(svg("line", { class: "bar-axis", x1: 0, x2: width, y1: floor, y2: floor }));
+  drawing.append(svg("line", { class: "bar-axis", x1: EDGE, x2: width - EDGE, y1: floor, y2: floor }));
   return element("figure", { className: "chart" },
     element("figcaption", {}, "Accepted by position in the draft, %"), drawing);
 }
