@@ -144,10 +144,15 @@ class PromptLookup(Drafting):
         histories = [
             [*slot.request.prompt_token_ids, *slot.request.output_token_ids] for slot in batch.slots
         ]
+        found = [
+            self.look_up(history, min(self.max_draft_tokens, limit))
+            for history, limit in zip(histories, limits, strict=True)
+        ]
+        size = batch.decoder.vocabulary_size
         return Draft(
             [
-                self.look_up(history, min(self.max_draft_tokens, limit))
-                for history, limit in zip(histories, limits, strict=True)
+                sampler.permitted(reply, row, size)
+                for sampler, reply, row in zip(batch.samplers, batch.replies, found, strict=True)
             ]
         )
 
