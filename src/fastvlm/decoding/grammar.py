@@ -15,8 +15,11 @@ from fastvlm.decoding.structured import StructuredOutput
 from fastvlm.functional.errors import InputError, first_line
 from fastvlm.functional.lru import LruBytes
 
-MAX_WHITESPACE = 32
-"""The maximum number of characters between two tokens of JSON."""
+WHITESPACE = r"\x20|\x0A\x20{0,16}|\x0A\x09{1,8}"
+"""What may stand between two tokens of JSON: a space, or a line break and an indentation.
+
+A model that isn't sure would otherwise go on with whitespace to the end of the reply.
+"""
 MAX_COMPILED = 64
 """The maximum number of compiled grammars that are kept for a tokenizer."""
 MASKS_KEPT = 64
@@ -96,6 +99,22 @@ class Constraint:
             raise InputError("The reply so far doesn't have the form that it is to have.")
         found += [torch.ones_like(found[0])] * (len(drafted) + 1 - len(found))
         return torch.stack(found)
+
+    def forced(self, prefix: Sequence[int], most: int, size: int) -> list[int]:
+        """Return the tokens that must follow a reply so far, as no other is allowed.
+
+        Args:
+            prefix: The reply so far, with what is drafted of it.
+            most: The maximum number of them.
+            size: The number of logits.
+        """
+        found: list[int] = []
+        while len(found) < most:
+            mask = self.allowed([*prefix, *found], size)
+            if mask is None or int(mask.sum()) != 1:
+                break
+            found.append(int(mask.int().argmax()))
+        return found
 
     def _mask(self, prefix: list[int]) -> Tensor | None:
         shared = min(len(prefix), len(self._tokens))
@@ -230,9 +249,8 @@ def _grammar_text(library: Any, form: StructuredOutput) -> str:
     if form.kind == "choice":
         return str(matcher.grammar_from_regex("|".join(map(_escaped, form.value))))
     schema = '{"type": "object"}' if form.kind == "json_object" else form.value
-    # A model that isn't sure would otherwise go on with whitespace to the end of the reply.
-    between = {"whitespace_pattern": rf"[\x20\x0A\x0D\x09]{{1,{MAX_WHITESPACE}}}"}
-    return str(matcher.grammar_from_json_schema(schema, overrides={**between, "lenient": False}))
+    overrides = {"whitespace_pattern": WHITESPACE, "lenient": False}
+    return str(matcher.grammar_from_json_schema(schema, overrides=overrides))
 
 
 def _escaped(text: str) -> str:

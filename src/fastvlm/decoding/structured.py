@@ -25,8 +25,8 @@ class StructuredOutput:
     | `choice` | strings | one of them |
     | `grammar` | a grammar in Lark's notation, with a rule `start` | text of the grammar |
 
-    In JSON, whitespace between two tokens is at most `MAX_WHITESPACE` characters. Equal ones are
-    compiled once.
+    Between two tokens of JSON stands nothing, a space, or a line break and an indentation of up to
+    16 spaces or 8 tabs. Equal forms are compiled once.
 
     Args:
         kind: The kind.
