@@ -12,12 +12,23 @@ import pytest
 import torch
 
 from fastvlm import InputError, VisionLanguageModel
-from fastvlm.decoding import Request, Sampler, SelfSpeculative, Strategy, StructuredOutput
-from fastvlm.decoding.grammar import Constraint
+from fastvlm.decoding import (
+    Autoregressive,
+    Engine,
+    PromptLookup,
+    Request,
+    Sampler,
+    SelfSpeculative,
+    Strategy,
+    StructuredOutput,
+)
+from fastvlm.decoding.grammar import Constraint, GrammarCompiler
 from fastvlm.drafting import ConfidenceLength, FixedLength
-from tests.decoding.conftest import imitation
+from fastvlm.language import split_decoder
+from tests.decoding.conftest import FAMILIES, finish, imitation, inputs_of, text_model
 from tests.decoding.forms import FORMS
 from tests.models import small_vlm
+from tests.processors import character_tokenizer
 
 pytest.importorskip("llguidance")
 jsonschema = pytest.importorskip("jsonschema")
@@ -196,6 +207,37 @@ def test_what_must_follow_is_drafted_by_nobody(
     [found] = decoded(vlm, [asked(vlm, form, "prompt-lookup")])
     assert found.accepted == found.proposed
     assert len(found.proposed) <= 1 + len(plain.output_token_ids) // 8
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_families_decode_forms(family: str) -> None:
+    """Among them those whose cache slides, and that compute all positions anew."""
+    model, tokenizer = text_model(family), character_tokenizer()
+    compiler, ends = GrammarCompiler(tokenizer), frozenset({1})
+    prompts = [[5, 9, 33, 7], [11, 12, 11, 12, 11], [6]]
+    with pytest.raises(InputError, match="No reply"):
+        compiler.constraint(FORMS["nested"], ends)  # the tokenizer knows no braces
+    words = StructuredOutput("regex", "([a-z]{3} )+, thank (you|goodness)[.!]{20,}")
+    forms = [words, None, StructuredOutput("choice", ["Yes, it is", "Yes, they are", "No"])]
+
+    def replies(strategy: Strategy) -> list[list[int]]:
+        requests = [
+            Request(
+                inputs_of(model, prompt),
+                strategy,
+                70,
+                Sampler((), seed, (), compiler.constraint(form, ends)),
+                ends,
+            )
+            for seed, (prompt, form) in enumerate(zip(prompts, forms, strict=True))
+        ]
+        finish(Engine(split_decoder(model)), requests)
+        return [request.output_token_ids for request in requests]
+
+    expected = replies(Autoregressive())
+    assert re.match("([a-z]{3} )+", tokenizer.decode(expected[0]))
+    for strategy in (PromptLookup(4, 1), imitation(model, length=ConfidenceLength(5, 0.2))):
+        assert replies(strategy) == expected
 
 
 def test_a_cancelled_request_leaves_the_others(vlm: VisionLanguageModel) -> None:

@@ -156,8 +156,46 @@ class Constraint:
             self.error = self._matcher.get_error()
             self._matcher, self._tokens, self._masks = self._grammar.deep_copy(), [], {}
             allowed.fill(0)
+        if np.count_nonzero(allowed) == 1:
+            # A text that is certain is spelt as the tokenizer does, which may not know its letters.
+            only = int(allowed.argmax())
+            allowed[only] = self._matcher.validate_tokens([only]) == 1
         allowed[ends] = complete
         return torch.from_numpy(allowed).view(torch.bool)
+
+
+class SpeltTokens:
+    """A tokenizer as the bytes of its tokens, by what they add to the text of another.
+
+    Args:
+        tokenizer: The tokenizer.
+        size: The number of its tokens.
+        end_token_ids: Tokens that end a reply.
+    """
+
+    is_tokenizer_wrapper = True
+    bos_token_id = None
+
+    def __init__(
+        self, tokenizer: PreTrainedTokenizerBase, size: int, end_token_ids: Iterable[int]
+    ) -> None:
+        self._tokenizer: Any = tokenizer
+        added: dict[int, Any] = self._tokenizer.added_tokens_decoder
+        special = {token for token, one in added.items() if one.special} | {*end_token_ids}
+        self.eos_token_id = min(end_token_ids)
+        self.special_token_ids = sorted(special)
+        texts = tokenizer.batch_decode([[token] for token in range(size)])
+        letters = (token for token, text in enumerate(texts) if len(text) == 1 and text.isalpha())
+        before = next((token for token in letters if token not in special), 0)
+        pairs = tokenizer.batch_decode([[before, token] for token in range(size)])
+        self.tokens = [
+            (texts[token] if token in special else pair[len(texts[before]) :]).encode()
+            for token, pair in enumerate(pairs)
+        ]
+
+    def __call__(self, text: str) -> list[int]:
+        """Return the tokens of a text."""
+        return list(self._tokenizer.encode(text, add_special_tokens=False))
 
 
 class GrammarCompiler:
@@ -209,9 +247,10 @@ class GrammarCompiler:
 
     def _compile(self, form: StructuredOutput, size: int, ends: frozenset[int]) -> Any:
         library = _library()
+        vocabulary = self._known_vocabulary(size, ends)
         try:
             grammar = library.LLMatcher(
-                self._known_vocabulary(size, ends),
+                vocabulary,
                 _grammar_text(library, form),
                 log_level=0,
                 limits=library.LLParserLimits(initial_lexer_fuel=LEXER_FUEL, verbose_errors=False),
@@ -225,6 +264,7 @@ class GrammarCompiler:
 
     def _known_vocabulary(self, size: int, ends: frozenset[int]) -> Any:
         """Return the tokenizer as the library knows it, which takes a second for a large one."""
+        from llguidance import LLTokenizer
         from llguidance.hf import from_tokenizer
 
         with self._lock:
@@ -234,7 +274,12 @@ class GrammarCompiler:
                         "A reply's form needs a tokenizer of the library tokenizers; this is a"
                         f" {type(self.tokenizer).__name__}."
                     )
-                made = from_tokenizer(self.tokenizer, n_vocab=size, eos_token=sorted(ends))
+                try:
+                    made = from_tokenizer(self.tokenizer, n_vocab=size, eos_token=sorted(ends))
+                except ValueError:
+                    # It reads byte-level BPE and SentencePiece with bytes; others are spelt out.
+                    spelt: Any = SpeltTokens(self.tokenizer, size, ends)
+                    made = LLTokenizer(spelt, n_vocab=size, eos_token=sorted(ends))
                 self._vocabulary = (size, ends), made
             return self._vocabulary[1]
 
