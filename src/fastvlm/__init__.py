@@ -10,6 +10,7 @@ from fastvlm.functional.errors import CheckpointError, FastVlmError, InputError
 
 if TYPE_CHECKING:
     from fastvlm.custom_generate import speculative
+    from fastvlm.decoding import StructuredOutput
     from fastvlm.language.packed import pack_decoder
     from fastvlm.vlm import Piece, Reply, VisionLanguageModel, load
 
@@ -21,6 +22,7 @@ __all__ = [
     "InputError",
     "Piece",
     "Reply",
+    "StructuredOutput",
     "VisionLanguageModel",
     "load",
     "pack_decoder",
@@ -36,6 +38,10 @@ def __getattr__(name: str) -> Any:
         from fastvlm.custom_generate import speculative
 
         return speculative
+    if name == "StructuredOutput":
+        from fastvlm.decoding import StructuredOutput
+
+        return StructuredOutput
     if name == "pack_decoder":
         from fastvlm.language.packed import pack_decoder
 

@@ -18,6 +18,7 @@ from fastvlm.checkpoints.processors import tokenizer_of
 from fastvlm.decoding import Engine, Request, Sampler, SamplingParams, Strategy
 from fastvlm.decoding.engine import MAX_SLOTS
 from fastvlm.decoding.generation_config import fit_length, processors_of, settings_of, stopper
+from fastvlm.decoding.grammar import GrammarCompiler
 from fastvlm.decoding.layer_search import LayerChoice, find_skipped_layers
 from fastvlm.decoding.options import split_options
 from fastvlm.decoding.prefix_cache import PrefixCache
@@ -89,6 +90,7 @@ class VisionLanguageModel:
         self.decoder = split_decoder(model)
         self.prompts = prompt_builder(model, processor, self.decoder)
         self.engine = Engine(self.decoder, max_slots=max_slots)
+        self.grammars = GrammarCompiler(self.tokenizer)
         self.strategies = StrategyFactory(self.decoder, network)
         self.lru = LruBytes(prefix_bytes)
         self.prefixes, self.features = PrefixCache(self.lru), ImageFeatureCache(self.lru)
@@ -191,6 +193,8 @@ class VisionLanguageModel:
         strategy: Strategy,
         started: float,
     ) -> Request:
+        ends = self.end_tokens
+        constraint = self.grammars.constraint(params.structured, ends)
         settings: Any = settings_of(self.model, params)
         stop = params.stop_strings or list(settings.stop_strings or ())
         settings.stop_strings = None
@@ -201,15 +205,14 @@ class VisionLanguageModel:
         seed = None
         if params.temperature:
             seed = new_seed() if params.seed is None else params.seed
-        # Its type knows the method of the mixin alone.
-        model: Any = self.model
+        model: Any = self.model  # whose type knows the method of the mixin alone
         criteria = model._get_stopping_criteria(settings, StoppingCriteriaList())
         return Request(
             inputs,
             strategy,
             max_new_tokens,
-            Sampler(processors, seed, inputs.token_ids if processors else ()),
-            self.end_tokens,
+            Sampler(processors, seed, inputs.token_ids if processors else (), constraint),
+            ends,
             self.prefixes if keeps else None,
             started,
             stopper(criteria, inputs.token_ids, device),

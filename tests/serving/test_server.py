@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import io
+import json
 import threading
 import time
 from collections.abc import Iterator
@@ -124,6 +125,47 @@ def test_log_probabilities(client: openai.OpenAI, vlm: VisionLanguageModel) -> N
             [one.logprob for one in expected.logprobs]
         )
         assert all(len(one.top_logprobs) == 2 for one in found)
+
+
+@pytest.mark.parametrize("strategy", ["autoregressive", "early-exit"])
+def test_replies_of_a_form(client: openai.OpenAI, strategy: str) -> None:
+    pytest.importorskip("llguidance")
+    schema = {
+        "type": "object",
+        "properties": {"number": {"type": "integer"}, "colour": {"enum": ["red", "blue"]}},
+        "required": ["number", "colour"],
+        "additionalProperties": False,
+    }
+    words: dict[str, Any] = {
+        "model": NAME, "messages": asked(8), "max_tokens": 200, "temperature": 0,
+        "extra_body": {"strategy": strategy},
+    }  # fmt: skip
+    found = client.chat.completions.create(
+        **words,
+        response_format={"type": "json_schema", "json_schema": {"name": "a", "schema": schema}},
+    )
+    reply = json.loads(found.choices[0].message.content)
+    assert isinstance(reply["number"], int)
+    assert reply["colour"] in ("red", "blue")
+    words["extra_body"] = {"strategy": strategy, "guided_choice": ["yes", "no"]}
+    found = client.chat.completions.create(**words)
+    assert found.choices[0].message.content in ("yes", "no")
+
+
+@pytest.mark.parametrize(
+    "body",
+    [
+        {"response_format": {"type": "json_schema"}},
+        {"response_format": {"type": "json_object"}, "guided_regex": "a"},
+        {"guided_regex": "("},
+        {"guided_json": {"type": "nothing"}},
+    ],
+)
+def test_forms_that_make_no_sense(address: str, body: dict[str, Any]) -> None:
+    pytest.importorskip("llguidance")
+    found = httpx.post(f"{address}/v1/chat/completions", json={"messages": asked(1), **body})
+    assert found.status_code == 400
+    assert found.json()["error"]["message"]
 
 
 def test_many_at_once_are_not_mixed_up(client: openai.OpenAI, vlm: VisionLanguageModel) -> None:

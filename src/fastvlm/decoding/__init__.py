@@ -11,6 +11,7 @@ from fastvlm.decoding.strategies import (
     SelfSpeculative,
     Strategy,
 )
+from fastvlm.decoding.structured import StructuredOutput
 
 __all__ = [
     "Autoregressive",
@@ -22,5 +23,6 @@ __all__ = [
     "SamplingParams",
     "SelfSpeculative",
     "Strategy",
+    "StructuredOutput",
     "TokenLogprob",
 ]

@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from fastvlm.decoding.batch import Batch
-from fastvlm.decoding.draft_loop import Draft
+from fastvlm.decoding.draft_loop import Draft, add_forced
 from fastvlm.decoding.sampler import target_tokens
 from fastvlm.decoding.strategies import Strategy
 from fastvlm.functional.acceptance import accept
@@ -20,7 +20,9 @@ def cycle(batch: Batch, strategy: Strategy) -> None:
 
     Until the commit nothing of a slot changes that matters: a cycle that failed can be made again.
     """
-    draft = strategy.draft(batch, [slot.room for slot in batch.slots])
+    rooms = [slot.room for slot in batch.slots]
+    draft = strategy.draft(batch, rooms)
+    add_forced(batch, draft, [min(room, strategy.max_draft_tokens) for room in rooms])
     logits, hidden = verify(batch, strategy.exit_layer, draft)
     chosen = target_tokens(batch.samplers, batch.replies, draft.rows, logits)
     found = [accept(row, own) for row, own in zip(draft.rows, chosen, strict=True)]
@@ -51,7 +53,7 @@ def verify(batch: Batch, exit_layer: int, draft: Draft) -> tuple[Tensor, Tensor 
     """
     decoder, cache, starts = batch.decoder, batch.cache, batch.lengths
     width = 1 + draft.width
-    known = 0 if draft.hidden is None else draft.hidden.shape[1]
+    known = draft.computed
     x = batch.embed(
         [
             ([last, *tokens] + [last] * width)[known:width]
@@ -84,9 +86,9 @@ def commit(batch: Batch, draft: Draft, accepted: Sequence[int], hidden: Tensor |
     for row, (slot, count) in enumerate(zip(batch.slots, accepted, strict=True)):
         if slot.exits is not None and hidden is not None:
             slot.exits.append(hidden[row, : count + 1])
-            if draft.width:
+            if draft.computed:
                 # The network has seen the last committed token and all drafted ones but the last.
-                slot.drafted_length = slot.length + min(count + 1, draft.width)
+                slot.drafted_length = slot.length + min(count + 1, draft.computed)
             slot.exits.forget(slot.drafted_length)
         slot.length += count + 1
 

@@ -26,17 +26,24 @@ class Draft:
             drafted ones but the last, (batch, g, d_model); None where no layer ran.
         progress: The state of the rule for the draft length; None where no rule decided.
         times: When each step began, and when the last one ended, in seconds.
+        forced: Whether rows end in tokens that no drafter has proposed, see `add_forced`.
     """
 
     rows: list[list[int]]
     hidden: Tensor | None = None
     progress: Progress | None = None
     times: list[float] = field(default_factory=list)
+    forced: bool = False
 
     @property
     def width(self) -> int:
         """The number of tokens in the longest row."""
         return max(map(len, self.rows), default=0)
+
+    @property
+    def computed(self) -> int:
+        """The number of positions whose hidden states drafting has computed."""
+        return 0 if self.hidden is None else self.hidden.shape[1]
 
     def timings(self, verified: float) -> Timings:
         """Return the time of each part of the cycle, given when the verify ended."""
@@ -89,3 +96,25 @@ def draft_loop(
                 progress.active[row] = more and last[row] not in ends[row]
         times.append(batch.clock())
     return Draft(rows, progress=progress, times=times)
+
+
+def add_forced(batch: Batch, draft: Draft, limits: Sequence[int]) -> None:
+    """Add to each row the tokens that must follow, as its form allows no other there.
+
+    No drafter runs for them, and none is rejected unless a token before it is.
+
+    Args:
+        batch: The rows.
+        draft: What was drafted.
+        limits: The maximum number of tokens in each row, with those that are drafted.
+    """
+    size = batch.decoder.vocabulary_size
+    for row, (slot, limit) in enumerate(zip(batch.slots, limits, strict=True)):
+        constraint, drafted = slot.request.sampler.constraint, draft.rows[row]
+        if constraint is None or not draft.computed <= len(drafted) < limit:
+            # Beside a longer row, the states behind a shorter one are those of other tokens.
+            continue
+        prefix = [*slot.request.output_token_ids, *drafted]
+        more = constraint.forced(prefix, limit - len(drafted), size)
+        if more:
+            draft.rows[row], draft.forced = [*drafted, *more], True

@@ -9,6 +9,8 @@ import torch
 from torch import Tensor
 from transformers.generation import logits_process as processing
 
+from fastvlm.decoding.grammar import Constraint
+from fastvlm.functional.errors import InputError
 from fastvlm.functional.noise import gumbel
 
 LogitsProcessor = Callable[[Tensor, Tensor], Tensor]
@@ -40,25 +42,62 @@ class Sampler:
         processors: Logits processors, applied in this order. They must be stateless.
         seed: The seed of the noise; None for greedy decoding.
         prompt_token_ids: The tokens that processors see before the reply.
+        constraint: The tokens that may follow, where the reply is to have a form. The logits of
+            others are -inf before the processors and after them; where processors leave none of
+            those that may follow, they are not applied.
     """
 
     processors: Sequence[LogitsProcessor] = ()
     seed: int | None = None
     prompt_token_ids: Sequence[int] = field(default=(), repr=False)
+    constraint: Constraint | None = field(default=None, repr=False)
 
     @property
     def is_greedy(self) -> bool:
         """Whether the token is the argmax of the unprocessed logits."""
-        return self.seed is None and not self.processors
+        return self.seed is None and not self.processors and self.constraint is None
 
     @property
     def needs_prefix(self) -> bool:
         """Whether a processor depends on the tokens before a position."""
         return any(type(processor) not in PREFIX_FREE_PROCESSORS for processor in self.processors)
 
-    def apply_processors(self, reply: Sequence[int], logits: Tensor) -> Tensor:
-        """Return the processed logits after a reply so far, in at least float32: (vocabulary,)."""
-        return self._processed([*self.prompt_token_ids, *reply], logits[None])[0]
+    def apply_processors(
+        self,
+        reply: Sequence[int],
+        logits: Tensor,
+        token_ids: Tensor | None = None,
+        vocabulary_size: int | None = None,
+    ) -> Tensor:
+        """Return the processed logits after a reply so far, in at least float32: (tokens,).
+
+        Args:
+            reply: The reply so far.
+            logits: The logits, (tokens,).
+            token_ids: The tokens of the columns, (tokens,); None for the whole vocabulary.
+            vocabulary_size: Size of the target's vocabulary, where only some tokens have logits.
+        """
+        mask = None
+        if self.constraint is not None:
+            mask = self.constraint.allowed(reply, vocabulary_size or logits.shape[-1])
+        if mask is not None:
+            mask = mask.to(logits.device)
+            mask = mask[None] if token_ids is None else mask[token_ids][None]
+        return self._processed([*self.prompt_token_ids, *reply], logits[None], mask)[0]
+
+    def permitted(
+        self, reply: Sequence[int], drafted: list[int], vocabulary_size: int
+    ) -> list[int]:
+        """Return a draft up to its end, or the first token that the reply's form forbids."""
+        if self.constraint is None:
+            return drafted
+        masks = self.constraint.masks(reply, drafted, vocabulary_size)
+        for count, (mask, token) in enumerate(zip(masks, drafted, strict=False)):
+            if not mask[token]:
+                return drafted[:count]
+            if token in self.constraint.end_token_ids:
+                return drafted[: count + 1]
+        return drafted
 
     def sample(self, reply: Sequence[int], drafted: Sequence[int], logits: Tensor) -> list[int]:
         """Return the target's tokens up to the first that differs from a draft.
@@ -67,29 +106,58 @@ class Sampler:
             reply: The reply before the draft.
             drafted: The draft, g tokens.
             logits: The target's logits, (g + 1 or more, vocabulary).
+
+        Raises:
+            InputError: No token can follow that leads to the form that the reply is to have.
         """
-        count = len(drafted) + 1
+        logits = logits[: len(drafted) + 1]
+        if self.constraint is None:
+            return self._sample(reply, drafted, logits, None)
+        masks = self.constraint.masks(reply, drafted, logits.shape[-1])
+        chosen = self._sample(reply, drafted, logits, masks.to(logits.device))
+        for index, token in enumerate(chosen):
+            if not masks[index, token]:
+                said = self.constraint.error or "no token leads to it"
+                raise InputError(f"The reply can't have the form that it is to have: {said}.")
+            if index < len(drafted) and token != drafted[index]:
+                break
+        return chosen
+
+    def _sample(
+        self, reply: Sequence[int], drafted: Sequence[int], logits: Tensor, masks: Tensor | None
+    ) -> list[int]:
+        """Return the tokens of positions, up to the first that differs from a draft at least."""
+        start, count = len(reply), len(logits)
         if not self.needs_prefix:
-            scores = self._processed([], logits[:count])
-            return self._best(scores, range(len(reply), len(reply) + count))
+            return self._best(self._processed([], logits, masks), range(start, start + count))
         chosen: list[int] = []
         for index in range(count):
-            scores = self.apply_processors([*reply, *drafted[:index]], logits[index])
-            chosen += self._best(scores[None], [len(reply) + index])
+            prefix = [*self.prompt_token_ids, *reply, *drafted[:index]]
+            mask = None if masks is None else masks[index, None]
+            scores = self._processed(prefix, logits[index, None], mask)
+            chosen += self._best(scores, [start + index])
             if index < len(drafted) and chosen[-1] != drafted[index]:
                 break
         return chosen
 
-    def _processed(self, prefix: Sequence[int], logits: Tensor) -> Tensor:
+    def _processed(
+        self, prefix: Sequence[int], logits: Tensor, mask: Tensor | None = None
+    ) -> Tensor:
         scores = logits if logits.dtype == torch.float64 else logits.float()
+        if mask is not None:
+            scores = scores.masked_fill(~mask, -torch.inf)
         if not self.processors:
             return scores
+        masked = scores
         tokens = torch.tensor([list(prefix)], dtype=torch.long, device=logits.device)
         # Some processors write into what they are given.
         scores = scores.clone()
         for processor in self.processors:
             scores = processor(tokens, scores)
-        return scores
+        if mask is None:
+            return scores
+        scores = scores.masked_fill(~mask, -torch.inf)
+        return torch.where(scores.isneginf().all(-1, keepdim=True), masked, scores)
 
     def _best(self, scores: Tensor, positions: Sequence[int]) -> list[int]:
         return noisy(scores, [self.seed] * len(positions), positions).argmax(-1).tolist()
@@ -176,7 +244,8 @@ def sampled_tokens(
 ) -> tuple[list[int], list[float]]:
     """Return each row's token with the greatest log q + G, and its probability by the drafter.
 
-    If processors leave nothing that can be drafted, it is any token: a wrong draft is lossless.
+    If processors leave nothing that can be drafted, it is any token, or any that the reply's form
+    allows: a wrong draft is lossless.
 
     Args:
         samplers: Each row's sampler.
@@ -190,12 +259,17 @@ def sampled_tokens(
         logits, vocabulary = whole.index_copy(1, vocabulary, logits), None
     scores = torch.stack(
         [
-            sampler.apply_processors(reply, row)
+            sampler.apply_processors(reply, row, vocabulary, vocabulary_size)
             for sampler, reply, row in zip(samplers, replies, logits, strict=True)
         ]
     )
     seeds = [sampler.seed for sampler in samplers]
     best = noisy(scores, seeds, [len(reply) for reply in replies], vocabulary).argmax(-1)
     confidences = scores.softmax(-1).gather(1, best[:, None])[:, 0].nan_to_num(0.0)
-    token_ids = best if vocabulary is None else vocabulary[best]
-    return token_ids.tolist(), confidences.tolist()
+    token_ids = (best if vocabulary is None else vocabulary[best]).tolist()
+    for row, (sampler, reply) in enumerate(zip(samplers, replies, strict=True)):
+        if sampler.constraint is not None:
+            mask = sampler.constraint.allowed(reply, vocabulary_size)
+            if mask is not None and not mask[token_ids[row]]:
+                token_ids[row] = int(mask.int().argmax())
+    return token_ids, confidences.tolist()

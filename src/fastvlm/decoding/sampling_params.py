@@ -9,7 +9,8 @@ from typing import Any
 
 import torch
 
-from fastvlm.functional.errors import InputError
+from fastvlm.decoding.structured import StructuredOutput
+from fastvlm.functional.errors import InputError, shortened
 from fastvlm.functional.noise import MAX_SEED
 
 MAX_NEW_TOKENS = 256
@@ -38,6 +39,8 @@ class SamplingParams:
         max_new_tokens: The maximum number of tokens in the reply; 256 if nothing sets another.
         logprobs: The number of most likely tokens whose log-probabilities are returned at each
             position, up to 20, beside that of the chosen token; 0 for that alone, None for none.
+        structured: What the reply is to look like: a JSON schema, a regex and others. It needs the
+            package llguidance.
 
     Raises:
         InputError: A value is out of range, or needs a temperature.
@@ -52,6 +55,7 @@ class SamplingParams:
     stop: str | Sequence[str] | None = None
     max_new_tokens: int | None = None
     logprobs: int | None = None
+    structured: StructuredOutput | None = None
 
     def __post_init__(self) -> None:
         """Check the ranges."""
@@ -93,6 +97,8 @@ class SamplingParams:
         several = self.stop is None or isinstance(self.stop, str | list | tuple)
         if not several or any(not isinstance(one, str) or not one for one in self.stop_strings):
             raise InputError(f"stop is strings of at least one character; got {self.stop!r}.")
+        if self.structured is not None and not isinstance(self.structured, StructuredOutput):
+            raise InputError(f"structured is a StructuredOutput; got {shortened(self.structured)}.")
 
     @property
     def stop_strings(self) -> list[str]:

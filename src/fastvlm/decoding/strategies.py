@@ -89,8 +89,16 @@ class RuledDrafting:
 
     def on_verified(self, draft: Draft, accepted: Sequence[int], now: float) -> None:
         """Update the rule for the draft length. See `Strategy.on_verified`."""
-        if draft.progress is not None:
-            self.length.update(draft.progress, accepted, draft.timings(now))
+        progress = draft.progress
+        if progress is None or (draft.forced and not progress.steps):
+            # With forced tokens alone it was neither a draft of this drafter nor an ordinary step.
+            return
+        # A drafter's own tokens come before the forced ones.
+        own = [
+            min(count, len(drafted))
+            for count, drafted in zip(accepted, progress.confidences, strict=True)
+        ]
+        self.length.update(progress, own, draft.timings(now))
 
     def on_finish(self, tokens: int) -> None:
         """Update the rule for the draft length. See `Strategy.on_finish`."""
@@ -144,10 +152,15 @@ class PromptLookup(Drafting):
         histories = [
             [*slot.request.prompt_token_ids, *slot.request.output_token_ids] for slot in batch.slots
         ]
+        found = [
+            self.look_up(history, min(self.max_draft_tokens, limit))
+            for history, limit in zip(histories, limits, strict=True)
+        ]
+        size = batch.decoder.vocabulary_size
         return Draft(
             [
-                self.look_up(history, min(self.max_draft_tokens, limit))
-                for history, limit in zip(histories, limits, strict=True)
+                sampler.permitted(reply, row, size)
+                for sampler, reply, row in zip(batch.samplers, batch.replies, found, strict=True)
             ]
         )
 

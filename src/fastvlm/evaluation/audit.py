@@ -18,6 +18,7 @@ from typing import Any
 from fastvlm.data.journal import append_line, whole_lines
 from fastvlm.data.questions import Question
 from fastvlm.decoding import Autoregressive, Engine, Request, SamplingParams, Strategy
+from fastvlm.decoding.options import SAMPLING_OPTION_NAMES
 from fastvlm.drafting.fingerprint import weights_hash
 from fastvlm.evaluation.measuring import no_progress, refuse, run_requests
 from fastvlm.evaluation.reference import (
@@ -228,7 +229,10 @@ def audit_batch(
     engine = vlm.engine
     if width is not None:
         engine = Engine(vlm.decoder, max_slots=1, verify_width=width)
-    options = {number: asdict(params.for_row(number)) for number in dialogues}
+    options = {
+        number: {name: getattr(params.for_row(number), name) for name in SAMPLING_OPTION_NAMES}
+        for number in dialogues
+    }
     ordinary = params == SamplingParams(max_new_tokens=params.max_new_tokens)
 
     def requests(strategy: Strategy) -> Iterator[Request]:

@@ -6,7 +6,11 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
+from fastvlm.decoding.structured import Kind, StructuredOutput
 from fastvlm.serving.errors import ApiError
+
+GUIDED_KINDS: tuple[Kind, ...] = ("json", "regex", "choice", "grammar")
+"""Forms that vLLM's clients ask for by `guided_...`."""
 
 
 class Strict(BaseModel):
@@ -53,6 +57,22 @@ class StreamOptions(Strict):
     include_usage: bool = False
 
 
+class JsonSchema(Strict):
+    """A JSON schema, with its name."""
+
+    name: str = "reply"
+    description: str | None = None
+    schema_: Annotated[dict[str, Any], Field(alias="schema")]
+    strict: bool | None = None
+
+
+class ResponseFormat(Strict):
+    """What a reply is to look like."""
+
+    type: Literal["text", "json_object", "json_schema"]
+    json_schema: JsonSchema | None = None
+
+
 class Sampling(Strict):
     """Fields of every endpoint that decodes: how tokens are drawn and drafted.
 
@@ -74,6 +94,11 @@ class Sampling(Strict):
     frequency_penalty: float = 0.0
     logit_bias: dict[str, float] | None = None
     user: str | None = None
+    response_format: ResponseFormat | None = None
+    guided_json: dict[str, Any] | str | None = None
+    guided_regex: str | None = None
+    guided_choice: list[str] | None = None
+    guided_grammar: str | None = None
     strategy: str | None = None
     num_speculative_tokens: Annotated[int, Field(ge=1, le=256)] | None = None
     return_drafted: bool = False
@@ -92,13 +117,40 @@ class Sampling(Strict):
         if self.stream_options is not None and not self.stream:
             raise ApiError("stream_options is for a stream.", param="stream_options")
 
+    def structured(self) -> StructuredOutput | None:
+        """Return the form that the reply is to have; None for any.
+
+        Raises:
+            ApiError: There are several, or a schema is missing.
+            InputError: One makes no sense.
+        """
+        forms: dict[str, StructuredOutput] = {}
+        asked = self.response_format
+        if asked is not None and asked.type == "json_object":
+            forms["response_format"] = StructuredOutput("json_object")
+        elif asked is not None and asked.type == "json_schema":
+            if asked.json_schema is None:
+                raise ApiError("json_schema is missing.", param="response_format.json_schema")
+            forms["response_format"] = StructuredOutput("json", asked.json_schema.schema_)
+        for kind in GUIDED_KINDS:
+            value = getattr(self, f"guided_{kind}")
+            if value is not None:
+                forms[f"guided_{kind}"] = StructuredOutput(kind, value)
+        if len(forms) > 1:
+            raise ApiError(f"Give one of {', '.join(forms)}.", param=[*forms][1])
+        return next(iter(forms.values()), None)
+
     def sampling_options(self, row: int = 0) -> dict[str, Any]:
         """Return the fields of `SamplingParams` that the request sets.
 
         Args:
             row: The number of the choice; choice i is drawn with the seed + i.
         """
-        found: dict[str, Any] = {"stop": self.stop, "repetition_penalty": self.repetition_penalty}
+        found: dict[str, Any] = {
+            "stop": self.stop,
+            "repetition_penalty": self.repetition_penalty,
+            "structured": self.structured(),
+        }
         if self.temperature:
             found |= {
                 "temperature": self.temperature,
