@@ -175,6 +175,17 @@ def test_data_workers(run: Run, photos: Path) -> None:
     assert 0 <= found["workers"]["0"]["waited_share"][0] <= 1
 
 
+def test_structured(run: Run) -> None:
+    pytest.importorskip("llguidance")
+    found = run("structured", "--images", 1, "--limit", 12, "--threads", 1)
+    assert found["any_text_equals_free"]
+    assert all(
+        one["same_as_without_drafts"]
+        for form in found["forms"].values()
+        for one in form["strategies"].values()
+    )
+
+
 @pytest.mark.slow
 def test_encoder(run: Run) -> None:
     pytest.importorskip("timm")
