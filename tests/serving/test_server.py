@@ -292,6 +292,17 @@ def test_a_busy_server_says_so(vlm: VisionLanguageModel) -> None:
         assert int(found.headers["retry-after"]) >= 1
 
 
+def test_a_request_ends_in_time(vlm: VisionLanguageModel) -> None:
+    with served(vlm, request_seconds=0.01) as address:
+        body = {"messages": asked(1), "max_tokens": 200, "n": 4}
+        found = httpx.post(f"{address}/v1/chat/completions", json=body)
+        assert found.status_code == 408
+        found = httpx.post(f"{address}/v1/chat/completions", json={**body, "stream": True})
+        last = found.text.strip().splitlines()[-1]
+        assert json.loads(last.removeprefix("data: "))["error"]["type"] == "timeout_error"
+    assert not vlm.engine.slots
+
+
 def test_models_and_metrics(client: openai.OpenAI, address: str) -> None:
     assert [model.id for model in client.models.list()] == [NAME]
     assert client.models.retrieve(NAME).id == NAME

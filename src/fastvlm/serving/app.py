@@ -16,9 +16,9 @@ from starlette.exceptions import HTTPException
 from starlette.staticfiles import StaticFiles
 
 from fastvlm.functional.errors import FastVlmError, InputError
-from fastvlm.serving.chat import ChatReplies
+from fastvlm.serving.chat import ChatReplies, event
 from fastvlm.serving.engine_thread import EngineThread
-from fastvlm.serving.errors import ApiError, on_error, on_http_error, on_invalid
+from fastvlm.serving.errors import ApiError, api_error, on_error, on_http_error, on_invalid
 from fastvlm.serving.limits import Limits, read_keys
 from fastvlm.serving.metrics import Metrics
 from fastvlm.serving.protocol import ChatRequest
@@ -174,6 +174,9 @@ class Server:
             async with asyncio.timeout(limit):
                 async for one in replies.chunks():
                     yield one
+        except TimeoutError as error:
+            # The answer has begun: what is left is an event.
+            yield event(api_error(error).body)
         finally:
             self.finish(replies)
 
@@ -189,7 +192,8 @@ class Server:
         Raises:
             ApiError: They do.
         """
-        if self.engine.waiting + number > self.settings.max_waiting + self.vlm.engine.max_slots:
+        known = self.engine.running + self.engine.waiting
+        if known + number > self.vlm.engine.max_slots + self.settings.max_waiting:
             raise ApiError(
                 "The server is busy; try again in a moment.",
                 status=503,
