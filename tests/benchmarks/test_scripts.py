@@ -178,7 +178,6 @@ def test_data_workers(run: Run, photos: Path) -> None:
 def test_structured(run: Run) -> None:
     pytest.importorskip("llguidance")
     found = run("structured", "--images", 1, "--limit", 12, "--threads", 1)
-    assert found["any_text_equals_free"]
     assert all(
         one["same_as_without_drafts"]
         for form in found["forms"].values()
