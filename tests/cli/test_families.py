@@ -164,12 +164,12 @@ def test_every_verb_that_computes_says_where_and_in_what_precision() -> None:
     found = dict(verbs(typer.main.get_command(app)))
     assert found.keys() >= {
         "demo", "generate", "benchmark", "audit", "evaluate", "export onnx",
-        "train draft", "train model",
+        "serve", "train draft", "train model",
     }  # fmt: skip
     for verb, options in found.items():
         assert options >= {"--device", "--dtype", "--threads", "--quiet"}, verb
-        # What trains a model leaves the model, and no figures.
-        assert ("--json" in options) == (verb != "train model"), verb
+        # What trains a model leaves the model, and a server has metrics.
+        assert ("--json" in options) == (verb not in ("train model", "serve")), verb
 
 
 @pytest.mark.parametrize("device", ["telephone", "cuda:99", "meta", "cpu:x"])
