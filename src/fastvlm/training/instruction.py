@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Generator, Mapping, Sequence
 from contextlib import closing
 from dataclasses import dataclass
@@ -65,7 +66,7 @@ def score_replies(
     return found
 
 
-class SupervisedTask:
+class SupervisedTask(ABC):
     """Teaches a model replies: cross-entropy at each of their tokens. A subclass draws the rows.
 
     BatchNorms keep the statistics that they came with: those of a step's few images would be
@@ -95,9 +96,9 @@ class SupervisedTask:
         self.whole: str | None = None
         self.rows = rows
 
+    @abstractmethod
     def draw(self, step: int) -> list[TrainingRow]:
         """Return the rows of a step. See `TrainingTask.draw`."""
-        raise NotImplementedError
 
     def loss(self, examples: Sequence[TrainingRow]) -> Losses:
         """Return the cross-entropy of some rows.
