@@ -289,9 +289,9 @@ def test_a_prompt_that_is_refused_leaves_nothing_behind(
     assert not vlm.engine.waiting
 
 
-def test_prompts_count_for_whether_the_server_is_busy(vlm: VisionLanguageModel) -> None:
+def test_prompts_count_for_whether_there_is_room(vlm: VisionLanguageModel) -> None:
     with served(vlm, max_waiting=0) as address:
         body = {"prompt": [TEXT] * 3, "n": 2, "max_tokens": 1}
-        assert httpx.post(f"{address}/v1/completions", json=body).status_code == 503
+        assert httpx.post(f"{address}/v1/completions", json=body).status_code == 400
         body = {"prompt": [TEXT] * 2, "n": 2, "max_tokens": 1}
         assert httpx.post(f"{address}/v1/completions", json=body).status_code == 200

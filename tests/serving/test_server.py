@@ -245,9 +245,13 @@ def test_keys_bodies_and_names(vlm: VisionLanguageModel, tmp_path: Path) -> None
 
 def test_a_busy_server_says_so(vlm: VisionLanguageModel) -> None:
     with served(vlm, max_waiting=0) as address:
-        body = {"messages": asked(1), "max_tokens": 1, "n": 5}
-        found = httpx.post(f"{address}/v1/chat/completions", json=body)
+        chat, body = f"{address}/v1/chat/completions", {"messages": asked(1), "max_tokens": 200}
+        with httpx.stream("POST", chat, json={**body, "n": 4, "stream": True}) as others:
+            next(others.iter_lines())
+            found = httpx.post(chat, json=body)
         assert found.status_code == 503
+        # More than there is ever room for.
+        assert httpx.post(chat, json={**body, "n": 5}).status_code == 400
         assert int(found.headers["retry-after"]) >= 1
 
 

@@ -231,13 +231,15 @@ class Server:
             self.metrics.observe(request)
 
     def check_room(self, number: int) -> None:
-        """Refuse requests that too many others wait before.
+        """Refuse requests that too many others wait before, or that ask for too many replies.
 
         Raises:
             ApiError: They do.
         """
-        known = self.engine.running + self.engine.waiting
-        if known + number > self.vlm.engine.max_slots + self.settings.max_waiting:
+        most = self.vlm.engine.max_slots + self.settings.max_waiting
+        if number > most:
+            raise ApiError(f"A request has at most {most} replies here; got {number}.")
+        if self.engine.running + self.engine.waiting + number > most:
             raise ApiError(
                 "The server is busy; try again in a moment.",
                 status=503,
