@@ -162,7 +162,8 @@ class LeadingFormat(ToolFormat):
     def call_id(self) -> str:
         """Return a new name of a call; Mistral's templates take nine letters and digits alone."""
         if not self.listed:
-            return super().call_id()
+            # A dataclass with slots is made anew, which `super()` does not know.
+            return ToolFormat.call_id(self)
         return "".join(secrets.choice(string.ascii_letters + string.digits) for _ in range(9))
 
 
@@ -213,8 +214,11 @@ def tool_format(prompts: PromptBuilder, tokenizer: PreTrainedTokenizerBase) -> T
     for one in FORMATS:
         reader = one.reader({PROBE.name})
         if PROBE in [*reader.feed(shown), *reader.end()]:
-            token = tokens.convert_tokens_to_ids(one.mark) if one.mark else None
-            return replace(one, mark_token=token if token in tokens.all_special_ids else None)
+            special = {
+                known.content for known in tokens.added_tokens_decoder.values() if known.special
+            }
+            token = tokens.convert_tokens_to_ids(one.mark) if one.mark in special else None
+            return replace(one, mark_token=token)
     return None
 
 

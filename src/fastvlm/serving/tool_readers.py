@@ -42,7 +42,8 @@ class CallReader(ABC):
     """Reads content and calls. What isn't a valid call of a known function stays content.
 
     Content is held back only where it may be part of a call, and what is read doesn't depend on how
-    the text is split. Whitespace before and between calls, and behind the last one, is left out.
+    the text is split. Whitespace before and between calls, and at the end of a reply with calls, is
+    left out.
 
     Args:
         key: The name of the arguments in a call: `{"name": ..., key: {...}}`.
