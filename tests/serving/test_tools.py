@@ -155,16 +155,27 @@ def test_a_named_function_is_called_once(
     assert len(chosen) > 1
 
 
+@pytest.mark.parametrize("strategy", ["autoregressive", "early-exit"])
 def test_several_choices_call_by_themselves(
-    client: openai.OpenAI, vlm: VisionLanguageModel
+    client: openai.OpenAI, vlm: VisionLanguageModel, strategy: str
 ) -> None:
-    found = client.chat.completions.create(
-        model=NAME, messages=QUESTION, tools=TOOLS, temperature=1.5, seed=3, n=3, max_tokens=300,
-        tool_choice="required", parallel_tool_calls=False,
-    )  # fmt: skip
-    for row, choice in enumerate(found.choices):
-        expected = own(vlm, several=False, temperature=1.5, seed=3 + row)
-        assert checked(choice.message.tool_calls) == calls_in(expected.text)
+    words: dict[str, Any] = {
+        "model": NAME, "messages": QUESTION, "tools": TOOLS, "tool_choice": "required",
+        "temperature": 1.5, "seed": 0, "n": 3, "max_tokens": 300,
+        "extra_body": {"strategy": strategy},
+    }  # fmt: skip
+    expected = [
+        calls_in(own(vlm, several=True, temperature=1.5, seed=row).text) for row in range(3)
+    ]
+    assert {len(calls) for calls in expected} == {1, 2}
+    found = client.chat.completions.create(**words)
+    assert [checked(one.message.tool_calls) for one in found.choices] == expected
+    streams: list[dict[int, Any]] = [{}, {}, {}]
+    for chunk in client.chat.completions.create(**words, stream=True):
+        [choice] = chunk.choices
+        for one in choice.delta.tool_calls or ():
+            streams[choice.index][one.index] = one
+    assert [checked(calls.values()) for calls in streams] == expected
 
 
 @pytest.mark.parametrize(
@@ -224,10 +235,15 @@ def test_a_reply_cut_off_behind_a_call(client: openai.OpenAI, vlm: VisionLanguag
 def test_auto_is_the_reply_without_constraints(
     client: openai.OpenAI, vlm: VisionLanguageModel, strategy: str
 ) -> None:
-    expected = vlm.generate(Dialogue(QUESTION, TOOLS), max_new_tokens=300)
-    found = ask(client, extra_body={"strategy": strategy})
-    assert found.message.content == expected.text
-    assert streamed(client, extra_body={"strategy": strategy})[0] == expected.text
+    expected = vlm.generate(Dialogue(QUESTION, TOOLS), max_new_tokens=40)
+    words: dict[str, Any] = {
+        "model": NAME, "messages": QUESTION, "tools": TOOLS, "temperature": 0, "max_tokens": 40,
+        "extra_body": {"strategy": strategy},
+    }  # fmt: skip
+    found = client.chat.completions.create(**words)
+    assert found.choices[0].message.content == expected.text
+    chunks = client.chat.completions.create(**words, stream=True)
+    assert "".join(one.choices[0].delta.content or "" for one in chunks) == expected.text
 
 
 def test_without_tools_the_prompt_shows_none(
@@ -303,7 +319,8 @@ def test_other_formats(template: str) -> None:
             {"role": "assistant", "tool_calls": [called]},
             {"role": "tool", "tool_call_id": called.id, "content": "Sunny."},
         ]
-        assert isinstance(ask(client, messages=turns).message.content, str)
+        words = {"model": NAME, "messages": turns, "tools": TOOLS, "max_tokens": 3}
+        assert client.chat.completions.create(**words, temperature=0).choices[0].message.content
     if template == "mistral":
         reply = own(vlm, several=True)
         assert vlm.tokenizer.decode(reply.token_ids).startswith("[TOOL_CALLS][{")
