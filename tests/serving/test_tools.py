@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
 from typing import Any
 
 import httpx
@@ -14,8 +13,7 @@ from fastvlm import Dialogue, StructuredOutput, VisionLanguageModel
 from fastvlm.serving.tool_formats import ToolFormat, tool_format
 from tests.models import small_vlm
 from tests.serving.calling import STOP, TOOLS, WEATHER, calling_vlm, saying
-from tests.serving.serving import NAME, served
-from tests.serving.test_server import image_url
+from tests.serving.serving import NAME, image_url, served
 
 pytest.importorskip("llguidance")
 jsonschema = pytest.importorskip("jsonschema")
@@ -29,17 +27,6 @@ ARGUMENTS = {"place": "Köln", "days": 2}
 @pytest.fixture(scope="module")
 def vlm() -> VisionLanguageModel:
     return calling_vlm("qwen")
-
-
-@pytest.fixture(scope="module")
-def address(vlm: VisionLanguageModel) -> Iterator[str]:
-    with served(vlm) as found:
-        yield found
-
-
-@pytest.fixture
-def client(address: str) -> openai.OpenAI:
-    return openai.OpenAI(base_url=f"{address}/v1", api_key="none", max_retries=0)
 
 
 def ask(client: openai.OpenAI, **options: Any) -> Any:
