@@ -160,9 +160,8 @@ def test_what_holds_a_reply(vlm: VisionLanguageModel) -> None:
     ]  # fmt: skip
     named = use(vlm, tool_choice={"type": "function", "function": {"name": "open"}}).structured
     valid = f"<tool_call>\n{written('open', {'n': 1})}\n</tool_call>"
-    assert [accepts(vlm, named, one) for one in ("a", call, other, valid)] == [
-        False, False, False, True,
-    ]  # fmt: skip
+    texts = ("a", call, other, f"{valid}\n{valid}", valid)
+    assert [accepts(vlm, named, one) for one in texts] == [False, False, False, False, True]
 
 
 def test_what_the_model_is_shown(vlm: VisionLanguageModel) -> None:

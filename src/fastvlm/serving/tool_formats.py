@@ -145,7 +145,8 @@ class LeadingFormat(ToolFormat):
 
     def calls(self, several: bool) -> str:
         """Return the rule of calls. See `ToolFormat`."""
-        many = 'call (", " call)*' if several else "call"
+        between = quoted(", " if self.listed else "; ")
+        many = f"call ({between} call)*" if several else "call"
         mark = f"<[{self.mark_token}]>" if self.mark_token is not None else quoted(self.mark)
         return f'{mark} "[" {many} "]"' if self.listed else many
 
