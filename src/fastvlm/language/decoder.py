@@ -19,7 +19,7 @@ from fastvlm.functional.errors import InputError
 from fastvlm.language.cache import DecoderCache, KeyValueCache
 from fastvlm.language.masks import FULL, MaskKind
 from fastvlm.language.positions import Positions
-from fastvlm.language.structure import attends_causally, find_part
+from fastvlm.language.structure import attends_causally, find_part, part_names
 
 MAX_LAYERS = 1024
 """Layers of the deepest decoder that is built from a configuration alone."""
@@ -83,6 +83,8 @@ class SplitDecoder(ABC):
 
     def __init__(self, model: PreTrainedModel, decoder: Any) -> None:
         self.decoder = decoder
+        self.part_names = part_names(decoder)
+        """What the decoder calls its parts: a name stays while what it stands for may change."""
         self.is_causal = attends_causally(decoder)
         """Whether the layers attend causally where they are given no mask."""
         self._model = weakref.ref(model)
@@ -117,7 +119,7 @@ class SplitDecoder(ABC):
     @property
     def layers(self) -> Any:
         """The target's own layers."""
-        return find_part(self.decoder, "layers")
+        return getattr(self.decoder, self.part_names["layers"])
 
     @property
     def depth(self) -> int:
@@ -127,7 +129,7 @@ class SplitDecoder(ABC):
     @property
     def embedding(self) -> Any:
         """The module that embeds tokens."""
-        return find_part(self.decoder, "embed_tokens")
+        return getattr(self.decoder, self.part_names["embed_tokens"])
 
     @property
     def lm_head(self) -> Any:

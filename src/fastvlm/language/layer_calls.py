@@ -11,7 +11,7 @@ import inspect
 from collections.abc import Callable, Collection, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -57,8 +57,7 @@ GIVEN = frozenset(
 """Arguments that we give layers."""
 
 
-@dataclass(frozen=True, slots=True)
-class RotaryKind:
+class RotaryKind(NamedTuple):
     """Which rotations a layer is given.
 
     Args:
@@ -72,8 +71,7 @@ class RotaryKind:
     axes: bool = False
 
 
-@dataclass(frozen=True, slots=True)
-class LayerCall:
+class LayerCall(NamedTuple):
     """How a layer is called.
 
     Args:
