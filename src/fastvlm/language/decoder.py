@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from transformers import MODEL_MAPPING, PreTrainedConfig, PreTrainedModel
 
 from fastvlm.functional.errors import InputError
+from fastvlm.functional.placement import on_no_device
 from fastvlm.language.cache import DecoderCache, KeyValueCache
 from fastvlm.language.masks import FULL, MaskKind
 from fastvlm.language.positions import Positions
@@ -152,19 +153,9 @@ class SplitDecoder(ABC):
         """The precision of hidden states."""
         return self.device_and_dtype()[1]
 
-    @torch.no_grad()
     def device_and_dtype(self) -> tuple[torch.device, torch.dtype]:
-        """Return the device and the precision that hidden states have.
-
-        They are what comes out of the embedding: its weights may lie elsewhere until they are
-        needed, or be quantised.
-        """
-        weight: Tensor = next(self.embedding.parameters())
-        if type(self.embedding) is nn.Embedding and not weight.is_meta:
-            return weight.device, weight.dtype
-        start = torch.device("cpu") if weight.is_meta else weight.device
-        found: Tensor = self.embedding(torch.zeros(1, 1, dtype=torch.long, device=start))
-        return found.device, found.dtype
+        """Return the device and the precision that hidden states have."""
+        return device_and_dtype_of(self.embedding)
 
     def cache(self, slots: int = 0, capacity: int = 0) -> DecoderCache:
         """Return an empty cache."""
@@ -264,6 +255,21 @@ class SplitDecoder(ABC):
         )
 
 
+@torch.no_grad()
+def device_and_dtype_of(embedding: Any) -> tuple[torch.device, torch.dtype]:
+    """Return the device and the precision of hidden states, by the module that embeds tokens.
+
+    They are what comes out of it: its weights may lie elsewhere until they are needed, or be
+    quantised.
+    """
+    weight: Tensor = next(embedding.parameters())
+    if type(embedding) is nn.Embedding and not weight.is_meta:
+        return weight.device, weight.dtype
+    start = torch.device("cpu") if weight.is_meta else weight.device
+    found: Tensor = embedding(torch.zeros(1, 1, dtype=torch.long, device=start))
+    return found.device, found.dtype
+
+
 def additive(seen: Tensor, dtype: torch.dtype) -> Tensor:
     """Return a mask to add to attention scores: 0 where `seen` holds, in the shape of `seen`."""
     # The least number rather than minus infinity: a row that sees nothing stays finite.
@@ -293,7 +299,7 @@ def untrained_layers(
     if depth > MAX_LAYERS:
         raise InputError(f"A decoder of {depth:,} layers is not one that can be built.")
     # On no device, as large as it is: of which class each layer is depends on its place.
-    with torch.device("meta"):
+    with on_no_device():
         shell = (kind or decoder_class(config))(copy.deepcopy(config))
     found: Any = find_part(shell, "layers") if path is None else shell.get_submodule(path)
     layers: nn.ModuleList = found[-number:]
