@@ -25,7 +25,7 @@ from transformers.generation.utils import (
 
 from fastvlm.decoding import Engine, Request, Sampler, Strategy
 from fastvlm.decoding.generation_config import PER_ROW_PROCESSORS, is_stateless, stopper
-from fastvlm.decoding.sampler import LogitsProcessor
+from fastvlm.decoding.processors import LogitsProcessor
 from fastvlm.decoding.sampling_params import new_seed
 from fastvlm.decoding.strategy_factory import STRATEGY_OPTIONS, StrategyFactory
 from fastvlm.drafting import ImitationNetwork

@@ -201,7 +201,7 @@ class VisionLanguageModel:
         inputs, keeps = self._inputs(messages, shown)
         max_new_tokens = fit_length(settings, len(inputs.token_ids))
         device = self.decoder.device
-        processors = processors_of(self.model, settings, inputs.token_ids, device)
+        processors = processors_of(self.decoder, settings, params, inputs.token_ids)
         seed = None
         if params.temperature:
             seed = new_seed() if params.seed is None else params.seed

@@ -102,6 +102,8 @@ def cases(vlm: VisionLanguageModel, images: list[Any], number: int) -> list[Case
             options |= chance.choice(({}, {"top_p": 0.9}, {"top_k": 20}))
         if chance.random() < 0.2:
             options["repetition_penalty"] = 1.3
+        if chance.random() < 0.2:
+            options |= {"frequency_penalty": 0.6, "logit_bias": {chance.randrange(300): 3.0}}
         image = chance.choice((None, *range(len(images))))
         text = chance.choice(TEXTS)
         request = vlm.request(

@@ -29,7 +29,7 @@ from fastvlm.decoding import (
     cycle,
     sampler,
 )
-from fastvlm.decoding.sampler import LogitsProcessor
+from fastvlm.decoding.processors import LogitBias, LogitsProcessor, OccurrencePenalties
 from fastvlm.drafting import AdaptiveLength, ConfidenceLength, FixedLength
 from fastvlm.functional import noise
 from fastvlm.language import split_decoder
@@ -53,6 +53,8 @@ CASES: dict[str, list[LogitsProcessor]] = {
     "top-p": [processing.TopPLogitsWarper(0.8)],
     "min-p": [processing.MinPLogitsWarper(0.05)],
     "repetition penalty": [processing.RepetitionPenaltyLogitsProcessor(1.8)],
+    "occurrence penalties": [OccurrencePenalties(0.7, 0.5, len(PROMPT))],
+    "a bias": [LogitBias({1: 0.8, 4: -1.5, 5: 0.3})],
     "a user's own": [even_is_dearer],
     "several": [
         processing.RepetitionPenaltyLogitsProcessor(1.3),

@@ -99,6 +99,7 @@ WAYS: dict[str, dict[str, Any]] = {
     "greedy": {},
     "sampled": SAMPLED,
     "penalised": {"repetition_penalty": 1.4},
+    "reply's own": {"frequency_penalty": 1.0, "logit_bias": {5: 3.0, 40: -100.0}},
 }
 
 

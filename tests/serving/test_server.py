@@ -86,6 +86,27 @@ def test_log_probabilities(client: openai.OpenAI, vlm: VisionLanguageModel) -> N
         assert all(len(one.top_logprobs) == 2 for one in found)
 
 
+@pytest.mark.parametrize("strategy", ["autoregressive", "early-exit", "prompt-lookup"])
+def test_penalties_and_biases(
+    client: openai.OpenAI, vlm: VisionLanguageModel, strategy: str
+) -> None:
+    options: dict[str, Any] = {"presence_penalty": 0.6, "frequency_penalty": 0.4, "temperature": 1}
+    expected = [
+        own(vlm, 5, max_new_tokens=20, seed=7 + i, logit_bias={9: 2.5, 40: -100}, logprobs=0,
+            strategy="autoregressive", **options)
+        for i in range(3)
+    ]  # fmt: skip
+    found = client.chat.completions.create(
+        model=NAME, messages=asked(5), max_tokens=20, seed=7, n=3, logprobs=True,
+        logit_bias={"9": 2.5, "40": -100}, extra_body={"strategy": strategy}, **options,
+    )  # fmt: skip
+    assert [choice.message.content for choice in found.choices] == [one.text for one in expected]
+    for choice, one in zip(found.choices, expected, strict=True):
+        assert [token.logprob for token in choice.logprobs.content] == pytest.approx(
+            [token.logprob for token in one.logprobs], abs=1e-4
+        )
+
+
 @pytest.mark.parametrize("strategy", ["autoregressive", "early-exit"])
 def test_replies_of_a_form(client: openai.OpenAI, strategy: str) -> None:
     pytest.importorskip("llguidance")
@@ -164,8 +185,12 @@ def test_a_client_that_goes_away_frees_its_slot(
     [
         ({"top_k": 3, "nonsense": 1}, "nonsense"),
         ({"temperature": 3}, "temperature"),
-        ({"presence_penalty": 1}, "presence_penalty"),
-        ({"logit_bias": {"5": 1}}, "logit_bias"),
+        ({"presence_penalty": 2.5}, "presence_penalty"),
+        ({"frequency_penalty": "much"}, "frequency_penalty"),
+        ({"logit_bias": {"5": 101}}, "logit_bias"),
+        ({"logit_bias": {"five": 1}}, "logit_bias"),
+        ({"logit_bias": {"05": 1}}, "logit_bias"),
+        ({"logit_bias": {"99999": 1}}, None),
         ({"top_logprobs": 2}, "top_logprobs"),
         ({"stream_options": {"include_usage": True}}, "stream_options"),
         ({"messages": []}, "messages"),

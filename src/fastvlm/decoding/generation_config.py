@@ -16,9 +16,11 @@ from transformers.generation.stopping_criteria import (
     StoppingCriteriaList,
 )
 
-from fastvlm.decoding.sampler import LogitsProcessor, Sampler
+from fastvlm.decoding.processors import LogitsProcessor, with_openai_processors
+from fastvlm.decoding.sampler import Sampler
 from fastvlm.decoding.sampling_params import MAX_NEW_TOKENS, SamplingParams
 from fastvlm.functional.errors import InputError, first_line
+from fastvlm.language.decoder import SplitDecoder
 from fastvlm.language.generator import generator_of
 
 STATEFUL_PROCESSORS = (
@@ -112,20 +114,20 @@ def fit_length(config: GenerationConfig, prompt_length: int) -> int:
 
 
 def processors_of(
-    model: PreTrainedModel, config: GenerationConfig, prompt: Sequence[int], device: torch.device
+    decoder: SplitDecoder, config: GenerationConfig, params: SamplingParams, prompt: Sequence[int]
 ) -> list[LogitsProcessor]:
-    """Return the logits processors that `generate` would use for a prompt.
+    """Return the logits processors that `generate` would use for a prompt, and OpenAI's own.
 
     Args:
-        model: The model.
+        decoder: The model's decoder.
         config: The generation settings.
+        params: How the reply's tokens are chosen.
         prompt: The tokens that processors see before the reply.
-        device: The device of the logits.
 
     Raises:
         InputError: A setting is out of range, or needs a processor that can't be used with drafts.
     """
-    generator = generator_of(model)
+    generator, device = generator_of(decoder.model), decoder.device
     row = torch.tensor([list(prompt)], device=device)
     try:
         generator._prepare_special_tokens(config, True, device=device)
@@ -141,7 +143,7 @@ def processors_of(
                 " remembers what it has seen and can't judge drafted tokens; take it out of"
                 " model.generation_config."
             )
-    return found
+    return with_openai_processors(found, params, len(prompt), decoder.vocabulary_size)
 
 
 def stopper(

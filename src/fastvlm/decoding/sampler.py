@@ -2,31 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
-from transformers.generation import logits_process as processing
 
 from fastvlm.decoding.grammar import Constraint
+from fastvlm.decoding.processors import PREFIX_FREE_PROCESSORS, WARPERS, LogitsProcessor
 from fastvlm.functional.errors import InputError
 from fastvlm.functional.noise import gumbel
-
-LogitsProcessor = Callable[[Tensor, Tensor], Tensor]
-"""Maps (batch, length) tokens and (batch, vocabulary) scores to new scores."""
-
-PREFIX_FREE_PROCESSORS = (
-    processing.TemperatureLogitsWarper,
-    processing.TopKLogitsWarper,
-    processing.TopPLogitsWarper,
-    processing.MinPLogitsWarper,
-    processing.TypicalLogitsWarper,
-    processing.EpsilonLogitsWarper,
-    processing.EtaLogitsWarper,
-    processing.SuppressTokensLogitsProcessor,
-)
-"""Processors that depend on scores alone, so that all positions of a draft go at once."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,6 +46,11 @@ class Sampler:
     def needs_prefix(self) -> bool:
         """Whether a processor depends on the tokens before a position."""
         return any(type(processor) not in PREFIX_FREE_PROCESSORS for processor in self.processors)
+
+    @property
+    def needs_vocabulary(self) -> bool:
+        """Whether a processor tells tokens by their columns, which are all to be there then."""
+        return any(type(processor) not in WARPERS for processor in self.processors)
 
     def apply_processors(
         self,
@@ -254,7 +244,7 @@ def sampled_tokens(
         vocabulary: The tokens of the columns, (draft vocabulary,); None for the whole vocabulary.
         vocabulary_size: Size of the target's vocabulary.
     """
-    if vocabulary is not None and any(sampler.needs_prefix for sampler in samplers):
+    if vocabulary is not None and any(sampler.needs_vocabulary for sampler in samplers):
         whole = logits.new_full((len(logits), vocabulary_size), -torch.inf)
         logits, vocabulary = whole.index_copy(1, vocabulary, logits), None
     scores = torch.stack(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -16,6 +16,9 @@ from fastvlm.functional.noise import MAX_SEED
 MAX_NEW_TOKENS = 256
 """The default maximum number of tokens in a reply."""
 MAX_LOGPROBS = 20
+MAX_LOGIT_BIAS = 100.0
+MAX_OCCURRENCE_PENALTY = 2.0
+"""The largest presence or frequency penalty."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,6 +35,12 @@ class SamplingParams:
         min_p: Draw from tokens with at least this share of the most likely token's probability.
         repetition_penalty: The logits of tokens in the prompt or the reply are divided by it
             (multiplied, where negative); it applies to greedy decoding, too.
+        presence_penalty: Subtracted from the logits of tokens that are in the reply, from -2 to 2;
+            it applies to greedy decoding, too.
+        frequency_penalty: Subtracted from the logits of tokens as often as they are in the reply,
+            from -2 to 2; it applies to greedy decoding, too.
+        logit_bias: What is added to the logits of tokens before anything else is done with them, by
+            their ids, from -100 to 100; it applies to greedy decoding, too.
         seed: A sampled reply is a function of model, prompt and seed, whatever the strategy and the
             batch. None for one from torch's default generator, which `torch.manual_seed` and
             `transformers.set_seed` set.
@@ -54,6 +63,9 @@ class SamplingParams:
     top_k: int | None = None
     min_p: float | None = None
     repetition_penalty: float | None = None
+    presence_penalty: float | None = None
+    frequency_penalty: float | None = None
+    logit_bias: Mapping[int, float] | None = None
     seed: int | None = None
     stop: str | Sequence[str] | None = None
     max_new_tokens: int | None = None
@@ -69,6 +81,8 @@ class SamplingParams:
             ("top_p", 0.0, 1.0),
             ("min_p", 0.0, 1.0),
             ("repetition_penalty", 0.0, math.inf),
+            ("presence_penalty", -MAX_OCCURRENCE_PENALTY, MAX_OCCURRENCE_PENALTY),
+            ("frequency_penalty", -MAX_OCCURRENCE_PENALTY, MAX_OCCURRENCE_PENALTY),
         ):
             value: Any = getattr(self, name)
             if value is not None and not (_is_number(value) and low <= value <= high):
@@ -81,6 +95,7 @@ class SamplingParams:
         if self.repetition_penalty == 0 or self.top_p == 0:
             name = "top_p" if self.top_p == 0 else "repetition_penalty"
             raise InputError(f"{name} is above 0; got 0.")
+        _check_logit_bias(self.logit_bias)
         for name, low, high in (
             ("top_k", 1, math.inf),
             ("seed", 0, MAX_SEED - 1),
@@ -128,6 +143,26 @@ class SamplingParams:
 def new_seed() -> int:
     """Return a seed drawn from torch's default generator."""
     return int(torch.randint(2**63 - 1, ()))
+
+
+def _check_logit_bias(bias: Any) -> None:
+    """Refuse what is no bias of tokens.
+
+    Raises:
+        InputError: It is none.
+    """
+    if bias is None:
+        return
+    if not isinstance(bias, Mapping):
+        raise InputError(f"logit_bias maps token ids to numbers; got {shortened(bias)}.")
+    for token, value in bias.items():
+        if not isinstance(token, int) or isinstance(token, bool) or token < 0:
+            raise InputError(f"logit_bias is by token id; got {shortened(token)}.")
+        if not (_is_number(value) and abs(value) <= MAX_LOGIT_BIAS):
+            raise InputError(
+                f"logit_bias is a number from -{MAX_LOGIT_BIAS:g} to {MAX_LOGIT_BIAS:g} for each"
+                f" token; got {shortened(value)} for {token}."
+            )
 
 
 def _is_number(value: Any) -> bool:

@@ -52,6 +52,8 @@ class ImagePart(Strict):
     image_url: ImageUrl
 
 
+TokenId = Annotated[str, Field(pattern=r"^(0|[1-9][0-9]{0,9})$")]
+"""A token id as JSON's keys have it, each in one way."""
 Part = Annotated[TextPart | ImagePart, Field(discriminator="type")]
 
 
@@ -184,9 +186,9 @@ class Sampling(Body):
     top_k: Annotated[int, Field(ge=-1)] | None = None
     min_p: Annotated[float, Field(ge=0, le=1)] | None = None
     repetition_penalty: Annotated[float, Field(gt=0)] | None = None
-    presence_penalty: float = 0.0
-    frequency_penalty: float = 0.0
-    logit_bias: dict[str, float] | None = None
+    presence_penalty: Annotated[float, Field(ge=-2, le=2)] | None = None
+    frequency_penalty: Annotated[float, Field(ge=-2, le=2)] | None = None
+    logit_bias: dict[TokenId, Annotated[float, Field(ge=-100, le=100)]] | None = None
     user: str | None = None
     min_tokens: Annotated[int, Field(ge=0)] | None = None
     ignore_eos: bool = False
@@ -214,11 +216,6 @@ class Sampling(Body):
         Raises:
             ApiError: There is something.
         """
-        for name in ("presence_penalty", "frequency_penalty"):
-            if getattr(self, name):
-                raise ApiError(f"{name} is not supported; use repetition_penalty.", param=name)
-        if self.logit_bias:
-            raise ApiError("logit_bias is not supported.", param="logit_bias")
         most = self.most_tokens
         if most is not None and (self.min_tokens or 0) > most:
             raise ApiError(f"min_tokens is at most {most}, as max_tokens.", param="min_tokens")
@@ -262,6 +259,9 @@ class Sampling(Body):
             "logprobs": self.most_likely,
             "stop": self.stop,
             "repetition_penalty": self.repetition_penalty,
+            "presence_penalty": self.presence_penalty,
+            "frequency_penalty": self.frequency_penalty,
+            "logit_bias": {int(token): bias for token, bias in (self.logit_bias or {}).items()},
             "structured": self.structured(),
         }
         if self.temperature:
