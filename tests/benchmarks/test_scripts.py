@@ -187,6 +187,22 @@ def test_structured(run: Run) -> None:
     )
 
 
+def test_schemas(run: Run, tmp_path: Path) -> None:
+    pytest.importorskip("llguidance")
+    cases = [
+        {"description": "a number", "schema": {"type": "integer", "maximum": 9, "minimum": 0}},
+        {"description": "not read", "schema": {"not": {}}},
+    ]
+    (tmp_path / "draft7").mkdir()
+    (tmp_path / "draft7" / "a.json").write_text(json.dumps(cases))
+    found = run("schemas", "--suite", tmp_path, "--schemas", 4, "--limit", 20, "--threads", 1)
+    assert found["schemas"]["of_the_suite_refused"] == 1
+    for way in found["replies"].values():
+        assert way["differ"] == way["invalid"] == []
+        assert way["valid"] + len(way["cut"]) == way["asked"] > 0
+    assert found["bad"]["schemas"] == found["bad"]["errors_of_openais_shape"] > 50
+
+
 @pytest.mark.slow
 def test_encoder(run: Run) -> None:
     pytest.importorskip("timm")

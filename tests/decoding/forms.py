@@ -50,6 +50,7 @@ SCHEMAS: dict[str, Any] = {
     "unanchored pattern": {"type": "string", "pattern": "[0-9]x", "maxLength": 10},
     "unicode pattern": {"type": "string", "pattern": "^[äöü]{3}$"},
     "date": {"type": "string", "format": "date"},
+    "time": {"type": "string", "format": "time"},
     "uuid": {"type": "string", "format": "uuid"},
     "lengths": {"type": "string", "minLength": 3, "maxLength": 5},
     "array": {"type": "array", "items": {"type": "boolean"}, "minItems": 1, "maxItems": 4},

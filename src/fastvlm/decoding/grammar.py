@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import json
+import time
 from collections.abc import Iterable, Sequence
-from threading import Lock
+from threading import BoundedSemaphore, Lock, Thread
 from typing import Any
 
 import numpy as np
@@ -11,6 +13,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
+from fastvlm.decoding.json_schema import for_library, has_finite_reply
 from fastvlm.decoding.structured import StructuredOutput
 from fastvlm.functional.errors import InputError, first_line
 from fastvlm.functional.lru import LruBytes
@@ -27,6 +30,16 @@ MASKS_KEPT = 64
 
 LEXER_FUEL = 300_000
 """What reading a regular expression may cost: a third of a second, in which it can't be cut."""
+STEP_LEXER_FUEL = 100_000
+"""What it may cost for one mask, which the engine waits for: a tenth of a second."""
+MAX_ITEMS = 10_000
+"""What may come next at one place, such as the names of an object's optional properties."""
+MAX_CHARACTERS = 2**16
+"""The longest form. The library's limits don't count everything that a long one costs."""
+COMPILE_SECONDS = 0.75
+"""How long a form may take to compile; the library reads some for minutes, and can't be stopped."""
+MAX_COMPILING = 2
+"""The maximum number of forms that are compiled at once, with those that nobody waits for."""
 
 
 class Constraint:
@@ -213,6 +226,7 @@ class GrammarCompiler:
         self._vocabulary: tuple[tuple[int, frozenset[int]], Any] | None = None
         """The tokenizer as the library knows it, and its size and end tokens then."""
         self._lock = Lock()
+        self._room = BoundedSemaphore(MAX_COMPILING)
 
     def constraint(
         self, form: StructuredOutput | None, end_token_ids: Iterable[int]
@@ -224,8 +238,8 @@ class GrammarCompiler:
             end_token_ids: Tokens that end the reply.
 
         Raises:
-            InputError: llguidance is not installed, the form can't be compiled, no text has it, or
-                the model has no token to end a reply with.
+            InputError: llguidance is not installed, the form can't be compiled or takes too long,
+                no text has it, or the model has no token to end a reply with.
         """
         if form is None:
             return None
@@ -235,32 +249,45 @@ class GrammarCompiler:
             raise InputError(
                 "A reply of a given form needs a token that ends it; the model has none."
             )
-        key = size, ends, form
-        grammar = self._compiled.get(key)
+        grammar = self._compiled.get((size, ends, form))
         if grammar is None:
-            grammar = self._compile(form, size, ends)
-            possible = Constraint(grammar, size, ends).allowed([], size)
-            if possible is None or not possible.any():
-                raise InputError(f"No reply can have this form ({form.kind}).")
-            self._compiled.put(key, grammar, 1)
+            grammar = self._compiled_in_time(form, size, ends)
         return Constraint(grammar, size, ends)
 
-    def _compile(self, form: StructuredOutput, size: int, ends: frozenset[int]) -> Any:
+    def _compiled_in_time(self, form: StructuredOutput, size: int, ends: frozenset[int]) -> Any:
+        """Return a compiled form, which is kept even if it is done when nobody waits any more."""
         library = _library()
+        # What the tokenizer takes is no form's fault.
         vocabulary = self._known_vocabulary(size, ends)
-        try:
-            grammar = library.LLMatcher(
-                vocabulary,
-                _grammar_text(library, form),
-                log_level=0,
-                limits=library.LLParserLimits(initial_lexer_fuel=LEXER_FUEL, verbose_errors=False),
+        made: list[Any] = []
+        failed: list[Exception] = []
+
+        def work() -> None:
+            try:
+                grammar = _compiled(library, form, vocabulary)
+                _check_possible(form, Constraint(grammar, size, ends), size)
+                self._compiled.put((size, ends, form), grammar, 1)
+                made.append(grammar)
+            except Exception as error:  # noqa: BLE001 (whoever waits raises it)
+                failed.append(error)
+            finally:
+                self._room.release()
+
+        deadline = time.monotonic() + COMPILE_SECONDS
+        if not self._room.acquire(timeout=COMPILE_SECONDS):
+            raise InputError("Other forms take long to compile; try again in a moment.")
+        # A thread that nobody waits for must not keep the interpreter from ending.
+        thread = Thread(target=work, name="fastvlm-grammar", daemon=True)
+        thread.start()
+        thread.join(max(deadline - time.monotonic(), 0))
+        if failed:
+            raise failed[0]
+        if not made:
+            raise InputError(
+                f"The {form.kind} can't be used: it takes more than {COMPILE_SECONDS:g} s to"
+                " compile; it is too large or too complex."
             )
-        except ValueError as error:
-            raise InputError(f"The {form.kind} can't be used: {first_line(error)}.") from error
-        if grammar.is_error():
-            said = first_line(ValueError(grammar.get_error()))
-            raise InputError(f"The {form.kind} can't be used: {said}.")
-        return grammar
+        return made[0]
 
     def _known_vocabulary(self, size: int, ends: frozenset[int]) -> Any:
         """Return the tokenizer as the library knows it, which takes a second for a large one."""
@@ -284,6 +311,51 @@ class GrammarCompiler:
             return self._vocabulary[1]
 
 
+def _compiled(library: Any, form: StructuredOutput, vocabulary: Any) -> Any:
+    """Return a form as the library's matcher has it.
+
+    Raises:
+        InputError: The library can't read it.
+    """
+    length = sum(map(len, form.value or ""))
+    if length > MAX_CHARACTERS:
+        raise InputError(
+            f"The {form.kind} can't be used: it has {length:,} characters, and at most"
+            f" {MAX_CHARACTERS:,} are read."
+        )
+    try:
+        grammar = library.LLMatcher(
+            vocabulary,
+            _grammar_text(library, form),
+            log_level=0,
+            limits=library.LLParserLimits(
+                initial_lexer_fuel=LEXER_FUEL,
+                step_lexer_fuel=STEP_LEXER_FUEL,
+                max_items_in_row=MAX_ITEMS,
+                verbose_errors=False,
+            ),
+        )
+    except ValueError as error:
+        raise InputError(f"The {form.kind} can't be used: {first_line(error)}.") from error
+    if grammar.is_error():
+        said = first_line(ValueError(grammar.get_error()))
+        raise InputError(f"The {form.kind} can't be used: {said}.")
+    return grammar
+
+
+def _check_possible(form: StructuredOutput, constraint: Constraint, size: int) -> None:
+    """Refuse a form that no reply can have.
+
+    Raises:
+        InputError: What it asks for has no beginning, or no end.
+    """
+    possible = constraint.allowed([], size)
+    if possible is None or not possible.any():
+        raise InputError(f"No reply can have this form ({form.kind}).")
+    if form.kind == "json" and not has_finite_reply(json.loads(form.value)):
+        raise InputError("No reply can have this form (json): what it asks for has no end.")
+
+
 def _grammar_text(library: Any, form: StructuredOutput) -> str:
     """Return a form in the library's own notation."""
     matcher = library.LLMatcher
@@ -293,9 +365,11 @@ def _grammar_text(library: Any, form: StructuredOutput) -> str:
         return str(matcher.grammar_from_regex(form.value))
     if form.kind == "choice":
         return str(matcher.grammar_from_regex("|".join(map(_escaped, form.value))))
-    schema = '{"type": "object"}' if form.kind == "json_object" else form.value
+    schema: Any = {"type": "object"}
+    if form.kind == "json":
+        schema = for_library(json.loads(form.value))
     overrides = {"whitespace_pattern": WHITESPACE, "lenient": False}
-    return str(matcher.grammar_from_json_schema(schema, overrides=overrides))
+    return str(matcher.grammar_from_json_schema(json.dumps(schema), overrides=overrides))
 
 
 def _escaped(text: str) -> str:
