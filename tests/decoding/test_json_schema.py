@@ -142,7 +142,7 @@ def test_what_has_no_end_is_known(name: str, vlm: VisionLanguageModel) -> None:
     finite, schema = SCHEMAS[name]
     assert has_finite_reply(schema) == finite
     if not finite:
-        with pytest.raises(InputError, match="form|used"):
+        with pytest.raises(InputError, match=r"form|used"):
             vlm.grammars.constraint(StructuredOutput("json", schema), vlm.end_tokens)
 
 
