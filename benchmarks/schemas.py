@@ -54,7 +54,7 @@ DRAFTS = {
 """The published drafts that the grammar library reads, by the suite's folders."""
 UNCHECKED = "ecmascript-regex.json"
 """Patterns of JavaScript, which jsonschema checks by Python's rules."""
-FORMATS = ("date", "email", "ipv4", "ipv6", "time", "uuid")
+FORMATS = ("date", "email", "ipv4", "ipv6", "uuid")
 """Formats that jsonschema checks without further packages."""
 STRATEGIES = ("autoregressive", "imitation")
 WAYS: dict[str, dict[str, Any]] = {"greedy": {}, "sampled": {"temperature": 0.8, "seed": 7}}
