@@ -15,15 +15,14 @@ from transformers.generation.stopping_criteria import StoppingCriteriaList
 
 from fastvlm.checkpoints import PretrainedOptions, load_checkpoint
 from fastvlm.checkpoints.processors import tokenizer_of
-from fastvlm.decoding import Engine, Request, Sampler, SamplingParams, Strategy
+from fastvlm.decoding import Engine, Request, Sampler, Strategy
 from fastvlm.decoding.engine import MAX_SLOTS
 from fastvlm.decoding.generation_config import fit_length, processors_of, settings_of, stopper
 from fastvlm.decoding.grammar import GrammarCompiler
 from fastvlm.decoding.layer_search import LayerChoice, find_skipped_layers
-from fastvlm.decoding.options import split_options
+from fastvlm.decoding.options import RequestOptions, split_options
 from fastvlm.decoding.prefix_cache import PrefixCache
 from fastvlm.decoding.reply import Piece, Reply, ReplyStream
-from fastvlm.decoding.sampling_params import new_seed
 from fastvlm.decoding.strategy_factory import StrategyFactory
 from fastvlm.decoding.text import ReplyText
 from fastvlm.drafting import ImitationNetwork
@@ -45,7 +44,6 @@ from fastvlm.prompts import (
 )
 from fastvlm.vision.configuration import REDUCTION
 from fastvlm.vision.fastvithd import FastViTHD
-from fastvlm.vision.images import ImageOptions
 from fastvlm.vision.loading import ImageInput
 
 __all__ = ["Piece", "Reply", "ReplyStream", "VisionLanguageModel", "load"]
@@ -68,6 +66,7 @@ class VisionLanguageModel:
         prefix_bytes: The maximum memory for image features and states of earlier prompts, in bytes;
             0 keeps nothing.
         max_slots: The maximum number of requests decoded together; others wait.
+        max_cache_bytes: The maximum bytes of their keys and values, see `Engine`.
     """
 
     def __init__(
@@ -78,6 +77,7 @@ class VisionLanguageModel:
         *,
         prefix_bytes: int = PREFIX_BYTES,
         max_slots: int = MAX_SLOTS,
+        max_cache_bytes: int | None = None,
     ) -> None:
         if model.training:
             warnings.warn(
@@ -89,7 +89,7 @@ class VisionLanguageModel:
         self.processor, self.tokenizer = processor, tokenizer_of(processor)
         self.decoder = split_decoder(model)
         self.prompts = prompt_builder(model, processor, self.decoder)
-        self.engine = Engine(self.decoder, max_slots=max_slots)
+        self.engine = Engine(self.decoder, max_slots=max_slots, max_cache_bytes=max_cache_bytes)
         self.grammars = GrammarCompiler(self.tokenizer)
         self.strategies = StrategyFactory(self.decoder, network)
         self.lru = LruBytes(prefix_bytes)
@@ -168,7 +168,7 @@ class VisionLanguageModel:
             image: An image, see `load_image`, or a list of several; None for a question without
                 one, or a dialogue.
             strategy: What `strategy` returned, or a strategy's name; None for the model's default.
-            options: Fields of `SamplingParams` and of `ImageOptions`.
+            options: Fields of `SamplingParams`, `ImageOptions` and `Scheduling`.
 
         Raises:
             InputError: An image can't be read, the prompt has a placeholder of its own, or an
@@ -176,62 +176,56 @@ class VisionLanguageModel:
         """
         started = time.perf_counter()
         # What can be refused is refused before the long work.
-        params, shown = split_options(options)
-        chosen = self._chosen(strategy)
-        return self._request(messages_of(prompt, image), params, shown, chosen, started)
-
-    def _chosen(self, strategy: Strategy | str | None) -> Strategy:
-        if strategy is None or isinstance(strategy, str):
-            return self.strategy(strategy)
-        return strategy
+        split, chosen = split_options(options), self.strategies.chosen(strategy)
+        return self._request(messages_of(prompt, image), split, chosen, started)
 
     def _request(
         self,
         messages: Sequence[Message] | TokenPrompt,
-        params: SamplingParams,
-        shown: ImageOptions,
+        options: RequestOptions,
         strategy: Strategy,
         started: float,
     ) -> Request:
+        params = options.sampling
         ends: frozenset[int] = frozenset() if params.ignore_eos else self.end_tokens
         constraint = self.grammars.constraint(params.structured, ends)
         settings: Any = settings_of(self.model, params)
         stop = params.stop_strings or list(settings.stop_strings or ())
         settings.stop_strings = None
-        inputs, keeps = self._inputs(messages, shown)
+        inputs, keeps = self._inputs(messages, options)
         max_new_tokens = fit_length(settings, len(inputs.token_ids))
         device = self.decoder.device
         processors = processors_of(self.decoder, settings, params, inputs.token_ids)
-        seed = None
-        if params.temperature:
-            seed = new_seed() if params.seed is None else params.seed
         model: Any = self.model  # whose type knows the method of the mixin alone
         criteria = model._get_stopping_criteria(settings, StoppingCriteriaList())
         return Request(
             inputs,
             strategy,
             max_new_tokens,
-            Sampler(processors, seed, inputs.token_ids if processors else (), constraint),
+            Sampler(
+                processors, params.drawn_seed, inputs.token_ids if processors else (), constraint
+            ),
             ends,
             self.prefixes if keeps else None,
             started,
             stopper(criteria, inputs.token_ids, device),
             ReplyText(self.tokenizer, stop) if stop else None,
             logprobs=params.logprobs,
+            priority=options.scheduling.priority,
         )
 
     def _inputs(
-        self, messages: Sequence[Message] | TokenPrompt, shown: ImageOptions
+        self, messages: Sequence[Message] | TokenPrompt, options: RequestOptions
     ) -> tuple[DecoderInputs, bool]:
         """Return a prompt, and whether its states are looked up and kept."""
-        if not self.lru.limit:
-            return self.prompts.decoder_inputs(messages, **shown), False
+        if not options.scheduling.cache or not self.lru.limit:
+            return self.prompts.decoder_inputs(messages, **options.shown), False
         state = weights_state(self.model)
         if state != self._weights_state:
             # What other weights have computed serves nobody any more.
             self._weights_state = state
             self.lru.clear()
-        inputs = self.prompts.decoder_inputs(messages, self.features, **shown)
+        inputs = self.prompts.decoder_inputs(messages, self.features, **options.shown)
         if inputs.keys is None:
             return inputs, False
         first, *rest = inputs.keys
@@ -263,8 +257,7 @@ class VisionLanguageModel:
     ) -> Reply:
         """Return a reply. For the arguments and errors see `request`."""
         request = self.request(prompt, image, strategy=strategy, **options)
-        for _ in self.engine.run([request]):
-            pass
+        self.engine.run_all([request])
         if request.error is not None:
             raise request.error
         return self.reply(request)
@@ -312,15 +305,14 @@ class VisionLanguageModel:
                 f"A batch has an image for each prompt; got {len(prompts)} prompts and"
                 f" {len(images)} images."
             )
-        params, shown = split_options(options)
-        chosen = self._chosen(strategy)
+        split, chosen = split_options(options), self.strategies.chosen(strategy)
 
         def made() -> Iterator[Request]:
             for row, (prompt, image) in enumerate(zip(prompts, images, strict=True)):
                 started = time.perf_counter()
+                own = replace(split, sampling=split.sampling.for_row(row))
                 try:
-                    messages = messages_of(prompt, image)
-                    yield self._request(messages, params.for_row(row), shown, chosen, started)
+                    yield self._request(messages_of(prompt, image), own, chosen, started)
                 except FastVlmError as error:
                     yield Request.failed(error, chosen)
 
@@ -357,6 +349,7 @@ def load(
     prefix_bytes: int = PREFIX_BYTES,
     packed_bytes: int = PACKED_BYTES,
     max_slots: int = MAX_SLOTS,
+    max_cache_bytes: int | None = None,
     **pretrained: Unpack[PretrainedOptions],
 ) -> VisionLanguageModel:
     """Load a model, and a draft that was made for it.
@@ -373,6 +366,8 @@ def load(
         packed_bytes: The maximum memory, in bytes, for a second copy of the decoder's weights, with
             which a CPU verifies faster in float32 (see `pack_decoder`); 0 makes none.
         max_slots: The maximum number of requests decoded together; others wait.
+        max_cache_bytes: The maximum bytes of their keys and values; others wait. None for half of
+            the memory that the device has left.
         pretrained: Options for `transformers`, see `PretrainedOptions`: `revision`, `token`,
             `device_map`, `quantization_config`, `attn_implementation`, `trust_remote_code`.
 
@@ -396,5 +391,10 @@ def load(
     if network is not None:
         pack([network], packed_bytes - taken)
     return VisionLanguageModel(
-        target.eval(), processor, network, prefix_bytes=prefix_bytes, max_slots=max_slots
+        target.eval(),
+        processor,
+        network,
+        prefix_bytes=prefix_bytes,
+        max_slots=max_slots,
+        max_cache_bytes=max_cache_bytes,
     )

@@ -31,6 +31,23 @@ def serve(
     max_slots: Annotated[
         int, typer.Option(metavar="N", min=1, max=4096, help="Requests decoded together.")
     ] = 16,
+    max_cache_bytes: Annotated[
+        int | None,
+        typer.Option(
+            metavar="BYTES",
+            min=1,
+            help="The most memory for keys and values of what is decoded; other requests wait.",
+            show_default="half of what the device has left",
+        ),
+    ] = None,
+    prefix_bytes: Annotated[
+        int,
+        typer.Option(
+            metavar="BYTES",
+            min=0,
+            help="The most memory for images and beginnings of earlier prompts; 0 keeps nothing.",
+        ),
+    ] = 256 * 2**20,
     runtime: Runtime,
 ) -> None:
     """Serve a model with OpenAI's API, and a page to try it on.
@@ -58,7 +75,13 @@ def serve(
     name = settings.served_name or (EXAMPLE_NAME if model is None else Path(model).name)
     if model is None:
         model, draft = str(example().MODEL), draft or example().DRAFT
-    vlm = runtime.load(model, draft, max_slots=max_slots)
+    vlm = runtime.load(
+        model,
+        draft,
+        max_slots=max_slots,
+        max_cache_bytes=max_cache_bytes,
+        prefix_bytes=prefix_bytes,
+    )
     app = Server(vlm, name, settings).app()
     config = uvicorn.Config(
         app,

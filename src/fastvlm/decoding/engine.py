@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import time
 import warnings
-from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from functools import partial
@@ -13,6 +12,7 @@ from threading import Condition, Lock
 
 import torch
 
+from fastvlm.decoding.admission import Admission
 from fastvlm.decoding.attempt import attempt
 from fastvlm.decoding.batch import Batch
 from fastvlm.decoding.cycle import cycle, prefill
@@ -40,13 +40,15 @@ class Engine:
     Args:
         decoder: The target.
         max_slots: The maximum number of requests decoded together; others wait.
+        max_cache_bytes: The maximum bytes of the cache: requests enter while it has room for them.
+            None for half of the memory that the device has left.
         prefill_positions: The maximum of prompt positions that a step computes while replies are
             decoded: a longer prompt is computed in chunks, a step each.
         verify_width: Positions that every verify computes, see `Batch`; None for as many as needed.
         clock: Returns the time in seconds, from any starting point, by which drafts adapt.
 
     Raises:
-        InputError: `max_slots` or `prefill_positions` is below 1.
+        InputError: `max_slots`, `max_cache_bytes` or `prefill_positions` is below 1.
     """
 
     def __init__(
@@ -54,14 +56,15 @@ class Engine:
         decoder: SplitDecoder,
         *,
         max_slots: int = MAX_SLOTS,
+        max_cache_bytes: int | None = None,
         prefill_positions: int = PREFILL_POSITIONS,
         verify_width: int | None = None,
         clock: Callable[[], float] = time.perf_counter,
     ) -> None:
-        if max_slots < 1 or prefill_positions < 1:
+        if prefill_positions < 1:
             raise InputError(
-                "An engine has at least one slot and computes at least one position of a prompt in"
-                f" a step; got max_slots={max_slots} and prefill_positions={prefill_positions}."
+                "An engine computes at least one position of a prompt in a step; got"
+                f" prefill_positions={prefill_positions}."
             )
         self.decoder = decoder
         self.max_slots, self.prefill_positions = max_slots, prefill_positions
@@ -69,7 +72,7 @@ class Engine:
         self.cache = DecoderCache(torch.device("cpu"))
         self.slots: list[Slot] = []
         """The requests that decode, in the order in which they came."""
-        self.waiting: deque[Request] = deque()
+        self.admission = Admission(decoder, max_slots, max_cache_bytes, verify_width, clock)
         self._dtype = torch.float32
         # A plain lock: a stream that is forgotten cancels its request wherever the interpreter
         # happens to be, also inside a block that holds it, and must neither wait nor enter.
@@ -77,6 +80,11 @@ class Engine:
         self._stepping = False
         self._cancelled = False
         """Whether a request was cancelled whose slot may not be free yet."""
+
+    @property
+    def waiting(self) -> list[Request]:
+        """The requests that wait for a slot, in the order in which they enter."""
+        return self.admission.waiting
 
     def add(self, request: Request) -> None:
         """Put a request into the queue. If it is invalid, it ends at once with an error.
@@ -92,12 +100,10 @@ class Engine:
         request.added = True
         request.autocast = torch.is_autocast_enabled(device), torch.get_autocast_dtype(device)
         request.kind = id(request.strategy), str(request.autocast)
-        error = self._fitted(request)
+        with self._turn:
+            error = self.admission.add(request)
         if error is not None:
             request.fail(error)
-            return
-        with self._turn:
-            self.waiting.append(request)
         self._settle()
 
     def cancel(self, request: Request) -> None:
@@ -134,6 +140,7 @@ class Engine:
                 before = {slot.request: len(slot.request.output_token_ids) for slot in self.slots}
                 for slots, work in self._passes():
                     self._make(slots, work)
+                self._measure()
                 self._free_finished()
             return {
                 request: len(request.output_token_ids) - known for request, known in before.items()
@@ -204,7 +211,7 @@ class Engine:
                     return
                 self._cancelled = False
                 self._free_finished()
-                self.waiting = deque(request for request in self.waiting if not request.finished)
+                self.admission.drop_finished()
                 self._turn.notify_all()
             finally:
                 self._turn.release()
@@ -289,12 +296,10 @@ class Engine:
             yield sorted(slots, key=lambda slot: slot.index), width
 
     def _admit(self) -> None:
-        """Give free slots to waiting requests, in the order in which they came."""
-        admitted: list[Request] = []
-        while self.waiting and len(self.slots) + len(admitted) < self.max_slots:
-            request = self.waiting.popleft()
-            if not request.finished:
-                admitted.append(request)
+        """Give free slots to waiting requests, while the cache has room for them."""
+        taken = {slot.index for slot in self.slots}
+        with self._turn:
+            admitted = self.admission.next(taken, self.cache)
         if not admitted:
             return
         error = attempt(partial(self._make_room, admitted))
@@ -302,24 +307,26 @@ class Engine:
             for request in admitted:
                 request.fail(error)
             return
-        for index, request in zip(self._free_indices(), admitted, strict=False):
+        taken = {slot.index for slot in self.slots}
+        for index, request in zip(self.admission.free_slots(taken), admitted, strict=False):
             error = attempt(partial(self._seat, index, request))
             if error is not None:
                 self.cache.release(index)
                 request.fail(error)
 
-    def _free_indices(self) -> list[int]:
-        taken = {slot.index for slot in self.slots}
-        return [index for index in range(self.max_slots) if index not in taken]
-
     def _make_room(self, admitted: Sequence[Request]) -> None:
         """Reserve the cache's memory for requests beside those that decode."""
         self._follow_model()
-        needed = self._free_indices()[len(admitted) - 1] + 1
-        if self.cache.layers and needed > self.cache.slots:
-            # Room for more at once: making room copies those that decode.
-            needed = min(max(needed, 2 * self.cache.slots), self.max_slots)
-        self.cache.reserve(needed, max(map(self._capacity, admitted)))
+        self.admission.reserve(admitted, {slot.index for slot in self.slots}, self.cache)
+
+    def _measure(self) -> None:
+        """Measure what a position takes, and refuse what was admitted before that was known."""
+        if self.admission.layer_bytes is None and any(slot.length for slot in self.slots):
+            self.admission.measure(self.cache)
+            for slot in self.slots:
+                error = self.admission.too_large(slot.request)
+                if error is not None and not slot.request.finished:
+                    slot.request.fail(error)
 
     def _seat(self, index: int, request: Request) -> None:
         """Give a request a slot, with what is known of its prompt's beginning."""
@@ -346,41 +353,9 @@ class Engine:
                 slot.request.fail(InputError("The model was moved or cast while this was decoded."))
                 self._free(slot)
         if not self.slots:
+            if (device, dtype) != (self.cache.device, self._dtype):
+                self.admission.forget()
             self.cache, self._dtype = DecoderCache(device), dtype
-
-    def _capacity(self, request: Request) -> int:
-        """Return the positions that a request may write to."""
-        # The last token is never written, but a draft's tokens are before they are rejected.
-        spare = request.strategy.max_draft_tokens
-        if self.verify_width is not None:
-            spare = self.verify_width - 1
-        return len(request.inputs.token_ids) + request.max_new_tokens + spare
-
-    def _fitted(self, request: Request) -> InputError | None:
-        """Fit a request's limit to the positions that there are; return what is wrong with it."""
-        length, decoder = len(request.inputs.token_ids), self.decoder
-        if request.max_new_tokens < 1:
-            return InputError(f"max_new_tokens must be at least 1; got {request.max_new_tokens}.")
-        drafted = request.strategy.max_draft_tokens
-        if self.verify_width is not None and self.verify_width <= drafted:
-            return InputError(
-                f"Drafts of up to {drafted} tokens are verified {drafted + 1} wide, but the width"
-                f" is {self.verify_width}."
-            )
-        if length >= decoder.context:
-            return InputError(
-                f"The prompt has {length} tokens with its images, but the model's context is"
-                f" {decoder.context}."
-            )
-        left = decoder.context - length
-        if decoder.max_positions is not None and request.max_new_tokens > left:
-            warnings.warn(
-                f"The reply ends after {left} tokens, where the model's {decoder.context} positions"
-                f" end; {request.max_new_tokens} were asked for.",
-                stacklevel=3,
-            )
-            request.max_new_tokens = left
-        return None
 
     def _free(self, slot: Slot) -> None:
         """Free a slot; the last one gives the cache's memory back."""

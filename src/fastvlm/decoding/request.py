@@ -56,6 +56,7 @@ class Request:
         on_token: Called with each token of the reply, in the thread that makes the step.
         logprobs: The number of most likely tokens whose log-probabilities are returned at each
             position, beside that of the chosen one; None for no log-probabilities.
+        priority: Requests of lower priority enter earlier, see `Admission`.
     """
 
     inputs: DecoderInputs
@@ -70,6 +71,7 @@ class Request:
     keeps_logits: bool = False
     on_token: Callable[[int], None] | None = None
     logprobs: int | None = None
+    priority: int = 0
     output_token_ids: list[int] = field(default_factory=list)
     drafted: list[bool] = field(default_factory=list)
     """Whether each token of the reply was drafted and accepted."""
@@ -86,6 +88,8 @@ class Request:
     """Positions of the prompt that were taken over from earlier requests."""
     added: bool = False
     """Whether an engine has it, or had it."""
+    turn: float = 0.0
+    """Who waits enters in the order of it, in seconds of the engine's clock."""
     autocast: tuple[bool, torch.dtype] = (False, torch.float32)
     """Whether it computes in mixed precision, and in which: as the thread that added it."""
     kind: tuple[int, str] = (0, "")

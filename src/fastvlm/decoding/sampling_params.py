@@ -133,6 +133,13 @@ class SamplingParams:
         """The strings that end the reply."""
         return [self.stop] if isinstance(self.stop, str) else list(self.stop or ())
 
+    @property
+    def drawn_seed(self) -> int | None:
+        """The seed to draw with, a new one if none was given; None where nothing is drawn."""
+        if not self.temperature:
+            return None
+        return new_seed() if self.seed is None else self.seed
+
     def for_row(self, row: int) -> SamplingParams:
         """Return the parameters of a row of a batch: row r has the seed + r."""
         if self.seed is None or not row:

@@ -88,6 +88,10 @@ class StrategyFactory:
                 self._made[recipe.key] = recipe.build()
             return self._made[recipe.key]
 
+    def chosen(self, strategy: Strategy | str | None) -> Strategy:
+        """Return a strategy, or the one of a name; see `make`."""
+        return self.make(strategy) if strategy is None or isinstance(strategy, str) else strategy
+
 
 class _Recipe(NamedTuple):
     """What tells a strategy from others, and what builds it."""

@@ -175,6 +175,11 @@ class DecoderCache:
         """Bytes of all keys and values."""
         return sum(layer.nbytes for layer in self.layers.values())
 
+    @staticmethod
+    def rounded(capacity: int) -> int:
+        """Return the positions that a slot of a capacity has: whole blocks."""
+        return -(-capacity // BLOCK_POSITIONS) * BLOCK_POSITIONS
+
     def reserve(self, slots: int, capacity: int) -> None:
         """Make room for so many slots of so many positions; there is never less room than before.
 
@@ -183,8 +188,7 @@ class DecoderCache:
             capacity: Positions of each.
         """
         more = max(slots - self.slots, 0)
-        blocks = -(-capacity // BLOCK_POSITIONS)
-        capacity = max(self.capacity, blocks * BLOCK_POSITIONS)
+        capacity = max(self.capacity, self.rounded(capacity))
         if not more and capacity == self.capacity:
             return
         self._inputs += [SlotInputs() for _ in range(more)]

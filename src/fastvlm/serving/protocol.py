@@ -174,7 +174,7 @@ def form_of(
 class Sampling(Body):
     """Fields of every endpoint that decodes: how tokens are drawn and drafted.
 
-    Those below `strategy` are fastvlm's own.
+    `priority` is vLLM's; `strategy` and those below it are fastvlm's own.
     """
 
     model: str | None = None
@@ -196,9 +196,11 @@ class Sampling(Body):
     guided_regex: str | None = None
     guided_choice: list[str] | None = None
     guided_grammar: str | None = None
+    priority: Annotated[int, Field(ge=-(2**31), lt=2**31)] = 0
     strategy: str | None = None
     num_speculative_tokens: Annotated[int, Field(ge=1, le=256)] | None = None
     return_drafted: bool = False
+    cache: bool = True
 
     @property
     @abstractmethod
@@ -247,7 +249,7 @@ class Sampling(Body):
         return next(iter(forms.values()), None)
 
     def sampling_options(self, row: int = 0) -> dict[str, Any]:
-        """Return the fields of `SamplingParams` that the request sets.
+        """Return the fields of `SamplingParams` and `Scheduling` that the request sets.
 
         Args:
             row: The number of the choice; choice i is drawn with the seed + i.
@@ -263,6 +265,8 @@ class Sampling(Body):
             "frequency_penalty": self.frequency_penalty,
             "logit_bias": {int(token): bias for token, bias in (self.logit_bias or {}).items()},
             "structured": self.structured(),
+            "priority": self.priority,
+            "cache": self.cache,
         }
         if self.temperature:
             found |= {
