@@ -182,7 +182,84 @@ def test_rows_stop_together() -> None:
 def test_batches_of_other_sizes_are_measured_for_themselves() -> None:
     length = taught(1, 0.1, 0.01, accepted=True)
     assert length.throughputs[1].step.value == pytest.approx(0.1)
-    assert not length.throughputs[4].step.weight
+    assert not length.throughput(4).step.weight
+
+
+@dataclass(frozen=True)
+class Machine:
+    """Costs in milliseconds that grow with the rows of a batch, as those of a processor do."""
+
+    fixed: float
+    token: float
+    draft: float = 0.2
+    """A draft step's cost, as a share of an ordinary step's."""
+
+    def verify(self, rows: int, width: int) -> float:
+        return self.fixed + self.token * rows * width
+
+    def step(self, rows: int) -> float:
+        return self.draft * self.verify(rows, 1)
+
+
+def per_token(
+    machine: Machine, length: DraftLength | None, sizes: Sequence[int], cycles: int = 30
+) -> float:
+    """Return a token's cost where the load comes and goes; without drafts for no rule."""
+    chance, total, tokens = random.Random(4), 0.0, 0
+    for rows in sizes:
+        for _ in range(cycles):
+            progress = Progress([True] * rows, [[] for _ in range(rows)], [99] * rows, [9] * rows)
+            steps = []
+            while length is not None and any(length.should_continue(progress)):
+                steps.append(machine.step(rows))
+                for confidences in progress.confidences:
+                    confidences.append(chance.choice((0.7, 0.9, 0.95)))
+            accepted = [
+                next((i for i, c in enumerate(row) if chance.random() > c), len(row))
+                for row in progress.confidences
+            ]
+            verify = machine.verify(rows, len(steps) + 1)
+            if length is not None:
+                length.update(progress, accepted, Timings(steps, verify))
+            total += sum(steps) + verify
+            tokens += sum(accepted) + rows
+    return total / tokens
+
+
+def test_a_full_batch_is_not_slowed_down_and_a_single_row_is_faster() -> None:
+    machine = Machine(fixed=40.0, token=10.0, draft=0.1)
+    length = AdaptiveLength(24)
+    # One client, and a load that no draft pays for, which comes and goes.
+    for _ in range(3):
+        assert per_token(machine, length, [1]) < 0.8 * per_token(machine, None, [1])
+        busy = [*range(2, 17), *range(16, 1, -1)]
+        assert per_token(machine, length, busy) < 1.03 * per_token(machine, None, busy)
+        assert per_token(machine, length, [16], 300) < 1.03 * per_token(machine, None, [16])
+    full = Progress([True] * 16, [[]] * 16, [99] * 16, [9] * 16)
+    assert not any(length.should_continue(full))
+
+
+def test_a_size_that_is_new_takes_over_what_is_known_of_the_nearest() -> None:
+    for accepted in (True, False):
+        length = taught(8, 0.1, 0.1, accepted=accepted)
+        for rows in (7, 16):
+            new = Progress([True] * rows, [[]] * rows, [100] * rows, [5] * rows, 1)
+            assert any(length.should_continue(new)) == accepted
+            assert length.estimate(rows) is length.throughputs[8]
+    # Nothing of it is believed once the size itself is measured.
+    length.throughput(16).add_draft(3.0, Timings([0.1], 1.0))
+    assert length.estimate(16) is length.throughputs[8]
+    length.throughput(16).add_ordinary(1.0)
+    assert length.estimate(16) is length.throughputs[16]
+    assert length.estimate(13) is length.throughputs[16]
+    assert length.estimate(12) is length.throughputs[8]
+
+
+def test_a_row_without_a_draft_counts() -> None:
+    length = AdaptiveLength(24)
+    progress = Progress([False, True], [[], [0.9, 0.9]], [1, 9], [5, 5])
+    length.update(progress, [0, 2], Timings([0.1, 0.1], 1.0))
+    assert length.throughputs[2].tokens.value == 2
 
 
 def test_a_draft_has_at_most_its_maximum() -> None:
@@ -307,5 +384,5 @@ def test_a_clock_that_stands_still_is_no_failure() -> None:
         still.add_ordinary(0.0)
         still.add_draft(2.0, Timings([0.0], 0.0))
     assert still.best == still.slope == 0
-    assert still.should_draft()
+    assert still.should_draft(pays=still.pays)
     assert length.should_continue(Progress([True], [[]], [100], [5], 1)) == [True]

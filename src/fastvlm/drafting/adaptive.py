@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 import statistics
-from collections import defaultdict
 from collections.abc import Sequence
 
 from fastvlm.drafting.draft_length import Progress, Timings, check_maximum
@@ -55,16 +54,20 @@ class Mean:
 
 
 class Throughput:
-    """Measured times and tokens of batches of one size."""
+    """Measured times and tokens of batches of one size.
 
-    def __init__(self) -> None:
+    Args:
+        budget_steps: Ordinary steps that drafting may lose.
+    """
+
+    def __init__(self, budget_steps: float = BUDGET_STEPS) -> None:
         self.step, self.ordinary, self.verify, self.cycle = Mean(), Mean(), Mean(), Mean()
         """Seconds of a draft step, an ordinary step, a verify, and a whole cycle with a draft."""
         self.width, self.tokens = Mean(), Mean()
         """Tokens that a verify computes, and that a cycle with a draft brings."""
         self.variance, self.covariance = Mean(), Mean()
         """Of a verify's width, and of its width and seconds."""
-        self.budget_steps: float = BUDGET_STEPS
+        self.budget_steps = budget_steps
         self.since_ordinary, self.ordinary_due = 0, 2
         """Drafts since an ordinary step was measured, and with how many the next one is."""
 
@@ -87,9 +90,18 @@ class Throughput:
         rates = ((self.tokens.value, self.cycle.value), (1.0, self.ordinary.value))
         return max(tokens / seconds if seconds else 0.0 for tokens, seconds in rates)
 
-    def should_draft(self) -> bool:
+    @property
+    def is_measured(self) -> bool:
+        """Whether steps with and without drafts have been measured."""
+        return bool(self.ordinary.weight and self.cycle.weight)
+
+    @property
+    def pays(self) -> bool:
+        """Whether drafts are faster than ordinary steps."""
+        return self.tokens.value * self.ordinary.value > self.cycle.value
+
+    def should_draft(self, *, pays: bool) -> bool:
         """Return whether drafts pay or have a budget, and no ordinary step has to be measured."""
-        pays = self.tokens.value * self.ordinary.value > self.cycle.value
         return (pays or self.budget_steps >= 0) and self.since_ordinary < self.ordinary_due
 
     def add_ordinary(self, seconds: float) -> None:
@@ -142,6 +154,11 @@ class AdaptiveLength:
     budget: they begin with `BUDGET_STEPS`, may lose what they have saved, and ordinary steps add
     `PROBE_TIME_SHARE` of their time.
 
+    The more rows a batch has, the more a verify's further tokens cost beside an ordinary step, so
+    costs are those of the batch's size: with a full batch there may be no drafts at all. A size
+    that is new takes over the estimates and the budget of the nearest one that is known, as a load
+    that comes and goes would otherwise pay for each size anew.
+
     The estimates belong to one drafter and one target, and serve all their requests, so they are
     kept from one to the next. Rejected or accepted, no token depends on them.
 
@@ -163,10 +180,28 @@ class AdaptiveLength:
         self.by_confidence = [Mean(AVERAGED_TOKENS, value, PRIOR_TOKENS) for value in assumed]
         self.after_accepted = Mean(AVERAGED_TOKENS, 1.0, PRIOR_TOKENS)
         """Acceptance of a token after an accepted one."""
-        self.throughputs: defaultdict[int, Throughput] = defaultdict(Throughput)
+        self.throughputs: dict[int, Throughput] = {}
         """By the rows of a batch."""
         self.one_word = Mean()
         """The share of replies that an ordinary step after the prefill ends."""
+
+    def throughput(self, rows: int) -> Throughput:
+        """Return what is measured of batches of a size."""
+        if rows not in self.throughputs:
+            nearest = self._nearest(rows)
+            known = BUDGET_STEPS if nearest is None else nearest.budget_steps
+            self.throughputs[rows] = Throughput(known)
+        return self.throughputs[rows]
+
+    def estimate(self, rows: int) -> Throughput:
+        """Return what is known of batches of a size; of the nearest one, until it is measured."""
+        return self._nearest(rows) or self.throughput(rows)
+
+    def _nearest(self, rows: int) -> Throughput | None:
+        measured = [size for size, known in self.throughputs.items() if known.is_measured]
+        if not measured:
+            return None
+        return self.throughputs[min(measured, key=lambda size: (abs(size - rows), size))]
 
     def acceptance(self, confidence: float) -> Mean:
         """Return the mean acceptance of tokens of about this confidence."""
@@ -191,7 +226,8 @@ class AdaptiveLength:
         if self.one_word.value > MAJORITY_SHARE and max(progress.generated) <= 1:
             # An ordinary step ends most replies here, and shows which of them go on.
             return False
-        return self.throughputs[len(progress.active)].should_draft()
+        rows = len(progress.active)
+        return self.throughput(rows).should_draft(pays=self.estimate(rows).pays)
 
     def should_extend(self, progress: Progress) -> bool:
         """Return whether one more token raises the expected tokens per second."""
@@ -200,14 +236,14 @@ class AdaptiveLength:
             for is_active, confidences in zip(progress.active, progress.confidences, strict=True)
             if is_active
         )
-        throughput = self.throughputs[len(progress.active)]
+        throughput = self.estimate(len(progress.active))
         # Before anything is measured, a token is drafted if it is more likely right than wrong.
         needed = throughput.best * (throughput.step.value + throughput.slope) or 0.5
         return accepted * self.after_accepted.value > needed * sum(map(bool, progress.confidences))
 
     def update(self, progress: Progress, accepted: Sequence[int], timings: Timings) -> None:
         """Update the estimates after a cycle. See `DraftLength.update`."""
-        throughput = self.throughputs[len(progress.active)]
+        throughput = self.throughput(len(progress.active))
         if not progress.steps:
             throughput.add_ordinary(timings.verify)
             return
@@ -218,7 +254,8 @@ class AdaptiveLength:
                 self.acceptance(confidence).add(place < count)
                 if place:
                     self.after_accepted.add(place < count)
-        tokens = sum(count + 1 for _, count in drafted) / len(drafted)
+        # A row without a draft gains a token, too.
+        tokens = 1 + sum(count for _, count in drafted) / len(progress.active)
         throughput.add_draft(tokens, timings)
 
     def on_finish(self, tokens: int) -> None:
