@@ -17,10 +17,7 @@ import argparse
 import asyncio
 import base64
 import io
-import itertools
 import json
-import random
-import re
 import socket
 import statistics
 import subprocess
@@ -29,18 +26,18 @@ import time
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from fastvlm.evaluation.measuring import hardware, rotated
-from fastvlm_example import HELD_OUT_SCENES, SCENE_PROMPT
+from fastvlm_example import HELD_OUT_SCENES
 from fastvlm_example.scenes import render, sample
+from serving_clients import Answer, Client
 
 STRATEGIES = {"on": "imitation", "off": "autoregressive"}
 """Speculation on and off."""
 CLIENTS = (1, 2, 4, 8, 16, 32)
-IMAGES, QUICK_IMAGES = 48, 8
+IMAGES, QUICK_IMAGES = 32, 4
 """Different images."""
 ROUNDS = 3
 OPEN_LOADS = (0.4, 0.8)
@@ -48,136 +45,7 @@ OPEN_LOADS = (0.4, 0.8)
 OPEN_SECONDS = 20.0
 TARGET_CLIENTS = 8
 """Clients whose throughput is compared with that of one client after the other."""
-MAX_TOKENS = 96
 SERVER = "from fastvlm.cli import main; main()"
-
-
-@dataclass(slots=True)
-class Answer:
-    """What came back of one request, as it came.
-
-    Args:
-        image: The number of its image.
-        sent: When it was sent, in seconds.
-        parts: When each part of the answer came, and the part.
-    """
-
-    image: int
-    sent: float
-    parts: list[tuple[float, bytes]] = field(default_factory=list)
-    text: str = ""
-    times: list[float] = field(default_factory=list)
-    """When each token came."""
-    error: str | None = None
-
-    def read(self) -> None:
-        """Read the parts, once all have come: clients that parse meanwhile slow the server down."""
-        whole = b"".join(part for _, part in self.parts)
-        ends = list(itertools.accumulate(len(part) for _, part in self.parts))
-        came, done = iter(zip(ends, (when for when, _ in self.parts), strict=True)), False
-        end, when = next(came, (0, self.sent))
-        if not whole.startswith(b"HTTP/1.1 200"):
-            self.error = whole[:400].decode(errors="replace")
-            return
-        for match in re.finditer(rb"^data: (.*?)\r?\n\r?\n", whole, re.MULTILINE):
-            while match.end() > end:
-                end, when = next(came)
-            if match[1] == b"[DONE]":
-                done = True
-                continue
-            content = json.loads(match[1])
-            if "error" in content:
-                self.error = content["error"]["message"]
-                return
-            for choice in content["choices"]:
-                self.text += choice["delta"].get("content", "")
-                self.times += [when] * len(choice.get("drafted", ()))
-        self.error = None if done else "the answer has no end"
-        self.parts.clear()
-
-    @property
-    def gaps(self) -> list[float]:
-        """Seconds between what came together and what came next, as the field counts ITL."""
-        distinct = sorted(set(self.times))
-        return [after - before for before, after in itertools.pairwise(distinct)]
-
-
-@dataclass(frozen=True)
-class Client:
-    """Asks a server about images.
-
-    Args:
-        port: The server's port on this machine.
-        images: The images as data URLs.
-    """
-
-    port: int
-    images: Sequence[str]
-
-    def body(self, image: int, strategy: str, *, cache: bool) -> bytes:
-        """Return an HTTP request."""
-        content = [
-            {"type": "image_url", "image_url": {"url": self.images[image]}},
-            {"type": "text", "text": SCENE_PROMPT},
-        ]
-        body = json.dumps(
-            {
-                "messages": [{"role": "user", "content": content}],
-                "max_tokens": MAX_TOKENS,
-                "temperature": 0,
-                "stream": True,
-                "strategy": strategy,
-                "return_drafted": True,
-                "cache": cache,
-            }
-        ).encode()
-        head = (
-            "POST /v1/chat/completions HTTP/1.1\r\nHost: 127.0.0.1\r\nConnection: close\r\n"
-            f"Content-Type: application/json\r\nContent-Length: {len(body)}\r\n\r\n"
-        )
-        return head.encode() + body
-
-    async def ask(self, image: int, strategy: str, *, cache: bool = False) -> Answer:
-        """Ask once, and return the answer, whose parts are still to be read."""
-        reader, writer = await asyncio.open_connection("127.0.0.1", self.port)
-        try:
-            answer = Answer(image, time.perf_counter())
-            writer.write(self.body(image, strategy, cache=cache))
-            while part := await reader.read(1 << 16):
-                answer.parts.append((time.perf_counter(), part))
-            return answer
-        finally:
-            writer.close()
-
-    async def closed_loop(
-        self, clients: int, images: Sequence[int], strategy: str, *, cache: bool = False
-    ) -> tuple[list[Answer], float]:
-        """Ask about images, each client after its last answer.
-
-        Returns:
-            The answers, and the seconds that all took.
-        """
-        waiting, answers = iter(images), list[Answer]()
-
-        async def one() -> None:
-            for image in waiting:
-                answers.append(await self.ask(image, strategy, cache=cache))
-
-        begun = time.perf_counter()
-        await asyncio.gather(*(one() for _ in range(clients)))
-        return answers, time.perf_counter() - begun
-
-    async def open_loop(
-        self, rate: float, seconds: float, strategy: str
-    ) -> tuple[list[Answer], float]:
-        """Ask at random times, `rate` requests a second on average. See `closed_loop`."""
-        chance, at, tasks = random.Random(0), 0.0, list[asyncio.Task[Answer]]()
-        begun = time.perf_counter()
-        while (at := at + chance.expovariate(rate)) < seconds:
-            await asyncio.sleep(max(begun + at - time.perf_counter(), 0))
-            image = len(tasks) % len(self.images)
-            tasks.append(asyncio.ensure_future(self.ask(image, strategy)))
-        return await asyncio.gather(*tasks), time.perf_counter() - begun
 
 
 def image_urls(number: int, size: int) -> list[str]:
@@ -232,12 +100,7 @@ def percentiles(seconds: Sequence[float]) -> dict[str, float]:
 
 def figures(answers: Sequence[Answer], seconds: float) -> dict[str, Any]:
     """Return what was measured of a run."""
-    tokens = sum(len(answer.times) for answer in answers)
-    each = [
-        (answer.times[-1] - answer.times[0]) / (len(answer.times) - 1)
-        for answer in answers
-        if len(answer.times) > 1
-    ]
+    tokens = sum(answer.tokens for answer in answers)
     return {
         "requests": len(answers),
         "tokens": tokens,
@@ -245,7 +108,7 @@ def figures(answers: Sequence[Answer], seconds: float) -> dict[str, Any]:
         "requests_per_second": round(len(answers) / seconds, 2),
         "ttft_ms": percentiles([answer.times[0] - answer.sent for answer in answers]),
         "itl_ms": percentiles([gap for answer in answers for gap in answer.gaps]),
-        "tpot_ms": percentiles(each),
+        "tpot_ms": percentiles([answer.seconds_per_token for answer in answers]),
     }
 
 
@@ -273,7 +136,7 @@ class Load:
                 raise RuntimeError(f"A request alone failed: {answer.error}")
             self.alone[answer.image] = answer.text
         for clients in CLIENTS:
-            await self.closed(clients, "on", clients)
+            await self.closed(clients, "on", 2 * clients)
 
     async def closed(
         self, clients: int, speculation: str, requests: int, *, cache: bool = False, only: int = 0

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import weakref
 from collections import deque
+from collections.abc import Sequence
 from dataclasses import dataclass
 from types import TracebackType
 
@@ -28,6 +29,15 @@ class Piece:
     text: str
     token_ids: tuple[int, ...]
     drafted: tuple[bool, ...]
+
+    @classmethod
+    def joined(cls, pieces: Sequence[Piece]) -> Piece:
+        """Return pieces that follow each other as one."""
+        return cls(
+            "".join(piece.text for piece in pieces),
+            tuple(token for piece in pieces for token in piece.token_ids),
+            tuple(one for piece in pieces for one in piece.drafted),
+        )
 
 
 @dataclass(frozen=True, slots=True)

@@ -6,6 +6,7 @@ import asyncio
 from collections.abc import AsyncIterator, Callable
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
+from functools import partial
 from threading import Condition, Thread
 from types import TracebackType
 
@@ -20,10 +21,20 @@ class ServedStream:
     Args:
         stream: The stream, whose steps the engine's thread makes.
         loop: The event loop that reads it.
+        on_close: Called when the reply is ended where it stands.
+        together: Whether what comes of a step is one piece, rather than a piece for each token.
     """
 
-    def __init__(self, stream: ReplyStream, loop: asyncio.AbstractEventLoop) -> None:
-        self.stream, self.loop = stream, loop
+    def __init__(
+        self,
+        stream: ReplyStream,
+        loop: asyncio.AbstractEventLoop,
+        on_close: Callable[[], None],
+        *,
+        together: bool = False,
+    ) -> None:
+        self.stream, self.loop, self.together = stream, loop, together
+        self._on_close = on_close
         self._arrived: asyncio.Queue[Piece | Exception | None] = asyncio.Queue()
 
     @property
@@ -45,32 +56,31 @@ class ServedStream:
     def close(self) -> None:
         """End the reply where it stands; its slot is free before the next step."""
         self.stream.close()
+        self._on_close()
 
     def feed(self) -> bool:
-        """Hand on what has come, from the engine's thread; return whether the reply has ended."""
+        """Hand on what has come, in the event loop; return whether the reply has ended."""
         try:
             pieces = self.stream.ready()
         except Exception as error:  # noqa: BLE001 (the request's own error, whatever it is)
-            self._hand_on(error)
+            self._arrived.put_nowait(error)
             return True
+        if self.together and pieces:
+            pieces = [Piece.joined(pieces)]
         for piece in pieces:
-            self._hand_on(piece)
+            self._arrived.put_nowait(piece)
         if self.stream.ended:
-            self._hand_on(None)
+            self._arrived.put_nowait(None)
             return True
         return False
-
-    def _hand_on(self, found: Piece | Exception | None) -> None:
-        # The loop is closed when the server stops; nobody reads then.
-        with suppress(RuntimeError):
-            self.loop.call_soon_threadsafe(self._arrived.put_nowait, found)
 
 
 class EngineThread:
     """Makes the steps of a model's engine while there are requests.
 
     Prompts are prepared, and their images encoded, in a second thread, so that replies that stream
-    go on meanwhile.
+    go on meanwhile. Text is made of tokens in the event loop, which is told once a step: threads
+    that hand much to each other wait for each other.
 
     Args:
         vlm: The model.
@@ -112,18 +122,21 @@ class EngineThread:
         """Requests that wait for a slot."""
         return len(self.vlm.engine.waiting)
 
-    async def submit(self, make: Callable[[], ReplyStream]) -> ServedStream:
+    async def submit(
+        self, make: Callable[[], ReplyStream], *, together: bool = False
+    ) -> ServedStream:
         """Return the stream of a request, which has begun.
 
         Args:
             make: Prepares the request, such as `vlm.stream` with its arguments.
+            together: Whether what comes of a step is one piece, rather than a piece for each token.
 
         Raises:
             FastVlmError: The request is refused.
         """
         loop = asyncio.get_running_loop()
         stream = await loop.run_in_executor(self._preparing, make)
-        served = ServedStream(stream, loop)
+        served = ServedStream(stream, loop, partial(self._tell, loop), together=together)
         stream.start()
         with self._changed:
             if self._stopping:
@@ -131,22 +144,39 @@ class EngineThread:
                 raise FastVlmError("The server is stopping.")
             self._streams.append(served)
             self._changed.notify()
+        if stream.request.finished:
+            # It was refused, and no step follows.
+            self._tell(loop)
         return served
 
     def _run(self) -> None:
         while True:
             with self._changed:
-                self._changed.wait_for(lambda: self._streams or self._stopping)
-                if self._stopping:
-                    for stream in self._streams:
-                        stream.close()
-                        stream.feed()
-                    return
-                streams = list(self._streams)
-            if not any(stream.stream.request.finished for stream in streams):
-                self.vlm.engine.step()
-            ended = [stream for stream in streams if stream.feed()]
-            if ended:
-                with self._changed:
-                    for stream in ended:
-                        self._streams.remove(stream)
+                self._changed.wait_for(lambda: self._stopping or self._has_work())
+                streams, stopping = list(self._streams), self._stopping
+            if stopping:
+                for stream in streams:
+                    stream.close()
+                return
+            self.vlm.engine.step()
+            for loop in {stream.loop for stream in streams}:
+                self._tell(loop)
+
+    def _has_work(self) -> bool:
+        return any(not stream.stream.request.finished for stream in self._streams)
+
+    def _tell(self, loop: asyncio.AbstractEventLoop) -> None:
+        """Let an event loop look for what has come, from any thread."""
+        # The loop is closed when the server stops; nobody reads then.
+        with suppress(RuntimeError):
+            loop.call_soon_threadsafe(self._feed, loop)
+
+    def _feed(self, loop: asyncio.AbstractEventLoop) -> None:
+        """Hand on what has come, in the event loop that reads it."""
+        with self._changed:
+            streams = [stream for stream in self._streams if stream.loop is loop]
+        ended = [stream for stream in streams if stream.feed()]
+        if ended:
+            with self._changed:
+                for stream in ended:
+                    self._streams.remove(stream)

@@ -131,7 +131,9 @@ class Replies(ABC, Generic[AskedT]):
                 for row in range(self.per_prompt):
                     options = self.options(row)
                     make = partial(self.vlm.stream, prompt, strategy=strategy, **options)
-                    self.streams.append(await self.engine.submit(make))
+                    # Whoever wants to see which tokens were drafted gets each with its text.
+                    together = not asked.return_drafted
+                    self.streams.append(await self.engine.submit(make, together=together))
         except BaseException:
             self.close()
             raise
