@@ -116,6 +116,8 @@ def test_both_replies_stream_side_by_side_and_are_identical(page: Any, server: F
     page.wait_for_selector(".verdict.same")
     assert replies(page) == [REPLY, REPLY]
     assert [body["strategy"] for body in server.requests] == ["autoregressive", "imitation"]
+    # Both compute all of it.
+    assert [body["cache"] for body in server.requests] == [False, False]
     drafted = page.locator(".panel[data-kind=speculative] .reply .drafted").all_text_contents()
     assert drafted[:2] == ["person", "on"]
     assert page.locator(".panel[data-kind=ordinary] .reply .drafted").count() == 0
@@ -137,6 +139,7 @@ def test_one_reply_alone(page: Any, server: FakeServer) -> None:
     ask(page, "What is this?")
     assert replies(page) == [REPLY]
     assert len(server.requests) == 1
+    assert "cache" not in server.requests[0]
     assert page.locator(".verdict").count() == 0
 
 

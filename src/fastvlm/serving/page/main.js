@@ -42,8 +42,10 @@ async function answer(turn) {
   turn.element.scrollIntoView({ block: "start" });
   const unfollow = follow(turn.element);
   const messages = conversation.messages(turn);
+  // What one of two has computed is not the other's: their clocks are compared.
+  const own = chosen.compare ? { cache: false } : {};
   const start = (index) => run(
-    { model: model.id, messages, ...requestOptions(chosen, strategies[index], seed) },
+    { model: model.id, messages, ...own, ...requestOptions(chosen, strategies[index], seed) },
     controller.signal, panels[index],
   );
 
