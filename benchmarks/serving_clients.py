@@ -71,6 +71,8 @@ class Answer:
     @property
     def seconds_per_token(self) -> float:
         """Seconds per token after the first."""
+        if not self.times:
+            return 0.0
         return (self.times[-1] - self.times[0]) / max(self.tokens - 1, 1)
 
 
@@ -142,10 +144,13 @@ class Client:
     async def open_loop(
         self, rate: float, seconds: float, strategy: str
     ) -> tuple[list[Answer], float]:
-        """Ask at random times, `rate` requests a second on average. See `closed_loop`."""
+        """Ask at random times, `rate` requests a second on average, at least once.
+
+        See `closed_loop`.
+        """
         chance, at, tasks = random.Random(0), 0.0, list[asyncio.Task[Answer]]()
         begun = time.perf_counter()
-        while (at := at + chance.expovariate(rate)) < seconds:
+        while (at := at + chance.expovariate(rate)) < seconds or not tasks:
             await asyncio.sleep(max(begun + at - time.perf_counter(), 0))
             image = len(tasks) % len(self.images)
             tasks.append(asyncio.ensure_future(self.ask(image, strategy)))

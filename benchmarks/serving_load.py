@@ -91,9 +91,9 @@ def server(options: argparse.Namespace) -> Iterator[int]:
 
 
 def percentiles(seconds: Sequence[float]) -> dict[str, float]:
-    """Return p50, p90 and p99 in milliseconds."""
-    if len(seconds) == 1:
-        seconds = [*seconds] * 2
+    """Return p50, p90 and p99 in milliseconds; 0 where nothing was measured."""
+    if len(seconds) <= 1:
+        seconds = 2 * [*seconds, 0.0][:1]
     cuts = statistics.quantiles(seconds, n=100, method="inclusive")
     return {f"p{share}": round(1000 * cuts[share - 1], 2) for share in (50, 90, 99)}
 
@@ -106,7 +106,9 @@ def figures(answers: Sequence[Answer], seconds: float) -> dict[str, Any]:
         "tokens": tokens,
         "tokens_per_second": round(tokens / seconds, 1),
         "requests_per_second": round(len(answers) / seconds, 2),
-        "ttft_ms": percentiles([answer.times[0] - answer.sent for answer in answers]),
+        "ttft_ms": percentiles(
+            [answer.times[0] - answer.sent for answer in answers if answer.times]
+        ),
         "itl_ms": percentiles([gap for answer in answers for gap in answer.gaps]),
         "tpot_ms": percentiles([answer.seconds_per_token for answer in answers]),
     }

@@ -22,8 +22,8 @@ from fastvlm_example.scenes import render, sample
 from tests.processors import character_tokenizer
 
 ROOT = Path(__file__).parents[2]
-MODULES = {"family_lists", "ttft_models", "ttft_report", "ttft_stages"}
-"""What `figures` and `ttft` import."""
+MODULES = {"family_lists", "serving_clients", "ttft_models", "ttft_report", "ttft_stages"}
+"""What scripts import."""
 SCRIPTS = sorted({file.stem for file in (ROOT / "benchmarks").glob("*.py")} - MODULES)
 ELSEWHERE = {"figures", "accelerator", "ttft"}
 """Scripts that have tests of their own."""
@@ -201,6 +201,17 @@ def test_schemas(run: Run, tmp_path: Path) -> None:
         assert way["differ"] == way["invalid"] == []
         assert way["valid"] + len(way["cut"]) == way["asked"] > 0
     assert found["bad"]["schemas"] == found["bad"]["errors_of_openais_shape"] > 50
+
+
+@pytest.mark.slow
+def test_serving_load(run: Run, shipped: Path) -> None:
+    pytest.importorskip("fastapi")
+    found = run("serving_load", "--quick", "--model", shipped / "model", "--draft",
+                shipped / "draft", "--size", 128, "--threads", 1, CLIENTS=(1, 2), TARGET_CLIENTS=2,
+                OPEN_LOADS=(0.5,), QUICK_IMAGES=2)  # fmt: skip
+    assert found["closed_loop"].keys() == {"1", "2"}
+    assert found["replies"]["compared"] > 12
+    assert found["replies"]["different"] == found["replies"]["failed"] == 0
 
 
 @pytest.mark.slow

@@ -227,3 +227,19 @@ def test_a_image_is_shown_as_it_is_asked_for(options: dict, visual: int) -> None
     assert found.token_ids == expected[0, tokens.shape[1] :].tolist()
     with pytest.raises(InputError, match="multiple of 64; got 100"):
         vlm.generate(QUESTIONS[0], image, image_size=100)
+
+
+def test_a_request_may_bypass_the_caches() -> None:
+    vlm, image = small_vlm(), render(sample(1), 192)
+    known = vlm.generate(QUESTIONS[0], image, max_new_tokens=8)
+    kept = dict(vlm.lru)
+    with counted(vlm.model.base_model.vision_tower) as encoded:
+        request = vlm.request(QUESTIONS[0], image, max_new_tokens=8, cache=False)
+        vlm.engine.run_all([request])
+    assert encoded
+    assert request.cached == 0
+    assert request.output_token_ids == known.token_ids
+    assert dict(vlm.lru) == kept
+    for wrong in ({"cache": 1}, {"priority": 1.5}, {"priority": True}):
+        with pytest.raises(InputError):
+            vlm.request(QUESTIONS[0], image, **wrong)

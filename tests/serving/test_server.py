@@ -15,6 +15,8 @@ import pytest
 from fastvlm.vlm import VisionLanguageModel
 from fastvlm_example import SCENE_PROMPT
 from fastvlm_example.scenes import render, sample
+from tests.decoding.conftest import imitation
+from tests.models import small_vlm
 from tests.serving.serving import NAME, asked, served
 
 
@@ -55,6 +57,63 @@ def test_a_stream_is_the_reply_in_pieces(
     usage = chunks[-1].usage
     assert usage.completion_tokens == 24
     assert usage.completion_tokens_details.accepted_prediction_tokens == sum(drafted)
+
+
+def test_a_stream_has_an_event_for_each_step(vlm: VisionLanguageModel) -> None:
+    network = imitation(vlm.model, exit_layer=2, perfect=True).network
+    # Drafts of a fixed length, so that no clock decides.
+    network.config.confidence = 0.0
+    drafting = VisionLanguageModel(vlm.model, vlm.processor, network)
+    expected = own(drafting, 4, max_new_tokens=40)
+    assert 1 + expected.statistics.cycles < 20
+    with served(drafting) as address:
+        client = openai.OpenAI(base_url=f"{address}/v1", api_key="none", max_retries=0)
+        numbers = []
+        for each_token in (False, True):
+            chunks = client.chat.completions.create(
+                model=NAME, messages=asked(4), max_tokens=40, temperature=0, stream=True,
+                extra_body={"return_drafted": each_token, "num_speculative_tokens": 24},
+            )  # fmt: skip
+            texts = [chunk.choices[0].delta.content or "" for chunk in chunks if chunk.choices]
+            assert "".join(texts) == expected.text
+            numbers.append(sum(map(bool, texts)))
+    together, apart = numbers
+    assert together < 20 < apart
+
+
+def test_a_request_that_bypasses_the_caches(
+    client: openai.OpenAI, vlm: VisionLanguageModel
+) -> None:
+    words: dict[str, Any] = {"model": NAME, "messages": asked(8), "max_tokens": 8, "temperature": 0}
+    first, again = (client.chat.completions.create(**words) for _ in range(2))
+    kept = len(vlm.lru)
+    fresh = client.chat.completions.create(**words, extra_body={"cache": False})
+    assert again.usage.prompt_tokens_details.cached_tokens > 0
+    assert fresh.usage.prompt_tokens_details.cached_tokens == 0
+    assert len(vlm.lru) == kept
+    assert {one.choices[0].message.content for one in (first, again, fresh)} == {
+        own(vlm, 8, max_new_tokens=8).text
+    }
+
+
+def test_what_the_cache_has_no_room_for_is_refused() -> None:
+    vlm = small_vlm(torch.float32, max_cache_bytes=3 * 64 * 1300)
+    with served(vlm) as address:
+        client = openai.OpenAI(base_url=f"{address}/v1", api_key="none", max_retries=0)
+
+        def reply(tokens: int, **body: Any) -> Any:
+            return client.chat.completions.create(
+                model=NAME, messages=asked(3), max_tokens=tokens, temperature=0, extra_body=body
+            )
+
+        expected = own(vlm, 3, max_new_tokens=8).text
+        assert reply(8, priority=-1).choices[0].message.content == expected
+        with pytest.raises(openai.BadRequestError, match="bytes of the cache"):
+            reply(240)
+        with pytest.raises(openai.BadRequestError) as refused:
+            reply(8, priority=2**40)
+        assert refused.value.param == "priority"
+        assert reply(8).choices[0].message.content == expected
 
 
 def test_several_choices_are_drawn_with_seeds_that_follow(
