@@ -11,6 +11,7 @@ from typing import Any
 import httpx
 import openai
 import pytest
+import torch
 
 from fastvlm.vlm import VisionLanguageModel
 from fastvlm_example import SCENE_PROMPT
