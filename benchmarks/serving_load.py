@@ -28,6 +28,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
+from urllib.request import urlopen
 
 from fastvlm.evaluation.measuring import hardware, rotated
 from fastvlm_example import HELD_OUT_SCENES
@@ -67,7 +68,7 @@ def free_port() -> int:
 
 @contextmanager
 def server(options: argparse.Namespace) -> Iterator[int]:
-    """Run a server, and yield its port once it answers.
+    """Run a server, and yield its port once it is ready.
 
     Raises:
         RuntimeError: It ended before that.
@@ -80,7 +81,7 @@ def server(options: argparse.Namespace) -> Iterator[int]:
     with subprocess.Popen(words, stdout=subprocess.DEVNULL) as process:
         try:
             while True:
-                with suppress(OSError), socket.create_connection(("127.0.0.1", port)):
+                with suppress(OSError), urlopen(f"http://127.0.0.1:{port}/ready"):
                     break
                 if process.poll() is not None:
                     raise RuntimeError("The server has ended.")

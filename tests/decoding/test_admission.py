@@ -122,6 +122,21 @@ def test_a_cache_may_grow_to_its_bound_and_no_further(model: PreTrainedModel) ->
     assert engine.cache.nbytes == 3 * BLOCK
 
 
+def test_the_layers_of_a_network_count_for_those_beside_it(model: PreTrainedModel) -> None:
+    engine = Engine(split_decoder(model), max_cache_bytes=2 * BLOCK)
+    finish(engine, [request(model, PROMPTS[0], 2, Autoregressive())])
+    drafting = request(model, PROMPTS[0], 20, imitation(model, length=FixedLength(3)))
+    ordinary = request(model, PROMPTS[1], 20, Autoregressive())
+    for one in (drafting, ordinary):
+        engine.add(one)
+    engine.step()
+    # Both would fit without the network.
+    assert decoding(engine) == [drafting]
+    while engine.step():
+        assert engine.cache.nbytes <= 2 * BLOCK
+    assert ordinary.output_token_ids == alone(model, ordinary)
+
+
 def test_a_model_in_another_precision_is_measured_anew() -> None:
     model = text_model("qwen2")
     engine = Engine(split_decoder(model), max_cache_bytes=BLOCK)

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import warnings
 from bisect import insort
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Sequence
 
 from fastvlm.decoding.request import Request
+from fastvlm.decoding.slot import Slot
 from fastvlm.functional.errors import InputError
 from fastvlm.functional.memory import available_memory
 from fastvlm.language.cache import DecoderCache
@@ -75,21 +76,21 @@ class Admission:
         """Take requests out of the queue that were cancelled."""
         self.waiting = [request for request in self.waiting if not request.finished]
 
-    def next(self, taken: Collection[int], cache: DecoderCache) -> list[Request]:
+    def next(self, slots: Sequence[Slot], cache: DecoderCache) -> list[Request]:
         """Take the requests out of the queue that enter now, and fail those that never could.
 
         Args:
-            taken: The slots that are occupied.
+            slots: The slots that are occupied.
             cache: The cache.
         """
         self.drop_finished()
         admitted: list[Request] = []
-        while self.waiting and len(taken) + len(admitted) < self.max_slots:
+        while self.waiting and len(slots) + len(admitted) < self.max_slots:
             request = self.waiting[0]
             error = self.too_large(request)
             if error is not None:
                 request.fail(error)
-            elif self._fits([*admitted, request], taken, cache):
+            elif self._fits([*admitted, request], slots, cache):
                 admitted.append(request)
             else:
                 break
@@ -97,19 +98,20 @@ class Admission:
         return admitted
 
     def reserve(
-        self, admitted: Sequence[Request], taken: Collection[int], cache: DecoderCache
+        self, admitted: Sequence[Request], slots: Sequence[Slot], cache: DecoderCache
     ) -> None:
         """Reserve the cache's memory for requests beside those that decode."""
-        slots, capacity = self._room(admitted, taken, cache)
-        if cache.layers and slots > cache.slots:
+        rows, capacity = self._room(admitted, slots, cache)
+        if cache.layers and rows > cache.slots:
             # Room for more at once: making room copies those that decode.
-            more = min(max(slots, 2 * cache.slots), self.max_slots)
-            if self._within(self._bytes(admitted, more * capacity)):
-                slots = more
-        cache.reserve(slots, capacity)
+            more = min(max(rows, 2 * cache.slots), self.max_slots)
+            if self._within(self._bytes(_together(admitted, slots), more * capacity)):
+                rows = more
+        cache.reserve(rows, capacity)
 
-    def free_slots(self, taken: Collection[int]) -> list[int]:
-        """Return the slots that nobody occupies."""
+    def free_slots(self, slots: Sequence[Slot]) -> list[int]:
+        """Return the numbers of the slots that nobody occupies."""
+        taken = {slot.index for slot in slots}
         return [index for index in range(self.max_slots) if index not in taken]
 
     def measure(self, cache: DecoderCache) -> None:
@@ -134,22 +136,22 @@ class Admission:
         )
 
     def _room(
-        self, admitted: Sequence[Request], taken: Collection[int], cache: DecoderCache
+        self, admitted: Sequence[Request], slots: Sequence[Slot], cache: DecoderCache
     ) -> tuple[int, int]:
         """Return the slots and positions that the cache has with these requests."""
-        needed = self.free_slots(taken)[len(admitted) - 1] + 1
+        needed = self.free_slots(slots)[len(admitted) - 1] + 1
         capacity = DecoderCache.rounded(max(map(self._capacity, admitted)))
         return max(needed, cache.slots), max(capacity, cache.capacity)
 
     def _fits(
-        self, requests: Sequence[Request], taken: Collection[int], cache: DecoderCache
+        self, requests: Sequence[Request], slots: Sequence[Slot], cache: DecoderCache
     ) -> bool:
         """Return whether the cache with these requests is within its bound."""
-        if len(requests) == 1 and not taken:
+        if len(requests) == 1 and not slots:
             # It is alone, and not too large as far as that is known.
             return True
-        slots, capacity = self._room(requests, taken, cache)
-        return self._within(self._bytes(requests, slots * capacity))
+        rows, capacity = self._room(requests, slots, cache)
+        return self._within(self._bytes(_together(requests, slots), rows * capacity))
 
     def _within(self, needed: int) -> bool:
         return self.max_cache_bytes is None or needed <= self.max_cache_bytes
@@ -198,3 +200,8 @@ class Admission:
             )
             request.max_new_tokens = left
         return None
+
+
+def _together(requests: Sequence[Request], slots: Sequence[Slot]) -> list[Request]:
+    """Return requests with those that decode."""
+    return [*requests, *(slot.request for slot in slots)]

@@ -297,9 +297,8 @@ class Engine:
 
     def _admit(self) -> None:
         """Give free slots to waiting requests, while the cache has room for them."""
-        taken = {slot.index for slot in self.slots}
         with self._turn:
-            admitted = self.admission.next(taken, self.cache)
+            admitted = self.admission.next(self.slots, self.cache)
         if not admitted:
             return
         error = attempt(partial(self._make_room, admitted))
@@ -307,8 +306,7 @@ class Engine:
             for request in admitted:
                 request.fail(error)
             return
-        taken = {slot.index for slot in self.slots}
-        for index, request in zip(self.admission.free_slots(taken), admitted, strict=False):
+        for index, request in zip(self.admission.free_slots(self.slots), admitted, strict=False):
             error = attempt(partial(self._seat, index, request))
             if error is not None:
                 self.cache.release(index)
@@ -317,7 +315,7 @@ class Engine:
     def _make_room(self, admitted: Sequence[Request]) -> None:
         """Reserve the cache's memory for requests beside those that decode."""
         self._follow_model()
-        self.admission.reserve(admitted, {slot.index for slot in self.slots}, self.cache)
+        self.admission.reserve(admitted, self.slots, self.cache)
 
     def _measure(self) -> None:
         """Measure what a position takes, and refuse what was admitted before that was known."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import gc
 from collections.abc import AsyncIterator, Callable
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
@@ -96,6 +97,10 @@ class EngineThread:
 
     def __enter__(self) -> EngineThread:
         """Start the thread."""
+        # What there is by now stays: to look through it for garbage takes a fifth of a second, in
+        # which no token comes.
+        gc.collect()
+        gc.freeze()
         self._thread.start()
         return self
 
