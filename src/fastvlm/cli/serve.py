@@ -36,6 +36,7 @@ def serve(
         typer.Option(
             metavar="BYTES",
             min=1,
+            max=2**63 - 1,
             help="The most memory for keys and values of what is decoded; other requests wait.",
             show_default="half of what the device has left",
         ),
@@ -45,6 +46,7 @@ def serve(
         typer.Option(
             metavar="BYTES",
             min=0,
+            max=2**63 - 1,
             help="The most memory for images and beginnings of earlier prompts; 0 keeps nothing.",
         ),
     ] = 256 * 2**20,
