@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import time
 from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager, suppress
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -13,16 +13,20 @@ from fastapi import FastAPI, Request, Response
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import FileResponse, StreamingResponse
 from starlette.exceptions import HTTPException
+from starlette.middleware.cors import CORSMiddleware
 from starlette.staticfiles import StaticFiles
 
 from fastvlm.functional.errors import FastVlmError, InputError
 from fastvlm.serving.chat import ChatReplies, event
 from fastvlm.serving.engine_thread import EngineThread
 from fastvlm.serving.errors import ApiError, api_error, on_error, on_http_error, on_invalid
+from fastvlm.serving.lifecycle import Lifecycle, busy
 from fastvlm.serving.limits import Limits, read_keys
 from fastvlm.serving.metrics import Metrics
 from fastvlm.serving.protocol import ChatRequest
-from fastvlm.serving.settings import ServerSettings
+from fastvlm.serving.remote_images import allowed_hosts
+from fastvlm.serving.request_log import RequestLog, note
+from fastvlm.serving.settings import ServerSettings, listed
 from fastvlm.vlm import VisionLanguageModel
 
 PAGE = Path(__file__).parent / "page"
@@ -43,21 +47,28 @@ class Server:
         vlm: The model.
         name: Its name in the API.
         settings: How it runs.
+
+    Raises:
+        InputError: The file of API keys can't be read, or a host of images is none.
     """
 
     def __init__(self, vlm: VisionLanguageModel, name: str, settings: ServerSettings) -> None:
         self.vlm, self.name, self.settings = vlm, name, settings
-        self.engine = EngineThread(vlm)
+        allowed_hosts(settings.image_hosts)
+        self.keys = read_keys(settings.api_key_file)
+        self.engine = EngineThread(vlm, settings.max_image_tokens)
         self.metrics = Metrics(self.engine, name)
         self.created = int(time.time())
 
     def app(self) -> Any:
-        """Return the application, as an ASGI server runs it.
+        """Return the application, as an ASGI server runs it."""
+        life = Lifecycle(lambda: self, self.settings)
+        life.server = self
+        return application(life, self.settings)
 
-        Raises:
-            InputError: The file of API keys can't be read.
-        """
-        app = FastAPI(title="fastvlm", lifespan=self._life, docs_url=None, redoc_url=None)
+    def inner(self) -> Any:
+        """Return the endpoints, behind what refuses requests before them."""
+        app = FastAPI(title="fastvlm", docs_url=None, redoc_url=None)
         app.add_exception_handler(ApiError, on_error)
         app.add_exception_handler(FastVlmError, on_error)
         app.add_exception_handler(TimeoutError, on_error)
@@ -73,12 +84,8 @@ class Server:
         if PAGE.is_dir():
             app.get("/", include_in_schema=False)(self.page)
             app.mount("/static", StaticFiles(directory=PAGE))
-        return Limits(app, read_keys(self.settings.api_key_file), self.settings.max_body_bytes)
-
-    @asynccontextmanager
-    async def _life(self, _: FastAPI) -> AsyncIterator[None]:
-        with self.engine:
-            yield
+        limits = self.settings.max_body_bytes, self.settings.body_seconds
+        return Limits(app, self.keys, *limits)
 
     async def health(self) -> dict[str, str]:
         """Say that the server answers and the model is loaded."""
@@ -154,7 +161,8 @@ class Server:
         self.check_name(asked.model)
         self.check_room(asked.n)
         limit = self.settings.request_seconds
-        replies = await ChatReplies.begin(asked, self.name, self.engine, self.settings)
+        async with asyncio.timeout(limit), self.engine.preparing:
+            replies = await ChatReplies.begin(asked, self.name, self.engine, self.settings)
         if asked.stream:
             chunks = self.observed(replies, limit)
             return StreamingResponse(
@@ -183,8 +191,17 @@ class Server:
     def finish(self, replies: ChatReplies) -> None:
         """Free what replies still hold, and count them."""
         replies.close()
-        for stream in replies.streams:
-            self.metrics.observe(stream.stream.request)
+        requests = [stream.stream.request for stream in replies.streams]
+        for request in requests:
+            self.metrics.observe(request)
+        note(
+            prompt_tokens=len(requests[0].prompt_token_ids),
+            cached_tokens=requests[0].cached,
+            completion_tokens=sum(len(request.output_token_ids) for request in requests),
+            drafted_tokens=sum(sum(request.proposed) for request in requests),
+            accepted_tokens=sum(sum(request.accepted) for request in requests),
+            finish_reasons=[request.finish_reason for request in requests],
+        )
 
     def check_room(self, number: int) -> None:
         """Refuse requests that too many others wait before.
@@ -194,12 +211,26 @@ class Server:
         """
         known = self.engine.running + self.engine.waiting
         if known + number > self.vlm.engine.max_slots + self.settings.max_waiting:
-            raise ApiError(
-                "The server is busy; try again in a moment.",
-                status=503,
-                kind="overloaded_error",
-                headers={"Retry-After": "1"},
-            )
+            raise busy()
+
+
+def application(life: Lifecycle, settings: ServerSettings) -> Any:
+    """Return what an ASGI server runs.
+
+    Args:
+        life: What answers, once it has a model.
+        settings: How it runs.
+    """
+    app: Any = life
+    if origins := listed(settings.cors_origins):
+        app = CORSMiddleware(
+            app,
+            allow_origins=origins,
+            allow_methods=["GET", "POST"],
+            allow_headers=["*"],
+            expose_headers=["X-Request-Id", "Retry-After"],
+        )
+    return RequestLog(app)
 
 
 async def gone(http: Request, replies: ChatReplies) -> None:

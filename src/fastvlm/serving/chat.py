@@ -22,8 +22,8 @@ from fastvlm.decoding.reply import Piece, Reply, ReplyStream
 from fastvlm.decoding.request import Request, TokenLogprob
 from fastvlm.functional.messages import Message
 from fastvlm.serving.engine_thread import EngineThread, ServedStream
-from fastvlm.serving.errors import ApiError, api_error
-from fastvlm.serving.images import image_at
+from fastvlm.serving.errors import api_error
+from fastvlm.serving.images import ImageOpener
 from fastvlm.serving.protocol import ChatMessage, ChatRequest, TextPart
 from fastvlm.serving.settings import ServerSettings
 from fastvlm.vlm import VisionLanguageModel
@@ -36,7 +36,7 @@ def messages_of(asked: Sequence[ChatMessage], settings: ServerSettings) -> list[
         ApiError: An image is none, or there are too many.
     """
     found: list[Message] = []
-    images = 0
+    opener = ImageOpener(settings)
     for turn, message in enumerate(asked):
         role = "system" if message.role == "developer" else message.role
         parts: list[dict[str, Any]] = []
@@ -47,14 +47,8 @@ def messages_of(asked: Sequence[ChatMessage], settings: ServerSettings) -> list[
             if isinstance(part, TextPart):
                 parts.append({"type": "text", "text": part.text})
                 continue
-            images += 1
             param = f"messages.{turn}.content.{place}.image_url.url"
-            if images > settings.max_images:
-                raise ApiError(
-                    f"A request has at most {settings.max_images} images here.", param=param
-                )
-            url = part.image_url.url
-            parts.append({"type": "image", "image": image_at(url, settings.image_folder, param)})
+            parts.append({"type": "image", "image": opener.open(part.image_url.url, param)})
         found.append({"role": role, "content": parts})
     return found
 

@@ -9,6 +9,8 @@ from fastvlm.serving.engine_thread import EngineThread
 
 SECONDS = (0.001, 0.005, 0.01, 0.02, 0.04, 0.06, 0.08, 0.1, 0.25, 0.5, 0.75, 1, 2.5, 5, 10, 30, 60)
 """Bounds of the histograms of times, in seconds."""
+FINISHED_REASONS = {"cancelled": "abort"}
+"""Labels of replies that have ended, where vLLM calls a reason otherwise."""
 
 
 class Metrics:
@@ -56,7 +58,8 @@ class Metrics:
     def observe(self, request: Request) -> None:
         """Count a request that has ended."""
         name = self.name
-        self.finished.labels(name, request.finish_reason or "cancelled").inc()
+        reason = request.finish_reason or "cancelled"
+        self.finished.labels(name, FINISHED_REASONS.get(reason, reason)).inc()
         self.prompt_tokens.labels(name).inc(len(request.prompt_token_ids))
         self.prefix_queries.labels(name).inc(len(request.prompt_token_ids))
         self.prefix_hits.labels(name).inc(request.cached)
