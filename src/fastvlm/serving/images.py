@@ -68,7 +68,7 @@ class ImageOpener:
         size = 0
         source: str | Path | bytes = url
         if scheme == "data":
-            size = len(url) * BASE64_BYTES // BASE64_CHARACTERS
+            size = len(url.partition(",")[2].rstrip("=")) * BASE64_BYTES // BASE64_CHARACTERS
         elif scheme == "file":
             source = file_below(url, self.settings.image_folder, param)
             size = source.stat().st_size
