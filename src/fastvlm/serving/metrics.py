@@ -27,12 +27,18 @@ class Metrics:
 
         def counter(metric: str, what: str, *labels: str) -> Counter:
             names = ["model_name", *labels]
-            return Counter(f"vllm:{metric}", what, names, registry=self.registry)
+            found = Counter(f"vllm:{metric}", what, names, registry=self.registry)
+            if not labels:
+                # It is 0 from the beginning, so that the first increase is one.
+                found.labels(name)
+            return found
 
         def times(metric: str, what: str) -> Histogram:
-            return Histogram(
+            found = Histogram(
                 f"vllm:{metric}", what, ["model_name"], buckets=SECONDS, registry=self.registry
             )
+            found.labels(name)
+            return found
 
         for metric, what, value in (
             ("num_requests_running", "Requests that have a slot.", lambda: engine.running),
@@ -51,6 +57,8 @@ class Metrics:
         self.prefix_queries = counter("prefix_cache_queries", "Positions of prompts.")
         self.prefix_hits = counter("prefix_cache_hits", "Positions that were not computed again.")
         self.finished = counter("request_success", "Replies that have ended.", "finished_reason")
+        for reason in ("stop", "length", "abort", "error"):
+            self.finished.labels(name, reason)
         self.first_token = times("time_to_first_token_seconds", "Time to the first token.")
         self.between_tokens = times("inter_token_latency_seconds", "Time between two tokens.")
         self.whole = times("e2e_request_latency_seconds", "Time of a request.")
