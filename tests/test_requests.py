@@ -11,16 +11,17 @@ import torch
 from transformers import GenerationConfig
 
 import fastvlm
-from fastvlm.decoding import SamplingParams
+from fastvlm.decoding import SamplingParams, StructuredOutput
 from fastvlm.drafting import AdaptiveLength, FixedLength
+from fastvlm.evaluation.reference import generate_greedily
 from fastvlm.functional.errors import InputError
-from fastvlm.prompts import question
+from fastvlm.prompts import TokenPrompt, question
 from fastvlm.vlm import VisionLanguageModel
 from fastvlm_example.scenes import render, sample
 from tests.decoding.conftest import imitation
-from tests.families import END, PAD, replies
+from tests.families import END, FAMILIES, PAD, replies
 from tests.models import IMAGE_SIZE, small_vlm
-from tests.processors import asked, sample_image, saved
+from tests.processors import asked, character_tokenizer, sample_image, saved
 
 QUESTION = "Describe the picture."
 SAMPLED: dict[str, Any] = {"temperature": 1.0, "max_new_tokens": 16}
@@ -54,6 +55,9 @@ def images() -> list[Any]:
         ({"logprobs": 21}, "logprobs"),
         ({"stop": [""]}, "stop"),
         ({"stop": 5}, "stop"),
+        ({"min_new_tokens": -1}, "min_new_tokens"),
+        ({"min_new_tokens": 9, "max_new_tokens": 8}, "min_new_tokens"),
+        ({"ignore_eos": True, "structured": StructuredOutput("regex", "a")}, "ignore_eos"),
         ({"strategy": "lookup"}, "prompt-lookup"),
     ],
 )
@@ -244,3 +248,92 @@ def test_sampling_params_say_what_they_are() -> None:
     assert params.for_row(0) is params
     assert params.for_row(3).seed == 2
     assert SamplingParams().for_row(5).seed is None
+
+
+STRATEGIES = ("autoregressive", "prompt-lookup", "early-exit", "layer-skip")
+
+
+@pytest.fixture
+def ending(monkeypatch: pytest.MonkeyPatch, images: list[Any]) -> VisionLanguageModel:
+    """Return a model whose greedy reply to the first image ends with its third token."""
+    vlm = small_vlm()
+    third = vlm.generate(QUESTION, images[0], max_new_tokens=3).token_ids[2]
+    monkeypatch.setattr(vlm.model.generation_config, "eos_token_id", third)
+    assert len(vlm.generate(QUESTION, images[0]).token_ids) <= 3
+    return vlm
+
+
+@pytest.mark.parametrize("least", [0, 5, 12])
+def test_replies_of_a_minimum_length_are_those_of_generate(
+    ending: VisionLanguageModel, images: list[Any], least: int
+) -> None:
+    lengths = {"min_new_tokens": least, "max_new_tokens": 20}
+    inputs = ending.prompts.inputs(question(QUESTION, images[0]))
+    model: Any = ending.model
+    whole = model.generate(**inputs, **lengths, do_sample=False)[0].tolist()
+    expected = whole[inputs["input_ids"].shape[1] :]
+    assert least <= len(expected)
+    ways = [*STRATEGIES, imitation(model, length=FixedLength(4))]
+    for way in ways:
+        assert ending.generate(QUESTION, images[0], strategy=way, **lengths).token_ids == expected
+    drawn = {
+        tuple(
+            ending.generate(
+                QUESTION, images[0], strategy=way, temperature=1.5, seed=3, **lengths
+            ).token_ids
+        )
+        for way in ways
+    }
+    assert len(drawn) == 1
+    assert not ending.end_tokens & {*drawn.pop()[:least]}
+
+
+def test_a_reply_goes_on_behind_an_end_token(
+    ending: VisionLanguageModel, images: list[Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    found = [
+        ending.generate(
+            QUESTION, images[0], strategy=way, ignore_eos=True, max_new_tokens=20
+        ).token_ids
+        for way in STRATEGIES
+    ]
+    [end] = ending.end_tokens
+    monkeypatch.setattr(ending.model.generation_config, "eos_token_id", None)
+    inputs = ending.prompts.inputs(question(QUESTION, images[0]))
+    [expected] = replies(ending.model, inputs, 20)
+    assert len(expected) == 20
+    assert end in expected
+    assert found == [expected] * len(STRATEGIES)
+
+
+def text_model(family: str, tmp_path: Path) -> VisionLanguageModel:
+    """Return a model of a family, with whatever reads text for it."""
+    if family == "fast-vlm":
+        return small_vlm()
+    if family in ("llama", "opt-350m"):
+        return VisionLanguageModel(FAMILIES[family]()[0], character_tokenizer())
+    saved(family, tmp_path)
+    return fastvlm.load(tmp_path, dtype=torch.float64)
+
+
+@pytest.mark.parametrize("family", ["fast-vlm", "qwen2.5-vl", "llava", "llama", "opt-350m"])
+def test_tokens_are_a_prompt_as_they_are(family: str, tmp_path: Path) -> None:
+    vlm = text_model(family, tmp_path)
+    prompt = TokenPrompt([40, 7, 9, 41, 40, 7, 9])
+    inputs = torch.tensor([[*prompt.token_ids]])
+    [expected] = generate_greedily(vlm, {"input_ids": inputs}, 12)
+    for way in ("autoregressive", "prompt-lookup", "early-exit") * 2:
+        # The second time its beginning is known.
+        assert vlm.generate(prompt, strategy=way, max_new_tokens=12).token_ids == expected
+    with pytest.raises(InputError, match="at least one token"):
+        vlm.generate(TokenPrompt([]))
+    for wrong in (-1, 10**6):
+        with pytest.raises(InputError, match=f"{wrong}"):
+            vlm.generate(TokenPrompt([5, wrong]))
+
+
+def test_tokens_have_no_image(vlm: VisionLanguageModel, images: list[Any]) -> None:
+    with pytest.raises(InputError, match="image"):
+        vlm.generate(TokenPrompt([5]), images[0])
+    with pytest.raises(InputError, match="placeholder"):
+        vlm.generate(TokenPrompt([5, vlm.model.config.image_token_id]))

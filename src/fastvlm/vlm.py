@@ -31,6 +31,7 @@ from fastvlm.drafting.directory import load_draft
 from fastvlm.example import example
 from fastvlm.functional.errors import FastVlmError, InputError
 from fastvlm.functional.lru import LruBytes
+from fastvlm.functional.messages import Message, Prompt, TokenPrompt
 from fastvlm.functional.options import refuse_unknown
 from fastvlm.language import DecoderInputs, split_decoder
 from fastvlm.language.generator import end_tokens
@@ -39,7 +40,6 @@ from fastvlm.language.weights_state import weights_state
 from fastvlm.prompts import (
     FastViTHDPromptBuilder,
     ImageFeatureCache,
-    Message,
     messages_of,
     prompt_builder,
 )
@@ -155,7 +155,7 @@ class VisionLanguageModel:
 
     def request(
         self,
-        prompt: str | Sequence[Message],
+        prompt: Prompt,
         image: ImageInput | None = None,
         *,
         strategy: Strategy | str | None = None,
@@ -164,7 +164,7 @@ class VisionLanguageModel:
         """Return a request, with its images encoded unless their features are cached.
 
         Args:
-            prompt: A question about the image, or a dialogue with its own images, see `Message`.
+            prompt: A question about the image, a dialogue with images (`Message`), or tokens.
             image: An image, see `load_image`, or a list of several; None for a question without
                 one, or a dialogue.
             strategy: What `strategy` returned, or a strategy's name; None for the model's default.
@@ -187,13 +187,13 @@ class VisionLanguageModel:
 
     def _request(
         self,
-        messages: Sequence[Message],
+        messages: Sequence[Message] | TokenPrompt,
         params: SamplingParams,
         shown: ImageOptions,
         strategy: Strategy,
         started: float,
     ) -> Request:
-        ends = self.end_tokens
+        ends: frozenset[int] = frozenset() if params.ignore_eos else self.end_tokens
         constraint = self.grammars.constraint(params.structured, ends)
         settings: Any = settings_of(self.model, params)
         stop = params.stop_strings or list(settings.stop_strings or ())
@@ -221,7 +221,7 @@ class VisionLanguageModel:
         )
 
     def _inputs(
-        self, messages: Sequence[Message], shown: ImageOptions
+        self, messages: Sequence[Message] | TokenPrompt, shown: ImageOptions
     ) -> tuple[DecoderInputs, bool]:
         """Return a prompt, and whether its states are looked up and kept."""
         if not self.lru.limit:
@@ -239,7 +239,7 @@ class VisionLanguageModel:
 
     def stream(
         self,
-        prompt: str | Sequence[Message],
+        prompt: Prompt,
         image: ImageInput | None = None,
         *,
         strategy: Strategy | str | None = None,
@@ -255,7 +255,7 @@ class VisionLanguageModel:
 
     def generate(
         self,
-        prompt: str | Sequence[Message],
+        prompt: Prompt,
         image: ImageInput | None = None,
         *,
         strategy: Strategy | str | None = None,
@@ -297,7 +297,7 @@ class VisionLanguageModel:
 
     def requests(
         self,
-        prompts: Sequence[str | Sequence[Message]],
+        prompts: Sequence[Prompt],
         images: Sequence[ImageInput | None],
         *,
         strategy: Strategy | str | None = None,

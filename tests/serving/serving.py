@@ -1,7 +1,9 @@
-"""A server in a thread of the test's own."""
+"""A server in a thread of the test's own, and what it is asked."""
 
 from __future__ import annotations
 
+import base64
+import io
 import threading
 import time
 from collections.abc import Iterator
@@ -13,6 +15,8 @@ import uvicorn
 from fastvlm.serving.app import Server
 from fastvlm.serving.settings import ServerSettings
 from fastvlm.vlm import VisionLanguageModel
+from fastvlm_example import SCENE_PROMPT
+from fastvlm_example.scenes import render, sample
 
 NAME = "small"
 
@@ -31,3 +35,23 @@ def served(vlm: VisionLanguageModel, **settings: Any) -> Iterator[str]:
     finally:
         server.should_exit = True
         thread.join()
+
+
+def image_url(seed: int) -> str:
+    """Return a rendered scene as a data URL."""
+    content = io.BytesIO()
+    render(sample(seed), 128).save(content, "PNG")
+    return f"data:image/png;base64,{base64.b64encode(content.getvalue()).decode()}"
+
+
+def asked(seed: int, text: str = SCENE_PROMPT) -> list[Any]:
+    """Return a question about a scene."""
+    return [
+        {
+            "role": "user",
+            "content": [
+                {"type": "image_url", "image_url": {"url": image_url(seed)}},
+                {"type": "text", "text": text},
+            ],
+        }
+    ]

@@ -2,61 +2,20 @@
 
 from __future__ import annotations
 
-import base64
-import io
 import json
 import threading
 import time
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import httpx
 import openai
 import pytest
-import torch
 
 from fastvlm.vlm import VisionLanguageModel
 from fastvlm_example import SCENE_PROMPT
 from fastvlm_example.scenes import render, sample
-from tests.models import small_vlm
-from tests.serving.serving import NAME, served
-
-
-@pytest.fixture(scope="module")
-def vlm() -> VisionLanguageModel:
-    return small_vlm(torch.float32, max_slots=4)
-
-
-@pytest.fixture(scope="module")
-def address(vlm: VisionLanguageModel) -> Iterator[str]:
-    with served(vlm) as found:
-        yield found
-
-
-@pytest.fixture
-def client(address: str) -> openai.OpenAI:
-    return openai.OpenAI(base_url=f"{address}/v1", api_key="none", max_retries=0)
-
-
-def image_url(seed: int) -> str:
-    """Return a rendered scene as a data URL."""
-    content = io.BytesIO()
-    render(sample(seed), 128).save(content, "PNG")
-    return f"data:image/png;base64,{base64.b64encode(content.getvalue()).decode()}"
-
-
-def asked(seed: int, text: str = SCENE_PROMPT) -> list[Any]:
-    """Return a question about a scene."""
-    return [
-        {
-            "role": "user",
-            "content": [
-                {"type": "image_url", "image_url": {"url": image_url(seed)}},
-                {"type": "text", "text": text},
-            ],
-        }
-    ]
+from tests.serving.serving import NAME, asked, served
 
 
 def own(vlm: VisionLanguageModel, scene: int, **options: Any) -> Any:
@@ -286,9 +245,13 @@ def test_keys_bodies_and_names(vlm: VisionLanguageModel, tmp_path: Path) -> None
 
 def test_a_busy_server_says_so(vlm: VisionLanguageModel) -> None:
     with served(vlm, max_waiting=0) as address:
-        body = {"messages": asked(1), "max_tokens": 1, "n": 5}
-        found = httpx.post(f"{address}/v1/chat/completions", json=body)
+        chat, body = f"{address}/v1/chat/completions", {"messages": asked(1), "max_tokens": 200}
+        with httpx.stream("POST", chat, json={**body, "n": 4, "stream": True}) as others:
+            next(others.iter_lines())
+            found = httpx.post(chat, json=body)
         assert found.status_code == 503
+        # More than there is ever room for.
+        assert httpx.post(chat, json={**body, "n": 5}).status_code == 400
         assert int(found.headers["retry-after"]) >= 1
 
 

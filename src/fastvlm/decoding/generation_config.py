@@ -73,6 +73,8 @@ def settings_of(model: PreTrainedModel, params: SamplingParams) -> GenerationCon
             setattr(config, name, value)
     if params.repetition_penalty is not None:
         config.repetition_penalty = params.repetition_penalty
+    if params.min_new_tokens is not None:
+        config.min_new_tokens = params.min_new_tokens
     if params.max_new_tokens is not None:
         config.max_new_tokens, config.max_length = params.max_new_tokens, None
     for name, usual in (("num_beams", 1), ("guidance_scale", 1), ("num_return_sequences", 1)):

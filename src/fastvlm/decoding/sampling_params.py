@@ -41,9 +41,12 @@ class SamplingParams:
             position, up to 20, beside that of the chosen token; 0 for that alone, None for none.
         structured: What the reply is to look like: a JSON schema, a regex and others. It needs the
             package llguidance.
+        min_new_tokens: The minimum number of tokens before an end token, as in `transformers`; stop
+            strings end a reply before it, too.
+        ignore_eos: Whether a reply goes on behind an end token, up to `max_new_tokens`.
 
     Raises:
-        InputError: A value is out of range, or needs a temperature.
+        InputError: A value is out of range, needs a temperature, or contradicts another.
     """
 
     temperature: float = 0.0
@@ -56,6 +59,8 @@ class SamplingParams:
     max_new_tokens: int | None = None
     logprobs: int | None = None
     structured: StructuredOutput | None = None
+    min_new_tokens: int | None = None
+    ignore_eos: bool = False
 
     def __post_init__(self) -> None:
         """Check the ranges."""
@@ -81,6 +86,7 @@ class SamplingParams:
             ("seed", 0, MAX_SEED - 1),
             ("max_new_tokens", 1, math.inf),
             ("logprobs", 0, MAX_LOGPROBS),
+            ("min_new_tokens", 0, math.inf),
         ):
             value = getattr(self, name)
             whole = isinstance(value, int) and not isinstance(value, bool)
@@ -99,6 +105,13 @@ class SamplingParams:
             raise InputError(f"stop is strings of at least one character; got {self.stop!r}.")
         if self.structured is not None and not isinstance(self.structured, StructuredOutput):
             raise InputError(f"structured is a StructuredOutput; got {shortened(self.structured)}.")
+        if (self.min_new_tokens or 0) > (self.max_new_tokens or math.inf):
+            raise InputError(
+                f"min_new_tokens is at most max_new_tokens, {self.max_new_tokens}; got"
+                f" {self.min_new_tokens}."
+            )
+        if self.ignore_eos and self.structured is not None:
+            raise InputError("A reply of a given form ends with it; leave out ignore_eos.")
 
     @property
     def stop_strings(self) -> list[str]:

@@ -3,7 +3,7 @@
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, ProcessorMixin
 
 from fastvlm.checkpoints.processors import tokenizer_of
-from fastvlm.functional.messages import Message
+from fastvlm.functional.messages import Message, Prompt, TokenPrompt
 from fastvlm.language import SplitDecoder
 from fastvlm.prompts.builder import PromptBuilder
 from fastvlm.prompts.fastvithd import FastViTHDPromptBuilder
@@ -17,7 +17,9 @@ __all__ = [
     "ImageFeatureCache",
     "Message",
     "ProcessorPromptBuilder",
+    "Prompt",
     "PromptBuilder",
+    "TokenPrompt",
     "dialogue",
     "messages_of",
     "prompt_builder",

@@ -7,7 +7,7 @@ from typing import Any, Protocol, Unpack
 
 from torch import Tensor
 
-from fastvlm.functional.messages import Message
+from fastvlm.functional.messages import Message, TokenPrompt
 from fastvlm.language import DecoderInputs
 from fastvlm.prompts.features import ImageFeatureCache
 from fastvlm.vision.images import ImageOptions
@@ -22,20 +22,20 @@ class PromptBuilder(Protocol):
         ...
 
     @property
-    def prepare(self) -> Callable[[Sequence[Message]], Any]:
-        """A function that prepares a dialogue without the model: opens images, tokenizes texts.
+    def prepare(self) -> Callable[[Sequence[Message] | TokenPrompt], Any]:
+        """A function that prepares a prompt without the model: opens images, tokenizes texts.
 
         It can be pickled, for processes that prepare data, and raises the same errors as `inputs`.
         """
         ...
 
     def inputs(
-        self, messages: Sequence[Message], **options: Unpack[ImageOptions]
+        self, messages: Sequence[Message] | TokenPrompt, **options: Unpack[ImageOptions]
     ) -> dict[str, Tensor]:
         """Return one row of inputs for the model's own `generate`: `model.generate(**inputs)`.
 
         Args:
-            messages: The dialogue, the last turn the user's.
+            messages: The dialogue, the last turn the user's; or tokens.
             options: How images are shown, see `ImageOptions`.
 
         Returns:
@@ -44,21 +44,22 @@ class PromptBuilder(Protocol):
 
         Raises:
             InputError: An image can't be read, the text has a placeholder of its own, the model
-                doesn't support such a dialogue, or an option is out of range.
+                doesn't support such a dialogue, a token is not the model's, or an option is out of
+                range.
         """
         ...
 
     def decoder_inputs(
         self,
-        messages: Sequence[Message],
+        messages: Sequence[Message] | TokenPrompt,
         cache: ImageFeatureCache | None = None,
         prepared: Any = None,
         **options: Unpack[ImageOptions],
     ) -> DecoderInputs:
-        """Return a dialogue as the inputs of the model's decoder.
+        """Return a prompt as the inputs of the model's decoder.
 
         Args:
-            messages: The dialogue, the last turn the user's.
+            messages: The dialogue, the last turn the user's; or tokens.
             cache: Where image features are looked up and kept; None for no cache.
             prepared: The result of `prepare` for the dialogue; None to prepare it here.
             options: How images are shown, see `ImageOptions`.

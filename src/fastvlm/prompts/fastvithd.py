@@ -11,10 +11,16 @@ from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from fastvlm.functional.errors import InputError, first_line
-from fastvlm.functional.messages import Message
+from fastvlm.functional.messages import Message, TokenPrompt
 from fastvlm.language import DecoderInputs, SplitDecoder
 from fastvlm.prompts.features import ImageFeatureCache, digest
-from fastvlm.prompts.messages import IMAGE_PART_KEYS, dialogue, images_of, templated
+from fastvlm.prompts.messages import (
+    IMAGE_PART_KEYS,
+    checked_tokens,
+    dialogue,
+    images_of,
+    templated,
+)
 from fastvlm.vision.configuration import REDUCTION
 from fastvlm.vision.fastvithd import FastViTHD
 from fastvlm.vision.images import ImageOptions, prepare
@@ -29,12 +35,14 @@ class FastViTHDInputs:
         name: The model's name, for error messages.
         image_token: The placeholder of visual tokens.
         image_size: Side in pixels of the images that the model was made for.
+        vocabulary_size: The number of tokens that the model knows.
     """
 
     tokenizer: PreTrainedTokenizerBase
     name: str
     image_token: int
     image_size: int
+    vocabulary_size: int
 
     def tokens(self, messages: Sequence[Message], visual: Sequence[int] | None = None) -> list[int]:
         """Return a dialogue's tokens, with a placeholder for every visual token.
@@ -61,9 +69,11 @@ class FastViTHDInputs:
         return found
 
     def __call__(
-        self, messages: Sequence[Message], **options: Unpack[ImageOptions]
+        self, messages: Sequence[Message] | TokenPrompt, **options: Unpack[ImageOptions]
     ) -> tuple[list[int], list[Tensor]]:
-        """Return a dialogue's tokens, and each image's tiles, (tiles, 3, size, size) in [0, 1]."""
+        """Return a prompt's tokens, and each image's tiles, (tiles, 3, size, size) in [0, 1]."""
+        if isinstance(messages, TokenPrompt):
+            return checked_tokens(messages, self.vocabulary_size, self.image_token), []
         shown: ImageOptions = {"image_size": self.image_size, **options}
         turns = dialogue(messages)
         tiles = [prepare(image, **shown) for image in images_of(turns)]
@@ -113,6 +123,7 @@ class FastViTHDPromptBuilder:
             type(self.model).__name__,
             self.model.config.image_token_id,
             self.image_size,
+            self.model.config.get_text_config().vocab_size,
         )
 
     def tokens(self, messages: Sequence[Message], visual: Sequence[int] | None = None) -> list[int]:
@@ -120,7 +131,7 @@ class FastViTHDPromptBuilder:
         return self.prepare.tokens(messages, visual)
 
     def inputs(
-        self, messages: Sequence[Message], **options: Unpack[ImageOptions]
+        self, messages: Sequence[Message] | TokenPrompt, **options: Unpack[ImageOptions]
     ) -> dict[str, Tensor]:
         """Return one row of inputs for the model's `generate`. See `PromptBuilder.inputs`.
 
@@ -138,12 +149,12 @@ class FastViTHDPromptBuilder:
     @torch.no_grad()
     def decoder_inputs(
         self,
-        messages: Sequence[Message],
+        messages: Sequence[Message] | TokenPrompt,
         cache: ImageFeatureCache | None = None,
         prepared: Any = None,
         **options: Unpack[ImageOptions],
     ) -> DecoderInputs:
-        """Return a dialogue as the decoder's inputs. See `PromptBuilder.decoder_inputs`."""
+        """Return a prompt as the decoder's inputs. See `PromptBuilder.decoder_inputs`."""
         tokens, tiles = self.prepare(messages, **options) if prepared is None else prepared
         row = torch.tensor(tokens, device=self.decoder.device)
         embeddings = self.decoder.embed(row)

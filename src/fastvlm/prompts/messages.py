@@ -8,7 +8,7 @@ from typing import Any
 from transformers import PreTrainedTokenizerBase, ProcessorMixin
 
 from fastvlm.functional.errors import InputError, first_line, shortened
-from fastvlm.functional.messages import Message
+from fastvlm.functional.messages import Message, Prompt, TokenPrompt
 from fastvlm.vision.loading import ImageInput
 
 TEXT_PART_TYPES = ("text", "input_text")
@@ -40,17 +40,44 @@ def question(prompt: str, image: ImageInput | None) -> list[Message]:
     ]
 
 
-def messages_of(prompt: str | Sequence[Message], image: ImageInput | None) -> Sequence[Message]:
-    """Return a prompt and its image as a dialogue.
+def messages_of(prompt: Prompt, image: ImageInput | None) -> Sequence[Message] | TokenPrompt:
+    """Return a prompt and its image as a dialogue, or a prompt of tokens as it is.
 
     Raises:
-        InputError: An image is given beside a dialogue, which has its images in its messages.
+        InputError: An image is given beside a dialogue, which has its images in its messages, or
+            beside tokens.
     """
     if isinstance(prompt, str):
         return question(prompt, image)
     if image is not None:
-        raise InputError("A dialogue's images stand in its messages; leave out the image.")
+        raise InputError(
+            "A prompt of tokens has no image; ask about one by a text or a dialogue."
+            if isinstance(prompt, TokenPrompt)
+            else "A dialogue's images stand in its messages; leave out the image."
+        )
     return prompt
+
+
+def checked_tokens(prompt: TokenPrompt, vocabulary_size: int, image_token: int | None) -> list[int]:
+    """Return a prompt's tokens.
+
+    Args:
+        prompt: The prompt.
+        vocabulary_size: The number of tokens that the model knows.
+        image_token: The placeholder of visual tokens; None for a model of text alone.
+
+    Raises:
+        InputError: There is none, one is not the model's, or one is the image's placeholder.
+    """
+    token_ids = [*prompt.token_ids]
+    if not token_ids:
+        raise InputError("A prompt has at least one token; got none.")
+    wrong = [one for one in token_ids if not 0 <= one < vocabulary_size]
+    if wrong:
+        raise InputError(f"The model's tokens are 0 to {vocabulary_size - 1}; got {wrong[0]}.")
+    if image_token in token_ids:
+        raise InputError("The prompt must not contain the image's placeholder itself.")
+    return token_ids
 
 
 def dialogue(messages: Any) -> list[Message]:

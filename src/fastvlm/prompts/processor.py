@@ -14,10 +14,10 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase, ProcessorMixi
 
 from fastvlm.checkpoints.processors import tokenizer_of
 from fastvlm.functional.errors import FastVlmError, InputError, first_line
-from fastvlm.functional.messages import Message
+from fastvlm.functional.messages import Message, TokenPrompt
 from fastvlm.language import DecoderInputs, SplitDecoder, capture_decoder_inputs
 from fastvlm.prompts.features import ImageFeatureCache
-from fastvlm.prompts.messages import dialogue, images_of, templated
+from fastvlm.prompts.messages import checked_tokens, dialogue, images_of, templated
 from fastvlm.vision.images import ImageOptions
 from fastvlm.vision.loading import load_image
 
@@ -47,6 +47,7 @@ class ProcessorInputs:
         config: Any = model.config
         own = getattr(config, "image_token_index", None)
         self.image_token: int | None = getattr(config, "image_token_id", own)
+        self.vocabulary_size: int = config.get_text_config().vocab_size
         self.shows_images = isinstance(processor, ProcessorMixin)
         # BLIP-2 and InstructBLIP learnt from texts without turns, and their processors take no
         # template; a decoder of text alone may have none either.
@@ -57,13 +58,17 @@ class ProcessorInputs:
                 " prompt is put to the model; set processor.chat_template and save it again."
             )
 
-    def __call__(self, messages: Sequence[Message]) -> dict[str, Tensor]:
+    def __call__(self, messages: Sequence[Message] | TokenPrompt) -> dict[str, Tensor]:
         """Return one row of inputs for the model's `generate`.
 
         Raises:
-            InputError: An image can't be read, the text has a placeholder of its own, or the model,
-                its template or its processor doesn't support such a dialogue.
+            InputError: An image can't be read, the text has a placeholder of its own, the model,
+                its template or its processor doesn't support such a dialogue, or a token is not the
+                model's.
         """
+        if isinstance(messages, TokenPrompt):
+            row = torch.tensor([checked_tokens(messages, self.vocabulary_size, self.image_token)])
+            return {"input_ids": row, "attention_mask": torch.ones_like(row)}
         turns = dialogue(messages)
         shown = images_of(turns)
         if shown and not self.shows_images:
@@ -188,7 +193,7 @@ class ProcessorPromptBuilder:
         self.name, self.shows_images = self.prepare.name, self.prepare.shows_images
 
     def inputs(
-        self, messages: Sequence[Message], **options: Unpack[ImageOptions]
+        self, messages: Sequence[Message] | TokenPrompt, **options: Unpack[ImageOptions]
     ) -> dict[str, Tensor]:
         """Return one row of inputs for the model's `generate`. See `PromptBuilder.inputs`.
 
@@ -204,12 +209,12 @@ class ProcessorPromptBuilder:
 
     def decoder_inputs(
         self,
-        messages: Sequence[Message],
+        messages: Sequence[Message] | TokenPrompt,
         cache: ImageFeatureCache | None = None,
         prepared: Any = None,
         **options: Unpack[ImageOptions],
     ) -> DecoderInputs:
-        """Return a dialogue as the decoder's inputs. See `PromptBuilder.decoder_inputs`."""
+        """Return a prompt as the decoder's inputs. See `PromptBuilder.decoder_inputs`."""
         if prepared is None:
             inputs = self.inputs(messages, **options)
         else:
@@ -222,7 +227,7 @@ class ProcessorPromptBuilder:
         if found.encoder_states is not None:
             # An encoder reads the whole source before the decoder's first position.
             return found
-        shows = bool(images_of(dialogue(messages)))
+        shows = not isinstance(messages, TokenPrompt) and bool(images_of(dialogue(messages)))
         keys = self.keys(found.token_ids, digests if shows else None)
         return found if keys is None else found.with_keys(keys)
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import time
 from collections.abc import AsyncIterator
-from contextlib import suppress
+from contextlib import aclosing, suppress
 from pathlib import Path
 from typing import Any
 
@@ -17,16 +17,21 @@ from starlette.middleware.cors import CORSMiddleware
 from starlette.staticfiles import StaticFiles
 
 from fastvlm.functional.errors import FastVlmError, InputError
-from fastvlm.serving.chat import ChatReplies, event
+from fastvlm.serving.chat import ChatReplies
+from fastvlm.serving.completions import CompletionReplies, CompletionRequest
 from fastvlm.serving.engine_thread import EngineThread
-from fastvlm.serving.errors import ApiError, api_error, on_error, on_http_error, on_invalid
+from fastvlm.serving.errors import ApiError, on_error, on_http_error, on_invalid
 from fastvlm.serving.lifecycle import Lifecycle, busy
 from fastvlm.serving.limits import Limits, read_keys
 from fastvlm.serving.metrics import Metrics
 from fastvlm.serving.protocol import ChatRequest
 from fastvlm.serving.remote_images import allowed_hosts
-from fastvlm.serving.request_log import RequestLog, note
+from fastvlm.serving.replies import Replies
+from fastvlm.serving.request_log import RequestLog, note_usage
+from fastvlm.serving.responses import ResponseReplies
+from fastvlm.serving.responses_protocol import ResponsesRequest
 from fastvlm.serving.settings import ServerSettings, listed
+from fastvlm.serving.tokenization import DetokenizeRequest, TokenizeRequest
 from fastvlm.vlm import VisionLanguageModel
 
 PAGE = Path(__file__).parent / "page"
@@ -81,6 +86,10 @@ class Server:
         app.get("/v1/models")(self.models)
         app.get("/v1/models/{name:path}")(self.model)
         app.post("/v1/chat/completions")(self.chat)
+        app.post("/v1/completions")(self.complete)
+        app.post("/v1/responses")(self.respond)
+        app.post("/tokenize")(self.tokenize)
+        app.post("/detokenize")(self.detokenize)
         if PAGE.is_dir():
             app.get("/", include_in_schema=False)(self.page)
             app.mount("/static", StaticFiles(directory=PAGE))
@@ -151,66 +160,95 @@ class Server:
             )
 
     async def chat(self, asked: ChatRequest, http: Request) -> Any:
-        """Answer a dialogue, whole or as a stream of server-sent events.
+        """Answer a dialogue. See `answer`."""
+        return await self.answer(ChatReplies(asked, self.name, self.engine, self.settings), http)
+
+    async def complete(self, asked: CompletionRequest, http: Request) -> Any:
+        """Answer prompts without a chat template. See `answer`."""
+        replies = CompletionReplies(asked, self.name, self.engine, self.settings)
+        return await self.answer(replies, http)
+
+    async def respond(self, asked: ResponsesRequest, http: Request) -> Any:
+        """Answer a dialogue as the Responses API has it. See `answer`."""
+        replies = ResponseReplies(asked, self.name, self.engine, self.settings)
+        return await self.answer(replies, http)
+
+    async def tokenize(self, asked: TokenizeRequest) -> dict[str, Any]:
+        """Return a prompt's tokens.
+
+        Raises:
+            ApiError: The request is refused.
+            FastVlmError: The model refuses it.
+        """
+        self.check_name(asked.model)
+        return await asked.answer(self.vlm, self.settings)
+
+    async def detokenize(self, asked: DetokenizeRequest) -> dict[str, Any]:
+        """Return the text of tokens.
+
+        Raises:
+            ApiError: The request is refused.
+        """
+        self.check_name(asked.model)
+        return await asked.answer(self.vlm)
+
+    async def answer(self, replies: Replies[Any], http: Request) -> Any:
+        """Answer a request with its replies, whole or as a stream of server-sent events.
 
         Raises:
             ApiError: The request is refused, or the server is busy.
             FastVlmError: The model refuses it.
             TimeoutError: It takes too long.
         """
-        self.check_name(asked.model)
-        self.check_room(asked.n)
-        limit = self.settings.request_seconds
-        async with asyncio.timeout(limit), self.engine.preparing:
-            replies = await ChatReplies.begin(asked, self.name, self.engine, self.settings)
-        if asked.stream:
-            chunks = self.observed(replies, limit)
+        self.check_name(replies.asked.model)
+        self.check_room(replies.prompt_count * replies.per_prompt)
+        async with asyncio.timeout(self.settings.request_seconds), self.engine.preparing:
+            await replies.begin()
+        if replies.asked.stream:
             return StreamingResponse(
-                chunks, media_type="text/event-stream", headers={"Cache-Control": "no-cache"}
+                self.observed(replies),
+                media_type="text/event-stream",
+                headers={"Cache-Control": "no-cache"},
             )
         watch = asyncio.ensure_future(gone(http, replies))
         try:
-            async with asyncio.timeout(limit):
+            async with asyncio.timeout(self.settings.request_seconds):
                 return await replies.whole()
         finally:
             watch.cancel()
             self.finish(replies)
 
-    async def observed(self, replies: ChatReplies, limit: float) -> AsyncIterator[str]:
+    async def observed(self, replies: Replies[Any]) -> AsyncIterator[str]:
         """Yield a stream's events, within a time, and count it when it has ended."""
         try:
-            async with asyncio.timeout(limit):
-                async for one in replies.chunks():
-                    yield one
-        except TimeoutError as error:
-            # The answer has begun: what is left is an event.
-            yield event(api_error(error).body)
+            async with (
+                asyncio.timeout(self.settings.request_seconds),
+                aclosing(replies.chunks()) as chunks,
+            ):
+                async for chunk in chunks:
+                    yield chunk
+        except Exception as error:  # noqa: BLE001 (the answer has begun: what is left is an event)
+            yield replies.failure(error)
         finally:
             self.finish(replies)
 
-    def finish(self, replies: ChatReplies) -> None:
+    def finish(self, replies: Replies[Any]) -> None:
         """Free what replies still hold, and count them."""
         replies.close()
-        requests = [stream.stream.request for stream in replies.streams]
-        for request in requests:
+        for request in replies.requests:
             self.metrics.observe(request)
-        note(
-            prompt_tokens=len(requests[0].prompt_token_ids),
-            cached_tokens=requests[0].cached,
-            completion_tokens=sum(len(request.output_token_ids) for request in requests),
-            drafted_tokens=sum(sum(request.proposed) for request in requests),
-            accepted_tokens=sum(sum(request.accepted) for request in requests),
-            finish_reasons=[request.finish_reason for request in requests],
-        )
+        note_usage(replies.usage(), [request.finish_reason for request in replies.requests])
 
     def check_room(self, number: int) -> None:
-        """Refuse requests that too many others wait before.
+        """Refuse requests that too many others wait before, or that ask for too many replies.
 
         Raises:
             ApiError: They do.
         """
-        known = self.engine.running + self.engine.waiting
-        if known + number > self.vlm.engine.max_slots + self.settings.max_waiting:
+        most = self.vlm.engine.max_slots + self.settings.max_waiting
+        if number > most:
+            raise ApiError(f"A request has at most {most} replies here; got {number}.")
+        if self.engine.running + self.engine.waiting + number > most:
             raise busy()
 
 
@@ -233,7 +271,7 @@ def application(life: Lifecycle, settings: ServerSettings) -> Any:
     return RequestLog(app)
 
 
-async def gone(http: Request, replies: ChatReplies) -> None:
+async def gone(http: Request, replies: Replies[Any]) -> None:
     """End replies once their client has gone away."""
     while not await http.is_disconnected():
         await asyncio.sleep(0.1)

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+from abc import abstractmethod
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from fastvlm.decoding.structured import Kind, StructuredOutput
 from fastvlm.serving.errors import ApiError
@@ -17,6 +18,17 @@ class Strict(BaseModel):
     """A part of a request, without fields that it doesn't have."""
 
     model_config = ConfigDict(extra="forbid")
+
+
+class Body(Strict):
+    """The body of a request, in which null stands for a field that isn't given."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _leave_out_nulls(cls, body: Any) -> Any:
+        if not isinstance(body, dict):
+            return body
+        return {name: value for name, value in body.items() if value is not None}
 
 
 class TextPart(Strict):
@@ -55,6 +67,7 @@ class StreamOptions(Strict):
     """What a stream has beside the reply."""
 
     include_usage: bool = False
+    continuous_usage_stats: bool = False
 
 
 class JsonSchema(Strict):
@@ -72,8 +85,41 @@ class ResponseFormat(Strict):
     type: Literal["text", "json_object", "json_schema"]
     json_schema: JsonSchema | None = None
 
+    def structured(self) -> StructuredOutput | None:
+        """Return the form; None for any.
 
-class Sampling(Strict):
+        Raises:
+            ApiError: The schema is missing.
+            InputError: It makes no sense.
+        """
+        schema = None if self.json_schema is None else self.json_schema.schema_
+        return form_of(self.type, schema, "response_format.json_schema")
+
+
+def form_of(
+    kind: Literal["text", "json_object", "json_schema"], schema: dict[str, Any] | None, param: str
+) -> StructuredOutput | None:
+    """Return a form by OpenAI's names; None for any.
+
+    Args:
+        kind: Its type.
+        schema: The schema of a `json_schema`.
+        param: The field of the request with the schema, for an error.
+
+    Raises:
+        ApiError: The schema is missing.
+        InputError: It makes no sense.
+    """
+    if kind == "text":
+        return None
+    if kind == "json_object":
+        return StructuredOutput("json_object")
+    if schema is None:
+        raise ApiError("The schema is missing.", param=param)
+    return StructuredOutput("json", schema)
+
+
+class Sampling(Body):
     """Fields of every endpoint that decodes: how tokens are drawn and drafted.
 
     Those below `strategy` are fastvlm's own.
@@ -81,8 +127,6 @@ class Sampling(Strict):
 
     model: str | None = None
     stream: bool = False
-    stream_options: StreamOptions | None = None
-    n: Annotated[int, Field(ge=1, le=16)] = 1
     stop: str | list[str] | None = None
     seed: Annotated[int, Field(ge=0, lt=2**63)] | None = None
     temperature: Annotated[float, Field(ge=0, le=2)] = 1.0
@@ -94,7 +138,8 @@ class Sampling(Strict):
     frequency_penalty: float = 0.0
     logit_bias: dict[str, float] | None = None
     user: str | None = None
-    response_format: ResponseFormat | None = None
+    min_tokens: Annotated[int, Field(ge=0)] | None = None
+    ignore_eos: bool = False
     guided_json: dict[str, Any] | str | None = None
     guided_regex: str | None = None
     guided_choice: list[str] | None = None
@@ -102,6 +147,16 @@ class Sampling(Strict):
     strategy: str | None = None
     num_speculative_tokens: Annotated[int, Field(ge=1, le=256)] | None = None
     return_drafted: bool = False
+
+    @property
+    @abstractmethod
+    def most_tokens(self) -> int | None:
+        """The most tokens of a reply; None for the model's own number."""
+
+    @property
+    @abstractmethod
+    def most_likely(self) -> int | None:
+        """The number of most likely tokens that are told of; None for no log-probabilities."""
 
     def check(self) -> None:
         """Refuse what OpenAI's API has, and this server doesn't.
@@ -114,8 +169,23 @@ class Sampling(Strict):
                 raise ApiError(f"{name} is not supported; use repetition_penalty.", param=name)
         if self.logit_bias:
             raise ApiError("logit_bias is not supported.", param="logit_bias")
-        if self.stream_options is not None and not self.stream:
-            raise ApiError("stream_options is for a stream.", param="stream_options")
+        most = self.most_tokens
+        if most is not None and (self.min_tokens or 0) > most:
+            raise ApiError(f"min_tokens is at most {most}, as max_tokens.", param="min_tokens")
+
+    def forms(self) -> dict[str, StructuredOutput]:
+        """Return the forms that fields ask for, by the fields.
+
+        Raises:
+            ApiError: A schema is missing.
+            InputError: One makes no sense.
+        """
+        given = {kind: getattr(self, f"guided_{kind}") for kind in GUIDED_KINDS}
+        return {
+            f"guided_{kind}": StructuredOutput(kind, value)
+            for kind, value in given.items()
+            if value is not None
+        }
 
     def structured(self) -> StructuredOutput | None:
         """Return the form that the reply is to have; None for any.
@@ -124,18 +194,7 @@ class Sampling(Strict):
             ApiError: There are several, or a schema is missing.
             InputError: One makes no sense.
         """
-        forms: dict[str, StructuredOutput] = {}
-        asked = self.response_format
-        if asked is not None and asked.type == "json_object":
-            forms["response_format"] = StructuredOutput("json_object")
-        elif asked is not None and asked.type == "json_schema":
-            if asked.json_schema is None:
-                raise ApiError("json_schema is missing.", param="response_format.json_schema")
-            forms["response_format"] = StructuredOutput("json", asked.json_schema.schema_)
-        for kind in GUIDED_KINDS:
-            value = getattr(self, f"guided_{kind}")
-            if value is not None:
-                forms[f"guided_{kind}"] = StructuredOutput(kind, value)
+        forms = self.forms()
         if len(forms) > 1:
             raise ApiError(f"Give one of {', '.join(forms)}.", param=[*forms][1])
         return next(iter(forms.values()), None)
@@ -147,6 +206,10 @@ class Sampling(Strict):
             row: The number of the choice; choice i is drawn with the seed + i.
         """
         found: dict[str, Any] = {
+            "max_new_tokens": self.most_tokens,
+            "min_new_tokens": self.min_tokens,
+            "ignore_eos": self.ignore_eos or None,
+            "logprobs": self.most_likely,
             "stop": self.stop,
             "repetition_penalty": self.repetition_penalty,
             "structured": self.structured(),
@@ -162,7 +225,26 @@ class Sampling(Strict):
         return {name: value for name, value in found.items() if value is not None}
 
 
-class ChatRequest(Sampling):
+class ChoicesRequest(Sampling):
+    """Fields of the endpoints whose replies are choices."""
+
+    n: Annotated[int, Field(ge=1, le=16)] = 1
+    stream_options: StreamOptions | None = None
+    response_format: ResponseFormat | None = None
+
+    def check(self) -> None:
+        """Refuse what this server doesn't support. See `Sampling.check`."""
+        super().check()
+        if self.stream_options is not None and not self.stream:
+            raise ApiError("stream_options is for a stream.", param="stream_options")
+
+    def forms(self) -> dict[str, StructuredOutput]:
+        """Return the forms that fields ask for. See `Sampling.forms`."""
+        asked = None if self.response_format is None else self.response_format.structured()
+        return ({} if asked is None else {"response_format": asked}) | super().forms()
+
+
+class ChatRequest(ChoicesRequest):
     """The body of `/v1/chat/completions`."""
 
     messages: Annotated[list[ChatMessage], Field(min_length=1)]
@@ -186,3 +268,13 @@ class ChatRequest(Sampling):
     def most_tokens(self) -> int | None:
         """The most tokens of a reply; None for the model's own number."""
         return self.max_completion_tokens or self.max_tokens
+
+    @property
+    def most_likely(self) -> int | None:
+        """The number of most likely tokens that are told of; None for no log-probabilities."""
+        return (self.top_logprobs or 0) if self.logprobs else None
+
+    def sampling_options(self, row: int = 0) -> dict[str, Any]:
+        """Return the fields that the request sets, that of `ImageOptions` too."""
+        shown = {} if self.image_size is None else {"image_size": self.image_size}
+        return super().sampling_options(row) | shown

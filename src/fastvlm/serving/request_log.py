@@ -12,9 +12,12 @@ import re
 import sys
 import time
 import uuid
+from collections.abc import Sequence
 from contextvars import ContextVar
 from traceback import extract_tb
 from typing import Any, TextIO
+
+from openai.types import CompletionUsage
 
 from fastvlm.functional.errors import shortened
 from fastvlm.serving.errors import ApiError
@@ -32,11 +35,20 @@ _noted: ContextVar[dict[str, Any]] = ContextVar("noted")
 """What the request at hand has noted for its line."""
 
 
-def note(**fields: Any) -> None:
-    """Add fields to the line of the request at hand, where there is one."""
+def note_usage(usage: CompletionUsage, finish_reasons: Sequence[str | None]) -> None:
+    """Add the tokens of the request at hand to its line, and why its replies ended."""
     noted = _noted.get(None)
-    if noted is not None:
-        noted.update(fields)
+    if noted is None:
+        return
+    drafts, prompt = usage.completion_tokens_details, usage.prompt_tokens_details
+    noted |= {
+        "prompt_tokens": usage.prompt_tokens,
+        "cached_tokens": prompt.cached_tokens if prompt else None,
+        "completion_tokens": usage.completion_tokens,
+        "accepted_tokens": drafts.accepted_prediction_tokens if drafts else None,
+        "rejected_tokens": drafts.rejected_prediction_tokens if drafts else None,
+        "finish_reasons": list(finish_reasons),
+    }
 
 
 class RequestLog:
