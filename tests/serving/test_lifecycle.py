@@ -26,28 +26,17 @@ from fastvlm.serving.process import Process
 from fastvlm.serving.settings import ServerSettings
 from fastvlm.vlm import VisionLanguageModel
 from tests.models import small_vlm
+from tests.serving.serving import slowed
 from tests.serving.test_remote_images import self_signed
 
-STEP_SECONDS = 0.03
 TOKENS = 40
 
 
 @pytest.fixture(scope="module")
-def vlm() -> VisionLanguageModel:
-    return slow_vlm(STEP_SECONDS)
-
-
-def slow_vlm(seconds: float) -> VisionLanguageModel:
-    """Return a model whose replies take a while."""
+def vlm() -> Iterator[VisionLanguageModel]:
     found = small_vlm(torch.float32, max_slots=4)
-    step = found.engine.step
-
-    def slowly(**options: Any) -> Any:
-        time.sleep(seconds)
-        return step(**options)
-
-    found.engine.step = slowly  # type: ignore[method-assign]
-    return found
+    with slowed(found):
+        yield found
 
 
 def body(**fields: Any) -> dict[str, Any]:
@@ -248,15 +237,19 @@ def test_a_port_that_is_taken() -> None:
 
 
 LAUNCH = """
-import sys
+import sys, torch
 from fastvlm.serving.app import Server
 from fastvlm.serving.process import Process
 from fastvlm.serving.settings import ServerSettings
-from tests.serving.test_lifecycle import slow_vlm
+from tests.models import small_vlm
+from tests.serving.serving import slowed
 
+vlm = small_vlm(torch.float32)
+slow = slowed(vlm, 0.05)
+slow.__enter__()
 settings = ServerSettings(port=0, drain_seconds=float(sys.argv[1]))
 tell = lambda address: print(address, flush=True)
-Process(lambda: Server(slow_vlm(0.05), "small", settings), settings, tell).serve_until_stopped()
+Process(lambda: Server(vlm, "small", settings), settings, tell).serve_until_stopped()
 """
 
 

@@ -16,27 +16,15 @@ from urllib.parse import urlsplit
 
 import httpx
 import pytest
-import torch
 from PIL import Image
 
 from fastvlm.serving.request_log import JsonLines, PlainLines, write_log
 from fastvlm.vlm import VisionLanguageModel
 from fastvlm_example.scenes import render, sample
-from tests.models import VISUAL_TOKENS, small_vlm
+from tests.models import VISUAL_TOKENS
 from tests.serving.serving import served
 
 ORIGIN = "https://app.example"
-
-
-@pytest.fixture(scope="module")
-def vlm() -> VisionLanguageModel:
-    return small_vlm(torch.float32, max_slots=4)
-
-
-@pytest.fixture(scope="module")
-def address(vlm: VisionLanguageModel) -> Iterator[str]:
-    with served(vlm) as found:
-        yield found
 
 
 def png(width: int, height: int) -> bytes:

@@ -168,7 +168,7 @@ class RemoteImages:
         known = (host, port) in self.hosts or (port == usual and (host, None) in self.hosts)
         if usual is None or port is None or "@" in parts.netloc or not known:
             raise refused(
-                "This server fetches no images from there; send a data URL instead.", param, 403
+                "This server fetches no images from there; send a data URL instead.", param
             )
         return parts, host, port
 
@@ -176,7 +176,7 @@ class RemoteImages:
         async with asyncio.timeout(self.seconds):
             addresses = await self.resolver(host, port)
             if not addresses or not all(map(self.is_allowed, addresses)):
-                raise refused("The image's host has an address that is not public.", param, 403)
+                raise refused("The image's host has an address that is not public.", param)
             target = quote(parts.path or "/", URL_CHARACTERS)
             if parts.query:
                 target += "?" + quote(parts.query, URL_CHARACTERS)
@@ -237,6 +237,6 @@ class _ToAddresses(httpcore.AsyncNetworkBackend):
         await self.inner.sleep(seconds)
 
 
-def refused(message: str, param: str, status: int = 400) -> ApiError:
+def refused(message: str, param: str) -> ApiError:
     """Return the error of an image that isn't fetched."""
-    return ApiError(message, param=param, code="invalid_image_url", status=status)
+    return ApiError(message, param=param, code="invalid_image_url")
