@@ -247,7 +247,9 @@ def test_a_busy_server_says_so(vlm: VisionLanguageModel) -> None:
     with served(vlm, max_waiting=0) as address, slowed(vlm):
         chat, body = f"{address}/v1/chat/completions", {"messages": asked(1), "max_tokens": 200}
         with httpx.stream("POST", chat, json={**body, "n": 4, "stream": True}) as others:
-            next(others.iter_lines())
+            # Kept: whoever lets go of it lets go of the connection.
+            lines = others.iter_lines()
+            next(lines)
             found = httpx.post(chat, json=body)
         assert found.status_code == 503
         # More than there is ever room for.
