@@ -276,7 +276,10 @@ def test_a_reply_about_a_fetched_image_is_that_about_the_image_itself(
     assert replies[0] == replies[1]
 
 
-def test_no_host_is_listed_by_default() -> None:
+@pytest.mark.parametrize(
+    "url", ["https://example.com/a.png", "http://[::ffff:127.0.0.1]/", "http://[", "//[", ":", ""]
+)
+def test_no_host_is_listed_by_default(url: str) -> None:
     with pytest.raises(ApiError) as caught:
-        ImageOpener(ServerSettings()).open("https://example.com/a.png", "p")
+        ImageOpener(ServerSettings()).open(url, "p")
     assert caught.value.code == "invalid_image_url"

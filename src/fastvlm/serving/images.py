@@ -64,7 +64,7 @@ class ImageOpener:
     def _source(self, url: str, param: str) -> str | Path | bytes:
         """Return what `load_image` loads: a data URL, a file that may be read, or bytes."""
         limit = self.settings.max_image_bytes
-        scheme = urlsplit(url[:16]).scheme.lower()
+        scheme = url.partition(":")[0].lower()
         size = 0
         source: str | Path | bytes = url
         if scheme == "data":

@@ -69,9 +69,10 @@ class RequestLog:
         given = dict(scope["headers"]).get(b"x-request-id", b"").decode("latin-1")
         request_id = given if SANE_ID.fullmatch(given) else uuid.uuid4().hex
         status: int | None = None
+        unreachable = False
 
         async def named(message: Any) -> None:
-            nonlocal status
+            nonlocal status, unreachable
             if message["type"] == "http.response.start":
                 status = message["status"]
                 own = [
@@ -81,7 +82,11 @@ class RequestLog:
                 names = {name for name, _ in own}
                 others = [pair for pair in message["headers"] if pair[0].lower() not in names]
                 message = {**message, "headers": [*others, *own]}
-            await send(message)
+            try:
+                await send(message)
+            except Exception:
+                unreachable = True
+                raise
 
         fields: dict[str, Any] = {
             "request_id": request_id,
@@ -94,7 +99,11 @@ class RequestLog:
         error: Exception | None = None
         try:
             await self.app(scope, receive, named)
-        except Exception as raised:  # noqa: BLE001 (whatever failed, its client has been answered)
+        except Exception as raised:  # noqa: BLE001 (whatever failed, its client is answered)
+            if unreachable:
+                # The client broke the protocol: that is no failure of the server.
+                noted["unreachable"] = True
+                return
             error = raised
             if status is None:
                 failed = ApiError(
