@@ -19,7 +19,7 @@ from fastvlm.prompts import TokenPrompt, question
 from fastvlm.vlm import VisionLanguageModel
 from fastvlm_example.scenes import render, sample
 from tests.decoding.conftest import imitation
-from tests.families import END, FAMILIES, PAD, replies
+from tests.families import END, FAMILIES, NEWER, PAD, replies
 from tests.models import IMAGE_SIZE, small_vlm
 from tests.processors import asked, character_tokenizer, sample_image, saved
 
@@ -310,13 +310,16 @@ def text_model(family: str, tmp_path: Path) -> VisionLanguageModel:
     """Return a model of a family, with whatever reads text for it."""
     if family == "fast-vlm":
         return small_vlm()
-    if family in ("llama", "opt-350m"):
-        return VisionLanguageModel(FAMILIES[family]()[0], character_tokenizer())
+    if family in ("llama", "opt-350m", "bart", "t5gemma"):
+        model, _ = {**FAMILIES, **NEWER}[family]()
+        return VisionLanguageModel(model, character_tokenizer())
     saved(family, tmp_path)
     return fastvlm.load(tmp_path, dtype=torch.float64)
 
 
-@pytest.mark.parametrize("family", ["fast-vlm", "qwen2.5-vl", "llava", "llama", "opt-350m"])
+@pytest.mark.parametrize(
+    "family", ["fast-vlm", "qwen2.5-vl", "llava", "llama", "opt-350m", "bart", "t5gemma"]
+)
 def test_tokens_are_a_prompt_as_they_are(family: str, tmp_path: Path) -> None:
     vlm = text_model(family, tmp_path)
     prompt = TokenPrompt([40, 7, 9, 41, 40, 7, 9])

@@ -188,6 +188,60 @@ def test_what_is_not_supported_is_refused_in_openais_shape(
 
 
 @pytest.mark.parametrize(
+    ("path", "body", "param"),
+    [
+        ("completions", {"prompt": ["a", 5]}, "prompt.1"),
+        ("completions", {"prompt": [[5, -1]]}, "prompt.0.1"),
+        ("chat/completions", {"messages": [{"role": "user", "content": [5]}]},
+         "messages.0.content.0"),
+        ("chat/completions", {"messages": [{"role": "user"}]}, "messages.0.content"),
+        ("responses", {"input": [{"role": "user", "content": [{"type": "input_text"}]}]},
+         "input.0.content.0.text"),
+    ],
+)  # fmt: skip
+def test_the_field_that_is_wrong_is_named(
+    address: str, path: str, body: dict[str, Any], param: str
+) -> None:
+    found = httpx.post(f"{address}/v1/{path}", json=body)
+    assert found.status_code == 400
+    assert found.json()["error"]["param"] == param
+
+
+@pytest.mark.parametrize("stream", [False, True])
+@pytest.mark.parametrize(
+    ("path", "body"),
+    [
+        ("completions", {"prompt": "a red circle"}),
+        ("chat/completions", {"messages": [{"role": "user", "content": "Hello."}]}),
+        ("responses", {"input": "Hello."}),
+    ],
+)
+def test_an_error_of_the_models_is_told_without_its_message(
+    vlm: VisionLanguageModel,
+    caplog: pytest.LogCaptureFixture,
+    monkeypatch: pytest.MonkeyPatch,
+    path: str,
+    body: dict[str, Any],
+    stream: bool,
+) -> None:
+    def fail(*_: Any) -> None:
+        raise RuntimeError("a secret of the server's")
+
+    with served(vlm) as address:
+        with monkeypatch.context() as patch:
+            patch.setattr(vlm.decoder, "forward_layers", fail)
+            body = {**body, "stream": stream}
+            found = httpx.post(f"{address}/v1/{path}", json=body)
+        assert found.status_code == (200 if stream else 500)
+        assert "server_error" in found.text
+        assert "secret" not in found.text
+        # Where the answer has begun, nothing else would tell the operator.
+        assert "a secret of the server's" in caplog.text or not stream
+        assert not vlm.engine.slots
+        assert httpx.post(f"{address}/v1/{path}", json=body).status_code == 200
+
+
+@pytest.mark.parametrize(
     "url",
     [
         "http://169.254.169.254/latest", "file:///etc/passwd", "/etc/passwd",

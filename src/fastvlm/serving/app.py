@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import logging
 import time
 from collections.abc import AsyncIterator
 from contextlib import aclosing, suppress
@@ -20,7 +21,14 @@ from fastvlm.functional.errors import FastVlmError, InputError
 from fastvlm.serving.chat import ChatReplies
 from fastvlm.serving.completions import CompletionReplies, CompletionRequest
 from fastvlm.serving.engine_thread import EngineThread
-from fastvlm.serving.errors import ApiError, on_error, on_http_error, on_invalid
+from fastvlm.serving.errors import (
+    SERVER_ERROR,
+    ApiError,
+    api_error,
+    on_error,
+    on_http_error,
+    on_invalid,
+)
 from fastvlm.serving.lifecycle import Lifecycle, busy
 from fastvlm.serving.limits import Limits, read_keys
 from fastvlm.serving.metrics import Metrics
@@ -34,6 +42,7 @@ from fastvlm.serving.settings import ServerSettings, listed
 from fastvlm.serving.tokenization import DetokenizeRequest, TokenizeRequest
 from fastvlm.vlm import VisionLanguageModel
 
+LOGGER = logging.getLogger(__name__)
 PAGE = Path(__file__).parent / "page"
 """The page's files."""
 PAGE_HEADERS = {
@@ -227,7 +236,10 @@ class Server:
             ):
                 async for chunk in chunks:
                     yield chunk
-        except Exception as error:  # noqa: BLE001 (the answer has begun: what is left is an event)
+        except Exception as error:
+            # The answer has begun: what is left is an event.
+            if api_error(error).status == SERVER_ERROR:
+                LOGGER.exception("A stream has failed.")
             yield replies.failure(error)
         finally:
             self.finish(replies)

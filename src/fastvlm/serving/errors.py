@@ -12,6 +12,11 @@ from starlette.exceptions import HTTPException
 
 from fastvlm.functional.errors import FastVlmError
 
+TIMED_OUT = 408
+"""The status of requests that take too long."""
+SERVER_ERROR = 500
+"""The status of errors that are the server's own."""
+
 
 class ApiError(Exception):
     """What a client is answered instead of a reply.
@@ -64,9 +69,11 @@ def api_error(error: Exception) -> ApiError:
         return ApiError(str(error))
     if isinstance(error, TimeoutError):
         return ApiError(
-            "The request took longer than the server allows.", status=408, kind="timeout_error"
+            "The request took longer than the server allows.",
+            status=TIMED_OUT,
+            kind="timeout_error",
         )
-    return ApiError("The server failed on this request.", status=500, kind="server_error")
+    return ApiError("The server failed on this request.", status=SERVER_ERROR, kind="server_error")
 
 
 async def on_error(_: Request, error: Exception) -> JSONResponse:
@@ -75,16 +82,33 @@ async def on_error(_: Request, error: Exception) -> JSONResponse:
 
 
 async def on_invalid(_: Request, error: Exception) -> JSONResponse:
-    """Answer a body that isn't of the endpoint's shape, naming the first field that is wrong."""
+    """Answer a body that isn't of the endpoint's shape, naming the field that is wrong."""
     assert isinstance(error, RequestValidationError)
-    first = error.errors()[0]
-    param = ".".join(str(one) for one in first["loc"] if one != "body") or None
+    errors = error.errors()
+    if errors[0]["type"] == "json_invalid":
+        return ApiError("The body is not valid JSON.").response()
+    # Where a field has one of several types, the one that a value comes closest to tells most.
+    first = max(errors, key=lambda one: len(_path(one, error.body)))
+    param = ".".join(map(str, _path(first, error.body))) or None
     if first["type"] == "extra_forbidden":
         return ApiError(f"There is no field {param!r} here.", param=param).response()
-    if first["type"] == "json_invalid":
-        return ApiError("The body is not valid JSON.").response()
     where = "" if param is None else f"{param}: "
     return ApiError(f"{where}{first['msg']}.", param=param).response()
+
+
+def _path(error: Mapping[str, Any], body: Any) -> list[str | int]:
+    """Return which field an error is about, without the names of types that it might have."""
+    found: list[str | int] = []
+    at, (_, *steps) = body, error["loc"]
+    for number, step in enumerate(steps, 1):
+        if (isinstance(at, dict) and step in at) or (
+            isinstance(at, list) and step in range(len(at))
+        ):
+            at = at[step]
+            found.append(step)
+        elif error["type"] == "missing" and number == len(steps):
+            found.append(step)
+    return found
 
 
 async def on_http_error(_: Request, error: Exception) -> JSONResponse:

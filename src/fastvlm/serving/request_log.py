@@ -20,7 +20,7 @@ from typing import Any, TextIO
 from openai.types import CompletionUsage
 
 from fastvlm.functional.errors import shortened
-from fastvlm.serving.errors import ApiError
+from fastvlm.serving.errors import SERVER_ERROR, api_error
 from fastvlm.serving.limits import Receive, Scope, Send
 
 LOGGER = logging.getLogger("fastvlm.serving")
@@ -29,7 +29,6 @@ SANE_ID = re.compile(r"[A-Za-z0-9._:-]{1,128}")
 """What a client's `X-Request-Id` may be."""
 POLLED = frozenset({"/health", "/ready", "/metrics"})
 """Paths that are asked for all the time, and logged at the level DEBUG."""
-SERVER_ERROR = 500
 
 _noted: ContextVar[dict[str, Any]] = ContextVar("noted")
 """What the request at hand has noted for its line."""
@@ -106,10 +105,7 @@ class RequestLog:
                 return
             error = raised
             if status is None:
-                failed = ApiError(
-                    "The server failed on this request.", status=500, kind="server_error"
-                )
-                await failed.response()(scope, receive, named)
+                await api_error(error).response()(scope, receive, named)
         finally:
             _noted.reset(token)
             fields |= {"status": status, "seconds": round(time.perf_counter() - started, 4)}

@@ -23,7 +23,7 @@ from fastvlm.decoding.request import TokenLogprob
 from fastvlm.functional.messages import Prompt
 from fastvlm.serving.chat import messages_of
 from fastvlm.serving.engine_thread import EngineThread
-from fastvlm.serving.errors import api_error
+from fastvlm.serving.errors import SERVER_ERROR, TIMED_OUT, api_error
 from fastvlm.serving.replies import Replies
 from fastvlm.serving.responses_protocol import ResponsesRequest
 from fastvlm.serving.settings import ServerSettings
@@ -91,7 +91,7 @@ class ResponseReplies(Replies[ResponsesRequest]):
     def failure(self, error: Exception) -> str:
         """Return the event that ends a stream that has failed."""
         told = api_error(error)
-        code: Any = "server_error" if told.status in (408, 500) else "invalid_prompt"
+        code: Any = "server_error" if told.status in (TIMED_OUT, SERVER_ERROR) else "invalid_prompt"
         found = self.response("failed", error=ResponseError(code=code, message=told.message))
         return self.event("response.failed", response=found)
 
