@@ -7,6 +7,7 @@ with an imitation network (Bajpai and Hanawal, arXiv 2510.22641) for the time pe
 from typing import TYPE_CHECKING, Any
 
 from fastvlm.functional.errors import CheckpointError, FastVlmError, InputError
+from fastvlm.functional.messages import Dialogue
 
 if TYPE_CHECKING:
     from fastvlm.custom_generate import speculative
@@ -18,6 +19,7 @@ __version__ = "0.1.0"
 
 __all__ = [
     "CheckpointError",
+    "Dialogue",
     "FastVlmError",
     "InputError",
     "Piece",

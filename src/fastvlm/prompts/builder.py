@@ -29,6 +29,14 @@ class PromptBuilder(Protocol):
         """
         ...
 
+    def rendered(self, messages: Sequence[Message]) -> str:
+        """Return a dialogue as its chat template writes it, up to where the reply begins.
+
+        Raises:
+            InputError: The template refuses it, or leaves out its functions.
+        """
+        ...
+
     def inputs(
         self, messages: Sequence[Message] | TokenPrompt, **options: Unpack[ImageOptions]
     ) -> dict[str, Tensor]:

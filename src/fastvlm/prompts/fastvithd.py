@@ -11,7 +11,7 @@ from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from fastvlm.functional.errors import InputError, first_line
-from fastvlm.functional.messages import Message, TokenPrompt
+from fastvlm.functional.messages import Dialogue, Message, TokenPrompt, tools_of
 from fastvlm.language import DecoderInputs, SplitDecoder
 from fastvlm.prompts.features import ImageFeatureCache, digest
 from fastvlm.prompts.messages import (
@@ -83,7 +83,7 @@ class FastViTHDInputs:
             given if isinstance(given["content"], str) else turn
             for given, turn in zip(messages, turns, strict=True)
         ]
-        return self.tokens(written, visual), tiles
+        return self.tokens(Dialogue(written, tools_of(messages)), visual), tiles
 
 
 class FastViTHDPromptBuilder:
@@ -129,6 +129,10 @@ class FastViTHDPromptBuilder:
     def tokens(self, messages: Sequence[Message], visual: Sequence[int] | None = None) -> list[int]:
         """Return a dialogue's tokens. See `FastViTHDInputs.tokens`."""
         return self.prepare.tokens(messages, visual)
+
+    def rendered(self, messages: Sequence[Message]) -> str:
+        """Return a dialogue's text. See `PromptBuilder.rendered`."""
+        return templated(self.tokenizer, type(self.model).__name__, messages)
 
     def inputs(
         self, messages: Sequence[Message] | TokenPrompt, **options: Unpack[ImageOptions]

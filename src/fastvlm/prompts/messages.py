@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from typing import Any
 
 from transformers import PreTrainedTokenizerBase, ProcessorMixin
 
 from fastvlm.functional.errors import InputError, first_line, shortened
-from fastvlm.functional.messages import Message, Prompt, TokenPrompt
+from fastvlm.functional.messages import Dialogue, Message, Prompt, TokenPrompt, tools_of
 from fastvlm.vision.loading import ImageInput
 
 TEXT_PART_TYPES = ("text", "input_text")
@@ -80,16 +81,16 @@ def checked_tokens(prompt: TokenPrompt, vocabulary_size: int, image_token: int |
     return token_ids
 
 
-def dialogue(messages: Any) -> list[Message]:
+def dialogue(messages: Any) -> Dialogue:
     """Return a dialogue in one format, whichever of the supported ones it came in.
 
     Args:
         messages: Turns as `transformers`' chat templates or OpenAI's API take them: each a `role`
-            and a `content`, which is a text or a list of parts.
+            and a `content`, which is a text or a list of parts; with functions, a `Dialogue`.
 
     Returns:
-        The turns, each with a list of `{"type": "text", "text": ...}` and `{"type": "image",
-        "image": ...}`.
+        The dialogue with its functions, its turns each with a list of `{"type": "text", "text":
+        ...}` and `{"type": "image", "image": ...}`.
 
     Raises:
         InputError: There is no turn, or something in one has no supported format.
@@ -101,7 +102,7 @@ def dialogue(messages: Any) -> list[Message]:
         )
     if not messages:
         raise InputError("A dialogue has at least one turn; got none.")
-    return [_turn(message) for message in messages]
+    return Dialogue([_turn(message) for message in messages], tools_of(messages))
 
 
 def _turn(message: Any) -> Message:
@@ -173,15 +174,28 @@ def templated(
         turns: The dialogue, in the template's format.
 
     Raises:
-        InputError: The template refuses it, or is broken.
+        InputError: The template refuses it, is broken, or leaves out the functions.
     """
-    try:
-        # Their types know dictionaries alone, where any mapping will do.
-        written: Any = processor.apply_chat_template(
-            [dict(turn) for turn in turns], tokenize=False, add_generation_prompt=True
-        )
-    except Exception as error:  # a template's own errors are of any kind
-        raise InputError(
-            f"The chat template of {name} refuses the dialogue: {first_line(error)}."
-        ) from error
-    return str(written)
+
+    def written(**shown: Any) -> str:
+        try:
+            # Their types know dictionaries alone, where any mapping will do.
+            found: Any = processor.apply_chat_template(
+                [dict(turn) for turn in turns], tokenize=False, add_generation_prompt=True, **shown
+            )
+        except Exception as error:  # a template's own errors are of any kind
+            raise InputError(
+                f"The chat template of {name} refuses the dialogue: {first_line(error)}."
+            ) from error
+        return str(found)
+
+    tools = [dict(one) for one in tools_of(turns)]
+    if not tools:
+        return written()
+    found, without = written(tools=tools), None
+    # A template of models that always have tools may need them.
+    with suppress(InputError):
+        without = written()
+    if found == without:
+        raise InputError(f"The chat template of {name} shows no tools, so it can't call any.")
+    return found

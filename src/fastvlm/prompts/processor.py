@@ -14,7 +14,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase, ProcessorMixi
 
 from fastvlm.checkpoints.processors import tokenizer_of
 from fastvlm.functional.errors import FastVlmError, InputError, first_line
-from fastvlm.functional.messages import Message, TokenPrompt
+from fastvlm.functional.messages import Dialogue, Message, TokenPrompt, tools_of
 from fastvlm.language import DecoderInputs, SplitDecoder, capture_decoder_inputs
 from fastvlm.prompts.features import ImageFeatureCache
 from fastvlm.prompts.messages import checked_tokens, dialogue, images_of, templated
@@ -120,7 +120,7 @@ class ProcessorInputs:
         # other way round.
         write = bare if self.shows_images else plain_text
         turns = [{**message, "content": write(message)} for message in messages]
-        return templated(self.processor, self.name, turns)
+        return templated(self.processor, self.name, Dialogue(turns, tools_of(messages)))
 
     def lacking(self) -> str:
         """Return a sentence on settings that the processor's file lacks; empty if it lacks none."""
@@ -191,6 +191,14 @@ class ProcessorPromptBuilder:
         self.model, self.decoder, self.processor = model, decoder, processor
         self.prepare = ProcessorInputs(model, processor)
         self.name, self.shows_images = self.prepare.name, self.prepare.shows_images
+
+    def rendered(self, messages: Sequence[Message]) -> str:
+        """Return a dialogue's text. See `PromptBuilder.rendered`."""
+        turns = dialogue(messages)
+        if not self.prepare.has_template:
+            check_plain(self.name, turns, None)
+            return plain_text(turns[0])
+        return self.prepare.templated(turns)
 
     def inputs(
         self, messages: Sequence[Message] | TokenPrompt, **options: Unpack[ImageOptions]
@@ -306,8 +314,11 @@ def check_plain(name: str, messages: Sequence[Message], images: int | None) -> N
         images: The number of images; None for a model of text alone.
 
     Raises:
-        InputError: It is not a single turn of the user, or has not exactly one image.
+        InputError: It is not a single turn of the user, has functions that the model may call, or
+            has not exactly one image.
     """
+    if tools_of(messages):
+        raise InputError(f"{name} has no chat template, so it can't be shown tools.")
     if [message.get("role") for message in messages] != ["user"]:
         raise InputError(
             f"{name} has no chat template and takes a single prompt, so a dialogue is one turn of"

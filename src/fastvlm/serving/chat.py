@@ -6,7 +6,6 @@ import asyncio
 from collections.abc import Iterator, Sequence
 from typing import Any
 
-from openai.types.chat import ChatCompletionMessage
 from openai.types.chat.chat_completion import Choice, ChoiceLogprobs
 
 from fastvlm.decoding.reply import Reply
@@ -16,6 +15,7 @@ from fastvlm.serving.images import ImageOpener
 from fastvlm.serving.protocol import ChatMessage, ChatRequest, TextPart
 from fastvlm.serving.replies import ChoiceReplies, Part
 from fastvlm.serving.settings import ServerSettings
+from fastvlm.serving.tools import ReplyMessage, ToolUse, tool_fields
 
 
 def messages_of(
@@ -29,23 +29,25 @@ def messages_of(
         field: The field of the request that it comes from.
 
     Raises:
-        ApiError: An image is none, or there are too many.
+        ApiError: An image is none, there are too many, or a call of a tool makes no sense.
     """
     found: list[Message] = []
     opener = ImageOpener(settings)
-    for turn, message in enumerate(asked):
+    for turn, (message, tools) in enumerate(zip(asked, tool_fields(asked, field), strict=True)):
         role = "system" if message.role == "developer" else message.role
+        content = message.content or ""
+        if isinstance(content, str):
+            # Templates of text alone take no list of parts.
+            found.append({"role": role, "content": content, **tools})
+            continue
         parts: list[dict[str, Any]] = []
-        content = message.content
-        for place, part in enumerate(
-            [TextPart(type="text", text=content)] if isinstance(content, str) else content
-        ):
+        for place, part in enumerate(content):
             if isinstance(part, TextPart):
                 parts.append({"type": "text", "text": part.text})
                 continue
             param = f"{field}.{turn}.content.{place}.image_url"
             parts.append({"type": "image", "image": opener.open(part.image_url.url, param)})
-        found.append({"role": role, "content": parts})
+        found.append({"role": role, "content": parts, **tools})
     return found
 
 
@@ -56,16 +58,34 @@ class ChatReplies(ChoiceReplies[ChatRequest]):
     whole_object = "chat.completion"
     chunk_object = "chat.completion.chunk"
 
+    tools: ToolUse
+    """The tools that the model may call."""
+    messages: list[ReplyMessage]
+    """The choices' messages, as their texts come."""
+
     async def prompts(self) -> Sequence[Prompt]:
-        """Return the dialogue. See `Replies.prompts`."""
-        return [await asyncio.to_thread(messages_of, self.asked.messages, self.settings)]
+        """Return the dialogue, with its tools. See `Replies.prompts`."""
+        messages = await asyncio.to_thread(messages_of, self.asked.messages, self.settings)
+        self.tools = await asyncio.to_thread(ToolUse.of, self.asked, self.vlm)
+        self.messages = [self.tools.message() for _ in range(self.per_prompt)]
+        return [self.tools.shown(messages)]
+
+    def options(self, row: int) -> dict[str, Any]:
+        """Return the options of a reply, those of required calls too. See `Replies.options`."""
+        required = self.tools.structured
+        return super().options(row) | ({} if required is None else {"structured": required})
+
+    def finish_reason(self, index: int) -> Any:
+        """Return why a choice has ended: its calls, if it has any."""
+        return self.messages[index].finish_reason(super().finish_reason(index))
 
     def choice(self, index: int, reply: Reply) -> dict[str, Any]:
         """Return a choice that is finished."""
+        message = self.messages[index].whole(reply.text)
         return Choice(
             index=index,
             finish_reason=self.finish_reason(index),
-            message=ChatCompletionMessage(role="assistant", content=reply.text),
+            message=message,
             logprobs=self.logprobs(reply.logprobs),
         ).model_dump(mode="json", exclude_unset=True)
 
@@ -75,10 +95,13 @@ class ChatReplies(ChoiceReplies[ChatRequest]):
 
     def changes(self, part: Part) -> Iterator[dict[str, Any]]:
         """Yield what a piece, or its end, brings of a choice of a stream."""
+        message = self.messages[part.index]
         if part.piece is None:
+            if rest := message.end():
+                yield {"delta": rest}
             yield {"delta": {}, "finish_reason": self.finish_reason(part.index)}
             return
-        found: dict[str, Any] = {"delta": {"content": part.piece.text}, **self.drafted(part)}
+        found: dict[str, Any] = {"delta": message.feed(part.piece.text), **self.drafted(part)}
         logprobs = self.logprobs(self.known_logprobs(part))
         if logprobs is not None:
             found["logprobs"] = logprobs.model_dump(mode="json")

@@ -55,12 +55,62 @@ class ImagePart(Strict):
 Part = Annotated[TextPart | ImagePart, Field(discriminator="type")]
 
 
-class ChatMessage(Strict):
-    """A turn of a dialogue."""
+class CalledFunction(Strict):
+    """What a call calls; the arguments are JSON."""
 
-    role: Literal["system", "developer", "user", "assistant"]
-    content: str | list[Part]
+    name: str
+    arguments: str
+
+
+class ToolCall(Strict):
+    """A call in an earlier turn of the assistant's."""
+
+    id: str
+    type: Literal["function"]
+    function: CalledFunction
+
+
+class ChatMessage(Strict):
+    """A turn of a dialogue; what is always None is of replies, as clients send them back."""
+
+    role: Literal["system", "developer", "user", "assistant", "tool"]
+    content: str | list[Part] | None = None
     name: str | None = None
+    tool_calls: list[ToolCall] | None = None
+    tool_call_id: str | None = None
+    refusal: None = None
+    annotations: None = None
+    audio: None = None
+    function_call: None = None
+
+
+class Function(Strict):
+    """A function that the model may call, with the JSON schema of its arguments."""
+
+    name: Annotated[str, Field(pattern=r"^[a-zA-Z0-9_-]{1,64}$")]
+    description: str | None = None
+    parameters: dict[str, Any] | None = None
+    strict: bool | None = None
+
+
+class FunctionTool(Strict):
+    """A tool: a function."""
+
+    type: Literal["function"]
+    function: Function
+
+
+class FunctionName(Strict):
+    """The name of a function."""
+
+    name: str
+
+
+class NamedTool(Strict):
+    """The tool that the model must call."""
+
+    type: Literal["function"]
+    function: FunctionName
 
 
 class StreamOptions(Strict):
@@ -253,6 +303,9 @@ class ChatRequest(ChoicesRequest):
     logprobs: bool = False
     top_logprobs: Annotated[int, Field(ge=0, le=20)] | None = None
     image_size: Annotated[int, Field(ge=64, le=16384)] | None = None
+    tools: Annotated[list[FunctionTool], Field(min_length=1, max_length=128)] | None = None
+    tool_choice: Literal["none", "auto", "required"] | NamedTool | None = None
+    parallel_tool_calls: bool | None = None
 
     def check(self) -> None:
         """Refuse what this server doesn't support. See `Sampling.check`."""

@@ -98,6 +98,14 @@ class Replies(ABC, Generic[AskedT]):
             Exception: A reply failed with this error.
         """
 
+    def options(self, row: int) -> dict[str, Any]:
+        """Return the options of a reply to a prompt, once the prompts are known.
+
+        Args:
+            row: The number of the reply to its prompt.
+        """
+        return self.asked.sampling_options(row)
+
     def failure(self, error: Exception) -> str:
         """Return the event that ends a stream that has failed."""
         return event(api_error(error).body)
@@ -121,7 +129,7 @@ class Replies(ABC, Generic[AskedT]):
         try:
             for prompt in prompts:
                 for row in range(self.per_prompt):
-                    options = asked.sampling_options(row)
+                    options = self.options(row)
                     make = partial(self.vlm.stream, prompt, strategy=strategy, **options)
                     self.streams.append(await self.engine.submit(make))
         except BaseException:
