@@ -50,7 +50,7 @@ def block(model: PreTrainedModel) -> ImitationNetwork:
     )
     network = ImitationNetwork(config)
     initialise_from(network, decoder.layers)
-    return network.implement_as(decoder).to(decoder.dtype).eval()
+    return network.implement_as(decoder.decoder.config).to(decoder.dtype).eval()
 
 
 @pytest.fixture(scope="module")

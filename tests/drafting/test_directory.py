@@ -266,6 +266,15 @@ def test_a_vocabulary_that_was_cut_is_told(draft: Path, target: PreTrainedModel)
         load_draft(draft, other)
 
 
+def test_the_target_does_not_run(tmp_path: Path) -> None:
+    # Whoever decodes with the target sees whether it can be split, which takes a pass or two.
+    target = text_model(vocab_size=51)
+    network_for(target).save_pretrained(tmp_path)
+    for layer in target.get_decoder().layers:
+        layer.register_forward_pre_hook(lambda *_: pytest.fail("the target ran"))
+    assert load_draft(tmp_path, target).cache_layers == 1
+
+
 def test_adapters_are_passed_over(draft: Path, target: PreTrainedModel) -> None:
     peft = pytest.importorskip("peft")
     model = copy.deepcopy(target)

@@ -48,7 +48,7 @@ def network(
         made.draft_vocabulary.copy_(torch.tensor(vocabulary))
     if perfect or kind == "mlp":
         initialise_from(made, decoder.layers)
-    return made.implement_as(decoder).to(decoder.dtype).eval()
+    return made.implement_as(decoder.decoder.config).to(decoder.dtype).eval()
 
 
 def strategy(name: str, decoder: SplitDecoder, exit_layer: int = 1) -> Strategy:

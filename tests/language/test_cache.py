@@ -183,6 +183,21 @@ def test_an_exported_slot_goes_on_in_another(known: Known) -> None:
         torch.testing.assert_close(found[-3:], alone(decoder, prompts[1], NEXT[1]))
 
 
+def test_a_slot_that_changes_hands_has_the_new_prompts_positions() -> None:
+    cache = DecoderCache(torch.device("cpu"), 2, 8)
+    plain = DecoderInputs([1, 2, 3], torch.zeros(3, 4))
+    placed = DecoderInputs([1, 2, 3], torch.zeros(3, 4), position_ids=torch.tensor([[0, 0, 5]]))
+    for prompt, expected in ((plain, None), (placed, [[[0, 0, 5]]]), (plain, None)):
+        cache.assign(0, prompt)
+        found = cache.positions([0], 3, [0]).position_ids
+        assert (None if found is None else found.tolist()) == expected
+        # Beside a neighbour, a row's positions are its own.
+        cache.assign(1, placed)
+        both = cache.positions([0, 0], 3).position_ids
+        assert both is not None
+        assert both.tolist() == [[(expected or [[[0, 1, 2]]])[0][0], [0, 0, 5]]]
+
+
 def test_positions_beyond_the_capacity_are_refused(known: Known) -> None:
     decoder, _ = known
     cache = decoder.cache(1, 10)

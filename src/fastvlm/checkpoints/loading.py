@@ -54,7 +54,7 @@ from fastvlm.functional.errors import (
     shortened,
 )
 from fastvlm.functional.model_files import check_size, read_object
-from fastvlm.functional.placement import moved
+from fastvlm.functional.placement import moved, on_no_device
 from fastvlm.language.families import check_family
 from fastvlm.vision.fastvithd import FastViTHD
 
@@ -251,7 +251,7 @@ def shell_of(config: PreTrainedConfig, options: dict[str, Any]) -> PreTrainedMod
         config: The configuration.
         options: What `from_config` takes beside it.
     """
-    with torch.device("meta"):
+    with on_no_device():
         shell: PreTrainedModel = automatic(config).from_config(config, **options)
     return shell
 
@@ -340,7 +340,7 @@ def check_weights(folder: Path, config: FastVlmConfig, weights: dict[str, Tensor
     Raises:
         CheckpointError: Weights are missing, left over, or of another shape; it names them.
     """
-    with torch.device("meta"):
+    with on_no_device():
         model = FastVlmForConditionalGeneration(config)
     wanted = {name: tensor.shape for name, tensor in model.state_dict().items()}
     found = {name: tensor.shape for name, tensor in weights.items()}

@@ -108,13 +108,12 @@ def add_forced(batch: Batch, draft: Draft, limits: Sequence[int]) -> None:
         draft: What was drafted.
         limits: The maximum number of tokens in each row, with those that are drafted.
     """
-    size = batch.decoder.vocabulary_size
     for row, (slot, limit) in enumerate(zip(batch.slots, limits, strict=True)):
         constraint, drafted = slot.request.sampler.constraint, draft.rows[row]
         if constraint is None or not draft.computed <= len(drafted) < limit:
             # Beside a longer row, the states behind a shorter one are those of other tokens.
             continue
         prefix = [*slot.request.output_token_ids, *drafted]
-        more = constraint.forced(prefix, limit - len(drafted), size)
+        more = constraint.forced(prefix, limit - len(drafted), batch.decoder.vocabulary_size)
         if more:
             draft.rows[row], draft.forced = [*drafted, *more], True

@@ -14,9 +14,10 @@ from fastvlm.drafting.fingerprint import difference
 from fastvlm.drafting.imitation import ImitationConfig, ImitationNetwork
 from fastvlm.functional.errors import CheckpointError, first_line, shortened
 from fastvlm.functional.model_files import check_size, check_weight_file, read_object
-from fastvlm.functional.placement import moved
-from fastvlm.language.families import family, split_decoder
-from fastvlm.language.structure import text_decoder
+from fastvlm.functional.placement import moved, on_no_device
+from fastvlm.language.decoder import device_and_dtype_of
+from fastvlm.language.families import family
+from fastvlm.language.structure import check_structure, find_part, text_decoder
 
 
 def load_draft(directory: str | Path, target: PreTrainedModel) -> ImitationNetwork:
@@ -34,7 +35,7 @@ def load_draft(directory: str | Path, target: PreTrainedModel) -> ImitationNetwo
     Raises:
         CheckpointError: There is no draft in the directory, it is broken, or it was made for a
             decoder of another family, shape or vocabulary.
-        InputError: The family of the target's decoder is not supported.
+        InputError: The target's decoder is of a form that can't be split.
     """
     path = Path(directory)
     for name in ("config.json", "model.safetensors"):
@@ -49,7 +50,7 @@ def load_draft(directory: str | Path, target: PreTrainedModel) -> ImitationNetwo
     check_weight_file(path / "model.safetensors")
     try:
         config = ImitationConfig.from_pretrained(path)
-        with torch.device("meta"):
+        with on_no_device():
             shell = ImitationNetwork(config)
         check_size(path / "config.json", [path / "model.safetensors"], shell)
         # transformers' annotation knows the model alone, not the pair that this option gives.
@@ -80,8 +81,11 @@ def load_draft(directory: str | Path, target: PreTrainedModel) -> ImitationNetwo
             f" {reason}.",
             stacklevel=2,
         )
-    decoder = split_decoder(target)
-    return moved(network.implement_as(decoder), *decoder.device_and_dtype()).eval()
+    # Whether the target can be split is seen when it is, which computes; here its parts are enough.
+    decoder = text_decoder(target)
+    check_structure(decoder, ("embed_tokens",))
+    network.implement_as(decoder.config)
+    return moved(network, *device_and_dtype_of(find_part(decoder, "embed_tokens"))).eval()
 
 
 def unfit(network: ImitationNetwork, target: PreTrainedModel) -> Iterator[tuple[str, Any, Any]]:

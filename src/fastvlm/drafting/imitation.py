@@ -144,9 +144,12 @@ class ImitationNetwork(PreTrainedModel):
         """Layers that the network adds to the decoder's cache."""
         return len(self.layers)
 
-    def implement_as(self, decoder: SplitDecoder) -> Self:
-        """Compute attention and experts as a target does: sdpa, eager, ..."""
-        own = decoder.decoder.config
+    def implement_as(self, own: Any) -> Self:
+        """Compute attention and experts as a target does: sdpa, eager, ...
+
+        Args:
+            own: The configuration of the target's decoder.
+        """
         for part in self.layers.modules():
             for name in ("_attn_implementation_internal", "_experts_implementation_internal"):
                 if hasattr(part, "config") and hasattr(own, name):

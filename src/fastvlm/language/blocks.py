@@ -13,6 +13,12 @@ from fastvlm.language.decoder_inputs import OUTSIDE
 from fastvlm.language.masks import FULL, MaskKind, in_the_same_block
 from fastvlm.language.structure import attends_causally
 
+HIDING_BIAS = -1e4
+"""The greatest number that hides a key where a mask is added to scores: those are of the order of
+tens, so that nothing is left of exp(score - 10,000). Models write minus infinity, the least number
+of a precision (-65,504 in half precision) or, older ones, this very number; a bias that is meant to
+be added, as by distance, lies far above."""
+
 
 class RowBlocks(NamedTuple):
     """The bidirectional blocks of a row, see `DecoderInputs`."""
@@ -79,7 +85,7 @@ def visible(mask: Tensor, places: Tensor) -> Tensor:
     """Return which of a row's own positions see which: (own, own).
 
     Args:
-        mask: True, or 0, for what is seen; False, or a large negative number, for what is not:
+        mask: True, or 0, for what is seen; False, or at most `HIDING_BIAS`, for what is not:
             (length, keys).
         places: Which positions are the row's own: (length,).
 
@@ -92,7 +98,7 @@ def visible(mask: Tensor, places: Tensor) -> Tensor:
             " positions; if generate was asked for cache_implementation='static', leave that out."
         )
     seen = mask if mask.dtype == torch.bool else mask == 0
-    if not mask.dtype == torch.bool and bool((mask[~seen] > -1e4).any()):  # noqa: PLR2004
+    if mask.dtype != torch.bool and bool((mask[~seen] > HIDING_BIAS).any()):
         raise InputError("The model's attention mask adds to scores, which fastvlm can't do.")
     places = places.to(mask.device)
     return seen[places][:, places].cpu()

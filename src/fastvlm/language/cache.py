@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
@@ -128,6 +128,14 @@ class SlotInputs:
     """Each layer's keys and values of the encoder's states, from its first pass on."""
 
 
+class RowInputs(NamedTuple):
+    """What the rows of a pass were given, see `Positions`."""
+
+    prompts: Sequence[DecoderInputs | None]
+    encoder: EncoderContext | None
+    plain: bool
+
+
 class DecoderCache:
     """Keys and values of every layer, in slots.
 
@@ -149,7 +157,10 @@ class DecoderCache:
         self.tables: dict[str, Any] = {}
         """What a decoder keeps from pass to pass, see `Positions`."""
         self._inputs: list[SlotInputs] = []
-        self._contexts: dict[tuple[int, ...], EncoderContext] = {}
+        self._together: dict[tuple[int, ...], RowInputs] = {}
+        """What slots were given that went through a pass together, until one changes hands."""
+        self._counted = torch.arange(0, device=device)
+        """0, 1, 2 ... for all positions of a slot."""
         self._positions: Positions | None = None
         self._rows: slice | Tensor = slice(0)
         self.reserve(slots, capacity)
@@ -178,6 +189,7 @@ class DecoderCache:
             return
         self._inputs += [SlotInputs() for _ in range(more)]
         self.capacity = capacity
+        self._counted = torch.arange(capacity, device=self.device)
         for layer in self.layers.values():
             layer.grow(self.slots, capacity)
 
@@ -194,7 +206,7 @@ class DecoderCache:
     def release(self, slot: int) -> None:
         """Forget what a slot holds; nothing of it is ever read again."""
         self._inputs[slot] = SlotInputs()
-        self._contexts.clear()
+        self._together.clear()
         for layer in self.layers.values():
             layer.finite[slot] = 0
 
@@ -219,18 +231,19 @@ class DecoderCache:
             InputError: The positions don't fit into the cache.
         """
         rows = list(range(self.slots)) if slots is None else list(slots)
+        given = self._together.get(tuple(rows)) or self._given(tuple(rows))
         first = starts[0]
-        aligned = all(start == first for start in starts)
+        aligned = set(starts) == {first}
         end = max(starts) + width
         if end > self.capacity:
             raise InputError(
                 f"{end} positions are needed, but the cache was made for {self.capacity}."
             )
         if aligned:
-            indices = self._counted()[first:end].expand(len(rows), width)
+            indices = self._counted[first:end].expand(len(rows), width)
         else:
             begun = torch.tensor(starts, device=self.device)[:, None]
-            indices = begun + self._counted()[:width]
+            indices = begun + self._counted[:width]
         return Positions(
             slots=rows,
             starts=list(starts),
@@ -238,9 +251,10 @@ class DecoderCache:
             end=self.capacity if to_the_end else end,
             indices=indices,
             aligned=aligned,
-            prompts=[self._inputs[slot].prompt for slot in rows],
-            encoder=self._encoder(rows),
+            prompts=given.prompts,
+            encoder=given.encoder,
             tables=self.tables,
+            plain=given.plain,
         )
 
     def begin_pass(self, positions: Positions) -> None:
@@ -317,26 +331,16 @@ class DecoderCache:
     def _first(self, number: int) -> dict[int, LayerStorage]:
         return {index: layer for index, layer in self.layers.items() if index < number}
 
-    def _counted(self) -> Tensor:
-        counted: Tensor | None = self.tables.get("counted")
-        if counted is None or len(counted) < self.capacity:
-            counted = torch.arange(self.capacity, device=self.device)
-            self.tables["counted"] = counted
-        return counted
-
-    def _encoder(self, rows: Sequence[int]) -> EncoderContext | None:
-        """Return what rows attend to of their sources; it serves until a slot changes hands."""
+    def _given(self, rows: tuple[int, ...]) -> RowInputs:
+        """Return what rows were given, and keep it until a slot changes hands."""
         prompts = [self._inputs[slot].prompt for slot in rows]
         states = [None if prompt is None else prompt.encoder_states for prompt in prompts]
-        if all(one is None for one in states):
-            return None
-        key = tuple(rows)
-        if key not in self._contexts:
-            context = EncoderContext.of(states)
-            if context is not None:
-                self._fill_cross(context, key)
-                self._contexts[key] = context
-        return self._contexts[key]
+        context = EncoderContext.of(states)
+        if context is not None:
+            self._fill_cross(context, rows)
+        plain = all(prompt is None or prompt.is_plain for prompt in prompts)
+        found = self._together[rows] = RowInputs(prompts, context, plain)
+        return found
 
     def _fill_cross(self, context: EncoderContext, rows: tuple[int, ...]) -> None:
         """Give a context what its slots' layers have computed, and keep what they will compute."""

@@ -16,10 +16,11 @@ from torch import Tensor, nn
 from transformers import MODEL_MAPPING, PreTrainedConfig, PreTrainedModel
 
 from fastvlm.functional.errors import InputError
+from fastvlm.functional.placement import on_no_device
 from fastvlm.language.cache import DecoderCache, KeyValueCache
 from fastvlm.language.masks import FULL, MaskKind
 from fastvlm.language.positions import Positions
-from fastvlm.language.structure import attends_causally, find_part
+from fastvlm.language.structure import attends_causally, find_part, part_names
 
 MAX_LAYERS = 1024
 """Layers of the deepest decoder that is built from a configuration alone."""
@@ -83,6 +84,8 @@ class SplitDecoder(ABC):
 
     def __init__(self, model: PreTrainedModel, decoder: Any) -> None:
         self.decoder = decoder
+        self.part_names = part_names(decoder)
+        """What the decoder calls its parts: a name stays while what it stands for may change."""
         self.is_causal = attends_causally(decoder)
         """Whether the layers attend causally where they are given no mask."""
         self._model = weakref.ref(model)
@@ -117,7 +120,7 @@ class SplitDecoder(ABC):
     @property
     def layers(self) -> Any:
         """The target's own layers."""
-        return find_part(self.decoder, "layers")
+        return getattr(self.decoder, self.part_names["layers"])
 
     @property
     def depth(self) -> int:
@@ -127,7 +130,7 @@ class SplitDecoder(ABC):
     @property
     def embedding(self) -> Any:
         """The module that embeds tokens."""
-        return find_part(self.decoder, "embed_tokens")
+        return getattr(self.decoder, self.part_names["embed_tokens"])
 
     @property
     def lm_head(self) -> Any:
@@ -150,19 +153,9 @@ class SplitDecoder(ABC):
         """The precision of hidden states."""
         return self.device_and_dtype()[1]
 
-    @torch.no_grad()
     def device_and_dtype(self) -> tuple[torch.device, torch.dtype]:
-        """Return the device and the precision that hidden states have.
-
-        They are what comes out of the embedding: its weights may lie elsewhere until they are
-        needed, or be quantised.
-        """
-        weight: Tensor = next(self.embedding.parameters())
-        if type(self.embedding) is nn.Embedding and not weight.is_meta:
-            return weight.device, weight.dtype
-        start = torch.device("cpu") if weight.is_meta else weight.device
-        found: Tensor = self.embedding(torch.zeros(1, 1, dtype=torch.long, device=start))
-        return found.device, found.dtype
+        """Return the device and the precision that hidden states have."""
+        return device_and_dtype_of(self.embedding)
 
     def cache(self, slots: int = 0, capacity: int = 0) -> DecoderCache:
         """Return an empty cache."""
@@ -262,6 +255,21 @@ class SplitDecoder(ABC):
         )
 
 
+@torch.no_grad()
+def device_and_dtype_of(embedding: Any) -> tuple[torch.device, torch.dtype]:
+    """Return the device and the precision of hidden states, by the module that embeds tokens.
+
+    They are what comes out of it: its weights may lie elsewhere until they are needed, or be
+    quantised.
+    """
+    weight: Tensor = next(embedding.parameters())
+    if type(embedding) is nn.Embedding and not weight.is_meta:
+        return weight.device, weight.dtype
+    start = torch.device("cpu") if weight.is_meta else weight.device
+    found: Tensor = embedding(torch.zeros(1, 1, dtype=torch.long, device=start))
+    return found.device, found.dtype
+
+
 def additive(seen: Tensor, dtype: torch.dtype) -> Tensor:
     """Return a mask to add to attention scores: 0 where `seen` holds, in the shape of `seen`."""
     # The least number rather than minus infinity: a row that sees nothing stays finite.
@@ -291,7 +299,7 @@ def untrained_layers(
     if depth > MAX_LAYERS:
         raise InputError(f"A decoder of {depth:,} layers is not one that can be built.")
     # On no device, as large as it is: of which class each layer is depends on its place.
-    with torch.device("meta"):
+    with on_no_device():
         shell = (kind or decoder_class(config))(copy.deepcopy(config))
     found: Any = find_part(shell, "layers") if path is None else shell.get_submodule(path)
     layers: nn.ModuleList = found[-number:]

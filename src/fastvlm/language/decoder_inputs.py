@@ -56,6 +56,11 @@ class DecoderInputs:
         """Return the number of positions."""
         return len(self.token_ids)
 
+    @property
+    def is_plain(self) -> bool:
+        """Whether a position is its number, sees all before it alone, and is given nothing else."""
+        return self.position_ids is None and self.blocks is None and not self.injections
+
     def with_keys(self, keys: Sequence[Hashable]) -> DecoderInputs:
         """Return the same prompt with keys for the prefix cache, see `keys`.
 

@@ -7,7 +7,9 @@ itself (`verification`), so no family needs to be named here.
 from __future__ import annotations
 
 from collections.abc import Callable, Hashable, Iterable, Sequence
-from typing import Any, ClassVar
+from itertools import count, groupby, repeat
+from operator import itemgetter
+from typing import Any, ClassVar, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -31,14 +33,31 @@ from fastvlm.language.layer_calls import (
     observe_calls,
     root_of_width,
 )
-from fastvlm.language.masks import MaskKind
 from fastvlm.language.positions import EncoderContext, Positions
-from fastvlm.language.rotary import Rotary, Rotations, restart_length, scaled_context
-from fastvlm.language.structure import check_structure, find_part
+from fastvlm.language.rotary import Rotary, restart_length, scaled_context
+from fastvlm.language.structure import check_structure
 from fastvlm.language.verification import verified_rule
 
 FEED_FORWARD_NORMS = ("pre_feedforward_layernorm", "post_attention_layernorm")
 """What families call the norm before a layer's feed-forward part, the more particular first."""
+
+
+CalledLayer = tuple[Any, LayerCall, int | None]
+"""A layer, how it is called, and its number in the target; None for one that isn't the target's."""
+
+
+class LayerRun(NamedTuple):
+    """Layers that hidden states go through, one after another.
+
+    Args:
+        positions: Of the pass.
+        cache: Where the layers keep their keys and values.
+        layers: The layers.
+    """
+
+    positions: Positions
+    cache: KeyValueCache
+    layers: Sequence[CalledLayer]
 
 
 class GeneralDecoder(SplitDecoder):
@@ -131,31 +150,24 @@ class GeneralDecoder(SplitDecoder):
     ) -> Tensor:
         """Run some of the target's layers on (batch, new, d_model) hidden states."""
         # Going through a list of modules is faster than looking each up by its number.
-        own, calls, numbers = tuple(self.layers), self.calls.layers, list(layers)
-        if numbers and numbers[0] == 0:
+        own = list(zip(self.layers, self.calls.layers, count(), strict=False))
+        chosen = [own[index] for index in layers]
+        if chosen and chosen[0][2] == 0:
             x = self.enter(x, positions)
-            if (added := positions.injection(-1, x)) is not None:
-                x = x + added
-        return self._run(
-            x, positions, cache, [(own[index], calls[index], index) for index in numbers]
-        )
+        return self._run(x, LayerRun(positions, cache, chosen))
 
     def forward_blocks(
         self, x: Tensor, positions: Positions, cache: KeyValueCache, blocks: Iterable[nn.Module]
     ) -> Tensor:
         """Run layers of the target's own kind that are not the target's."""
         own = list(blocks)
-        calls = self.calls.layers[-len(own) :]
-        return self._run(
-            x,
-            positions,
-            cache,
-            [(block, call, None) for block, call in zip(own, calls, strict=True)],
-        )
+        called = zip(own, self.calls.layers[-len(own) :], repeat(None, len(own)), strict=True)
+        return self._run(x, LayerRun(positions, cache, list(called)))
 
     def norm(self, x: Tensor) -> Tensor:
         """Return the final norm of hidden states."""
-        return find_part(self.decoder, "norm")(x)
+        norm: Callable[[Tensor], Tensor] = getattr(self.decoder, self.part_names["norm"])
+        return norm(x)
 
     def logits(self, x: Tensor) -> Tensor:
         """Return the LM head's outputs scaled and soft-capped, as the model does it."""
@@ -176,11 +188,12 @@ class GeneralDecoder(SplitDecoder):
 
         A family that does more than scaling or norming overrides this and `first_entry`.
         """
-        if self.calls.entry == "scale":
+        entry = self.calls.entry
+        if entry == "nothing":
+            return x
+        if entry == "scale":
             return x * self.decoder.embedding_multiplier
-        if self.calls.entry == "root":
-            return x * root_of_width(x)
-        return self.norm(x) if self.calls.entry == "norm" else x
+        return x * root_of_width(x) if entry == "root" else self.norm(x)
 
     def first_entry(self) -> Callable[[Tensor], Tensor] | None:
         """Return what `enter` does to the first positions, which is checked; None to observe it."""
@@ -202,55 +215,55 @@ class GeneralDecoder(SplitDecoder):
         """
         return {}
 
-    def _run(
-        self,
-        x: Tensor,
-        positions: Positions,
-        cache: KeyValueCache,
-        layers: Sequence[tuple[Any, LayerCall, int | None]],
-    ) -> Tensor:
-        """Run layers, each with how it is called and its number in the target, if it has one."""
+    def _run(self, x: Tensor, run: LayerRun) -> Tensor:
+        """Run layers on hidden states: (batch, new, d_model)."""
+        positions, cache, layers = run
         cache.begin_pass(positions)
-        source = positions.encoder
-        held: Any = cache
-        if source is not None and any(
-            "encoder_hidden_states" in call.names for _, call, _ in layers
-        ):
-            held = CrossCache(cache, source)
-        masks: dict[MaskKind, Tensor | None] = {}
-        rotations: dict[RotaryKind | None, Rotations | None] = {None: None}
+        injects = positions.injects
+        if injects and layers and layers[0][2] == 0:
+            x = _injected(x, positions, -1)
         arguments: dict[LayerCall, dict[str, Any]] = {}
-        injects = any(prompt and prompt.injections for prompt in positions.prompts)
-        for layer, call, number in layers:
+        for call, some in groupby(layers, key=itemgetter(1)):
             given = arguments.get(call)
             if given is None:
-                if call.mask not in masks:
-                    masks[call.mask] = self.mask(x, positions, call.mask)
-                if call.rotary is not None and call.rotary not in rotations:
-                    rotations[call.rotary] = self.rotary[call.rotary](x, positions)
-                known: dict[str, Any] = {
-                    "attention_mask": masks[call.mask],
-                    "position_ids": self.places(positions),
-                    "position_embeddings": rotations[call.rotary],
-                    "use_cache": True,
-                    "encoder_hidden_states": None if source is None else source.states,
-                    "encoder_attention_mask": self._source_mask(x, source),
-                    **dict.fromkeys(CACHE_NAMES, held),
-                    **self.extras(x, positions),
-                }
-                given = arguments[call] = {name: known.get(name) for name in call.names}
-            x = layer(x, **given)
-            if isinstance(x, tuple):
-                x = x[0]
-            if injects and number is not None:
-                added = positions.injection(number, x)
-                x = x if added is None else x + added
+                given = arguments[call] = self._arguments(x, run, call)
+            for layer, _, number in some:
+                x = layer(x, **given)
+                if isinstance(x, tuple):
+                    x = x[0]
+                if injects and number is not None:
+                    x = _injected(x, positions, number)
         return x
 
-    def _source_mask(self, x: Tensor, source: EncoderContext | None) -> Tensor | None:
+    def _arguments(self, x: Tensor, run: LayerRun, call: LayerCall) -> dict[str, Any]:
+        """Return what layers that are called alike are given beside the hidden states."""
+        positions, kind = run.positions, call.rotary
+        held: Any = run.cache
+        known: dict[str, Any] = {
+            "attention_mask": self.mask(x, positions, call.mask),
+            "position_ids": self.places(positions),
+            "position_embeddings": None if kind is None else self.rotary[kind](x, positions),
+            "use_cache": True,
+        }
+        source = positions.encoder
+        if source is not None:
+            known["encoder_hidden_states"] = source.states
+            known["encoder_attention_mask"] = self._source_mask(x, source)
+            if "encoder_hidden_states" in call.names:
+                held = CrossCache(run.cache, source)
+        known |= dict.fromkeys(CACHE_NAMES, held)
+        if self.EXTRAS:
+            known |= self.extras(x, positions)
+        return dict(zip(call.names, map(known.get, call.names), strict=True))
+
+    def _source_mask(self, x: Tensor, source: EncoderContext) -> Tensor:
         """Return the mask of cross-attention as the layers' implementation takes it."""
-        if source is None:
-            return None
         seen = source.visible[:, None, None].expand(-1, 1, x.shape[1], -1)
         eager = self.decoder.config._attn_implementation == "eager"
         return additive(seen, x.dtype) if eager else seen
+
+
+def _injected(x: Tensor, positions: Positions, number: int) -> Tensor:
+    """Return hidden states with what is added to them after a layer, -1 for before the first."""
+    added = positions.injection(number, x)
+    return x if added is None else x + added

@@ -11,7 +11,7 @@ import inspect
 from collections.abc import Callable, Collection, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -57,8 +57,7 @@ GIVEN = frozenset(
 """Arguments that we give layers."""
 
 
-@dataclass(frozen=True, slots=True)
-class RotaryKind:
+class RotaryKind(NamedTuple):
     """Which rotations a layer is given.
 
     Args:
@@ -72,8 +71,7 @@ class RotaryKind:
     axes: bool = False
 
 
-@dataclass(frozen=True, slots=True)
-class LayerCall:
+class LayerCall(NamedTuple):
     """How a layer is called.
 
     Args:
@@ -103,9 +101,9 @@ class DecoderCalls:
 
 @dataclass(slots=True)
 class _Notes:
-    """What was seen of a pass: each layer's arguments, and what each rotary module was asked."""
+    """What was seen of a pass: layers with their arguments, rotary modules with what they gave."""
 
-    layers: list[dict[str, Any]] = field(default_factory=list)
+    layers: list[tuple[_NotingLayer, dict[str, Any]]] = field(default_factory=list)
     rotary: list[tuple[RotaryKind, Any]] = field(default_factory=list)
 
 
@@ -134,7 +132,7 @@ class _NotingLayer(nn.Module):
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         named = {**dict(zip(self.names, args, strict=False)), **kwargs}
-        self.notes.layers.append(named)
+        self.notes.layers.append((self, named))
         x = named[self.names[0]]
         return (x, None) if self.in_tuple else x
 
@@ -202,8 +200,8 @@ def observe_calls(
         _call(decoder, index, notes, cached[index] if index < len(cached) else None, extras)
         for index in range(len(layers))
     ]
-    first = _NotingLayer(layers[0], notes).names[0]
-    entered = notes.layers[0][first]
+    first, named = notes.layers[0]
+    entered = named[first.names[0]]
     if enter is None:
         return DecoderCalls(tuple(calls), _entry(decoder, x, entered))
     if not torch.equal(enter(x), entered):
@@ -253,10 +251,10 @@ def check_arguments(decoder: Any, extras: Collection[str] = ()) -> None:
             attention_mask=mask,
             use_cache=False,
         )
-    for index, named in enumerate(notes.layers):
-        first = _NotingLayer(find_part(decoder, "layers")[index], notes).names[0]
+    for index, (layer, named) in enumerate(notes.layers):
         where = f"Layer {index} of {type(decoder).__name__}"
-        _check_known(where, {name: value for name, value in named.items() if name != first}, extras)
+        rest = {name: value for name, value in named.items() if name != layer.names[0]}
+        _check_known(where, rest, extras)
 
 
 def _noting(decoder: Any, notes: _Notes, *, in_tuple: bool) -> Any:
@@ -307,8 +305,7 @@ def _call(
 ) -> LayerCall:
     """Return how a layer is called, by what it was given and what the cache keeps for it."""
     where = f"Layer {index} of {type(decoder).__name__}"
-    layer = _NotingLayer(find_part(decoder, "layers")[index], notes)
-    named = notes.layers[index]
+    layer, named = notes.layers[index]
     rest = {name: value for name, value in named.items() if name != layer.names[0]}
     _check_known(where, rest, extras)
     rotations = rest.get("position_embeddings")

@@ -79,6 +79,7 @@ class Positions:
         prompts: The prompt of each row; None for a row that has none.
         encoder: What an encoder-decoder attends to; None for any other model.
         tables: What a decoder keeps from pass to pass, by its own names; it belongs to the cache.
+        plain: Whether all prompts are known to be plain, see `DecoderInputs.is_plain`.
     """
 
     slots: list[int]
@@ -90,6 +91,7 @@ class Positions:
     prompts: Sequence[DecoderInputs | None] = ()
     encoder: EncoderContext | None = None
     tables: dict[str, Any] | None = None
+    plain: bool = False
     _masks: dict[MaskKind, Tensor | None] = field(default_factory=dict)
     _rows: Tensor | None = None
     _position_ids: tuple[Tensor | None] | None = None
@@ -135,6 +137,7 @@ class Positions:
             prompts=self.prompts[row : row + 1],
             encoder=None if self.encoder is None else self.encoder.of_row(row),
             tables=self.tables,
+            plain=self.plain,
         )
 
     def rows(self, device: torch.device) -> Tensor:
@@ -149,9 +152,10 @@ class Positions:
 
         None where no row's prompt says, so that each is its number.
         """
+        if self.plain:
+            return None
         if self._position_ids is None:
-            given = [None if prompt is None else prompt.position_ids for prompt in self.prompts]
-            self._position_ids = (own_position_ids(given, self.indices),)
+            self._position_ids = (own_position_ids(self.prompts, self.indices),)
         return self._position_ids[0]
 
     @property
@@ -165,9 +169,16 @@ class Positions:
 
         None where no position of this pass is in one.
         """
+        if self.plain:
+            return None
         if self._blocks is None:
             self._blocks = (self._own_blocks(),)
         return self._blocks[0]
+
+    @property
+    def injects(self) -> bool:
+        """Whether anything is added to the hidden states of this pass, see `injection`."""
+        return not self.plain and any(prompt and prompt.injections for prompt in self.prompts)
 
     def injection(self, layer: int, like: Tensor) -> Tensor | None:
         """Return what is added after a layer, (batch, width, d_model); None for nothing.
@@ -196,7 +207,7 @@ class Positions:
             kind: What the layer sees.
         """
         if kind not in self._masks:
-            whole = kind.is_whole(self.end)
+            whole = kind == FULL or kind.is_whole(self.end)
             last = self.end == self.starts[0] + self.width
             causal = self.aligned and whole and last and (self.width == 1 or self.starts[0] == 0)
             causal = causal and self.blocks is None
@@ -243,22 +254,24 @@ class Positions:
         return found
 
 
-def own_position_ids(prompts: Sequence[Tensor | None], indices: Tensor) -> Tensor | None:
+def own_position_ids(prompts: Sequence[DecoderInputs | None], indices: Tensor) -> Tensor | None:
     """Return where positions are, (axes, batch, width); None where each is its number.
 
     Args:
-        prompts: Of each row's prompt, (axes, length); None for 0, 1, 2 ... A reply's positions
-            count on from the greatest of its prompt's.
+        prompts: Of each row. A reply's positions count on from the greatest of its prompt's.
         indices: The positions: (batch, width).
     """
-    axes = max((len(prompt) for prompt in prompts if prompt is not None), default=0)
-    if not axes:
+    given = {
+        row: prompt.position_ids
+        for row, prompt in enumerate(prompts)
+        if prompt is not None and prompt.position_ids is not None
+    }
+    if not given:
         return None
-    found = indices.expand(axes, *indices.shape).clone()
-    for row, prompt in enumerate(prompts):
-        if prompt is not None:
-            length, here = prompt.shape[1], indices[row]
-            after = here - length + prompt.max() + 1
-            inside = prompt[:, here.clamp(max=length - 1)]
-            found[:, row] = torch.where(here < length, inside, after)
+    found = indices.expand(max(map(len, given.values())), *indices.shape).clone()
+    for row, ids in given.items():
+        length, here = ids.shape[1], indices[row]
+        after = here - length + ids.max() + 1
+        inside = ids[:, here.clamp(max=length - 1)]
+        found[:, row] = torch.where(here < length, inside, after)
     return found

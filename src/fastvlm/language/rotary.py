@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
+from operator import itemgetter
 from typing import Any
 
 import torch
@@ -40,6 +41,10 @@ class Rotary:
         parameters: Any = module.config.rope_parameters
         parameters = parameters if layer_type is None else parameters[layer_type]
         self.scaling: str = parameters["rope_type"]
+        self.is_static = self.scaling != "longrope" and "dynamic" not in self.scaling
+        """Whether a position's rotation depends on the position alone."""
+        self.table = f"rotations of {layer_type}"
+        """What its table is called, see `Positions.tables`."""
         own: int = module.config.max_position_embeddings
         longrope = self.scaling == "longrope"
         self.original: int = parameters["original_max_position_embeddings"] if longrope else own
@@ -49,11 +54,6 @@ class Rotary:
                 f"{type(module).__name__} scales rotations by a rule of its own, which fastvlm"
                 " doesn't know; decode the model with transformers' own generate."
             )
-
-    @property
-    def is_static(self) -> bool:
-        """Whether a position's rotation depends on the position alone."""
-        return self.scaling != "longrope" and "dynamic" not in self.scaling
 
     def __call__(self, x: Tensor, positions: Positions) -> Rotations:
         """Return the rotations of a pass, in the precision of `x`."""
@@ -87,17 +87,16 @@ class Rotary:
         tables = positions.tables
         if tables is None:
             return self._compute(self.module, x, positions.indices)
-        key = f"rotations of {self.layer_type}"
-        known: tuple[torch.dtype, Rotations] | None = tables.get(key)
-        if known is None or known[0] != x.dtype or len(_first(known[1])) < positions.end:
-            counted = torch.arange(positions.end + TABLE_POSITIONS, device=positions.indices.device)
+        known: tuple[torch.dtype, int, Rotations] | None = tables.get(self.table)
+        if known is None or known[0] != x.dtype or known[1] < positions.end:
+            length = positions.end + TABLE_POSITIONS
+            counted = torch.arange(length, device=positions.indices.device)
             made = self._compute(self.module, x, counted[None])
-            known = tables[key] = x.dtype, each(lambda table: table[0], made)
+            known = tables[self.table] = x.dtype, length, _at(0, made)
         if positions.aligned:
             first = positions.starts[0]
-            here = slice(first, first + positions.width)
-            return each(lambda table: table[None, here], known[1])
-        return each(lambda table: table[positions.indices], known[1])
+            return _at((None, slice(first, first + positions.width)), known[2])
+        return _at(positions.indices, known[2])
 
     def _scaled(self, x: Tensor, positions: Positions) -> Rotations:
         """Return the rotations of a pass whose positions may have frequencies of their own."""
@@ -143,11 +142,11 @@ def restart_length(config: Any) -> int | None:
     return getattr(config, "original_max_position_embeddings", None)
 
 
-def each(change: Callable[[Tensor], Tensor], rotations: Rotations) -> Rotations:
-    """Return rotations with a change to each of their tensors."""
+def _at(index: Any, rotations: Rotations) -> Rotations:
+    """Return a part of rotations: what each of their tensors has at an index."""
     if isinstance(rotations, Tensor):
-        return change(rotations)
-    return tuple(change(tensor) for tensor in rotations)
+        return rotations[index]
+    return tuple(map(itemgetter(index), rotations))
 
 
 def _first(rotations: Rotations) -> Tensor:

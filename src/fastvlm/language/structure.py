@@ -34,6 +34,12 @@ def part_name(decoder: Any, part: str) -> str | None:
     return next((name for name in NAMES.get(part, (part,)) if name in own), None)
 
 
+def part_names(decoder: Any) -> dict[str, str]:
+    """Return what a decoder calls those of its parts that it has, by what Llama calls them."""
+    names = {part: part_name(decoder, part) for part in NAMES}
+    return {part: name for part, name in names.items() if name is not None}
+
+
 def find_part(decoder: Any, part: str) -> Any:
     """Return one of a decoder's parts; None where it has none of that kind. See `part_name`."""
     name = part_name(decoder, part)

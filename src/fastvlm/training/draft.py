@@ -73,7 +73,7 @@ def new_network(
         initialise_from(network, vlm.decoder.layers)
     if network.draft_vocabulary is not None:
         network.draft_vocabulary.copy_(torch.tensor(tokens))
-    network.implement_as(vlm.decoder)
+    network.implement_as(vlm.decoder.decoder.config)
     return moved(network, vlm.decoder.device, master(vlm.decoder.dtype))
 
 

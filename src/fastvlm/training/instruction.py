@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Generator, Mapping, Sequence
 from contextlib import closing
 from dataclasses import dataclass
@@ -65,7 +66,29 @@ def score_replies(
     return found
 
 
-class SupervisedTask:
+def reply_loss(model: PreTrainedModel, builder: RowBuilder, rows: Sequence[TrainingRow]) -> Losses:
+    """Return the cross-entropy of some rows.
+
+    Reported is how often the best token is right, and the loss of each kind of rows.
+    """
+    scores = score_replies(model, builder, rows)
+    kinds: dict[str, list[Tensor]] = {}
+    for row, scored in zip(rows, scores, strict=True):
+        if row.kind:
+            kinds.setdefault(row.kind, []).append(scored.losses.detach())
+    losses = torch.cat([scored.losses for scored in scores])
+    right = int(torch.cat([scored.right for scored in scores]).sum())
+    report = {"right": (float(right), float(len(losses)))}
+    for kind, parts in sorted(kinds.items()):
+        report[kind] = (float(torch.cat(parts).sum()), float(sum(map(len, parts))))
+    total = losses.sum()
+    if not total.requires_grad:
+        # Text alone reaches no projector; the step goes on without a gradient.
+        total.requires_grad_()
+    return Losses(total, len(losses), report)
+
+
+class SupervisedTask(ABC):
     """Teaches a model replies: cross-entropy at each of their tokens. A subclass draws the rows.
 
     BatchNorms keep the statistics that they came with: those of a step's few images would be
@@ -95,30 +118,13 @@ class SupervisedTask:
         self.whole: str | None = None
         self.rows = rows
 
+    @abstractmethod
     def draw(self, step: int) -> list[TrainingRow]:
         """Return the rows of a step. See `TrainingTask.draw`."""
-        raise NotImplementedError
 
     def loss(self, examples: Sequence[TrainingRow]) -> Losses:
-        """Return the cross-entropy of some rows.
-
-        Reported is how often the best token is right, and the loss of each kind of rows.
-        """
-        scores = score_replies(self.model, self.rows, examples)
-        kinds: dict[str, list[Tensor]] = {}
-        for row, scored in zip(examples, scores, strict=True):
-            if row.kind:
-                kinds.setdefault(row.kind, []).append(scored.losses.detach())
-        losses = torch.cat([scored.losses for scored in scores])
-        right = int(torch.cat([scored.right for scored in scores]).sum())
-        report = {"right": (float(right), float(len(losses)))}
-        for kind, parts in sorted(kinds.items()):
-            report[kind] = (float(torch.cat(parts).sum()), float(sum(map(len, parts))))
-        total = losses.sum()
-        if not total.requires_grad:
-            # Text alone reaches no projector; the step goes on without a gradient.
-            total.requires_grad_()
-        return Losses(total, len(losses), report)
+        """Return the cross-entropy of some rows, see `reply_loss`."""
+        return reply_loss(self.model, self.rows, examples)
 
 
 class InstructionTask(SupervisedTask):

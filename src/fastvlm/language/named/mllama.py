@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from itertools import groupby
 from typing import Any
 
@@ -10,11 +9,9 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from fastvlm.language.cache import KeyValueCache
 from fastvlm.language.cross_attention import CrossCache
 from fastvlm.language.decoder import additive, cache_name
-from fastvlm.language.general import GeneralDecoder
-from fastvlm.language.layer_calls import LayerCall
+from fastvlm.language.general import GeneralDecoder, LayerRun
 from fastvlm.language.positions import EncoderContext, Positions
 
 
@@ -32,31 +29,19 @@ class MllamaDecoder(GeneralDecoder):
     Cross-attention layers are left out of rows without an image, as the model does.
     """
 
-    def _run(
-        self,
-        x: Tensor,
-        positions: Positions,
-        cache: KeyValueCache,
-        layers: Sequence[tuple[Any, LayerCall, int | None]],
-    ) -> Tensor:
-        for crosses, some in groupby(layers, key=lambda one: hasattr(one[0], "cross_attn")):
+    def _run(self, x: Tensor, run: LayerRun) -> Tensor:
+        source = run.positions.encoder
+        for crosses, some in groupby(run.layers, key=lambda one: hasattr(one[0], "cross_attn")):
             if not crosses:
-                x = super()._run(x, positions, cache, list(some))
-            elif positions.encoder is not None:
+                x = super()._run(x, run._replace(layers=list(some)))
+            elif source is not None:
                 for layer, *_ in some:
-                    x = self._cross(layer, x, positions, positions.encoder, cache)
+                    x = self._cross(layer, x, run, source)
         return x
 
-    def _cross(
-        self,
-        layer: Any,
-        x: Tensor,
-        positions: Positions,
-        source: EncoderContext,
-        cache: KeyValueCache,
-    ) -> Tensor:
-        both: Any = _SourceCache(cache, source)
-        seen = self._seen(positions, source)
+    def _cross(self, layer: Any, x: Tensor, run: LayerRun, source: EncoderContext) -> Tensor:
+        both: Any = _SourceCache(run.cache, source)
+        seen = self._seen(run.positions, source)
         any_seen = seen.any(-1, keepdim=True)
         # A position that sees nothing attends to all of its row's source, as the model has it.
         attended = (seen | ~any_seen) & source.visible[:, None, None]

@@ -2,15 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Any
-
 import torch
 from torch import Tensor
 
-from fastvlm.language.cache import KeyValueCache
-from fastvlm.language.general import GeneralDecoder
-from fastvlm.language.layer_calls import LayerCall
+from fastvlm.language.general import GeneralDecoder, LayerRun
 from fastvlm.language.positions import Positions
 
 
@@ -21,17 +16,13 @@ class RowByRow(GeneralDecoder):
         """Return whether the rows of a pass go through the layers one at a time."""
         return not positions.aligned
 
-    def _run(
-        self,
-        x: Tensor,
-        positions: Positions,
-        cache: KeyValueCache,
-        layers: Sequence[tuple[Any, LayerCall, int | None]],
-    ) -> Tensor:
+    def _run(self, x: Tensor, run: LayerRun) -> Tensor:
+        positions = run.positions
         if not self.is_apart(positions):
-            return super()._run(x, positions, cache, layers)
+            return super()._run(x, run)
+        alone = super()._run
         rows = [
-            super(RowByRow, self)._run(x[row : row + 1], positions.of_row(row), cache, layers)
+            alone(x[row : row + 1], run._replace(positions=positions.of_row(row)))
             for row in range(len(x))
         ]
         return torch.cat(rows)
