@@ -147,7 +147,12 @@ class Runtime:
     quiet: QuietOption = False
 
     def load(
-        self, model: str | Path | None, draft: Path | None = None, *, max_slots: int | None = None
+        self,
+        model: str | Path | None,
+        draft: Path | None = None,
+        *,
+        max_slots: int | None = None,
+        prefix_bytes: int = 0,
     ) -> VisionLanguageModel:
         """Load a model with these settings.
 
@@ -155,13 +160,20 @@ class Runtime:
             model: A directory, or a name on the Hugging Face hub; None for the example model.
             draft: The draft's directory; None for none.
             max_slots: The maximum number of requests decoded together; None for the default.
+            prefix_bytes: The maximum memory for image features and states of earlier prompts.
 
         Raises:
             CheckpointError: The model or the draft is missing, broken or made for something else.
             InputError: The model's family is not supported.
         """
         return load_quietly(
-            model, draft, self.threads, self.dtype, self.device, max_slots=max_slots
+            model,
+            draft,
+            self.threads,
+            self.dtype,
+            self.device,
+            max_slots=max_slots,
+            prefix_bytes=prefix_bytes,
         )
 
     def prepare(self) -> None:
@@ -224,6 +236,8 @@ def load_quietly(
     dtype: str = "float32",
     device: str | torch.device = "cpu",
     max_slots: int | None = None,
+    # A verb asks once about each image, or measures what an image costs.
+    prefix_bytes: int = 0,
 ) -> VisionLanguageModel:
     """Load a model, and a draft made for it, without progress bars or warnings of other libraries.
 
@@ -234,6 +248,7 @@ def load_quietly(
         dtype: The precision to compute in, such as "bfloat16".
         device: The device to compute on.
         max_slots: The maximum number of requests decoded together; None for the default.
+        prefix_bytes: The maximum memory for image features and states of earlier prompts.
 
     Raises:
         CheckpointError: The model or the draft is missing, broken or made for something else.
@@ -255,8 +270,7 @@ def load_quietly(
         draft,
         dtype=getattr(torch, dtype),
         device=device,
-        # A verb asks once about each image, or measures what an image costs.
-        prefix_bytes=0,
+        prefix_bytes=prefix_bytes,
         max_slots=MAX_SLOTS if max_slots is None else max_slots,
     )
 

@@ -10,8 +10,23 @@ from threading import Condition, Thread
 from types import TracebackType
 
 from fastvlm.decoding.reply import Piece, Reply, ReplyStream
-from fastvlm.functional.errors import FastVlmError
+from fastvlm.serving.errors import ApiError
+from fastvlm.serving.images import check_image_tokens
 from fastvlm.vlm import VisionLanguageModel
+
+MAX_PREPARING = 4
+"""The most requests whose images are open before their prompts are prepared."""
+
+
+def stopping() -> ApiError:
+    """Return what clients of a server that stops are told."""
+    return ApiError(
+        "The server is stopping; try again in a moment.",
+        status=503,
+        kind="server_error",
+        code="server_stopping",
+        headers={"Retry-After": "5"},
+    )
 
 
 class ServedStream:
@@ -46,6 +61,11 @@ class ServedStream:
         """End the reply where it stands; its slot is free before the next step."""
         self.stream.close()
 
+    def fail(self, error: Exception) -> None:
+        """End the reply where it stands, with an error."""
+        self.stream.close()
+        self._hand_on(error)
+
     def feed(self) -> bool:
         """Hand on what has come, from the engine's thread; return whether the reply has ended."""
         try:
@@ -74,13 +94,18 @@ class EngineThread:
 
     Args:
         vlm: The model.
+        max_image_tokens: The most visual tokens of a request; None for no limit.
     """
 
-    def __init__(self, vlm: VisionLanguageModel) -> None:
-        self.vlm = vlm
+    def __init__(self, vlm: VisionLanguageModel, max_image_tokens: int | None = None) -> None:
+        self.vlm, self.max_image_tokens = vlm, max_image_tokens
+        self.preparing = asyncio.Semaphore(MAX_PREPARING)
+        """Held while a request's images are open, which bounds their memory."""
         self._streams: list[ServedStream] = []
         self._changed = Condition()
-        self._stopping = False
+        self._error: Exception | None = None
+        """Why replies end and requests are refused, if they are."""
+        self._ending = False
         self._preparing = ThreadPoolExecutor(1, "fastvlm-prepare")
         self._thread = Thread(target=self._run, name="fastvlm-engine", daemon=True)
 
@@ -95,12 +120,19 @@ class EngineThread:
         error: BaseException | None,
         traceback: TracebackType | None,
     ) -> None:
-        """End the thread; replies that are not finished are cancelled."""
+        """End the thread; replies that are not finished end with an error."""
         with self._changed:
-            self._stopping = True
+            self._error = self._error or stopping()
+            self._ending = True
             self._changed.notify()
         self._thread.join()
         self._preparing.shutdown()
+
+    def stop(self) -> None:
+        """End all replies with an error, and refuse further requests."""
+        with self._changed:
+            self._error = stopping()
+            self._changed.notify()
 
     @property
     def running(self) -> int:
@@ -119,16 +151,20 @@ class EngineThread:
             make: Prepares the request, such as `vlm.stream` with its arguments.
 
         Raises:
+            ApiError: It has too many visual tokens, or the server is stopping.
             FastVlmError: The request is refused.
         """
         loop = asyncio.get_running_loop()
         stream = await loop.run_in_executor(self._preparing, make)
+        config = self.vlm.model.config
+        image_token = getattr(config, "image_token_id", getattr(config, "image_token_index", None))
+        check_image_tokens(stream.request.inputs, image_token, self.max_image_tokens)
         served = ServedStream(stream, loop)
         stream.start()
         with self._changed:
-            if self._stopping:
+            if self._error is not None:
                 stream.close()
-                raise FastVlmError("The server is stopping.")
+                raise self._error
             self._streams.append(served)
             self._changed.notify()
         return served
@@ -136,12 +172,15 @@ class EngineThread:
     def _run(self) -> None:
         while True:
             with self._changed:
-                self._changed.wait_for(lambda: self._streams or self._stopping)
-                if self._stopping:
+                self._changed.wait_for(lambda: self._streams or self._ending)
+                if self._error is not None:
                     for stream in self._streams:
-                        stream.close()
-                        stream.feed()
+                        stream.fail(self._error)
+                    self._streams.clear()
+                if self._ending:
                     return
+                if not self._streams:
+                    continue
                 streams = list(self._streams)
             if not any(stream.stream.request.finished for stream in streams):
                 self.vlm.engine.step()
