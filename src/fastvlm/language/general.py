@@ -80,14 +80,7 @@ class GeneralDecoder(SplitDecoder):
     def __init__(self, model: PreTrainedModel, decoder: Any) -> None:
         super().__init__(model, decoder)
         check_structure(decoder, self.PARTS)
-        try:
-            self.width = decoder.config.hidden_size
-            self.context = self.positions_of(decoder.config)
-        except AttributeError as error:
-            raise InputError(
-                f"fastvlm can't split a {type(decoder).__name__}: {error}. Decode it with"
-                " transformers' own generate."
-            ) from error
+        self.width, self.context = self.sizes(decoder)
         self.restart = restart_length(decoder.config)
         self.calls: DecoderCalls = observe_calls(decoder, self.first_entry(), self.EXTRAS)
         kinds = {call.rotary for call in self.calls.layers if call.rotary is not None}
@@ -96,6 +89,21 @@ class GeneralDecoder(SplitDecoder):
             for kind in kinds
         }
         self.logit_rule = verified_rule(self)
+
+    @classmethod
+    def sizes(cls, decoder: Any) -> tuple[int, int]:
+        """Return the width of a decoder's states, and the positions that it was made for.
+
+        Raises:
+            InputError: Its configuration doesn't say them under the usual names.
+        """
+        try:
+            return decoder.config.hidden_size, cls.positions_of(decoder.config)
+        except AttributeError as error:
+            raise InputError(
+                f"fastvlm can't split a {type(decoder).__name__}: {error}. Decode it with"
+                " transformers' own generate."
+            ) from error
 
     @staticmethod
     def positions_of(config: Any) -> int:
