@@ -25,6 +25,7 @@ from fastvlm.language.decoder import (
     additive,
     untrained_layers,
 )
+from fastvlm.language.dense import dense_weight
 from fastvlm.language.layer_calls import (
     CACHE_NAMES,
     DecoderCalls,
@@ -139,19 +140,18 @@ class GeneralDecoder(SplitDecoder):
         norm = next(
             (found for name in FEED_FORWARD_NORMS if (found := getattr(layer, name, None))), None
         )
-        if norm is None or getattr(getattr(part, "down_proj", None), "weight", None) is None:
+        first = getattr(part, "gate_up_proj", getattr(part, "gate_proj", None))
+        width, down = getattr(first, "in_features", None), getattr(part, "down_proj", None)
+        if norm is None or width is None or getattr(down, "out_features", None) != width:
             return None
+        like = next(one for one in layer.parameters() if one.is_floating_point())
         if hasattr(part, "gate_up_proj"):
-            gate, up = part.gate_up_proj.weight.chunk(2)
-        elif hasattr(part, "gate_proj"):
-            gate, up = part.gate_proj.weight, part.up_proj.weight
+            gate, up = dense_weight(first, width, like).chunk(2)
         else:
-            return None
-        if gate.dim() != 2 or gate.shape[::-1] != part.down_proj.weight.shape:  # noqa: PLR2004
-            return None
+            gate, up = (dense_weight(one, width, like) for one in (first, part.up_proj))
         # Some families' norms multiply by 1 + weight: what ones become is what counts.
-        ones = torch.ones(1, gate.shape[1], device=gate.device, dtype=gate.dtype)
-        return FeedForward(norm(ones)[0], gate, up, part.down_proj.weight)
+        scale = norm(torch.ones(1, width, device=gate.device, dtype=gate.dtype))[0]
+        return FeedForward(scale, gate, up, dense_weight(down, len(gate), like))
 
     def forward_layers(
         self, x: Tensor, positions: Positions, cache: KeyValueCache, layers: Iterable[int]

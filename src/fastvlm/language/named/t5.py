@@ -20,6 +20,7 @@ from fastvlm.language.decoder import (
     cache_name,
     untrained_layers,
 )
+from fastvlm.language.dense import dense_weight
 from fastvlm.language.positions import Positions
 
 
@@ -72,9 +73,9 @@ class T5Decoder(SplitDecoder):
         inner = part.DenseReluDense
         if not hasattr(inner, "wi_0"):
             return None
-        return FeedForward(
-            part.layer_norm.weight, inner.wi_0.weight, inner.wi_1.weight, inner.wo.weight
-        )
+        norm = part.layer_norm.weight
+        gate, up = (dense_weight(one, len(norm), norm) for one in (inner.wi_0, inner.wi_1))
+        return FeedForward(norm, gate, up, dense_weight(inner.wo, len(gate), norm))
 
     def forward_layers(
         self, x: Tensor, positions: Positions, cache: KeyValueCache, layers: Iterable[int]
