@@ -125,6 +125,7 @@ NEWER_TEXT: dict[str, Callable[[], NewerFamily]] = {
     "phi3-long": lambda: newer_text(
         "phi3", rope_parameters=LONG, original_max_position_embeddings=64
     ),
+    "phimoe": lambda: experts("phimoe", num_local_experts=4),
     "olmo2": lambda: newer_text("olmo2"),
     "smollm3": lambda: newer_text("smollm3", no_rope_layers=[1, 0, 1, 1]),
     # Queries are scaled by their positions, of which padding has some too.

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import cache, partial
+from functools import cache
 
 import pytest
 import torch
@@ -19,7 +19,7 @@ from tests.families.parts import FIRST_SPECIAL, together
 from tests.language.decoding import LIMIT, STRATEGIES, decode, strategy
 
 EVERY = {**FAMILIES, **NEWER}
-SHOWN = [name for name in NEWER_WITH_IMAGES if name != "phi4-multimodal"]
+SHOWN = list(NEWER_WITH_IMAGES)
 """Newer families that are decoded with images."""
 ALONE = [*FAMILIES, *(pytest.param(name, marks=pytest.mark.slow) for name in NEWER)]
 LONG = 70
@@ -39,9 +39,7 @@ class Case:
 @cache
 def case(family: str) -> Case:
     model, inputs = EVERY[family]()
-    # Phi-4 Multimodal hands its decoder pixels.
-    make = partial(inputs, images_per_row=0) if family == "phi4-multimodal" else inputs
-    given = {rows: make(rows) for rows in (1, 4)}
+    given = {rows: inputs(rows) for rows in (1, 4)}
     return Case(model, inputs, given, {rows: replies(model, given[rows], LIMIT) for rows in given})
 
 

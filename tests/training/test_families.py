@@ -36,7 +36,9 @@ PHOTOS = [path for path in images_in(fastvlm_example.IMAGES) if path.suffix == "
 QUESTIONS = ["What is it?", "Where is A?", "How many b?", "Say a word."]
 
 
-SINGLE = ("gemma2", "gpt-oss", "paligemma2", "t5gemma", "qwen3-vl-moe", "mixtral", "qwen3-moe")
+SINGLE = (
+    "gemma2", "gpt-oss", "paligemma2", "t5gemma", "qwen3-vl-moe", "mixtral", "phimoe", "qwen3-moe",
+)  # fmt: skip
 """Families that aren't computed in float64, or whose experts aren't as they are loaded."""
 QUICK = ("cohere2", "florence2", "gemma3", "llama4-text", "mllama", "qwen3-vl", "t5gemma")
 SHOWN = [name for name in NEWER_PROCESSORS if name != "kosmos-2.5"]

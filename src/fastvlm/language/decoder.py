@@ -90,6 +90,19 @@ class SplitDecoder(ABC):
         """Whether the layers attend causally where they are given no mask."""
         self._model = weakref.ref(model)
 
+    def room(self, length: int) -> int | None:
+        """Return how many tokens a reply may have; None for any number.
+
+        Args:
+            length: Positions of its prompt.
+        """
+        return None if self.max_positions is None else self.context - length
+
+    @property
+    def ending(self) -> str:
+        """Where a reply without room ends, to end a sentence with."""
+        return f"where the model's {self.context} positions end"
+
     @staticmethod
     @abstractmethod
     def shape(config: Any) -> DecoderShape:
