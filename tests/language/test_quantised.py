@@ -12,7 +12,6 @@ from transformers import PreTrainedModel
 
 from fastvlm.functional.errors import InputError
 from fastvlm.language import (
-    DecoderInputs,
     SplitDecoder,
     capture_decoder_inputs,
     packed,
@@ -44,19 +43,13 @@ FAMILIES = released(
 STRATEGIES = ("autoregressive", "early-exit", "block", "perfect", "mlp")
 
 
-def exit_layer(prompts: list[DecoderInputs]) -> int:
-    """Return the first exit layer behind all that is added to states, which drafts don't see."""
-    return max([1, *(layer + 1 for prompt in prompts for layer in prompt.injections)])
-
-
 def check(model: PreTrainedModel, given: Inputs) -> None:
     """Hold every strategy against generate, and the draft that is the target to full acceptance."""
     expected = replies(model, given, LIMIT)
     decoder = split_decoder(model)
     prompts = capture_decoder_inputs(model, given)
     for name in STRATEGIES:
-        first = exit_layer(prompts) if name == "perfect" else 1
-        found = decode(decoder, strategy(name, decoder, first), prompts)
+        found = decode(decoder, strategy(name, decoder), prompts)
         assert [request.output_token_ids for request in found] == expected
         if name == "perfect":
             assert all(request.accepted == request.proposed for request in found)

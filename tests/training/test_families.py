@@ -85,11 +85,9 @@ def test_a_draft_learns_and_drafts_losslessly(family: str, tmp_path: Path) -> No
     examples = own_replies(vlm, turns, tmp_path, BrokenRecords(), max_new_tokens=12)
     assert sum(len(example.reply) for example in examples) > 8
 
-    # All of the target's other layers agree with it: each row's prompt, positions and source count.
-    depth = vlm.decoder.depth
-    prompts = [vlm.prompts.decoder_inputs(example.messages) for example in examples]
-    first = max([1, *(layer + 1 for prompt in prompts for layer in prompt.injections)])
-    whole = DraftPlan("block", first, blocks=depth - first, draft_vocabulary=0)
+    # All of the target's other layers agree with it: each row's prompt, positions, source and what
+    # is added to states count.
+    whole = DraftPlan("block", 1, blocks=vlm.decoder.depth - 1, draft_vocabulary=0)
     perfect = new_network(vlm, whole, examples).to(vlm.decoder.dtype)
     losses = DraftTask(vlm, {"perfect": perfect}, examples).loss(examples)
     assert losses.report["perfect agree"] == (losses.weight, losses.weight)

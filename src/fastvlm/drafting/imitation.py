@@ -172,7 +172,7 @@ class ImitationNetwork(PreTrainedModel):
         """
         if self.mlp is not None:
             return self.mlp(x)
-        return decoder.forward_blocks(x, positions, cache, self.layers)
+        return decoder.forward_blocks(x, positions, cache, self.layers, self.config.exit_layer)
 
 
 def initialise_from(network: ImitationNetwork, layers: Sequence[nn.Module]) -> None:

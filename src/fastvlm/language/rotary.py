@@ -114,7 +114,7 @@ class Rotary:
             last = ids.new_full((*ids.shape[:-1], 1), max(regime - 1, 0))
             own = torch.cat((ids.where(regimes == regime, 0), last), -1)
             one = self._compute(self._with_frequencies(x, regime), x, own)
-            one = each(lambda table: table[:, :-1], one)
+            one = _at((slice(None), slice(-1)), one)
             found = one if found is None else _where((regimes == regime)[..., None], one, found)
         assert found is not None  # a pass has a position
         return found
