@@ -40,7 +40,7 @@ test-slow: $(INSTALLED) ## Run the slow tests
 .PHONY: test-torchao
 test-torchao: $(INSTALLED) ## Run the tests of int8 weights, for which torchao is put aside
 	@test -d $(VENV)/aside/torchao || $(PIP) install --no-deps --target $(VENV)/aside torchao==0.18.0
-	@PYTHONPATH=$(VENV)/aside $(BIN)/python -m pytest -k torchao tests/language/test_placement.py
+	@PYTHONPATH=$(VENV)/aside $(BIN)/python -m pytest -k torchao tests/language/test_placement.py tests/language/test_quantised.py
 
 .PHONY: package
 package: $(INSTALLED) ## Build the wheels, check them, and use fastvlm's alone in a clean environment

@@ -6,7 +6,6 @@ from collections import Counter
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
-from functools import partial
 from pathlib import Path
 from threading import Lock, Thread
 from typing import Any
@@ -101,9 +100,7 @@ def test_a_user_changes_one_argument(family: str) -> None:
 
 @pytest.mark.parametrize("family", NEWER)
 def test_a_user_changes_one_argument_for_newer_families(family: str) -> None:
-    model, make = NEWER[family]()
-    # Phi-4 Multimodal hands its decoder pixels.
-    inputs = partial(make, images_per_row=0) if family == "phi4-multimodal" else make
+    model, inputs = NEWER[family]()
     assert_sooner(model, inputs(1), fastvlm.speculative())
     assert assert_sooner(model, inputs(4), fastvlm.speculative(block(model))) > 0
 

@@ -260,3 +260,16 @@ def test_an_unknown_family_is_refused_before_its_weights_are_read(llama: Path) -
     said = sentence(llama)
     assert "mamba has layers of the kind linear_attention" in said
     assert "can't be rolled back" in said
+    assert "own generate" in said
+    assert "gpt_neox" in said
+
+
+def test_a_family_that_fails_when_it_runs_is_refused_before_its_weights_are_read(
+    llama: Path,
+) -> None:
+    config = {"model_type": "doge", "num_hidden_layers": 2, "hidden_size": 64}
+    (llama / "config.json").write_text(json.dumps(config))
+    (llama / WEIGHTS).write_bytes((2).to_bytes(8, "little") + b"{}")
+    said = sentence(llama)
+    assert "can't split doge" in said
+    assert "own generate" in said

@@ -144,9 +144,9 @@ class WorkClock:
             self.now += len(layers) * (1 + 0.02 * (positions.width - 1))
             return forward_layers(x, positions, cache, layers)
 
-        def blocks_at_a_price(x, positions, cache, blocks):
+        def blocks_at_a_price(*given):
             self.now += self.network_price
-            return forward_blocks(x, positions, cache, blocks)
+            return forward_blocks(*given)
 
         decoder.forward_layers, decoder.forward_blocks = layers_at_a_price, blocks_at_a_price
 

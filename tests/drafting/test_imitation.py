@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -11,8 +12,11 @@ from fastvlm.drafting import ImitationConfig, ImitationNetwork
 from fastvlm.drafting.directory import load_draft
 from fastvlm.drafting.fingerprint import fingerprint
 from fastvlm.drafting.imitation import initialise_from
-from fastvlm.language import split_decoder
-from tests.families import FAMILIES
+from fastvlm.language import capture_decoder_inputs, split_decoder
+from fastvlm.language.general import added_after
+from fastvlm.language.positions import Positions
+from fastvlm.training.forcing import GradientCache
+from tests.families import FAMILIES, NEWER
 
 KINDS = ("llama", "qwen2.5-vl", "blip2-opt", "opt-350m", "blip2-t5", "blip2-t5-tied")
 
@@ -57,3 +61,41 @@ def test_a_gated_network_starts_from_a_gated_layer_or_as_the_identity(family: st
 def test_a_draft_knows_its_target_from_without_and_from_within(family: str) -> None:
     model, _ = FAMILIES[family]()
     assert fingerprint(model) == fingerprint(model.language_model)
+
+
+@pytest.mark.parametrize("blocks", [1, 2, 3])
+@pytest.mark.parametrize("family", ["granite4-vision", "qwen3-vl"])
+def test_blocks_see_what_is_added_after_the_exit_in_training_as_in_decoding(
+    family: str, blocks: int
+) -> None:
+    model, inputs = NEWER[family]()
+    decoder = split_decoder(model)
+    [prompt] = capture_decoder_inputs(model, inputs(1))
+    assert max(prompt.injections) >= 1
+    text = decoder.decoder.config.to_dict()
+    torch.manual_seed(3)
+    network = ImitationNetwork(ImitationConfig(exit_layer=1, blocks=blocks, text_config=text))
+    network.implement_as(decoder).to(decoder.dtype).eval()
+    length = len(prompt)
+    with torch.no_grad():
+        whole = Positions.whole([length], decoder.device, [prompt])
+        cache = GradientCache()
+        x = decoder.forward_layers(prompt.embeddings[None], whole, cache, range(1))
+        taught = network.imitate(x, whole, cache, decoder)
+        blind = Positions.whole([length], decoder.device, [replace(prompt, injections={})])
+        assert not torch.allclose(network.imitate(x, blind, cache, decoder)[:, -1], taught[:, -1])
+        kept = decoder.cache(1, length)
+        kept.assign(0, prompt)
+        found = []
+        for first in range(0, length, 4):
+            part = x[:, first : first + 4]
+            found.append(
+                network.imitate(part, kept.positions([first], part.shape[1]), kept, decoder)
+            )
+    torch.testing.assert_close(torch.cat(found, 1), taught)
+
+
+def test_a_block_is_given_what_is_added_within_the_layers_that_it_stands_for() -> None:
+    assert added_after(1, 4, 3) == ((), (1,), (2,), (3,))
+    assert added_after(1, 4, 1) == ((1, 2), (3,))
+    assert added_after(2, 8, 2) == ((2, 3), (4, 5, 6), (7,))

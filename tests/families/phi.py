@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from transformers import Phi4MultimodalConfig, Phi4MultimodalForCausalLM
 
@@ -31,11 +33,15 @@ CROP = 32
 HEARD = 95
 
 
-def phi4_multimodal() -> NewerFamily:
-    """Phi-4 Multimodal, which could hear too."""
+def phi4_multimodal(**options: Any) -> NewerFamily:
+    """Phi-4 Multimodal, which could hear too.
+
+    Args:
+        options: Fields of its configuration.
+    """
     torch.manual_seed(5)
     config = Phi4MultimodalConfig(
-        **{**ROTARY, "eos_token_id": [END]},
+        **{**ROTARY, "eos_token_id": [END], **options},
         vision_config={**TOWER, "crop_size": CROP, "image_token_id": IMAGE},
         audio_config={
             "hidden_size": 16,

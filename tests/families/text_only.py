@@ -82,6 +82,14 @@ def newer_text(model_type: str, seed: int = 5, **options: Any) -> NewerFamily:
     return lively(AutoModelForCausalLM.from_config(config)), words
 
 
+def bloom() -> NewerFamily:
+    """BLOOM, whose generate has other tokens in a padded batch: all prompts are of one length."""
+    torch.manual_seed(5)
+    config = AutoConfig.for_model(**{**ROTARY, "model_type": "bloom"})
+    model = lively(AutoModelForCausalLM.from_config(config), shift=0.1)
+    return model, lambda rows, images_per_row=0: prompts([[]] * rows, even=True)  # noqa: ARG005
+
+
 def experts(model_type: str, **options: Any) -> NewerFamily:
     """Return a model with a mixture of experts."""
     model, inputs = newer_text(model_type, num_experts_per_tok=2, **options)
@@ -125,10 +133,12 @@ NEWER_TEXT: dict[str, Callable[[], NewerFamily]] = {
     "phi3-long": lambda: newer_text(
         "phi3", rope_parameters=LONG, original_max_position_embeddings=64
     ),
+    "phimoe": lambda: experts("phimoe", num_local_experts=4),
     "olmo2": lambda: newer_text("olmo2"),
     "smollm3": lambda: newer_text("smollm3", no_rope_layers=[1, 0, 1, 1]),
     # Queries are scaled by their positions, of which padding has some too.
     "llama4-text": lambda: newer_text("llama4_text", seed=7, floor_scale=WINDOW, **LLAMA4),
+    "bloom": bloom,
     "gpt2": lambda: newer_text("gpt2"),
     "gpt-neox": lambda: newer_text("gpt_neox"),
     "nanochat": lambda: newer_text("nanochat"),

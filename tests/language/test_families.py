@@ -2,24 +2,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
-from functools import cache, partial
+from functools import cache
 
 import pytest
 import torch
 from transformers import PreTrainedModel
 
-from fastvlm.decoding import Autoregressive, Engine, Request, Strategy
+from fastvlm.decoding import Autoregressive, Engine, Request
 from fastvlm.decoding.layer_search import SampleReplies
-from fastvlm.language import DecoderInputs, SplitDecoder, capture_decoder_inputs, split_decoder
+from fastvlm.language import capture_decoder_inputs, split_decoder
 from fastvlm.language.generator import generator_of
 from tests.families import END, FAMILIES, NEWER, NEWER_WITH_IMAGES, Inputs, replies, text
 from tests.families.parts import FIRST_SPECIAL, together
 from tests.language.decoding import LIMIT, STRATEGIES, decode, strategy
 
 EVERY = {**FAMILIES, **NEWER}
-SHOWN = [name for name in NEWER_WITH_IMAGES if name != "phi4-multimodal"]
+SHOWN = list(NEWER_WITH_IMAGES)
 """Newer families that are decoded with images."""
 ALONE = [*FAMILIES, *(pytest.param(name, marks=pytest.mark.slow) for name in NEWER)]
 LONG = 70
@@ -39,9 +39,7 @@ class Case:
 @cache
 def case(family: str) -> Case:
     model, inputs = EVERY[family]()
-    # Phi-4 Multimodal hands its decoder pixels.
-    make = partial(inputs, images_per_row=0) if family == "phi4-multimodal" else inputs
-    given = {rows: make(rows) for rows in (1, 4)}
+    given = {rows: inputs(rows) for rows in (1, 4)}
     return Case(model, inputs, given, {rows: replies(model, given[rows], LIMIT) for rows in given})
 
 
@@ -59,21 +57,11 @@ def test_replies_are_not_one_token_repeated(family: str) -> None:
     assert len({tuple(reply) for reply in found}) == 4
 
 
-def perfect(decoder: SplitDecoder, prompts: Sequence[DecoderInputs]) -> Strategy:
-    """Return a strategy whose draft is the target itself.
-
-    What is added after the layers that a draft stands for is not seen by the draft.
-    """
-    added = [layer for prompt in prompts for layer in prompt.injections]
-    return strategy("perfect", decoder, max([1, *(layer + 1 for layer in added)]))
-
-
 def assert_greedy(family: str, name: str, rows: int) -> None:
     known = case(family)
     decoder = split_decoder(known.model)
     prompts = capture_decoder_inputs(known.model, known.inputs[rows])
-    drafts = perfect(decoder, prompts) if name == "perfect" else strategy(name, decoder)
-    found = decode(decoder, drafts, prompts)
+    found = decode(decoder, strategy(name, decoder), prompts)
     assert [request.output_token_ids for request in found] == known.expected[rows]
     if name == "perfect":
         assert all(request.accepted == request.proposed for request in found)
@@ -135,7 +123,7 @@ def test_prompts_in_chunks_beside_a_reply(family: str) -> None:
     known = case(family)
     decoder = split_decoder(known.model)
     prompts = capture_decoder_inputs(known.model, known.inputs[4])
-    drafts, ends = perfect(decoder, prompts), frozenset({END})
+    drafts, ends = strategy("perfect", decoder), frozenset({END})
     engine = Engine(decoder, prefill_positions=3)
     requests = [Request(prompt, drafts, LIMIT, end_token_ids=ends) for prompt in prompts]
     engine.add(requests[0])

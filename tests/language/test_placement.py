@@ -62,6 +62,7 @@ class Int8Linear(nn.Module):
         self.scale = layer.weight.abs().amax(1, keepdim=True) / 127
         self.weight = nn.Parameter((layer.weight / self.scale).round().char(), requires_grad=False)
         self.bias = layer.bias
+        self.in_features, self.out_features = layer.in_features, layer.out_features
 
     def forward(self, x: Tensor) -> Tensor:
         return nn.functional.linear(x, self.weight * self.scale.to(x.dtype), self.bias)
@@ -71,7 +72,7 @@ class Int8Linear(nn.Module):
 def quantise(model: nn.Module) -> None:
     for module in list(model.modules()):
         for name, child in module.named_children():
-            if isinstance(child, nn.Linear):
+            if type(child) is nn.Linear:
                 setattr(module, name, Int8Linear(child))
 
 

@@ -15,9 +15,10 @@ from fastvlm.functional.errors import InputError
 from fastvlm.functional.lru import LruBytes
 from fastvlm.language import SplitDecoder, split_decoder
 from tests.families import FAMILIES, Inputs, text
-from tests.families.text_only import LONG
+from tests.families.phi import phi4_multimodal
+from tests.families.text_only import LONG, experts
 from tests.language.decoding import STRATEGIES, strategy
-from tests.language.test_positions import check, generated, inputs_of, model_of, prompt
+from tests.language.test_positions import check, decoded, generated, inputs_of, model_of, prompt
 
 SWITCH = 24
 """Positions of the small Phi-3 from which on it rotates with its long factors."""
@@ -35,6 +36,19 @@ def long_model() -> PreTrainedModel:
     )
     model.generation_config.eos_token_id = None
     return model
+
+
+def longrope(**more: float) -> dict[str, Any]:
+    """Return the fields of a configuration with LongRoPE.
+
+    Args:
+        more: What else stands among its `rope_parameters`.
+    """
+    return {
+        "rope_parameters": {**LONG, "original_max_position_embeddings": SWITCH, **more},
+        "original_max_position_embeddings": SWITCH,
+        "max_position_embeddings": 96,
+    }
 
 
 def replies_with_prefixes(
@@ -62,6 +76,52 @@ def replies_with_prefixes(
 @pytest.mark.parametrize("name", STRATEGIES)
 def test_phi_3_computes_all_anew_where_long_factors_begin(name: str) -> None:
     check(long_model(), name, [12, 21, 22, 23, 24, 25, 26, 40], 20)
+
+
+def long_experts() -> PreTrainedModel:
+    """Return PhiMoE, whose rotations are also scaled by the longest position of a pass."""
+    scales = longrope(short_mscale=1.1, long_mscale=1.6)
+    model, _ = experts("phimoe", seed=23, num_local_experts=4, eos_token_id=None, **scales)
+    model.generation_config.eos_token_id = None
+    return model
+
+
+@pytest.mark.parametrize("name", STRATEGIES)
+def test_phimoe_scales_as_the_longest_position_of_a_row_asks(name: str) -> None:
+    check(long_experts(), name, [12, 21, 22, 23, 24, 25, 26, 40], 20)
+
+
+def test_phimoe_scales_all_of_a_prompt_that_is_computed_in_chunks() -> None:
+    model = long_experts()
+    decoder = split_decoder(model)
+    drafts = strategy("block", decoder)
+    requests = [Request(inputs_of(decoder, prompt(40)), drafts, 12) for _ in range(2)]
+    engine = Engine(decoder, prefill_positions=5)
+    engine.add(requests[0])
+    engine.step()
+    engine.add(requests[1])
+    while not all(request.finished for request in requests):
+        engine.step()
+    expected = generated(model, prompt(40), 12)
+    assert [request.output_token_ids for request in requests] == [expected] * 2
+
+
+@pytest.mark.parametrize(
+    "options", [longrope(partial_rotary_factor=1.0), {"original_max_position_embeddings": SWITCH}]
+)
+@pytest.mark.parametrize("name", STRATEGIES)
+def test_phi_4_multimodal_ends_where_generate_loses_the_prompt(
+    name: str, options: dict[str, Any]
+) -> None:
+    model, _ = phi4_multimodal(**options)
+    lengths = [12, 20, 23, 24, 25, 40]
+    expected = [generated(model, prompt(length), 16) for length in lengths]
+    rooms = [SWITCH + 1 - length if length <= SWITCH else 16 for length in lengths]
+    with pytest.warns(UserWarning, match="at 24 positions, beyond which"):
+        found = decoded(model, name, [prompt(length) for length in lengths], 16)
+    assert [request.output_token_ids for request in found] == [
+        reply[:room] for reply, room in zip(expected, rooms, strict=True)
+    ]
 
 
 @pytest.mark.parametrize("name", REWOUND)

@@ -37,6 +37,23 @@ def served(vlm: VisionLanguageModel, **settings: Any) -> Iterator[str]:
         thread.join()
 
 
+@contextmanager
+def slowed(vlm: VisionLanguageModel, seconds: float = 0.03) -> Iterator[None]:
+    """Let a model's replies take a while: some seconds more a step."""
+    engine: Any = vlm.engine
+    step = engine.step
+
+    def slowly(**options: Any) -> Any:
+        time.sleep(seconds)
+        return step(**options)
+
+    engine.step = slowly
+    try:
+        yield
+    finally:
+        engine.step = step
+
+
 def image_url(seed: int) -> str:
     """Return a rendered scene as a data URL."""
     content = io.BytesIO()

@@ -14,7 +14,7 @@ from openai.types.responses import Response, ResponseStreamEvent
 from fastvlm.vlm import VisionLanguageModel
 from fastvlm_example import SCENE_PROMPT
 from fastvlm_example.scenes import render, sample
-from tests.serving.serving import NAME, image_url, served
+from tests.serving.serving import NAME, image_url, served, slowed
 
 EVENT: pydantic.TypeAdapter[Any] = pydantic.TypeAdapter(ResponseStreamEvent)
 START = ["created", "in_progress", "output_item.added", "content_part.added"]
@@ -178,7 +178,7 @@ def test_a_response_of_a_form_is_completed(client: openai.OpenAI) -> None:
 
 def test_a_stream_that_fails_says_so(vlm: VisionLanguageModel) -> None:
     body = {"input": about(1), "max_output_tokens": 200}
-    with served(vlm, request_seconds=0.01) as address:
+    with served(vlm, request_seconds=1) as address, slowed(vlm):
         last = events(address, body)[-1]
         assert last["type"] == "response.failed"
         assert last["response"]["status"] == "failed"

@@ -18,7 +18,7 @@ from fastvlm_example import SCENE_PROMPT
 from fastvlm_example.scenes import render, sample
 from tests.decoding.conftest import imitation
 from tests.models import small_vlm
-from tests.serving.serving import NAME, asked, served
+from tests.serving.serving import NAME, asked, served, slowed
 
 
 def own(vlm: VisionLanguageModel, scene: int, **options: Any) -> Any:
@@ -392,7 +392,7 @@ def test_keys_bodies_and_names(vlm: VisionLanguageModel, tmp_path: Path) -> None
 
 
 def test_a_busy_server_says_so(vlm: VisionLanguageModel) -> None:
-    with served(vlm, max_waiting=0) as address:
+    with served(vlm, max_waiting=0) as address, slowed(vlm):
         chat = f"{address}/v1/chat/completions"
         body = {"messages": asked(1), "max_tokens": 200, "ignore_eos": True}
         with httpx.stream("POST", chat, json={**body, "n": 4, "stream": True}) as others:
@@ -406,7 +406,7 @@ def test_a_busy_server_says_so(vlm: VisionLanguageModel) -> None:
 
 
 def test_a_request_ends_in_time(vlm: VisionLanguageModel) -> None:
-    with served(vlm, request_seconds=0.01) as address:
+    with served(vlm, request_seconds=1) as address, slowed(vlm):
         body = {"messages": asked(1), "max_tokens": 200, "n": 4}
         found = httpx.post(f"{address}/v1/chat/completions", json=body)
         assert found.status_code == 408

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import time
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
-from fastvlm.cli.loading import ModelOption, Runtime, UsageError
-from fastvlm.cli.terminal import PlainConsole
+from fastvlm.cli.loading import ModelOption, Runtime, UsageError, usage
+from fastvlm.cli.terminal import PlainConsole, print_aside
 from fastvlm.functional.errors import InputError
 from fastvlm.serving.settings import ServerSettings
 
@@ -58,10 +59,11 @@ def serve(
     Prometheus at /metrics. Any client of OpenAI's API works with it.
     """
     try:
-        import uvicorn
-
         from fastvlm.serving.app import Server
         from fastvlm.serving.limits import is_loopback, read_keys
+        from fastvlm.serving.process import Process
+        from fastvlm.serving.remote_images import allowed_hosts
+        from fastvlm.serving.request_log import write_log
     except ImportError as error:
         raise InputError(
             f"{error.name} is missing; install fastvlm with what serving needs:"
@@ -72,29 +74,33 @@ def serve(
             "A server that other machines reach needs an API key: give --api-key-file, or set"
             " FASTVLM_API_KEY."
         )
+    with usage():
+        allowed_hosts(settings.image_hosts)
     from fastvlm.example import example
 
     name = settings.served_name or (EXAMPLE_NAME if model is None else Path(model).name)
     if model is None:
         model, draft = str(example().MODEL), draft or example().DRAFT
-    vlm = runtime.load(
-        model,
-        draft,
-        max_slots=max_slots,
-        max_cache_bytes=max_cache_bytes,
-        prefix_bytes=prefix_bytes,
-    )
-    app = Server(vlm, name, settings).app()
-    config = uvicorn.Config(
-        app,
-        host=settings.host,
-        port=settings.port,
-        log_level="warning",
-        access_log=False,
-        timeout_graceful_shutdown=30,
-        server_header=False,
-    )
-    server = uvicorn.Server(config)
-    host = f"[{settings.host}]" if ":" in settings.host else settings.host
-    PlainConsole().print(f"{name} is served at http://{host}:{settings.port}/ (Ctrl-C ends it).")
-    server.run()
+    write_log(as_json=settings.log_json, quiet=runtime.quiet)
+
+    def load() -> Server:
+        vlm = runtime.load(
+            model,
+            draft,
+            max_slots=max_slots,
+            max_cache_bytes=max_cache_bytes,
+            prefix_bytes=prefix_bytes,
+        )
+        return Server(vlm, name, settings)
+
+    def tell(address: str) -> None:
+        seconds = time.monotonic() - started
+        PlainConsole().print(
+            f"{name} is served at {address} (Ctrl-C ends it); loaded in {seconds:.1f} s."
+        )
+
+    started = time.monotonic()
+    process = Process(load, settings, tell)
+    if not runtime.quiet:
+        print_aside(f"Loading {name} ...")
+    process.serve_until_stopped()

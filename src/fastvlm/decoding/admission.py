@@ -191,11 +191,11 @@ class Admission:
                 f"The prompt has {length} tokens with its images, but the model's context is"
                 f" {decoder.context}."
             )
-        left = decoder.context - length
-        if decoder.max_positions is not None and request.max_new_tokens > left:
+        left = decoder.room(length)
+        if left is not None and request.max_new_tokens > left:
             warnings.warn(
-                f"The reply ends after {left} tokens, where the model's {decoder.context} positions"
-                f" end; {request.max_new_tokens} were asked for.",
+                f"The reply ends after {left} tokens, {decoder.ending}; {request.max_new_tokens}"
+                " were asked for.",
                 stacklevel=4,
             )
             request.max_new_tokens = left

@@ -6,7 +6,6 @@ target's own; the network alone is trained.
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Sequence
 from typing import Any, Self
 
@@ -18,6 +17,7 @@ from transformers import AutoConfig, AutoModel, PreTrainedConfig, PreTrainedMode
 from fastvlm.functional.errors import InputError, shortened
 from fastvlm.language.cache import KeyValueCache
 from fastvlm.language.decoder import SplitDecoder
+from fastvlm.language.dense import copy_weights, is_alike
 from fastvlm.language.families import family
 from fastvlm.language.positions import Positions
 
@@ -172,7 +172,7 @@ class ImitationNetwork(PreTrainedModel):
         """
         if self.mlp is not None:
             return self.mlp(x)
-        return decoder.forward_blocks(x, positions, cache, self.layers)
+        return decoder.forward_blocks(x, positions, cache, self.layers, self.config.exit_layer)
 
 
 def initialise_from(network: ImitationNetwork, layers: Sequence[nn.Module]) -> None:
@@ -185,9 +185,17 @@ def initialise_from(network: ImitationNetwork, layers: Sequence[nn.Module]) -> N
 
     Args:
         network: The network to initialise.
-        layers: All of the target's layers, in order.
+        layers: All of the target's layers, in order; they may be quantised or adapted.
+
+    Raises:
+        InputError: A layer is offloaded, or isn't of the form that the configuration says.
     """
     first = network.config.exit_layer
+    if any(weight.is_meta for layer in layers[first:] for weight in layer.parameters()):
+        raise InputError(
+            "A draft starts from the weights of the target's last layers, which are offloaded here:"
+            " load the target whole to train a draft for it."
+        )
     if network.mlp is not None:
         found = network.family.feed_forward(layers[first])
         with torch.no_grad():
@@ -205,18 +213,14 @@ def initialise_from(network: ImitationNetwork, layers: Sequence[nn.Module]) -> N
             return
         # Where layers are of several kinds, the blocks are of the kinds of the last ones.
         here = range(place, len(layers))
-        place = next((one for one in here if same_shapes(block, layers[one])), place)
-        block.load_state_dict(copy.deepcopy(layers[place].state_dict()))
+        place = next((one for one in here if is_alike(block, layers[one])), place)
+        if not is_alike(block, layers[place]):
+            raise InputError(
+                f"A draft's layer can't start from layer {place} of the target, which has other"
+                " parts than its configuration says."
+            )
+        copy_weights(block, layers[place])
         place += 1
-
-
-def same_shapes(one: nn.Module, other: nn.Module) -> bool:
-    """Return whether two modules have weights of the same names and shapes."""
-    shapes = [
-        {name: weight.shape for name, weight in module.state_dict().items()}
-        for module in (one, other)
-    ]
-    return shapes[0] == shapes[1]
 
 
 AutoConfig.register("fastvlm_imitation", ImitationConfig, exist_ok=True)

@@ -90,6 +90,19 @@ class SplitDecoder(ABC):
         """Whether the layers attend causally where they are given no mask."""
         self._model = weakref.ref(model)
 
+    def room(self, length: int) -> int | None:
+        """Return how many tokens a reply may have; None for any number.
+
+        Args:
+            length: Positions of its prompt.
+        """
+        return None if self.max_positions is None else self.context - length
+
+    @property
+    def ending(self) -> str:
+        """Where a reply without room ends, to end a sentence with."""
+        return f"where the model's {self.context} positions end"
+
     @staticmethod
     @abstractmethod
     def shape(config: Any) -> DecoderShape:
@@ -179,9 +192,22 @@ class SplitDecoder(ABC):
 
     @abstractmethod
     def forward_blocks(
-        self, x: Tensor, positions: Positions, cache: KeyValueCache, blocks: Iterable[nn.Module]
+        self,
+        x: Tensor,
+        positions: Positions,
+        cache: KeyValueCache,
+        blocks: Iterable[nn.Module],
+        exit_layer: int,
     ) -> Tensor:
-        """Run layers of the target's own kind that are not its own: (batch, new, d_model)."""
+        """Run layers of the target's own kind that are not its own: (batch, new, d_model).
+
+        Args:
+            x: The exit layer's hidden states.
+            positions: Their positions.
+            cache: Where the layers keep their keys and values.
+            blocks: The layers, which stand for the target's from the exit layer on.
+            exit_layer: How many of the target's layers came before.
+        """
 
     @abstractmethod
     def norm(self, x: Tensor) -> Tensor:

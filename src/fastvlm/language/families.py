@@ -6,6 +6,7 @@ from typing import Any
 
 from transformers import PreTrainedModel
 
+from fastvlm.functional.errors import InputError
 from fastvlm.language.decoder import SplitDecoder
 from fastvlm.language.general import GeneralDecoder
 from fastvlm.language.layer_calls import check_arguments
@@ -21,10 +22,12 @@ from fastvlm.language.named.kosmos import Kosmos25Decoder
 from fastvlm.language.named.llama4 import Llama4Decoder
 from fastvlm.language.named.mllama import MllamaDecoder
 from fastvlm.language.named.opt import OptDecoder
+from fastvlm.language.named.phi4 import Phi4MultimodalDecoder
 from fastvlm.language.named.placed import TableDecoder
 from fastvlm.language.named.t5 import T5Decoder
 from fastvlm.language.named.t5gemma import T5GemmaDecoder
 from fastvlm.language.named.umt5 import Umt5Decoder
+from fastvlm.language.refused import check_name, with_relative
 from fastvlm.language.structure import check_structure, text_decoder
 
 NAMED: dict[str, type[SplitDecoder]] = {
@@ -47,6 +50,7 @@ NAMED: dict[str, type[SplitDecoder]] = {
     "mt5": T5Decoder,
     "opt": OptDecoder,
     "pegasus": BartDecoder,
+    "phi4_multimodal": Phi4MultimodalDecoder,
     "plbart": BartDecoder,
     "longt5": T5Decoder,
     "umt5": Umt5Decoder,
@@ -69,12 +73,23 @@ def check_family(model: PreTrainedModel) -> None:
 
     Raises:
         InputError: Its decoder lacks parts, keeps a state that can't be rolled back, or gives its
-            layers something that isn't known.
+            layers something that isn't known; or it is of a type that no check of it passes. It
+            names the nearest family that is decoded.
     """
+    try:
+        check_name(model)
+        check_form(model)
+    except InputError as error:
+        raise with_relative(model, error) from error
+
+
+def check_form(model: PreTrainedModel) -> None:
+    """Refuse a model by the modules and the configuration of its decoder. See `check_family`."""
     decoder = text_decoder(model)
     kind = family_of(decoder)
     if issubclass(kind, GeneralDecoder):
         check_structure(decoder, kind.PARTS)
+        kind.sizes(decoder)
         check_arguments(decoder, kind.EXTRAS)
 
 

@@ -6,8 +6,10 @@ itself (`verification`), so no family needs to be named here.
 
 from __future__ import annotations
 
+from bisect import bisect_right
 from collections.abc import Callable, Hashable, Iterable, Sequence
-from itertools import count, groupby, repeat
+from functools import cache
+from itertools import count, groupby
 from operator import itemgetter
 from typing import Any, ClassVar, NamedTuple
 
@@ -25,6 +27,7 @@ from fastvlm.language.decoder import (
     additive,
     untrained_layers,
 )
+from fastvlm.language.dense import dense_weight
 from fastvlm.language.layer_calls import (
     CACHE_NAMES,
     DecoderCalls,
@@ -42,8 +45,8 @@ FEED_FORWARD_NORMS = ("pre_feedforward_layernorm", "post_attention_layernorm")
 """What families call the norm before a layer's feed-forward part, the more particular first."""
 
 
-CalledLayer = tuple[Any, LayerCall, int | None]
-"""A layer, how it is called, and its number in the target; None for one that isn't the target's."""
+CalledLayer = tuple[Any, LayerCall, tuple[int, ...]]
+"""A layer, how it is called, and the target's layers whose additions to the states follow it."""
 
 
 class LayerRun(NamedTuple):
@@ -80,14 +83,7 @@ class GeneralDecoder(SplitDecoder):
     def __init__(self, model: PreTrainedModel, decoder: Any) -> None:
         super().__init__(model, decoder)
         check_structure(decoder, self.PARTS)
-        try:
-            self.width = decoder.config.hidden_size
-            self.context = self.positions_of(decoder.config)
-        except AttributeError as error:
-            raise InputError(
-                f"fastvlm can't split a {type(decoder).__name__}: {error}. Decode it with"
-                " transformers' own generate."
-            ) from error
+        self.width, self.context = self.sizes(decoder)
         self.restart = restart_length(decoder.config)
         self.calls: DecoderCalls = observe_calls(decoder, self.first_entry(), self.EXTRAS)
         kinds = {call.rotary for call in self.calls.layers if call.rotary is not None}
@@ -96,6 +92,21 @@ class GeneralDecoder(SplitDecoder):
             for kind in kinds
         }
         self.logit_rule = verified_rule(self)
+
+    @classmethod
+    def sizes(cls, decoder: Any) -> tuple[int, int]:
+        """Return the width of a decoder's states, and the positions that it was made for.
+
+        Raises:
+            InputError: Its configuration doesn't say them under the usual names.
+        """
+        try:
+            return decoder.config.hidden_size, cls.positions_of(decoder.config)
+        except AttributeError as error:
+            raise InputError(
+                f"fastvlm can't split a {type(decoder).__name__}: {error}. Decode it with"
+                " transformers' own generate."
+            ) from error
 
     @staticmethod
     def positions_of(config: Any) -> int:
@@ -131,37 +142,49 @@ class GeneralDecoder(SplitDecoder):
         norm = next(
             (found for name in FEED_FORWARD_NORMS if (found := getattr(layer, name, None))), None
         )
-        if norm is None or getattr(getattr(part, "down_proj", None), "weight", None) is None:
+        first = getattr(part, "gate_up_proj", getattr(part, "gate_proj", None))
+        width, down = getattr(first, "in_features", None), getattr(part, "down_proj", None)
+        if norm is None or width is None or getattr(down, "out_features", None) != width:
             return None
+        like = next(one for one in layer.parameters() if one.is_floating_point())
         if hasattr(part, "gate_up_proj"):
-            gate, up = part.gate_up_proj.weight.chunk(2)
-        elif hasattr(part, "gate_proj"):
-            gate, up = part.gate_proj.weight, part.up_proj.weight
+            gate, up = dense_weight(first, width, like).chunk(2)
         else:
-            return None
-        if gate.dim() != 2 or gate.shape[::-1] != part.down_proj.weight.shape:  # noqa: PLR2004
-            return None
+            gate, up = (dense_weight(one, width, like) for one in (first, part.up_proj))
         # Some families' norms multiply by 1 + weight: what ones become is what counts.
-        ones = torch.ones(1, gate.shape[1], device=gate.device, dtype=gate.dtype)
-        return FeedForward(norm(ones)[0], gate, up, part.down_proj.weight)
+        scale = norm(torch.ones(1, width, device=gate.device, dtype=gate.dtype))[0]
+        return FeedForward(scale, gate, up, dense_weight(down, len(gate), like))
 
     def forward_layers(
         self, x: Tensor, positions: Positions, cache: KeyValueCache, layers: Iterable[int]
     ) -> Tensor:
         """Run some of the target's layers on (batch, new, d_model) hidden states."""
         # Going through a list of modules is faster than looking each up by its number.
-        own = list(zip(self.layers, self.calls.layers, count(), strict=False))
+        own = list(zip(self.layers, self.calls.layers, zip(count()), strict=False))
         chosen = [own[index] for index in layers]
-        if chosen and chosen[0][2] == 0:
+        if chosen and chosen[0][2] == (0,):
             x = self.enter(x, positions)
         return self._run(x, LayerRun(positions, cache, chosen))
 
     def forward_blocks(
-        self, x: Tensor, positions: Positions, cache: KeyValueCache, blocks: Iterable[nn.Module]
+        self,
+        x: Tensor,
+        positions: Positions,
+        cache: KeyValueCache,
+        blocks: Iterable[nn.Module],
+        exit_layer: int,
     ) -> Tensor:
-        """Run layers of the target's own kind that are not the target's."""
+        """Run layers of the target's own kind that stand for those from the exit layer on.
+
+        What the target adds to its states from there on, they are given too: each block what is
+        added within the layers that it stands for, before it.
+        """
         own = list(blocks)
-        called = zip(own, self.calls.layers[-len(own) :], repeat(None, len(own)), strict=True)
+        first, *after = added_after(exit_layer, self.depth, len(own))
+        if positions.injects:
+            for number in first:
+                x = _injected(x, positions, number)
+        called = zip(own, self.calls.layers[-len(own) :], after, strict=True)
         return self._run(x, LayerRun(positions, cache, list(called)))
 
     def norm(self, x: Tensor) -> Tensor:
@@ -220,19 +243,20 @@ class GeneralDecoder(SplitDecoder):
         positions, cache, layers = run
         cache.begin_pass(positions)
         injects = positions.injects
-        if injects and layers and layers[0][2] == 0:
+        if injects and layers and layers[0][2] == (0,):
             x = _injected(x, positions, -1)
         arguments: dict[LayerCall, dict[str, Any]] = {}
         for call, some in groupby(layers, key=itemgetter(1)):
             given = arguments.get(call)
             if given is None:
                 given = arguments[call] = self._arguments(x, run, call)
-            for layer, _, number in some:
+            for layer, _, numbers in some:
                 x = layer(x, **given)
                 if isinstance(x, tuple):
                     x = x[0]
-                if injects and number is not None:
-                    x = _injected(x, positions, number)
+                if injects:
+                    for number in numbers:
+                        x = _injected(x, positions, number)
         return x
 
     def _arguments(self, x: Tensor, run: LayerRun, call: LayerCall) -> dict[str, Any]:
@@ -261,6 +285,29 @@ class GeneralDecoder(SplitDecoder):
         seen = source.visible[:, None, None].expand(-1, 1, x.shape[1], -1)
         eager = self.decoder.config._attn_implementation == "eager"
         return additive(seen, x.dtype) if eager else seen
+
+
+@cache
+def added_after(exit_layer: int, depth: int, blocks: int) -> tuple[tuple[int, ...], ...]:
+    """Return what a draft's blocks are given of what the target adds to its states.
+
+    Each block stands for some of the target's layers from the exit layer on, in order. What is
+    added within them comes before the block, as what is added after the last of them comes after.
+
+    Args:
+        exit_layer: The exit layer.
+        depth: Layers of the target.
+        blocks: Blocks of the draft.
+
+    Returns:
+        The layers whose additions come before the first block, after it, after the second ...
+    """
+    ends = [exit_layer + number * (depth - exit_layer) // blocks for number in range(blocks + 1)]
+    found: list[list[int]] = [[] for _ in ends]
+    for layer in range(exit_layer, depth):
+        block = bisect_right(ends, layer) - 1
+        found[block + 1 if layer + 1 == ends[block + 1] else block].append(layer)
+    return tuple(map(tuple, found))
 
 
 def _injected(x: Tensor, positions: Positions, number: int) -> Tensor:

@@ -17,7 +17,7 @@ from fastvlm.language.positions import Positions
 TABLE_POSITIONS = 256
 """Positions that a table of rotations has beyond those that are asked for."""
 
-RESTARTING = frozenset({"phi3", "phi4_multimodal"})
+RESTARTING = frozenset({"phi3", "phimoe"})
 """Families whose cache is emptied where LongRoPE's long factors begin."""
 
 Rotations = Tensor | tuple[Tensor, ...]
@@ -110,7 +110,11 @@ class Rotary:
         )
         found: Rotations | None = None
         for regime in regimes.unique().tolist():
-            one = self._compute(self._with_frequencies(x, regime), x, ids)
+            # PhiMoE's module also scales what it returns by the greatest position that it is given.
+            last = ids.new_full((*ids.shape[:-1], 1), max(regime - 1, 0))
+            own = torch.cat((ids.where(regimes == regime, 0), last), -1)
+            one = self._compute(self._with_frequencies(x, regime), x, own)
+            one = _at((slice(None), slice(-1)), one)
             found = one if found is None else _where((regimes == regime)[..., None], one, found)
         assert found is not None  # a pass has a position
         return found

@@ -6,7 +6,7 @@ import asyncio
 import logging
 import time
 from collections.abc import AsyncIterator
-from contextlib import aclosing, asynccontextmanager, suppress
+from contextlib import aclosing, suppress
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +14,7 @@ from fastapi import FastAPI, Request, Response
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import FileResponse, StreamingResponse
 from starlette.exceptions import HTTPException
+from starlette.middleware.cors import CORSMiddleware
 from starlette.staticfiles import StaticFiles
 
 from fastvlm.functional.errors import FastVlmError, InputError
@@ -28,13 +29,16 @@ from fastvlm.serving.errors import (
     on_http_error,
     on_invalid,
 )
+from fastvlm.serving.lifecycle import Lifecycle, busy
 from fastvlm.serving.limits import Limits, read_keys
 from fastvlm.serving.metrics import Metrics
 from fastvlm.serving.protocol import ChatRequest
+from fastvlm.serving.remote_images import allowed_hosts
 from fastvlm.serving.replies import Replies
+from fastvlm.serving.request_log import RequestLog, note_usage
 from fastvlm.serving.responses import ResponseReplies
 from fastvlm.serving.responses_protocol import ResponsesRequest
-from fastvlm.serving.settings import ServerSettings
+from fastvlm.serving.settings import ServerSettings, listed
 from fastvlm.serving.tokenization import DetokenizeRequest, TokenizeRequest
 from fastvlm.vlm import VisionLanguageModel
 
@@ -57,21 +61,28 @@ class Server:
         vlm: The model.
         name: Its name in the API.
         settings: How it runs.
+
+    Raises:
+        InputError: The file of API keys can't be read, or a host of images is none.
     """
 
     def __init__(self, vlm: VisionLanguageModel, name: str, settings: ServerSettings) -> None:
         self.vlm, self.name, self.settings = vlm, name, settings
-        self.engine = EngineThread(vlm)
+        allowed_hosts(settings.image_hosts)
+        self.keys = read_keys(settings.api_key_file)
+        self.engine = EngineThread(vlm, settings.max_image_tokens)
         self.metrics = Metrics(self.engine, name)
         self.created = int(time.time())
 
     def app(self) -> Any:
-        """Return the application, as an ASGI server runs it.
+        """Return the application, as an ASGI server runs it."""
+        life = Lifecycle(lambda: self, self.settings)
+        life.server = self
+        return application(life, self.settings)
 
-        Raises:
-            InputError: The file of API keys can't be read.
-        """
-        app = FastAPI(title="fastvlm", lifespan=self._life, docs_url=None, redoc_url=None)
+    def inner(self) -> Any:
+        """Return the endpoints, behind what refuses requests before them."""
+        app = FastAPI(title="fastvlm", docs_url=None, redoc_url=None)
         app.add_exception_handler(ApiError, on_error)
         app.add_exception_handler(FastVlmError, on_error)
         app.add_exception_handler(TimeoutError, on_error)
@@ -91,12 +102,8 @@ class Server:
         if PAGE.is_dir():
             app.get("/", include_in_schema=False)(self.page)
             app.mount("/static", StaticFiles(directory=PAGE))
-        return Limits(app, read_keys(self.settings.api_key_file), self.settings.max_body_bytes)
-
-    @asynccontextmanager
-    async def _life(self, _: FastAPI) -> AsyncIterator[None]:
-        with self.engine:
-            yield
+        limits = self.settings.max_body_bytes, self.settings.body_seconds
+        return Limits(app, self.keys, *limits)
 
     async def health(self) -> dict[str, str]:
         """Say that the server answers and the model is loaded."""
@@ -204,7 +211,8 @@ class Server:
         """
         self.check_name(replies.asked.model)
         self.check_room(replies.prompt_count * replies.per_prompt)
-        await replies.begin()
+        async with asyncio.timeout(self.settings.request_seconds), self.engine.preparing:
+            await replies.begin()
         if replies.asked.stream:
             return StreamingResponse(
                 self.observed(replies),
@@ -241,6 +249,7 @@ class Server:
         replies.close()
         for request in replies.requests:
             self.metrics.observe(request)
+        note_usage(replies.usage(), [request.finish_reason for request in replies.requests])
 
     def check_room(self, number: int) -> None:
         """Refuse requests that too many others wait before, or that ask for too many replies.
@@ -252,12 +261,26 @@ class Server:
         if number > most:
             raise ApiError(f"A request has at most {most} replies here; got {number}.")
         if self.engine.running + self.engine.waiting + number > most:
-            raise ApiError(
-                "The server is busy; try again in a moment.",
-                status=503,
-                kind="overloaded_error",
-                headers={"Retry-After": "1"},
-            )
+            raise busy()
+
+
+def application(life: Lifecycle, settings: ServerSettings) -> Any:
+    """Return what an ASGI server runs.
+
+    Args:
+        life: What answers, once it has a model.
+        settings: How it runs.
+    """
+    app: Any = life
+    if origins := listed(settings.cors_origins):
+        app = CORSMiddleware(
+            app,
+            allow_origins=origins,
+            allow_methods=["GET", "POST"],
+            allow_headers=["*"],
+            expose_headers=["X-Request-Id", "Retry-After"],
+        )
+    return RequestLog(app)
 
 
 async def gone(http: Request, replies: Replies[Any]) -> None:

@@ -11,8 +11,7 @@ from openai.types.chat.chat_completion import Choice, ChoiceLogprobs
 from fastvlm.decoding.reply import Reply
 from fastvlm.decoding.request import TokenLogprob
 from fastvlm.functional.messages import Message, Prompt
-from fastvlm.serving.errors import ApiError
-from fastvlm.serving.images import image_at
+from fastvlm.serving.images import ImageOpener
 from fastvlm.serving.protocol import ChatMessage, ChatRequest, TextPart
 from fastvlm.serving.replies import ChoiceReplies, Part
 from fastvlm.serving.settings import ServerSettings
@@ -33,7 +32,7 @@ def messages_of(
         ApiError: An image is none, there are too many, or a call of a tool makes no sense.
     """
     found: list[Message] = []
-    images = 0
+    opener = ImageOpener(settings)
     for turn, (message, tools) in enumerate(zip(asked, tool_fields(asked, field), strict=True)):
         role = "system" if message.role == "developer" else message.role
         content = message.content or ""
@@ -46,14 +45,8 @@ def messages_of(
             if isinstance(part, TextPart):
                 parts.append({"type": "text", "text": part.text})
                 continue
-            images += 1
             param = f"{field}.{turn}.content.{place}.image_url"
-            if images > settings.max_images:
-                raise ApiError(
-                    f"A request has at most {settings.max_images} images here.", param=param
-                )
-            url = part.image_url.url
-            parts.append({"type": "image", "image": image_at(url, settings.image_folder, param)})
+            parts.append({"type": "image", "image": opener.open(part.image_url.url, param)})
         found.append({"role": role, "content": parts, **tools})
     return found
 

@@ -12,8 +12,23 @@ from threading import Condition, Thread
 from types import TracebackType
 
 from fastvlm.decoding.reply import Piece, Reply, ReplyStream
-from fastvlm.functional.errors import FastVlmError
+from fastvlm.serving.errors import ApiError
+from fastvlm.serving.images import check_image_tokens
 from fastvlm.vlm import VisionLanguageModel
+
+MAX_PREPARING = 4
+"""The most requests whose images are open before their prompts are prepared."""
+
+
+def stopping() -> ApiError:
+    """Return what clients of a server that stops are told."""
+    return ApiError(
+        "The server is stopping; try again in a moment.",
+        status=503,
+        kind="server_error",
+        code="server_stopping",
+        headers={"Retry-After": "5"},
+    )
 
 
 class ServedStream:
@@ -36,6 +51,7 @@ class ServedStream:
     ) -> None:
         self.stream, self.loop, self.together = stream, loop, together
         self._on_close = on_close
+        self._error: Exception | None = None
         self._arrived: asyncio.Queue[Piece | Exception | None] = asyncio.Queue()
 
     @property
@@ -59,6 +75,12 @@ class ServedStream:
         self.stream.close()
         self._on_close()
 
+    def fail(self, error: Exception) -> None:
+        """End the reply where it stands, with an error, from any thread."""
+        # The error first: the loop may look at any time.
+        self._error = error
+        self.close()
+
     def feed(self) -> bool:
         """Hand on what has come, in the event loop; return whether the reply has ended."""
         try:
@@ -71,7 +93,7 @@ class ServedStream:
         for piece in pieces:
             self._arrived.put_nowait(piece)
         if self.stream.ended:
-            self._arrived.put_nowait(None)
+            self._arrived.put_nowait(self._error)
             return True
         return False
 
@@ -85,13 +107,18 @@ class EngineThread:
 
     Args:
         vlm: The model.
+        max_image_tokens: The most visual tokens of a request; None for no limit.
     """
 
-    def __init__(self, vlm: VisionLanguageModel) -> None:
-        self.vlm = vlm
+    def __init__(self, vlm: VisionLanguageModel, max_image_tokens: int | None = None) -> None:
+        self.vlm, self.max_image_tokens = vlm, max_image_tokens
+        self.preparing = asyncio.Semaphore(MAX_PREPARING)
+        """Held while a request's images are open, which bounds their memory."""
         self._streams: list[ServedStream] = []
         self._changed = Condition()
-        self._stopping = False
+        self._error: Exception | None = None
+        """Why replies end and requests are refused, if they are."""
+        self._ending = False
         self._preparing = ThreadPoolExecutor(1, "fastvlm-prepare")
         self._thread = Thread(target=self._run, name="fastvlm-engine", daemon=True)
 
@@ -110,12 +137,19 @@ class EngineThread:
         error: BaseException | None,
         traceback: TracebackType | None,
     ) -> None:
-        """End the thread; replies that are not finished are cancelled."""
+        """End the thread; replies that are not finished end with an error."""
         with self._changed:
-            self._stopping = True
+            self._error = self._error or stopping()
+            self._ending = True
             self._changed.notify()
         self._thread.join()
         self._preparing.shutdown()
+
+    def stop(self) -> None:
+        """End all replies with an error, and refuse further requests."""
+        with self._changed:
+            self._error = stopping()
+            self._changed.notify()
 
     @property
     def running(self) -> int:
@@ -137,16 +171,20 @@ class EngineThread:
             together: Whether what comes of a step is one piece, rather than a piece for each token.
 
         Raises:
+            ApiError: It has too many visual tokens, or the server is stopping.
             FastVlmError: The request is refused.
         """
         loop = asyncio.get_running_loop()
         stream = await loop.run_in_executor(self._preparing, make)
+        config = self.vlm.model.config
+        image_token = getattr(config, "image_token_id", getattr(config, "image_token_index", None))
+        check_image_tokens(stream.request.inputs, image_token, self.max_image_tokens)
         served = ServedStream(stream, loop, partial(self._tell, loop), together=together)
         stream.start()
         with self._changed:
-            if self._stopping:
+            if self._error is not None:
                 stream.close()
-                raise FastVlmError("The server is stopping.")
+                raise self._error
             self._streams.append(served)
             self._changed.notify()
         if stream.request.finished:
@@ -157,18 +195,21 @@ class EngineThread:
     def _run(self) -> None:
         while True:
             with self._changed:
-                self._changed.wait_for(lambda: self._stopping or self._has_work())
-                streams, stopping = list(self._streams), self._stopping
-            if stopping:
+                self._changed.wait_for(self._has_work)
+                streams, ending, error = list(self._streams), self._ending, self._error
+            if error is not None:
                 for stream in streams:
-                    stream.close()
+                    if not stream.stream.request.finished:
+                        stream.fail(error)
+            if ending:
                 return
             self.vlm.engine.step()
             for loop in {stream.loop for stream in streams}:
                 self._tell(loop)
 
     def _has_work(self) -> bool:
-        return any(not stream.stream.request.finished for stream in self._streams)
+        """Return whether there is a step to make, or something to end."""
+        return self._ending or any(not stream.stream.request.finished for stream in self._streams)
 
     def _tell(self, loop: asyncio.AbstractEventLoop) -> None:
         """Let an event loop look for what has come, from any thread."""

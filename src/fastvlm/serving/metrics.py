@@ -9,6 +9,8 @@ from fastvlm.serving.engine_thread import EngineThread
 
 SECONDS = (0.001, 0.005, 0.01, 0.02, 0.04, 0.06, 0.08, 0.1, 0.25, 0.5, 0.75, 1, 2.5, 5, 10, 30, 60)
 """Bounds of the histograms of times, in seconds."""
+FINISHED_REASONS = {"cancelled": "abort"}
+"""Labels of replies that have ended, where vLLM calls a reason otherwise."""
 
 
 class Metrics:
@@ -25,12 +27,18 @@ class Metrics:
 
         def counter(metric: str, what: str, *labels: str) -> Counter:
             names = ["model_name", *labels]
-            return Counter(f"vllm:{metric}", what, names, registry=self.registry)
+            found = Counter(f"vllm:{metric}", what, names, registry=self.registry)
+            if not labels:
+                # It is 0 from the beginning, so that the first increase is one.
+                found.labels(name)
+            return found
 
         def times(metric: str, what: str) -> Histogram:
-            return Histogram(
+            found = Histogram(
                 f"vllm:{metric}", what, ["model_name"], buckets=SECONDS, registry=self.registry
             )
+            found.labels(name)
+            return found
 
         for metric, what, value in (
             ("num_requests_running", "Requests that have a slot.", lambda: engine.running),
@@ -49,6 +57,8 @@ class Metrics:
         self.prefix_queries = counter("prefix_cache_queries", "Positions of prompts.")
         self.prefix_hits = counter("prefix_cache_hits", "Positions that were not computed again.")
         self.finished = counter("request_success", "Replies that have ended.", "finished_reason")
+        for reason in ("stop", "length", "abort", "error"):
+            self.finished.labels(name, reason)
         self.first_token = times("time_to_first_token_seconds", "Time to the first token.")
         self.between_tokens = times("inter_token_latency_seconds", "Time between two tokens.")
         self.whole = times("e2e_request_latency_seconds", "Time of a request.")
@@ -56,7 +66,8 @@ class Metrics:
     def observe(self, request: Request) -> None:
         """Count a request that has ended."""
         name = self.name
-        self.finished.labels(name, request.finish_reason or "cancelled").inc()
+        reason = request.finish_reason or "cancelled"
+        self.finished.labels(name, FINISHED_REASONS.get(reason, reason)).inc()
         self.prompt_tokens.labels(name).inc(len(request.prompt_token_ids))
         self.prefix_queries.labels(name).inc(len(request.prompt_token_ids))
         self.prefix_hits.labels(name).inc(request.cached)

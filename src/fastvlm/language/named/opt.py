@@ -58,7 +58,12 @@ class OptDecoder(SplitDecoder):
         return self._run(x, positions, cache, [self.layers[index] for index in indices])
 
     def forward_blocks(
-        self, x: Tensor, positions: Positions, cache: KeyValueCache, blocks: Iterable[nn.Module]
+        self,
+        x: Tensor,
+        positions: Positions,
+        cache: KeyValueCache,
+        blocks: Iterable[nn.Module],
+        exit_layer: int,  # noqa: ARG002 (nothing is added to states)
     ) -> Tensor:
         """Run layers of the target's own kind that are not the target's."""
         return self._run(x, positions, cache, list(blocks))

@@ -20,6 +20,7 @@ from fastvlm.language.decoder import (
     cache_name,
     untrained_layers,
 )
+from fastvlm.language.dense import dense_weight
 from fastvlm.language.positions import Positions
 
 
@@ -72,9 +73,9 @@ class T5Decoder(SplitDecoder):
         inner = part.DenseReluDense
         if not hasattr(inner, "wi_0"):
             return None
-        return FeedForward(
-            part.layer_norm.weight, inner.wi_0.weight, inner.wi_1.weight, inner.wo.weight
-        )
+        norm = part.layer_norm.weight
+        gate, up = (dense_weight(one, len(norm), norm) for one in (inner.wi_0, inner.wi_1))
+        return FeedForward(norm, gate, up, dense_weight(inner.wo, len(gate), norm))
 
     def forward_layers(
         self, x: Tensor, positions: Positions, cache: KeyValueCache, layers: Iterable[int]
@@ -83,7 +84,12 @@ class T5Decoder(SplitDecoder):
         return self._run(x, positions, cache, [self.layers[index] for index in layers])
 
     def forward_blocks(
-        self, x: Tensor, positions: Positions, cache: KeyValueCache, blocks: Iterable[nn.Module]
+        self,
+        x: Tensor,
+        positions: Positions,
+        cache: KeyValueCache,
+        blocks: Iterable[nn.Module],
+        exit_layer: int,  # noqa: ARG002 (nothing is added to states)
     ) -> Tensor:
         """Run layers of the target's own kind that are not the target's."""
         return self._run(x, positions, cache, list(blocks))
