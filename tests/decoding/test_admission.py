@@ -212,9 +212,9 @@ def test_a_full_batch_drafts_nothing_where_that_costs_throughput(
         take(len(layers), positions)
         return own.forward_layers(x, positions, cache, layers)
 
-    def forward_blocks(x: Tensor, positions: Any, cache: Any, blocks: Any) -> Tensor:
+    def forward_blocks(x: Tensor, positions: Any, *rest: Any) -> Tensor:
         take(2, positions)
-        return own.forward_blocks(x, positions, cache, blocks)
+        return own.forward_blocks(x, positions, *rest)
 
     own = split_decoder(model)
     for one in (decoder, strategy.decoder):
