@@ -74,7 +74,7 @@ def server(options: argparse.Namespace) -> Iterator[int]:
         RuntimeError: It ended before that.
     """
     port = free_port()
-    words = [sys.executable, "-c", SERVER, "serve", "--port", str(port)]
+    words = [sys.executable, "-c", SERVER, "serve", "--quiet", "--port", str(port)]
     for name in ("model", "draft", "threads"):
         value = getattr(options, name)
         words += [] if value is None else [f"--{name}", str(value)]
@@ -193,7 +193,9 @@ async def measured(load: Load, rounds: int, seconds: float) -> dict[str, Any]:
     for number in range(rounds):
         for clients in CLIENTS:
             for speculation in rotated([*STRATEGIES], number):
-                run = await load.closed(clients, speculation, max(load.images // 2, 3 * clients))
+                # Enough that the first and the last ones, beside fewer others, count little.
+                requests = max(load.images // 2, (6 if rounds > 1 else 2) * clients)
+                run = await load.closed(clients, speculation, requests)
                 runs[clients, speculation].append(run)
     found: dict[str, Any] = {"closed_loop": {}, "open_loop": {}, "kept": {}}
     for clients in CLIENTS:
@@ -207,6 +209,9 @@ async def measured(load: Load, rounds: int, seconds: float) -> dict[str, Any]:
         }
     one, several = runs[CLIENTS[0], "on"], runs[TARGET_CLIENTS, "on"]
     found["throughput_over_one_after_the_other"] = ratio(several, one, "tokens_per_second")
+    found["throughput_over_ordinary_one_after_the_other"] = ratio(
+        several, runs[CLIENTS[0], "off"], "tokens_per_second"
+    )
     found["throughput_over_one_after_the_other_without_drafts"] = ratio(
         runs[TARGET_CLIENTS, "off"], runs[CLIENTS[0], "off"], "tokens_per_second"
     )
@@ -279,7 +284,8 @@ def report(found: dict[str, Any]) -> None:
     say(
         f"{TARGET_CLIENTS} clients over one after the other:"
         f" {found['throughput_over_one_after_the_other']:.2f}x with drafts,"
-        f" {found['throughput_over_one_after_the_other_without_drafts']:.2f}x without"
+        f" {found['throughput_over_one_after_the_other_without_drafts']:.2f}x without; with drafts over"
+        f" one without {found['throughput_over_ordinary_one_after_the_other']:.2f}x"
     )
     for share, row in found["open_loop"].items():
         on, off = row["on"], row["off"]
