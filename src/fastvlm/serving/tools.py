@@ -55,14 +55,13 @@ class ToolUse:
             )
         if not shown:
             return cls()
-        structured = constrained(asked, functions, form)
-        if structured is not None:
-            try:
-                vlm.grammars.constraint(structured, vlm.end_tokens)
-            except InputError as error:
-                raise ApiError(
-                    f"No call can be held to these tools: {first_line(error)}.", param="tools"
-                ) from error
+        try:
+            structured = constrained(asked, functions, form)
+            vlm.grammars.constraint(structured, vlm.end_tokens)
+        except InputError as error:
+            raise ApiError(
+                f"No call can be held to these tools: {first_line(error)}.", param="tools"
+            ) from error
         return cls(functions, form, structured)
 
     def shown(self, messages: Sequence[Message]) -> Sequence[Message]:
