@@ -284,8 +284,8 @@ def report(found: dict[str, Any]) -> None:
     say(
         f"{TARGET_CLIENTS} clients over one after the other:"
         f" {found['throughput_over_one_after_the_other']:.2f}x with drafts,"
-        f" {found['throughput_over_one_after_the_other_without_drafts']:.2f}x without; with drafts over"
-        f" one without {found['throughput_over_ordinary_one_after_the_other']:.2f}x"
+        f" {found['throughput_over_one_after_the_other_without_drafts']:.2f}x without; with drafts"
+        f" over one without {found['throughput_over_ordinary_one_after_the_other']:.2f}x"
     )
     for share, row in found["open_loop"].items():
         on, off = row["on"], row["off"]

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 from transformers import PreTrainedTokenizerBase
 
-from fastvlm.decoding.text import REPLACEMENT_CHARACTER, ReplyText
+from fastvlm.decoding.text import REPLACEMENT_CHARACTER, ReplyText, token_bytes
 from fastvlm.functional.errors import InputError
 from fastvlm.vlm import VisionLanguageModel
 from fastvlm_example.scenes import render, sample
@@ -44,6 +44,11 @@ def test_characters_are_never_split(tokenizer: PreTrainedTokenizerBase) -> None:
     assert text.final == ""
     text.end()
     assert text.final == REPLACEMENT_CHARACTER
+
+
+def test_a_tokens_bytes_are_its_part_of_the_text(tokenizer: PreTrainedTokenizerBase) -> None:
+    tokens = tokenizer.encode(MANY, add_special_tokens=False)
+    assert b"".join(token_bytes(tokenizer, token) for token in tokens) == MANY.encode()
 
 
 @pytest.mark.parametrize("stop", [["größer"], ["r, 漢"], ["字 a", "nothing"], ["😀😀", "ain"]])

@@ -291,6 +291,35 @@ def test_a_mask_of_the_models_own_is_refused(mask: Any, monkeypatch: pytest.Monk
         capture_decoder_inputs(model, inputs(1))
 
 
+@pytest.mark.parametrize(
+    "mask", [None, {"full_attention": None}, {"full_attention": None, "sliding_attention": None}]
+)
+def test_layers_without_a_mask_see_what_they_say_of_themselves(
+    mask: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model, inputs = FAMILIES["llava"]()
+    handing(model, monkeypatch, attention_mask=mask)
+    [causal] = capture_decoder_inputs(model, inputs(1))
+    assert causal.blocks is None
+    text_decoder(model).layers[0].self_attn.is_causal = False
+    [prompt] = capture_decoder_inputs(model, inputs(1))
+    assert prompt.blocks is not None
+    assert prompt.blocks.tolist() == [0] * 21
+
+
+def test_layers_that_differ_in_more_than_a_window_are_refused(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    model, inputs = FAMILIES["llava"]()
+    decoder = text_decoder(model)
+    decoder.layers[0].self_attn.is_causal = False
+    decoder.config.sliding_window = 4
+    back = torch.ones(21, 21, dtype=torch.bool).tril().triu(-3)[None, None]
+    handing(model, monkeypatch, attention_mask={"full_attention": None, "sliding_attention": back})
+    with pytest.raises(InputError, match="attn_implementation='eager'"):
+        capture_decoder_inputs(model, inputs(1))
+
+
 def test_what_a_model_puts_before_a_prompt_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     model, inputs = FAMILIES["llama"]()
     name = cache_name(model)

@@ -18,7 +18,7 @@ from fastvlm_example import SCENE_PROMPT
 from fastvlm_example.scenes import render, sample
 from tests.decoding.conftest import imitation
 from tests.models import small_vlm
-from tests.serving.serving import NAME, asked, served, slowed
+from tests.serving.serving import NAME, asked, image_url, served, slowed
 
 
 def own(vlm: VisionLanguageModel, scene: int, **options: Any) -> Any:
@@ -265,6 +265,22 @@ def test_a_client_that_goes_away_frees_its_slot(
         ({"messages": []}, "messages"),
         ({"messages": [{"role": "user", "content": [{"type": "video", "url": "x"}]}]}, None),
         ({"tools": []}, "tools"),
+        (
+            {
+                "messages": [
+                    {
+                        "role": "user",
+                        "content": [
+                            {
+                                "type": "image_url",
+                                "image_url": {"url": image_url(1), "detail": "low"},
+                            }
+                        ],
+                    }
+                ]
+            },
+            "messages.0.content",
+        ),
         ({"strategy": "guess"}, None),
         ({"max_tokens": 0}, "max_tokens"),
     ],

@@ -352,6 +352,16 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
         },
         "tools",
     ),
+    "what has no end": (
+        {
+            "tools": [
+                {"type": "function", "function": {"name": "a", "parameters": {
+                    "required": ["b"], "properties": {"b": {"$ref": "#"}}}}}
+            ],
+            "tool_choice": "required",
+        },
+        "tools",
+    ),
     "an answer to nothing": (
         {"messages": [*QUESTION, {"role": "tool", "tool_call_id": "x", "content": "a"}]},
         "messages.1.tool_call_id",

@@ -2,15 +2,35 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from typing import cast
 
 from transformers import PreTrainedTokenizerBase
+from transformers.convert_slow_tokenizer import bytes_to_unicode
 
 from fastvlm.functional.errors import InputError
 
 REPLACEMENT_CHARACTER = "\N{REPLACEMENT CHARACTER}"
 """The text that an incomplete character is decoded to."""
+
+
+BYTES = {letter: byte for byte, letter in bytes_to_unicode().items()}
+"""The bytes that letters stand for in the tokens of byte-level BPE."""
+
+
+def token_bytes(tokenizer: PreTrainedTokenizerBase, token_id: int) -> bytes:
+    """Return the bytes of a token by itself, which may be part of a character."""
+    text = cast("str", tokenizer.decode([token_id]))
+    token = tokenizer.convert_ids_to_tokens(token_id)
+    if REPLACEMENT_CHARACTER not in text or not isinstance(token, str):
+        return text.encode()
+    byte = re.fullmatch("<0x([0-9A-F]{2})>", token)
+    if byte is not None:  # as SentencePiece spells it
+        return bytes.fromhex(byte[1])
+    if all(letter in BYTES for letter in token):
+        return bytes(BYTES[letter] for letter in token)
+    return text.encode()
 
 
 class ReplyText:

@@ -41,19 +41,18 @@ def row_blocks(decoder: Any, mask: Any, own: Tensor) -> list[RowBlocks]:
         InputError: Positions see others than those before them and those of their own block.
     """
     config = decoder.config
-    unmasked = mask is None or (isinstance(mask, Tensor) and mask.shape == own.shape)
-    if unmasked and config._attn_implementation == "sdpa" and bool(own.all()):
-        # Without padding the layers get no mask, and not all are causal by themselves.
-        whole = own.shape[1] > 1 and not attends_causally(decoder)
-        blocks = torch.zeros(own.shape[1], dtype=torch.long) if whole else None
-        return [RowBlocks(blocks)] * len(own)
     masks = mask if isinstance(mask, Mapping) else {"full_attention": mask}
+    # Without padding a layer may get no mask, and not all are causal by themselves.
+    unpadded = config._attn_implementation == "sdpa" and bool(own.all())
+    both_ways = unpadded and not attends_causally(decoder)
     square = {}
     for kind, given in masks.items():
         if isinstance(given, Tensor) and given.dim() == 4:  # noqa: PLR2004 (batch, heads, ...)
             square[kind] = given
         elif given is not None and not (isinstance(given, Tensor) and given.shape == own.shape):
             raise InputError(f"The model's mask ({kind}) is of a form that fastvlm doesn't know.")
+        elif both_ways:
+            square[kind] = own[:, None, None].expand(-1, 1, own.shape[1], -1)
     kinds = {
         "full_attention": FULL,
         "sliding_attention": MaskKind(window=getattr(config, "sliding_window", None)),
@@ -76,6 +75,10 @@ def row_blocks(decoder: Any, mask: Any, own: Tensor) -> list[RowBlocks]:
             raise InputError(
                 "The model masks its prompt in a way of its own, in which fastvlm can't decode it;"
                 " if generate was asked for cache_implementation='static', leave that out."
+                if not both_ways
+                else "Some of the model's layers see all of a prompt in both directions, for want"
+                " of a mask, and others don't; load it with attn_implementation='eager', with which"
+                " each is given one."
             )
         found.append(known[0])
     return found

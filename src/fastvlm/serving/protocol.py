@@ -39,10 +39,10 @@ class TextPart(Strict):
 
 
 class ImageUrl(Strict):
-    """Where an image is: a data URL."""
+    """Where an image is. How finely it is seen is the request's `image_size`."""
 
     url: str
-    detail: Literal["auto", "low", "high"] = "auto"
+    detail: Literal["auto"] = "auto"
 
 
 class ImagePart(Strict):

@@ -18,6 +18,7 @@ from openai.types.completion_usage import CompletionTokensDetails, PromptTokensD
 
 from fastvlm.decoding.reply import Piece, Reply
 from fastvlm.decoding.request import Request, TokenLogprob
+from fastvlm.decoding.text import token_bytes
 from fastvlm.functional.messages import Prompt
 from fastvlm.serving.engine_thread import EngineThread, ServedStream
 from fastvlm.serving.errors import api_error
@@ -237,7 +238,11 @@ class Replies(ABC, Generic[AskedT]):
     def token(self, token_id: int, logprob: float) -> dict[str, Any]:
         """Return a token with its text and its bytes."""
         text = self.token_text(token_id)
-        return {"token": text, "bytes": list(text.encode()), "logprob": logprob}
+        return {
+            "token": text,
+            "bytes": list(token_bytes(self.vlm.tokenizer, token_id)),
+            "logprob": logprob,
+        }
 
     def token_text(self, token_id: int) -> str:
         """Return the text of a token by itself."""

@@ -36,7 +36,7 @@ class InputImage(Body):
 
     type: Literal["input_image"]
     image_url: str
-    detail: Literal["auto", "low", "high"] = "auto"
+    detail: Literal["auto"] = "auto"
 
 
 class OutputText(Body):
@@ -72,7 +72,7 @@ def chat_part(part: InputPart) -> Part:
     """Return a part of a message as chats have it."""
     if not isinstance(part, InputImage):
         return TextPart(type="text", text=part.text)
-    shown = ImageUrl(url=part.image_url, detail=part.detail)
+    shown = ImageUrl(url=part.image_url)
     return ImagePart(type="image_url", image_url=shown)
 
 

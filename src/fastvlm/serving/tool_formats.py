@@ -13,6 +13,7 @@ from typing import Any
 from transformers import PreTrainedTokenizerBase
 
 from fastvlm.decoding.grammar import WHITESPACE
+from fastvlm.decoding.json_schema import for_library, has_finite_reply
 from fastvlm.functional.errors import InputError
 from fastvlm.functional.messages import Dialogue, Message
 from fastvlm.prompts import PromptBuilder
@@ -73,6 +74,9 @@ class ToolFormat(ABC):
             functions: The functions that may be called.
             several: Whether a reply may have more than one call.
             required: Whether a reply is calls and nothing else; else it may also be a text.
+
+        Raises:
+            InputError: A function's arguments can't be of its schema.
         """
         several = several and self.several
         rules = [
@@ -83,7 +87,10 @@ class ToolFormat(ABC):
             beginning = quoted(f'{{"name": "{name}", "{self.key}": ')
             # As `StructuredOutput` has JSON.
             settings = {"whitespace_pattern": WHITESPACE, "lenient": False}
-            arguments = json.dumps({"type": "object", **schema, "x-guidance": settings})
+            known = for_library({"type": "object", **schema})
+            if not has_finite_reply(known):
+                raise InputError(f"No call of {name} has arguments of its schema.")
+            arguments = json.dumps({**known, "x-guidance": settings})
             rules += [
                 f'call_{number}: {beginning} arguments_{number} "}}"',
                 f"arguments_{number}: %json {arguments}",

@@ -55,14 +55,13 @@ class ToolUse:
             )
         if not shown:
             return cls()
-        structured = constrained(asked, functions, form)
-        if structured is not None:
-            try:
-                vlm.grammars.constraint(structured, vlm.end_tokens)
-            except InputError as error:
-                raise ApiError(
-                    f"No call can be held to these tools: {first_line(error)}.", param="tools"
-                ) from error
+        try:
+            structured = constrained(asked, functions, form)
+            vlm.grammars.constraint(structured, vlm.end_tokens)
+        except InputError as error:
+            raise ApiError(
+                f"No call can be held to these tools: {first_line(error)}.", param="tools"
+            ) from error
         return cls(functions, form, structured)
 
     def shown(self, messages: Sequence[Message]) -> Sequence[Message]:
@@ -215,7 +214,7 @@ def schema(function: Function, *, required: bool) -> Mapping[str, Any]:
 
 
 def tool_fields(asked: Sequence[ChatMessage], field: str) -> list[dict[str, Any]]:
-    """Return what each turn of a dialogue has of calls and their answers, as templates take it.
+    """Return what each turn of a dialogue has of names, calls and answers, as templates take it.
 
     Args:
         asked: The dialogue.
@@ -238,7 +237,7 @@ def tool_fields(asked: Sequence[ChatMessage], field: str) -> list[dict[str, Any]
             )
         if message.content is None and not message.tool_calls:
             raise ApiError("The message has no content.", param=f"{param}.content")
-        fields: dict[str, Any] = {}
+        fields: dict[str, Any] = {} if message.name is None else {"name": message.name}
         if message.tool_calls:
             fields["tool_calls"] = [
                 {
