@@ -22,12 +22,12 @@ install: $(INSTALLED) ## Make .venv and install fastvlm into it; the other targe
 demo: $(INSTALLED) ## See fastvlm at work on a small model that comes with it
 	@$(BIN)/fastvlm demo
 
-# A process for each core, with one thread: models this small gain nothing from a second one. A file's
-# tests stay together, for the models that they share.
 .PHONY: serve
 serve: $(INSTALLED) ## Serve the example model with OpenAI's API, and a page to try it on
 	@$(BIN)/fastvlm serve
 
+# A process for each core, with one thread: models this small gain nothing from a second one. A file's
+# tests stay together, for the models that they share.
 .PHONY: test
 test: $(INSTALLED) ## Run the fast tests
 	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "not slow" --numprocesses auto --dist loadfile
@@ -41,6 +41,12 @@ test-slow: $(INSTALLED) ## Run the slow tests
 test-torchao: $(INSTALLED) ## Run the tests of int8 weights, for which torchao is put aside
 	@test -d $(VENV)/aside/torchao || $(PIP) install --no-deps --target $(VENV)/aside torchao==0.18.0
 	@PYTHONPATH=$(VENV)/aside $(BIN)/python -m pytest -k torchao tests/language/test_placement.py tests/language/test_quantised.py
+
+# They drive the Chromium that is installed; axe-core and the JavaScript client come by npm.
+.PHONY: test-page
+test-page: $(INSTALLED) ## Run the tests of the server's page in Chromium, and of the JavaScript client
+	@test -d $(VENV)/aside/playwright || $(PIP) install --target $(VENV)/aside/playwright playwright==1.65.2
+	@PYTHONPATH=$(VENV)/aside/playwright $(BIN)/python -m pytest -m slow tests/serving
 
 .PHONY: package
 package: $(INSTALLED) ## Build the wheels, check them, and use fastvlm's alone in a clean environment

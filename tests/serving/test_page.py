@@ -1,58 +1,24 @@
 """The page in a browser, with a server that answers by the contract."""
 
-import base64
-import os
 import re
-import shutil
-import subprocess
 from collections.abc import Iterator
-from io import BytesIO
-from pathlib import Path
 from typing import Any
 
 import pytest
-from PIL import Image
 
+from tests.serving.browsing import PATIENCE, PHONE, browsing, dropped, picture, upload
 from tests.serving.fake_server import REPLY, FakeServer, serving
+from tests.serving.npm import npm_package
 
 sync_api = pytest.importorskip("playwright.sync_api", reason="The page is tested with playwright.")
 
 pytestmark = pytest.mark.slow
 
-BROWSERS = ("chromium", "chromium-browser", "google-chrome")
-CAMERA = ("--use-fake-device-for-media-stream", "--use-fake-ui-for-media-stream")
-PATIENCE = 10_000  # milliseconds, for a machine that is busy with something else
-PHONE = {"width": 360, "height": 740}
-
-# A file as the page receives it from the desktop or from another window.
-TRANSFER = """({ base64, name, type }) => {
-  const bytes = Uint8Array.from(atob(base64), (character) => character.charCodeAt(0));
-  const transfer = new DataTransfer();
-  transfer.items.add(new File([bytes], name, { type }));
-  return transfer;
-}"""
-
-
-def picture(*, colour: str = "teal", size: tuple[int, int] = (64, 48), form: str = "PNG") -> bytes:
-    buffer = BytesIO()
-    Image.new("RGB", size, colour).save(buffer, form)
-    return buffer.getvalue()
-
-
-def upload(name: str = "picture.png", data: bytes | None = None) -> dict[str, Any]:
-    return {"name": name, "mimeType": "image/png", "buffer": picture() if data is None else data}
-
 
 @pytest.fixture(scope="module")
 def browser() -> Iterator[Any]:
-    named = os.environ.get("FASTVLM_CHROMIUM")
-    found = named or next(filter(None, map(shutil.which, BROWSERS)), None)
-    if found is None:
-        pytest.skip("No Chromium; FASTVLM_CHROMIUM names one that is not on the path.")
-    with sync_api.sync_playwright() as playwright:
-        browser = playwright.chromium.launch(executable_path=found, args=CAMERA)
-        yield browser
-        browser.close()
+    with browsing() as found:
+        yield found
 
 
 @pytest.fixture
@@ -374,19 +340,7 @@ def test_a_phone_scrolls_down_only(page: Any) -> None:
 
 @pytest.fixture(scope="module")
 def axe() -> str:
-    """The source of axe-core, kept in the cache of whoever runs the tests."""
-    npm = shutil.which("npm")
-    if npm is None:
-        pytest.skip("axe-core comes with npm, which is not installed.")
-    home = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
-    folder = Path(home) / "fastvlm" / "tests"
-    source = folder / "node_modules" / "axe-core" / "axe.min.js"
-    if not source.is_file():
-        folder.mkdir(parents=True, exist_ok=True)
-        command = [npm, "install", "--silent", "--no-save", "--prefix", str(folder), "axe-core@4"]
-        if subprocess.run(command, check=False, timeout=120).returncode:
-            pytest.skip("npm cannot install axe-core.")
-    return source.read_text(encoding="utf-8")
+    return (npm_package("axe-core", "4") / "axe.min.js").read_text(encoding="utf-8")
 
 
 @pytest.mark.parametrize(
@@ -419,8 +373,3 @@ def test_axe_finds_nothing_serious(page: Any, axe: str) -> None:
     if not page.locator("#settings").is_visible():
         page.click("#settings-toggle")
     assert findings() == []
-
-
-def dropped(page: Any, data: bytes, name: str, kind: str) -> Any:
-    encoded = base64.b64encode(data).decode()
-    return page.evaluate_handle(TRANSFER, {"base64": encoded, "name": name, "type": kind})
