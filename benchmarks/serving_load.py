@@ -67,8 +67,8 @@ def free_port() -> int:
 
 
 @contextmanager
-def server(options: argparse.Namespace) -> Iterator[int]:
-    """Run a server, and yield its port once it is ready.
+def server(options: argparse.Namespace) -> Iterator[tuple[int, int]]:
+    """Run a server, and yield its port and the number of its process once it is ready.
 
     Raises:
         RuntimeError: It ended before that.
@@ -86,7 +86,7 @@ def server(options: argparse.Namespace) -> Iterator[int]:
                 if process.poll() is not None:
                     raise RuntimeError("The server has ended.")
                 time.sleep(0.1)
-            yield port
+            yield port, process.pid
         finally:
             process.terminate()
 
@@ -259,7 +259,7 @@ def main() -> None:
     options = parser.parse_args()
     images = QUICK_IMAGES if options.quick else IMAGES
     urls = image_urls(images, options.size)
-    with server(options) as port:
+    with server(options) as (port, _):
         load = Load(Client(port, urls), images)
         rounds, seconds = (1, 2.0) if options.quick else (ROUNDS, OPEN_SECONDS)
         found = {"hardware": hardware(), **asyncio.run(measured(load, rounds, seconds))}

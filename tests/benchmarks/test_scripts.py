@@ -22,11 +22,20 @@ from fastvlm_example.scenes import render, sample
 from tests.processors import character_tokenizer
 
 ROOT = Path(__file__).parents[2]
-MODULES = {"family_lists", "serving_clients", "ttft_models", "ttft_report", "ttft_stages"}
+MODULES = {
+    "family_lists",
+    "hostile_requests",
+    "serving_clients",
+    "ttft_models",
+    "ttft_report",
+    "ttft_stages",
+}
 """What scripts import."""
 SCRIPTS = sorted({file.stem for file in (ROOT / "benchmarks").glob("*.py")} - MODULES)
 ELSEWHERE = {"figures", "accelerator", "ttft"}
 """Scripts that have tests of their own."""
+PEERS = {"serving_peers"}
+"""Scripts that need other engines, each in an environment of its own."""
 SMALL_DEPTH = 5
 """Layers of the small model."""
 Run = Callable[..., Any]
@@ -101,7 +110,7 @@ def test_importing_a_script_does_nothing_and_help_is_there(
 
 def test_every_script_is_tested() -> None:
     source = Path(__file__).read_text()
-    assert all(name in ELSEWHERE or f'("{name}"' in source for name in SCRIPTS)
+    assert all(name in ELSEWHERE | PEERS or f'("{name}"' in source for name in SCRIPTS)
 
 
 def test_batches(run: Run, photos: Path) -> None:
@@ -212,6 +221,25 @@ def test_serving_load(run: Run, shipped: Path) -> None:
     assert found["closed_loop"].keys() == {"1", "2"}
     assert found["replies"]["compared"] > 12
     assert found["replies"]["different"] == found["replies"]["failed"] == 0
+
+
+@pytest.mark.slow
+def test_serving_soak(run: Run, shipped: Path) -> None:
+    pytest.importorskip("fastapi")
+    found = run("serving_soak", "--minutes", 0.1, "--clients", 3, "--rest", 0.1, "--model",
+                shipped / "model", "--draft", shipped / "draft", "--size", 128, "--threads", 1,
+                IMAGES=4, MAX_TOKENS=4)  # fmt: skip
+    assert found["slots_taken_at_the_end"] == 0
+    ours, theirs = found["counts"]["replies"]
+    assert ours == theirs > 0
+
+
+@pytest.mark.slow
+def test_serving_faults(run: Run) -> None:
+    pytest.importorskip("fastapi")
+    found = run("serving_faults", "--requests", 24)
+    assert found["faults"] == []
+    assert found["steady"]["same"] == found["steady"]["replies"]
 
 
 @pytest.mark.slow
