@@ -5,7 +5,8 @@ none, several choices, sampled replies, forms, log-probabilities, refused reques
 go away amid a stream. The server's memory is read while they do. At the end no slot may be taken,
 and what the server has counted must be what its clients have.
 
-Run `python benchmarks/serving_soak.py [--minutes N] [--clients N] [--rest S] [--threads N] [--json FILE]`.
+Run `python benchmarks/serving_soak.py [--minutes N] [--clients N] [--rest S] [--threads N]
+[--json FILE]`.
 """
 
 from __future__ import annotations

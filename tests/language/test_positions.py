@@ -41,12 +41,12 @@ def model_of(rope: dict[str, Any] | None = None, **options: Any) -> PreTrainedMo
     return model
 
 
-def generated(model: PreTrainedModel, tokens: list[int], limit: int) -> list[int]:
+def generated(model: PreTrainedModel, tokens: list[int], limit: int, **options: Any) -> list[int]:
     row = torch.tensor([tokens])
     mask = torch.ones_like(row)
     # Its dynamic rotations remember the longest sequence of all calls; a copy has seen none.
     out = copy.deepcopy(model).generate(
-        input_ids=row, attention_mask=mask, max_new_tokens=limit, do_sample=False
+        input_ids=row, attention_mask=mask, max_new_tokens=limit, do_sample=False, **options
     )
     return out[0, len(tokens) :].tolist()
 

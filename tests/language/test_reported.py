@@ -73,9 +73,29 @@ def replies_with_prefixes(
     return found, known
 
 
+def check_at_switch(model: PreTrainedModel, name: str) -> None:
+    """Compare replies on both sides of the switch with those of transformers.
+
+    There generate empties its cache. Some releases then hand some models all tokens, and some the
+    last one alone, with which no reply makes sense: it ends.
+    """
+    lengths, limit = [12, 20, 21, 22, 23, 24, 25, 26, 40], 20
+    short = prompt(lengths[0])
+    if generated(model, short, limit) == generated(model, short, limit, use_cache=False):
+        check(model, name, lengths, limit)
+        return
+    expected = [generated(model, prompt(length), limit) for length in lengths]
+    rooms = [SWITCH + 1 - length if length <= SWITCH else limit for length in lengths]
+    with pytest.warns(UserWarning, match="at 24 positions, beyond which"):
+        found = decoded(model, name, [prompt(length) for length in lengths], limit)
+    assert [request.output_token_ids for request in found] == [
+        reply[:room] for reply, room in zip(expected, rooms, strict=True)
+    ]
+
+
 @pytest.mark.parametrize("name", STRATEGIES)
 def test_phi_3_computes_all_anew_where_long_factors_begin(name: str) -> None:
-    check(long_model(), name, [12, 21, 22, 23, 24, 25, 26, 40], 20)
+    check_at_switch(long_model(), name)
 
 
 def long_experts() -> PreTrainedModel:
@@ -88,7 +108,7 @@ def long_experts() -> PreTrainedModel:
 
 @pytest.mark.parametrize("name", STRATEGIES)
 def test_phimoe_scales_as_the_longest_position_of_a_row_asks(name: str) -> None:
-    check(long_experts(), name, [12, 21, 22, 23, 24, 25, 26, 40], 20)
+    check_at_switch(long_experts(), name)
 
 
 def test_phimoe_scales_all_of_a_prompt_that_is_computed_in_chunks() -> None:
@@ -114,14 +134,7 @@ def test_phi_4_multimodal_ends_where_generate_loses_the_prompt(
     name: str, options: dict[str, Any]
 ) -> None:
     model, _ = phi4_multimodal(**options)
-    lengths = [12, 20, 23, 24, 25, 40]
-    expected = [generated(model, prompt(length), 16) for length in lengths]
-    rooms = [SWITCH + 1 - length if length <= SWITCH else 16 for length in lengths]
-    with pytest.warns(UserWarning, match="at 24 positions, beyond which"):
-        found = decoded(model, name, [prompt(length) for length in lengths], 16)
-    assert [request.output_token_ids for request in found] == [
-        reply[:room] for reply, room in zip(expected, rooms, strict=True)
-    ]
+    check_at_switch(model, name)
 
 
 @pytest.mark.parametrize("name", REWOUND)
@@ -171,9 +184,22 @@ def test_tuned_prompts_before_padding_are_refused() -> None:
 
 def test_tuned_prompts_of_one_row() -> None:
     model, inputs = tuned()
-    given = {**inputs(1), "max_new_tokens": 8, "do_sample": False}
-    expected = model.generate(**given)
-    found = model.generate(**given, custom_generate=fastvlm.speculative(strategy="early-exit"))
+    given = inputs(1)
+    # PEFT's own generate asks for past_key_values, which transformers 5.24 calls cache: there it
+    # begins each step without one.
+    expected = given["input_ids"]
+    for _ in range(8):
+        with torch.no_grad():
+            logits = model(
+                input_ids=expected, attention_mask=torch.ones_like(expected), use_cache=False
+            ).logits
+        expected = torch.cat((expected, logits[:, -1:].argmax(-1)), 1)
+    found = model.generate(
+        **given,
+        max_new_tokens=8,
+        do_sample=False,
+        custom_generate=fastvlm.speculative(strategy="early-exit"),
+    )
     assert torch.equal(found, expected)
 
 

@@ -22,7 +22,6 @@ from fastvlm.language.named.kosmos import Kosmos25Decoder
 from fastvlm.language.named.llama4 import Llama4Decoder
 from fastvlm.language.named.mllama import MllamaDecoder
 from fastvlm.language.named.opt import OptDecoder
-from fastvlm.language.named.phi4 import Phi4MultimodalDecoder
 from fastvlm.language.named.placed import TableDecoder
 from fastvlm.language.named.t5 import T5Decoder
 from fastvlm.language.named.t5gemma import T5GemmaDecoder
@@ -50,7 +49,6 @@ NAMED: dict[str, type[SplitDecoder]] = {
     "mt5": T5Decoder,
     "opt": OptDecoder,
     "pegasus": BartDecoder,
-    "phi4_multimodal": Phi4MultimodalDecoder,
     "plbart": BartDecoder,
     "longt5": T5Decoder,
     "umt5": Umt5Decoder,

@@ -37,8 +37,9 @@ from fastvlm.language.layer_calls import (
     root_of_width,
 )
 from fastvlm.language.positions import EncoderContext, Positions
-from fastvlm.language.rotary import Rotary, restart_length, scaled_context
+from fastvlm.language.rotary import Rotary, is_longrope, scaled_context
 from fastvlm.language.structure import check_structure
+from fastvlm.language.switch import switch_of
 from fastvlm.language.verification import verified_rule
 
 FEED_FORWARD_NORMS = ("pre_feedforward_layernorm", "post_attention_layernorm")
@@ -84,7 +85,9 @@ class GeneralDecoder(SplitDecoder):
         super().__init__(model, decoder)
         check_structure(decoder, self.PARTS)
         self.width, self.context = self.sizes(decoder)
-        self.restart = restart_length(decoder.config)
+        self.switch = switch_of(model)
+        if self.switch is not None and not self.switch.loses_prompt and is_longrope(decoder.config):
+            self.restart = self.switch.length
         self.calls: DecoderCalls = observe_calls(decoder, self.first_entry(), self.EXTRAS)
         kinds = {call.rotary for call in self.calls.layers if call.rotary is not None}
         self.rotary: dict[RotaryKind, Rotary] = {
@@ -92,6 +95,19 @@ class GeneralDecoder(SplitDecoder):
             for kind in kinds
         }
         self.logit_rule = verified_rule(self)
+
+    def room(self, length: int) -> int | None:
+        """Return how many tokens a reply may have. See `SplitDecoder.room`."""
+        if self.switch is None or not self.switch.loses_prompt or length > self.switch.length:
+            return super().room(length)
+        # The last one is never computed with.
+        return self.switch.length + 1 - length
+
+    @property
+    def ending(self) -> str:
+        """Where a reply without room ends. See `SplitDecoder.ending`."""
+        switch = self.switch
+        return switch.ending if switch is not None and switch.loses_prompt else super().ending
 
     @classmethod
     def sizes(cls, decoder: Any) -> tuple[int, int]:

@@ -17,9 +17,6 @@ from fastvlm.language.positions import Positions
 TABLE_POSITIONS = 256
 """Positions that a table of rotations has beyond those that are asked for."""
 
-RESTARTING = frozenset({"phi3", "phimoe"})
-"""Families whose cache is emptied where LongRoPE's long factors begin."""
-
 Rotations = Tensor | tuple[Tensor, ...]
 """Cosines and sines, or complex numbers: (batch, width, size) each."""
 
@@ -138,12 +135,10 @@ class Rotary:
         return fixed
 
 
-def restart_length(config: Any) -> int | None:
-    """Return where `generate` computes a row anew, see `SplitDecoder.restart`; None for nowhere."""
+def is_longrope(config: Any) -> bool:
+    """Return whether a decoder rotates by LongRoPE, with other frequencies for long rows."""
     rope = getattr(config, "rope_parameters", None) or {}
-    if config.model_type not in RESTARTING or rope.get("rope_type") != "longrope":
-        return None
-    return getattr(config, "original_max_position_embeddings", None)
+    return rope.get("rope_type") == "longrope"
 
 
 def _at(index: Any, rotations: Rotations) -> Rotations:
