@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import serving_figures
 from family_lists import families, supported
 
 ROOT = Path(__file__).parent.parent
@@ -416,6 +417,7 @@ DOCUMENTS: dict[str, dict[str, Callable[[], str]]] = {
     },
     "docs/families.md": {"families": families},
     "docs/architecture.md": {"sampling": sampling, "uneven": uneven},
+    "docs/serving.md": {"load": serving_figures.load, "peers": serving_figures.peers},
     "docs/images/speedup.svg": {},
 }
 """The sections of each document that are written from results."""

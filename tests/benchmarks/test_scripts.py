@@ -26,6 +26,7 @@ MODULES = {
     "family_lists",
     "hostile_requests",
     "serving_clients",
+    "serving_figures",
     "ttft_models",
     "ttft_report",
     "ttft_stages",

@@ -249,6 +249,24 @@ def test_a_client_that_goes_away_frees_its_slot(
     assert not vlm.engine.slots
 
 
+@pytest.mark.parametrize("path", ["chat/completions", "completions", "responses"])
+def test_what_is_far_too_long_is_not_made_into_tokens(address: str, path: str) -> None:
+    text = "a " * 500_000
+    body = {
+        "chat/completions": {"messages": [{"role": "user", "content": text}]},
+        "completions": {"prompt": text},
+        "responses": {"input": text},
+    }[path]
+
+    found = httpx.post(f"{address}/v1/{path}", json=body)
+    assert found.status_code == 400
+    assert found.json()["error"]["code"] == "context_length_exceeded"
+    # What may still fit is, and is refused by its tokens.
+    shorter = httpx.post(f"{address}/v1/completions", json={"prompt": "a " * 600})
+    assert shorter.status_code == 400
+    assert shorter.json()["error"]["code"] is None
+
+
 @pytest.mark.parametrize(
     ("body", "param"),
     [

@@ -96,6 +96,9 @@ class CompletionReplies(ChoiceReplies[CompletionRequest]):
     def _prompts(self) -> list[TokenPrompt]:
         tokenizer, special = self.vlm.tokenizer, self.asked.add_special_tokens
         given = self.asked.texts_or_tokens
+        for one in given:
+            if isinstance(one, str):
+                self.engine.check_length(one)
         self.echoes = [
             one if isinstance(one, str) else decode(tokenizer, one, "prompt")
             for one in (given if self.asked.echo else [])

@@ -12,6 +12,7 @@ from threading import Condition, Thread
 from types import TracebackType
 
 from fastvlm.decoding.reply import Piece, Reply, ReplyStream
+from fastvlm.functional.messages import Prompt, TokenPrompt
 from fastvlm.serving.errors import ApiError
 from fastvlm.serving.images import check_image_tokens
 from fastvlm.vlm import VisionLanguageModel
@@ -114,6 +115,9 @@ class EngineThread:
         self.vlm, self.max_image_tokens = vlm, max_image_tokens
         self.preparing = asyncio.Semaphore(MAX_PREPARING)
         """Held while a request's images are open, which bounds their memory."""
+        self.max_characters = vlm.engine.decoder.context * longest_token(vlm)
+        """Texts of more have more tokens than the model's context, and needn't be made into them:
+        that takes a second for a million characters, in which no other prompt is prepared."""
         self._streams: list[ServedStream] = []
         self._changed = Condition()
         self._error: Exception | None = None
@@ -160,6 +164,20 @@ class EngineThread:
     def waiting(self) -> int:
         """Requests that wait for a slot."""
         return len(self.vlm.engine.waiting)
+
+    def check_length(self, prompt: Prompt) -> None:
+        """Refuse a prompt that is far too long.
+
+        Raises:
+            ApiError: It has more characters than its tokens could have.
+        """
+        characters = length_of(prompt)
+        if characters > self.max_characters:
+            raise ApiError(
+                f"The prompt has {characters:,} characters, but the model's context is"
+                f" {self.vlm.engine.decoder.context:,} tokens.",
+                code="context_length_exceeded",
+            )
 
     async def submit(
         self, make: Callable[[], ReplyStream], *, together: bool = False
@@ -226,3 +244,23 @@ class EngineThread:
             with self._changed:
                 for stream in ended:
                     self._streams.remove(stream)
+
+
+def longest_token(vlm: VisionLanguageModel) -> int:
+    """Return the most characters that a token stands for."""
+    return max(map(len, vlm.tokenizer.get_vocab()))
+
+
+def length_of(prompt: Prompt) -> int:
+    """Return the characters of a prompt's text."""
+    if isinstance(prompt, str):
+        return len(prompt)
+    if isinstance(prompt, TokenPrompt):
+        return 0
+    contents = [turn["content"] for turn in prompt]
+    parts = [
+        part
+        for content in contents
+        for part in ([{"text": content}] if isinstance(content, str) else content)
+    ]
+    return sum(len(part.get("text", "")) for part in parts)

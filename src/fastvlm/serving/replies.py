@@ -121,6 +121,8 @@ class Replies(ABC, Generic[AskedT]):
         asked = self.asked
         asked.check()
         prompts = await self.prompts()
+        for prompt in prompts:
+            self.engine.check_length(prompt)
         drafts: dict[str, Any] = (
             {}
             if asked.num_speculative_tokens is None
