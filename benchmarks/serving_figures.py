@@ -13,8 +13,10 @@ def load() -> str:
     """Return the figures of closed and open loops with images."""
     found = json.loads((RESULTS / "serving_load.json").read_text())
     lines = [
-        "| clients | tokens/s with drafts | without | ratio | time per token: ratio"
-         " | TTFT p50, p99 in ms | ITL p50, p99 in ms |",
+        (
+            "| clients | tokens/s with drafts | without | ratio | time per token: ratio"
+            " | TTFT p50, p99 in ms | ITL p50, p99 in ms |"
+        ),
         f"|---:|{'---:|' * 6}",
     ]
     for clients, row in found["closed_loop"].items():
