@@ -68,6 +68,11 @@ def peers() -> str:
         for name, row in servers.items()
         if not name.startswith("fastvlm")
     )
+    failed = {
+        name: sum(one["failed_requests"] for one in row["clients"].values())
+        for name, row in servers.items()
+    }
+    lost = "; ".join(f"{name} failed {count} requests" for name, count in failed.items() if count)
     machine = found["hardware"]
     lines += [
         "",
@@ -75,6 +80,7 @@ def peers() -> str:
             "The same decoder, prompts of text, float32 and"
             f" {found['threads']} threads of {machine['processor']} for all, measured by vLLM's own"
             f" `vllm bench serve`. Replies that equal ours, of {found['prompts']}: {same}."
+            f"{' ' + lost[0].upper() + lost[1:] + '.' if lost else ''}"
         ),
     ]
     return "\n".join(lines)
