@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import Annotated
 
@@ -10,6 +11,7 @@ import typer
 
 from fastvlm.cli.loading import ModelOption, Runtime, UsageError, usage
 from fastvlm.cli.terminal import PlainConsole, print_aside
+from fastvlm.functional.cores import usable_cores
 from fastvlm.functional.errors import InputError
 from fastvlm.serving.settings import ServerSettings
 
@@ -82,6 +84,10 @@ def serve(
     if model is None:
         model, draft = str(example().MODEL), draft or example().DRAFT
     write_log(as_json=settings.log_json, quiet=runtime.quiet)
+    if runtime.threads is None:
+        # A core is left to the event loop and to the prompts that are prepared meanwhile: threads
+        # that share one wait for each other.
+        runtime = replace(runtime, threads=max(usable_cores() - 1, 1))
 
     def load() -> Server:
         vlm = runtime.load(

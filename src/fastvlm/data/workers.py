@@ -22,6 +22,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
+from fastvlm.functional.cores import usable_cores
 from fastvlm.functional.errors import FastVlmError, InputError, StorageError, first_line
 
 Item = TypeVar("Item")
@@ -61,8 +62,7 @@ def usual_workers(processes: int = 1) -> int:
     Args:
         processes: Training processes on this machine, which share its cores.
     """
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    return max(0, min(4, (cores or 1) // processes - 1))
+    return max(0, min(4, usable_cores() // processes - 1))
 
 
 def prepared(
