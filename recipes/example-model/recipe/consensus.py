@@ -68,7 +68,13 @@ def sample_sentences(
     # Which methods and settings a composite model has is its class's matter.
     config: Any = model.config
     size, end = config.vision_config.image_size, tokenizer.eos_token_id
-    inputs = FastViTHDInputs(tokenizer, type(model).__name__, config.image_token_id, size)
+    inputs = FastViTHDInputs(
+        tokenizer=tokenizer,
+        name=type(model).__name__,
+        image_token=config.image_token_id,
+        image_size=size,
+        vocabulary_size=config.text_config.vocab_size,
+    )
     prompts = [inputs(question(prompt, image)) for image in images]
     tokens = torch.tensor([asked for asked, _ in prompts], device=model.device)
     sampling = GenerationConfig(
