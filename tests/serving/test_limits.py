@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import base64
 import io
 import json
@@ -11,6 +12,7 @@ import struct
 import time
 import zlib
 from collections.abc import Iterator
+from contextlib import suppress
 from typing import Any
 from urllib.parse import urlsplit
 
@@ -18,6 +20,8 @@ import httpx
 import pytest
 from PIL import Image
 
+from fastvlm.serving.errors import ApiError
+from fastvlm.serving.limits import Limits
 from fastvlm.serving.request_log import JsonLines, PlainLines, write_log
 from fastvlm.vlm import VisionLanguageModel
 from fastvlm_example.scenes import render, sample
@@ -296,3 +300,27 @@ def test_lines_for_people() -> None:
 def test_the_document_of_the_endpoints(address: str) -> None:
     paths = httpx.get(f"{address}/openapi.json").json()["paths"]
     assert {"/v1/chat/completions", "/v1/models", "/metrics", "/health", "/ready"} <= paths.keys()
+
+
+def test_an_answer_that_has_begun_is_not_cut_by_a_body_that_does_not_come() -> None:
+    async def early(_: Any, receive: Any, send: Any) -> None:
+        await send({"type": "http.response.start", "status": 200, "headers": []})
+        with suppress(ApiError):
+            await receive()
+        await send({"type": "http.response.body", "body": b"all of it"})
+
+    async def asked() -> list[Any]:
+        sent: list[Any] = []
+
+        async def never() -> Any:
+            await asyncio.sleep(60)
+
+        async def send(message: Any) -> None:
+            sent.append(message)
+
+        scope = {"type": "http", "path": "/health", "headers": [(b"host", b"localhost")]}
+        await Limits(early, [], 100, 0.01)(scope, never, send)
+        return sent
+
+    start, body = asyncio.run(asked())
+    assert (start["status"], body["body"]) == (200, b"all of it")

@@ -84,12 +84,17 @@ class Limits:
             return
         body = _Body(receive, self.max_body_bytes, self.body_seconds)
 
+        replaced = False
+
         async def answered(message: MutableMapping[str, Any]) -> None:
-            # What reads the body makes an answer of its own of the error.
-            if body.refused is None:
-                await send(message)
-            elif message["type"] == "http.response.start":
+            # What reads the body makes an answer of its own of the error. One that has begun
+            # before goes on to its end.
+            nonlocal replaced
+            if body.refused is not None and message["type"] == "http.response.start":
+                replaced = True
                 await body.refused.response()(scope, receive, send)
+            elif not replaced:
+                await send(message)
 
         await self.app(scope, body.receive, answered)
 
