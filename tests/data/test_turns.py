@@ -132,6 +132,12 @@ def test_a_caption_answers_a_prompt(said: dict[str, Any], folder: Path) -> None:
     ]
 
 
+def test_a_prompt_is_kept_as_it_is(folder: Path) -> None:
+    assert turns({"prompt": "def f(x):\n    "}, folder) == [("user", ["def f(x):\n    "])]
+    row = {"prompt": "1 + 1 =", "completion": " 2\n"}
+    assert turns(row, folder) == [("user", ["1 + 1 ="]), ("assistant", [" 2\n"])]
+
+
 def test_the_most_frequent_answer_is_learnt(folder: Path) -> None:
     answers = [{"answer": text, "answer_id": 1} for text in ("tea", "no", "lunch", "lunch", "")]
     row = {"image": "a.jpg", "question": "What is it?", "answers": answers}
@@ -160,6 +166,9 @@ def test_the_most_frequent_answer_is_learnt(folder: Path) -> None:
         ({"image": "x" * 5000, "caption": "A cat."}, "missing image"),
         ({"image": "a\0.jpg", "caption": "A cat."}, "missing image"),
         ({"image": "a.jpg", "caption": "  "}, "no reply"),
+        ({"prompt": " "}, "no prompt"),
+        ({"prompt": "What?", "completion": ""}, "no reply"),
+        ({"prompt": "What?", "image": "a.jpg"}, "an image"),
         ({"image": "a.jpg", "captions": []}, "no reply"),
         ({"image": "a.jpg", "question": "Why?"}, "no reply"),
         ({"image": "a.jpg", "question": "Why?", "answers": []}, "no reply"),

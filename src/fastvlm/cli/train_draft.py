@@ -13,6 +13,7 @@ import typer
 from fastvlm.cli.command import each_of
 from fastvlm.cli.files import FiguresOutput, check_folder
 from fastvlm.cli.loading import (
+    MaxNewTokensOption,
     ModelOption,
     UsageError,
     load_quietly,
@@ -65,11 +66,16 @@ class DraftData:
         Literal["own", "data"], typer.Option(help="Learn the model's own replies, or the data's.")
     ] = "own"
     temperature: Annotated[
-        float,
+        list[float],
         typer.Option(
-            metavar="T", min=0, max=1e6, help="Of the model's own replies; 0 for greedy ones."
+            metavar="T",
+            min=0,
+            max=1e6,
+            help="Of the model's own replies; 0 for greedy ones. Give it again to have each"
+            " question answered at several.",
         ),
-    ] = 0.0
+    ] = field(default_factory=lambda: [0.0])
+    max_new_tokens: MaxNewTokensOption = 160
     model: ModelOption = None
     held_out: Annotated[
         int,
@@ -210,7 +216,18 @@ def draft(
         examples = data_replies(vlm, learned)
     else:
         with process_0_first(), runtime.progress():
-            examples = own_replies(vlm, learned, output, unread, temperature=questions.temperature)
+            examples = [
+                example
+                for temperature in questions.temperature
+                for example in own_replies(
+                    vlm,
+                    learned,
+                    output,
+                    unread,
+                    max_new_tokens=questions.max_new_tokens,
+                    temperature=temperature,
+                )
+            ]
     console.print(f"{len(examples):,} replies. {broken.summary()}.")
     if unread.count:
         console.print(f"{unread.summary()}.")
@@ -260,18 +277,19 @@ def held_apart(
     return asked[:held_out], asked[held_out:]
 
 
-def check_temperature(temperature: float, replies: str) -> None:
-    """Refuse a temperature at which nothing can be drawn, or nothing is.
+def check_temperature(temperatures: Sequence[float], replies: str) -> None:
+    """Refuse temperatures at which nothing can be drawn, or nothing is.
 
     Raises:
         UsageError: It is one.
     """
-    if temperature and replies == "data":
+    if any(temperatures) and replies == "data":
         raise UsageError("The data's replies are not drawn: leave out --temperature.")
     from fastvlm.decoding import SamplingParams
 
     with usage():
-        SamplingParams(temperature)
+        for temperature in temperatures:
+            SamplingParams(temperature)
 
 
 def check_joint(exit_layer: str, prompts: Sequence[str] | None, dtype: str) -> None:

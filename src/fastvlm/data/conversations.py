@@ -13,12 +13,12 @@ from fastvlm.vision.loading import load_image
 
 @dataclass(frozen=True, slots=True)
 class Conversation:
-    """A conversation for training on its assistant turns.
+    """A conversation for training on its assistant turns, or a prompt for a model to answer.
 
     Args:
         name: The record's name, for error messages.
         messages: The turns: optionally a system's, then a user's and an assistant's in turn, the
-            last of them an assistant's.
+            last of them an assistant's; of a prompt alone, the user's turn.
     """
 
     name: str

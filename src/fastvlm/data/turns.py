@@ -24,7 +24,7 @@ ROLE_BY_SPEAKER = {
     "system": "system",
 }
 CAPTION_KEYS = ("caption", "text", "captions")
-CONTENT_KEYS = ("messages", "conversations", "question", *CAPTION_KEYS)
+CONTENT_KEYS = ("messages", "conversations", "prompt", "question", *CAPTION_KEYS)
 """Keys of supported rows; the first one in a row decides its format."""
 
 
@@ -39,8 +39,9 @@ def conversation_of(name: str, row: Any, folders: ImageFolders) -> Conversation:
     Args:
         name: The record's name, for error messages.
         row: A row with `messages` (`role`, `content`), `conversations` (LLaVA's `from`, `value`),
-            `question` and its `answers` or `answer`, or a `caption` (`text`); of several `captions`
-            the first is used. Its images are `image` or `images`, one or a list.
+            `prompt` (text alone, kept as it is) and perhaps its `completion`, `question` and its
+            `answers` or `answer`, or a `caption` (`text`); of several `captions` the first is used.
+            Its images are `image` or `images`, one or a list.
         folders: Where to look for its images.
 
     Raises:
@@ -53,6 +54,10 @@ def conversation_of(name: str, row: Any, folders: ImageFolders) -> Conversation:
     several = isinstance(shown, Sequence) and not isinstance(shown, str | bytes)
     values = [] if shown is None else list(shown) if several else [shown]
     key = next(key for key in CONTENT_KEYS if row.get(key) is not None)
+    if key == "prompt":
+        if values:
+            raise BrokenRecordError("malformed record: a prompt is text alone; there is an image")
+        return Conversation(name, _prompt(row["prompt"], row.get("completion")))
     if not values and key not in ("messages", "conversations"):
         raise BrokenRecordError(f"missing image: there is a {key} and no image")
     # The text is judged first: no file is looked for on behalf of a record that is broken anyway.
@@ -76,6 +81,20 @@ def _turns(row: Mapping[str, Any], key: str) -> list[Turn]:
     if isinstance(caption, Sequence) and not isinstance(caption, str):
         caption = caption[0] if caption else None
     return [("user", [CAPTION_PROMPT]), ("assistant", [_text(caption, "reply")])]
+
+
+def _prompt(prompt: Any, completion: Any) -> tuple[Message, ...]:
+    """Return a prompt, and what follows it where that is given.
+
+    Nothing is stripped: to a model that goes on with a text, the spaces at its end matter.
+    """
+    turns = [("user", "prompt", prompt)]
+    turns += [] if completion is None else [("assistant", "reply", completion)]
+    for _, what, text in turns:
+        _text(text, what)
+    return tuple(
+        {"role": role, "content": [{"type": "text", "text": text}]} for role, _, text in turns
+    )
 
 
 def _question(row: Mapping[str, Any]) -> list[Turn]:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -36,7 +36,7 @@ from fastvlm.training.loop import train
 from fastvlm.training.processes import this_process
 from fastvlm.training.replies import Example, TrainingPrompt
 from fastvlm.training.schedule import Schedule
-from fastvlm.training.target import FrozenTarget, TargetStates
+from fastvlm.training.target import FrozenTarget, TargetStates, full_precision
 from fastvlm.training.task import ExampleStream, Losses
 from fastvlm.training.validation import HeldOut
 from fastvlm.vlm import VisionLanguageModel
@@ -75,36 +75,6 @@ def new_network(
         network.draft_vocabulary.copy_(torch.tensor(tokens))
     network.implement_as(vlm.decoder.decoder.config)
     return moved(network, vlm.decoder.device, master(vlm.decoder.dtype))
-
-
-@dataclass(frozen=True, slots=True)
-class TargetOutputs:
-    """The target's side of a batch, at the positions of the loss.
-
-    Args:
-        states: The hidden states of each exit layer, padded: (batch, length, d_model).
-        normed: The last layer's, normed: (positions, d_model).
-        p: The target's distribution: (positions, vocabulary).
-        best: Its best tokens: (positions,).
-    """
-
-    states: Mapping[int, Tensor]
-    normed: Tensor
-    p: Tensor
-    best: Tensor
-
-    def seen_through(self, vocabulary: Tensor | None) -> tuple[Tensor, Tensor]:
-        """Return p and the best tokens in the numbers of a draft's vocabulary.
-
-        Returns:
-            (positions, draft vocabulary), and (positions,) with `IGNORED` for what can't be
-            drafted.
-        """
-        if vocabulary is None:
-            return self.p, self.best
-        columns = torch.full(self.p.shape[-1:], IGNORED, device=self.p.device)
-        columns[vocabulary] = torch.arange(len(vocabulary), device=self.p.device)
-        return self.p[:, vocabulary], columns[self.best]
 
 
 class DraftTask:
@@ -177,28 +147,29 @@ class DraftTask:
         """
         decoder = self.vlm.decoder
         forced = self.forcing.batch(examples)
-        taught = self.taught(self.target.passed(examples, forced))
+        passed = self.target.passed(examples, forced)
+        last = decoder.norm(passed.last)
         losses: list[Tensor] = []
         report: dict[str, tuple[float, float]] = {}
         for name, network in self.networks.items():
             plan = self.plans[name]
             with self.precision:
-                x = taught.states[network.config.exit_layer]
+                x = passed.states[network.config.exit_layer]
                 cache, places = GradientCache(), forced.positions
                 guess = network.imitate(x, places, cache, decoder)[forced.loss_mask]
                 normed, logits = decoder.norm(guess), self.logits(guess, network.draft_vocabulary)
             log_q = logits.log_softmax(-1)
-            p, wanted = taught.seen_through(network.draft_vocabulary)
+            p, wanted = self.taught(passed, network.draft_vocabulary)
             entropy = torch.special.entr(p).sum(-1)
             loss = (-(p * log_q).sum(-1) - entropy).sum()
             kl = loss.detach()
             if plan.cosine:
-                cosine = F.cosine_similarity(normed, taught.normed, dim=-1)
+                cosine = F.cosine_similarity(normed, last, dim=-1)
                 loss = loss + plan.cosine * (1 - cosine).sum()
             if plan.cross_entropy:
                 ce = F.cross_entropy(logits, wanted, ignore_index=IGNORED, reduction="sum")
                 loss = loss + plan.cross_entropy * ce
-            number = len(taught.best)
+            number = len(passed.best)
             losses.append(loss)
             agree = (logits.argmax(-1) == wanted).sum()
             overlap = torch.minimum(log_q.exp(), p).sum()
@@ -207,7 +178,7 @@ class DraftTask:
                 f"{name} agree": (float(agree), number),
                 f"{name} overlap": (float(overlap.detach()), number),
             }
-        return Losses(torch.stack(losses).sum(), len(taught.best), report)
+        return Losses(torch.stack(losses).sum(), len(passed.best), report)
 
     @property
     def precision(self) -> torch.autocast:
@@ -236,13 +207,23 @@ class DraftTask:
         return full_precision(decoder.logits(F.linear(decoder.norm(guess), rows)))
 
     @torch.no_grad()
-    def taught(self, passed: TargetStates) -> TargetOutputs:
-        """Return the target's side of a batch, from its pass over it."""
-        decoder = self.vlm.decoder
-        logits = full_precision(decoder.head(passed.last))
-        return TargetOutputs(
-            passed.states, decoder.norm(passed.last), logits.softmax(-1), logits.argmax(-1)
-        )
+    def taught(self, passed: TargetStates, vocabulary: Tensor | None) -> tuple[Tensor, Tensor]:
+        """Return what a network is to imitate, in the numbers of its vocabulary.
+
+        Args:
+            passed: The target's pass.
+            vocabulary: The tokens that can be drafted; None for all.
+
+        Returns:
+            The target's distribution over them, (positions, draft vocabulary), and its best
+            tokens, (positions,), with `IGNORED` for one that can't be drafted.
+        """
+        p = (self.logits(passed.last, vocabulary) - passed.normaliser[:, None]).exp()
+        if vocabulary is None:
+            return p, passed.best
+        columns = torch.full((self.target.vocabulary,), IGNORED, device=vocabulary.device)
+        columns[vocabulary] = torch.arange(len(vocabulary), device=vocabulary.device)
+        return p, columns[passed.best]
 
 
 def master(dtype: torch.dtype) -> torch.dtype:
@@ -251,11 +232,6 @@ def master(dtype: torch.dtype) -> torch.dtype:
     It is float32 at least: the small steps of an optimiser vanish in bfloat16.
     """
     return torch.promote_types(dtype, torch.float32)
-
-
-def full_precision(logits: Tensor) -> Tensor:
-    """Return logits in float32 at least, in their shape: bfloat16 is too coarse for a softmax."""
-    return logits.to(torch.promote_types(logits.dtype, torch.float32))
 
 
 def train_draft(

@@ -22,7 +22,6 @@ from fastvlm.functional.files import written_into
 from fastvlm.functional.placement import moved
 from fastvlm.language.structure import text_decoder
 from fastvlm.training.digests import digest_of_source
-from fastvlm.training.draft import full_precision
 from fastvlm.training.loop import train
 from fastvlm.training.paper_stages import PaperStage
 from fastvlm.training.parts import learning
@@ -30,6 +29,7 @@ from fastvlm.training.processes import this_process
 from fastvlm.training.rows import IGNORED, RowBuilder, RowMaker, TrainingRow, rows_for
 from fastvlm.training.schedule import Schedule
 from fastvlm.training.sharding import whole_state
+from fastvlm.training.target import full_precision
 from fastvlm.training.task import ExampleStream, Losses
 from fastvlm.vision.configuration import REDUCTION
 from fastvlm.vision.fastvithd import FastViTHD

@@ -20,7 +20,6 @@ from fastvlm.functional.files import written_into
 from fastvlm.functional.placement import moved
 from fastvlm.language.structure import text_decoder
 from fastvlm.training.digests import digest_of_examples
-from fastvlm.training.draft import full_precision
 from fastvlm.training.draws import ExampleDraws
 from fastvlm.training.forcing import ExampleCache, Forced, GradientCache, TeacherForcing
 from fastvlm.training.loop import train
@@ -28,6 +27,7 @@ from fastvlm.training.processes import reached, this_process
 from fastvlm.training.replies import Example
 from fastvlm.training.schedule import Schedule
 from fastvlm.training.sharding import whole_state
+from fastvlm.training.target import full_precision
 from fastvlm.training.task import ExampleStream, Losses
 from fastvlm.vlm import VisionLanguageModel
 

@@ -39,7 +39,7 @@ class TrainingPrompt:
     Args:
         name: What names it in errors.
         messages: The dialogue, the last turn the user's.
-        said: The data set's reply.
+        said: The data set's reply; "" where it has none.
     """
 
     name: str
@@ -100,7 +100,7 @@ def questions_of(
                 TrainingPrompt(record.name, record.messages[:place], text_of(turn))
                 for place, turn in enumerate(record.messages)
                 if turn["role"] == "assistant"
-            ]
+            ] or [TrainingPrompt(record.name, record.messages, "")]
     broken.check()
     return found[:limit]
 
@@ -133,8 +133,11 @@ def data_replies(vlm: VisionLanguageModel, asked: Sequence[TrainingPrompt]) -> l
     """Return the data set's replies as tokens, each with the model's end token.
 
     Raises:
-        InputError: The model has no end token.
+        InputError: The model has no end token, or there is a prompt without a reply.
     """
+    for question in asked:
+        if not question.said:
+            raise InputError(f"The data has no reply to learn to {question.name}.")
     end = end_token(vlm.tokenizer, vlm.end_tokens)
     return [
         Example(

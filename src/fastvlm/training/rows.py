@@ -77,6 +77,8 @@ class RowMaker:
 
     def __call__(self, conversation: Conversation) -> list[TrainingRow] | Broken:
         """Return the rows, or why there are none."""
+        if all(turn["role"] != "assistant" for turn in conversation.messages):
+            return Broken(conversation.name, "no reply: it is a prompt alone")
         record = opened(conversation)
         if isinstance(record, Broken):
             return record

@@ -16,6 +16,9 @@ from fastvlm.training.replies import Example
 
 MEASURED_EXAMPLES = 16
 """The number of examples from which the memory for all of them is estimated."""
+CHUNK_LOGITS = 2**25
+"""Logits of all tokens that are computed at a time: with a quarter of a million tokens, those of a
+step would take several GB."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -25,10 +28,15 @@ class TargetStates:
     Args:
         states: The hidden states of each exit layer, padded: (batch, length, d_model).
         last: The last layer's hidden states at the positions of the loss: (positions, d_model).
+        normaliser: The logarithm of what the exponentials of all logits there add up to:
+            (positions,). With it, probabilities of some tokens need their logits alone.
+        best: The best tokens there: (positions,).
     """
 
     states: Mapping[int, Tensor]
     last: Tensor
+    normaliser: Tensor
+    best: Tensor
 
 
 class FrozenTarget:
@@ -68,6 +76,14 @@ class FrozenTarget:
         )
         return positions * decoder.width * decoder.dtype.itemsize <= self.kept.left
 
+    @cached_property
+    def vocabulary(self) -> int:
+        """The number of tokens that the LM head knows."""
+        decoder = self.forcing.vlm.decoder
+        state = torch.zeros(1, decoder.width, dtype=decoder.dtype, device=decoder.device)
+        with torch.no_grad():
+            return decoder.head(state).shape[-1]
+
     @torch.no_grad()
     def passed(self, examples: Sequence[Example], forced: Forced) -> TargetStates:
         """Return the target's hidden states of a step's examples.
@@ -85,6 +101,8 @@ class FrozenTarget:
                 for layer in self.exit_layers
             },
             torch.cat([one.last for one in alone]),
+            torch.cat([one.normaliser for one in alone]),
+            torch.cat([one.best for one in alone]),
         )
 
     def known(self, example: Example) -> TargetStates:
@@ -92,7 +110,7 @@ class FrozenTarget:
         return self.kept.get(
             example,
             lambda: self.run(self.forcing.batch([example])),
-            lambda made: (*made.states.values(), made.last),
+            lambda made: (*made.states.values(), made.last, made.normaliser, made.best),
         )
 
     def run(self, forced: Forced) -> TargetStates:
@@ -104,4 +122,23 @@ class FrozenTarget:
             x = states[layer] = decoder.forward_layers(x, forced.positions, cache, layers)
             before = layer
         last = decoder.forward_layers(x, forced.positions, cache, range(before, decoder.depth))
-        return TargetStates(states, last[forced.loss_mask])
+        return TargetStates(states, last[forced.loss_mask], *self.outlook(last[forced.loss_mask]))
+
+    def outlook(self, last: Tensor) -> tuple[Tensor, Tensor]:
+        """Return the normaliser and the best token of each position, a few positions at a time.
+
+        Args:
+            last: The last layer's hidden states, (positions, d_model).
+        """
+        decoder = self.forcing.vlm.decoder
+        normaliser, best = [], []
+        for chunk in last.split(max(1, CHUNK_LOGITS // self.vocabulary)):
+            logits = full_precision(decoder.head(chunk))
+            normaliser.append(logits.logsumexp(-1))
+            best.append(logits.argmax(-1))
+        return torch.cat(normaliser), torch.cat(best)
+
+
+def full_precision(logits: Tensor) -> Tensor:
+    """Return logits in float32 at least, in their shape: bfloat16 is too coarse for a softmax."""
+    return logits.to(torch.promote_types(logits.dtype, torch.float32))
