@@ -112,6 +112,34 @@ def test_a_model_that_says_nothing_is_measured(
     assert {result["speedup"] for result in found["results"]} == {None}
 
 
+def test_prompts_of_several_kinds_are_measured_apart(cli: Cli, tmp_path: Path) -> None:
+    model, _ = FAMILIES["llama"]()
+    model.save_pretrained(tmp_path)
+    tokenizer = character_tokenizer()
+    tokenizer.chat_template = TEXT_TEMPLATE
+    tokenizer.save_pretrained(tmp_path)
+    file = tmp_path / "prompts.jsonl"
+    rows = [("list", "One"), ("story", "Two"), ("list", "Three")]
+    file.write_text("\n".join(json.dumps({"kind": k, "prompt": text}) for k, text in rows))
+    words = (
+        "benchmark", "--model", tmp_path, "--prompts", file, "--strategies", "prompt-lookup",
+        "--max-new-tokens", 6, "--dtype", "float64", "--json", "-",
+    )  # fmt: skip
+    for sampled in ((), ("--temperature", "1", "--seed", "3")):
+        said = cli(*words, *sampled)
+        assert said.code == 0, said.err
+        found = json.loads(said.out)
+        assert found["prompts"] == ["One", "Two", "Three"]
+        assert (found["temperature"], found["seed"]) == ((1, 3) if sampled else (0, None))
+        counts = {kind: {row["replies"] for row in rows} for kind, rows in found["kinds"].items()}
+        assert counts == {"list": {2}, "story": {1}}
+        assert all(row["identical"] for row in found["results"])
+        measured = {row["strategy"] for row in found["results"]}
+        assert ("transformers" in measured) is not bool(sampled)
+    assert cli(*words, "--prompt", "Four").code == 2
+    assert cli(*words[:-2], "--prompts", tmp_path / "none.jsonl").code == 1
+
+
 def test_a_sampled_audit(cli: Cli, images: Path, tmp_path: Path) -> None:
     words = ("audit", "--images", images, "--max-new-tokens", 8, "--dtype", "float64")
     drawn = (*words, "--temperature", "1", "--seed", "4", "--output", tmp_path / "drawn")

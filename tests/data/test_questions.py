@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
 import pytest
 from PIL import Image
 
-from fastvlm.data.questions import Question, images_in
+from fastvlm.data.questions import Prompt, Question, images_in, read_prompts
 from fastvlm.functional.errors import InputError
 from fastvlm.vision.loading import load_image
 from fastvlm_example import HELD_OUT_SCENES, SCENE_PROMPT
@@ -54,3 +55,17 @@ def test_a_folder_without_images_is_refused(tmp_path: Path) -> None:
     (tmp_path / "file.png").write_bytes(b"")
     with pytest.raises(InputError, match="no folder of images"):
         images_in(tmp_path / "file.png")
+
+
+def test_prompts_are_read_as_they_are(tmp_path: Path) -> None:
+    file = tmp_path / "prompts.jsonl"
+    file.write_text('{"kind": "code", "prompt": "def f(x):\\n    "}\n\n{"prompt": "Why? "}\n')
+    assert read_prompts(file) == [Prompt("def f(x):\n    ", "code"), Prompt("Why? ")]
+
+
+@pytest.mark.parametrize("text", ["", "\n", "Why?", "[]", '{"prompt": 3}', '{"prompt": " "}'])
+def test_what_is_no_prompt_is_refused(text: str, tmp_path: Path) -> None:
+    file = tmp_path / "prompts.jsonl"
+    file.write_text(text)
+    with pytest.raises(InputError, match=re.escape(str(file))):
+        read_prompts(file)

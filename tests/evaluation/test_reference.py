@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import itertools
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,7 @@ import torch
 
 from fastvlm.data.questions import Question
 from fastvlm.decoding import SamplingParams, Strategy
-from fastvlm.evaluation import reference
+from fastvlm.evaluation import benchmark, reference
 from fastvlm.evaluation.audit import audit
 from fastvlm.evaluation.benchmark import measure
 from fastvlm.evaluation.measuring import rotated, run_request
@@ -30,6 +31,7 @@ from tests.processors import PROCESSORS, TEXT_TEMPLATE, character_tokenizer, sam
 
 QUESTIONS = [Question("What is it?", 1), Question("Name what is there.", 2)]
 NAMES = ("autoregressive", "early-exit", "layer-skip", "prompt-lookup")
+SHORT = SamplingParams(max_new_tokens=8)
 WRITERS = ["llava", "qwen2.5-vl", "smolvlm", "blip2-opt", "blip2-t5", "instructblip-t5"]
 
 
@@ -52,11 +54,10 @@ def strategies(vlm: VisionLanguageModel) -> dict[str, Strategy]:
 @pytest.mark.parametrize("family", WRITERS)
 def test_every_family_is_measured_and_audited(family: str, tmp_path: Path) -> None:
     vlm = built(family)
-    for result in measure(vlm, strategies(vlm), QUESTIONS, max_new_tokens=8):
+    for result in measure(vlm, strategies(vlm), QUESTIONS, params=SHORT).results:
         assert (result.identical, result.different, result.replies) == (True, 0, 2)
         assert result.tokens > 1
-    params = SamplingParams(max_new_tokens=8)
-    found = audit(vlm, strategies(vlm), QUESTIONS, tmp_path / "audit.jsonl", params=params)
+    found = audit(vlm, strategies(vlm), QUESTIONS, tmp_path / "audit.jsonl", params=SHORT)
     expected = reference_replies(vlm, [dialogue_of(vlm, one) for one in QUESTIONS], 8)
     assert list(found.replies.values()) == expected
     assert [found.identical(name) for name in NAMES] == [2] * 4
@@ -65,7 +66,7 @@ def test_every_family_is_measured_and_audited(family: str, tmp_path: Path) -> No
 def test_a_model_of_text_alone_is_asked_without_images(tmp_path: Path) -> None:
     vlm = text_vlm()
     asked = [Question("What is it?", None), Question("And this?", None)]
-    for result in measure(vlm, strategies(vlm), asked, max_new_tokens=8):
+    for result in measure(vlm, strategies(vlm), asked, params=SHORT).results:
         assert (result.identical, result.different) == (True, 0)
     found = audit(vlm, strategies(vlm), asked, tmp_path / "audit.jsonl")
     assert [found.identical(name) for name in NAMES] == [2] * 4
@@ -193,7 +194,7 @@ def test_a_question_that_fails_is_left_out_of_every_figure(
         failed.append(question)
 
     sound = [question for number, question in enumerate(asked) if number not in broken]
-    results = measure(vlm, strategies(vlm), asked, max_new_tokens=6, failed=leave_out)
+    results = measure(vlm, strategies(vlm), asked, params=SHORT, failed=leave_out).results
     assert [(one.replies, one.identical) for one in results] == [(len(sound), True)] * 5
     assert failed == [asked[number] for number in sorted(broken)]
     failed.clear()
@@ -220,7 +221,7 @@ def test_a_question_that_fails_ends_the_work_unless_it_may(
     asked, broken = some_broken
     gone = [asked[number] for number in broken]
     with pytest.raises(InputError, match="gone-0"):
-        measure(vlm, strategies(vlm), asked, max_new_tokens=6)
+        measure(vlm, strategies(vlm), asked, params=SHORT)
     with pytest.raises(InputError, match="gone-0"):
         audit(vlm, strategies(vlm), asked, tmp_path / "a.jsonl")
     for call in (
@@ -255,3 +256,39 @@ def test_what_differs_is_found(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
 def test_every_strategy_is_first_as_often() -> None:
     orders = [rotated(["a", "b", "c"], number) for number in range(3)]
     assert orders == [["a", "b", "c"], ["b", "c", "a"], ["c", "a", "b"]]
+
+
+def test_kinds_are_measured_apart() -> None:
+    vlm = text_vlm()
+    texts = {"a": ["One", "Two"], "b": ["Three"], "": ["Four"]}
+    asked = [Question(text, None, kind) for kind in texts for text in texts[kind]]
+    found = measure(vlm, strategies(vlm), asked, params=SHORT)
+    assert {kind: [one.replies for one in rows] for kind, rows in found.kinds.items()} == {
+        "a": [2] * 5,
+        "b": [1] * 5,
+    }
+    assert [one.replies for one in found.results] == [4] * 5
+    alone = measure(vlm, strategies(vlm), asked[2:3], params=SHORT)
+    for mine, expected in zip(found.kinds["b"], alone.results, strict=True):
+        assert (mine.tokens, mine.identical) == (expected.tokens, True)
+
+
+def test_sampled_replies_are_held_against_ordinary_ones(monkeypatch: pytest.MonkeyPatch) -> None:
+    vlm = text_vlm()
+    asked = [Question(text, None) for text in ("One", "Two", "Three")]
+    params = SamplingParams(1.0, seed=5, max_new_tokens=8)
+    found = measure(vlm, strategies(vlm), asked, params=params).results
+    assert [one.strategy for one in found] == list(NAMES)
+    assert all(one.identical and not one.different for one in found)
+    assert all(one.speedup_vs_transformers is None for one in found)
+    # A strategy that draws with another seed is found out.
+    taken = benchmark.options_of
+
+    def shifted(drawn: SamplingParams) -> dict[str, Any]:
+        return {**taken(drawn), "seed": next(seeds)}
+
+    seeds = itertools.count()
+    monkeypatch.setattr(benchmark, "options_of", shifted)
+    assert not all(
+        one.identical for one in measure(vlm, strategies(vlm), asked, params=params).results
+    )

@@ -11,11 +11,8 @@ import typer
 from fastvlm.cli.contenders import Contenders
 from fastvlm.cli.files import FiguresOutput, check_folder
 from fastvlm.cli.loading import (
-    MaxNewTokensOption,
+    ReplyOptions,
     Runtime,
-    SampledSeedOption,
-    TemperatureOption,
-    usage,
 )
 from fastvlm.cli.questions import SCENES, FailedQuestions, QuestionOptions
 from fastvlm.cli.tables import FigureTable
@@ -24,33 +21,16 @@ from fastvlm.example import example
 from fastvlm.functional.files import write_json
 
 if TYPE_CHECKING:
-    from fastvlm.decoding import SamplingParams
     from fastvlm.evaluation.audit import Audit
 
 
 @dataclass(frozen=True, slots=True)
-class ReplyOptions:
+class AuditReplyOptions(ReplyOptions):
     """How an audit's replies are decoded."""
 
     batch: Annotated[
         int, typer.Option(metavar="N", min=1, max=4096, help="Questions decoded together.")
     ] = 50
-    max_new_tokens: MaxNewTokensOption = 160
-    temperature: TemperatureOption = 0.0
-    seed: SampledSeedOption = None
-
-    def params(self) -> SamplingParams:
-        """Return how tokens are chosen.
-
-        Raises:
-            UsageError: One is out of range, or needs a temperature.
-        """
-        from fastvlm.decoding import SamplingParams
-
-        with usage():
-            return SamplingParams(
-                self.temperature, seed=self.seed, max_new_tokens=self.max_new_tokens
-            )
 
 
 @dataclass(frozen=True, slots=True)
@@ -92,7 +72,7 @@ def audit(
     limit: Annotated[
         int, typer.Option(metavar="N", min=1, max=1_000_000, help="The most images.")
     ] = 1000,
-    replies: ReplyOptions,
+    replies: AuditReplyOptions,
     comparison: ComparisonOptions,
     runtime: Runtime,
     figures: FiguresOutput,

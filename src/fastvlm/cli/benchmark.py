@@ -10,7 +10,7 @@ import typer
 
 from fastvlm.cli.contenders import Contenders
 from fastvlm.cli.files import FiguresOutput
-from fastvlm.cli.loading import MaxNewTokensOption, Runtime
+from fastvlm.cli.loading import ReplyOptions, Runtime
 from fastvlm.cli.questions import WORDS, FailedQuestions, QuestionOptions
 from fastvlm.cli.strategies import describe
 from fastvlm.cli.tables import FigureTable
@@ -29,7 +29,7 @@ def benchmark(
         int,
         typer.Option(metavar="N", min=1, max=1_000_000, help="The most images to measure with."),
     ] = 50,
-    max_new_tokens: MaxNewTokensOption = 160,
+    replies: ReplyOptions,
     runtime: Runtime,
     output: FiguresOutput,
 ) -> None:
@@ -37,8 +37,9 @@ def benchmark(
 
     The table has medians, with quartiles for the speedup, which compares times per output token
     with autoregressive decoding. A reply is identical if its tokens are those of transformers' own
-    greedy generate.
+    greedy generate; with --temperature, those of autoregressive decoding of the same seed.
     """
+    params = replies.params()
     contenders.check()
     asked.check()
     from fastvlm.evaluation.benchmark import measure
@@ -55,14 +56,15 @@ def benchmark(
     )
     measured = contenders.strategies_of(vlm, skipped)
     with runtime.progress("Measuring") as report:
-        results = measure(
+        found = measure(
             vlm,
             measured,
             questions,
-            max_new_tokens=max_new_tokens,
+            params=params,
             progress=report,
             failed=failed,
         )
+    results = found.results
     machine = hardware(vlm.decoder.device)
     prompts = list(dict.fromkeys(question.prompt for question in questions))
     output.write(
@@ -77,21 +79,31 @@ def benchmark(
             "images": images,
             "prompts": prompts,
             "limit": limit,
-            "max_new_tokens": max_new_tokens,
+            "max_new_tokens": replies.max_new_tokens,
+            "temperature": replies.temperature,
+            "seed": (replies.seed or 0) if replies.temperature else None,
             "failed": failed.found,
             "results": [result.to_json() for result in results],
+            "kinds": {
+                kind: [result.to_json() for result in of_kind]
+                for kind, of_kind in found.kinds.items()
+            },
         }
     )
     console = output.console
     console.print()
     table(results).print(console)
     console.print()
-    replies = results[0].replies
+    for kind, of_kind in found.kinds.items():
+        console.print(f"Of the kind {kind}:")
+        table(of_kind).print(console)
+        console.print()
+    measured_replies = results[0].replies
     about = f"questions about {len(questions) // len(prompts)} " if len(prompts) > 1 else ""
     words = WORDS.get(images, "images")
-    words = words.removesuffix("s") if replies == 1 else words
+    words = words.removesuffix("s") if measured_replies == 1 else words
     console.print(
-        f"{replies} {about}{words}, replies of"
+        f"{measured_replies} {about}{words}, replies of"
         f" {results[0].tokens:.0f} tokens (median), on {hardware_line(machine)}.",
         style="dim",
     )

@@ -111,22 +111,23 @@ def demo(
     if output.json is None:
         show(output.console, vlm, strategies, shown)
         return
+    from fastvlm.decoding import SamplingParams
     from fastvlm.evaluation.benchmark import measure
     from fastvlm.evaluation.measuring import hardware
 
     with runtime.progress("Measuring") as report:
-        results = measure(
+        found = measure(
             vlm,
             strategies,
             [image.question for image in shown],
-            max_new_tokens=MAX_NEW_TOKENS,
+            params=SamplingParams(max_new_tokens=MAX_NEW_TOKENS),
             progress=report,
         )
     output.write(
         {
             "hardware": hardware(vlm.decoder.device),
             "dtype": runtime.dtype,
-            "results": [result.to_json() for result in results],
+            "results": [result.to_json() for result in found.results],
         }
     )
 
@@ -245,6 +246,7 @@ def compare(
         strategies: `autoregressive` and `imitation`, by name.
         image: The image to describe.
     """
+    from fastvlm.decoding import SamplingParams
     from fastvlm.evaluation.benchmark import run_strategy
 
     question, replies = image.question, []
@@ -261,8 +263,9 @@ def compare(
             writer.write(piece.text, DRAFTED_STYLE if all(piece.drafted) else FULL_MODEL_STYLE)
         writer.close()
         replies.append(tuple(stream.reply.token_ids))
+    params = SamplingParams(max_new_tokens=MAX_NEW_TOKENS)
     runs = [
-        run_strategy(vlm, strategies[name], question, MAX_NEW_TOKENS)
+        run_strategy(vlm, strategies[name], question, params)
         for name in ("autoregressive", "imitation")
     ]
     replies += [run.token_ids for run in runs]

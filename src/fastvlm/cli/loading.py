@@ -17,6 +17,7 @@ from fastvlm.functional.errors import InputError, first_line
 if TYPE_CHECKING:
     import torch
 
+    from fastvlm.decoding import SamplingParams
     from fastvlm.vlm import VisionLanguageModel
 
 
@@ -124,6 +125,28 @@ SampledSeedOption = Annotated[
 MaxNewTokensOption = Annotated[
     int, typer.Option(metavar="N", min=2, max=2**31 - 1, help="The most tokens of a reply.")
 ]
+
+
+@dataclass(frozen=True, slots=True)
+class ReplyOptions:
+    """How long replies are, and how their tokens are chosen."""
+
+    max_new_tokens: MaxNewTokensOption = 160
+    temperature: TemperatureOption = 0.0
+    seed: SampledSeedOption = None
+
+    def params(self) -> SamplingParams:
+        """Return how tokens are chosen.
+
+        Raises:
+            UsageError: One is out of range, or needs a temperature.
+        """
+        from fastvlm.decoding import SamplingParams
+
+        with usage():
+            return SamplingParams(
+                self.temperature, seed=self.seed, max_new_tokens=self.max_new_tokens
+            )
 
 
 MAX_DIGITS = 9

@@ -16,7 +16,7 @@ from fastvlm.functional.errors import InputError
 from fastvlm.functional.text_files import read_text
 
 if TYPE_CHECKING:
-    from fastvlm.data.questions import Question
+    from fastvlm.data.questions import Prompt, Question
     from fastvlm.vlm import VisionLanguageModel
 
 SCENES, NO_IMAGES, EXAMPLE = "scenes", "none", "example"
@@ -51,6 +51,7 @@ class QuestionOptions:
     Args:
         images: `scenes`, `example`, `none` or a folder; None for the model's default.
         prompt: The prompts for each image.
+        prompts: A file of prompts instead.
         listing: A file with the names of the folder's images to use.
         max_failed: The maximum share of questions that may fail, from 0 to 1.
     """
@@ -73,6 +74,14 @@ class QuestionOptions:
             show_default=f"'{DESCRIPTION_PROMPT}'; the example model is asked in its own words",
         ),
     ] = None
+    prompts: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="FILE",
+            help="What is asked, from a file of JSON lines with a prompt and perhaps its kind; the"
+            " figures are then given for each kind, too.",
+        ),
+    ] = None
     listing: Annotated[
         Path | None,
         typer.Option(
@@ -90,10 +99,14 @@ class QuestionOptions:
             UsageError: A listing is given without a folder, or there is nothing to ask.
             InputError: There is no such folder or listing.
         """
+        if self.prompts is not None:
+            if self.prompt:
+                raise UsageError("--prompt and --prompts say the same: give one of them.")
+            self._asked()
         if self.images in (None, SCENES, EXAMPLE, NO_IMAGES):
             if self.listing is not None:
                 raise UsageError("--listing names images of a folder: give that as --images DIR.")
-            if self.images == NO_IMAGES and not self.prompt:
+            if self.images == NO_IMAGES and not self.prompt and self.prompts is None:
                 raise UsageError("--images none needs a --prompt.")
             return
         if self.listing is not None and not self.listing.is_file():
@@ -126,15 +139,25 @@ class QuestionOptions:
         from fastvlm.data.questions import Question
 
         if images == NO_IMAGES:
-            return [Question(prompt, None) for prompt in (self.prompt or TEXT_PROMPTS)[:limit]]
+            return [Question(one.text, None, one.kind) for one in self._asked(*TEXT_PROMPTS)][
+                :limit
+            ]
         if images == SCENES:
-            asked = self.prompt or [example().SCENE_PROMPT]
+            asked = self._asked(example().SCENE_PROMPT)
             first = example().HELD_OUT_SCENES
             scenes = range(first, first + limit)
-            return [Question(prompt, scene) for scene in scenes for prompt in asked]
+            return [Question(one.text, scene, one.kind) for scene in scenes for one in asked]
         found = self._files(limit, example().IMAGES if images == EXAMPLE else Path(images))
-        asked = self.prompt or [description_prompt(model)]
-        return [Question(prompt, str(path)) for path in found for prompt in asked]
+        asked = self._asked(description_prompt(model))
+        return [Question(one.text, str(path), one.kind) for path in found for one in asked]
+
+    def _asked(self, *usual: str) -> list[Prompt]:
+        """Return the prompts, or the usual ones where none is given."""
+        from fastvlm.data.questions import Prompt, read_prompts
+
+        if self.prompts is not None:
+            return read_prompts(self.prompts)
+        return [Prompt(text) for text in self.prompt or usual]
 
     def _files(self, limit: int, folder: Path | None = None) -> list[Path]:
         from fastvlm.data.questions import images_in

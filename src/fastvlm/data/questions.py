@@ -11,16 +11,24 @@ from PIL import Image
 from fastvlm.data.conversations import Conversation, Records
 from fastvlm.example import example
 from fastvlm.functional.errors import InputError
+from fastvlm.functional.text_files import parse_json, read_text
 
 IMAGE_SUFFIXES = frozenset({".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff"})
 
 
 @dataclass(frozen=True, slots=True)
 class Question:
-    """A prompt about a scene (its seed), about a photo (its path), or about no image."""
+    """A prompt about a scene (its seed), about a photo (its path), or about no image.
+
+    Args:
+        prompt: The prompt.
+        image: The image.
+        kind: What kind of question it is, for results of each kind apart.
+    """
 
     prompt: str
     image: int | str | None
+    kind: str = ""
 
     def open(self, size: int) -> Image.Image | Path:
         """Return the image: a scene rendered with a side of `size` pixels, or the photo's path.
@@ -61,6 +69,43 @@ def scene_conversations(seeds: Sequence[int], size: int) -> Records:
         )
 
     return Records(seeds, convert, lambda _, seed: f"scene {seed}")
+
+
+@dataclass(frozen=True, slots=True)
+class Prompt:
+    """A prompt to ask.
+
+    Args:
+        text: The prompt, as it is.
+        kind: What kind of prompt it is.
+    """
+
+    text: str
+    kind: str = ""
+
+
+def read_prompts(file: Path) -> list[Prompt]:
+    """Read prompts, one a line: a JSON object with `prompt` and perhaps `kind`.
+
+    Raises:
+        InputError: The file can't be read, a line is none, or there is no line.
+    """
+    found = []
+    for number, line in enumerate(read_text(file).splitlines(), 1):
+        if not line.strip():
+            continue
+        try:
+            row = parse_json(line)
+        except ValueError:
+            row = None
+        match row:
+            case {"prompt": str(text), **rest} if text.strip():
+                found.append(Prompt(text, str(rest.get("kind", ""))))
+            case _:
+                raise InputError(f"Line {number} of {file} is no JSON object with a prompt.")
+    if not found:
+        raise InputError(f"There is no prompt in {file}.")
+    return found
 
 
 def images_in(folder: Path, limit: int | None = None) -> list[Path]:

@@ -20,7 +20,7 @@ from fastvlm.data.questions import Question
 from fastvlm.decoding import Autoregressive, Engine, Request, SamplingParams, Strategy
 from fastvlm.decoding.options import SAMPLING_OPTION_NAMES
 from fastvlm.drafting.fingerprint import weights_hash
-from fastvlm.evaluation.measuring import no_progress, refuse, run_requests
+from fastvlm.evaluation.measuring import DEFAULT_SAMPLING_PARAMS, no_progress, refuse, run_requests
 from fastvlm.evaluation.reference import (
     MAX_TIE_GAPS,
     ExactModel,
@@ -32,9 +32,6 @@ from fastvlm.functional.digests import digest, digest_of_weights
 from fastvlm.functional.errors import InputError
 from fastvlm.functional.files import locked
 from fastvlm.vlm import VisionLanguageModel
-
-DEFAULT_SAMPLING_PARAMS = SamplingParams(max_new_tokens=160)
-"""How replies are decoded by default."""
 
 
 @dataclass(frozen=True, slots=True)

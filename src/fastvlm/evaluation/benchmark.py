@@ -4,17 +4,27 @@ from __future__ import annotations
 
 import statistics
 import time
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from enum import Enum
 from functools import partial
-from typing import Any
+from typing import Any, cast
 
 import torch
 from transformers.generation.streamers import BaseStreamer
 
 from fastvlm.data.questions import Question
-from fastvlm.decoding import Strategy
-from fastvlm.evaluation.measuring import no_progress, refuse, rotated, run_request, speedup
+from fastvlm.decoding import SamplingParams, Strategy
+from fastvlm.decoding.options import SAMPLING_OPTION_NAMES
+from fastvlm.evaluation.measuring import (
+    DEFAULT_SAMPLING_PARAMS,
+    no_progress,
+    refuse,
+    rotated,
+    run_request,
+    speedup,
+)
 from fastvlm.evaluation.reference import (
     MAX_TIE_GAPS,
     ExactModel,
@@ -43,6 +53,14 @@ class MeasuredReply:
     statistics: DecodingStatistics
 
 
+class Verdict(Enum):
+    """How a reply compares with the reference's to the same question."""
+
+    IDENTICAL = "identical"
+    TIE = "tie"
+    DIFFERENT = "different"
+
+
 @dataclass(frozen=True, slots=True)
 class StrategyResult:
     """One strategy's result over all questions.
@@ -51,8 +69,8 @@ class StrategyResult:
         strategy: The strategy's name.
         replies: The number of questions measured.
         tokens: Median number of tokens in a reply.
-        identical: Whether every reply has the same tokens as `transformers`' own `generate`, but
-            for the `ties`.
+        identical: Whether every reply has the same tokens as `transformers`' own `generate`, or,
+            when sampling, as ordinary decoding of the same seed, but for the `ties`.
         different: The number of replies that differ, ties included.
         ties: The number of replies whose first difference is where the gap between the two best
             logits is below `MAX_TIE_GAPS`.
@@ -131,7 +149,7 @@ def run_transformers(
 
 
 def run_strategy(
-    vlm: VisionLanguageModel, strategy: Strategy, question: Question, max_new_tokens: int
+    vlm: VisionLanguageModel, strategy: Strategy, question: Question, params: SamplingParams
 ) -> MeasuredReply:
     """Return a strategy's reply to a question.
 
@@ -139,14 +157,31 @@ def run_strategy(
         vlm: The model.
         strategy: The strategy.
         question: The question.
-        max_new_tokens: The maximum number of tokens in the reply.
+        params: How tokens are chosen.
 
     Raises:
         InputError: The image can't be read, or the prompt doesn't fit into the model's context.
     """
-    messages = dialogue_of(vlm, question)
-    request = run_request(vlm, strategy, messages, max_new_tokens=max_new_tokens)
+    request = run_request(vlm, strategy, dialogue_of(vlm, question), **options_of(params))
     return MeasuredReply(tuple(request.output_token_ids), request.statistics)
+
+
+def options_of(params: SamplingParams) -> dict[str, Any]:
+    """Return the options of a request, see `VisionLanguageModel.request`."""
+    return {name: getattr(params, name) for name in SAMPLING_OPTION_NAMES}
+
+
+@dataclass(frozen=True, slots=True)
+class Measured:
+    """What a benchmark found.
+
+    Args:
+        results: Each contender's result over all questions.
+        kinds: The same over the questions of each kind, where they have kinds.
+    """
+
+    results: list[StrategyResult]
+    kinds: dict[str, list[StrategyResult]]
 
 
 def measure(
@@ -154,21 +189,22 @@ def measure(
     strategies: Mapping[str, Strategy],
     questions: Sequence[Question],
     *,
-    max_new_tokens: int = 160,
+    params: SamplingParams = DEFAULT_SAMPLING_PARAMS,
     progress: Callable[[int, int], None] = no_progress,
     failed: Callable[[Question, InputError], None] = refuse,
-) -> list[StrategyResult]:
+) -> Measured:
     """Measure strategies, and `transformers`' `generate`, on the same questions.
 
     Every contender answers a question before the next question begins, in an order that rotates, so
     that changes of the machine's speed affect all contenders alike. The first question is answered
-    once beforehand without being measured.
+    once beforehand without being measured. `generate` has no part in sampled replies, as its draws
+    are others.
 
     Args:
         vlm: The model.
         strategies: The strategies by name, with `autoregressive`, the baseline of speedup.
         questions: At least one question.
-        max_new_tokens: The maximum number of tokens in a reply.
+        params: How tokens are chosen; question i has the seed + i.
         progress: Called with the questions done and their total.
         failed: Called with a question that can't be asked and the reason; unless it raises, the
             question is left out for every contender.
@@ -176,73 +212,124 @@ def measure(
     Raises:
         InputError: Raised by `failed`, or no question could be asked.
     """
-    contenders: dict[str, Callable[[Question], MeasuredReply]] = {
-        TRANSFORMERS: lambda question: run_transformers(vlm, question, max_new_tokens)
-    }
+    if params.max_new_tokens is None:
+        params = replace(params, max_new_tokens=DEFAULT_SAMPLING_PARAMS.max_new_tokens)
+    if params.temperature and params.seed is None:
+        params = replace(params, seed=0)
+    limit = cast(int, params.max_new_tokens)
+    contenders: dict[str, Callable[[Question, SamplingParams], MeasuredReply]] = {}
+    if not params.temperature:
+        contenders[TRANSFORMERS] = lambda question, _: run_transformers(vlm, question, limit)
     for name, strategy in strategies.items():
-        contenders[name] = partial(run_strategy, vlm, strategy, max_new_tokens=max_new_tokens)
+        contenders[name] = partial(run_strategy, vlm, strategy)
     names = list(contenders)
     runs: dict[str, list[MeasuredReply]] = {name: [] for name in names}
-    asked: list[Question] = []
+    asked: dict[int, Question] = {}
     for number, question in enumerate(questions):
+        drawn = params.for_row(number)
         try:
             if not asked:
                 for contender in contenders.values():
-                    contender(question)
-            replies = {name: contenders[name](question) for name in rotated(names, number)}
+                    contender(question, drawn)
+            replies = {name: contenders[name](question, drawn) for name in rotated(names, number)}
         except InputError as error:
             failed(question, error)
         else:
-            asked.append(question)
+            asked[number] = question
             for name, reply in replies.items():
                 runs[name].append(reply)
         progress(number + 1, len(questions))
     if not asked:
         raise InputError("None of the questions could be asked.")
+    reference = AUTOREGRESSIVE if params.temperature else TRANSFORMERS
+    # Dividing logits by a small temperature enlarges their rounding, too.
+    tie = MAX_TIE_GAPS[vlm.decoder.dtype] / min(params.temperature or 1.0, 1.0)
     with ExactModel(vlm) as exact:
-        return [summarise(exact, name, runs, asked) for name in names]
+        verdicts = {
+            name: [
+                verdict(exact, question, params.for_row(number), pair, tie)
+                for (number, question), *pair in zip(
+                    asked.items(), replies, runs[reference], strict=True
+                )
+            ]
+            for name, replies in runs.items()
+        }
+    return Measured(
+        [summarise(name, runs, verdicts[name], range(len(asked))) for name in names],
+        {
+            kind: [summarise(name, runs, verdicts[name], places) for name in names]
+            for kind, places in places_by_kind(list(asked.values())).items()
+        },
+    )
+
+
+def places_by_kind(questions: Sequence[Question]) -> dict[str, list[int]]:
+    """Return the places of the questions of each kind, without those that have none."""
+    found: dict[str, list[int]] = {}
+    for place, question in enumerate(questions):
+        if question.kind:
+            found.setdefault(question.kind, []).append(place)
+    return found
+
+
+def verdict(
+    exact: ExactModel,
+    question: Question,
+    params: SamplingParams,
+    replies: Sequence[MeasuredReply],
+    tie: float,
+) -> Verdict:
+    """Return how a reply compares with the reference's.
+
+    Args:
+        exact: The model in float64, to tell ties from other differences.
+        question: The question.
+        params: How tokens were chosen.
+        replies: The reply and the reference's.
+        tie: The gap between the two best logits below which a difference is a tie.
+    """
+    own, expected = (reply.token_ids for reply in replies)
+    if own == expected:
+        return Verdict.IDENTICAL
+    asked = dialogue_of(exact.vlm, question)
+    gap = best_gap(exact, asked, own, expected, **options_of(params))[1]
+    return Verdict.TIE if gap < tie else Verdict.DIFFERENT
 
 
 def summarise(
-    exact: ExactModel,
     name: str,
     runs: Mapping[str, Sequence[MeasuredReply]],
-    questions: Sequence[Question],
+    verdicts: Sequence[Verdict],
+    places: Sequence[int],
 ) -> StrategyResult:
     """Return one contender's result.
 
     Args:
-        exact: The model in float64, to tell ties from other differences.
         name: The contender's name.
         runs: All contenders' replies to the questions, by the contenders' names.
-        questions: The questions.
+        verdicts: How the contender's own replies compare with the reference's.
+        places: The numbers of the questions that count.
     """
-    own, reference = runs[name], runs[TRANSFORMERS]
-    mine = [run.statistics for run in own]
-    ordinary = [run.statistics for run in runs[AUTOREGRESSIVE]]
-    differing = [
-        (question, run.token_ids, expected.token_ids)
-        for question, run, expected in zip(questions, own, reference, strict=True)
-        if run.token_ids != expected.token_ids
-    ]
-    vlm = exact.vlm
-    tie = MAX_TIE_GAPS[vlm.decoder.dtype]
-    ties = sum(
-        best_gap(exact, dialogue_of(vlm, question), one, other)[1] < tie
-        for question, one, other in differing
-    )
+
+    def statistics_of(contender: str) -> list[DecodingStatistics]:
+        return [runs[contender][place].statistics for place in places]
+
+    mine, ordinary = statistics_of(name), statistics_of(AUTOREGRESSIVE)
+    found = Counter(verdicts[place] for place in places)
     worth = Acceptance.over(mine)
     tpot = [one.tpot_ms for one in mine if one.tpot_ms is not None]
     return StrategyResult(
         strategy=name,
-        replies=len(own),
+        replies=len(mine),
         tokens=statistics.median(one.tokens for one in mine),
-        identical=len(differing) == ties,
-        different=len(differing),
-        ties=ties,
+        identical=not found[Verdict.DIFFERENT],
+        different=found[Verdict.DIFFERENT] + found[Verdict.TIE],
+        ties=found[Verdict.TIE],
         speedup=speedup(ordinary, mine),
         speedup_end_to_end=speedup(ordinary, mine, whole=True),
-        speedup_vs_transformers=speedup([run.statistics for run in reference], mine),
+        speedup_vs_transformers=speedup(statistics_of(TRANSFORMERS), mine)
+        if TRANSFORMERS in runs
+        else None,
         acceptance_length=worth.length,
         acceptance_rate=worth.rate,
         draft_length=worth.draft_length,

@@ -12,12 +12,15 @@ import torch
 import transformers
 
 from fastvlm.data.questions import Question
-from fastvlm.decoding import Engine, Request, Strategy
+from fastvlm.decoding import Engine, Request, SamplingParams, Strategy
 from fastvlm.functional.errors import InputError
 from fastvlm.functional.messages import Message
 from fastvlm.functional.statistics import DecodingStatistics, Spread
 from fastvlm.vision.loading import ImageInput
 from fastvlm.vlm import VisionLanguageModel
+
+DEFAULT_SAMPLING_PARAMS = SamplingParams(max_new_tokens=160)
+"""How replies are decoded by default."""
 
 
 def no_progress(done: int, total: int) -> None:
