@@ -1,4 +1,4 @@
-"""Calls are read out of a reply the same however its text is split, and nothing leaks before."""
+"""Calls are read out of a reply the same however its text is split; nothing is taken back."""
 
 from __future__ import annotations
 
@@ -8,9 +8,17 @@ from typing import Any
 
 import pytest
 
-from fastvlm.serving.tool_readers import Call, CallReader, LeadingReader, Part, TaggedReader
+from fastvlm.serving.tool_readers import (
+    Call,
+    CallReader,
+    LeadingReader,
+    MoreArguments,
+    Part,
+    TaggedReader,
+)
 
 NAMES = {"weather", "find-it"}
+Case = tuple[Callable[[], CallReader], str, list[Part]]
 
 
 def tagged() -> CallReader:
@@ -40,11 +48,16 @@ def call(name: str = "weather", **arguments: Any) -> Call:
     return Call(name, json.dumps(arguments, ensure_ascii=False))
 
 
+def written(arguments: str) -> Case:
+    """Return the case of a tagged call with arguments as they are written."""
+    text = f'<tool_call>\n{{"name": "weather", "arguments": {arguments}}}\n</tool_call>'
+    return tagged, text, [Call("weather", arguments)]
+
+
 CALL, FIND = body(city="Köln"), body("find-it")
 LLAMA = body(key="parameters", city="Köln")
 BROKEN = '{"name": "weather", "arguments": {"city": "Kö'
 
-Case = tuple[Callable[[], CallReader], str, list[Part]]
 CASES: dict[str, Case] = {
     "a text": (tagged, "It is <b>warm</b> <tool.", ["It is <b>warm</b> <tool."]),
     "nothing": (tagged, "", []),
@@ -68,12 +81,46 @@ CASES: dict[str, Case] = {
         [call(city='</tool_call> "\\" <tool_call>')],
     ),
     "other keys": (tagged, tag('{"id": 1, ' + CALL[1:]), [call(city="Köln")]),
-    "escaped": (tagged, tag(json.dumps(json.loads(CALL))), [call(city="Köln")]),
-    "cut off": (tagged, f"a\n<tool_call>\n{BROKEN}", [f"a\n<tool_call>\n{BROKEN}"]),
+    "the arguments first": (
+        tagged,
+        tag('{"arguments": {"city": "Köln"}, "name": "weather"}'),
+        [call(city="Köln")],
+    ),
+    "keys behind": (
+        tagged,
+        tag(CALL[:-1] + ', "id": "</tool_call>"}') + " a",
+        [call(city="Köln"), " a"],
+    ),
+    "keys behind, cut off": (
+        tagged,
+        f'<tool_call>{CALL[:-1]}, "id": 1',
+        [call(city="Köln"), ', "id": 1'],
+    ),
+    "cut off": (tagged, f"a\n<tool_call>\n{BROKEN}", ["a", Call("weather", '{"city": "Kö')]),
     "cut off behind a call": (
         tagged,
         f"{tag(CALL)}\n<tool_call>\n{BROKEN}",
-        [call(city="Köln"), f"\n<tool_call>\n{BROKEN}"],
+        [call(city="Köln"), Call("weather", '{"city": "Kö')],
+    ),
+    "cut off in the name": (tagged, 'a <tool_call>\n{"name": "we', ['a <tool_call>\n{"name": "we']),
+    "cut off before the arguments": (
+        tagged,
+        'a <tool_call>\n{"name": "weather", "arguments": ',
+        ['a <tool_call>\n{"name": "weather", "arguments": '],
+    ),
+    "cut off behind the arguments": (tagged, f"<tool_call>\n{CALL[:-1]}", [call(city="Köln")]),
+    "cut off in the last tag": (tagged, tag(CALL)[:-3], [call(city="Köln")]),
+    "no closing tag": (tagged, f"<tool_call>{CALL} Done.", [call(city="Köln"), " Done."]),
+    "braces": written('{"a": {"b": {}}, "c": "}", "d": [{}]}'),
+    "escapes": written('{"a": "\\\\", "b": "\\"}", "c": "\\u00f6\\ud800"}'),
+    "spaces": written('{ "a" :1\n}'),
+    "no number": written('{"n": NaN}'),
+    "too large a number": written('{"n": 1e999}'),
+    "no key": written("{Köln}"),
+    "an open string": (
+        tagged,
+        f'{tag(CALL[:-3] + "}")} a',
+        [Call("weather", '{"city": "Köln}\n</tool_call> a')],
     ),
     "a tag at the end": (tagged, "a <tool_call>", ["a <tool_call>"]),
     "part of a tag at the end": (tagged, f"{tag(CALL)} <tool_", [call(city="Köln"), " <tool_"]),
@@ -86,10 +133,11 @@ CASES: dict[str, Case] = {
     ),
     "broken": (
         tagged,
-        f"a {tag(CALL[:-1])} {tag(CALL)}",
-        [f"a {tag(CALL[:-1])}", call(city="Köln")],
+        f"a {tag(CALL[:-2])} {tag(CALL)}",
+        ["a", Call("weather", '{"city": "Köln"\n'), call(city="Köln")],
     ),
-    "more than an object": (tagged, tag(CALL + "}"), [tag(CALL + "}")]),
+    "one brace too few": (tagged, tag(CALL[:-1]), [call(city="Köln")]),
+    "more than an object": (tagged, tag(CALL + "}"), [call(city="Köln"), "}\n</tool_call>"]),
     "unknown": (tagged, tag(body("launch")), [tag(body("launch"))]),
     "no arguments": (tagged, tag('{"name": "weather"}'), [tag('{"name": "weather"}')]),
     "arguments as a text": (
@@ -99,20 +147,15 @@ CASES: dict[str, Case] = {
     ),
     "a name that is none": (tagged, tag('{"name": ["weather"], "arguments": {}}'),
                             [tag('{"name": ["weather"], "arguments": {}}')]),
-    "no number": (
+    "half a character behind": (
         tagged,
-        tag('{"name": "weather", "arguments": {"n": NaN}}'),
-        [tag('{"name": "weather", "arguments": {"n": NaN}}')],
+        tag('{"arguments": {"n": "\\ud800"}, "name": "weather"}'),
+        [tag('{"arguments": {"n": "\\ud800"}, "name": "weather"}')],
     ),
-    "too large a number": (
+    "no number behind": (
         tagged,
-        tag('{"name": "weather", "arguments": {"n": 1e999}}'),
-        [tag('{"name": "weather", "arguments": {"n": 1e999}}')],
-    ),
-    "half a character": (
-        tagged,
-        tag('{"name": "weather", "arguments": {"n": "\\ud800"}}'),
-        [tag('{"name": "weather", "arguments": {"n": "\\ud800"}}')],
+        tag('{"arguments": {"n": NaN}, "name": "weather"}'),
+        [tag('{"arguments": {"n": NaN}, "name": "weather"}')],
     ),
     "Llama's": (objects, LLAMA, [call(city="Köln")]),
     "Llama's, several": (
@@ -140,14 +183,23 @@ CASES: dict[str, Case] = {
 
 
 def merged(parts: Iterable[Part]) -> list[Part]:
-    """Return parts with all content between two calls in one."""
+    """Return parts with all content between two calls in one, and each call whole."""
     found: list[Part] = []
     for part in parts:
-        if isinstance(part, str) and found and isinstance(found[-1], str):
-            found[-1] += part
+        last = found[-1] if found else None
+        if isinstance(part, str) and isinstance(last, str):
+            found[-1] = last + part
+        elif isinstance(part, MoreArguments):
+            assert isinstance(last, Call)
+            found[-1] = Call(last.name, last.arguments + part.text)
         else:
             found.append(part)
     return found
+
+
+def shown(part: Part) -> tuple[str | None, str]:
+    """Return the function that a part calls, None for content, and its text."""
+    return (part.name, part.arguments) if isinstance(part, Call) else (None, str(part))
 
 
 def read(make: Callable[[], CallReader], pieces: Iterable[str]) -> list[Part]:
@@ -175,14 +227,11 @@ def test_nothing_is_taken_back(case: str) -> None:
     for end in range(len(text)):
         reader = make()
         early = merged(reader.feed(text[:end]))
-        if early and isinstance(early[-1], str):
-            *before, last = early
-            assert before == expected[: len(before)]
-            whole = expected[len(before)]
-            assert isinstance(whole, str)
+        assert early[:-1] == expected[: len(early[:-1])]
+        if early:
+            (kind, last), (known, whole) = map(shown, (early[-1], expected[len(early) - 1]))
+            assert kind == known
             assert whole.startswith(last)
-        else:
-            assert early == expected[: len(early)]
 
 
 def test_content_is_not_held_back_for_long() -> None:
@@ -195,16 +244,29 @@ def test_content_is_not_held_back_for_long() -> None:
     assert listed().feed("Hello") == ["Hello"]
 
 
-def test_a_call_comes_with_its_last_character() -> None:
-    for make, text in ((tagged, tag(CALL)), (objects, LLAMA), (listed, f"[{CALL}]")):
+def test_a_tagged_call_comes_as_it_is_written() -> None:
+    reader = tagged()
+    assert reader.feed('a\n<tool_call>\n{"name": "weather", "arguments": ') == ["a"]
+    assert reader.feed('{"ci') == [Call("weather", '{"ci')]
+    assert reader.feed('ty": "</tool') == [MoreArguments('ty": "</tool')]
+    assert reader.feed('"}') == [MoreArguments('"}')]
+    assert reader.feed("}\n</tool_call>") == []
+    assert reader.feed(tag(FIND)) == [call("find-it")]
+
+
+def test_other_calls_come_with_their_last_character() -> None:
+    first = '<tool_call>{"arguments": {"city": "Köln"}, "name": "weather"}</tool_call>'
+    for make, text in ((tagged, first), (objects, LLAMA), (listed, f"[{CALL}]")):
         reader = make()
         assert reader.feed(text[:-1]) == []
         assert reader.feed(text[-1:]) == [call(city="Köln")]
 
 
-def test_deep_values_are_content() -> None:
-    deep = '{"name": "weather", "arguments": ' + '{"a": ' * 100_000
-    for make in (tagged, objects, listed):
-        text = ("<tool_call>" if make is tagged else "[" * (make is listed)) + deep
-        text += "</tool_call>" * (make is tagged)
+def test_deep_values() -> None:
+    deep = '{"a": ' * 100_000
+    assert read(tagged, [f'<tool_call>{{"name": "weather", "arguments": {deep}</tool_call>']) == [
+        Call("weather", deep)
+    ]
+    for make in (objects, listed):
+        text = "[" * (make is listed) + '{"name": "weather", "arguments": ' + deep
         assert read(make, [text]) == [text]

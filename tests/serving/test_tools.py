@@ -39,7 +39,8 @@ def streamed(client: openai.OpenAI, **options: Any) -> tuple[str, dict[int, dict
     """Return a stream's content, its calls by their numbers, and why it ended."""
     words = {"model": NAME, "messages": QUESTION, "tools": TOOLS, "temperature": 0, **options}
     content, calls, reason = "", {}, None
-    for chunk in client.chat.completions.create(max_tokens=300, stream=True, **words):
+    words.setdefault("max_completion_tokens", 300)
+    for chunk in client.chat.completions.create(stream=True, **words):
         [choice] = chunk.choices
         content += choice.delta.content or ""
         reason = choice.finish_reason or reason
@@ -157,12 +158,19 @@ def test_several_choices_call_by_themselves(
     assert {len(calls) for calls in expected} == {1, 2}
     found = client.chat.completions.create(**words)
     assert [checked(one.message.tool_calls) for one in found.choices] == expected
-    streams: list[dict[int, Any]] = [{}, {}, {}]
+    streams: list[dict[int, tuple[str, str]]] = [{}, {}, {}]
     for chunk in client.chat.completions.create(**words, stream=True):
         [choice] = chunk.choices
         for one in choice.delta.tool_calls or ():
-            streams[choice.index][one.index] = one
-    assert [checked(calls.values()) for calls in streams] == expected
+            name, arguments = streams[choice.index].get(one.index, ("", ""))
+            called = one.function
+            streams[choice.index][one.index] = (
+                name + (called.name or ""),
+                arguments + called.arguments,
+            )
+    assert [
+        [(name, json.loads(arguments)) for name, arguments in calls.values()] for calls in streams
+    ] == expected
 
 
 @pytest.mark.parametrize(
@@ -172,7 +180,7 @@ def test_several_choices_call_by_themselves(
         (f"{CALL}\n{CALL}", "", 2),
         ("No call <tool_", "No call <tool_", 0),
         (CALL.replace("weather", "launch"), CALL.replace("weather", "launch"), 0),
-        (CALL[:-20], CALL[:-20], 0),
+        (CALL[:40], CALL[:40], 0),
         (f"a <tool_call>\n{{}}\n</tool_call> {CALL}", "a <tool_call>\n{}\n</tool_call>", 1),
     ],
 )
@@ -206,16 +214,53 @@ def test_a_stream_tells_of_every_token_beside_calls(
     assert [one.token for one in streamed_tokens] == [one.token for one in tokens]
 
 
-def test_a_reply_cut_off_behind_a_call(client: openai.OpenAI, vlm: VisionLanguageModel) -> None:
+def test_a_reply_cut_off_in_a_call(client: openai.OpenAI, vlm: VisionLanguageModel) -> None:
     text = f"{CALL}\n{CALL}"
-    count = len(vlm.tokenizer.encode(text)) - 3
+    count = len(vlm.tokenizer.encode(text[: text.rindex("ln")]))
+    words: dict[str, Any] = {"model": NAME, "messages": QUESTION, "tools": TOOLS}
     with saying(vlm, text):
-        found = client.chat.completions.create(
-            model=NAME, messages=QUESTION, tools=TOOLS, temperature=0, max_tokens=count
-        ).choices[0]
-    assert found.finish_reason == "length"
-    assert len(found.message.tool_calls) == 1
-    assert found.message.content.startswith("\n<tool_call>")
+        found = client.chat.completions.create(**words, max_tokens=count).choices[0]
+        _, calls, reason = streamed(client, max_completion_tokens=count)
+    assert found.finish_reason == reason == "length"
+    assert found.message.content is None
+    first, second = (one.function.arguments for one in found.message.tool_calls)
+    assert json.loads(first) == ARGUMENTS
+    assert second == '{"place": "Kö'
+    assert [one["arguments"] for one in calls.values()] == [first, second]
+
+
+@pytest.mark.parametrize("choice", ["auto", "required"])
+def test_arguments_stream_as_they_come(
+    client: openai.OpenAI, vlm: VisionLanguageModel, choice: str
+) -> None:
+    with saying(vlm, f"{CALL}\n{CALL}"):
+        chunks = client.chat.completions.create(
+            model=NAME, messages=QUESTION, tools=TOOLS, temperature=0, max_tokens=300,
+            stream=True, tool_choice=choice, extra_body={"return_drafted": True},
+        )  # fmt: skip
+        deltas = [one for chunk in chunks for one in chunk.choices[0].delta.tool_calls or ()]
+    for number in range(2):
+        first, *more = [one for one in deltas if one.index == number]
+        assert (first.function.name, first.type) == ("weather", "function")
+        assert all(one.id is one.type is one.function.name is None for one in more)
+        pieces = [one.function.arguments for one in (first, *more)]
+        assert len([piece for piece in pieces if piece]) > 5
+        assert "".join(pieces) == json.dumps(ARGUMENTS, ensure_ascii=False)
+
+
+def test_the_clients_own_stream_reads_calls(
+    client: openai.OpenAI, vlm: VisionLanguageModel
+) -> None:
+    with (
+        saying(vlm, f"I look.\n{CALL}"),
+        client.chat.completions.stream(
+            model=NAME, messages=QUESTION, tools=TOOLS, temperature=0, max_tokens=300
+        ) as stream,
+    ):
+        found = stream.get_final_completion().choices[0]
+    assert (found.finish_reason, found.message.content) == ("tool_calls", "I look.")
+    [call] = found.message.tool_calls
+    assert (call.function.name, json.loads(call.function.arguments)) == ("weather", ARGUMENTS)
 
 
 @pytest.mark.parametrize("strategy", STRATEGIES)

@@ -17,7 +17,13 @@ from fastvlm.decoding.json_schema import for_library, has_finite_reply
 from fastvlm.functional.errors import InputError
 from fastvlm.functional.messages import Dialogue, Message
 from fastvlm.prompts import PromptBuilder
-from fastvlm.serving.tool_readers import Call, CallReader, LeadingReader, TaggedReader
+from fastvlm.serving.tool_readers import (
+    Call,
+    CallReader,
+    LeadingReader,
+    TaggedReader,
+    decoded,
+)
 
 Functions = Mapping[str, Mapping[str, Any]]
 """Functions by their names, each with the JSON schema of its arguments."""
@@ -221,7 +227,9 @@ def tool_format(prompts: PromptBuilder, tokenizer: PreTrainedTokenizerBase) -> T
     shown = tokens.decode(reply, skip_special_tokens=True)
     for one in FORMATS:
         reader = one.reader({PROBE.name})
-        if PROBE in [*reader.feed(shown), *reader.end()]:
+        calls = [part for part in reader.feed(shown) if isinstance(part, Call)]
+        known = any(decoded(call.arguments)[0] == called["arguments"] for call in calls)
+        if known and not reader.broken:
             special = {
                 known.content for known in tokens.added_tokens_decoder.values() if known.special
             }

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -15,7 +16,7 @@ from fastvlm.functional.messages import Dialogue, Message
 from fastvlm.serving.errors import ApiError
 from fastvlm.serving.protocol import ChatMessage, ChatRequest, Function, NamedTool
 from fastvlm.serving.tool_formats import ToolFormat, tool_format
-from fastvlm.serving.tool_readers import CallReader, Part, PlainReader
+from fastvlm.serving.tool_readers import Call, CallReader, Part, PlainReader
 from fastvlm.vlm import VisionLanguageModel
 
 
@@ -102,7 +103,7 @@ class ReplyMessage:
         self.calls: list[dict[str, Any]] = []
 
     def feed(self, text: str) -> dict[str, Any]:
-        """Return the delta that new text makes, as OpenAI has it; a call comes whole."""
+        """Return the delta that new text makes, as OpenAI has it."""
         return self._delta(self.reader.feed(text))
 
     def end(self) -> dict[str, Any]:
@@ -115,9 +116,8 @@ class ReplyMessage:
         self.end()
         if not self.calls:
             return ChatCompletionMessage(role="assistant", content=self.content)
-        calls = [{key: call[key] for key in call if key != "index"} for call in self.calls]
         return ChatCompletionMessage.model_validate(
-            {"role": "assistant", "content": self.content or None, "tool_calls": calls}
+            {"role": "assistant", "content": self.content or None, "tool_calls": self.calls}
         )
 
     def finish_reason(self, reason: Any) -> Any:
@@ -126,18 +126,23 @@ class ReplyMessage:
 
     def _delta(self, parts: Sequence[Part]) -> dict[str, Any]:
         content = ""
-        calls: list[dict[str, Any]] = []
+        changed: list[dict[str, Any]] = []
         for part in parts:
             if isinstance(part, str):
                 content += part
-                continue
-            assert self.form is not None  # a plain reader reads no calls
-            function = {"name": part.name, "arguments": part.arguments}
-            call = {"id": self.form.call_id(), "type": "function", "function": function}
-            calls.append({"index": len(self.calls) + len(calls), **call})
+            elif isinstance(part, Call):
+                assert self.form is not None  # a plain reader reads no calls
+                function = {"name": part.name, "arguments": part.arguments}
+                call = {"id": self.form.call_id(), "type": "function", "function": function}
+                changed.append({"index": len(self.calls), **copy.deepcopy(call)})
+                self.calls.append(call)
+            else:
+                self.calls[-1]["function"]["arguments"] += part.text
+                more = {"arguments": part.text}
+                changed.append({"index": len(self.calls) - 1, "function": more})
         self.content += content
-        self.calls += calls
-        return ({"content": content} if content else {}) | ({"tool_calls": calls} if calls else {})
+        found: dict[str, Any] = {"content": content} if content else {}
+        return found | ({"tool_calls": changed} if changed else {})
 
 
 def check_tools(asked: ChatRequest, functions: Sequence[Function]) -> None:
