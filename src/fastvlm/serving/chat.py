@@ -66,14 +66,13 @@ class ChatReplies(ChoiceReplies[ChatRequest]):
     async def prompts(self) -> Sequence[Prompt]:
         """Return the dialogue, with its tools. See `Replies.prompts`."""
         messages = await asyncio.to_thread(messages_of, self.asked.messages, self.settings)
-        self.tools = await asyncio.to_thread(ToolUse.of, self.asked, self.vlm)
-        self.messages = [self.tools.message() for _ in range(self.per_prompt)]
+        self.tools = await asyncio.to_thread(ToolUse.of, self.asked.asked_tools(), self.vlm)
+        self.messages = [ReplyMessage(self.tools) for _ in range(self.per_prompt)]
         return [self.tools.shown(messages)]
 
     def options(self, row: int) -> dict[str, Any]:
         """Return the options of a reply, those of required calls too. See `Replies.options`."""
-        required = self.tools.structured
-        return super().options(row) | ({} if required is None else {"structured": required})
+        return super().options(row) | self.tools.options
 
     def finish_reason(self, index: int) -> Any:
         """Return why a choice has ended: its calls, if it has any."""

@@ -5,30 +5,21 @@ from __future__ import annotations
 from abc import abstractmethod
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import Field
 
 from fastvlm.decoding.structured import Kind, StructuredOutput
+from fastvlm.serving.bodies import Body, Strict
 from fastvlm.serving.errors import ApiError
+from fastvlm.serving.tool_protocol import (
+    AskedTools,
+    FunctionTool,
+    NamedTool,
+    ToolCall,
+    ToolChoice,
+)
 
 GUIDED_KINDS: tuple[Kind, ...] = ("json", "regex", "choice", "grammar")
 """Forms that vLLM's clients ask for by `guided_...`."""
-
-
-class Strict(BaseModel):
-    """A part of a request, without fields that it doesn't have."""
-
-    model_config = ConfigDict(extra="forbid")
-
-
-class Body(Strict):
-    """The body of a request, in which null stands for a field that isn't given."""
-
-    @model_validator(mode="before")
-    @classmethod
-    def _leave_out_nulls(cls, body: Any) -> Any:
-        if not isinstance(body, dict):
-            return body
-        return {name: value for name, value in body.items() if value is not None}
 
 
 class TextPart(Strict):
@@ -57,21 +48,6 @@ TokenId = Annotated[str, Field(pattern=r"^(0|[1-9][0-9]{0,9})$")]
 Part = Annotated[TextPart | ImagePart, Field(discriminator="type")]
 
 
-class CalledFunction(Strict):
-    """What a call calls; the arguments are JSON."""
-
-    name: str
-    arguments: str
-
-
-class ToolCall(Strict):
-    """A call in an earlier turn of the assistant's."""
-
-    id: str
-    type: Literal["function"]
-    function: CalledFunction
-
-
 class ChatMessage(Strict):
     """A turn of a dialogue; what is always None is of replies, as clients send them back."""
 
@@ -84,35 +60,6 @@ class ChatMessage(Strict):
     annotations: None = None
     audio: None = None
     function_call: None = None
-
-
-class Function(Strict):
-    """A function that the model may call, with the JSON schema of its arguments."""
-
-    name: Annotated[str, Field(pattern=r"^[a-zA-Z0-9_-]{1,64}$")]
-    description: str | None = None
-    parameters: dict[str, Any] | None = None
-    strict: bool | None = None
-
-
-class FunctionTool(Strict):
-    """A tool: a function."""
-
-    type: Literal["function"]
-    function: Function
-
-
-class FunctionName(Strict):
-    """The name of a function."""
-
-    name: str
-
-
-class NamedTool(Strict):
-    """The tool that the model must call."""
-
-    type: Literal["function"]
-    function: FunctionName
 
 
 class StreamOptions(Strict):
@@ -308,7 +255,7 @@ class ChatRequest(ChoicesRequest):
     top_logprobs: Annotated[int, Field(ge=0, le=20)] | None = None
     image_size: Annotated[int, Field(ge=64, le=16384)] | None = None
     tools: Annotated[list[FunctionTool], Field(min_length=1, max_length=128)] | None = None
-    tool_choice: Literal["none", "auto", "required"] | NamedTool | None = None
+    tool_choice: ToolChoice | NamedTool | None = None
     parallel_tool_calls: bool | None = None
 
     def check(self) -> None:
@@ -320,6 +267,29 @@ class ChatRequest(ChoicesRequest):
             raise ApiError(
                 "Give max_tokens or max_completion_tokens, not both.", param="max_tokens"
             )
+        if self.tools is None and self.tool_choice not in (None, "none"):
+            raise ApiError("tool_choice needs tools.", param="tool_choice")
+        if self.tools is None and self.parallel_tool_calls is not None:
+            raise ApiError("parallel_tool_calls needs tools.", param="parallel_tool_calls")
+
+    def asked_tools(self) -> AskedTools:
+        """Return what the request says of tools.
+
+        Raises:
+            ApiError: The form that the reply is to have makes no sense.
+            InputError: It makes no sense.
+        """
+        choice = self.tool_choice or "auto"
+        named = choice.function.name if isinstance(choice, NamedTool) else None
+        return AskedTools(
+            functions=[tool.function for tool in self.tools or ()],
+            choice="required" if isinstance(choice, NamedTool) else choice,
+            named=named,
+            several=self.parallel_tool_calls is not False,
+            called=any(turn.tool_calls for turn in self.messages),
+            dialogue="messages",
+            form=self.structured(),
+        )
 
     @property
     def most_tokens(self) -> int | None:

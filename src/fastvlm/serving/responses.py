@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
-import uuid
-from collections.abc import AsyncGenerator, Sequence
+from collections.abc import AsyncGenerator, Mapping, Sequence
 from contextlib import aclosing
 from itertools import count
 from typing import Any
@@ -13,49 +12,84 @@ from typing import Any
 from openai.types.responses import (
     Response,
     ResponseError,
+    ResponseFunctionToolCall,
     ResponseOutputMessage,
     ResponseUsage,
 )
 from openai.types.responses.response import IncompleteDetails
+from pydantic import BaseModel
 
-from fastvlm.decoding.reply import Reply
 from fastvlm.decoding.request import TokenLogprob
-from fastvlm.functional.messages import Prompt
+from fastvlm.functional.messages import Message, Prompt
 from fastvlm.serving.chat import messages_of
 from fastvlm.serving.engine_thread import EngineThread
 from fastvlm.serving.errors import SERVER_ERROR, TIMED_OUT, api_error
 from fastvlm.serving.replies import Replies
+from fastvlm.serving.response_items import ResponseItems
 from fastvlm.serving.responses_protocol import ResponsesRequest
 from fastvlm.serving.settings import ServerSettings
+from fastvlm.serving.tools import ToolUse
+
+OUTPUT_ITEMS: Mapping[str, type[BaseModel]] = {
+    "message": ResponseOutputMessage,
+    "function_call": ResponseFunctionToolCall,
+}
+"""The official types of a response's items."""
+
+
+def with_calls(turns: Sequence[Message]) -> list[Message]:
+    """Return a dialogue as chat templates have it: calls stand in the assistant's turn before."""
+    found: list[Message] = []
+    for turn in turns:
+        calls = turn.get("tool_calls")
+        if calls and found and found[-1]["role"] == "assistant":
+            found[-1] = {**found[-1], "tool_calls": [*found[-1].get("tool_calls", ()), *calls]}
+        else:
+            found.append(turn)
+    return found
 
 
 class ResponseReplies(Replies[ResponsesRequest]):
-    """The reply to a request of the Responses API: one message, of one text."""
+    """The reply to a request of the Responses API: messages, and calls of functions."""
 
     id_prefix = "resp_"
+
+    tools: ToolUse
+    """The tools that the model may call."""
+    items: ResponseItems
+    """What the response is made of, as its text comes."""
 
     def __init__(
         self, asked: ResponsesRequest, name: str, engine: EngineThread, settings: ServerSettings
     ) -> None:
         super().__init__(asked, name, engine, settings)
-        self.item_id = f"msg_{uuid.uuid4().hex}"
-        self.place = {"item_id": self.item_id, "output_index": 0, "content_index": 0}
-        """Where the text stands in the response."""
         self._numbers = count()
 
     async def prompts(self) -> Sequence[Prompt]:
-        """Return the instructions and the dialogue. See `Replies.prompts`."""
+        """Return the instructions and the dialogue, with its tools. See `Replies.prompts`."""
         asked = self.asked
-        messages = await asyncio.to_thread(messages_of, asked.messages(), self.settings, "input")
-        if asked.instructions is None:
-            return [messages]
-        said = [{"type": "text", "text": asked.instructions}]
-        return [[{"role": "system", "content": said}, *messages]]
+        turns = await asyncio.to_thread(messages_of, asked.messages(), self.settings, "input")
+        messages = with_calls(turns)
+        if asked.instructions is not None:
+            said = [{"type": "text", "text": asked.instructions}]
+            messages = [{"role": "system", "content": said}, *messages]
+        self.tools = await asyncio.to_thread(ToolUse.of, asked.asked_tools(), self.vlm)
+        self.items = ResponseItems(self.tools)
+        return [self.tools.shown(messages)]
+
+    def options(self, row: int) -> dict[str, Any]:
+        """Return the options of the reply, those of required calls too. See `Replies.options`."""
+        return super().options(row) | self.tools.options
 
     async def whole(self) -> dict[str, Any]:
         """Return the response, once it is finished. See `Replies.whole`."""
         [reply] = await self.finished()
-        found = self.ended(reply)
+        known: Sequence[TokenLogprob] = reply.logprobs or []
+        for _ in self.items.feed(reply.text, self.logprob_content(known)):
+            pass
+        for _ in self.items.end(self.status):
+            pass
+        found = self.ended()
         if self.asked.return_drafted:
             found["drafted"] = reply.drafted
         return found
@@ -65,28 +99,16 @@ class ResponseReplies(Replies[ResponsesRequest]):
         begun = self.response("in_progress")
         yield self.event("response.created", response=begun)
         yield self.event("response.in_progress", response=begun)
-        item = self.item("in_progress", [])
-        yield self.event("response.output_item.added", output_index=0, item=item)
-        part = self.part("", [])
-        yield self.event("response.content_part.added", **self.place, part=part)
         async with aclosing(self.parts()) as parts:
             async for one in parts:
                 if one.piece is not None:
-                    yield self.event(
-                        "response.output_text.delta",
-                        **self.place,
-                        delta=one.piece.text,
-                        logprobs=self.logprob_content(self.known_logprobs(one) or []),
-                        **self.drafted(one),
-                    )
-        ended = self.ended(self.streams[0].reply)
-        [item] = ended["output"]
-        [part] = item["content"]
-        text = {"text": part["text"], "logprobs": part["logprobs"]}
-        yield self.event("response.output_text.done", **self.place, **text)
-        yield self.event("response.content_part.done", **self.place, part=part)
-        yield self.event("response.output_item.done", output_index=0, item=item)
-        yield self.event(f"response.{ended['status']}", response=ended)
+                    known = self.logprob_content(self.known_logprobs(one) or [])
+                    drafted = self.drafted(one).get("drafted", [])
+                    for kind, content in self.items.feed(one.piece.text, known, drafted):
+                        yield self.event(kind, **content)
+        for kind, content in self.items.end(self.status):
+            yield self.event(kind, **content)
+        yield self.event(f"response.{self.status}", response=self.ended())
 
     def failure(self, error: Exception) -> str:
         """Return the event that ends a stream that has failed."""
@@ -95,15 +117,17 @@ class ResponseReplies(Replies[ResponsesRequest]):
         found = self.response("failed", error=ResponseError(code=code, message=told.message))
         return self.event("response.failed", response=found)
 
-    def ended(self, reply: Reply) -> dict[str, Any]:
+    @property
+    def status(self) -> str:
+        """The status of the response with its whole reply."""
+        return "incomplete" if self.requests[0].finish_reason == "length" else "completed"
+
+    def ended(self) -> dict[str, Any]:
         """Return the response with its reply."""
-        whole = self.requests[0].finish_reason != "length"
-        status = "completed" if whole else "incomplete"
-        known: Sequence[TokenLogprob] = reply.logprobs or []
-        part = self.part(reply.text, self.logprob_content(known))
+        whole = self.status == "completed"
         return self.response(
-            status,
-            output=[ResponseOutputMessage.model_validate(self.item(status, [part]))],
+            self.status,
+            output=[OUTPUT_ITEMS[item["type"]].model_validate(item) for item in self.items.items],
             incomplete_details=None if whole else IncompleteDetails(reason="max_output_tokens"),
             usage=self.response_usage(),
         )
@@ -115,7 +139,7 @@ class ResponseReplies(Replies[ResponsesRequest]):
             status: Its status.
             more: Its fields that come with a reply, or an error.
         """
-        asked = self.asked
+        asked, choice = self.asked, self.asked.tool_choice
         found = {
             "id": self.id,
             "object": "response",
@@ -133,8 +157,8 @@ class ResponseReplies(Replies[ResponsesRequest]):
             "background": False,
             "temperature": asked.temperature,
             "text": asked.text.model_dump(by_alias=True, exclude_none=True),
-            "tool_choice": asked.tool_choice,
-            "tools": [],
+            "tool_choice": choice if isinstance(choice, str) else choice.model_dump(),
+            "tools": [{**one.model_dump(), "strict": bool(one.strict)} for one in asked.tools],
             "top_logprobs": asked.top_logprobs or 0,
             "top_p": asked.top_p,
             "truncation": asked.truncation,
@@ -145,20 +169,6 @@ class ResponseReplies(Replies[ResponsesRequest]):
         }
         made = Response.model_validate(found | more)
         return made.model_dump(mode="json", by_alias=True, exclude_unset=True)
-
-    def item(self, status: str, content: list[dict[str, Any]]) -> dict[str, Any]:
-        """Return the message."""
-        return {
-            "id": self.item_id,
-            "type": "message",
-            "status": status,
-            "role": "assistant",
-            "content": content,
-        }
-
-    def part(self, text: str, logprobs: list[dict[str, Any]]) -> dict[str, Any]:
-        """Return the message's only part."""
-        return {"type": "output_text", "text": text, "annotations": [], "logprobs": logprobs}
 
     def response_usage(self) -> ResponseUsage:
         """Return the tokens of the prompt and the reply."""

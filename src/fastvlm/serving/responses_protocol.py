@@ -2,24 +2,34 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Annotated, Any, Literal
 
-from pydantic import Field
+from pydantic import Discriminator, Field, Tag
 
 from fastvlm.decoding.structured import StructuredOutput
+from fastvlm.serving.bodies import Body, Strict
 from fastvlm.serving.errors import ApiError
 from fastvlm.serving.protocol import (
-    Body,
     ChatMessage,
     ImagePart,
     ImageUrl,
     Part,
     Sampling,
-    Strict,
     TextPart,
     form_of,
 )
+from fastvlm.serving.tool_protocol import (
+    Arguments,
+    AskedTools,
+    CalledFunction,
+    Function,
+    ToolCall,
+    ToolChoice,
+)
 
+Status = Literal["in_progress", "completed", "incomplete"]
+"""How far an item of an earlier response is."""
 LOGPROBS = "message.output_text.logprobs"
 """What a request includes to have log-probabilities."""
 
@@ -58,14 +68,48 @@ class InputMessage(Body):
     role: Literal["system", "developer", "user", "assistant"]
     content: str | list[InputPart]
     id: str | None = None
-    status: Literal["in_progress", "completed", "incomplete"] | None = None
+    status: Status | None = None
 
     def message(self) -> ChatMessage:
         """Return the turn as chats have it."""
-        content = self.content
-        if not isinstance(content, str):
-            return ChatMessage(role=self.role, content=[chat_part(part) for part in content])
-        return ChatMessage(role=self.role, content=content)
+        return ChatMessage(role=self.role, content=chat_content(self.content))
+
+
+class FunctionCall(Body):
+    """A call in an earlier response."""
+
+    type: Literal["function_call"]
+    call_id: str
+    name: str
+    arguments: Arguments
+    id: str | None = None
+    status: Status | None = None
+
+    def message(self) -> ChatMessage:
+        """Return the call as a turn of a chat."""
+        called = CalledFunction(name=self.name, arguments=self.arguments)
+        call = ToolCall(id=self.call_id, type="function", function=called)
+        return ChatMessage(role="assistant", tool_calls=[call])
+
+
+class FunctionCallOutput(Body):
+    """What a call has given."""
+
+    type: Literal["function_call_output"]
+    call_id: str
+    output: str | list[Annotated[InputText | InputImage, Field(discriminator="type")]]
+    id: str | None = None
+    status: Status | None = None
+
+    def message(self) -> ChatMessage:
+        """Return the output as a turn of a chat."""
+        content = chat_content(self.output)
+        return ChatMessage(role="tool", content=content, tool_call_id=self.call_id)
+
+
+def chat_content(content: str | Sequence[InputPart]) -> str | list[Part]:
+    """Return the content of a turn as chats have it."""
+    return content if isinstance(content, str) else [chat_part(part) for part in content]
 
 
 def chat_part(part: InputPart) -> Part:
@@ -74,6 +118,37 @@ def chat_part(part: InputPart) -> Part:
         return TextPart(type="text", text=part.text)
     shown = ImageUrl(url=part.image_url)
     return ImagePart(type="image_url", image_url=shown)
+
+
+def item_type(item: Any) -> Any:
+    """Return the type of an item of the input; a message may leave it out."""
+    found = item.get("type") if isinstance(item, dict) else getattr(item, "type", None)
+    return "message" if found is None else found
+
+
+InputItem = Annotated[
+    Annotated[InputMessage, Tag("message")]
+    | Annotated[FunctionCall, Tag("function_call")]
+    | Annotated[FunctionCallOutput, Tag("function_call_output")],
+    Discriminator(item_type),
+]
+
+
+class Typed(Strict):
+    """What has a type, which comes before its other fields in errors."""
+
+    type: Literal["function"]
+
+
+class ResponsesFunction(Function, Typed):
+    """A tool: a function."""
+
+
+class NamedFunction(Strict):
+    """The function that the model must call."""
+
+    type: Literal["function"]
+    name: str
 
 
 class TextFormat(Body):
@@ -110,10 +185,10 @@ class ResponseStreamOptions(Body):
 class ResponsesRequest(Sampling):
     """The body of `/v1/responses`.
 
-    Responses aren't stored, so that none can be referred to; there are no tools.
+    Responses aren't stored, so that none can be referred to; the only tools are functions.
     """
 
-    input: str | Annotated[list[InputMessage], Field(min_length=1)]
+    input: str | Annotated[list[InputItem], Field(min_length=1)]
     instructions: str | None = None
     max_output_tokens: Annotated[int, Field(ge=1)] | None = None
     text: TextConfig = TextConfig()
@@ -125,8 +200,8 @@ class ResponsesRequest(Sampling):
     store: Literal[False] = False
     background: Literal[False] = False
     truncation: Literal["disabled"] = "disabled"
-    tools: list[Any] = Field(default_factory=list, max_length=0)
-    tool_choice: Literal["auto", "none"] = "auto"
+    tools: list[ResponsesFunction] = Field(default_factory=list, max_length=128)
+    tool_choice: ToolChoice | NamedFunction = "auto"
     parallel_tool_calls: bool = True
     safety_identifier: str | None = None
     stream_options: ResponseStreamOptions | None = None
@@ -139,6 +214,13 @@ class ResponsesRequest(Sampling):
             raise ApiError(f"top_logprobs needs include=[{LOGPROBS!r}].", param="top_logprobs")
         if self.stream_options is not None and not self.stream:
             raise ApiError("stream_options is for a stream.", param="stream_options")
+        if not self.tools and self.tool_choice not in ("auto", "none"):
+            raise ApiError("tool_choice needs tools.", param="tool_choice")
+        if self.tools and self.tool_choice != "none" and self.include:
+            raise ApiError(
+                "The log-probabilities of a reply that may call tools are not supported.",
+                param="include",
+            )
 
     @property
     def most_tokens(self) -> int | None:
@@ -164,4 +246,23 @@ class ResponsesRequest(Sampling):
         """Return the input as chats have it."""
         if isinstance(self.input, str):
             return [ChatMessage(role="user", content=self.input)]
-        return [message.message() for message in self.input]
+        return [item.message() for item in self.input]
+
+    def asked_tools(self) -> AskedTools:
+        """Return what the request says of tools.
+
+        Raises:
+            ApiError: The form that the reply is to have makes no sense.
+            InputError: It makes no sense.
+        """
+        choice = self.tool_choice
+        named = choice.name if isinstance(choice, NamedFunction) else None
+        return AskedTools(
+            functions=self.tools,
+            choice="required" if isinstance(choice, NamedFunction) else choice,
+            named=named,
+            several=self.parallel_tool_calls,
+            called=any(isinstance(item, FunctionCall) for item in self.input),
+            dialogue="input",
+            form=self.structured(),
+        )

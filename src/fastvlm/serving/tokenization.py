@@ -9,9 +9,10 @@ from pydantic import Field
 from transformers import PreTrainedTokenizerBase
 
 from fastvlm.functional.errors import InputError, first_line
+from fastvlm.serving.bodies import Body
 from fastvlm.serving.chat import messages_of
 from fastvlm.serving.errors import ApiError
-from fastvlm.serving.protocol import Body, ChatMessage
+from fastvlm.serving.protocol import ChatMessage
 from fastvlm.serving.settings import ServerSettings
 from fastvlm.vlm import VisionLanguageModel
 

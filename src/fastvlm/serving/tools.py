@@ -14,8 +14,9 @@ from fastvlm.decoding.structured import StructuredOutput
 from fastvlm.functional.errors import InputError, first_line
 from fastvlm.functional.messages import Dialogue, Message
 from fastvlm.serving.errors import ApiError
-from fastvlm.serving.protocol import ChatMessage, ChatRequest, Function, NamedTool
+from fastvlm.serving.protocol import ChatMessage
 from fastvlm.serving.tool_formats import ToolFormat, tool_format
+from fastvlm.serving.tool_protocol import AskedTools, Function
 from fastvlm.serving.tool_readers import Call, CallReader, Part, PlainReader
 from fastvlm.vlm import VisionLanguageModel
 
@@ -35,35 +36,33 @@ class ToolUse:
     structured: StructuredOutput | None = None
 
     @classmethod
-    def of(cls, asked: ChatRequest, vlm: VisionLanguageModel) -> ToolUse:
+    def of(cls, asked: AskedTools, vlm: VisionLanguageModel) -> ToolUse:
         """Return the tools of a request.
 
         Raises:
             ApiError: The model has no tools, or not in a format that is known; or fields of the
                 request contradict each other.
         """
-        functions = [tool.function for tool in asked.tools or ()]
-        check_tools(asked, functions)
-        shown = bool(functions) and asked.tool_choice != "none"
-        if not shown and not any(turn.tool_calls for turn in asked.messages):
+        check_tools(asked)
+        if not asked.shown and not asked.called:
             return cls()
         form = tool_format(vlm.prompts, vlm.tokenizer)
         if form is None:
             raise ApiError(
                 "The chat template of this model has no tools in a format that is known here"
                 " (Qwen's and Hermes', Llama 3's, or Mistral's).",
-                param="tools" if shown else "messages",
+                param="tools" if asked.shown else asked.dialogue,
             )
-        if not shown:
+        if not asked.shown:
             return cls()
         try:
-            structured = constrained(asked, functions, form)
+            structured = constrained(asked, form)
             vlm.grammars.constraint(structured, vlm.end_tokens)
         except InputError as error:
             raise ApiError(
                 f"No call can be held to these tools: {first_line(error)}.", param="tools"
             ) from error
-        return cls(functions, form, structured)
+        return cls(asked.functions, form, structured)
 
     def shown(self, messages: Sequence[Message]) -> Sequence[Message]:
         """Return a dialogue with the tools, as the chat template takes them."""
@@ -82,23 +81,32 @@ class ToolUse:
             ],
         )
 
-    def message(self) -> ReplyMessage:
-        """Return a reply's message, before any of it is known."""
+    @property
+    def options(self) -> dict[str, Any]:
+        """The options of a reply that they ask for."""
+        return {} if self.structured is None else {"structured": self.structured}
+
+    def reader(self) -> CallReader | PlainReader:
+        """Return a reader of a reply's content and calls."""
         if self.form is None:
-            return ReplyMessage(PlainReader())
-        return ReplyMessage(self.form.reader({one.name for one in self.functions}), self.form)
+            return PlainReader()
+        return self.form.reader({one.name for one in self.functions})
+
+    def call_id(self) -> str:
+        """Return a new name of a call."""
+        assert self.form is not None  # without tools no calls are read
+        return self.form.call_id()
 
 
 class ReplyMessage:
     """The message of one reply, whose text comes piece by piece.
 
     Args:
-        reader: Reads content and calls out of the text.
-        form: The format of the calls; None without tools.
+        tools: What the model may call.
     """
 
-    def __init__(self, reader: CallReader | PlainReader, form: ToolFormat | None = None) -> None:
-        self.reader, self.form = reader, form
+    def __init__(self, tools: ToolUse) -> None:
+        self.tools, self.reader = tools, tools.reader()
         self.content = ""
         self.calls: list[dict[str, Any]] = []
 
@@ -131,9 +139,8 @@ class ReplyMessage:
             if isinstance(part, str):
                 content += part
             elif isinstance(part, Call):
-                assert self.form is not None  # a plain reader reads no calls
                 function = {"name": part.name, "arguments": part.arguments}
-                call = {"id": self.form.call_id(), "type": "function", "function": function}
+                call = {"id": self.tools.call_id(), "type": "function", "function": function}
                 changed.append({"index": len(self.calls), **copy.deepcopy(call)})
                 self.calls.append(call)
             else:
@@ -145,32 +152,19 @@ class ReplyMessage:
         return found | ({"tool_calls": changed} if changed else {})
 
 
-def check_tools(asked: ChatRequest, functions: Sequence[Function]) -> None:
+def check_tools(asked: AskedTools) -> None:
     """Refuse fields on tools that contradict each other.
 
     Raises:
         ApiError: They do.
     """
-    names = [one.name for one in functions]
+    names = [one.name for one in asked.functions]
     twice = next((name for name in names if names.count(name) > 1), None)
     if twice is not None:
         raise ApiError(f"There are several tools with the name {twice!r}.", param="tools")
-    choice = asked.tool_choice
-    if not functions:
-        if choice not in (None, "none"):
-            raise ApiError("tool_choice needs tools.", param="tool_choice")
-        if asked.parallel_tool_calls is not None:
-            raise ApiError("parallel_tool_calls needs tools.", param="parallel_tool_calls")
-        return
-    if isinstance(choice, NamedTool) and choice.function.name not in names:
-        raise ApiError(f"There is no tool {choice.function.name!r}.", param="tool_choice")
-    for number, one in enumerate(functions):
-        if (one.parameters or {}).get("type", "object") != "object":
-            raise ApiError(
-                f"The parameters of {one.name!r} are a schema of another type than object.",
-                param=f"tools.{number}.function.parameters",
-            )
-    if choice != "none" and asked.structured() is not None:
+    if asked.named is not None and asked.named not in names:
+        raise ApiError(f"There is no tool {asked.named!r}.", param="tool_choice")
+    if asked.shown and asked.form is not None:
         raise ApiError(
             "A reply that may call tools has no other form; set tool_choice to none, or leave the"
             " form out.",
@@ -178,27 +172,23 @@ def check_tools(asked: ChatRequest, functions: Sequence[Function]) -> None:
         )
 
 
-def constrained(
-    asked: ChatRequest, functions: Sequence[Function], form: ToolFormat
-) -> StructuredOutput | None:
+def constrained(asked: AskedTools, form: ToolFormat) -> StructuredOutput | None:
     """Return what a reply is to look like; None for anything.
 
     Args:
-        asked: The request.
-        functions: The functions that the model is shown.
-        form: The format of its calls.
+        asked: What the request says of tools.
+        form: The format of the model's calls.
     """
-    choice = asked.tool_choice
-    required = choice == "required" or isinstance(choice, NamedTool)
-    strict = any(one.strict for one in functions)
-    several = asked.parallel_tool_calls is not False
-    if not required and not strict and several:
+    required = asked.choice == "required"
+    if not required and asked.several and not any(one.strict for one in asked.functions):
         return None
-    if isinstance(choice, NamedTool):
-        functions = [one for one in functions if one.name == choice.function.name]
     grammar = form.grammar(
-        {one.name: schema(one, required=required) for one in functions},
-        several=several and not isinstance(choice, NamedTool),
+        {
+            one.name: schema(one, required=required)
+            for one in asked.functions
+            if asked.named in (None, one.name)
+        },
+        several=asked.several and asked.named is None,
         required=required,
     )
     return StructuredOutput("grammar", grammar)
@@ -226,8 +216,7 @@ def tool_fields(asked: Sequence[ChatMessage], field: str) -> list[dict[str, Any]
         field: The field of the request that it comes from.
 
     Raises:
-        ApiError: An answer is to no call, arguments aren't a JSON object, or a field isn't for the
-            role.
+        ApiError: An answer is to no call, or a field isn't for the role.
     """
     names: dict[str, str] = {}
     found: list[dict[str, Any]] = []
@@ -250,36 +239,18 @@ def tool_fields(asked: Sequence[ChatMessage], field: str) -> list[dict[str, Any]
                     "type": "function",
                     "function": {
                         "name": call.function.name,
-                        "arguments": arguments_of(
-                            call.function.arguments,
-                            f"{param}.tool_calls.{number}.function.arguments",
-                        ),
+                        "arguments": json.loads(call.function.arguments),
                     },
                 }
-                for number, call in enumerate(message.tool_calls)
+                for call in message.tool_calls
             ]
             names |= {call.id: call.function.name for call in message.tool_calls}
         if message.tool_call_id is not None:
             if message.tool_call_id not in names:
                 raise ApiError(
                     f"No call before it has the id {message.tool_call_id!r}.",
-                    param=f"{param}.tool_call_id",
+                    param=f"{param}.{'call_id' if field == 'input' else 'tool_call_id'}",
                 )
             fields |= {"tool_call_id": message.tool_call_id, "name": names[message.tool_call_id]}
         found.append(fields)
-    return found
-
-
-def arguments_of(text: str, param: str) -> dict[str, Any]:
-    """Return the arguments of a call, read from JSON.
-
-    Raises:
-        ApiError: They are no JSON object.
-    """
-    try:
-        found = json.loads(text)
-    except (ValueError, RecursionError):
-        found = None
-    if not isinstance(found, dict):
-        raise ApiError("The arguments of a call are a JSON object.", param=param)
     return found
