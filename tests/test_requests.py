@@ -288,6 +288,27 @@ def test_replies_of_a_minimum_length_are_those_of_generate(
     assert not ending.end_tokens & {*drawn.pop()[:least]}
 
 
+@pytest.mark.parametrize("least", [None, 1, 4, 8])
+def test_stop_strings_end_no_reply_before_the_minimum_length(
+    images: list[Any], least: int | None
+) -> None:
+    vlm = small_vlm()
+    sampling: dict[str, Any] = {"temperature": 0.8, "seed": 3, "max_new_tokens": 24}
+    whole = vlm.generate(QUESTION, images[0], **sampling)
+    letters = [{*vlm.tokenizer.decode([token])} for token in whole.token_ids]
+    stop = [chr(code) for code in range(1, 127)]
+    ends = [end for end, some in enumerate(letters, 1) if some & {*stop} and end > (least or 0)]
+    assert len(ends) > 5
+    for way in STRATEGIES:
+        options: dict[str, Any] = {**sampling, "strategy": way, "stop": stop}
+        found = vlm.generate(QUESTION, images[0], **options, min_new_tokens=least)
+        pieces = vlm.stream(QUESTION, images[0], **options, min_new_tokens=least)
+        assert found.token_ids == whole.token_ids[: ends[0]]
+        assert found.finish_reason == "stop"
+        assert whole.text.startswith(found.text)
+        assert "".join(piece.text for piece in pieces) == found.text
+
+
 def test_a_reply_goes_on_behind_an_end_token(
     ending: VisionLanguageModel, images: list[Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:

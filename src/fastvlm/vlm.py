@@ -209,7 +209,7 @@ class VisionLanguageModel:
             self.prefixes if keeps else None,
             started,
             stopper(criteria, inputs.token_ids, device),
-            ReplyText(self.tokenizer, stop) if stop else None,
+            ReplyText(self.tokenizer, stop, params.min_new_tokens or 0) if stop else None,
             logprobs=params.logprobs,
             priority=options.scheduling.priority,
         )

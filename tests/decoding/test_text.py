@@ -51,6 +51,24 @@ def test_a_tokens_bytes_are_its_part_of_the_text(tokenizer: PreTrainedTokenizerB
     assert b"".join(token_bytes(tokenizer, token) for token in tokens) == MANY.encode()
 
 
+@pytest.mark.parametrize("step", [1, 2, 3, 1000])
+@pytest.mark.parametrize("least", range(12))
+def test_a_stop_string_within_the_least_tokens_does_not_end_the_text(
+    tokenizer: PreTrainedTokenizerBase, least: int, step: int
+) -> None:
+    whole = "ababababab"
+    tokens = [tokenizer.encode(letter, add_special_tokens=False)[0] for letter in whole]
+    text = ReplyText(tokenizer, ["bab", "x"], least)
+    ended = False
+    for end in range(step, len(tokens) + step, step):
+        ended = ended or text.follow(tokens[:end])
+    # Token by token: the string ends with every second token from the fourth on.
+    ends = [end for end in range(4, len(whole) + 1, 2) if end > least]
+    assert ended == bool(ends)
+    text.end()
+    assert text.whole == (whole[: ends[0] - 3] if ends else whole)
+
+
 @pytest.mark.parametrize("stop", [["größer"], ["r, 漢"], ["字 a", "nothing"], ["😀😀", "ain"]])
 @pytest.mark.parametrize("step", [1, 3, 1000])
 def test_a_stop_string_ends_the_text_before_it(

@@ -12,7 +12,6 @@ from transformers import PreTrainedTokenizerBase
 
 from fastvlm.decoding.engine import Engine
 from fastvlm.decoding.request import FinishReason, Request, TokenLogprob
-from fastvlm.decoding.text import ReplyText
 from fastvlm.functional.statistics import DecodingStatistics
 
 
@@ -68,7 +67,7 @@ class Reply:
     @classmethod
     def of(cls, request: Request, tokenizer: PreTrainedTokenizerBase) -> Reply:
         """Return what a request has decoded so far."""
-        text = ReplyText(tokenizer, request.stop_strings)
+        text = request.new_text(tokenizer)
         text.follow(request.output_token_ids)
         if request.finished:
             text.end()
@@ -102,7 +101,7 @@ class ReplyStream:
         self, engine: Engine, request: Request, tokenizer: PreTrainedTokenizerBase
     ) -> None:
         self.engine, self.request, self.tokenizer = engine, request, tokenizer
-        self._text = ReplyText(tokenizer, request.stop_strings)
+        self._text = request.new_text(tokenizer)
         self._shown = self._taken = 0
         """Characters and tokens that pieces have shown."""
         self._pieces: deque[Piece] = deque()

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Literal
 
 import torch
 from torch import Tensor
+from transformers import PreTrainedTokenizerBase
 
 from fastvlm.decoding.prefix_cache import PrefixCache
 from fastvlm.decoding.sampler import Sampler
@@ -113,10 +114,12 @@ class Request:
         """The reply's timings and acceptance."""
         return DecodingStatistics.of(self.started, self.times, self.proposed, self.accepted)
 
-    @property
-    def stop_strings(self) -> tuple[str, ...]:
-        """Strings that end the reply."""
-        return () if self.stop_text is None else self.stop_text.stop
+    def new_text(self, tokenizer: PreTrainedTokenizerBase) -> ReplyText:
+        """Return the reply's text before its first token, which ends where the reply does."""
+        known = self.stop_text
+        if known is None:
+            return ReplyText(tokenizer)
+        return ReplyText(tokenizer, known.stop, known.min_tokens)
 
     @classmethod
     def failed(cls, error: Exception, strategy: Strategy) -> Request:

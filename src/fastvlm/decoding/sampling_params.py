@@ -50,8 +50,8 @@ class SamplingParams:
             position, up to 20, beside that of the chosen token; 0 for that alone, None for none.
         structured: What the reply is to look like: a JSON schema, a regex and others. It needs the
             package llguidance.
-        min_new_tokens: The minimum number of tokens before an end token, as in `transformers`; stop
-            strings end a reply before it, too.
+        min_new_tokens: The minimum number of tokens before what ends the reply: an end token, as in
+            `transformers`, or the last token of a stop string.
         ignore_eos: Whether a reply goes on behind an end token, up to `max_new_tokens`.
 
     Raises:

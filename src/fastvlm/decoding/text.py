@@ -39,15 +39,18 @@ class ReplyText:
     Args:
         tokenizer: The model's tokenizer.
         stop: Strings that end the reply. They are not part of its text.
+        min_tokens: Those that end within the first so many tokens don't end it.
 
     Raises:
         InputError: A stop string is empty.
     """
 
-    def __init__(self, tokenizer: PreTrainedTokenizerBase, stop: Sequence[str] = ()) -> None:
+    def __init__(
+        self, tokenizer: PreTrainedTokenizerBase, stop: Sequence[str] = (), min_tokens: int = 0
+    ) -> None:
         if any(not string for string in stop):
             raise InputError("A stop string has at least one character.")
-        self.tokenizer, self.stop = tokenizer, tuple(stop)
+        self.tokenizer, self.stop, self.min_tokens = tokenizer, tuple(stop), min_tokens
         self.whole = ""
         self.token_ids: list[int] = []
         self.stopped = self.ended = False
@@ -87,11 +90,12 @@ class ReplyText:
         self._before, self._known = self._known, len(self.token_ids)
         if self.stopped:
             return
-        # A stop string that ends in the new text began at most its own length before.
-        longest = max((len(string) for string in self.stop), default=0)
-        start = max(0, len(self.whole) - longest)
+        known = len(self.whole)
         self.whole += added
-        found = [self.whole.find(string, start) for string in self.stop]
+        if len(self.token_ids) <= self.min_tokens:
+            return
+        # A stop string ends in the new text, so it began at most its own length before.
+        found = [self.whole.find(one, max(0, known + 1 - len(one))) for one in self.stop]
         if any(place >= 0 for place in found):
             self.stopped = True
             self.whole = self.whole[: min(place for place in found if place >= 0)]
