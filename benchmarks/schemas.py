@@ -20,11 +20,9 @@ import argparse
 import json
 import random
 import re
-import threading
 import time
 from collections import Counter
 from collections.abc import Iterator
-from contextlib import contextmanager
 from decimal import Decimal
 from pathlib import Path
 from typing import Any
@@ -32,7 +30,7 @@ from typing import Any
 import httpx
 import jsonschema
 import torch
-import uvicorn
+from fastapi.testclient import TestClient
 from jsonschema.validators import validator_for
 
 from fastvlm import InputError, StructuredOutput, VisionLanguageModel, load
@@ -182,27 +180,12 @@ def decode_all(
     return found
 
 
-@contextmanager
-def served(vlm: VisionLanguageModel) -> Iterator[str]:
-    """Serve a model on a free port; its address."""
-    app = Server(vlm, "example", ServerSettings(port=0)).app()
-    server = uvicorn.Server(uvicorn.Config(app, port=0, log_level="error"))
-    thread = threading.Thread(target=server.run)
-    thread.start()
-    while not server.started:
-        time.sleep(0.01)
-    try:
-        yield f"http://127.0.0.1:{server.servers[0].sockets[0].getsockname()[1]}"
-    finally:
-        server.should_exit = True
-        thread.join()
-
-
 def ask_for_bad_ones(vlm: VisionLanguageModel) -> dict[str, Any]:
     """Return how the server answers schemas that can't be."""
     seconds: dict[str, float] = {}
     wrong: list[str] = []
-    with served(vlm) as address:
+    app = Server(vlm, "example", ServerSettings()).app()
+    with TestClient(app, base_url="http://localhost") as client:
         for name, schema in bad_schemas().items():
             body = {
                 "messages": [{"role": "user", "content": "What is it?"}],
@@ -213,7 +196,7 @@ def ask_for_bad_ones(vlm: VisionLanguageModel) -> dict[str, Any]:
                 },
             }
             started = time.perf_counter()
-            answer = httpx.post(f"{address}/v1/chat/completions", json=body, timeout=60)
+            answer = client.post("/v1/chat/completions", json=body)
             seconds[name] = time.perf_counter() - started
             error = answer.json().get("error", {})
             shaped = set(error) == {"message", "type", "param", "code"} and error["message"]
