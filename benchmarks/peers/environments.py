@@ -88,7 +88,8 @@ ENVIRONMENTS = {
             pip("install", "torch==2.13.0", "transformers==5.23.0", "sentencepiece"),
             ("-c", "import llama_cpp"),
         ),
-        {"CMAKE_ARGS": "-DGGML_NATIVE=ON"},
+        # For this processor, and without the part for images.
+        {"CMAKE_ARGS": "-DGGML_NATIVE=ON -DLLAVA_BUILD=OFF"},
     ),
 }
 """The environments by the names of their engines."""

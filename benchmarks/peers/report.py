@@ -176,9 +176,13 @@ def table(found: dict[str, Any]) -> str:
         cells = [_fidelity(rows.get((engine, ORDINARY, dtype))) for dtype in dtypes]
         lines.append(f"| {ENGINES[engine].title} | {' | '.join(cells)} |")
     lines += ["", _caption(found)]
-    errors = [one for one in found["results"] if "error" in one]
-    lines += ["", *(_excuse(one) for one in errors)] if errors else []
-    return "\n".join(lines)
+    errors: dict[str, list[str]] = {}
+    for one in found["results"]:
+        if "error" in one:
+            name = f"{ENGINES[one['engine']].title}{TITLES[one['way']]} in {one['dtype']}"
+            errors.setdefault(one["error"].replace("`", "'"), []).append(name)
+    lines += ["", *(f"- {'; '.join(names)}: `{error}`" for error, names in errors.items())]
+    return "\n".join(lines).rstrip()
 
 
 def _speed(row: dict[str, Any] | None) -> str:
@@ -196,11 +200,6 @@ def _fidelity(row: dict[str, Any] | None) -> str:
     said = f"{same[0]} of {same[1]}" if same else "-"
     likelihood = row.get("log_likelihood")
     return f"{said}; {'-' if likelihood is None else format(likelihood, '.3f')}"
-
-
-def _excuse(row: dict[str, Any]) -> str:
-    error = row["error"].replace("`", "'")
-    return f"- {ENGINES[row['engine']].title}{TITLES[row['way']]}, {row['dtype']}: `{error}`"
 
 
 def _caption(found: dict[str, Any]) -> str:
