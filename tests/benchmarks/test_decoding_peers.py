@@ -284,12 +284,25 @@ def test_environments_are_made_step_by_step(
         decoding_peers.main()
 
 
+PROMPT = [5, 6, 7, 5, 6]
+
+
+@torch.inference_mode()
+def plain_greedy(model: Any, prompt: list[int], count: int) -> list[int]:
+    tokens = list(prompt)
+    for _ in range(count):
+        tokens.append(int(model(torch.tensor([tokens])).logits[0, -1].argmax()))
+    return tokens[len(prompt) :]
+
+
 @pytest.fixture
 def small(tmp_path: Path) -> Path:
     torch.manual_seed(0)
     shape = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2,
              "num_attention_heads": 4, "num_key_value_heads": 2, "vocab_size": 97}  # fmt: skip
     model = LlamaForCausalLM(LlamaConfig(**shape, pad_token_id=0, eos_token_id=1))
+    # What the reply is full of would end it.
+    model.generation_config.eos_token_id = plain_greedy(model, PROMPT, 4)[2:]
     model.save_pretrained(tmp_path / "small")
     character_tokenizer().save_pretrained(tmp_path / "small")
     return tmp_path / "small"
@@ -301,10 +314,11 @@ def test_our_worker_and_that_of_transformers(small: Path, monkeypatch: pytest.Mo
     asked = Order(str(small), "float32", torch.get_num_threads(), ways, str(small), 64)
     ours = importlib.import_module("fastvlm_worker").FastVlm(asked)
     theirs = importlib.import_module("transformers_worker").Transformers(asked)
-    prompt = [5, 6, 7, 5, 6]
+    prompt = PROMPT
+    known = plain_greedy(LlamaForCausalLM.from_pretrained(small), prompt, 12)
     for way in ways:
         one, other = ours.decode(prompt, 12, way), theirs.decode(prompt, 12, way)
-        assert one.token_ids == other.token_ids
+        assert one.token_ids == other.token_ids == known
         assert len(one.token_ids) == len(one.times) == len(other.times) == 12
         assert one.record()["ttft_ms"] > 0
     reply = [8, 9, 10]

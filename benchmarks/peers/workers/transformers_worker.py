@@ -54,6 +54,8 @@ class Transformers:
         torch.set_num_threads(order.threads)
         self.model: Any = AutoModelForCausalLM.from_pretrained(order.model, **precision(order))
         self.model.eval()
+        # End tokens are as good as any other; suppressing them would give other replies.
+        self.model.generation_config.eos_token_id = None
         self.about = f"transformers {transformers.__version__}, torch {torch.__version__}"
         self.eager = self.model.forward
         if COMPILED in order.ways:
@@ -79,7 +81,7 @@ class Transformers:
         out = self.model.generate(
             tokens,
             attention_mask=torch.ones_like(tokens),
-            min_new_tokens=max_new_tokens,
+            pad_token_id=0,
             max_new_tokens=max_new_tokens,
             do_sample=False,
             streamer=streamer,
