@@ -76,7 +76,7 @@ def order(dtype: str = "float32", *ways: str) -> Order:
 def start(command: list[str], tmp_path: Path) -> Iterator[Callable[..., Worker]]:
     made = []
 
-    def load(dtype: str = "float32", timeout: float = 60) -> Worker:
+    def load(dtype: str = "float32", timeout: float = 600) -> Worker:
         made.append(Worker(command, order(dtype), tmp_path / "log", timeout))
         return made[-1]
 
@@ -111,7 +111,7 @@ def test_a_worker_that_ends_or_is_late(start: Callable[..., Worker]) -> None:
     with pytest.raises(WorkerError, match=r"ended with 3: .*chatter"):
         worker.ask(asked(8))
     assert worker.has_ended
-    worker = start(timeout=60)
+    worker = start()
     worker.timeout = 0.2
     with pytest.raises(WorkerError, match="no answer within 0 s"):
         worker.ask(asked(7))
@@ -231,7 +231,7 @@ def test_what_fails_is_asked_once(command: list[str], tmp_path: Path) -> None:
 
     def load(contender: Contender) -> Worker:
         loaded.append(contender)
-        return Worker(command, order(), tmp_path / "log", 60)
+        return Worker(command, order(), tmp_path / "log", 600)
 
     run.run([Contender("vllm", ("ordinary",))], load, most=1, rounds=2)
     assert len(loaded) == 1

@@ -6,7 +6,6 @@ import os
 import subprocess
 import sys
 import time
-from importlib.metadata import version
 from pathlib import Path
 
 import llama_cpp
@@ -38,7 +37,7 @@ class LlamaCpp:
         [way] = order.ways
         file, kind = written(order)
         system = llama_cpp.llama_print_system_info().decode()
-        self.about = f"llama-cpp-python {version('llama-cpp-python')}, {kind}, {system}"
+        self.about = f"llama-cpp-python {llama_cpp.__version__}, {kind}, {system}"
         cache = GGML_F32 if order.dtype == "float32" else GGML_F16
         self.file, self.settings = file, {
             "n_ctx": order.context,
