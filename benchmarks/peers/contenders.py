@@ -138,9 +138,9 @@ class Worker:
         line = self.process.stdout.readline()
         timer.cancel()
         if not line:
-            raise WorkerError(
-                f"no answer within {self.timeout:.0f} s" if late.is_set() else self._end()
-            )
+            # Its output ends a moment before the process does.
+            ended = self._end()
+            raise WorkerError(f"no answer within {self.timeout:.0f} s" if late.is_set() else ended)
         answer: dict[str, Any] = json.loads(line)
         if "error" in answer:
             raise WorkerError(answer["error"])
