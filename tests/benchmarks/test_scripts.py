@@ -33,7 +33,7 @@ MODULES = {
 }
 """What scripts import."""
 SCRIPTS = sorted({file.stem for file in (ROOT / "benchmarks").glob("*.py")} - MODULES)
-ELSEWHERE = {"figures", "accelerator", "ttft"}
+ELSEWHERE = {"figures", "accelerator", "decoding_peers", "ttft"}
 """Scripts that have tests of their own."""
 PEERS = {"serving_peers"}
 """Scripts that need other engines, each in an environment of its own."""

@@ -1,0 +1,1 @@
+"""fastvlm beside other engines: their environments, their workers, rounds and report."""
