@@ -31,7 +31,7 @@ class EfficientNetLite(nn.Module):
         super().__init__()
         self.image_size = size
         self.network = network.eval()
-        for block in network._blocks:  # noqa: SLF001
+        for block in network._blocks:
             fold(block, "_expand_conv", "_bn0")
             fold(block, "_depthwise_conv", "_bn1")
             fold(block, "_project_conv", "_bn2")
@@ -50,7 +50,7 @@ class EfficientNetLite(nn.Module):
                 pixels.contiguous(memory_format=torch.channels_last)
             )
         features = features.float()
-        return {"features": features, "logits": self.network._fc(features.mean((2, 3)))}  # noqa: SLF001
+        return {"features": features, "logits": self.network._fc(features.mean((2, 3)))}
 
 
 def fold(module: nn.Module, convolution: str, norm: str) -> None:

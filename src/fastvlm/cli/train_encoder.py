@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -29,6 +29,10 @@ if TYPE_CHECKING:
     from fastvlm.data.training_images import ImageReference
     from fastvlm.training.teacher import TeacherImages
     from fastvlm.vision import FastViTHD
+
+
+WARMUP_DIVISOR = 20
+"""The share of a run that warms up is one over this."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -161,7 +165,7 @@ def encoder(
     teacher: TeacherOptions,
     data: EncoderData,
     student: EncoderStart,
-    plan: DistillationPlan = DistillationPlan(),
+    plan: DistillationPlan,
     run: EncoderRun,
     runtime: ModelTrainingRuntime,
     figures: FiguresOutput,
@@ -192,6 +196,7 @@ def encoder(
     schedule = Schedule(
         steps=run.steps,
         learning_rate=run.learning_rate,
+        warmup=run.steps // WARMUP_DIVISOR,
         seed=run.seed,
         precision=runtime.mixed_precision,
         trackers=tuple(run.tracker or ()),

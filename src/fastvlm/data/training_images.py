@@ -24,6 +24,7 @@ MAX_ASPECT_RATIO = 4 / 3
 """The largest ratio of a crop's sides, each as a share of the image's."""
 GAIN = (0.7, 1.3)
 """The least and greatest factor of a crop's brightness, and of its contrast."""
+MIRRORED_SHARE = 0.5
 TINT = (0.9, 1.1)
 """The least and greatest factor of each of a crop's colours."""
 
@@ -166,7 +167,7 @@ class CropMaker:
             box=(left, top, left + width, top + height),
         )
         pixels = to_tensor(crop)
-        if draw.random() < 0.5:
+        if draw.random() < MIRRORED_SHARE:
             pixels = pixels.flip(2)
         mean, contrast = pixels.mean(), draw.uniform(*GAIN)
         gain = draw.uniform(*GAIN) * torch.tensor([[[draw.uniform(*TINT)]] for _ in range(3)])

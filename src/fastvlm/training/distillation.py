@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from fastvlm.data.training_images import CropMaker, ImageReference
+from fastvlm.data.training_images import CropMaker, ImageReference, whole_image
 from fastvlm.data.workers import prepared
 from fastvlm.functional.digests import digest_of_weights
 from fastvlm.functional.errors import InputError
@@ -32,14 +32,15 @@ from fastvlm.training.task import ExampleStream, Losses
 from fastvlm.training.teacher import Teacher, TeacherOutputs
 from fastvlm.vision.configuration import REDUCTION
 from fastvlm.vision.fastvithd import FastViTHD
-from fastvlm.data.training_images import whole_image
 from fastvlm.vision.loading import ImageInput
 
 SETTLED_SHARE = 0.2
 """The share of a run, at its end, in which batch norms keep their statistics and crops are not
 mixed: what is then trained is what inference computes."""
-STATISTICS_IMAGES = 256
-"""Images that the mean and deviation of the teacher's features are taken from."""
+FIRST_IMAGES = 512
+"""Images that the read-out is fitted to before the first step."""
+RIDGE = 1.0
+"""The read-out's first penalty, as a share of the variance of the encoder's normed features."""
 MEASURED_AT_ONCE = 32
 """Images that are measured at a time."""
 TEMPERATURE = 2.0
@@ -51,22 +52,39 @@ LEAST_DEVIATION = 1e-3
 class ReadOut(nn.Module):
     """Linear maps of an encoder's features to a teacher's, thrown away after the training.
 
+    They begin as a ridge regression, so that an encoder which goes on from another learns from the
+    first step and isn't led astray by maps that know nothing.
+
     Args:
-        width: The encoder's channels.
-        teacher: The teacher.
-        outputs: What the teacher says of some images, whose mean and deviation scale the rest.
+        features: What the encoder makes of some images: (batch, width, rows, columns).
+        outputs: What the teacher says of them, whose mean and deviation scale the rest.
     """
 
-    def __init__(self, width: int, teacher: Teacher, outputs: TeacherOutputs) -> None:
+    def __init__(self, features: Tensor, outputs: TeacherOutputs) -> None:
         super().__init__()
-        self.grid = nn.Linear(width, teacher.channels) if teacher.has_grid else None
-        self.pooled = nn.Linear(width, teacher.channels)
-        self.logits = None if teacher.classes is None else nn.Linear(width, teacher.classes)
-        for name, features in parts_of(outputs).items():
-            deviation, mean = torch.std_mean(features.flatten(0, -2), 0, correction=0)
+        self.width = features.shape[1]
+        for name, taught in parts_of(outputs).items():
+            deviation, mean = torch.std_mean(taught.flatten(0, -2), 0, correction=0)
             least = LEAST_DEVIATION * deviation.max().clamp(min=1e-12)
             self.register_buffer(f"{name}_mean", mean)
             self.register_buffer(f"{name}_deviation", deviation.clamp(min=least))
+        places, whole = self.normed(features)
+        targets = self.standardised(outputs)
+        self.pooled = regression(whole, targets["pooled"])
+        self.grid = regression(places, targets["grid"]) if "grid" in targets else None
+        self.logits = None if outputs.logits is None else regression(whole, outputs.logits)
+
+    def normed(self, features: Tensor) -> tuple[Tensor, Tensor]:
+        """Return the encoder's features of places, and of whole images, as they are mapped.
+
+        Args:
+            features: (batch, width, rows, columns).
+
+        Returns:
+            (batch, places, width) and (batch, width).
+        """
+        places = F.layer_norm(features.flatten(2).transpose(1, 2), (self.width,))
+        return places, places.mean(1)
 
     def standardised(self, outputs: TeacherOutputs) -> dict[str, Tensor]:
         """Return the teacher's features with mean 0 and deviation 1 in each channel, by part."""
@@ -86,8 +104,7 @@ class ReadOut(nn.Module):
             `grid`, (batch, places, channels); `pooled`, (batch, channels); `logits`, (batch,
             classes). What the teacher doesn't have is left out.
         """
-        places = features.flatten(2).transpose(1, 2)
-        whole = places.mean(1)
+        places, whole = self.normed(features)
         guessed = {"pooled": self.pooled(whole)}
         if self.grid is not None:
             guessed["grid"] = self.grid(places)
@@ -96,8 +113,31 @@ class ReadOut(nn.Module):
         return guessed
 
 
+def regression(inputs: Tensor, targets: Tensor) -> nn.Linear:
+    """Return the linear map of least squared error, with a penalty on its weights.
+
+    Args:
+        inputs: (..., width).
+        targets: (..., channels).
+    """
+    x, y = inputs.flatten(0, -2), targets.flatten(0, -2)
+    mean, target_mean = x.mean(0), y.mean(0)
+    centred = x - mean
+    gram = centred.T @ centred
+    penalty = RIDGE * gram.diagonal().mean().clamp(min=1e-12)
+    gram.diagonal().add_(penalty)
+    linear = nn.Linear(x.shape[1], y.shape[1])
+    with torch.no_grad():
+        linear.weight.copy_(torch.linalg.solve(gram, centred.T @ (y - target_mean)).T)
+        linear.bias.copy_(target_mean - linear.weight @ mean.to(linear.weight))
+    return linear
+
+
 def parts_of(outputs: TeacherOutputs) -> dict[str, Tensor]:
-    """Return a teacher's features, channels last, by part; those of places as (batch, places, channels)."""
+    """Return a teacher's features by part, channels last.
+
+    `pooled` is (batch, channels), `grid` (batch, places, channels).
+    """
     found = {"pooled": outputs.pooled}
     if outputs.grid is not None:
         found["grid"] = outputs.grid.flatten(2).transpose(1, 2)
@@ -159,22 +199,26 @@ class DistillationTask:
         self.crops = CropMaker(max(teacher.size, self.image_size), plan.smallest_crop)
         self.size = min(plan.batch, len(images))
         self.settled_from = round((1 - SETTLED_SHARE) * schedule.steps)
-        some = images[:STATISTICS_IMAGES]
-        read_out = ReadOut(encoder.config.hidden_size, teacher, self.first_outputs(some))
-        self.read_out = read_out.to(self.device)
+        self.read_out = ReadOut(*self.first(images[:FIRST_IMAGES])).to(self.device)
         self.module: nn.Module = nn.ModuleDict({"encoder": encoder, "read_out": self.read_out})
         self._prepared: Generator[Tensor] | None = None
 
-    def first_outputs(self, images: Sequence[ImageReference]) -> TeacherOutputs:
-        """Return what the teacher says of a crop of each of some images, at the encoder's grid."""
+    @torch.no_grad()
+    def first(self, images: Sequence[ImageReference]) -> tuple[Tensor, TeacherOutputs]:
+        """Return what encoder and teacher make of a crop of each of some images.
+
+        Returns:
+            (batch, width, rows, columns), and the teacher's outputs at the same grid.
+        """
         seed = self.schedule.seed
         crops = torch.stack([
             self.crops((f"{seed}/statistics/{number}", reference.image()))
             for number, reference in enumerate(images)
         ])  # fmt: skip
-        return joined(
-            [self.taught(part.to(self.device) / 255) for part in crops.split(MEASURED_AT_ONCE)]
-        )
+        parts = [part.to(self.device) / 255 for part in crops.split(MEASURED_AT_ONCE)]
+        with evaluating(self.encoder):
+            features = torch.cat([self.features(part) for part in parts])
+        return features, joined([self.taught(part) for part in parts])
 
     def taught(self, pixels: Tensor) -> TeacherOutputs:
         """Return what the teacher says of images, at the encoder's grid.
@@ -234,9 +278,13 @@ class DistillationTask:
 
     def guessed(self, pixels: Tensor) -> dict[str, Tensor]:
         """Return what the read-out makes of the encoder's features. See `ReadOut.forward`."""
-        features = self.encoder(shown_at(pixels, self.image_size)).last_hidden_state
-        guesses: dict[str, Tensor] = self.read_out(features)
+        guesses: dict[str, Tensor] = self.read_out(self.features(pixels))
         return guesses
+
+    def features(self, pixels: Tensor) -> Tensor:
+        """Return the encoder's features of images: (batch, width, rows, columns)."""
+        states: Tensor = self.encoder(shown_at(pixels, self.image_size)).last_hidden_state
+        return states
 
 
 def distances(

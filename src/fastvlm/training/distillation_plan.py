@@ -1,4 +1,4 @@
-"""What an encoder is shown while it learns from a teacher: settings of Python and of the command line."""
+"""What an encoder is shown by a distillation: settings of Python and of the command line."""
 
 from __future__ import annotations
 

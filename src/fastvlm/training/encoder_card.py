@@ -41,8 +41,9 @@ fastvlm train model --encoder path/to/this/folder --decoder DIR --stage 1 ...
 encoder's explains.
 
 - Data: {data}; {card.images:,} images.
-- {card.schedule.steps:,} steps of {card.plan.batch} crops, peak learning rate {card.schedule.learning_rate:g}; crops of at least
-  {card.plan.smallest_crop:g} of a side, mixup {card.plan.mixup:g}; {start}.
+- {card.schedule.steps:,} steps of {card.plan.batch} crops with a peak learning rate of
+  {card.schedule.learning_rate:g}; crops of at least {card.plan.smallest_crop:g} of a side, mixup
+  {card.plan.mixup:g}; {start}.
 - {date}, fastvlm {version}, torch {torch}.
 
 An encoder is derived from its teacher and from the data: the terms of both apply to it.

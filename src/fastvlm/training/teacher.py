@@ -17,8 +17,10 @@ from torch import Tensor, nn
 
 from fastvlm.functional.digests import digest, digest_of_weights
 from fastvlm.functional.errors import InputError, first_line, shortened
+from fastvlm.vision.images import MAX_SIDE_PIXELS
 
 CHANNELS = 3
+IMAGE_DIMENSIONS, LOGITS_DIMENSIONS = 4, 2
 STATED = ("image_size", "image_mean", "image_std")
 """What a teacher says of its images: attributes of a module, metadata of an ONNX file."""
 
@@ -135,7 +137,7 @@ class Teacher:
                 raise InputError(f"The {what} of {self.name} for {shape} are {said}.")
         if not bool(features.isfinite().all()):
             raise InputError(f"The teacher {self.name} has features that are no finite numbers.")
-        if logits is not None and logits.dim() != 2:
+        if logits is not None and logits.dim() != LOGITS_DIMENSIONS:
             raise InputError(
                 f"The logits of {self.name} are {tuple(logits.shape)}; (batch, classes) is needed."
             )
@@ -228,7 +230,11 @@ class OnnxNetwork:
             raise InputError(f"{file} can't be read as ONNX: {first_line(error)}.") from error
         inputs = self.session.get_inputs()
         shape = inputs[0].shape if len(inputs) == 1 else []
-        if len(shape) != 4 or shape[1] not in (CHANNELS, "3") or inputs[0].type != "tensor(float)":
+        if (
+            len(shape) != IMAGE_DIMENSIONS
+            or shape[1] not in (CHANNELS, "3")
+            or inputs[0].type != "tensor(float)"
+        ):
             told = "; ".join(f"{one.name}: {one.type} {one.shape}" for one in inputs)
             raise InputError(
                 f"{file} takes {told}; a teacher takes one input of float32 (batch, 3, height,"
@@ -252,7 +258,10 @@ class OnnxNetwork:
         # A file that was exported for one image gets one at a time.
         parts = pixels.float().cpu().split(self.batch or len(pixels))
         ran = [self.session.run(None, {self.input: part.contiguous().numpy()}) for part in parts]
-        made = [torch.cat([torch.from_numpy(one) for one in outputs]) for outputs in zip(*ran)]
+        made = [
+            torch.cat([torch.from_numpy(one) for one in outputs])
+            for outputs in zip(*ran, strict=True)
+        ]
         names = ["features"] if len(made) == 1 else self.outputs
         return {name: one.to(pixels.device) for name, one in zip(names, made, strict=True)}
 
@@ -331,7 +340,7 @@ def _imported(place: str) -> ModuleType:
 
 def _whole(name: str, size: Any) -> int:
     """Return a side in pixels."""
-    if not str(size).isdecimal() or not 1 <= int(size) <= 16384:
+    if not str(size).isdecimal() or not 1 <= int(size) <= MAX_SIDE_PIXELS:
         raise InputError(f"The size of {name}'s images is a number of pixels; got {size!r}.")
     return int(size)
 
