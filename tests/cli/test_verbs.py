@@ -379,7 +379,7 @@ def test_an_encoder_that_can_not_be_taught(
         tmp_path / "out", *given,
     )  # fmt: skip
     assert said.code == code
-    assert told in [line for line in said.err.splitlines() if line.startswith("fastvlm: ")][0]
+    assert told in next(line for line in said.err.splitlines() if line.startswith("fastvlm: "))
 
 
 def test_a_target_is_fine_tuned_before_its_draft(cli: Cli, shipped: Path, tmp_path: Path) -> None:

@@ -39,8 +39,8 @@ SETTLED_SHARE = 0.2
 mixed: what is then trained is what inference computes."""
 FIRST_IMAGES = 512
 """Images that the read-out is fitted to before the first step."""
-RIDGE = 1.0
-"""The read-out's first penalty, as a share of the variance of the encoder's normed features."""
+RIDGE = 0.3
+"""The read-out's first penalty for each place or image; the features that it reads are normed."""
 MEASURED_AT_ONCE = 32
 """Images that are measured at a time."""
 TEMPERATURE = 2.0
@@ -124,8 +124,7 @@ def regression(inputs: Tensor, targets: Tensor) -> nn.Linear:
     mean, target_mean = x.mean(0), y.mean(0)
     centred = x - mean
     gram = centred.T @ centred
-    penalty = RIDGE * gram.diagonal().mean().clamp(min=1e-12)
-    gram.diagonal().add_(penalty)
+    gram.diagonal().add_(RIDGE * len(x))
     linear = nn.Linear(x.shape[1], y.shape[1])
     with torch.no_grad():
         linear.weight.copy_(torch.linalg.solve(gram, centred.T @ (y - target_mean)).T)
@@ -216,8 +215,8 @@ class DistillationTask:
             for number, reference in enumerate(images)
         ])  # fmt: skip
         parts = [part.to(self.device) / 255 for part in crops.split(MEASURED_AT_ONCE)]
-        with evaluating(self.encoder):
-            features = torch.cat([self.features(part) for part in parts])
+        # In training, as the statistics of a new encoder's batch norms mean nothing yet.
+        features = torch.cat([self.features(part) for part in parts])
         return features, joined([self.taught(part) for part in parts])
 
     def taught(self, pixels: Tensor) -> TeacherOutputs:
