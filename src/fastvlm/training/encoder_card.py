@@ -13,6 +13,7 @@ import fastvlm
 from fastvlm.functional.files import write_text
 from fastvlm.training.distillation_plan import DistillationPlan
 from fastvlm.training.schedule import Schedule
+from fastvlm.vision.configuration import REDUCTION
 from fastvlm.vision.fastvithd import FastViTHD
 
 CARD_TEMPLATE = """\
@@ -88,7 +89,7 @@ class EncoderCard:
             card=self,
             config=encoder.config,
             parameters=encoder.num_parameters(),
-            side=encoder.config.image_size // 64,
+            side=encoder.config.image_size // REDUCTION,
             measures="\n".join(rows),
             data=", ".join(self.data),
             start="it began at random" if self.start is None else f"it went on from {self.start}",

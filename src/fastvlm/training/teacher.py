@@ -190,7 +190,7 @@ class TorchNetwork:
 
     def __init__(self, module: nn.Module, device: torch.device) -> None:
         self.module, self.device = module.requires_grad_(False).to(device), device
-        self.stated = {name: getattr(module, name, None) for name in STATED}
+        self.stated: Mapping[str, Any] = {name: getattr(module, name, None) for name in STATED}
         self.identity = digest_of_weights(module)
 
     def __call__(self, pixels: Tensor) -> Mapping[str, Tensor]:
