@@ -25,18 +25,11 @@ from fastvlm.data.training_images import (
 )
 from fastvlm.functional.errors import InputError
 from fastvlm.training.assembly import read_encoder
-from fastvlm.training.distillation import (
-    RIDGE,
-    DistillationTask,
-    HeldOutImages,
-    distil,
-    regression,
-    resampled,
-    shown_at,
-)
+from fastvlm.training.distillation import DistillationTask, HeldOutImages, distil, shown_at
 from fastvlm.training.distillation_plan import DistillationPlan
 from fastvlm.training.loop import train
 from fastvlm.training.optimisation import seed_step
+from fastvlm.training.read_out import RIDGE, regression, resampled
 from fastvlm.training.schedule import Schedule
 from fastvlm.training.teacher import Teacher, TeacherImages, TeacherOutputs, load_teacher
 from fastvlm.vision import FastViTHD
