@@ -13,7 +13,7 @@ import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, ProcessorMixin
 from transformers.generation.stopping_criteria import StoppingCriteriaList
 
-from fastvlm.checkpoints import PretrainedOptions, load_checkpoint
+from fastvlm.checkpoints import LoadOptions, load_checkpoint
 from fastvlm.checkpoints.processors import tokenizer_of
 from fastvlm.decoding import Engine, Request, Sampler, Strategy
 from fastvlm.decoding.engine import MAX_SLOTS
@@ -35,6 +35,7 @@ from fastvlm.functional.options import refuse_unknown
 from fastvlm.language import DecoderInputs, split_decoder
 from fastvlm.language.generator import end_tokens
 from fastvlm.language.packed import PACKED_BYTES, pack, pack_decoder
+from fastvlm.language.quantised import checked_bits, quantise_decoder
 from fastvlm.language.weights_state import weights_state
 from fastvlm.prompts import (
     FastViTHDPromptBuilder,
@@ -350,7 +351,7 @@ def load(
     packed_bytes: int = PACKED_BYTES,
     max_slots: int = MAX_SLOTS,
     max_cache_bytes: int | None = None,
-    **pretrained: Unpack[PretrainedOptions],
+    **options: Unpack[LoadOptions],
 ) -> VisionLanguageModel:
     """Load a model, and a draft that was made for it.
 
@@ -360,15 +361,14 @@ def load(
         draft: A draft's directory; None to decode without one.
         dtype: The precision to compute in.
         device: The device; the CPU, if neither it nor a `device_map` is given.
-        prefix_bytes: The maximum memory, in bytes, for image features and states of earlier
-            prompts, with which a second question about an image costs its own text only; 0 keeps
-            nothing.
-        packed_bytes: The maximum memory, in bytes, for a second copy of the decoder's weights, with
-            which a CPU verifies faster in float32 (see `pack_decoder`); 0 makes none.
+        prefix_bytes: The maximum bytes of image features and states of earlier prompts, with which
+            a second question about an image costs its own text only; 0 keeps nothing.
+        packed_bytes: The maximum bytes of a second copy of the decoder's weights, which a CPU reads
+            faster (see `pack_decoder`); 0 makes none.
         max_slots: The maximum number of requests decoded together; others wait.
         max_cache_bytes: The maximum bytes of their keys and values; others wait. None for half of
             the memory that the device has left.
-        pretrained: Options for `transformers`, see `PretrainedOptions`: `revision`, `token`,
+        options: `quantize`, see `LoadOptions`, and options for `transformers`: `revision`, `token`,
             `device_map`, `quantization_config`, `attn_implementation`, `trust_remote_code`.
 
     Raises:
@@ -377,19 +377,19 @@ def load(
         InputError: The model's family is not supported, its processor has no chat template, or an
             option is unknown.
     """
-    refuse_unknown(pretrained, tuple(PretrainedOptions.__annotations__), "load takes")
+    refuse_unknown(options, tuple(LoadOptions.__annotations__), "load takes")
+    bits = checked_bits(options.pop("quantize", None))
     if model is None:
-        shipped = example()
-        model, draft = shipped.MODEL, shipped.DRAFT if draft is None else draft
-    target, processor = load_checkpoint(model, dtype, device, pretrained)
+        model, draft = example().MODEL, example().DRAFT if draft is None else draft
+    target, processor = load_checkpoint(model, dtype, device, options)
     tower = getattr(target.base_model, "vision_tower", None)
     if isinstance(tower, FastViTHD):
         # Folding is exact, so nobody who loads a model for inference wants the branches.
         tower.fuse()
     network = None if draft is None else load_draft(draft, target)
+    quantise_decoder(target, bits)
     taken = pack_decoder(target, packed_bytes)
-    if network is not None:
-        pack([network], packed_bytes - taken)
+    pack([] if network is None else [network], packed_bytes - taken)
     return VisionLanguageModel(
         target.eval(),
         processor,

@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Literal, Unpack
 
 import typer
 
@@ -17,6 +17,7 @@ from fastvlm.functional.errors import InputError, first_line
 if TYPE_CHECKING:
     import torch
 
+    from fastvlm.checkpoints import LoadOptions
     from fastvlm.decoding import SamplingParams
     from fastvlm.vlm import VisionLanguageModel
 
@@ -90,6 +91,13 @@ DtypeOption = Annotated[
     Literal["float64", "float32", "float16", "bfloat16"],
     typer.Option(help="The precision to compute in."),
 ]
+QuantizeOption = Annotated[
+    Literal["int8", "int4"] | None,
+    typer.Option(
+        help="Hold the decoder's weights in 8 or 4 bits on a CPU; it is another model then.",
+        show_default="weights as they are",
+    ),
+]
 DeviceOption = Annotated[
     str,
     typer.Option(
@@ -162,12 +170,14 @@ class Runtime:
         dtype: The precision.
         threads: CPU threads; None for torch's default.
         quiet: Whether to show results and errors only.
+        quantize: The bits of weights; None for the model's own.
     """
 
     device: DeviceOption = "cpu"
     dtype: DtypeOption = "float32"
     threads: ThreadsOption = None
     quiet: QuietOption = False
+    quantize: QuantizeOption = None
 
     def load(
         self,
@@ -200,6 +210,7 @@ class Runtime:
             max_slots=max_slots,
             max_cache_bytes=max_cache_bytes,
             prefix_bytes=prefix_bytes,
+            quantize=self.quantize,
         )
 
     def prepare(self) -> None:
@@ -264,6 +275,7 @@ def load_quietly(
     max_slots: int | None = None,
     max_cache_bytes: int | None = None,
     prefix_bytes: int = 0,
+    **options: Unpack[LoadOptions],
 ) -> VisionLanguageModel:
     """Load a model, and a draft made for it, without progress bars or warnings of other libraries.
 
@@ -277,6 +289,7 @@ def load_quietly(
         max_cache_bytes: See `load`.
         prefix_bytes: See `load`. The default keeps nothing: most verbs ask once about each image,
             or measure what an image costs.
+        options: See `load`.
 
     Raises:
         CheckpointError: The model or the draft is missing, broken or made for something else.
@@ -301,6 +314,7 @@ def load_quietly(
         prefix_bytes=prefix_bytes,
         max_slots=MAX_SLOTS if max_slots is None else max_slots,
         max_cache_bytes=max_cache_bytes,
+        **options,
     )
 
 

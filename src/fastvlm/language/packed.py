@@ -93,7 +93,11 @@ class PackedLinear(nn.Linear):
         # Another thread may make this layer an ordinary one at any time, of which `super()` and
         # `self.packed` know nothing.
         held: PackedWeight | None = vars(self).get("packed")
-        weight, bias = self.weight, self.bias
+        # Found here at once: looking them up as attributes takes as long as a small operator.
+        parameters = self._parameters
+        own = "weight" in parameters and "bias" in parameters
+        weight: Any = parameters["weight"] if own else self.weight
+        bias = parameters["bias"] if own else self.bias
         if held is None or torch.is_grad_enabled() or torch.is_autocast_enabled("cpu"):
             return F.linear(input, weight, bias)
         if not held.is_of(weight):
