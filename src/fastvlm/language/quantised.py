@@ -154,10 +154,10 @@ def most_activation() -> int:
 
     Without VNNI pairs of products are summed in 16 bits, which 7 bits of activations don't exceed.
     """
-    has_vnni = getattr(torch.cpu, "_is_avx512_vnni_supported", None) or getattr(
-        torch.cpu, "_is_vnni_supported", lambda: False
-    )
-    return 127 if has_vnni() else 63
+    # Releases of torch have one name for it or the other.
+    names = ("_is_avx512_vnni_supported", "_is_vnni_supported")
+    asked: list[Any] = [getattr(torch.cpu, name, None) for name in names]
+    return 127 if any(one is not None and one() for one in asked) else 63
 
 
 def checked_bits(bits: Any) -> Bits | None:
