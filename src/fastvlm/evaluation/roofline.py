@@ -65,7 +65,7 @@ class Share(NamedTuple):
     """How near a strategy comes to the limit.
 
     Args:
-        limit_ms: What a token takes at least, with the drafts and the acceptance that were measured.
+        limit_ms: What a token takes at least, with the drafts and acceptance that were measured.
         share: Of that in what a token took; None where no reply was long enough.
     """
 

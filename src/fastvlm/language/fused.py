@@ -254,8 +254,8 @@ def is_one_of(function: Callable[..., Any], names: tuple[str, ...]) -> bool:
 def _found(name: str) -> Any:
     family, name = name.split(".")
     place = importlib.import_module(f"transformers.models.{family}.modeling_{family}")
-    found: Any = getattr(place, name)
-    return found.forward if inspect.isclass(found) else found
+    found = getattr(place, name)
+    return getattr(found, "forward", found)
 
 
 def _code(function: Any) -> CodeType | None:
