@@ -203,10 +203,12 @@ def _unit_offset_norm(norm: Any, x: Tensor) -> Tensor:
 
 
 def _scaled(x: Tensor, eps: float) -> Tensor:
-    """Return vectors in float32, divided by the root of their mean square."""
+    """Return vectors in float32, divided by the root of their mean square.
+
+    The operators are the models' own: in 16 bits another last bit would be other tokens.
+    """
     x = x if x.dtype == torch.float32 else x.float()
-    size = torch.linalg.vector_norm(x, dim=-1, keepdim=True)
-    return x * size.square_().mul_(1 / x.shape[-1]).add_(eps).rsqrt_()
+    return x * x.pow(2).mean(-1, keepdim=True).add_(eps).rsqrt_()
 
 
 def _is_bare(module: Any) -> bool:
