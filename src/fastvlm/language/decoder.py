@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 from transformers import MODEL_MAPPING, PreTrainedConfig, PreTrainedModel
 
 from fastvlm.functional.errors import InputError
@@ -228,6 +229,21 @@ class SplitDecoder(ABC):
     def head(self, x: Tensor) -> Tensor:
         """Return the logits of (batch, new, d_model): `norm`, LM head, `logits`."""
         return self.logits(self.raw_logits(self.norm(x)))
+
+    def head_rows(self, x: Tensor, rows: Tensor) -> Tensor:
+        """Return the logits of some tokens alone: (batch, new, d_model) to (batch, new, tokens).
+
+        Args:
+            x: Hidden states.
+            rows: What `lm_head_rows` returned.
+        """
+        return self.logits(F.linear(self.norm(x), rows))
+
+    def follow(self) -> None:
+        """Take over what has been changed about the model, before requests enter.
+
+        A decoder that reads the model at each call has nothing to do.
+        """
 
     def lm_head_rows(self, token_ids: Tensor) -> Tensor | None:
         """Return the LM head's rows of some tokens: (tokens, its inputs).
