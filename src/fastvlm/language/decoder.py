@@ -239,10 +239,10 @@ class SplitDecoder(ABC):
         """
         return self.logits(F.linear(self.norm(x), rows))
 
-    def follow(self) -> None:
-        """Take over what has been changed about the model, before requests enter.
+    def follow(self) -> None:  # noqa: B027 (most decoders have nothing to do)
+        """Take over what has changed about the model, as far as it is not read at each call.
 
-        A decoder that reads the model at each call has nothing to do.
+        The engine calls it before requests enter.
         """
 
     def lm_head_rows(self, token_ids: Tensor) -> Tensor | None:

@@ -1,1 +1,11 @@
-"""Runtimes beside torch, behind `SplitDecoder`."""
+"""What computes a decoder: torch, or ONNX Runtime behind the same `SplitDecoder`."""
+
+from fastvlm.runtimes.runtime import (
+    RUNTIMES,
+    LoadOptions,
+    RuntimeOptions,
+    decoder_of,
+    split_load_options,
+)
+
+__all__ = ["RUNTIMES", "LoadOptions", "RuntimeOptions", "decoder_of", "split_load_options"]

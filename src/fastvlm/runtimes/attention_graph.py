@@ -113,13 +113,17 @@ class CausalAttention:
         stacked = f"{name}_stacked"
         scanned = [stacked, *outputs[1:]]
         given = [*own, *inputs[3:]]
-        nodes.append(helper.make_node("Scan", given, scanned, body=body, num_scan_inputs=len(given)))
+        nodes.append(
+            helper.make_node("Scan", given, scanned, body=body, num_scan_inputs=len(given))
+        )
         nodes.append(helper.make_node("Squeeze", [stacked, axis], outputs[:1]))
         return graph.branch(f"{name}_rows", nodes, outputs)
 
 
 class MaskedAttention:
-    """Attention to the positions that a pass says. Inputs of a pass:
+    """Attention to the positions that a pass says.
+
+    Inputs of a pass:
 
         mask{n}: What is added to the scores of layers of the n-th kind: (batch or 1, 1, 1, width,
             end).
@@ -135,7 +139,7 @@ class MaskedAttention:
     def __init__(self, graph: OnnxGraph, kinds: Sequence[MaskKind]) -> None:
         self.graph, self.kinds, self.cached = graph, list(kinds), 0
         for index in range(len(kinds)):
-            shape = ["rows", 1, 1, "width", "end"]
+            shape: list[str | int] = ["rows", 1, 1, "width", "end"]
             graph.input(f"mask{index}", TensorProto.FLOAT, shape)
         graph.input("starts", TensorProto.INT64, ["batch"])
         graph.input("end", TensorProto.INT64, [1])
@@ -147,7 +151,7 @@ class MaskedAttention:
     def attend(self, form: AttentionForm, mask: MaskKind, heads: Heads) -> str:
         """Return the heads' outputs: (batch, width, heads * head_dim)."""
         graph, size = self.graph, form.head_dim
-        shape = ["batch", form.kv_heads, "capacity", size]
+        shape: list[str | int] = ["batch", form.kv_heads, "capacity", size]
         cached, written = _declare_cache(graph, self.cached, shape)
         read = []
         for new, old, out in zip(heads[1:], cached, written, strict=True):

@@ -105,12 +105,17 @@ class LayerForm:
     def kind(self) -> tuple[object, ...]:
         """What tells it from layers that are computed otherwise, their weights aside."""
         own = self.attention
-        norms = (*self.norms.items(), ("q", own.q_norm), ("k", own.k_norm))
+        norms = [*self.norms.items(), ("q", own.q_norm), ("k", own.k_norm)]
+        products = (own.qkv, own.out, self.gate_up, self.down)
         return (
-            *((place, norm and (norm.bias is None, norm.eps, len(norm.weight))) for place, norm in norms),
-            *(own.heads, own.kv_heads, own.head_dim, own.scale, own.softcap, self.activation),
-            *(one.bias is None for one in (own.qkv, own.out, self.gate_up, self.down)),
-        )  # fmt: skip
+            tuple(
+                (place, norm.bias is None, norm.eps, len(norm.weight))
+                for place, norm in norms
+                if norm is not None
+            ),
+            (own.heads, own.kv_heads, own.head_dim, own.scale, own.softcap, self.activation),
+            tuple(one.bias is None for one in products),
+        )
 
 
 @torch.no_grad()
@@ -194,7 +199,9 @@ class _Reading:
 
     def norms(self) -> dict[str, Norm]:
         """Return the layer's norms by their places."""
-        names = {place: next((n for n in some if n in self.parts), "") for place, some in NORMS.items()}
+        names = {
+            place: next((n for n in some if n in self.parts), "") for place, some in NORMS.items()
+        }
         after = names["after_mlp"] and not names["before_mlp"] and not names["after_attention"]
         both = names["before_mlp"] or after
         names["after_attention" if both else "before_mlp"] = "post_attention_layernorm"
@@ -238,8 +245,12 @@ class _Reading:
         scale: Any = getattr(attention, "scaling", None)
         index: Any = getattr(attention, "layer_idx", None)
         if not isinstance(head_dim, int) or not isinstance(scale, float) or index is None:
-            raise InputError("its attention doesn't say its heads' size and scale under the usual names")
-        out = next((one for one in ("o_proj", "out_proj", "dense") if f"{name}.{one}" in self.parts), "")
+            raise InputError(
+                "its attention doesn't say its heads' size and scale under the usual names"
+            )
+        out = next(
+            (one for one in ("o_proj", "out_proj", "dense") if f"{name}.{one}" in self.parts), ""
+        )
         down = self.needed(name, out)
         qkv = self.product(name, "qkv_proj") or self.products(name, ("q_proj", "k_proj", "v_proj"))
         heads = down.weight.shape[1] // head_dim

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from onnx import TensorProto
 
@@ -14,19 +15,32 @@ from fastvlm.runtimes.onnx_graph import OnnxGraph
 
 
 @dataclass(frozen=True, slots=True)
+class Rotation:
+    """How queries and keys are rotated.
+
+    Args:
+        number: Of the rotations, among those of the decoder.
+        size: Values of each head that are rotated, from the first on.
+        interleaved: Whether neighbouring values are rotated, rather than those half a size apart.
+    """
+
+    number: int
+    size: int
+    interleaved: bool
+
+
+@dataclass(frozen=True, slots=True)
 class GraphLayer:
     """A layer of a graph.
 
     Args:
         form: What it computes.
-        rotary: The number of its rotations among those of the decoder.
-        interleaved: Whether these rotate neighbouring values, rather than values half a head apart.
+        rotation: How it rotates queries and keys.
         mask: What it sees.
     """
 
     form: LayerForm
-    rotary: int
-    interleaved: bool
+    rotation: Rotation
     mask: MaskKind
 
 
@@ -45,10 +59,10 @@ def layers_graph(layers: Sequence[GraphLayer], bits: int | None, *, masked: bool
     """
     graph = OnnxGraph(bits)
     graph.input("x", TensorProto.FLOAT, ["batch", "width", "d_model"])
-    for number in sorted({one.rotary for one in layers}):
+    for rotation in dict.fromkeys(one.rotation for one in layers):
         for name in ("cos", "sin"):
-            shape = ["batch", "computed", f"rotated{number}"]
-            graph.input(f"{name}{number}", TensorProto.FLOAT, shape)
+            shape: list[str | int] = ["batch", "computed", rotation.size // 2]
+            graph.input(f"{name}{rotation.number}", TensorProto.FLOAT, shape)
     kinds = list(dict.fromkeys(one.mask for one in layers))
     attention = MaskedAttention(graph, kinds) if masked else CausalAttention(graph)
     x, normed = "x", add_norm(graph, "x", layers[0].form.norms.get("before_attention"))
@@ -70,7 +84,7 @@ def add_norm(graph: OnnxGraph, x: str, norm: Norm | None) -> str:
     """Add a norm over the last axis; None leaves `x` as it is."""
     if norm is None:
         return x
-    given = {"axis": -1, "epsilon": norm.eps}
+    given: dict[str, Any] = {"axis": -1, "epsilon": norm.eps}
     scale = graph.weight(norm.weight.float())
     if norm.bias is None:
         found: str = graph.add("SimplifiedLayerNormalization", [x, scale], **given)
@@ -97,15 +111,19 @@ def _attended(graph: OnnxGraph, attention: Attention, layer: GraphLayer, x: str)
     qkv = attention.enter(graph.linear(x, form.qkv.weight, form.qkv.bias))
     sizes = [count * form.head_dim for count in (form.heads, form.kv_heads, form.kv_heads)]
     queries, keys, values = graph.add("Split", [qkv, graph.constant(*sizes)], 3, axis=-1)
-    rotations = [f"cos{layer.rotary}", f"sin{layer.rotary}"]
+    rotation = layer.rotation
+    tables = [f"cos{rotation.number}", f"sin{rotation.number}"]
+    given: dict[str, Any] = {"interleaved": int(rotation.interleaved)}
+    if rotation.size < form.head_dim:
+        given["rotary_embedding_dim"] = rotation.size
     turned = []
     for one, heads, norm in (
         (queries, form.heads, form.q_norm),
         (keys, form.kv_heads, form.k_norm),
     ):
         normed = _heads_normed(graph, one, norm, form.head_dim)
-        given = {"num_heads": heads, "interleaved": int(layer.interleaved)}
-        turned.append(graph.add("RotaryEmbedding", [normed, *rotations], **given))
+        inputs = [normed, *tables]
+        turned.append(graph.add("RotaryEmbedding", inputs, num_heads=heads, **given))
     heads_out = attention.attend(form, layer.mask, (turned[0], turned[1], values))
     return graph.linear(heads_out, form.out.weight, form.out.bias)
 

@@ -161,5 +161,3 @@ def _masked_inputs(x: Tensor, given: PassInputs) -> dict[str, Tensor]:
 
 def _bind(bind: Any, name: str, tensor: Tensor) -> None:
     bind(name, "cpu", 0, TYPES[tensor.dtype], tuple(tensor.shape), tensor.data_ptr())
-
-

@@ -91,7 +91,7 @@ class LayerStack:
         if key not in self._segments:
             layers = [self.read(number) for number in range(first, end)]
             graph = layers_graph(layers, self.bits, masked=masked)
-            numbers = sorted({layer.rotary for layer in layers})
+            numbers = sorted({layer.rotation.number for layer in layers})
             self._segments[key] = _Segment(
                 LayerPass(graph, torch.get_num_threads()),
                 [_cached(layer.form.attention) for layer in layers],

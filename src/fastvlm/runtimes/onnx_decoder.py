@@ -1,4 +1,4 @@
-"""A split decoder that ONNX Runtime computes on the CPU, in float32 or with weights of 8 or 4 bits."""
+"""A split decoder that ONNX Runtime computes on the CPU, with weights of 32, 8 or 4 bits."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from fastvlm.language.layer_calls import LayerCall, RotaryKind
 from fastvlm.language.positions import Positions
 from fastvlm.language.weights_state import weights_state
 from fastvlm.runtimes.layer_form import Norm, Product, layer_form, linear_form, norm_form
-from fastvlm.runtimes.layer_graph import GraphLayer, add_norm
+from fastvlm.runtimes.layer_graph import GraphLayer, Rotation, add_norm
 from fastvlm.runtimes.layer_pass import HeadPass
 from fastvlm.runtimes.layer_stack import LayerStack, StackPass
 from fastvlm.runtimes.onnx_graph import OnnxGraph
@@ -59,7 +59,9 @@ class OnnxDecoder(SplitDecoder):
         self.split, self.bits = split, bits
         self.width, self.context = split.width, split.context
         self.max_positions, self.restart = split.max_positions, split.restart
-        self._interleaved = {kind: self._rotates_neighbours(kind) for kind in split.rotary}
+        self._rotary = {
+            kind: self._rotation(number, kind) for number, kind in enumerate(split.rotary)
+        }
         self._turn = RLock()
         self._forget()
 
@@ -164,33 +166,31 @@ class OnnxDecoder(SplitDecoder):
     def _rotations(self, x: Tensor, positions: Positions) -> Mapping[str, Tensor]:
         """Return the rotations of a pass, half of each head's: (batch or 1, width, size)."""
         found: dict[str, Tensor] = {}
-        for number, (kind, rotary) in enumerate(self.split.rotary.items()):
-            for name, table in zip(("cos", "sin"), rotary(x, positions), strict=True):
-                halves = table[..., ::2] if self._interleaved[kind] else table.chunk(2, -1)[0]
-                found[f"{name}{number}"] = halves
+        for kind, rotation in self._rotary.items():
+            tables = self.split.rotary[kind](x, positions)
+            for name, table in zip(("cos", "sin"), tables, strict=True):
+                each = table[..., ::2] if rotation.interleaved else table.chunk(2, -1)[0]
+                found[f"{name}{rotation.number}"] = each
         return found
 
-    def _rotates_neighbours(self, kind: RotaryKind) -> bool:
-        """Return whether rotations are of neighbouring values, rather than half a head apart."""
+    def _rotation(self, number: int, kind: RotaryKind) -> Rotation:
+        """Return what rotations are like, by those of the first positions."""
         positions = Positions.whole([8], torch.device("cpu"))
         found = self.split.rotary[kind](torch.zeros(1, 8, self.width), positions)
         if isinstance(found, tuple) and len(found) == 2 and found[0].dim() == 3:  # noqa: PLR2004
-            one, other = found[0].chunk(2, -1)
-            if torch.equal(one, other):
-                return False
-            if torch.equal(found[0][..., ::2], found[0][..., 1::2]):
-                return True
+            table, size = found[0], found[0].shape[-1]
+            if torch.equal(*table.chunk(2, -1)):
+                return Rotation(number, size, interleaved=False)
+            if torch.equal(table[..., ::2], table[..., 1::2]):
+                return Rotation(number, size, interleaved=True)
         raise self.refusal("it rotates by other tables than cosines and sines")
 
     def _graph_layer(self, layer: Any, call: LayerCall, what: str) -> GraphLayer:
         """Return a layer as a graph takes it."""
+        if call.rotary is None:
+            raise self.refusal(f"{what} rotates nothing")
         try:
-            if call.rotary is None:
-                raise InputError("it rotates nothing")
-            number = list(self.split.rotary).index(call.rotary)
-            return GraphLayer(
-                layer_form(layer), number, self._interleaved[call.rotary], call.mask
-            )
+            return GraphLayer(layer_form(layer), self._rotary[call.rotary], call.mask)
         except InputError as error:
             raise self.refusal(f"{what} is of another form than is known: {error}") from error
 
@@ -206,7 +206,7 @@ class OnnxDecoder(SplitDecoder):
     def kind(self, number: int) -> Hashable:
         """Return what tells one of the target's layers from those that are computed otherwise."""
         layer = self.read(number)
-        return layer.form.kind, layer.rotary, layer.interleaved, layer.mask
+        return layer.form.kind, layer.rotation, layer.mask
 
     def _stack_of(self, blocks: list[nn.Module]) -> LayerStack:
         """Return layers that are not the target's own, as they are run."""
@@ -281,7 +281,9 @@ def head_graph(norm: Norm | None, head: Product, bits: int | None) -> OnnxGraph:
         bits: See `OnnxGraph`.
     """
     graph = OnnxGraph(bits)
-    normed = add_norm(graph, graph.input("x", TensorProto.FLOAT, ["batch", "width", "d_model"]), norm)
+    normed = add_norm(
+        graph, graph.input("x", TensorProto.FLOAT, ["batch", "width", "d_model"]), norm
+    )
     made = graph.linear(normed, head.weight, head.bias)
     graph.add("Identity", [made], ["y"])
     graph.output("y", ["batch", "width", "logits"])

@@ -16,8 +16,14 @@ from fastvlm.runtimes.quantised_weights import BLOCK, quantise
 OPSET, CONTRIBUTED_OPSET, IR_VERSION = 24, 1, 11
 CONTRIBUTED = "com.microsoft"
 CONTRIBUTED_OPS = frozenset(
-    {"FusedMatMul", "GroupQueryAttention", "MatMulNBits", "QuickGelu", "SkipSimplifiedLayerNormalization"}
-)  # fmt: skip
+    {
+        "FusedMatMul",
+        "GroupQueryAttention",
+        "MatMulNBits",
+        "QuickGelu",
+        "SkipSimplifiedLayerNormalization",
+    }
+)
 """Operators of ONNX Runtime's own."""
 SMALL_BYTES = 2**16
 """Weights of up to so many bytes lie in the graph itself."""
@@ -58,7 +64,9 @@ class OnnxGraph:
         self.outputs.append(helper.make_tensor_value_info(name, TensorProto.FLOAT, shape))
         return name
 
-    def add(self, op: str, inputs: Sequence[str], outputs: int | Sequence[str] = 1, **given: Any) -> Any:
+    def add(
+        self, op: str, inputs: Sequence[str], outputs: int | Sequence[str] = 1, **given: Any
+    ) -> Any:
         """Add an operator.
 
         Args:
@@ -130,7 +138,10 @@ class OnnxGraph:
             threads: CPU threads.
         """
         graph = helper.make_graph(self.nodes, "graph", self.inputs, self.outputs, self.initializers)
-        opsets = [helper.make_opsetid("", OPSET), helper.make_opsetid(CONTRIBUTED, CONTRIBUTED_OPSET)]
+        opsets = [
+            helper.make_opsetid("", OPSET),
+            helper.make_opsetid(CONTRIBUTED, CONTRIBUTED_OPSET),
+        ]
         model = helper.make_model(graph, opset_imports=opsets, ir_version=IR_VERSION)
         options = onnxruntime.SessionOptions()
         options.intra_op_num_threads = threads
