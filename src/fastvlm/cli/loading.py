@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Literal, Unpack
 
 import typer
 
@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     import torch
 
     from fastvlm.decoding import SamplingParams
+    from fastvlm.runtimes import LoadOptions
     from fastvlm.vlm import VisionLanguageModel
 
 
@@ -200,7 +201,12 @@ class Runtime:
             max_slots=max_slots,
             max_cache_bytes=max_cache_bytes,
             prefix_bytes=prefix_bytes,
+            **self.load_options(),
         )
+
+    def load_options(self) -> LoadOptions:
+        """Return what `load` is given besides."""
+        return {}
 
     def prepare(self) -> None:
         """Set the number of threads, and keep `transformers` quiet."""
@@ -209,6 +215,36 @@ class Runtime:
     def progress(self, task: str) -> AbstractContextManager[Callable[[int, int], None]]:
         """Show the progress of some work; see `terminal.progress`."""
         return progress(task, quiet=self.quiet)
+
+
+@dataclass(frozen=True, slots=True)
+class DecodingRuntime(Runtime):
+    """Options of commands that decode on how to compute; see `Runtime`.
+
+    Args:
+        runtime: What runs the decoder.
+        quantize: The form of its weights; None for the precision's own.
+    """
+
+    runtime: Annotated[
+        Literal["torch", "onnx"],
+        typer.Option(
+            help="What runs the decoder: the checkpoint's own modules in torch, or ONNX Runtime"
+            " on the CPU in float32, for models of the usual form."
+        ),
+    ] = "torch"
+    quantize: Annotated[
+        Literal["int8", "int4"] | None,
+        typer.Option(
+            help="With --runtime onnx: decode with weights of 8 or 4 bits, another target than the"
+            " model as it is.",
+            show_default="the weights as they are",
+        ),
+    ] = None
+
+    def load_options(self) -> LoadOptions:
+        """Return what `load` is given besides."""
+        return {"runtime": self.runtime, "quantize": self.quantize}
 
 
 def layers_in(listed: str | None) -> tuple[int, ...] | None:
@@ -264,6 +300,7 @@ def load_quietly(
     max_slots: int | None = None,
     max_cache_bytes: int | None = None,
     prefix_bytes: int = 0,
+    **options: Unpack[LoadOptions],
 ) -> VisionLanguageModel:
     """Load a model, and a draft made for it, without progress bars or warnings of other libraries.
 
@@ -277,6 +314,7 @@ def load_quietly(
         max_cache_bytes: See `load`.
         prefix_bytes: See `load`. The default keeps nothing: most verbs ask once about each image,
             or measure what an image costs.
+        options: See `load`.
 
     Raises:
         CheckpointError: The model or the draft is missing, broken or made for something else.
@@ -301,6 +339,7 @@ def load_quietly(
         prefix_bytes=prefix_bytes,
         max_slots=MAX_SLOTS if max_slots is None else max_slots,
         max_cache_bytes=max_cache_bytes,
+        **options,
     )
 
 
