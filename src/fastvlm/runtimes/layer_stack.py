@@ -38,7 +38,6 @@ class _Segment(NamedTuple):
     layers: LayerPass
     caches: list[tuple[int, Tensor]]
     """Each layer's number in the cache, and no keys of its shape: (1, kv_heads, 0, head_dim)."""
-    masks: list[MaskKind]
     rotations: list[str]
 
 
@@ -49,14 +48,16 @@ class LayerStack:
     replaced by two from then on.
 
     Args:
-        depth: How many layers there are.
-        read: Returns one of them, by its number.
+        masks: What each layer sees.
+        read: Returns a layer, by its number.
         bits: Bits of the weights, see `OnnxGraph`.
     """
 
-    def __init__(self, depth: int, read: Callable[[int], GraphLayer], bits: int | None) -> None:
-        self.depth, self.read, self.bits = depth, read, bits
-        self._cuts = {0, depth}
+    def __init__(
+        self, masks: Sequence[MaskKind], read: Callable[[int], GraphLayer], bits: int | None
+    ) -> None:
+        self.masks, self.read, self.bits = masks, read, bits
+        self._cuts = {0, len(masks)}
         self._segments: dict[tuple[int, int, bool], _Segment] = {}
 
     def run(self, x: Tensor, first: int, end: int, given: StackPass) -> Tensor:
@@ -72,13 +73,15 @@ class LayerStack:
 
     def _run_segment(self, x: Tensor, first: int, end: int, given: StackPass) -> Tensor:
         positions = given.positions
-        segment, masks = self._segment(first, end, masked=False), None
-        if _needs_mask(positions, segment.masks):
-            segment = self._segment(first, end, masked=True)
+        kinds = list(dict.fromkeys(self.masks[first:end]))
+        masked = _needs_mask(positions, kinds)
+        masks = None
+        if masked:
             masks = {
                 f"mask{number}": additive(positions.visible(kind), x.dtype)[:, None]
-                for number, kind in enumerate(segment.masks)
+                for number, kind in enumerate(kinds)
             }
+        segment = self._segment(first, end, masked=masked)
         rotations = {name: given.rotations[name] for name in segment.rotations}
         caches, write_back = lend_rows(given.cache, positions, segment.caches)
         x = segment.layers.run(x, PassInputs(positions.starts, rotations, caches, masks))
@@ -95,7 +98,6 @@ class LayerStack:
             self._segments[key] = _Segment(
                 LayerPass(graph, torch.get_num_threads()),
                 [_cached(layer.form.attention) for layer in layers],
-                list(dict.fromkeys(layer.mask for layer in layers)),
                 [f"{name}{number}" for number in numbers for name in ("cos", "sin")],
             )
         return self._segments[key]

@@ -27,7 +27,8 @@ def verified(decoder: OnnxDecoder) -> OnnxDecoder:
     """Return a decoder whose states and logits were found to be those of torch.
 
     One with weights of fewer bits is checked by its layers in float32, one of each kind: rounding
-    is all that tells them apart.
+    is all that tells them apart. Its head is a norm, which is checked where it is read, and a
+    product.
 
     Raises:
         InputError: They differ, or it can't be run.
@@ -40,7 +41,10 @@ def verified(decoder: OnnxDecoder) -> OnnxDecoder:
     axes = 3 if any(kind.axes for kind in decoder.split.rotary) else 1
     try:
         with torch.no_grad():
-            wanted, found = (_outputs(one, layers, axes) for one in (decoder.split, checked))
+            wanted, found = (
+                _outputs(one, layers, axes, head=checked is decoder)
+                for one in (decoder.split, checked)
+            )
     except InputError:
         raise
     except Exception as error:  # of ONNX Runtime's own many kinds
@@ -54,13 +58,14 @@ def verified(decoder: OnnxDecoder) -> OnnxDecoder:
     return decoder
 
 
-def _outputs(split: SplitDecoder, layers: Sequence[int], axes: int) -> list[Tensor]:
-    """Return states of passes of all kinds, and the logits of the last: (..., size) each.
+def _outputs(split: SplitDecoder, layers: Sequence[int], axes: int, *, head: bool) -> list[Tensor]:
+    """Return states of passes of all kinds, and logits of the last: (..., size) each.
 
     Args:
         split: The decoder.
         layers: The layers to run.
         axes: How many numbers say where a position is.
+        head: Whether logits are made too.
     """
     longest = PROMPTS[0] + REPLY + 1
     tokens = ordinary_tokens(split.model, 2 * longest).view(2, longest)
@@ -77,7 +82,7 @@ def _outputs(split: SplitDecoder, layers: Sequence[int], axes: int) -> list[Tens
     found.append(split.forward_layers(x, cache.positions(PROMPTS, REPLY), cache, layers))
     x = split.embed(tokens[:1, longest - 1 :])
     x = split.forward_layers(x, cache.positions([longest - 1], 1, [0]), cache, layers)
-    return [*found, x, split.head(x)]
+    return [*found, x, split.head(x)] if head else [*found, x]
 
 
 def _plain(prompt: Tensor, embeddings: Tensor) -> DecoderInputs:

@@ -51,11 +51,7 @@ class OnnxDecoder(SplitDecoder):
         self.name = type(split.model).__name__
         if not isinstance(split, GeneralDecoder) or split.EXTRAS:
             raise self.refusal("its decoder is not of the usual form")
-        if (split.device.type, split.dtype) != ("cpu", torch.float32):
-            raise self.refusal(
-                f"it computes in float32 on the CPU, and the model is in {split.dtype} on"
-                f" {split.device}"
-            )
+        self._check_precision()
         self.split, self.bits = split, bits
         self.width, self.context = split.width, split.context
         self.max_positions, self.restart = split.max_positions, split.restart
@@ -87,7 +83,12 @@ class OnnxDecoder(SplitDecoder):
         return self.split.logits(x)
 
     def follow(self) -> None:
-        """Forget what was packed of weights that have changed since."""
+        """Forget what was packed of weights that have changed since.
+
+        Raises:
+            InputError: The model was moved or cast.
+        """
+        self._check_precision()
         with self._turn:
             if self._state != self._weights_state():
                 self._forget()
@@ -218,7 +219,8 @@ class OnnxDecoder(SplitDecoder):
                 def read(number: int) -> GraphLayer:
                     return self._graph_layer(blocks[number], calls[number], "a draft's layer")
 
-                self._blocks[key] = blocks, LayerStack(len(blocks), read, self.bits)
+                masks = [call.mask for call in calls]
+                self._blocks[key] = blocks, LayerStack(masks, read, self.bits)
                 self._state = self._weights_state()
             return self._blocks[key][1]
 
@@ -231,8 +233,9 @@ class OnnxDecoder(SplitDecoder):
         """
         key = normed, None if rows is None else (rows.data_ptr(), len(rows))
         if key not in self._heads:
-            if len(self._heads) > MAX_RESTRICTED_HEADS:
-                del self._heads[next(iter(self._heads))]
+            restricted = [one for one, (_, held) in self._heads.items() if held is not None]
+            if len(restricted) == MAX_RESTRICTED_HEADS:
+                del self._heads[restricted[0]]
             try:
                 weights = linear_form(self.lm_head) if rows is None else Product(rows, None)
                 norm = None if normed else norm_form(self._final_norm)
@@ -248,6 +251,13 @@ class OnnxDecoder(SplitDecoder):
     def _final_norm(self) -> Any:
         return getattr(self.decoder, self.part_names["norm"])
 
+    def _check_precision(self) -> None:
+        device, dtype = self.device_and_dtype()
+        if (device.type, dtype) != ("cpu", torch.float32):
+            raise self.refusal(
+                f"it computes in float32 on the CPU, and the model is in {dtype} on {device}"
+            )
+
     def _weights_state(self) -> Hashable:
         """Return what changes whenever weights do that were packed, or may have been."""
         drafts = [
@@ -260,7 +270,8 @@ class OnnxDecoder(SplitDecoder):
 
     def _forget(self) -> None:
         """Pack all weights anew where they are next needed."""
-        self._target = LayerStack(self.depth, self.read, self.bits)
+        masks = [call.mask for call in self.split.calls.layers]
+        self._target = LayerStack(masks, self.read, self.bits)
         self._blocks: dict[tuple[int, ...], tuple[list[nn.Module], LayerStack]] = {}
         self._heads: dict[Hashable, tuple[HeadPass, Tensor | None]] = {}
         self._state = self._weights_state()
