@@ -62,6 +62,8 @@ class LayerPass:
         self.session, self._weights = graph.session(threads)
         self._bound: dict[tuple[int, int, int], _Bound] = {}
 
+    # What stays bound is written to in every mode, and only inference mode may do that.
+    @torch.inference_mode()
     def run(self, x: Tensor, given: PassInputs) -> Tensor:
         """Run the layers on hidden states: (batch, width, d_model) to the same."""
         batch, width, _ = x.shape
@@ -122,6 +124,7 @@ class HeadPass:
         self.session, self._weights = graph.session(threads)
         self.size = size
 
+    @torch.inference_mode()
     def run(self, x: Tensor) -> Tensor:
         """Return the logits: (batch, width, d_model) to (batch, width, size)."""
         x = x.contiguous()

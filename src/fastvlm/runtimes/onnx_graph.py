@@ -26,7 +26,8 @@ CONTRIBUTED_OPS = frozenset(
 )
 """Operators of ONNX Runtime's own."""
 SMALL_BYTES = 2**16
-"""Weights of up to so many bytes lie in the graph itself."""
+"""Matrices of up to so many bytes lie in the graph itself, as all vectors do."""
+MATRIX_AXES = 2
 INTEGER_PRODUCTS = 4
 """The accuracy level of `MatMulNBits` that computes in 8-bit integers."""
 
@@ -87,7 +88,7 @@ class OnnxGraph:
         """Add a weight; return its name."""
         name = f"weight{len(self.initializers)}"
         array = values.detach().contiguous().numpy()
-        if array.nbytes <= SMALL_BYTES:
+        if array.ndim < MATRIX_AXES or array.nbytes <= SMALL_BYTES:
             self.initializers.append(numpy_helper.from_array(array, name))
             return name
         held = TensorProto(name=name, dims=array.shape, data_location=TensorProto.EXTERNAL)
