@@ -74,9 +74,9 @@ def test_rounding_depends_on_neither_width_nor_batch(family: str, bits: int | No
         x = decoder.forward_layers(x, positions, cache, range(2, decoder.depth))
         return decoder.head(x)
 
-    single, several = filled(3), filled(3)
+    single, several, gaps = filled(3), filled(3), filled(3)
     for row, start in enumerate(starts):
-        for cache in (single, several):
+        for cache in (single, several, gaps):
             pass_over(cache, [row], [0], start)
     alone = [
         torch.cat([pass_over(single, [row], [start + step], 1) for step in range(5)], 1)
@@ -84,11 +84,11 @@ def test_rounding_depends_on_neither_width_nor_batch(family: str, bits: int | No
     ]
     together = pass_over(several, [0, 1, 2], starts, 5)
     assert torch.equal(together, torch.cat(alone))
-    # Rows that don't lie side by side, once more at the same positions.
-    apart = pass_over(several, [0, 2], [starts[0], starts[2]], 5)
+    # Rows that don't lie side by side.
+    apart = pass_over(gaps, [0, 2], [starts[0], starts[2]], 5)
     assert torch.equal(apart, torch.cat((alone[0], alone[2])))
     # And what these rows wrote back is read by the next pass.
-    after = [pass_over(cache, [2], [starts[2] + 5], 1) for cache in (single, several)]
+    after = [pass_over(cache, [2], [starts[2] + 5], 1) for cache in (single, gaps)]
     assert torch.equal(*after)
 
 
