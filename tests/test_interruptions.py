@@ -31,6 +31,7 @@ from fastvlm.cli import run
 from fastvlm.training import loop
 from fastvlm_example.scenes import render, sample
 from tests.fuzzing.models import save_fastvithd
+from tests.training import teachers
 
 pytestmark = [
     pytest.mark.slow,
@@ -119,6 +120,13 @@ def verbs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Verb]:
              "--exit-layer", "1"),
             "--output",
             lambda out: contents(out, "block/model.safetensors", "block/config.json"),
+        ),
+        "train encoder": Verb(
+            ("train", "encoder", "--teacher", f"{teachers.FILE}:grid", "--start", str(model),
+             "--data", "scenes:6", "--held-out", "2", "--steps", "12", "--batch", "2",
+             "--image-size", "64", "--workers", "0"),
+            "--output",
+            lambda out: contents(out, "*.safetensors", "*.json"),
         ),
         "train model": Verb(
             ("train", "model", *of, "--data", str(photos),

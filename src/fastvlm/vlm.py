@@ -13,7 +13,7 @@ import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, ProcessorMixin
 from transformers.generation.stopping_criteria import StoppingCriteriaList
 
-from fastvlm.checkpoints import load_checkpoint
+from fastvlm.checkpoints import LoadOptions, load_checkpoint
 from fastvlm.checkpoints.processors import tokenizer_of
 from fastvlm.decoding import Engine, Request, Sampler, Strategy
 from fastvlm.decoding.engine import MAX_SLOTS
@@ -41,7 +41,7 @@ from fastvlm.prompts import (
     messages_of,
     prompt_builder,
 )
-from fastvlm.runtimes import LoadOptions, decoder_of, split_load_options
+from fastvlm.runtimes import decoder_of, split_load_options
 from fastvlm.vision.configuration import REDUCTION
 from fastvlm.vision.fastvithd import FastViTHD
 from fastvlm.vision.loading import ImageInput
@@ -361,15 +361,13 @@ def load(
         draft: A draft's directory; None to decode without one.
         dtype: The precision to compute in.
         device: The device; the CPU, if neither it nor a `device_map` is given.
-        prefix_bytes: The maximum memory, in bytes, for image features and states of earlier
-            prompts, with which a second question about an image costs its own text only; 0 keeps
-            nothing.
+        prefix_bytes: The maximum bytes of image features and states of earlier prompts, with which
+            a second question about an image costs its own text only; 0 keeps nothing.
         max_slots: The maximum number of requests decoded together; others wait.
         max_cache_bytes: The maximum bytes of their keys and values; others wait. None for half of
             the memory that the device has left.
-        options: What decodes the model, see `RuntimeOptions`: `runtime` (`torch` or `onnx`),
-            `quantize` (`int8` or `int4`), `packed_bytes`; and options for `transformers`, see
-            `PretrainedOptions`: `revision`, `token`, `device_map`, `quantization_config`,
+        options: `runtime`, `quantize` and `packed_bytes`, see `RuntimeOptions`; and options for
+            `transformers`: `revision`, `token`, `device_map`, `quantization_config`,
             `attn_implementation`, `trust_remote_code`.
 
     Raises:
@@ -380,8 +378,7 @@ def load(
     """
     runtime, pretrained = split_load_options(options)
     if model is None:
-        shipped = example()
-        model, draft = shipped.MODEL, shipped.DRAFT if draft is None else draft
+        model, draft = example().MODEL, example().DRAFT if draft is None else draft
     target, processor = load_checkpoint(model, dtype, device, pretrained)
     tower = getattr(target.base_model, "vision_tower", None)
     if isinstance(tower, FastViTHD):

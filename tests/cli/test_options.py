@@ -23,6 +23,7 @@ REQUIRED = {
     "convert": ("m", "o"),
     "export onnx": ("f",),
     "train draft": ("--data", "d", "--output", "o"),
+    "train encoder": ("--teacher", "t.onnx", "--data", "d", "--output", "o"),
     "train model": ("--data", "d", "--output", "o", "--model", "m"),
 }
 """What a verb needs besides the option that is looked at."""

@@ -16,11 +16,16 @@ from safetensors.torch import load_file
 from fastvlm.cli.verbs import command as root
 from fastvlm.training import checkpoint, loop
 from tests.cli.conftest import Output
+from tests.training import teachers
 
 Cli = Callable[..., Output]
 
 DRAFT = {
     "--data": "scenes:4", "--held-out": "1", "--steps": "2", "--exit-layer": "1",
+}  # fmt: skip
+ENCODER = {
+    "--teacher": f"{teachers.FILE}:grid", "--held-out": "2", "--steps": "2", "--batch": "2",
+    "--image-size": "64", "--workers": "0",
 }  # fmt: skip
 MODEL = {"--steps": "2", "--batch": "2", "--image-size": "128"}
 OTHER_DRAFT: dict[str, tuple[str, ...]] = {
@@ -51,9 +56,25 @@ OTHER_MODEL: dict[str, tuple[str, ...]] = {
     "--seed": ("--seed", "8"),
 }
 """Options of `train model` that decide what is learnt, each with another value."""
+OTHER_ENCODER: dict[str, tuple[str, ...]] = {
+    "--limit": ("--limit", "4"),
+    "--held-out": ("--held-out", "3"),
+    "--image-size": ("--image-size", "128"),
+    "--batch": ("--batch", "3"),
+    "--smallest-crop": ("--smallest-crop", "0.7"),
+    "--mixup": ("--mixup", "1"),
+    "--teacher": ("--teacher", f"{teachers.FILE}:vector"),
+    "--teacher-size": ("--teacher-size", "64"),
+    "--teacher-mean": ("--teacher-mean", "0,0,0"),
+    "--teacher-std": ("--teacher-std", "1,1,1"),
+    "--steps": ("--steps", "3"),
+    "--learning-rate": ("--learning-rate", "0.01"),
+    "--seed": ("--seed", "8"),
+}
+"""Options of `train encoder` that decide what is learnt, each with another value."""
 ELSEWHERE = {
     # What is trained, tested by itself below, or the place of the run.
-    "--output", "--model", "--encoder", "--decoder", "--start", "--prompt", "--help",
+    "--output", "--model", "--encoder", "--decoder", "--start", "--variant", "--prompt", "--help",
     # Accelerate has one for a process; it is part of the schedule, and so of the plan.
     "--dtype",
     # Another phase or stage with a folder, a schedule or figures of its own, which the plan holds.
@@ -89,7 +110,10 @@ def options_of(*verb: str) -> set[str]:
     return {name for name in found if name.startswith("--")}
 
 
-@pytest.mark.parametrize(("verb", "known"), [("draft", OTHER_DRAFT), ("model", OTHER_MODEL)])
+@pytest.mark.parametrize(
+    ("verb", "known"),
+    [("draft", OTHER_DRAFT), ("model", OTHER_MODEL), ("encoder", OTHER_ENCODER)],
+)
 def test_every_option_decides_or_is_known_not_to(verb: str, known: dict[str, Any]) -> None:
     # An option that is new is put where it belongs.
     assert options_of("train", verb) <= known.keys() | ELSEWHERE | {"--data"}
@@ -144,6 +168,19 @@ def test_no_option_of_a_model_changes_on_the_way(cli: Cli, tmp_path: Path, shipp
     lora = ("--learns", "lora", "--lora-rank")
     assert cli(*words("model", MODEL, tmp_path / "lora", *model, *lora, 4)).code == 0
     refused(cli(*words("model", MODEL, tmp_path / "lora", *model, *lora, 8)))
+
+
+@pytest.mark.slow
+def test_no_option_of_an_encoder_changes_on_the_way(
+    cli: Cli, tmp_path: Path, shipped: Path
+) -> None:
+    output = tmp_path / "run"
+    start = ("--start", shipped / "model", "--data", "scenes:6")
+    assert cli(*words("encoder", ENCODER, output, *start)).code == 0
+    for change in OTHER_ENCODER.values():
+        refused(cli(*other("encoder", ENCODER, output, change), *start))
+    refused(cli(*words("encoder", ENCODER, output, "--data", "scenes:7", *start[:2])))
+    refused(cli(*words("encoder", ENCODER, output, "--variant", "fastvithd-small", *start[2:])))
 
 
 def hasty(usual: Callable[..., None]) -> Callable[..., None]:

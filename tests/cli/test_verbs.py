@@ -23,6 +23,7 @@ from fastvlm_example.scenes import render, sample
 from tests.cli.conftest import Output
 from tests.families import replies
 from tests.processors import asked, saved
+from tests.training import teachers
 
 SOURCES = Path(__file__).parents[2] / "src"
 FIELDS = {
@@ -57,7 +58,7 @@ def test_help_lists_the_verbs(cli: Cli) -> None:
 def test_training_lists_its_stages(cli: Cli) -> None:
     said = cli("train", "--help")
     assert said.code == 0
-    for stage in ("model", "draft"):
+    for stage in ("model", "draft", "encoder"):
         assert stage in said.out
 
 
@@ -99,7 +100,6 @@ def test_another_runtime_gives_the_same_reply(cli: Cli, shipped: Path) -> None:
     assert with_draft.code == 0
     said = cli("generate", image, "--runtime", "onnx", "--dtype", "bfloat16").sentence()
     assert "computes in float32 on the CPU" in said
-    assert "needs runtime='onnx'" in cli("generate", image, "--quantize", "int8").sentence()
 
 
 def test_layers_to_skip_are_given(cli: Cli, shipped: Path, tmp_path: Path) -> None:
@@ -329,6 +329,70 @@ def test_a_model_is_trained_stage_after_stage(cli: Cli, shipped: Path, tmp_path:
     said = cli(*made, "--workers", "0", "--output", tmp_path / "new")
     assert said.code == 0, said.err
     assert fastvlm.load(tmp_path / "new").image_size == 128
+
+
+def test_an_encoder_is_taught_and_becomes_a_models(cli: Cli, shipped: Path, tmp_path: Path) -> None:
+    data = tmp_path / "data"
+    data.mkdir()
+    for number in range(5):
+        render(sample(number), 64).save(data / f"{number}.png")
+    taught = tmp_path / "encoder"
+    words = (
+        "train", "encoder", "--teacher", f"{teachers.FILE}:grid", "--data", data, "--data",
+        "scenes:3", "--held-out", "2", "--steps", "3", "--batch", "4", "--image-size", "64",
+        "--start", shipped / "model", "--workers", "0", "--output", taught,
+    )  # fmt: skip
+    said = cli(*words, "--json", tmp_path / "figures.json")
+    assert said.code == 0, said.err
+    assert "6 images. None of 8 records is broken." in said.out
+    figures = json.loads((tmp_path / "figures.json").read_text())
+    assert figures["images"] == 6
+    assert set(figures["held_out"]) == {
+        "held-out pooled explained", "held-out pooled cosine", "held-out grid explained",
+        "held-out grid cosine", "held-out same class",
+    }  # fmt: skip
+    assert "scenes:3; 6 images" in (taught / "README.md").read_text()
+    # Everything is there: the same command does no step again.
+    weights = (taught / "model.safetensors").read_bytes()
+    assert cli(*words, "--quiet").code == 0
+    assert (taught / "model.safetensors").read_bytes() == weights
+    vlm = fastvlm.load(shipped / "model")
+    config = vlm.model.config.get_text_config()
+    AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path / "text")
+    vlm.tokenizer.save_pretrained(tmp_path / "text")
+    for number in range(5):
+        (data / f"{number}.txt").write_text("a red circle")
+    said = cli(
+        "train", "model", "--data", data, "--batch", "2", "--image-size", "128", "--steps", "1",
+        "--stage", "1", "--encoder", taught, "--decoder", tmp_path / "text", "--workers", "0",
+        "--output", tmp_path / "made",
+    )  # fmt: skip
+    assert said.code == 0, said.err
+
+
+@pytest.mark.parametrize(
+    ("more", "code", "told"),
+    [
+        (("--variant", "tiny"), 2, "fastvithd-small"),
+        (("--variant", "fastvithd", "--start", "d"), 2, "--variant"),
+        (("--start", "nowhere"), 1, "nowhere"),
+        (("--image-size", "100"), 1, "multiple of 64"),
+        (("--teacher-mean", "1,2"), 2, "--teacher-mean"),
+        (("--teacher-size", "16", "--start", "{model}"), 1, "can't take images"),
+        (("--held-out", "4", "--start", "{model}"), 1, "--held-out"),
+        (("--data", "nowhere", "--start", "{model}"), 1, "nowhere"),
+    ],
+)
+def test_an_encoder_that_can_not_be_taught(
+    cli: Cli, shipped: Path, tmp_path: Path, more: tuple[str, ...], code: int, told: str
+) -> None:
+    given = [one.format(model=shipped / "model") for one in more]
+    said = cli(
+        "train", "encoder", "--teacher", f"{teachers.FILE}:grid", "--data", "scenes:4", "--output",
+        tmp_path / "out", *given,
+    )  # fmt: skip
+    assert said.code == code
+    assert told in next(line for line in said.err.splitlines() if line.startswith("fastvlm: "))
 
 
 def test_a_target_is_fine_tuned_before_its_draft(cli: Cli, shipped: Path, tmp_path: Path) -> None:

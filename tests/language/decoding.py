@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Collection, Sequence
 
+import pytest
 import torch
 
 from fastvlm.decoding import (
@@ -24,6 +25,12 @@ LIMIT = 14
 STRATEGIES = (
     "autoregressive", "early-exit", "prompt-lookup", "block", "perfect", "mlp", "layer-skip",
 )  # fmt: skip
+
+
+def pack_small(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Have small matrices packed too, as the models of the tests have no others."""
+    monkeypatch.setattr("fastvlm.language.products.SMALLEST_IN_16_BITS", 1)
+    monkeypatch.setattr("fastvlm.language.products.SMALLEST_IN_32_BITS", 1)
 
 
 def network(

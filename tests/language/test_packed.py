@@ -18,10 +18,18 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel
 
 import fastvlm
 from fastvlm.decoding import Autoregressive
-from fastvlm.language import capture_decoder_inputs, split_decoder
-from fastvlm.language.packed import SMALLEST, PackedLinear, available, pack, pack_decoder
+from fastvlm.language import capture_decoder_inputs, products, split_decoder
+from fastvlm.language.packed import PackedLinear, available, pack, pack_decoder
+from fastvlm.language.products import (
+    SMALLEST_IN_16_BITS,
+    SMALLEST_IN_32_BITS,
+    HalfProduct,
+    OneDnnProduct,
+    half_functions,
+    half_scale,
+)
 from tests.families import FAMILIES, replies
-from tests.language.decoding import LIMIT, decode, strategy
+from tests.language.decoding import LIMIT, decode, pack_small, strategy
 
 WIDTH = 512
 PLENTY = 2**30
@@ -40,18 +48,115 @@ def packed(layer: nn.Linear) -> nn.Linear:
     return layer
 
 
+def of_kind(kind: str, *, bias: bool = True) -> nn.Linear:
+    """A packed layer whose weights are in 32 bits, 32 of which 16 are zeros, or 16."""
+    dtype = {"bfloat16": torch.bfloat16, "float16": torch.float16}.get(kind, torch.float32)
+    layer = linear(700, bias=bias, dtype=dtype)
+    with torch.no_grad():
+        if kind in {"half", "scaled"}:
+            layer.weight.copy_(layer.weight.bfloat16())
+        if kind == "scaled":
+            # In float16 as it is, most of it would be zeros.
+            layer.weight.mul_(2.0**-22)
+    pack([layer], PLENTY)
+    assert isinstance(layer, PackedLinear)
+    plain = kind in {"float32", "bfloat16"}
+    assert isinstance(layer.packed.product, OneDnnProduct if plain else HalfProduct)
+    return layer
+
+
+KINDS = ["float32", "half", "scaled", "bfloat16", "float16"]
+SHAPES = [(1, 1), (1, 2), (1, 5), (3, 1), (2, 11), (1, 16), (4, 33), (7,)]
+
+
 @pytest.mark.parametrize("bias", [True, False])
-@pytest.mark.parametrize("shape", [(1, 1), (1, 2), (1, 5), (3, 1), (2, 11), (1, 16), (4, 33), (7,)])
-def test_products_are_those_of_float64(shape: tuple[int, ...], bias: bool) -> None:
-    layer = packed(linear(700, bias=bias))
-    x = torch.randn(*shape, WIDTH)
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("kind", KINDS)
+def test_products_are_those_of_float64(kind: str, shape: tuple[int, ...], bias: bool) -> None:
+    layer = of_kind(kind, bias=bias)
+    x = torch.randn(*shape, WIDTH, dtype=layer.weight.dtype)
     exact = x.double() @ layer.weight.double().T
     if bias:
         exact = exact + layer.bias.double()
     with torch.inference_mode():
         found = layer(x)
     assert found.shape == (*shape, 700)
-    assert (found - exact).abs().max() < 1e-5
+    assert found.dtype == layer.weight.dtype
+    rounding = {torch.float32: 1e-5, torch.float16: 1e-3, torch.bfloat16: 1e-2}[found.dtype]
+    assert (found - exact).abs().max() < rounding * exact.abs().max()
+
+
+@pytest.mark.parametrize("kind", ["half", "float16"])
+@pytest.mark.parametrize("shape", [(256, 256), (512, 700), (1000, 300)])
+def test_a_row_is_the_same_beside_any_others(kind: str, shape: tuple[int, int]) -> None:
+    torch.manual_seed(4)
+    weight = torch.randn(*shape).bfloat16().to(torch.half if kind == "float16" else torch.float32)
+    product = products.product_of(weight)
+    assert isinstance(product, HalfProduct)
+    x = torch.randn(40, shape[1], dtype=weight.dtype)
+    together = product(x, weight, None)
+    for rows in (1, 2, 3, 5, 8, 14, 15, 16, 29, 33):
+        assert torch.equal(product(x[-rows:], weight, None), together[-rows:])
+
+
+def test_only_equal_values_are_held_in_half_of_the_bytes() -> None:
+    torch.manual_seed(2)
+    weight = torch.randn(300, 256)
+    assert half_scale(weight) is None
+    short = weight.bfloat16().float()
+    assert half_scale(short) == 1
+    _, exponent = torch.frexp(short.abs().amax())
+    assert half_scale(short * 2.0**-30) == 2.0 ** (45 - int(exponent))
+    assert half_scale(short * 2.0**30) is not None
+    for row, value in ((0, 1 + 2.0**-20), (299, 2.0**60), (5, float("inf")), (5, float("nan"))):
+        other = short.clone()
+        other[row, 7] = value
+        assert half_scale(other) is None
+    # A row of small values among large ones.
+    short[17] *= 2.0**-30
+    assert half_scale(short) is None
+    assert half_scale(torch.zeros(4, 4)) is None
+
+
+def test_a_large_matrix_is_looked_at_in_parts(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(products, "CHUNK_WEIGHTS", 1000)
+    weight = torch.randn(300, 256).bfloat16().float()
+    assert half_scale(weight) == 1
+    weight[299, 255] = 1 + 2.0**-20
+    assert half_scale(weight) is None
+
+
+def test_without_fbgemm_matrices_are_packed_as_they_are(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(products, "half_functions", lambda: None)
+    weight = torch.randn(512, 512).bfloat16().float()
+    assert isinstance(products.product_of(weight), OneDnnProduct)
+    assert not products.packs(torch.float16)
+
+
+def test_both_of_torchs_ways_to_fbgemm_are_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
+    ways = [half_functions.__wrapped__()]
+    monkeypatch.setattr(products, "DIRECT", "no such function")
+    ways.append(half_functions.__wrapped__())
+    assert ways[0] != ways[1]
+    weight, x = torch.randn(512, 512).bfloat16().float(), torch.randn(6, 512)
+    one, other = (HalfProduct(weight, 1, way)(x, weight, None) for way in ways)
+    assert torch.equal(one, other)
+
+
+@pytest.mark.parametrize("faster", [True, False])
+def test_one_row_goes_the_faster_way(faster: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(products, "_one_row_packed", {})
+    monkeypatch.setattr(OneDnnProduct, "_is_faster", lambda *_: faster)
+    layer, x = packed(linear()), torch.randn(1, WIDTH)
+    monkeypatch.setattr(OneDnnProduct, "_is_faster", lambda *_: not faster)
+    other = packed(linear())
+    for one in (layer, other):
+        one.packed.product.multiply = lambda *_: "packed"
+    with torch.inference_mode():
+        assert (layer(x) == "packed") is faster
+        # Layers of a shape go one way.
+        assert (other(x) == "packed") is faster
+        assert layer(x.expand(2, -1)) == "packed"
 
 
 def test_rows_that_lie_apart_in_memory() -> None:
@@ -76,13 +181,13 @@ def test_autocast_is_the_ordinary_one() -> None:
 
 
 def test_only_what_gains_is_packed() -> None:
-    short, double = linear(dtype=torch.bfloat16), linear(dtype=torch.float64)
-    small, offloaded = linear(SMALLEST // WIDTH - 1), linear()
+    double, tiny = linear(dtype=torch.float64), linear(SMALLEST_IN_16_BITS // WIDTH - 1).bfloat16()
+    small, offloaded = linear(SMALLEST_IN_32_BITS // WIDTH - 1), linear()
     cpu_offload(offloaded, execution_device=torch.device("cpu"))
     changed, turned = linear(), linear()
     parametrize.register_parametrization(changed, "weight", nn.Identity())
     turned.weight = nn.Parameter(turned.weight.detach().T)
-    assert pack([short, double, small, offloaded, changed, turned], PLENTY) == 0
+    assert pack([double, tiny, small, offloaded, changed, turned], PLENTY) == 0
 
 
 def test_elsewhere_nothing_is_packed(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -134,11 +239,14 @@ WAYS: dict[str, Callable[[nn.Linear], Any]] = {
 
 @pytest.mark.parametrize("way", WAYS)
 @pytest.mark.parametrize("out", [WIDTH, 700, 2048])
+@pytest.mark.parametrize("rows", [1, 4])
 @pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
-def test_changed_weights_are_seen(way: str, out: int, mode: Any) -> None:
+def test_changed_weights_are_seen(way: str, out: int, rows: int, mode: Any) -> None:
     torch.manual_seed(3)
-    other = nn.Linear(WIDTH, out)
-    layer, x = packed(other), torch.randn(4, WIDTH)
+    layer, x = nn.Linear(WIDTH, out), torch.randn(rows, WIDTH)
+    if rows == 1:
+        layer.weight.data.copy_(layer.weight.bfloat16())
+    pack([layer], PLENTY)
     with mode():
         layer(x)
         assert isinstance(layer, PackedLinear)
@@ -174,7 +282,7 @@ def with_adapter(model: PreTrainedModel) -> Any:
 @pytest.fixture
 def pair(monkeypatch: pytest.MonkeyPatch) -> tuple[PreTrainedModel, PreTrainedModel]:
     """A packed model, and the same one as it was."""
-    monkeypatch.setattr("fastvlm.language.packed.SMALLEST", 1)
+    pack_small(monkeypatch)
     model = small_llama()
     plain = copy.deepcopy(model)
     assert pack_decoder(model) > 0
@@ -281,8 +389,7 @@ def test_tokens_are_those_of_generate(
     }
     expected = replies(model, given, LIMIT)
     prompts = capture_decoder_inputs(model, given)
-    # The models of the tests are small.
-    monkeypatch.setattr("fastvlm.language.packed.SMALLEST", 1)
+    pack_small(monkeypatch)
     assert fastvlm.pack_decoder(model) > 0
     decoder = split_decoder(model)
     found = decode(decoder, strategy(name, decoder), prompts)
@@ -294,8 +401,10 @@ def test_load_packs_as_much_as_it_is_told() -> None:
     vlm = fastvlm.load()
     head = vlm.decoder.lm_head
     assert isinstance(head, PackedLinear)
-    most = head.weight.nbytes - 1
+    # The checkpoint is in bfloat16.
+    assert isinstance(head.packed.product, HalfProduct)
+    most = head.packed.product.nbytes - 1
     for packed_bytes in (0, most):
         parts = fastvlm.load(packed_bytes=packed_bytes).model.modules()
         packed = [part for part in parts if isinstance(part, PackedLinear)]
-        assert sum(part.weight.nbytes for part in packed) <= packed_bytes
+        assert sum(part.packed.product.nbytes for part in packed) <= packed_bytes

@@ -19,7 +19,7 @@ from fastvlm.language import (
 )
 from tests.families import NEWER, Inputs, replies
 from tests.families.releases import released
-from tests.language.decoding import LIMIT, decode, network, strategy
+from tests.language.decoding import LIMIT, decode, network, pack_small, strategy
 from tests.language.test_placement import Int8Linear, quantise
 
 FAMILIES = released(
@@ -74,7 +74,7 @@ def in_float32(given: Inputs) -> Inputs:
 @pytest.mark.skipif(not packed.available(), reason="This CPU packs no weights.")
 @pytest.mark.parametrize("family", FAMILIES)
 def test_packed_weights(family: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(packed, "SMALLEST", 1)
+    pack_small(monkeypatch)
     model, inputs = NEWER[family]()
     given = in_float32(inputs(4))
     expected = replies(model.float(), given, LIMIT)

@@ -6,7 +6,7 @@ import os
 import warnings
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, TypedDict, TypeVar, cast
+from typing import Any, Literal, TypedDict, TypeVar, cast
 
 import torch
 from huggingface_hub import snapshot_download
@@ -86,6 +86,22 @@ class PretrainedOptions(TypedDict, total=False):
     quantization_config: Any
     attn_implementation: str | None
     trust_remote_code: bool
+
+
+class LoadOptions(PretrainedOptions, total=False):
+    """Options of `fastvlm.load` beside those of its signature.
+
+    Args:
+        quantize: `int8` or `int4`, to hold the decoder's weights in so many bits on a CPU. It is
+            another model then: lossless against itself, and its answers are measured by `evaluate`.
+        runtime: `torch`, or `onnx` for ONNX Runtime on a CPU.
+        packed_bytes: The maximum bytes of a second copy of the decoder's weights, which a CPU reads
+            faster in torch; 0 makes none.
+    """
+
+    quantize: Literal["int8", "int4"] | None
+    runtime: Literal["torch", "onnx"]
+    packed_bytes: int
 
 
 def load_checkpoint(

@@ -45,6 +45,7 @@ def benchmark(
     from fastvlm.evaluation.benchmark import measure
     from fastvlm.evaluation.measuring import hardware
     from fastvlm.evaluation.reference import image_of
+    from fastvlm.evaluation.roofline import measure_machine, pass_costs, shares, to_json
 
     vlm = contenders.load(runtime)
     images = asked.chosen_images(contenders.model, vlm)
@@ -66,6 +67,9 @@ def benchmark(
         )
     results = found.results
     machine = hardware(vlm.decoder.device)
+    limits = measure_machine(vlm.decoder.device, vlm.decoder.dtype)
+    costs = pass_costs(vlm.decoder, measured, results, limits)
+    reached = shares(costs, results)
     prompts = list(dict.fromkeys(question.prompt for question in questions))
     output.write(
         {
@@ -83,6 +87,7 @@ def benchmark(
             "temperature": replies.temperature,
             "seed": (replies.seed or 0) if replies.temperature else None,
             "failed": failed.found,
+            "roofline": to_json(limits, costs, reached),
             "results": [result.to_json() for result in results],
             "kinds": {
                 kind: [result.to_json() for result in of_kind]
@@ -105,6 +110,12 @@ def benchmark(
     console.print(
         f"{measured_replies} {about}{words}, replies of"
         f" {results[0].tokens:.0f} tokens (median), on {hardware_line(machine)}.",
+        style="dim",
+    )
+    console.print(
+        f"Reading weights at {limits.bytes_per_second / 1e9:.0f} GB/s, a token takes at least "
+        + ", ".join(f"{one.limit_ms:.2f} ms ({name})" for name, one in reached.items())
+        + ".",
         style="dim",
     )
     failed.exit()

@@ -21,6 +21,7 @@ class ConvertRuntime(Runtime):
         Literal["bfloat16", "float16", "float32"],
         typer.Option(help="The precision to store; nothing is computed."),
     ] = "bfloat16"
+    quantize: None = None
 
 
 def convert(

@@ -22,6 +22,7 @@ class ExportRuntime(Runtime):
         Literal["float32", "float16"],
         typer.Option(help="The precision of the file's weights, and of the comparison."),
     ] = "float32"
+    quantize: None = None
 
 
 def onnx(

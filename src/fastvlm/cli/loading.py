@@ -17,8 +17,8 @@ from fastvlm.functional.errors import InputError, first_line
 if TYPE_CHECKING:
     import torch
 
+    from fastvlm.checkpoints import LoadOptions
     from fastvlm.decoding import SamplingParams
-    from fastvlm.runtimes import LoadOptions
     from fastvlm.vlm import VisionLanguageModel
 
 
@@ -90,6 +90,13 @@ QuietOption = Annotated[
 DtypeOption = Annotated[
     Literal["float64", "float32", "float16", "bfloat16"],
     typer.Option(help="The precision to compute in."),
+]
+QuantizeOption = Annotated[
+    Literal["int8", "int4"] | None,
+    typer.Option(
+        help="Hold the decoder's weights in 8 or 4 bits on a CPU; it is another model then.",
+        show_default="weights as they are",
+    ),
 ]
 DeviceOption = Annotated[
     str,
@@ -163,12 +170,14 @@ class Runtime:
         dtype: The precision.
         threads: CPU threads; None for torch's default.
         quiet: Whether to show results and errors only.
+        quantize: The bits of weights; None for the model's own.
     """
 
     device: DeviceOption = "cpu"
     dtype: DtypeOption = "float32"
     threads: ThreadsOption = None
     quiet: QuietOption = False
+    quantize: QuantizeOption = None
 
     def load(
         self,
@@ -206,7 +215,7 @@ class Runtime:
 
     def load_options(self) -> LoadOptions:
         """Return what `load` is given besides."""
-        return {}
+        return {"quantize": self.quantize}
 
     def prepare(self) -> None:
         """Set the number of threads, and keep `transformers` quiet."""
@@ -223,7 +232,6 @@ class DecodingRuntime(Runtime):
 
     Args:
         runtime: What runs the decoder.
-        quantize: The form of its weights; None for the precision's own.
     """
 
     runtime: Annotated[
@@ -233,14 +241,6 @@ class DecodingRuntime(Runtime):
             " on the CPU in float32, for models of the usual form."
         ),
     ] = "torch"
-    quantize: Annotated[
-        Literal["int8", "int4"] | None,
-        typer.Option(
-            help="With --runtime onnx: decode with weights of 8 or 4 bits, another target than the"
-            " model as it is.",
-            show_default="the weights as they are",
-        ),
-    ] = None
 
     def load_options(self) -> LoadOptions:
         """Return what `load` is given besides."""

@@ -21,6 +21,7 @@ from fastvlm.functional.placement import on_no_device
 from fastvlm.language.cache import DecoderCache, KeyValueCache
 from fastvlm.language.masks import FULL, MaskKind
 from fastvlm.language.positions import Positions
+from fastvlm.language.quantised import Int4Linear, Int8Linear
 from fastvlm.language.structure import attends_causally, find_part, part_names
 
 MAX_LAYERS = 1024
@@ -248,9 +249,11 @@ class SplitDecoder(ABC):
     def lm_head_rows(self, token_ids: Tensor) -> Tensor | None:
         """Return the LM head's rows of some tokens: (tokens, its inputs).
 
-        None where they are not all there is to it: quantised, adapted or offloaded.
+        None where they are not all there is to it: quantised by others, adapted or offloaded.
         """
         head = self.lm_head
+        if isinstance(head, Int8Linear | Int4Linear) and head.bias is None:
+            return head.rows(token_ids).to(self.dtype)
         weight = getattr(head, "weight", None)
         # Quantised weights are of other classes, adapters are modules around the head.
         if not isinstance(head, nn.Linear) or type(weight) is not nn.Parameter:

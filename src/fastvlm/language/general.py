@@ -28,6 +28,7 @@ from fastvlm.language.decoder import (
     untrained_layers,
 )
 from fastvlm.language.dense import dense_weight
+from fastvlm.language.fused import LayerInputs, kind_of, layer_inputs, run_layer
 from fastvlm.language.layer_calls import (
     CACHE_NAMES,
     DecoderCalls,
@@ -261,13 +262,19 @@ class GeneralDecoder(SplitDecoder):
         injects = positions.injects
         if injects and layers and layers[0][2] == (0,):
             x = injected(x, positions, -1)
-        arguments: dict[LayerCall, dict[str, Any]] = {}
+        arguments: dict[LayerCall, tuple[dict[str, Any], LayerInputs | None]] = {}
         for call, some in groupby(layers, key=itemgetter(1)):
-            given = arguments.get(call)
-            if given is None:
-                given = arguments[call] = self._arguments(x, run, call)
+            both = arguments.get(call)
+            if both is None:
+                given = self._arguments(x, run, call)
+                both = arguments[call] = given, layer_inputs(self.decoder, x, given)
+            given, inputs = both
             for layer, _, numbers in some:
-                x = layer(x, **given)
+                kind = None if inputs is None else kind_of(layer)
+                if kind is None or inputs is None:
+                    x = layer(x, **given)
+                else:
+                    x = run_layer(layer, kind, x, inputs)
                 if isinstance(x, tuple):
                     x = x[0]
                 if injects:

@@ -1,10 +1,8 @@
-"""Linear layers whose weights are laid out for products of a few rows, on a CPU in float32.
+"""Linear layers whose weights are laid out once for the CPU, for products of any number of rows.
 
-A verify multiplies every weight by as many rows as there are tokens in the draft. A plain matrix
-product of 2 to 32 rows takes the CPU up to six times as long as the product of one row, of which
-drafting has nothing left; with weights in oneDNN's own layout it takes hardly longer than reading
-them once. Products of one row stay as they were, and so do all of them in autocast or while
-gradients are recorded.
+A step reads every weight for one row, and a verify multiplies every weight by as many rows as there
+are tokens in the draft, which should take hardly longer than reading them once. Which layouts do
+that is in `products`. Layers in autocast, or while gradients are recorded, compute as they did.
 """
 
 from __future__ import annotations
@@ -19,25 +17,22 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import PreTrainedModel
 
+from fastvlm.language.products import Product, available, packs, product_of
 from fastvlm.language.sampled import sampled
 from fastvlm.language.structure import text_decoder
 
-SMALLEST = 2**18
-"""Weights of a matrix that is worth packing: of fewer, the call costs more than is saved."""
-ROWS = 16
-"""Rows of the products that the layout is made for."""
 PACKED_BYTES = 4 * 2**30
-"""Memory for packed weights: those of a decoder with a billion parameters."""
+"""Memory for packed weights: those of a decoder with two billion parameters in 16 bits."""
 SAMPLED_WEIGHTS = 32
 """Weights of a matrix that are compared at each product: 1 to 5 microseconds."""
 
 
 @dataclass(frozen=True, slots=True)
 class PackedWeight:
-    """A weight in oneDNN's layout, and what tells whether it is still the layer's.
+    """A packed weight, and what tells whether it is still the layer's.
 
     Args:
-        packed: The weight, packed.
+        product: What multiplies by the weight, packed.
         weight: The parameter that was packed.
         version: Its version, which counts what is written to it.
         address: Where its values lie.
@@ -45,7 +40,7 @@ class PackedWeight:
         values: Those values as they were.
     """
 
-    packed: Tensor
+    product: Product
     weight: Tensor
     version: int
     address: int
@@ -53,12 +48,15 @@ class PackedWeight:
     values: Tensor
 
     @classmethod
-    def of(cls, weight: Tensor) -> PackedWeight:
-        """Pack a weight: (out_features, in_features)."""
+    def of(cls, weight: Tensor) -> PackedWeight | None:
+        """Pack a weight, (out_features, in_features); None where that doesn't pay."""
         values = weight.detach()
+        product = product_of(values)
+        if product is None:
+            return None
         sample = sampled(values, SAMPLED_WEIGHTS)
         return cls(
-            torch.ops.mkldnn._reorder_linear_weight(values, ROWS),
+            product,
             weight,
             weight._version,
             weight.data_ptr(),
@@ -95,18 +93,17 @@ class PackedLinear(nn.Linear):
         # Another thread may make this layer an ordinary one at any time, of which `super()` and
         # `self.packed` know nothing.
         held: PackedWeight | None = vars(self).get("packed")
-        weight, bias = self.weight, self.bias
-        if (
-            held is None
-            or input.numel() == self.in_features
-            or torch.is_grad_enabled()
-            or torch.is_autocast_enabled("cpu")
-        ):
+        # Found here at once: looking them up as attributes takes as long as a small operator.
+        parameters = self._parameters
+        own = "weight" in parameters and "bias" in parameters
+        weight: Any = parameters["weight"] if own else self.weight
+        bias = parameters["bias"] if own else self.bias
+        if held is None or torch.is_grad_enabled() or torch.is_autocast_enabled("cpu"):
             return F.linear(input, weight, bias)
         if not held.is_of(weight):
             _unpack(self, held)
             return F.linear(input, weight, bias)
-        return torch.ops.mkldnn._linear_pointwise.default(input, held.packed, bias, "none", [], "")
+        return held.product(input, weight, bias)
 
     def __reduce_ex__(self, protocol: Any) -> Any:
         """Copy and pickle as the ordinary layer, whose weights are all there is to it."""
@@ -119,9 +116,9 @@ class PackedLinear(nn.Linear):
 def pack_decoder(model: PreTrainedModel, most_bytes: int = PACKED_BYTES) -> int:
     """Pack a model's decoder and LM head, as far as that pays on this machine and fits into memory.
 
-    On an x86 CPU in float32, passes over a few positions are then faster, and so is every way of
-    speculative decoding; elsewhere nothing is done. Parameters, state and gradients stay as they
-    are.
+    On an x86 CPU every pass over one to a few tens of positions is then faster, and so is every way
+    of decoding; elsewhere nothing is done. Parameters, state and gradients stay as they are, and
+    products differ by rounding from those of plain weights.
 
     A layer whose weights change afterwards is an ordinary one again from its next call on, however
     they were changed: written to, replaced, or edited through `weight.data`, as PEFT merges
@@ -141,8 +138,8 @@ def pack_decoder(model: PreTrainedModel, most_bytes: int = PACKED_BYTES) -> int:
 def pack(modules: Iterable[nn.Module], most_bytes: int) -> int:
     """Pack the linear layers of some modules, as far as they gain from it and fit into memory.
 
-    Those gain that are float32 on an x86 CPU, contiguous, and large. Layers of other classes, such
-    as quantised ones, and layers whose weights come and go, stay as they are.
+    Those gain that are on an x86 CPU, contiguous, and large. Layers of other classes, such as
+    quantised ones, and layers whose weights come and go, stay as they are.
 
     Args:
         modules: Whose linear layers; what is met again is passed over.
@@ -155,32 +152,27 @@ def pack(modules: Iterable[nn.Module], most_bytes: int) -> int:
     if not available():
         return taken
     for layer in (layer for module in modules for layer in module.modules()):
-        if isinstance(layer, nn.Linear) and gains(layer):
-            size = layer.weight.nbytes
-            if taken + size <= most_bytes:
-                _pack(layer)
-                taken += size
+        # No packed weight takes less than 2 bytes.
+        if isinstance(layer, nn.Linear) and may_pack(layer):
+            if taken + 2 * layer.weight.numel() > most_bytes:
+                continue
+            packed = PackedWeight.of(layer.weight)
+            if packed is not None and taken + packed.product.nbytes <= most_bytes:
+                _pack(layer, packed)
+                taken += packed.product.nbytes
     return taken
 
 
-def available() -> bool:
-    """Return whether this CPU and this torch pack weights."""
-    capability = torch.backends.cpu.get_cpu_capability()
-    return torch.backends.mkldnn.is_available() and capability.startswith("AVX")
-
-
-def gains(layer: nn.Linear) -> bool:
-    """Return whether a layer's products of a few rows are faster with packed weights."""
+def may_pack(layer: nn.Linear) -> bool:
+    """Return whether a layer holds its weights in a way that can be packed here."""
     weight = layer.weight
     plain = type(layer) is nn.Linear and type(weight) is nn.Parameter and not weight.is_inference()
-    ordinary = plain and weight.device.type == "cpu" and weight.dtype == torch.float32
-    large = ordinary and weight.numel() >= SMALLEST and weight.is_contiguous()
-    return large and not hasattr(layer, "_hf_hook")
+    ordinary = plain and weight.device.type == "cpu" and packs(weight.dtype)
+    return ordinary and weight.is_contiguous() and not hasattr(layer, "_hf_hook")
 
 
-def _pack(layer: nn.Linear) -> None:
+def _pack(layer: nn.Linear, packed: PackedWeight) -> None:
     held: Any = layer
-    packed = PackedWeight.of(layer.weight)
     with _changing:
         held.packed = packed
         held.__class__ = PackedLinear

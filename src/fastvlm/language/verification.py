@@ -19,6 +19,7 @@ from fastvlm.language.decoder import SplitDecoder
 from fastvlm.language.decoder_inputs import DecoderInputs
 from fastvlm.language.example_source import example_source
 from fastvlm.language.generator import generator_of
+from fastvlm.language.quantised import Int4Linear
 
 PROMPTS = (9, 5)
 """Positions of the prompts of the check, the longer one first."""
@@ -122,7 +123,9 @@ def _error(split: SplitDecoder, found: Tensor, wanted: Tensor) -> float:
 
 def _is_coarse(split: SplitDecoder) -> bool:
     """Return whether a model computes in 16 bits or less, or with quantised weights."""
-    return split.dtype not in TOLERANCES or bool(getattr(split.model, "is_quantized", False))
+    quantised = bool(getattr(split.model, "is_quantized", False))
+    few = any(isinstance(part, Int4Linear) for part in split.decoder.modules())
+    return split.dtype not in TOLERANCES or quantised or few
 
 
 def ordinary_tokens(model: PreTrainedModel, number: int) -> Tensor:

@@ -7,13 +7,14 @@ from typing import Any
 
 from transformers import PreTrainedModel
 
-from fastvlm.checkpoints import PretrainedOptions
+from fastvlm.checkpoints import LoadOptions
 from fastvlm.drafting.imitation import ImitationNetwork
 from fastvlm.functional.errors import InputError
 from fastvlm.functional.options import refuse_unknown
 from fastvlm.language import split_decoder
 from fastvlm.language.decoder import SplitDecoder
 from fastvlm.language.packed import PACKED_BYTES, pack, pack_decoder
+from fastvlm.language.quantised import checked_bits, quantise_decoder
 from fastvlm.runtimes.quantised_weights import BITS
 
 RUNTIMES = ("torch", "onnx")
@@ -29,7 +30,7 @@ class RuntimeOptions:
         packed_bytes: See `pack_decoder`.
 
     Raises:
-        InputError: There is no such runtime, it has no such weights, or onnxruntime is missing.
+        InputError: There is no such runtime, there are no such weights, or onnxruntime is missing.
     """
 
     runtime: str = "torch"
@@ -40,10 +41,7 @@ class RuntimeOptions:
         """Check the options."""
         if self.runtime not in RUNTIMES:
             raise InputError(f"The runtimes are {', '.join(RUNTIMES)}; got {self.runtime!r}.")
-        if self.quantize is not None and self.quantize not in BITS:
-            raise InputError(f"Weights are quantised to {', '.join(BITS)}; got {self.quantize!r}.")
-        if self.quantize is not None and self.runtime == "torch":
-            raise InputError(f"quantize={self.quantize!r} needs runtime='onnx'.")
+        checked_bits(self.quantize)
         if self.runtime == "onnx":
             try:
                 import onnx  # noqa: F401 (graphs are built with it)
@@ -54,15 +52,7 @@ class RuntimeOptions:
                 ) from error
 
 
-class LoadOptions(PretrainedOptions, total=False):
-    """The options of `fastvlm.load` that it hands on: `RuntimeOptions`, and `transformers`' own."""
-
-    runtime: str
-    quantize: str | None
-    packed_bytes: int
-
-
-def split_load_options(given: LoadOptions) -> tuple[RuntimeOptions, PretrainedOptions]:
+def split_load_options(given: LoadOptions) -> tuple[RuntimeOptions, Any]:
     """Return the options of a runtime, and those for `transformers`.
 
     Raises:
@@ -88,9 +78,9 @@ def decoder_of(
         InputError: The decoder is of a form that can't be split, or that the runtime doesn't know.
     """
     if options.runtime == "torch":
+        quantise_decoder(model, checked_bits(options.quantize))
         taken = pack_decoder(model, options.packed_bytes)
-        if network is not None:
-            pack([network], options.packed_bytes - taken)
+        pack([] if network is None else [network], options.packed_bytes - taken)
         return split_decoder(model)
     from fastvlm.runtimes.onnx_check import verified
     from fastvlm.runtimes.onnx_decoder import OnnxDecoder
