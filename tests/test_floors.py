@@ -19,6 +19,7 @@ FLOORS = {
     "checkpoints": 2,
     "data": 2,
     "drafting": 2,
+    "runtimes": 3,
     "decoding": 3,
     "prompts": 3,
     "custom_generate": 4,

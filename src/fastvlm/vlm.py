@@ -31,11 +31,9 @@ from fastvlm.example import example
 from fastvlm.functional.errors import FastVlmError, InputError
 from fastvlm.functional.lru import LruBytes
 from fastvlm.functional.messages import Message, Prompt, TokenPrompt
-from fastvlm.functional.options import refuse_unknown
 from fastvlm.language import DecoderInputs, split_decoder
+from fastvlm.language.decoder import SplitDecoder
 from fastvlm.language.generator import end_tokens
-from fastvlm.language.packed import PACKED_BYTES, pack, pack_decoder
-from fastvlm.language.quantised import checked_bits, quantise_decoder
 from fastvlm.language.weights_state import weights_state
 from fastvlm.prompts import (
     FastViTHDPromptBuilder,
@@ -43,6 +41,7 @@ from fastvlm.prompts import (
     messages_of,
     prompt_builder,
 )
+from fastvlm.runtimes import decoder_of, split_load_options
 from fastvlm.vision.configuration import REDUCTION
 from fastvlm.vision.fastvithd import FastViTHD
 from fastvlm.vision.loading import ImageInput
@@ -68,6 +67,7 @@ class VisionLanguageModel:
             0 keeps nothing.
         max_slots: The maximum number of requests decoded together; others wait.
         max_cache_bytes: The maximum bytes of their keys and values, see `Engine`.
+        decoder: What decodes the model, see `decoder_of`; None for the model's own modules.
     """
 
     def __init__(
@@ -79,6 +79,7 @@ class VisionLanguageModel:
         prefix_bytes: int = PREFIX_BYTES,
         max_slots: int = MAX_SLOTS,
         max_cache_bytes: int | None = None,
+        decoder: SplitDecoder | None = None,
     ) -> None:
         if model.training:
             warnings.warn(
@@ -88,7 +89,7 @@ class VisionLanguageModel:
             )
         self.model, self.network = model, network
         self.processor, self.tokenizer = processor, tokenizer_of(processor)
-        self.decoder = split_decoder(model)
+        self.decoder = split_decoder(model) if decoder is None else decoder
         self.prompts = prompt_builder(model, processor, self.decoder)
         self.engine = Engine(self.decoder, max_slots=max_slots, max_cache_bytes=max_cache_bytes)
         self.grammars = GrammarCompiler(self.tokenizer)
@@ -348,7 +349,6 @@ def load(
     dtype: torch.dtype = torch.float32,
     device: str | torch.device | None = None,
     prefix_bytes: int = PREFIX_BYTES,
-    packed_bytes: int = PACKED_BYTES,
     max_slots: int = MAX_SLOTS,
     max_cache_bytes: int | None = None,
     **options: Unpack[LoadOptions],
@@ -363,13 +363,12 @@ def load(
         device: The device; the CPU, if neither it nor a `device_map` is given.
         prefix_bytes: The maximum bytes of image features and states of earlier prompts, with which
             a second question about an image costs its own text only; 0 keeps nothing.
-        packed_bytes: The maximum bytes of a second copy of the decoder's weights, which a CPU reads
-            faster (see `pack_decoder`); 0 makes none.
         max_slots: The maximum number of requests decoded together; others wait.
         max_cache_bytes: The maximum bytes of their keys and values; others wait. None for half of
             the memory that the device has left.
-        options: `quantize`, see `LoadOptions`, and options for `transformers`: `revision`, `token`,
-            `device_map`, `quantization_config`, `attn_implementation`, `trust_remote_code`.
+        options: `runtime`, `quantize` and `packed_bytes`, see `RuntimeOptions`; and options for
+            `transformers`: `revision`, `token`, `device_map`, `quantization_config`,
+            `attn_implementation`, `trust_remote_code`.
 
     Raises:
         CheckpointError: The model or the draft is missing or broken, or the draft can't draft for
@@ -377,19 +376,15 @@ def load(
         InputError: The model's family is not supported, its processor has no chat template, or an
             option is unknown.
     """
-    refuse_unknown(options, tuple(LoadOptions.__annotations__), "load takes")
-    bits = checked_bits(options.pop("quantize", None))
+    runtime, pretrained = split_load_options(options)
     if model is None:
         model, draft = example().MODEL, example().DRAFT if draft is None else draft
-    target, processor = load_checkpoint(model, dtype, device, options)
+    target, processor = load_checkpoint(model, dtype, device, pretrained)
     tower = getattr(target.base_model, "vision_tower", None)
     if isinstance(tower, FastViTHD):
         # Folding is exact, so nobody who loads a model for inference wants the branches.
         tower.fuse()
     network = None if draft is None else load_draft(draft, target)
-    quantise_decoder(target, bits)
-    taken = pack_decoder(target, packed_bytes)
-    pack([] if network is None else [network], packed_bytes - taken)
     return VisionLanguageModel(
         target.eval(),
         processor,
@@ -397,4 +392,5 @@ def load(
         prefix_bytes=prefix_bytes,
         max_slots=max_slots,
         max_cache_bytes=max_cache_bytes,
+        decoder=decoder_of(target, network, runtime),
     )

@@ -166,6 +166,23 @@ def test_packed(run: Run) -> None:
     assert all(len(one["passes"]) == 2 for one in found["decoders"])
 
 
+def test_runtimes(run: Run) -> None:
+    pytest.importorskip("onnxruntime")
+
+    def small() -> Any:
+        made = sys.modules["runtimes"]
+        sizes = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 4}
+        heads = {"num_attention_heads": 2, "num_key_value_heads": 1, "vocab_size": 64}
+        model = LlamaForCausalLM(LlamaConfig(**sizes, **heads)).eval()
+        return made.Named("small", model, made.untrained(model))
+
+    found = run("runtimes", "--threads", 1, "--only", "random", "--clock", "cpu",
+                like_smollm2=small, ROUNDS=2)  # fmt: skip
+    [one] = found["decoders"]
+    assert one["runtimes"].keys() == {"torch", "onnx", "onnx int8", "onnx int4"}
+    assert all(row.keys() == {"ordinary", "verify", "draft"} for row in one["runtimes"].values())
+
+
 def test_second_question(run: Run, capsys: pytest.CaptureFixture[str]) -> None:
     run("second_question", "--images", 1, "--threads", 1, writes=False,
         whole_model=lambda dtype, _: fastvlm.load(dtype=dtype))  # fmt: skip

@@ -89,6 +89,19 @@ def test_a_reply_is_that_of_transformers(cli: Cli, shipped: Path, strategy: str)
     assert said == Output(0, expected_reply(shipped, image, prompt, 12) + "\n", "")
 
 
+def test_another_runtime_gives_the_same_reply(cli: Cli, shipped: Path) -> None:
+    pytest.importorskip("onnxruntime")
+    image, prompt = shipped / "images" / "0.png", "What is it?"
+    asked = ("generate", image, "--prompt", prompt, "--max-new-tokens", 12, "--runtime", "onnx")
+    assert cli(*asked) == Output(0, expected_reply(shipped, image, prompt, 12) + "\n", "")
+    with_draft = cli(*asked, "--quantize", "int4")
+    without = cli(*asked, "--quantize", "int4", "--strategy", "autoregressive")
+    assert with_draft == without
+    assert with_draft.code == 0
+    said = cli("generate", image, "--runtime", "onnx", "--dtype", "bfloat16").sentence()
+    assert "computes in float32 on the CPU" in said
+
+
 def test_layers_to_skip_are_given(cli: Cli, shipped: Path, tmp_path: Path) -> None:
     image, figures = shipped / "images" / "0.png", tmp_path / "figures.json"
     given = ("--skipped-layers", "1, 3")

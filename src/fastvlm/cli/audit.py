@@ -11,8 +11,8 @@ import typer
 from fastvlm.cli.contenders import Contenders
 from fastvlm.cli.files import FiguresOutput, check_folder
 from fastvlm.cli.loading import (
+    DecodingRuntime,
     ReplyOptions,
-    Runtime,
 )
 from fastvlm.cli.questions import SCENES, FailedQuestions, QuestionOptions
 from fastvlm.cli.tables import FigureTable
@@ -74,7 +74,7 @@ def audit(
     ] = 1000,
     replies: AuditReplyOptions,
     comparison: ComparisonOptions,
-    runtime: Runtime,
+    runtime: DecodingRuntime,
     figures: FiguresOutput,
 ) -> None:
     """Say whether every strategy's tokens are those of transformers' own greedy generate.

@@ -10,7 +10,7 @@ import typer
 
 from fastvlm.cli.contenders import Contenders
 from fastvlm.cli.files import FiguresOutput
-from fastvlm.cli.loading import ReplyOptions, Runtime
+from fastvlm.cli.loading import DecodingRuntime, ReplyOptions
 from fastvlm.cli.questions import WORDS, FailedQuestions, QuestionOptions
 from fastvlm.cli.strategies import describe
 from fastvlm.cli.tables import FigureTable
@@ -30,7 +30,7 @@ def benchmark(
         typer.Option(metavar="N", min=1, max=1_000_000, help="The most images to measure with."),
     ] = 50,
     replies: ReplyOptions,
-    runtime: Runtime,
+    runtime: DecodingRuntime,
     output: FiguresOutput,
 ) -> None:
     """Measure decoding strategies on the same images, interleaved in one run.

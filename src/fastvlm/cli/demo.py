@@ -14,7 +14,7 @@ from rich.table import Table
 from rich.text import Text
 
 from fastvlm.cli.files import FiguresOutput
-from fastvlm.cli.loading import Runtime
+from fastvlm.cli.loading import DecodingRuntime
 from fastvlm.cli.streaming import ReplyWriter, in_colour, thumbnail
 from fastvlm.cli.tables import FigureTable
 from fastvlm.cli.terminal import hardware_line, number
@@ -95,7 +95,7 @@ def demo(
         ),
     ] = None,
     *,
-    runtime: Runtime,
+    runtime: DecodingRuntime,
     output: FiguresOutput,
 ) -> None:
     """See the example model describe images, ordinarily and self-speculatively.

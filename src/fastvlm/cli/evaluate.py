@@ -13,7 +13,13 @@ import typer
 
 from fastvlm.cli.contenders import Contenders
 from fastvlm.cli.files import FiguresOutput, check_folder
-from fastvlm.cli.loading import MaxNewTokensOption, Runtime, UsageError, usage, whole_numbers
+from fastvlm.cli.loading import (
+    DecodingRuntime,
+    MaxNewTokensOption,
+    UsageError,
+    usage,
+    whole_numbers,
+)
 from fastvlm.cli.questions import MAX_FAILED, MaxFailedOption
 from fastvlm.cli.strategies import LAYER_SKIP, describe
 from fastvlm.cli.tables import FigureTable
@@ -118,7 +124,7 @@ def evaluate(
     ],
     contenders: Contenders,
     grading: GradingOptions,
-    runtime: Runtime,
+    runtime: DecodingRuntime,
     figures: FiguresOutput,
 ) -> None:
     """Run benchmarks with every strategy on the same images, and report quality and speed.
@@ -272,7 +278,7 @@ def all_grades(plan: Plan, journal: Journal, files: Mapping[str, str], output: P
 
 
 def judged_by(
-    url: str, name: str, plan: Plan, journal: Journal, file: Path, runtime: Runtime
+    url: str, name: str, plan: Plan, journal: Journal, file: Path, runtime: DecodingRuntime
 ) -> Graded:
     """Return a judge's grades of all replies that are judged.
 

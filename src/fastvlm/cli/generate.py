@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from fastvlm.cli.files import STANDARD_OUTPUT, FiguresOutput
-from fastvlm.cli.loading import ModelOption, Runtime, SkippedLayersOption, layers_in, usage
+from fastvlm.cli.loading import DecodingRuntime, ModelOption, SkippedLayersOption, layers_in, usage
 from fastvlm.cli.questions import DESCRIPTION_PROMPT, description_prompt
 from fastvlm.cli.streams import printable
 from fastvlm.cli.terminal import print_aside, print_error
@@ -159,7 +159,7 @@ def generate(
     model: ModelOption = None,
     drafting: DraftOptions,
     sampling: SamplingOptions,
-    runtime: Runtime,
+    runtime: DecodingRuntime,
     stats: Annotated[
         bool, typer.Option("--stats", help="Write each reply's timings to standard error.")
     ] = False,

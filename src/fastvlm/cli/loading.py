@@ -210,8 +210,12 @@ class Runtime:
             max_slots=max_slots,
             max_cache_bytes=max_cache_bytes,
             prefix_bytes=prefix_bytes,
-            quantize=self.quantize,
+            **self.load_options(),
         )
+
+    def load_options(self) -> LoadOptions:
+        """Return what `load` is given besides."""
+        return {"quantize": self.quantize}
 
     def prepare(self) -> None:
         """Set the number of threads, and keep `transformers` quiet."""
@@ -220,6 +224,27 @@ class Runtime:
     def progress(self, task: str) -> AbstractContextManager[Callable[[int, int], None]]:
         """Show the progress of some work; see `terminal.progress`."""
         return progress(task, quiet=self.quiet)
+
+
+@dataclass(frozen=True, slots=True)
+class DecodingRuntime(Runtime):
+    """Options of commands that decode on how to compute; see `Runtime`.
+
+    Args:
+        runtime: What runs the decoder.
+    """
+
+    runtime: Annotated[
+        Literal["torch", "onnx"],
+        typer.Option(
+            help="What runs the decoder: the checkpoint's own modules in torch, or ONNX Runtime"
+            " on the CPU in float32, for models of the usual form."
+        ),
+    ] = "torch"
+
+    def load_options(self) -> LoadOptions:
+        """Return what `load` is given besides."""
+        return {"runtime": self.runtime, "quantize": self.quantize}
 
 
 def layers_in(listed: str | None) -> tuple[int, ...] | None:

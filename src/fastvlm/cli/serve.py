@@ -9,7 +9,7 @@ from typing import Annotated
 
 import typer
 
-from fastvlm.cli.loading import ModelOption, Runtime, UsageError, usage
+from fastvlm.cli.loading import DecodingRuntime, ModelOption, UsageError, usage
 from fastvlm.cli.terminal import PlainConsole, print_aside
 from fastvlm.functional.cores import usable_cores
 from fastvlm.functional.errors import InputError
@@ -53,7 +53,7 @@ def serve(
             help="The most memory for images and beginnings of earlier prompts; 0 keeps nothing.",
         ),
     ] = 256 * 2**20,
-    runtime: Runtime,
+    runtime: DecodingRuntime,
 ) -> None:
     """Serve a model with OpenAI's API, and a page to try it on.
 

@@ -345,6 +345,7 @@ class Engine:
 
     def _follow_model(self) -> None:
         """Take over where and in what precision the model computes now."""
+        self.decoder.follow()
         device, dtype = self.decoder.device_and_dtype()
         if self.slots and (device, dtype) != (self.cache.device, self._dtype):
             for slot in list(self.slots):

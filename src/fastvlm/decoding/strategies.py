@@ -8,7 +8,6 @@ from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 from torch.nn.utils.rnn import pad_sequence
 
 from fastvlm.decoding.batch import Batch
@@ -238,7 +237,7 @@ class SelfSpeculative(RuledDrafting):
             if network is not None:
                 x = self._imitated(network, batch, x, positions, first=not number)
             if rows is not None:
-                return self.decoder.logits(F.linear(self.decoder.norm(x), rows))[:, -1]
+                return self.decoder.head_rows(x, rows)[:, -1]
             logits = self.decoder.head(x)[:, -1]
             return logits if vocabulary is None else logits[:, vocabulary]
 

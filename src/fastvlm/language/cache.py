@@ -96,7 +96,16 @@ class LayerStorage:
             index, places = positions.rows(keys.device), positions.indices.to(keys.device)
             self.keys[index, :, places] = keys.transpose(1, 2).to(self.keys.dtype)
             self.values[index, :, places] = values.transpose(1, 2).to(self.values.dtype)
-        finite = self.finite
+        self.make_finite(positions)
+        return self.keys[rows, :, :end], self.values[rows, :, :end]
+
+    def make_finite(self, positions: Positions) -> None:
+        """Make all that a pass may read hold numbers, but for what it writes itself.
+
+        Args:
+            positions: Of the pass.
+        """
+        finite, width, end = self.finite, positions.width, positions.end
         for slot, start in zip(positions.slots, positions.starts, strict=True):
             written = start + width
             if finite[slot] < written:
@@ -105,7 +114,6 @@ class LayerStorage:
                 finite[slot] = written
             if finite[slot] < end:
                 self._clear_block(slot, end)
-        return self.keys[rows, :, :end], self.values[rows, :, :end]
 
     def _clear_block(self, slot: int, end: int) -> None:
         """Make a slot's positions hold numbers up to the end of the block that an end is in."""
@@ -162,7 +170,8 @@ class DecoderCache:
         self._counted = torch.arange(0, device=device)
         """0, 1, 2 ... for all positions of a slot."""
         self._positions: Positions | None = None
-        self._rows: slice | Tensor = slice(0)
+        self.rows: slice | Tensor = slice(0)
+        """The slots of the pass: a slice where they lie side by side."""
         self.reserve(slots, capacity)
 
     @property
@@ -268,9 +277,9 @@ class DecoderCache:
         self._positions = positions
         first, count = positions.slots[0], len(positions.slots)
         if positions.slots == list(range(first, first + count)):
-            self._rows = slice(first, first + count)
+            self.rows = slice(first, first + count)
         else:
-            self._rows = torch.tensor(positions.slots, device=self.device)
+            self.rows = torch.tensor(positions.slots, device=self.device)
 
     def update(
         self, keys: Tensor, values: Tensor, layer_idx: int, *_: Any, **__: Any
@@ -287,11 +296,21 @@ class DecoderCache:
         """
         positions = self._positions
         assert positions is not None  # `begin_pass` comes first
+        return self.storage(layer_idx, keys, values).exchange(positions, self.rows, keys, values)
+
+    def storage(self, layer_idx: int, keys: Tensor, values: Tensor) -> LayerStorage:
+        """Return a layer's memory, taken now if it has none.
+
+        Args:
+            layer_idx: The layer.
+            keys: Some of its keys: (any number, kv_heads, any number, head_dim).
+            values: Some of its values.
+        """
         layer = self.layers.get(layer_idx)
         if layer is None:
             layer = LayerStorage(keys, values, self.slots, self.capacity)
             self.layers[layer_idx] = layer
-        return layer.exchange(positions, self._rows, keys, values)
+        return layer
 
     def get_seq_length(self, layer_idx: int = 0) -> int:  # noqa: ARG002 (as transformers has it)
         """Return the first position of a pass, as layers ask that count positions themselves.
@@ -324,10 +343,7 @@ class DecoderCache:
     def import_slot(self, slot: int, state: Mapping[int, Tensor], length: int) -> None:
         """Write the beginning of what `export_slot` returned to the beginning of a slot."""
         for index, (keys, values) in state.items():
-            layer = self.layers.get(index)
-            if layer is None:
-                layer = LayerStorage(keys[None], values[None], self.slots, self.capacity)
-                self.layers[index] = layer
+            layer = self.storage(index, keys[None], values[None])
             layer.keys[slot, :, :length] = keys[:, :length]
             layer.values[slot, :, :length] = values[:, :length]
             layer.finite[slot] = length

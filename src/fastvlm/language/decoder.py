@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 from transformers import MODEL_MAPPING, PreTrainedConfig, PreTrainedModel
 
 from fastvlm.functional.errors import InputError
@@ -229,6 +230,21 @@ class SplitDecoder(ABC):
     def head(self, x: Tensor) -> Tensor:
         """Return the logits of (batch, new, d_model): `norm`, LM head, `logits`."""
         return self.logits(self.raw_logits(self.norm(x)))
+
+    def head_rows(self, x: Tensor, rows: Tensor) -> Tensor:
+        """Return the logits of some tokens alone: (batch, new, d_model) to (batch, new, tokens).
+
+        Args:
+            x: Hidden states.
+            rows: What `lm_head_rows` returned.
+        """
+        return self.logits(F.linear(self.norm(x), rows))
+
+    def follow(self) -> None:  # noqa: B027 (most decoders have nothing to do)
+        """Take over what has changed about the model, as far as it is not read at each call.
+
+        The engine calls it before requests enter.
+        """
 
     def lm_head_rows(self, token_ids: Tensor) -> Tensor | None:
         """Return the LM head's rows of some tokens: (tokens, its inputs).

@@ -200,7 +200,7 @@ class GeneralDecoder(SplitDecoder):
         first, *after = added_after(exit_layer, self.depth, len(own))
         if positions.injects:
             for number in first:
-                x = _injected(x, positions, number)
+                x = injected(x, positions, number)
         called = zip(own, self.calls.layers[-len(own) :], after, strict=True)
         return self._run(x, LayerRun(positions, cache, list(called)))
 
@@ -261,7 +261,7 @@ class GeneralDecoder(SplitDecoder):
         cache.begin_pass(positions)
         injects = positions.injects
         if injects and layers and layers[0][2] == (0,):
-            x = _injected(x, positions, -1)
+            x = injected(x, positions, -1)
         arguments: dict[LayerCall, tuple[dict[str, Any], LayerInputs | None]] = {}
         for call, some in groupby(layers, key=itemgetter(1)):
             both = arguments.get(call)
@@ -279,7 +279,7 @@ class GeneralDecoder(SplitDecoder):
                     x = x[0]
                 if injects:
                     for number in numbers:
-                        x = _injected(x, positions, number)
+                        x = injected(x, positions, number)
         return x
 
     def _arguments(self, x: Tensor, run: LayerRun, call: LayerCall) -> dict[str, Any]:
@@ -333,7 +333,7 @@ def added_after(exit_layer: int, depth: int, blocks: int) -> tuple[tuple[int, ..
     return tuple(map(tuple, found))
 
 
-def _injected(x: Tensor, positions: Positions, number: int) -> Tensor:
+def injected(x: Tensor, positions: Positions, number: int) -> Tensor:
     """Return hidden states with what is added to them after a layer, -1 for before the first."""
     added = positions.injection(number, x)
     return x if added is None else x + added

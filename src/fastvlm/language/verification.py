@@ -100,7 +100,7 @@ def verified_rule(split: SplitDecoder) -> LogitRule:
 def _compare(split: SplitDecoder, model: PreTrainedModel) -> tuple[float, LogitRule]:
     """Return the error of the split decoder's states, and the model's rule for logits."""
     longest = PROMPTS[0] + REPLY
-    tokens = _ordinary_tokens(model, len(PROMPTS) * longest).view(len(PROMPTS), longest)
+    tokens = ordinary_tokens(model, len(PROMPTS) * longest).view(len(PROMPTS), longest)
     tokens = tokens.to(split.device)
     source = example_source(split.decoder, split.embed(tokens))
     training = model.training
@@ -128,7 +128,7 @@ def _is_coarse(split: SplitDecoder) -> bool:
     return split.dtype not in TOLERANCES or quantised or few
 
 
-def _ordinary_tokens(model: PreTrainedModel, number: int) -> Tensor:
+def ordinary_tokens(model: PreTrainedModel, number: int) -> Tensor:
     """Return so many tokens that a configuration has no name for."""
     special = set(_named_tokens(model.config.to_dict()))
     size: Any = model.config.get_text_config(decoder=True).vocab_size

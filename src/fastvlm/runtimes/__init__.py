@@ -1,0 +1,5 @@
+"""What computes a decoder: torch, or ONNX Runtime behind the same `SplitDecoder`."""
+
+from fastvlm.runtimes.runtime import RUNTIMES, RuntimeOptions, decoder_of, split_load_options
+
+__all__ = ["RUNTIMES", "RuntimeOptions", "decoder_of", "split_load_options"]

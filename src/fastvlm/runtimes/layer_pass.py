@@ -1,0 +1,166 @@
+"""A graph of layers in ONNX Runtime, run on tensors of torch where they lie."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from fastvlm.runtimes.onnx_graph import OnnxGraph
+
+KEPT_WIDTH = 32
+"""Positions of the widest passes whose inputs and outputs stay bound from one to the next."""
+TYPES: dict[torch.dtype, Any] = {
+    torch.float32: np.float32,
+    torch.int32: np.int32,
+    torch.int64: np.int64,
+    torch.bool: np.bool_,
+}
+
+
+class PassInputs(NamedTuple):
+    """What layers are given beside hidden states.
+
+    Args:
+        starts: The first position of each row.
+        rotations: Cosines and sines by the names `cos{n}` and `sin{n}`: (batch or 1, width, size).
+        caches: Keys and values of each layer by turns, of all rows, contiguous: (batch, kv_heads,
+            capacity, head_dim).
+        masks: What is added to scores, by the names `mask{n}`, see `MaskedAttention`; None for a
+            graph that takes none.
+    """
+
+    starts: Sequence[int]
+    rotations: Mapping[str, Tensor]
+    caches: Sequence[Tensor]
+    masks: Mapping[str, Tensor] | None
+
+
+@dataclass(slots=True)
+class _Bound:
+    """Inputs and outputs of passes of one shape, bound for as long as they lie where they are."""
+
+    binding: Any
+    tensors: dict[str, Tensor]
+    caches: tuple[int, ...] = field(default=())
+    """Where keys and values lie that are bound, and their capacity."""
+
+
+class LayerPass:
+    """A graph that `layers_graph` returned, ready to run.
+
+    Args:
+        graph: The graph.
+        threads: CPU threads.
+    """
+
+    def __init__(self, graph: OnnxGraph, threads: int) -> None:
+        self.session, self._weights = graph.session(threads)
+        self._bound: dict[tuple[int, int, int], _Bound] = {}
+
+    # What stays bound is written to in every mode, and only inference mode may do that.
+    @torch.inference_mode()
+    def run(self, x: Tensor, given: PassInputs) -> Tensor:
+        """Run the layers on hidden states: (batch, width, d_model) to the same."""
+        batch, width, _ = x.shape
+        capacity = given.caches[0].shape[2]
+        masked = given.masks is not None
+        # The position after a single one is computed too, see `CausalAttention`.
+        roomy = max(given.starts) + 2 <= capacity
+        computed = 2 if width == 1 and roomy and not masked else width
+        key = batch, width, computed
+        bound = self._bound.get(key)
+        if bound is None:
+            tensors = _masked_inputs(x, given) if masked else _causal_inputs(x, computed)
+            tensors["x"] = torch.empty_like(x, memory_format=torch.contiguous_format)
+            for name, values in given.rotations.items():
+                tensors[name] = x.new_zeros(batch, computed, values.shape[-1])
+            bound = _Bound(self.session.io_binding(), tensors)
+            for name, tensor in tensors.items():
+                _bind(bound.binding.bind_input, name, tensor)
+            tensors["y"] = torch.empty_like(tensors["x"])
+            _bind(bound.binding.bind_output, "y", tensors["y"])
+            if width <= KEPT_WIDTH and not masked:
+                self._bound[key] = bound
+        tensors = bound.tensors
+        tensors["x"].copy_(x)
+        for name, values in given.rotations.items():
+            tensors[name][:, :width].copy_(values)
+        if not masked:
+            ends = torch.tensor(given.starts, dtype=torch.int32) + computed
+            tensors["total"].copy_(ends.view_as(tensors["total"]))
+            tensors["last"].copy_((ends - 1).view_as(tensors["last"]))
+        self._bind_caches(bound, given.caches, by_row=batch > 1 and not masked)
+        self.session.run_with_iobinding(bound.binding)
+        return tensors["y"].clone()
+
+    @staticmethod
+    def _bind_caches(bound: _Bound, caches: Sequence[Tensor], *, by_row: bool) -> None:
+        """Bind keys and values as inputs, and the same memory as outputs."""
+        places = (caches[0].shape[2], *(one.data_ptr() for one in caches))
+        if places == bound.caches:
+            return
+        for number, cache in enumerate(caches):
+            seen = cache.unsqueeze(1) if by_row else cache
+            _bind(bound.binding.bind_input, f"cached{number}", seen)
+            _bind(bound.binding.bind_output, f"written{number}", seen)
+        bound.caches = places
+
+
+class HeadPass:
+    """A graph from hidden states, `x`, to logits, `y`.
+
+    Args:
+        graph: The graph.
+        size: Logits that it makes.
+        threads: CPU threads.
+    """
+
+    def __init__(self, graph: OnnxGraph, size: int, threads: int) -> None:
+        self.session, self._weights = graph.session(threads)
+        self.size = size
+
+    @torch.inference_mode()
+    def run(self, x: Tensor) -> Tensor:
+        """Return the logits: (batch, width, d_model) to (batch, width, size)."""
+        x = x.contiguous()
+        found = x.new_empty(*x.shape[:-1], self.size)
+        binding = self.session.io_binding()
+        _bind(binding.bind_input, "x", x)
+        _bind(binding.bind_output, "y", found)
+        self.session.run_with_iobinding(binding)
+        return found
+
+
+def _causal_inputs(x: Tensor, computed: int) -> dict[str, Tensor]:
+    """Return what `CausalAttention` is given in passes of one shape."""
+    batch, width, _ = x.shape
+    whole = torch.arange(width)
+    shape = (1,) if batch == 1 else (batch, 1)
+    return {
+        "direct": torch.tensor(batch == 1),
+        "rows": whole if computed == width else whole.new_zeros(computed),
+        "kept": whole,
+        "last": torch.zeros(shape, dtype=torch.int32),
+        "total": torch.zeros(shape[:-1], dtype=torch.int32),
+    }
+
+
+def _masked_inputs(x: Tensor, given: PassInputs) -> dict[str, Tensor]:
+    """Return what `MaskedAttention` is given in a pass."""
+    masks = given.masks
+    assert masks is not None  # the caller has looked
+    end = next(iter(masks.values())).shape[-1]
+    return {
+        **{name: mask.to(x.dtype).contiguous() for name, mask in masks.items()},
+        "starts": torch.tensor(given.starts),
+        "end": torch.tensor([end]),
+    }
+
+
+def _bind(bind: Any, name: str, tensor: Tensor) -> None:
+    bind(name, "cpu", 0, TYPES[tensor.dtype], tuple(tensor.shape), tensor.data_ptr())

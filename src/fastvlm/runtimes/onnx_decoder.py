@@ -1,0 +1,312 @@
+"""A split decoder that ONNX Runtime computes on the CPU, with weights of 32, 8 or 4 bits."""
+
+from __future__ import annotations
+
+from collections.abc import Hashable, Iterable, Mapping, Sequence
+from threading import RLock
+from typing import Any
+
+import torch
+from onnx import TensorProto
+from torch import Tensor, nn
+
+from fastvlm.functional.errors import InputError
+from fastvlm.language.cache import DecoderCache, KeyValueCache
+from fastvlm.language.decoder import SplitDecoder
+from fastvlm.language.general import GeneralDecoder, added_after, injected
+from fastvlm.language.layer_calls import LayerCall, RotaryKind
+from fastvlm.language.positions import Positions
+from fastvlm.language.weights_state import weights_state
+from fastvlm.runtimes.layer_form import Norm, Product, layer_form, linear_form, norm_form
+from fastvlm.runtimes.layer_graph import GraphLayer, Rotation, add_norm
+from fastvlm.runtimes.layer_pass import HeadPass
+from fastvlm.runtimes.layer_stack import LayerStack, StackPass
+from fastvlm.runtimes.onnx_graph import OnnxGraph
+
+MAX_RESTRICTED_HEADS = 4
+"""Sets of tokens whose logits are made by a graph of their own, kept at once."""
+
+
+class OnnxDecoder(SplitDecoder):
+    """A decoder of the usual form whose layers and LM head are graphs in ONNX Runtime.
+
+    Keys and values are those of torch's cache, bound where they lie. Weights are packed when a
+    layer first runs; where the model's have changed by the time that a request enters, they are
+    packed anew.
+
+    Args:
+        split: The decoder in torch, which embeds, makes tables of rotations and knows the family.
+        bits: Bits of the weights: 8 or 4, in blocks of 32 with a scale; None for float32.
+
+    Raises:
+        InputError: The model is not in float32 on a CPU, or its decoder is of another form.
+    """
+
+    shape = staticmethod(GeneralDecoder.shape)
+    blocks = staticmethod(GeneralDecoder.blocks)
+    feed_forward = staticmethod(GeneralDecoder.feed_forward)
+
+    def __init__(self, split: SplitDecoder, bits: int | None = None) -> None:
+        super().__init__(split.model, split.decoder)
+        self.name = type(split.model).__name__
+        if not isinstance(split, GeneralDecoder) or split.EXTRAS:
+            raise self.refusal("its decoder is not of the usual form")
+        self._check_precision()
+        self.split, self.bits = split, bits
+        self.width, self.context = split.width, split.context
+        self.max_positions, self.restart = split.max_positions, split.restart
+        self._rotary = {
+            kind: self._rotation(number, kind) for number, kind in enumerate(split.rotary)
+        }
+        self._turn = RLock()
+        self._forget()
+
+    def room(self, length: int) -> int | None:
+        """Return how many tokens a reply may have. See `SplitDecoder.room`."""
+        return self.split.room(length)
+
+    @property
+    def ending(self) -> str:
+        """Where a reply without room ends. See `SplitDecoder.ending`."""
+        return self.split.ending
+
+    def position_keys(self, keys: Sequence[Hashable], prompt_length: int) -> Sequence[Hashable]:
+        """Return what tells states of positions from others. See `SplitDecoder.position_keys`."""
+        return self.split.position_keys(keys, prompt_length)
+
+    def norm(self, x: Tensor) -> Tensor:
+        """Return the final norm of hidden states, by torch."""
+        return self.split.norm(x)
+
+    def logits(self, x: Tensor) -> Tensor:
+        """Return the LM head's outputs scaled and soft-capped, as the model does it."""
+        return self.split.logits(x)
+
+    def follow(self) -> None:
+        """Forget what was packed of weights that have changed since.
+
+        Raises:
+            InputError: The model was moved or cast.
+        """
+        self._check_precision()
+        with self._turn:
+            if self._state != self._weights_state():
+                self._forget()
+
+    def forward_layers(
+        self, x: Tensor, positions: Positions, cache: KeyValueCache, layers: Iterable[int]
+    ) -> Tensor:
+        """Run some of the target's layers on (batch, new, d_model) hidden states."""
+        chosen = list(layers)
+        if chosen and chosen[0] == 0:
+            x = self.split.enter(x, positions)
+            if positions.injects:
+                x = injected(x, positions, -1)
+        after = [(layer,) for layer in chosen]
+        return self._run(self._target, x, (positions, cache), list(zip(chosen, after, strict=True)))
+
+    def forward_blocks(
+        self,
+        x: Tensor,
+        positions: Positions,
+        cache: KeyValueCache,
+        blocks: Iterable[nn.Module],
+        exit_layer: int,
+    ) -> Tensor:
+        """Run layers of the target's own kind. See `SplitDecoder.forward_blocks`."""
+        own = list(blocks)
+        first, *after = added_after(exit_layer, self.depth, len(own))
+        if positions.injects:
+            for number in first:
+                x = injected(x, positions, number)
+        stack = self._stack_of(own)
+        return self._run(stack, x, (positions, cache), list(enumerate(after)))
+
+    def raw_logits(self, x: Tensor) -> Tensor:
+        """Return the LM head's outputs of normed states."""
+        with self._turn:
+            return self._head_pass(None, normed=True).run(x)
+
+    def head(self, x: Tensor) -> Tensor:
+        """Return the logits of (batch, new, d_model)."""
+        with self._turn:
+            return self.logits(self._head_pass(None).run(x))
+
+    def head_rows(self, x: Tensor, rows: Tensor) -> Tensor:
+        """Return the logits of some tokens alone. See `SplitDecoder.head_rows`."""
+        with self._turn:
+            return self.logits(self._head_pass(rows).run(x))
+
+    def _run(
+        self,
+        stack: LayerStack,
+        x: Tensor,
+        given: tuple[Positions, KeyValueCache],
+        layers: Sequence[tuple[int, tuple[int, ...]]],
+    ) -> Tensor:
+        """Run layers of a stack, each with the target's layers whose additions follow it."""
+        positions, cache = given
+        if not isinstance(cache, DecoderCache):
+            raise TypeError(f"ONNX Runtime binds a DecoderCache; got a {type(cache).__name__}.")
+        rotations = self._rotations(x, positions)
+        whole = StackPass(positions, cache, rotations)
+        added: dict[int, Tensor] = {}
+        if positions.injects:
+            for layer, after in layers:
+                found = [positions.injection(number, x) for number in after]
+                states = [one for one in found if one is not None]
+                if states:
+                    added[layer] = sum(states[1:], states[0])
+        with self._turn:
+            for first, end in _ranges([layer for layer, _ in layers], set(added)):
+                x = stack.run(x, first, end, whole)
+                if end - 1 in added:
+                    x = x + added[end - 1]
+        return x
+
+    def _rotations(self, x: Tensor, positions: Positions) -> Mapping[str, Tensor]:
+        """Return the rotations of a pass, half of each head's: (batch or 1, width, size)."""
+        found: dict[str, Tensor] = {}
+        for kind, rotation in self._rotary.items():
+            tables = self.split.rotary[kind](x, positions)
+            for name, table in zip(("cos", "sin"), tables, strict=True):
+                each = table[..., ::2] if rotation.interleaved else table.chunk(2, -1)[0]
+                found[f"{name}{rotation.number}"] = each
+        return found
+
+    def _rotation(self, number: int, kind: RotaryKind) -> Rotation:
+        """Return what rotations are like, by those of the first positions."""
+        positions = Positions.whole([8], torch.device("cpu"))
+        found = self.split.rotary[kind](torch.zeros(1, 8, self.width), positions)
+        if isinstance(found, tuple) and len(found) == 2 and found[0].dim() == 3:  # noqa: PLR2004
+            table, size = found[0], found[0].shape[-1]
+            if torch.equal(*table.chunk(2, -1)):
+                return Rotation(number, size, interleaved=False)
+            if torch.equal(table[..., ::2], table[..., 1::2]):
+                return Rotation(number, size, interleaved=True)
+        raise self.refusal("it rotates by other tables than cosines and sines")
+
+    def _graph_layer(self, layer: Any, call: LayerCall, what: str) -> GraphLayer:
+        """Return a layer as a graph takes it."""
+        if call.rotary is None:
+            raise self.refusal(f"{what} rotates nothing")
+        try:
+            return GraphLayer(layer_form(layer), self._rotary[call.rotary], call.mask)
+        except InputError as error:
+            raise self.refusal(f"{what} is of another form than is known: {error}") from error
+
+    def read(self, number: int) -> GraphLayer:
+        """Return one of the target's layers as a graph takes it.
+
+        Raises:
+            InputError: It is of another form than is known.
+        """
+        call = self.split.calls.layers[number]
+        return self._graph_layer(self.layers[number], call, f"layer {number}")
+
+    def kind(self, number: int) -> Hashable:
+        """Return what tells one of the target's layers from those that are computed otherwise."""
+        layer = self.read(number)
+        return layer.form.kind, layer.rotation, layer.mask
+
+    def _stack_of(self, blocks: list[nn.Module]) -> LayerStack:
+        """Return layers that are not the target's own, as they are run."""
+        key = tuple(map(id, blocks))
+        with self._turn:
+            if key not in self._blocks:
+                calls = self.split.calls.layers[-len(blocks) :]
+
+                def read(number: int) -> GraphLayer:
+                    return self._graph_layer(blocks[number], calls[number], "a draft's layer")
+
+                masks = [call.mask for call in calls]
+                self._blocks[key] = blocks, LayerStack(masks, read, self.bits)
+                self._state = self._weights_state()
+            return self._blocks[key][1]
+
+    def _head_pass(self, rows: Tensor | None, *, normed: bool = False) -> HeadPass:
+        """Return what makes logits of hidden states, or of normed ones.
+
+        Args:
+            rows: Of the LM head, see `lm_head_rows`; None for all.
+            normed: Whether the states are normed already.
+        """
+        key = normed, None if rows is None else (rows.data_ptr(), len(rows))
+        if key not in self._heads:
+            restricted = [one for one, (_, held) in self._heads.items() if held is not None]
+            if len(restricted) == MAX_RESTRICTED_HEADS:
+                del self._heads[restricted[0]]
+            try:
+                weights = linear_form(self.lm_head) if rows is None else Product(rows, None)
+                norm = None if normed else norm_form(self._final_norm)
+            except InputError as error:
+                raise self.refusal(f"of its head, {error}") from error
+            graph = head_graph(norm, weights, self.bits)
+            made = HeadPass(graph, len(weights.weight), torch.get_num_threads())
+            # The rows stay, so that no others come to lie where they do.
+            self._heads[key] = made, rows
+        return self._heads[key][0]
+
+    @property
+    def _final_norm(self) -> Any:
+        return getattr(self.decoder, self.part_names["norm"])
+
+    def _check_precision(self) -> None:
+        device, dtype = self.device_and_dtype()
+        if (device.type, dtype) != ("cpu", torch.float32):
+            raise self.refusal(
+                f"it computes in float32 on the CPU, and the model is in {dtype} on {device}"
+            )
+
+    def _weights_state(self) -> Hashable:
+        """Return what changes whenever weights do that were packed, or may have been."""
+        drafts = [
+            (id(weight), weight.data_ptr(), weight._version)
+            for blocks, _ in self._blocks.values()
+            for block in blocks
+            for weight in block.parameters()
+        ]
+        return weights_state(self.model), tuple(drafts)
+
+    def _forget(self) -> None:
+        """Pack all weights anew where they are next needed."""
+        masks = [call.mask for call in self.split.calls.layers]
+        self._target = LayerStack(masks, self.read, self.bits)
+        self._blocks: dict[tuple[int, ...], tuple[list[nn.Module], LayerStack]] = {}
+        self._heads: dict[Hashable, tuple[HeadPass, Tensor | None]] = {}
+        self._state = self._weights_state()
+
+    def refusal(self, reason: str) -> InputError:
+        """Return the error that says why this model is not decoded here."""
+        return InputError(
+            f"ONNX Runtime can't decode {self.name}: {reason}. Load it with runtime='torch'."
+        )
+
+
+def head_graph(norm: Norm | None, head: Product, bits: int | None) -> OnnxGraph:
+    """Return the graph from hidden states, `x`, to logits, `y`.
+
+    Args:
+        norm: The final norm; None where the states are normed.
+        head: The LM head, or some of its rows.
+        bits: See `OnnxGraph`.
+    """
+    graph = OnnxGraph(bits)
+    normed = add_norm(
+        graph, graph.input("x", TensorProto.FLOAT, ["batch", "width", "d_model"]), norm
+    )
+    made = graph.linear(normed, head.weight, head.bias)
+    graph.add("Identity", [made], ["y"])
+    graph.output("y", ["batch", "width", "logits"])
+    return graph
+
+
+def _ranges(layers: Sequence[int], ends: Iterable[int]) -> list[tuple[int, int]]:
+    """Return layers as ranges, first and end, none of which goes on after one of some layers."""
+    found: list[tuple[int, int]] = []
+    for layer in layers:
+        if found and found[-1][1] == layer and layer - 1 not in ends:
+            found[-1] = found[-1][0], layer + 1
+        else:
+            found.append((layer, layer + 1))
+    return found

@@ -1,0 +1,162 @@
+"""A graph for ONNX Runtime under construction."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import onnxruntime
+import torch
+from onnx import GraphProto, NodeProto, TensorProto, ValueInfoProto, helper, numpy_helper
+from torch import Tensor
+
+from fastvlm.runtimes.quantised_weights import BLOCK, quantise
+
+OPSET, CONTRIBUTED_OPSET, IR_VERSION = 24, 1, 11
+CONTRIBUTED = "com.microsoft"
+CONTRIBUTED_OPS = frozenset(
+    {
+        "FusedMatMul",
+        "GroupQueryAttention",
+        "MatMulNBits",
+        "QuickGelu",
+        "SkipSimplifiedLayerNormalization",
+    }
+)
+"""Operators of ONNX Runtime's own."""
+SMALL_BYTES = 2**16
+"""Matrices of up to so many bytes lie in the graph itself, as all vectors do."""
+MATRIX_AXES = 2
+INTEGER_PRODUCTS = 4
+"""The accuracy level of `MatMulNBits` that computes in 8-bit integers."""
+
+
+class OnnxGraph:
+    """A graph under construction: operators, weights, inputs and outputs.
+
+    Args:
+        bits: Bits of the weights of linear layers: 8 or 4; None for float32.
+    """
+
+    def __init__(self, bits: int | None = None) -> None:
+        self.bits = bits
+        self.nodes: list[NodeProto] = []
+        self.inputs: list[ValueInfoProto] = []
+        self.outputs: list[ValueInfoProto] = []
+        self.initializers: list[TensorProto] = []
+        self.large: dict[str, np.ndarray[Any, Any]] = {}
+        """Weights that the session is handed where they lie."""
+        self._constants: dict[tuple[int, ...], str] = {}
+
+    def input(self, name: str, dtype: int, shape: Sequence[str | int] | None) -> str:
+        """Declare an input; return its name.
+
+        Args:
+            name: The name.
+            dtype: One of `TensorProto`'s types.
+            shape: Its sizes, a name for one that varies; None for any number of axes.
+        """
+        self.inputs.append(helper.make_tensor_value_info(name, dtype, shape))
+        return name
+
+    def output(self, name: str, shape: Sequence[str | int] | None) -> str:
+        """Declare an output in float32; return its name."""
+        self.outputs.append(helper.make_tensor_value_info(name, TensorProto.FLOAT, shape))
+        return name
+
+    def add(
+        self, op: str, inputs: Sequence[str], outputs: int | Sequence[str] = 1, **given: Any
+    ) -> Any:
+        """Add an operator.
+
+        Args:
+            op: Its name.
+            inputs: Names of its inputs, empty for one that is left out.
+            outputs: How many outputs it has, or their names.
+            given: Its attributes.
+
+        Returns:
+            The name of its output; a list where there are several.
+        """
+        names = list(outputs) if not isinstance(outputs, int) else self._names(op, outputs)
+        domain = CONTRIBUTED if op in CONTRIBUTED_OPS else ""
+        self.nodes.append(helper.make_node(op, inputs, names, domain=domain, **given))
+        return names[0] if len(names) == 1 else names
+
+    def weight(self, values: Tensor) -> str:
+        """Add a weight; return its name."""
+        name = f"weight{len(self.initializers)}"
+        array = values.detach().contiguous().numpy()
+        if array.ndim < MATRIX_AXES or array.nbytes <= SMALL_BYTES:
+            self.initializers.append(numpy_helper.from_array(array, name))
+            return name
+        held = TensorProto(name=name, dims=array.shape, data_location=TensorProto.EXTERNAL)
+        held.data_type = helper.np_dtype_to_tensor_dtype(array.dtype)
+        for key, value in (("location", name), ("offset", 0), ("length", array.nbytes)):
+            held.external_data.add(key=key, value=str(value))
+        self.initializers.append(held)
+        self.large[name] = array
+        return name
+
+    def constant(self, *values: int) -> str:
+        """Return the name of a list of whole numbers."""
+        if values not in self._constants:
+            self._constants[values] = self.weight(torch.tensor(values))
+        return self._constants[values]
+
+    def scalar(self, value: float) -> str:
+        """Return the name of a number."""
+        return self.weight(torch.tensor(value))
+
+    def linear(self, x: str, weight: Tensor, bias: Tensor | None = None) -> str:
+        """Add a product with a matrix: (..., inputs) to (..., outputs).
+
+        Args:
+            x: The inputs.
+            weight: (outputs, inputs).
+            bias: What is added: (outputs,).
+        """
+        outputs, inputs = weight.shape
+        if self.bits is None:
+            x = self.add("FusedMatMul", [x, self.weight(weight)], transB=1)
+        else:
+            whole = quantise(weight, self.bits)
+            sizes = {"K": inputs, "N": outputs, "bits": self.bits, "block_size": BLOCK}
+            given = [x, self.weight(whole.values), self.weight(whole.scales)]
+            x = self.add("MatMulNBits", given, **sizes, accuracy_level=INTEGER_PRODUCTS)
+        return x if bias is None else self.add("Add", [x, self.weight(bias)])
+
+    def branch(self, name: str, nodes: Sequence[NodeProto], outputs: Sequence[str]) -> GraphProto:
+        """Return a graph for one side of an `If`: nodes that read the names of this graph."""
+        made = [helper.make_tensor_value_info(one, TensorProto.FLOAT, None) for one in outputs]
+        return helper.make_graph(nodes, name, [], made)
+
+    def session(self, threads: int) -> tuple[onnxruntime.InferenceSession, object]:
+        """Return the graph ready to run, and what must be kept as long as it is used.
+
+        Args:
+            threads: CPU threads.
+        """
+        graph = helper.make_graph(self.nodes, "graph", self.inputs, self.outputs, self.initializers)
+        opsets = [
+            helper.make_opsetid("", OPSET),
+            helper.make_opsetid(CONTRIBUTED, CONTRIBUTED_OPSET),
+        ]
+        model = helper.make_model(graph, opset_imports=opsets, ir_version=IR_VERSION)
+        options = onnxruntime.SessionOptions()
+        options.intra_op_num_threads = threads
+        options.log_severity_level = 3
+        # Several sessions take turns: the threads of one must not spin while another computes.
+        options.add_session_config_entry("session.force_spinning_stop", "1")
+        values = [onnxruntime.OrtValue.ortvalue_from_numpy(one) for one in self.large.values()]
+        if values:
+            options.add_external_initializers(list(self.large), values)
+        session = onnxruntime.InferenceSession(
+            model.SerializeToString(), options, providers=["CPUExecutionProvider"]
+        )
+        # In float32 the session has packed its large weights, and reads its own copy alone.
+        return session, None if self.bits is None else self.large
+
+    def _names(self, op: str, number: int) -> list[str]:
+        return [f"{op}{len(self.nodes)}_{index}" for index in range(number)]

@@ -1,0 +1,187 @@
+"""Decoding in ONNX Runtime: the tokens of torch, and its own to the last bit."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+
+import pytest
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from fastvlm.decoding import Request, Sampler
+from fastvlm.decoding.engine import Engine
+from fastvlm.functional.errors import InputError
+from fastvlm.language import DecoderInputs, split_decoder
+from fastvlm.language.decoder import SplitDecoder
+from tests.language.decoding import STRATEGIES, decode, strategy
+from tests.runtimes.conftest import CONFIGURATIONS, OTHERS, VOCABULARY, tiny
+
+pytest.importorskip("onnxruntime")
+
+from fastvlm.runtimes.layer_graph import GraphLayer
+from fastvlm.runtimes.onnx_check import verified
+from fastvlm.runtimes.onnx_decoder import OnnxDecoder
+
+LIMIT = 12
+
+
+def prompts(decoder: SplitDecoder, lengths: Sequence[int]) -> list[DecoderInputs]:
+    made = torch.Generator().manual_seed(2)
+    each = [torch.randint(3, VOCABULARY, (length,), generator=made) for length in lengths]
+    return [DecoderInputs(ids.tolist(), decoder.embed(ids[None])[0].detach()) for ids in each]
+
+
+def replies(decoder: SplitDecoder, name: str, given: Sequence[DecoderInputs]) -> list[list[int]]:
+    done = decode(decoder, strategy(name, decoder), given, LIMIT, ends=())
+    return [request.output_token_ids for request in done]
+
+
+@pytest.mark.parametrize("family", CONFIGURATIONS)
+def test_tokens_are_those_of_generate(family: str) -> None:
+    model = tiny(CONFIGURATIONS[family])
+    decoder = verified(OnnxDecoder(split_decoder(model)))
+    given = prompts(decoder, (11, 4))
+    found = replies(decoder, "block", given)
+    model.generation_config.eos_token_id = None
+    for inputs, reply in zip(given, found, strict=True):
+        ids = torch.tensor([inputs.token_ids])
+        wanted = model.generate(ids, do_sample=False, max_new_tokens=LIMIT)
+        assert len(set(reply)) > 1
+        assert reply == wanted[0, ids.shape[1] :].tolist()
+
+
+@pytest.mark.parametrize("bits", [None, 8, 4])
+@pytest.mark.parametrize("family", ["qwen2", "gemma3"])
+@torch.inference_mode()
+def test_rounding_depends_on_neither_width_nor_batch(family: str, bits: int | None) -> None:
+    model = tiny(CONFIGURATIONS[family])
+    decoder = OnnxDecoder(split_decoder(model), bits)
+    tokens = torch.randint(3, VOCABULARY, (3, 20))
+    starts = (9, 12, 10)
+
+    def filled(slots: int) -> object:
+        cache = decoder.cache(slots, 20)
+        for slot in range(slots):
+            cache.assign(slot, DecoderInputs(tokens[slot].tolist(), torch.zeros(20, 1)))
+        return cache
+
+    def pass_over(cache: object, rows: Sequence[int], begin: Sequence[int], width: int) -> Tensor:
+        some = [tokens[row, start : start + width] for row, start in zip(rows, begin, strict=True)]
+        positions = cache.positions(begin, width, rows)
+        x = decoder.forward_layers(decoder.embed(torch.stack(some)), positions, cache, range(2))
+        x = decoder.forward_layers(x, positions, cache, range(2, decoder.depth))
+        return decoder.head(x)
+
+    single, several, gaps = filled(3), filled(3), filled(3)
+    for row, start in enumerate(starts):
+        for cache in (single, several, gaps):
+            pass_over(cache, [row], [0], start)
+    alone = [
+        torch.cat([pass_over(single, [row], [start + step], 1) for step in range(5)], 1)
+        for row, start in enumerate(starts)
+    ]
+    together = pass_over(several, [0, 1, 2], starts, 5)
+    assert torch.equal(together, torch.cat(alone))
+    # Rows that don't lie side by side.
+    apart = pass_over(gaps, [0, 2], [starts[0], starts[2]], 5)
+    assert torch.equal(apart, torch.cat((alone[0], alone[2])))
+    # And what these rows wrote back is read by the next pass.
+    after = [pass_over(cache, [2], [starts[2] + 5], 1) for cache in (single, gaps)]
+    assert torch.equal(*after)
+
+
+@pytest.mark.parametrize("bits", [None, 8, 4])
+def test_every_strategy_gives_the_same_tokens(qwen: PreTrainedModel, bits: int | None) -> None:
+    decoder = OnnxDecoder(split_decoder(qwen), bits)
+    given = prompts(decoder, (11, 4, 7, 9))
+    wanted = [replies(decoder, "autoregressive", [one])[0] for one in given]
+    for name in STRATEGIES:
+        assert replies(decoder, name, given) == wanted, name
+
+
+@pytest.mark.parametrize("bits", [None, 4])
+def test_sampled_tokens_are_the_same_with_drafts(qwen: PreTrainedModel, bits: int | None) -> None:
+    decoder = OnnxDecoder(split_decoder(qwen), bits)
+    inputs = prompts(decoder, (11, 6))
+
+    def sampled(name: str, given: Sequence[DecoderInputs], seed: int) -> list[list[int]]:
+        from fastvlm.decoding import SamplingParams
+        from fastvlm.decoding.generation_config import processors_of, settings_of
+
+        params = SamplingParams(0.8, seed=seed, max_new_tokens=LIMIT)
+        drafts, made = strategy(name, decoder), []
+        for row, one in enumerate(given):
+            settings = settings_of(qwen, params)
+            processors = processors_of(decoder, settings, params, one.token_ids)
+            sampler = Sampler(processors, seed + row, one.token_ids)
+            made.append(Request(one, drafts, LIMIT, sampler, end_token_ids=frozenset()))
+        for request in Engine(decoder).run(made):
+            assert request.error is None
+        return [request.output_token_ids for request in made]
+
+    wanted = [sampled("autoregressive", [one], 5 + row)[0] for row, one in enumerate(inputs)]
+    greedy = replies(decoder, "autoregressive", inputs)
+    assert wanted != greedy
+    for name in ("perfect", "block", "early-exit", "prompt-lookup"):
+        assert sampled(name, inputs, 5) == wanted, name
+
+
+def test_states_added_after_layers(qwen: PreTrainedModel) -> None:
+    split = split_decoder(qwen)
+    decoder = OnnxDecoder(split)
+    [plain] = prompts(split, (9,))
+    added = {layer: torch.randn(9, split.width) for layer in (-1, 0, 2)}
+    inputs = DecoderInputs(plain.token_ids, plain.embeddings, injections=added)
+    found = []
+    for one in (split, decoder):
+        cache = one.cache(1, 12)
+        cache.assign(0, inputs)
+        positions = cache.positions([0], 9)
+        with torch.inference_mode():
+            found.append(one.forward_layers(plain.embeddings[None], positions, cache, range(4)))
+    torch.testing.assert_close(*found, rtol=1e-4, atol=1e-4)
+
+
+@torch.inference_mode()
+def test_weights_that_change_are_followed(qwen: PreTrainedModel) -> None:
+    model = tiny(qwen.config)
+    decoder = OnnxDecoder(split_decoder(model))
+    given = prompts(decoder, (8,))
+    before = replies(decoder, "early-exit", given)
+    for layer in model.model.layers:
+        layer.mlp.down_proj.weight.mul_(-1)
+    after = replies(decoder, "early-exit", given)
+    assert after != before
+    assert after == replies(split_decoder(model), "autoregressive", given)
+
+
+@pytest.mark.parametrize("family", OTHERS)
+def test_another_form_is_refused(family: str) -> None:
+    model = tiny(OTHERS[family])
+    with pytest.raises(InputError, match=r"^ONNX Runtime can't decode .* runtime='torch'\.$"):
+        verified(OnnxDecoder(split_decoder(model)))
+
+
+def test_another_precision_is_refused(qwen: PreTrainedModel) -> None:
+    model = tiny(qwen.config, torch.bfloat16)
+    with pytest.raises(InputError, match="computes in float32"):
+        OnnxDecoder(split_decoder(model))
+
+
+@pytest.mark.parametrize("bits", [None, 8])
+def test_wrong_states_are_refused(
+    qwen: PreTrainedModel, bits: int | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    read = OnnxDecoder.read
+
+    def wrong(self: OnnxDecoder, number: int) -> GraphLayer:
+        found = read(self, number)
+        norm = found.form.norms["before_mlp"]
+        found.form.norms["before_mlp"] = replace(norm, weight=norm.weight * 1.01)
+        return found
+
+    monkeypatch.setattr(OnnxDecoder, "read", wrong)
+    with pytest.raises(InputError, match="differ from those in torch"):
+        verified(OnnxDecoder(split_decoder(qwen), bits))

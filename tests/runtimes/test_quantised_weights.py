@@ -1,0 +1,36 @@
+"""Weights of 8 and 4 bits, and what ONNX Runtime makes of them."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from fastvlm.runtimes.layer_form import Product
+from fastvlm.runtimes.quantised_weights import BITS, BLOCK, quantise
+
+
+@pytest.mark.parametrize("bits", BITS.values())
+@pytest.mark.parametrize("width", [64, 70])
+def test_rounding_is_to_the_nearest(bits: int, width: int) -> None:
+    weight = torch.randn(5, width)
+    weight[1] = 0
+    made = quantise(weight, bits)
+    steps = made.scales.abs().repeat_interleave(BLOCK, 1)[:, :width]
+    # The greatest of a block is met exactly, and there is one step less on the other side of 0.
+    least = torch.where(weight.abs() > steps * (2 ** (bits - 1) - 1.5), 1.0, 0.5)
+    assert ((made.dense(width) - weight).abs() <= steps * least + 1e-6).all()
+    assert (made.dense(width)[1] == 0).all()
+    assert made.values.nbytes == 5 * -(-width // BLOCK) * BLOCK * bits // 8
+
+
+@pytest.mark.parametrize("bits", BITS.values())
+def test_products_are_those_of_the_rounded_weights(bits: int) -> None:
+    pytest.importorskip("onnxruntime")
+    from fastvlm.runtimes.layer_pass import HeadPass
+    from fastvlm.runtimes.onnx_decoder import head_graph
+
+    weight, x = torch.randn(48, 70), torch.randn(1, 3, 70)
+    found = HeadPass(head_graph(None, Product(weight, None), bits), 48, 1).run(x)
+    wanted = x @ quantise(weight, bits).dense(70).T
+    # Inputs are rounded to 8 bits too.
+    assert (found - wanted).abs().max() < 0.02 * wanted.std() + 0.1
