@@ -1,7 +1,9 @@
-"""How the example model was made: its encoder, then the model around it.
+"""How the example model was made: its encoder, the model around it, and the drafts.
 
 python recipes/example-model/train.py encoder --photos FLICKR8K --output runs/encoder
 python recipes/example-model/train.py model --photos FLICKR8K --encoder runs/encoder --output DIR
+python recipes/example-model/train.py questions --photos FLICKR8K --output runs/questions
+fastvlm train draft --model DIR --data runs/questions --kind block --kind mlp --output runs/draft
 """
 
 from __future__ import annotations
@@ -188,8 +190,30 @@ def model(
         )
 
 
-app = verbs("Make the example model: an encoder first, then the model around it.")
-for verb in (encoder, model):
+def questions(
+    *,
+    photos: PhotosOption,
+    output: OutputOption,
+    number: Annotated[
+        int, typer.Option(metavar="N", min=1, max=10**7, help="Questions about photos.")
+    ] = 2400,
+    scenes: Annotated[
+        int, typer.Option(metavar="N", min=0, max=10**7, help="Questions about scenes.")
+    ] = 400,
+    image_size: Annotated[
+        int, typer.Option(metavar="PX", min=64, max=4096, help="Side of the scenes' images.")
+    ] = 192,
+    seed: Seed = 0,
+) -> None:
+    """Write questions in many wordings, for `fastvlm train draft --data OUTPUT` to be asked."""
+    check_folder(output)
+    from recipe.questions import write_questions
+
+    write_questions(photos, output, number=number, scenes=scenes, size=image_size, seed=seed)
+
+
+app = verbs("Make the example model: its encoder, the model around it, and what drafts are asked.")
+for verb in (encoder, model, questions):
     add_verb(app, verb)
 
 if __name__ == "__main__":

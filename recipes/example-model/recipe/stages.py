@@ -43,7 +43,7 @@ STAGES = (
         "together",
         # Slices of rows of like length, which take two thirds of the time of one.
         Schedule(steps=1500, learning_rate=1.2e-3, warmup=30, accumulation=3),
-        scenes=5,
+        scenes=3,
         photos=14,
     ),
     Stage(
