@@ -28,6 +28,7 @@ from recipe.wordings import CANONICAL, HELD_OUT
 
 DRAFTED = 4
 """Tokens of each draft: the acceptance of drafts that adapt is not that of the drafter alone."""
+MAX_NEW_TOKENS = 160
 
 
 def ask(vlm: VisionLanguageModel, prompt: str, images: Sequence[ImageInput]) -> list[Reply]:
@@ -37,7 +38,9 @@ def ask(vlm: VisionLanguageModel, prompt: str, images: Sequence[ImageInput]) -> 
         InputError: An image can't be read.
     """
     drafts = vlm.strategy("imitation", num_speculative_tokens=DRAFTED, confidence=0.0)
-    return [vlm.generate(prompt, one, strategy=drafts, max_new_tokens=160) for one in images]
+    return [
+        vlm.generate(prompt, one, strategy=drafts, max_new_tokens=MAX_NEW_TOKENS) for one in images
+    ]
 
 
 def of_prompts(
@@ -64,7 +67,13 @@ def of_prompts(
 
 def of_descriptions(vlm: VisionLanguageModel, images: Sequence[ImageInput]) -> dict[str, Any]:
     """Return how many descriptions of images say a sentence twice, or nearly."""
-    texts = [reply.text for reply in ask(vlm, DESCRIPTION_PROMPT, images)]
+    asked = [DESCRIPTION_PROMPT] * len(images)
+    texts = [
+        reply.text
+        for reply in vlm.generate_batch(
+            asked, images, strategy="autoregressive", max_new_tokens=MAX_NEW_TOKENS
+        )
+    ]
     parts = [sentences_of(text) for text in texts]
     return {
         "descriptions": len(texts),
@@ -91,8 +100,8 @@ def main() -> None:
     scenes = [render(sample(HELD_OUT_SCENES + n), vlm.image_size) for n in range(given.limit // 2)]
     images = sorted(path for path in given.images.iterdir() if path.suffix in (".jpg", ".png"))
     figures = {
-        "prompts": of_prompts(vlm, photos, scenes),
         "descriptions": of_descriptions(vlm, images),
+        "prompts": of_prompts(vlm, photos, scenes),
     }
     text = json.dumps(figures, indent=1)
     if given.json is not None:

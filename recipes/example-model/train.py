@@ -9,7 +9,7 @@ fastvlm train draft --model DIR --data runs/questions --kind block --kind mlp --
 from __future__ import annotations
 
 import sys
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Annotated
 
@@ -146,6 +146,13 @@ class ModelRun:
             show_default="the stage's",
         ),
     ] = None
+    tune_encoder: Annotated[
+        bool,
+        typer.Option(
+            "--tune-encoder",
+            help="Teach the encoder too; for a model of --start, whose decoder can read it.",
+        ),
+    ] = False
     gradient_checkpointing: CheckpointingOption = False
     tracker: TrackerOption = None
 
@@ -163,12 +170,15 @@ def model(
         raise UsageError("Give --encoder for a new model, or --start for one to go on from.")
     if parts.start is None and (parts.widen > 1 or parts.layers is not None):
         raise UsageError("--widen and --layers need a model to grow: give it as --start.")
+    if parts.start is None and run.tune_encoder:
+        raise UsageError("--tune-encoder needs a model that has learnt to read it: give --start.")
     runtime.prepare()
     from recipe.growth import Size
     from recipe.model import train_model
     from recipe.stages import STAGES, scaled
 
     chosen = [planned for planned in STAGES if not run.stage or planned.name in run.stage]
+    chosen = [replace(planned, tunes_encoder=run.tune_encoder) for planned in chosen]
     given = {"learning_rate": run.learning_rate, "accumulation": run.accumulation}
     stages = scaled(
         chosen,

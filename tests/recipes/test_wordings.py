@@ -127,10 +127,9 @@ def test_questions_for_a_draft_are_read_as_conversations(tmp_path: Path) -> None
 
 
 def test_repeated_sentences_are_counted() -> None:
-    texts = iter(["A dog. A cat.", "A dog. A cat. A dog.", "A man sits. The man is sitting."])
+    texts = ["A dog. A cat.", "A dog. A cat. A dog.", "A man sits. The man is sitting."]
     vlm: Any = SimpleNamespace(
-        strategy=lambda *_, **__: None,
-        generate=lambda *_, **__: SimpleNamespace(text=next(texts), statistics=None),
+        generate_batch=lambda *_, **__: [SimpleNamespace(text=text) for text in texts]
     )
     found = of_descriptions(vlm, ["a", "b", "c"])
     assert (found["descriptions"], found["repeat a sentence"], found["nearly repeat one"]) == (

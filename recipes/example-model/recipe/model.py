@@ -44,7 +44,7 @@ class ModelTask(SupervisedTask):
     """Teaches projector and decoder what the steps of a stage show.
 
     Args:
-        model: The model, its encoder frozen.
+        model: The model; its encoder learns only in a stage that tunes it.
         tokenizer: Its tokenizer.
         photos: Photos with captions.
         stage: The stage.
@@ -58,6 +58,7 @@ class ModelTask(SupervisedTask):
         stage: Stage,
     ) -> None:
         moved(model, this_process().device)
+        model.model.vision_tower.requires_grad_(stage.tunes_encoder)
         self.size = cast(FastViTHDConfig, model.config.vision_config).image_size
         shown = {k: v for k, v in asdict(stage).items() if k not in ("name", "schedule")}
         plan = {
