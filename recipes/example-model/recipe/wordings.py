@@ -210,10 +210,16 @@ def wording(kind: str) -> str:
     """Return a request of a kind in words drawn at random; never one that is held out."""
     if random.random() < CANONICAL_SHARE:
         return CANONICAL[kind]
+    held_out = {*map(plain, HELD_OUT[kind])}
     while True:
         text = varied(random.choice(random.choice(FORMS[kind])))
-        if text not in HELD_OUT[kind]:
+        if plain(text) not in held_out:
             return text
+
+
+def plain(text: str) -> str:
+    """Return a request without what `varied` varies at its ends."""
+    return text.lower().rstrip(".!?")
 
 
 def varied(parts: Sequence[str]) -> str:
