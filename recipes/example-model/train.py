@@ -1,13 +1,15 @@
-"""How the example model was made: its encoder, then the model around it.
+"""How the example model was made: its encoder, the model around it, and the drafts.
 
 python recipes/example-model/train.py encoder --photos FLICKR8K --output runs/encoder
 python recipes/example-model/train.py model --photos FLICKR8K --encoder runs/encoder --output DIR
+python recipes/example-model/train.py questions --photos FLICKR8K --output runs/questions
+fastvlm train draft --model DIR --data runs/questions --kind block --kind mlp --output runs/draft
 """
 
 from __future__ import annotations
 
 import sys
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Annotated
 
@@ -144,6 +146,13 @@ class ModelRun:
             show_default="the stage's",
         ),
     ] = None
+    tune_encoder: Annotated[
+        bool,
+        typer.Option(
+            "--tune-encoder",
+            help="Teach the encoder too; for a model of --start, whose decoder can read it.",
+        ),
+    ] = False
     gradient_checkpointing: CheckpointingOption = False
     tracker: TrackerOption = None
 
@@ -161,12 +170,15 @@ def model(
         raise UsageError("Give --encoder for a new model, or --start for one to go on from.")
     if parts.start is None and (parts.widen > 1 or parts.layers is not None):
         raise UsageError("--widen and --layers need a model to grow: give it as --start.")
+    if parts.start is None and run.tune_encoder:
+        raise UsageError("--tune-encoder needs a model that has learnt to read it: give --start.")
     runtime.prepare()
     from recipe.growth import Size
     from recipe.model import train_model
     from recipe.stages import STAGES, scaled
 
     chosen = [planned for planned in STAGES if not run.stage or planned.name in run.stage]
+    chosen = [replace(planned, tunes_encoder=run.tune_encoder) for planned in chosen]
     given = {"learning_rate": run.learning_rate, "accumulation": run.accumulation}
     stages = scaled(
         chosen,
@@ -188,8 +200,30 @@ def model(
         )
 
 
-app = verbs("Make the example model: an encoder first, then the model around it.")
-for verb in (encoder, model):
+def questions(
+    *,
+    photos: PhotosOption,
+    output: OutputOption,
+    number: Annotated[
+        int, typer.Option(metavar="N", min=1, max=10**7, help="Questions about photos.")
+    ] = 2400,
+    scenes: Annotated[
+        int, typer.Option(metavar="N", min=0, max=10**7, help="Questions about scenes.")
+    ] = 400,
+    image_size: Annotated[
+        int, typer.Option(metavar="PX", min=64, max=4096, help="Side of the scenes' images.")
+    ] = 192,
+    seed: Seed = 0,
+) -> None:
+    """Write questions in many wordings, for `fastvlm train draft --data OUTPUT` to be asked."""
+    check_folder(output)
+    from recipe.questions import write_questions
+
+    write_questions(photos, output, number=number, scenes=scenes, size=image_size, seed=seed)
+
+
+app = verbs("Make the example model: its encoder, the model around it, and what drafts are asked.")
+for verb in (encoder, model, questions):
     add_verb(app, verb)
 
 if __name__ == "__main__":

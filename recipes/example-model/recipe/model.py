@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import random
 from collections.abc import Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -28,23 +27,24 @@ from fastvlm_example.scenes import describe, sample
 from fastvlm_example.tokenizer import learn_tokenizer
 from recipe.architecture import DecoderShape, new_model, use_encoder
 from recipe.consensus import SAMPLES, Consensus, advantages, sample_sentences
-from recipe.conversations import PROMPTS, DecodedPhotos, draw_photos, draw_scenes
+from recipe.conversations import DecodedPhotos, draw_photos, draw_scenes
 from recipe.growth import AS_IT_IS, Size, grown
 from recipe.stages import STAGES, Stage
+from recipe.wordings import all_forms, wording
 
 
 def corpus(photos: Sequence[CaptionedImage]) -> list[str]:
     """Return the texts that the tokenizer learns from."""
     captions = [caption for photo in photos for caption in photo.captions]
     scenes = [describe(sample(seed)) for seed in range(1000)]
-    return captions + scenes + [prompt for prompts in PROMPTS.values() for prompt in prompts]
+    return captions + scenes + all_forms()
 
 
 class ModelTask(SupervisedTask):
     """Teaches projector and decoder what the steps of a stage show.
 
     Args:
-        model: The model, its encoder frozen.
+        model: The model; its encoder learns only in a stage that tunes it.
         tokenizer: Its tokenizer.
         photos: Photos with captions.
         stage: The stage.
@@ -58,6 +58,7 @@ class ModelTask(SupervisedTask):
         stage: Stage,
     ) -> None:
         moved(model, this_process().device)
+        model.model.vision_tower.requires_grad_(stage.tunes_encoder)
         self.size = cast(FastViTHDConfig, model.config.vision_config).image_size
         shown = {k: v for k, v in asdict(stage).items() if k not in ("name", "schedule")}
         plan = {
@@ -93,8 +94,7 @@ class ModelTask(SupervisedTask):
     def sampled(self, consensus: Consensus) -> tuple[Tensor, float]:
         """Return the self-critical loss of sentences sampled of photos; their mean reward."""
         numbers, images = zip(*self.photos.draw(self.stage.sampled, self.size), strict=True)
-        prompt = random.choice(PROMPTS["sentence"])
-        rows = sample_sentences(self.model, self.tokenizer, prompt, images)
+        rows = sample_sentences(self.model, self.tokenizer, wording("sentence"), images)
         rewards = [
             self.reward(consensus, numbers[place // SAMPLES], row) for place, row in enumerate(rows)
         ]
