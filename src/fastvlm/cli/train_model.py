@@ -58,11 +58,18 @@ class StageOptions:
     learns: Annotated[
         Literal["projector", "decoder", "everything", "lora"] | None,
         typer.Option(
-            help="What learns: decoder is all but the encoder, lora an adapter beside each of the"
-            " decoder's linear layers.",
+            help="What learns: decoder is all but the encoder, lora the projector and an adapter"
+            " beside each of the decoder's linear layers.",
             show_default="the stage's",
         ),
     ] = None
+    objective: Annotated[
+        Literal["replies", "words"],
+        typer.Option(
+            help="What is learnt of the data: its replies; or, as a cheap start of a new projector,"
+            " visual tokens near the embeddings of the replies' words (stage 1).",
+        ),
+    ] = "replies"
     lora_rank: Annotated[
         int, typer.Option(metavar="N", min=1, max=65536, help="Rank of the adapters.")
     ] = 64
@@ -154,6 +161,7 @@ def model(
     runtime.prepare()
     from fastvlm.training.instruction import tune_model
     from fastvlm.training.paper_stages import PAPER_STAGES
+    from fastvlm.training.words import teach_words
 
     given = {
         "learns": recipe.learns,
@@ -164,6 +172,8 @@ def model(
     }
     target, processor = loaded_or_new(parts.model, parts.encoder, parts.decoder)
     chosen = fitting(target, PAPER_STAGES[recipe.stage], given)
+    if recipe.objective == "words" and chosen.learns != "projector":
+        raise UsageError("--objective words teaches the projector alone; give --stage 1.")
     source = conversations_in(data, shown_at(target, chosen))
     schedule = replace(
         chosen.schedule(steps_of(chosen, source, data, recipe.steps)),
@@ -174,16 +184,19 @@ def model(
         workers=workers_of(run.workers),
     )
     with runtime.progress():
-        tune_model(
-            target,
-            processor,
-            source,
-            chosen,
-            schedule,
-            output,
-            rank=recipe.lora_rank,
-            gradient_checkpointing=run.gradient_checkpointing,
-        )
+        if recipe.objective == "words":
+            teach_words(target, processor, source, chosen, schedule, output)
+        else:
+            tune_model(
+                target,
+                processor,
+                source,
+                chosen,
+                schedule,
+                output,
+                rank=recipe.lora_rank,
+                gradient_checkpointing=run.gradient_checkpointing,
+            )
     PlainConsole().print(
         f"Stage {recipe.stage} ({chosen.learns}), {schedule.steps:,} steps of {chosen.batch}; saved"
         f" in {output}."

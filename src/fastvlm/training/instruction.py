@@ -5,14 +5,12 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Generator, Mapping, Sequence
 from contextlib import closing
-from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, ProcessorMixin
 
 from fastvlm.data.conversations import Records, Shards
@@ -24,8 +22,9 @@ from fastvlm.language.structure import text_decoder
 from fastvlm.training.digests import digest_of_source
 from fastvlm.training.loop import train
 from fastvlm.training.paper_stages import PaperStage
-from fastvlm.training.parts import learning
+from fastvlm.training.parts import computed_in, learning
 from fastvlm.training.processes import this_process
+from fastvlm.training.reply_scores import ReplyScores, score_tokens
 from fastvlm.training.rows import IGNORED, RowBuilder, RowMaker, TrainingRow, rows_for
 from fastvlm.training.schedule import Schedule
 from fastvlm.training.sharding import whole_state
@@ -33,19 +32,6 @@ from fastvlm.training.target import full_precision
 from fastvlm.training.task import ExampleStream, Losses
 from fastvlm.vision.configuration import REDUCTION
 from fastvlm.vision.fastvithd import FastViTHD
-
-
-@dataclass(frozen=True, slots=True)
-class ReplyScores:
-    """How well a model predicts the labelled tokens of a row.
-
-    Args:
-        losses: The cross-entropy of each: (tokens,).
-        right: Whether the model's best token is the label: (tokens,).
-    """
-
-    losses: Tensor
-    right: Tensor
 
 
 def score_replies(
@@ -58,11 +44,11 @@ def score_replies(
         # Each position predicts the next; logits of the others would fill the memory.
         targets = labels[:, 1:]
         places = targets != IGNORED
-        logits = full_precision(model.get_output_embeddings()(states[:, :-1][places]))
-        losses = F.cross_entropy(logits, targets[places], reduction="none")
-        right = logits.argmax(-1) == targets[places]
+        scored = score_tokens(
+            model.get_output_embeddings(), states[:, :-1][places], targets[places]
+        )
         counts = places.sum(1).tolist()
-        found += map(ReplyScores, losses.split(counts), right.split(counts))
+        found += map(ReplyScores, scored.losses.split(counts), scored.right.split(counts))
     return found
 
 
@@ -221,7 +207,8 @@ def tune_model(
         "model": digest_of_weights(model),
         "data": digest_of_source(source),
     }
-    with learning(model, stage.learns, rank):
+    frozen = torch.bfloat16 if schedule.precision == "bf16" else model.dtype
+    with learning(model, stage.learns, rank), computed_in(model, frozen):
         batch = max(1, stage.batch // process.num_processes)
         with closing(InstructionTask(model, rows, feed, batch, plan, schedule.workers)) as task:
             train(task, schedule, output / "training")

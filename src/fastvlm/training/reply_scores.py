@@ -1,0 +1,107 @@
+"""Cross-entropy of single tokens over a large vocabulary, at the cost of little memory and time."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from fastvlm.training.draft import full_precision
+
+NEGLIGIBLE_PROBABILITY = 1e-6
+"""In bfloat16, tokens less probable than this at every position have no gradient: rounding a logit
+of 20 to bfloat16 changes its probability by up to 6 %, and theirs together are far less."""
+HEAD_POSITIONS = 128
+"""Positions whose logits are computed together; a multiple of `SOFTMAX_POSITIONS`."""
+SOFTMAX_POSITIONS = 8
+"""Positions whose logits are in float32 at a time: a vocabulary of 262,144 takes 1 MiB each."""
+
+
+@dataclass(frozen=True, slots=True)
+class ReplyScores:
+    """How well a model predicts the labelled tokens of a row.
+
+    Args:
+        losses: The cross-entropy of each: (tokens,).
+        right: Whether the model's best token is the label: (tokens,).
+    """
+
+    losses: Tensor
+    right: Tensor
+
+
+def score_tokens(head: nn.Module, states: Tensor, targets: Tensor) -> ReplyScores:
+    """Return the scores of tokens.
+
+    Args:
+        head: The LM head.
+        states: What it reads, in front of each token: (tokens, d_model).
+        targets: The tokens: (tokens,).
+    """
+    if isinstance(head, nn.Linear) and not head.weight.requires_grad and head.bias is None:
+        losses, right = FrozenHeadCrossEntropy.apply(states, head.weight, targets)
+        return ReplyScores(losses, right)
+    logits = full_precision(head(states))
+    losses = F.cross_entropy(logits, targets, reduction="none")
+    return ReplyScores(losses, logits.argmax(-1) == targets)
+
+
+class FrozenHeadCrossEntropy(torch.autograd.Function):
+    """The cross-entropy behind a frozen LM head, without keeping or deriving all logits.
+
+    The gradient of the states is the difference between the expected and the right token's row of
+    the head, for which few tokens have probability enough.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, states: Tensor, weight: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
+        """Return the cross-entropy of each token, and whether it is the best: (tokens,) both.
+
+        Args:
+            ctx: What the gradient needs.
+            states: (tokens, d_model).
+            weight: The head's: (vocabulary, d_model).
+            targets: (tokens,).
+        """
+        # In the precision of a run's autocast, where there is one.
+        logits = [F.linear(part, weight) for part in states.split(HEAD_POSITIONS)]
+        dtype = logits[0].dtype
+        highest = torch.full(
+            (len(weight),),
+            -torch.inf,
+            device=weight.device,
+            dtype=torch.promote_types(dtype, torch.float32),
+        )
+        losses, right, normaliser = [], [], []
+        chunks = [chunk for part in logits for chunk in part.split(SOFTMAX_POSITIONS)]
+        for chunk, wanted in zip(chunks, targets.split(SOFTMAX_POSITIONS), strict=True):
+            wide = full_precision(chunk)
+            logp = wide.log_softmax(-1)
+            normaliser.append(wide[:, 0] - logp[:, 0])
+            chosen = logp.gather(1, wanted[:, None]).squeeze(1)
+            losses.append(-chosen)
+            right.append(logp.amax(-1) == chosen)
+            torch.maximum(highest, logp.amax(0), out=highest)
+        kept = torch.arange(len(weight), device=weight.device)
+        if dtype == torch.bfloat16:
+            kept = (highest > math.log(NEGLIGIBLE_PROBABILITY)).nonzero().squeeze(1)
+        chosen_logits = torch.cat([part[:, kept] for part in logits])
+        logp = full_precision(chosen_logits) - torch.cat(normaliser)[:, None]
+        ctx.save_for_backward(logp.exp_().to(dtype), kept, weight, targets)
+        ctx.dtype = states.dtype
+        found = torch.cat(losses), torch.cat(right)
+        ctx.mark_non_differentiable(found[1])
+        return found
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None, None]:
+        """Return the gradient of the states: (tokens, d_model)."""
+        probabilities, kept, weight, targets = ctx.saved_tensors
+        rows = weight if len(kept) == len(weight) else weight[kept]
+        expected = full_precision(probabilities @ rows.to(probabilities.dtype))
+        found = gradients[0][:, None] * (expected - full_precision(weight[targets]))
+        return cast(Tensor, found.to(ctx.dtype)), None, None
