@@ -40,7 +40,10 @@ class ModelParts:
     ] = None
     encoder: Annotated[
         Path | None,
-        typer.Option(metavar="DIR", help="For a new model: a FastViTHD, or a model with one."),
+        typer.Option(
+            metavar="DIR",
+            help="A FastViTHD, or a model with one: for a new model, or in place of --model's own.",
+        ),
     ] = None
     decoder: Annotated[
         Path | None, typer.Option(metavar="DIR", help="For a new model: a language model.")
@@ -152,8 +155,8 @@ def model(
     an encoder and a decoder.
     """
     check_folder(output)
-    if (parts.model is None) == (parts.decoder is None) or (parts.encoder is None) != (
-        parts.decoder is None
+    if (parts.model is None) == (parts.decoder is None) or (
+        parts.decoder is not None and parts.encoder is None
     ):
         raise UsageError("Give --model, or --encoder and --decoder for a new one.")
     if parts.model is not None and Path(parts.model).resolve() == output.resolve():
@@ -206,7 +209,7 @@ def model(
 def loaded_or_new(
     model: str | None, encoder: Path | None, decoder: Path | None
 ) -> tuple[PreTrainedModel, Any]:
-    """Return a model in float32, loaded or new, and its processor.
+    """Return a model in float32, loaded (maybe with another encoder) or new, and its processor.
 
     Raises:
         CheckpointError: A part can't be read.
@@ -215,11 +218,14 @@ def loaded_or_new(
     import torch
 
     from fastvlm.checkpoints import load_checkpoint
-    from fastvlm.training.assembly import assemble, read_encoder
+    from fastvlm.training.assembly import assemble, read_encoder, replace_encoder
 
     place = resolve_model(model)
     if place is not None:
-        return load_checkpoint(place, torch.float32, "cpu")
+        target, processor = load_checkpoint(place, torch.float32, "cpu")
+        if encoder is not None:
+            replace_encoder(target, read_encoder(encoder))
+        return target, processor
     assert encoder is not None  # what is given was checked
     assert decoder is not None
     return assemble(read_encoder(encoder), decoder)

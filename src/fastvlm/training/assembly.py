@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import cast
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -90,6 +90,36 @@ def take_over(
     model.lm_head = text.get_output_embeddings()
     model.tie_weights()
     model.generation_config = text.generation_config or model.generation_config
+
+
+def replace_encoder(model: PreTrainedModel, encoder: FastViTHD) -> None:
+    """Give a model another encoder, which its projector learns to read in further training.
+
+    Raises:
+        InputError: The model is not one around FastViTHD, or its projector reads another width.
+    """
+    # Which parts a composite model has is its class's matter.
+    parts: Any = model.base_model
+    tower = getattr(parts, "vision_tower", None)
+    if not isinstance(tower, FastViTHD):
+        raise InputError(f"{type(model).__name__} has no FastViTHD encoder to replace.")
+    width, own = encoder.config.hidden_size, tower.config.hidden_size
+    if width != own:
+        raise InputError(
+            f"The encoder's features are {width} wide, and the model's projector reads {own}."
+        )
+    encoder.config.name_or_path = ""
+    parts.vision_tower = encoder.train(tower.training)
+    show_images_of(model, encoder.config.image_size)
+
+
+def show_images_of(model: PreTrainedModel, image_size: int) -> None:
+    """Make a side in pixels the model's own."""
+    tower = model.base_model.vision_tower
+    assert isinstance(tower, FastViTHD)  # no other model's size is given
+    tower.config.image_size = image_size
+    model.config.vision_config = tower.config
+    model.config.image_seq_length = (image_size // REDUCTION) ** 2
 
 
 @torch.no_grad()

@@ -19,6 +19,7 @@ from fastvlm.functional.digests import digest_of_weights
 from fastvlm.functional.files import written_into
 from fastvlm.functional.placement import moved
 from fastvlm.language.structure import text_decoder
+from fastvlm.training.assembly import show_images_of
 from fastvlm.training.digests import digest_of_source
 from fastvlm.training.loop import train
 from fastvlm.training.paper_stages import PaperStage
@@ -30,8 +31,6 @@ from fastvlm.training.schedule import Schedule
 from fastvlm.training.sharding import whole_state
 from fastvlm.training.target import full_precision
 from fastvlm.training.task import ExampleStream, Losses
-from fastvlm.vision.configuration import REDUCTION
-from fastvlm.vision.fastvithd import FastViTHD
 
 
 def score_replies(
@@ -226,12 +225,3 @@ def save_tuned(
         with written_into(output, last="config.json") as beside:
             processor.save_pretrained(beside)
             model.save_pretrained(beside, state_dict=state)
-
-
-def show_images_of(model: PreTrainedModel, image_size: int) -> None:
-    """Make a side in pixels the model's own."""
-    tower = model.base_model.vision_tower
-    assert isinstance(tower, FastViTHD)  # no other model's size is given
-    tower.config.image_size = image_size
-    model.config.vision_config = tower.config
-    model.config.image_seq_length = (image_size // REDUCTION) ** 2

@@ -27,8 +27,9 @@ from fastvlm.functional.digests import digest_of_weights
 from fastvlm.functional.errors import InputError
 from fastvlm.functional.placement import moved
 from fastvlm.prompts.messages import images_of
+from fastvlm.training.assembly import show_images_of
 from fastvlm.training.digests import digest_of_source
-from fastvlm.training.instruction import save_tuned, show_images_of
+from fastvlm.training.instruction import save_tuned
 from fastvlm.training.loop import train
 from fastvlm.training.paper_stages import PaperStage
 from fastvlm.training.parts import projector_of
