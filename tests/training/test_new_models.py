@@ -131,7 +131,7 @@ def test_a_new_model_around_gemma_is_asked_in_gemmas_turns(tmp_path: Path) -> No
     sizes = [float(x.square().mean().sqrt()) for x in (shown, words)]
     assert sizes[0] == pytest.approx(sizes[1], rel=0.3)
     stage = PaperStage("lora", 1e-3, None, 2, 1, "")
-    schedule = Schedule(steps=2, learning_rate=1e-3, warmup=0, precision="bf16")
+    schedule = Schedule(steps=2, learning_rate=1e-3, warmup=0)
     tune_model(model, prepared, colours(), stage, schedule, tmp_path / "model", rank=2)
     vlm = load(tmp_path / "model", dtype=torch.float64)
     asked = vlm.tokens("what", 1)

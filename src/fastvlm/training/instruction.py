@@ -29,7 +29,6 @@ from fastvlm.training.reply_scores import ReplyScores, score_tokens
 from fastvlm.training.rows import IGNORED, RowBuilder, RowMaker, TrainingRow, rows_for
 from fastvlm.training.schedule import Schedule
 from fastvlm.training.sharding import whole_state
-from fastvlm.training.target import full_precision
 from fastvlm.training.task import ExampleStream, Losses
 
 

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from fastvlm.training.draft import full_precision
+from fastvlm.training.target import full_precision
 
 NEGLIGIBLE_PROBABILITY = 1e-6
 """In bfloat16, tokens less probable than this at every position have no gradient: rounding a logit
