@@ -167,10 +167,11 @@ def test_words_are_tokens_that_tell_images_apart(tmp_path: Path) -> None:
 
 def test_a_projector_learns_to_tell_images_by_words(tmp_path: Path) -> None:
     tokenizer = gemma_decoder(tmp_path / "decoder")
+    torch.manual_seed(1)
     model, prepared = assemble(small_encoder(), tmp_path / "decoder")
     before = {name: weight.clone() for name, weight in model.state_dict().items()}
-    stage = PaperStage("projector", 0.02, None, 12, 1, "")
-    schedule = Schedule(steps=60, learning_rate=0.02, warmup=5, weight_decay=0.0)
+    stage = PaperStage("projector", 5e-3, None, 12, 1, "")
+    schedule = Schedule(steps=80, learning_rate=5e-3, warmup=5, weight_decay=0.0)
     teach_words(model, prepared, colours(), stage, schedule, tmp_path / "model")
     after, _ = load_checkpoint(tmp_path / "model", torch.float32)
     changed = [
