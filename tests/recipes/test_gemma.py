@@ -34,7 +34,7 @@ def write_flickr8k(folder: Path, photos: int = 24) -> None:
     lines = []
     for number in range(photos):
         colour, name = COLOURS[number % len(COLOURS)], f"{number}.jpg"
-        render(sample(number), 224).save(folder / "images" / name)
+        render(sample(number), 256).save(folder / "images" / name)
         lines += [
             f"{name}\tA {colour} dog runs .",
             f"{name}\tA {colour} dog runs fast .",
@@ -123,10 +123,10 @@ def test_the_recipe_runs_from_its_first_command_and_after_every_kill(tmp_path: P
             process.wait()
     subprocess.run(words, env=given, check=True, timeout=MAX_SECONDS)
     vlm = load(runs / "model", draft=runs / "draft" / "block")
-    reply = vlm.generate("What is it?", render(sample(1), 224), max_new_tokens=8)
+    reply = vlm.generate("What is it?", render(sample(1), 256), max_new_tokens=8)
     assert reply.token_ids
     known = vlm.generate(
-        "What is it?", render(sample(1), 224), max_new_tokens=8, strategy="autoregressive"
+        "What is it?", render(sample(1), 256), max_new_tokens=8, strategy="autoregressive"
     )
     assert reply.token_ids == known.token_ids
     assert json.loads((runs / "descriptions.json").read_text(encoding="utf-8"))

@@ -19,11 +19,11 @@ from fastvlm.data.conversations import Conversation, Records
 from fastvlm.data.feed import Feed
 from fastvlm.functional.errors import InputError
 from fastvlm.training.assembly import assemble
-from fastvlm.training.instruction import InstructionTask, reply_loss, score_replies, tune_model
+from fastvlm.training.instruction import InstructionTask, tune_model
 from fastvlm.training.paper_stages import PAPER_STAGES, PaperStage
 from fastvlm.training.parts import computed_in, learning
 from fastvlm.training.replies import text_of
-from fastvlm.training.reply_scores import score_tokens
+from fastvlm.training.reply_scores import reply_loss, score_replies, score_tokens
 from fastvlm.training.rows import IGNORED, FastViTHDRows, rows_for
 from fastvlm.training.schedule import Schedule
 from fastvlm.vision import FastViTHD

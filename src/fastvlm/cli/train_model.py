@@ -67,10 +67,11 @@ class StageOptions:
         ),
     ] = None
     objective: Annotated[
-        Literal["replies", "words"],
+        Literal["replies", "words", "consensus"],
         typer.Option(
-            help="What is learnt of the data: its replies; or, as a cheap start of a new projector,"
-            " visual tokens near the embeddings of the replies' words (stage 1).",
+            help="What is learnt of the data: its replies; as a cheap start of a new projector,"
+            " visual tokens near the embeddings of the replies' words (stage 1); or sentences of"
+            " the model's own that agree with an image's captions.",
         ),
     ] = "replies"
     lora_rank: Annotated[
@@ -167,6 +168,7 @@ def model(
     from fastvlm.training.words import teach_words
 
     given = {
+        "objective": recipe.objective,
         "learns": recipe.learns,
         "image_size": recipe.image_size,
         "batch": recipe.batch,
@@ -175,7 +177,7 @@ def model(
     }
     target, processor = loaded_or_new(parts.model, parts.encoder, parts.decoder)
     chosen = fitting(target, PAPER_STAGES[recipe.stage], given)
-    if recipe.objective == "words" and chosen.learns != "projector":
+    if chosen.objective == "words" and chosen.learns != "projector":
         raise UsageError("--objective words teaches the projector alone; give --stage 1.")
     source = conversations_in(data, shown_at(target, chosen))
     schedule = replace(
@@ -187,7 +189,7 @@ def model(
         workers=workers_of(run.workers),
     )
     with runtime.progress():
-        if recipe.objective == "words":
+        if chosen.objective == "words":
             teach_words(target, processor, source, chosen, schedule, output)
         else:
             tune_model(

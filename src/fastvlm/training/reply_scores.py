@@ -1,16 +1,21 @@
-"""Cross-entropy of single tokens over a large vocabulary, at the cost of little memory and time."""
+"""How well a model predicts replies, over a large vocabulary too: with little memory and time."""
 
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from transformers import PreTrainedModel
 
+from fastvlm.training.branches import IGNORED
+from fastvlm.training.rows import RowBuilder, TrainingRow
 from fastvlm.training.target import full_precision
+from fastvlm.training.task import Losses
 
 NEGLIGIBLE_PROBABILITY = 1e-6
 """In bfloat16, tokens less probable than this at every position have no gradient: rounding a logit
@@ -48,6 +53,46 @@ def score_tokens(head: nn.Module, states: Tensor, targets: Tensor) -> ReplyScore
     logits = full_precision(head(states))
     losses = F.cross_entropy(logits, targets, reduction="none")
     return ReplyScores(losses, logits.argmax(-1) == targets)
+
+
+def score_replies(
+    model: PreTrainedModel, builder: RowBuilder, rows: Sequence[TrainingRow]
+) -> list[ReplyScores]:
+    """Return the scores of some rows, in their order."""
+    found: list[ReplyScores] = []
+    for inputs, labels in builder.batches(rows):
+        states = model.base_model(**inputs, use_cache=False).last_hidden_state
+        # Each position predicts the next; logits of the others would fill the memory.
+        targets = labels[:, 1:]
+        places = targets != IGNORED
+        scored = score_tokens(
+            model.get_output_embeddings(), states[:, :-1][places], targets[places]
+        )
+        counts = places.sum(1).tolist()
+        found += map(ReplyScores, scored.losses.split(counts), scored.right.split(counts))
+    return found
+
+
+def reply_loss(model: PreTrainedModel, builder: RowBuilder, rows: Sequence[TrainingRow]) -> Losses:
+    """Return the cross-entropy of some rows.
+
+    Reported is how often the best token is right, and the loss of each kind of rows.
+    """
+    scores = score_replies(model, builder, rows)
+    kinds: dict[str, list[Tensor]] = {}
+    for row, scored in zip(rows, scores, strict=True):
+        if row.kind:
+            kinds.setdefault(row.kind, []).append(scored.losses.detach())
+    losses = torch.cat([scored.losses for scored in scores])
+    right = int(torch.cat([scored.right for scored in scores]).sum())
+    report = {"right": (float(right), float(len(losses)))}
+    for kind, parts in sorted(kinds.items()):
+        report[kind] = (float(torch.cat(parts).sum()), float(sum(map(len, parts))))
+    total = losses.sum()
+    if not total.requires_grad:
+        # Text alone reaches no projector; the step goes on without a gradient.
+        total.requires_grad_()
+    return Losses(total, len(losses), report)
 
 
 class FrozenHeadCrossEntropy(torch.autograd.Function):

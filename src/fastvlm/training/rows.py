@@ -126,11 +126,26 @@ class FastViTHDRows:
 
     def rows(self, conversation: Conversation) -> list[TrainingRow]:
         """Return the row of a conversation, or one for each alternative. See `RowBuilder.rows`."""
-        messages = conversation.messages
-        parts = [prepare(shown, self.image_size) for shown in images_of(messages)]
+        return self.lay_out(*self.write_all(conversation))
+
+    def write_all(
+        self, conversation: Conversation
+    ) -> tuple[list[WrittenConversation], dict[str, Tensor]]:
+        """Return a conversation with each of its last replies, and its images as inputs."""
+        parts = [prepare(shown, self.image_size) for shown in images_of(conversation.messages)]
         visual = [len(part) * (part.shape[-1] // REDUCTION) ** 2 for part in parts]
         written = [self.write(said, visual) for said in alternatives_of(conversation)]
-        images = {"pixel_values": torch.cat(parts)} if parts else {}
+        return written, {"pixel_values": torch.cat(parts)} if parts else {}
+
+    def lay_out(
+        self, written: Sequence[WrittenConversation], images: dict[str, Tensor]
+    ) -> list[TrainingRow]:
+        """Return the rows of conversations that differ in the last reply alone.
+
+        Args:
+            written: The conversations.
+            images: The inputs that are their images.
+        """
         if len(written) > 1:
             shared, labels = share_prompt(written)
             if len(labels) <= self.shared_length:

@@ -8,10 +8,9 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Generator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import closing
 from dataclasses import dataclass
-from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -36,6 +35,7 @@ from fastvlm.training.parts import projector_of
 from fastvlm.training.processes import this_process
 from fastvlm.training.replies import text_of
 from fastvlm.training.schedule import Schedule
+from fastvlm.training.step_feed import StepFeed
 from fastvlm.training.task import ExampleStream, Losses
 from fastvlm.vision.fastvithd import FastViTHD
 from fastvlm.vision.images import prepare
@@ -166,7 +166,7 @@ class WordsTask:
         self.unit, self.whole = "images", None
         self.plan: Mapping[str, Any] = plan or {}
         self.source: ExampleStream | None = feed
-        self.feed, self.examples, self.batch, self.workers = feed, examples, batch, workers
+        self.feed = StepFeed(feed, examples, batch, workers)
         self.places = {token: place for place, token in enumerate(words.tokens)}
         tokens = torch.tensor(words.tokens, device=model.device)
         with torch.no_grad():
@@ -174,15 +174,14 @@ class WordsTask:
         self.weights = torch.tensor(words.weights, device=model.device)
         self.common, self.size = embedded.mean(0), embedded.square().mean().sqrt()
         self.directions = F.normalize(embedded - self.common, dim=-1)
-        self._prepared: Generator[WordExample] | None = None
 
     def draw(self, step: int) -> list[WordExample]:
         """Return the examples of a step. See `TrainingTask.draw`."""
-        if self._prepared is None:
-            self._prepared = self.feed.prepared(
-                self.examples, workers=self.workers, ahead=self.batch
-            )
-        return [*islice(self._prepared, self.batch)]
+        return self.feed.draw()
+
+    def close(self) -> None:
+        """End the workers."""
+        self.feed.close()
 
     def loss(self, examples: Sequence[WordExample]) -> Losses:
         """Return the loss of some examples. See `TrainingTask.loss`."""
@@ -212,12 +211,6 @@ class WordsTask:
                 counts[self.places[token]] = count
         weighed = counts * self.weights
         return weighed / weighed.sum().clamp(min=torch.finfo(weighed.dtype).tiny)
-
-    def close(self) -> None:
-        """End the workers."""
-        if self._prepared is not None:
-            self._prepared.close()
-            self._prepared = None
 
 
 def teach_words(
