@@ -17,10 +17,6 @@ from fastvlm.data.captioned import CaptionedImage, read_flickr8k, typical_first,
 from fastvlm.functional.files import write_json
 
 DESCRIPTION_PROMPT = "Describe the picture in several sentences."
-SENTENCES_OF_A_PHOTO = 2
-"""Captions of each photo that are learnt as sentences: those that agree most with the others."""
-DESCRIBED = 3
-"""Every so many photos there is a description, too."""
 MOST_SENTENCES = 4
 """Sentences of the longest description."""
 MOST_SHARED = 0.5
@@ -38,14 +34,22 @@ def description(captions: Sequence[str]) -> str:
     return " ".join(chosen[:MOST_SENTENCES])
 
 
-def rows(photos: Sequence[CaptionedImage]) -> list[dict[str, object]]:
-    """Return the rows of some photos, in the layouts that `fastvlm train model` reads."""
+def rows(
+    photos: Sequence[CaptionedImage], sentences: int, described: int
+) -> list[dict[str, object]]:
+    """Return the rows of some photos, in the layouts that `fastvlm train model` reads.
+
+    Args:
+        photos: The photos, the most typical caption of each first.
+        sentences: Captions of each photo that are learnt as sentences.
+        described: Every so many photos there is a description, too; 0 for none.
+    """
     found: list[dict[str, object]] = []
     for number, photo in enumerate(photos):
         captions = [*dict.fromkeys(photo.captions)]
         image = str(photo.path.resolve())
-        found.append({"image": image, "captions": captions[:SENTENCES_OF_A_PHOTO]})
-        if number % DESCRIBED == 0:
+        found.append({"image": image, "captions": captions[:sentences]})
+        if described and number % described == 0:
             turns = [
                 {"from": "human", "value": f"<image>\n{DESCRIPTION_PROMPT}"},
                 {"from": "gpt", "value": description(captions)},
@@ -58,9 +62,25 @@ def write(
     photos: Annotated[Path, typer.Argument(metavar="FLICKR8K", help="The photos' folder.")],
     output: Annotated[Path, typer.Argument(metavar="FILE", help="The file to be written.")],
     split: Annotated[str, typer.Option(metavar="NAME", help="The photos' split.")] = "train",
+    sentences: Annotated[
+        int,
+        typer.Option(
+            metavar="N",
+            min=1,
+            help="Captions of each photo that are learnt as sentences: those that agree most with"
+            " the others.",
+        ),
+    ] = 2,
+    described: Annotated[
+        int,
+        typer.Option(
+            metavar="N", min=0, help="Every N photos there is a description, too; 0 for none."
+        ),
+    ] = 3,
 ) -> None:
     """Write the conversations about a split of Flickr8k's photos."""
-    write_json(output, rows(typical_first(read_flickr8k(photos, split))))
+    found = rows(typical_first(read_flickr8k(photos, split)), sentences, described)
+    write_json(output, found)
 
 
 app = typer.Typer(add_completion=False)

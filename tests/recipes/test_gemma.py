@@ -72,9 +72,11 @@ def test_sentences_and_descriptions_are_read_as_conversations(
     assert all(isinstance(one, Conversation) for one in found)
     rows = json.loads(out.read_text(encoding="utf-8"))
     [first, described, *_] = rows
-    assert len(first["captions"]) == conversations.SENTENCES_OF_A_PHOTO
+    assert len(first["captions"]) == 2
     assert all("red" in caption for caption in first["captions"])
     text = described["conversations"][1]["value"]
+    assert run([str(tmp_path / "flickr8k"), str(out), "--described", "0"], conversations.app) == 0
+    assert len(read_conversations(out)) == 24
     # Of two sentences that share most of their words, one stays.
     assert text.count("dog runs") == 1
     assert text.count(".") == 3

@@ -135,7 +135,8 @@ def test_images_without_a_consensus_are_refused(tmp_path: Path) -> None:
     _, rows = task_of()
     alone = replace(captioned(1), alternatives=())
     assert isinstance(CaptionedRowMaker(rows)(alone), Broken)
-    text = replace(captioned(1), messages=captioned(1).messages[1:])
+    asked = {"role": "user", "content": [{"type": "text", "text": "What?"}]}
+    text = replace(captioned(1), messages=(asked, captioned(1).messages[-1]))
     assert isinstance(CaptionedRowMaker(rows)(text), Broken)
     with pytest.raises(InputError, match="several captions"):
         consensus_of(source(alone))

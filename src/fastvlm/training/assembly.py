@@ -86,7 +86,7 @@ def take_over(
     projector.apply(model._init_weights)
     model.model.multi_modal_projector = projector
     model.model.vision_tower, model.model.language_model = encoder, text.base_model
-    model.config.vision_config, model.config.text_config = encoder.config, text.base_model.config
+    model.config.vision_config, model.config.text_config = encoder.config, text.config
     model.lm_head = text.get_output_embeddings()
     model.tie_weights()
     model.generation_config = text.generation_config or model.generation_config
@@ -133,7 +133,7 @@ def scale_projector(model: FastVlmForConditionalGeneration) -> None:
     Args:
         model: The model, changed in place.
     """
-    config = model.config.vision_config
+    config: Any = model.config.vision_config
     shape = (1, 3, config.image_size, config.image_size)
     noise = torch.rand(shape, generator=torch.Generator().manual_seed(0))
     tower = model.model.vision_tower
@@ -141,8 +141,9 @@ def scale_projector(model: FastVlmForConditionalGeneration) -> None:
     tower.eval()
     visual = torch.cat([*model.get_image_features(noise).pooler_output])
     tower.train(training)
-    rows = model.get_input_embeddings().weight.shape[0]
-    texts = model.get_input_embeddings()(torch.arange(0, rows, max(1, rows // MEASURED_TOKENS)))
+    embed: Any = model.get_input_embeddings()
+    rows: int = embed.weight.shape[0]
+    texts = embed(torch.arange(0, rows, max(1, rows // MEASURED_TOKENS)))
     scale = (texts.square().mean() / visual.square().mean()).sqrt()
     for parameter in model.model.multi_modal_projector.linear_2.parameters():
         parameter.mul_(scale)

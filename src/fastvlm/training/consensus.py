@@ -144,7 +144,7 @@ class ConsensusTask:
         self.module: nn.Module = model
         self.unit = "tokens"
         self.plan: Mapping[str, Any] = plan or {}
-        self.whole = "the rewards of a step are set against one another"
+        self.whole: str | None = "the rewards of a step are set against one another"
         self.rows, self.scorer, self.feed = rows, scorer, feed
         self.source: ExampleStream | None = feed.feed
 

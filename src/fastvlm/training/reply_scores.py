@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, cast
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -149,4 +149,4 @@ class FrozenHeadCrossEntropy(torch.autograd.Function):
         rows = weight if len(kept) == len(weight) else weight[kept]
         expected = full_precision(probabilities @ rows.to(probabilities.dtype))
         found = gradients[0][:, None] * (expected - full_precision(weight[targets]))
-        return cast(Tensor, found.to(ctx.dtype)), None, None
+        return found.to(ctx.dtype), None, None

@@ -163,7 +163,8 @@ class WordsTask:
         # Which methods a composite model has is its class's matter.
         self.model: Any = model.eval().requires_grad_(False)
         self.module: nn.Module = projector_of(model).requires_grad_(True)
-        self.unit, self.whole = "images", None
+        self.unit = "images"
+        self.whole: str | None = None
         self.plan: Mapping[str, Any] = plan or {}
         self.source: ExampleStream | None = feed
         self.feed = StepFeed(feed, examples, batch, workers)
