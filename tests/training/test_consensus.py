@@ -19,8 +19,8 @@ from fastvlm.training.consensus import (
     CaptionedRow,
     CaptionedRowMaker,
     ConsensusTask,
-    consensus_feed,
     consensus_of,
+    consensus_task,
 )
 from fastvlm.training.instruction import tune_model
 from fastvlm.training.paper_stages import PaperStage
@@ -52,8 +52,7 @@ RECORDS = source(captioned(1), captioned(2, "What is in this picture?"), caption
 def task_of(**overrides: Any) -> tuple[ConsensusTask, FastViTHDRows]:
     vlm = small_vlm(**overrides)
     rows = FastViTHDRows(vlm.model, vlm.tokenizer, IMAGE_SIZE)
-    feed = consensus_feed(rows, Feed(RECORDS), 3, 0)
-    return ConsensusTask(vlm.model, rows, consensus_of(RECORDS), feed), rows
+    return consensus_task(vlm.model, rows, RECORDS, Feed(RECORDS), 3, {}), rows
 
 
 def examples_of(task: ConsensusTask) -> list[CaptionedRow]:
@@ -145,8 +144,8 @@ def test_images_without_a_consensus_are_refused(tmp_path: Path) -> None:
         consensus_of(shards)
     saved("llava", tmp_path / "model")
     model, processor = load_checkpoint(tmp_path / "model", torch.float64, "cpu")
-    with pytest.raises(InputError, match="around FastViTHD"):
-        consensus_feed(rows_for(model, processor, None), Feed(RECORDS), 1, 0)
+    with pytest.raises(InputError, match="has no FastViTHD"):
+        consensus_task(model, rows_for(model, processor, None), RECORDS, Feed(RECORDS), 1, {})
 
 
 def test_a_run_saves_what_it_made(tmp_path: Path) -> None:

@@ -107,19 +107,6 @@ class CaptionedRowMaker:
         return CaptionedRow(prompt, images["pixel_values"], captions_of(record), taught)
 
 
-def consensus_feed(
-    rows: RowBuilder, feed: Feed, batch: int, workers: int
-) -> StepFeed[CaptionedRow]:
-    """Return what draws the images of a step. See `StepFeed`.
-
-    Raises:
-        InputError: The rows are not those of a model around FastViTHD.
-    """
-    if not isinstance(rows, FastViTHDRows):
-        raise InputError("A consensus is for models around FastViTHD; teach this one replies.")
-    return StepFeed(feed, CaptionedRowMaker(rows), batch, workers)
-
-
 class ConsensusTask:
     """Teaches a model captions, and its own sentences by their rewards. See `TrainingTask`.
 
@@ -230,6 +217,36 @@ class ConsensusTask:
         sentence = str(tokenizer.decode([*reply], skip_special_tokens=True))
         ended = [END] if reply and reply[-1] == self.rows.end else []
         return self.scorer.score([*tokenize_caption(sentence), *ended], captions)
+
+
+def consensus_task(
+    model: PreTrainedModel,
+    rows: RowBuilder,
+    source: Records | Shards,
+    feed: Feed,
+    batch: int,
+    plan: Mapping[str, Any],
+    workers: int = 0,
+) -> ConsensusTask:
+    """Return the task of a model and a data set.
+
+    Args:
+        model: The model.
+        rows: What makes its rows.
+        source: The data set, in which the captions' words are counted.
+        feed: The same, as the steps draw from it.
+        batch: Images that this process takes in a step.
+        plan: See `TrainingTask`.
+        workers: Processes that prepare images ahead.
+
+    Raises:
+        InputError: The model is not one around FastViTHD, or the data has no consensus.
+    """
+    if not isinstance(rows, FastViTHDRows):
+        raise InputError(f"{type(model).__name__} has no FastViTHD encoder; teach it replies.")
+    scorer = consensus_of(source)
+    captioned = StepFeed(feed, CaptionedRowMaker(rows), batch, workers)
+    return ConsensusTask(model, rows, scorer, captioned, plan)
 
 
 def advantages(rewards: Tensor) -> Tensor:

@@ -19,7 +19,7 @@ from fastvlm.functional.files import written_into
 from fastvlm.functional.placement import moved
 from fastvlm.language.structure import text_decoder
 from fastvlm.training.assembly import show_images_of
-from fastvlm.training.consensus import ConsensusTask, consensus_feed, consensus_of
+from fastvlm.training.consensus import ConsensusTask, consensus_task
 from fastvlm.training.digests import digest_of_source
 from fastvlm.training.loop import train
 from fastvlm.training.paper_stages import PaperStage
@@ -159,8 +159,7 @@ def tune_model(
     task: InstructionTask | ConsensusTask
     if stage.objective == "consensus":
         plan["objective"] = stage.objective
-        captions = consensus_feed(rows, feed, batch, schedule.workers)
-        task = ConsensusTask(model, rows, consensus_of(source), captions, plan)
+        task = consensus_task(model, rows, source, feed, batch, plan, schedule.workers)
     else:
         task = InstructionTask(model, rows, feed, batch, plan, schedule.workers)
     with (
