@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from transformers import GenerationConfig
 
 from fastvlm.checkpoints import load_checkpoint
 from fastvlm.data.conversations import Broken, Conversation, Records
@@ -76,6 +77,25 @@ def test_samples_are_drawn_of_each_images_own_prompt() -> None:
         labelled = row.labels[row.labels != IGNORED].tolist()
         assert labelled == [token for reply in replies for token in reply]
         assert row.inputs["input_ids"][: len(one.prompt)].equal(one.prompt)
+
+
+def test_a_shorter_prompt_is_answered_as_it_is_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    task, rows = task_of()
+    examples = examples_of(task)
+    monkeypatch.setattr("fastvlm.training.consensus.SAMPLES", 1)
+    monkeypatch.setattr(
+        "fastvlm.training.consensus.GenerationConfig",
+        lambda **options: GenerationConfig(**{**options, "do_sample": False, "top_k": None}),
+    )
+    for one, [reply] in zip(examples, task.sample(examples), strict=True):
+        alone = task.model.generate(
+            input_ids=one.prompt[None],
+            pixel_values=one.pixels.double(),
+            max_new_tokens=24,
+            do_sample=False,
+            suppress_tokens=[rows.image],
+        )
+        assert reply == alone[0, len(one.prompt) :].tolist()
 
 
 def test_a_sentence_that_people_said_is_worth_most() -> None:

@@ -397,12 +397,16 @@ def test_other_families_learn_each_alternative_in_a_row_of_its_own(tmp_path: Pat
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
-def test_a_frozen_head_costs_no_logits_and_changes_no_gradient(dtype: torch.dtype) -> None:
+# Many positions, sure of theirs; and few, to which all tokens are as good.
+@pytest.mark.parametrize(("positions", "size"), [(300, 4.0), (3, 0.2)])
+def test_a_frozen_head_costs_no_logits_and_changes_no_gradient(
+    dtype: torch.dtype, positions: int, size: float
+) -> None:
     torch.manual_seed(0)
     head = nn.Linear(16, 500, bias=False, dtype=dtype)
-    states = (4 * torch.randn(300, 16)).to(dtype).requires_grad_()
-    targets = torch.randint(500, (300,))
-    weight = torch.rand(300, dtype=torch.float64)
+    states = (size * torch.randn(positions, 16)).to(dtype).requires_grad_()
+    targets = torch.randint(500, (positions,))
+    weight = torch.rand(positions, dtype=torch.float64)
     known = score_tokens(head, states, targets)
     (weight * known.losses).sum().backward()
     gradient, states.grad = states.grad, None
