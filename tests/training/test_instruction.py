@@ -404,6 +404,8 @@ def test_a_frozen_head_costs_no_logits_and_changes_no_gradient(
 ) -> None:
     torch.manual_seed(0)
     head = nn.Linear(16, 500, bias=False, dtype=dtype)
+    # All rows have something in common, so that none may be left out.
+    nn.init.normal_(head.weight, mean=0.5, std=0.15)
     states = (size * torch.randn(positions, 16)).to(dtype).requires_grad_()
     targets = torch.randint(500, (positions,))
     weight = torch.rand(positions, dtype=torch.float64)
