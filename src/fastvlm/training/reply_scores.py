@@ -21,7 +21,7 @@ NEGLIGIBLE_PROBABILITY = 1e-6
 """In bfloat16, tokens less probable than this at every position have no gradient: rounding a logit
 of 20 to bfloat16 changes its probability by up to 6 %, and theirs together are far less."""
 HEAD_POSITIONS = 128
-"""Positions whose logits are computed together; a multiple of `SOFTMAX_POSITIONS`."""
+"""Positions whose logits are computed together."""
 SOFTMAX_POSITIONS = 8
 """Positions whose logits are in float32 at a time: a vocabulary of 262,144 takes 1 MiB each."""
 
@@ -96,10 +96,11 @@ def reply_loss(model: PreTrainedModel, builder: RowBuilder, rows: Sequence[Train
 
 
 class FrozenHeadCrossEntropy(torch.autograd.Function):
-    """The cross-entropy behind a frozen LM head, without keeping or deriving all logits.
+    """The cross-entropy behind a frozen LM head, without keeping logits.
 
-    The gradient of the states is the difference between the expected and the right token's row of
-    the head, for which few tokens have probability enough.
+    The gradient of a state is the difference between the expected and the right token's row of the
+    head, times the loss's own. It is computed along with the loss, of few positions at a time; few
+    tokens have probability enough to count.
     """
 
     @staticmethod
@@ -112,32 +113,23 @@ class FrozenHeadCrossEntropy(torch.autograd.Function):
             weight: The head's: (vocabulary, d_model).
             targets: (tokens,).
         """
-        # In the precision of a run's autocast, where there is one.
-        logits = [F.linear(part, weight) for part in states.split(HEAD_POSITIONS)]
-        dtype = logits[0].dtype
-        highest = torch.full(
-            (len(weight),),
-            -torch.inf,
-            device=weight.device,
-            dtype=torch.promote_types(dtype, torch.float32),
-        )
-        losses, right, normaliser = [], [], []
-        chunks = [chunk for part in logits for chunk in part.split(SOFTMAX_POSITIONS)]
-        for chunk, wanted in zip(chunks, targets.split(SOFTMAX_POSITIONS), strict=True):
-            wide = full_precision(chunk)
-            logp = wide.log_softmax(-1)
-            normaliser.append(wide[:, 0] - logp[:, 0])
-            chosen = logp.gather(1, wanted[:, None]).squeeze(1)
-            losses.append(-chosen)
-            right.append(logp.amax(-1) == chosen)
-            torch.maximum(highest, logp.amax(0), out=highest)
-        kept = torch.arange(len(weight), device=weight.device)
-        if dtype == torch.bfloat16:
-            kept = (highest > math.log(NEGLIGIBLE_PROBABILITY)).nonzero().squeeze(1)
-        chosen_logits = torch.cat([part[:, kept] for part in logits])
-        logp = full_precision(chosen_logits) - torch.cat(normaliser)[:, None]
-        ctx.save_for_backward(logp.exp_().to(dtype), kept, weight, targets)
-        ctx.dtype = states.dtype
+        losses, right, gradients = [], [], []
+        for part, wanted in zip(
+            states.split(HEAD_POSITIONS), targets.split(HEAD_POSITIONS), strict=True
+        ):
+            # In the precision of a run's autocast, where there is one.
+            logits = F.linear(part, weight)
+            normaliser = torch.cat(
+                [full_precision(few).logsumexp(-1) for few in logits.split(SOFTMAX_POSITIONS)]
+            )
+            chosen = logits.gather(1, wanted[:, None]).squeeze(1)
+            losses.append(normaliser - full_precision(chosen))
+            right.append(logits.amax(-1) == chosen)
+            if ctx.needs_input_grad[0]:
+                expected = expected_rows(logits, normaliser, weight)
+                gradients.append((expected - full_precision(weight[wanted])).to(states.dtype))
+        if gradients:
+            ctx.save_for_backward(torch.cat(gradients))
         found = torch.cat(losses), torch.cat(right)
         ctx.mark_non_differentiable(found[1])
         return found
@@ -145,8 +137,31 @@ class FrozenHeadCrossEntropy(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None, None]:
         """Return the gradient of the states: (tokens, d_model)."""
-        probabilities, kept, weight, targets = ctx.saved_tensors
-        rows = weight if len(kept) == len(weight) else weight[kept]
-        expected = full_precision(probabilities @ rows.to(probabilities.dtype))
-        found = gradients[0][:, None] * (expected - full_precision(weight[targets]))
-        return found.to(ctx.dtype), None, None
+        (of_losses,) = ctx.saved_tensors
+        return (gradients[0][:, None] * of_losses).to(of_losses.dtype), None, None
+
+
+def expected_rows(logits: Tensor, normaliser: Tensor, weight: Tensor) -> Tensor:
+    """Return the mean of an LM head's rows under the distribution of some positions.
+
+    Args:
+        logits: (positions, vocabulary).
+        normaliser: The logarithm of the sum of their exponentials: (positions,).
+        weight: The head's rows: (vocabulary, d_model).
+
+    Returns:
+        (positions, d_model), in float32 at least.
+    """
+    if logits.dtype == torch.bfloat16:
+        likeliest = (logits - normaliser[:, None].to(logits.dtype)).amax(0)
+        kept = (likeliest > math.log(NEGLIGIBLE_PROBABILITY)).nonzero().squeeze(1)
+        logits, weight = logits[:, kept], weight[kept]
+    probabilities = torch.cat(
+        [
+            (full_precision(few) - less[:, None]).exp().to(logits.dtype)
+            for few, less in zip(
+                logits.split(SOFTMAX_POSITIONS), normaliser.split(SOFTMAX_POSITIONS), strict=True
+            )
+        ]
+    )
+    return full_precision(probabilities @ weight.to(logits.dtype))
