@@ -153,8 +153,8 @@ def expected_rows(logits: Tensor, normaliser: Tensor, weight: Tensor) -> Tensor:
         (positions, d_model), in float32 at least.
     """
     if logits.dtype == torch.bfloat16:
-        likeliest = (logits - normaliser[:, None].to(logits.dtype)).amax(0)
-        kept = (likeliest > math.log(NEGLIGIBLE_PROBABILITY)).nonzero().squeeze(1)
+        highest = (logits - normaliser[:, None].to(logits.dtype)).amax(0)
+        kept = (highest > math.log(NEGLIGIBLE_PROBABILITY)).nonzero().squeeze(1)
         logits, weight = logits[:, kept], weight[kept]
     probabilities = torch.cat(
         [
