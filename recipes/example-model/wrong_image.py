@@ -16,7 +16,7 @@ import fastvlm
 from fastvlm.data.captioned import CaptionedImage, read_flickr8k
 from fastvlm.data.conversations import Conversation
 from fastvlm.prompts.messages import question
-from fastvlm.training.instruction import score_replies
+from fastvlm.training.reply_scores import score_replies
 from fastvlm.training.rows import FastViTHDRows
 from fastvlm.vlm import VisionLanguageModel
 from fastvlm_example import SENTENCE_PROMPT

@@ -212,3 +212,13 @@ def test_the_most_frequent_answer_is_learnt(folder: Path) -> None:
 def test_a_broken_row_says_what_is_wrong(row: Any, reason: str, folder: Path) -> None:
     with pytest.raises(BrokenRecordError, match=reason):
         conversation_of("it", row, ImageFolders([folder]))
+
+
+def test_an_images_further_captions_are_alternatives(folder: Path) -> None:
+    def alternatives(**row: Any) -> tuple[str, ...]:
+        return conversation_of("it", {"image": "a.jpg", **row}, ImageFolders([folder])).alternatives
+
+    assert alternatives(captions=["A cat.", " It sits. ", "A pet."]) == ("It sits.", "A pet.")
+    assert alternatives(caption="A cat.") == alternatives(captions=["A cat."]) == ()
+    with pytest.raises(BrokenRecordError, match="no reply"):
+        alternatives(captions=["A cat.", " "])

@@ -7,12 +7,15 @@ from typing import Any
 import torch
 from torch import Tensor
 from transformers import (
+    FastVlmConfig,
+    FastVlmForConditionalGeneration,
     Gemma3Config,
     Gemma3ForConditionalGeneration,
     PaliGemmaConfig,
     PaliGemmaForConditionalGeneration,
 )
 
+import fastvlm.vision  # noqa: F401  transformers' FastVLM is then built with our encoder
 from tests.families.parts import (
     IMAGE,
     PATCHES,
@@ -24,6 +27,7 @@ from tests.families.parts import (
     of_one_size,
 )
 from tests.families.text_only import GEMMA, SLIDING, in_float32
+from tests.models import IMAGE_SIZE, VISUAL_TOKENS, randomise, small_encoder_config
 
 POOLED = 9
 """Tokens of an image: pooled from 36, and more than what a window holds."""
@@ -61,6 +65,26 @@ def gemma3() -> NewerFamily:
     return model, of_one_size(block, 3, 48, 48, finish=types_of_tokens)
 
 
+def fast_vlm_gemma3() -> NewerFamily:
+    """FastViTHD in front of Gemma 3's decoder of text, to which an image is a row of words."""
+    torch.manual_seed(5)
+    config = FastVlmConfig(
+        vision_config=small_encoder_config().to_dict(),
+        text_config={
+            **ROTARY,
+            **GEMMA,
+            "model_type": "gemma3_text",
+            "layer_types": SLIDING,
+            "rope_parameters": TURNS,
+        },
+        image_token_id=IMAGE,
+        image_seq_length=VISUAL_TOKENS,
+    )
+    model = FastVlmForConditionalGeneration(config)
+    randomise(model.model.vision_tower, shift=0.1)
+    return lively(model), of_one_size([IMAGE] * VISUAL_TOKENS, 3, IMAGE_SIZE, IMAGE_SIZE)
+
+
 def paligemma(model_type: str, **options: Any) -> NewerFamily:
     """PaliGemma: SigLIP's patches; all of a prompt sees all of it."""
     torch.manual_seed(5)
@@ -80,6 +104,7 @@ def paligemma(model_type: str, **options: Any) -> NewerFamily:
 
 NEWER_GEMMA = {
     "gemma3": gemma3,
+    "fast-vlm-gemma3": fast_vlm_gemma3,
     "paligemma": lambda: paligemma("gemma", head_dim=12),
     "paligemma2": lambda: in_float32(paligemma("gemma2", **GEMMA)),
 }

@@ -18,8 +18,8 @@ from torch.nn.modules.module import register_module_forward_hook
 
 from fastvlm.data.captioned import CaptionedImage, decode, read_flickr8k
 from fastvlm.functional.errors import CheckpointError
-from fastvlm.training.instruction import ReplyScores, score_replies
 from fastvlm.training.optimisation import seed_step
+from fastvlm.training.reply_scores import ReplyScores, score_replies
 from fastvlm.training.rows import IGNORED, TrainingRow
 from fastvlm.training.schedule import Schedule
 from fastvlm.vision import FastViTHD

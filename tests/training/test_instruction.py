@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 from PIL import Image
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, PreTrainedModel, Qwen2Config
 
 from fastvlm.checkpoints import load_checkpoint
@@ -19,9 +19,11 @@ from fastvlm.data.conversations import Conversation, Records
 from fastvlm.data.feed import Feed
 from fastvlm.functional.errors import InputError
 from fastvlm.training.assembly import assemble
-from fastvlm.training.instruction import InstructionTask, reply_loss, score_replies, tune_model
+from fastvlm.training.instruction import InstructionTask, tune_model
 from fastvlm.training.paper_stages import PAPER_STAGES, PaperStage
-from fastvlm.training.parts import learning
+from fastvlm.training.parts import computed_in, learning
+from fastvlm.training.replies import text_of
+from fastvlm.training.reply_scores import reply_loss, score_replies, score_tokens
 from fastvlm.training.rows import IGNORED, FastViTHDRows, rows_for
 from fastvlm.training.schedule import Schedule
 from fastvlm.vision import FastViTHD
@@ -183,7 +185,7 @@ def weights(model: PreTrainedModel) -> dict[str, Tensor]:
         ("projector", {"multi_modal_projector"}),
         ("decoder", {"multi_modal_projector", "language_model", "lm_head"}),
         ("everything", {"multi_modal_projector", "language_model", "lm_head", "vision_tower"}),
-        ("lora", {"language_model"}),
+        ("lora", {"multi_modal_projector", "language_model"}),
     ],
 )
 def test_only_the_named_part_changes_and_what_is_saved_is_it(
@@ -337,3 +339,99 @@ def test_a_new_model_is_an_encoder_and_a_decoder(tmp_path: Path) -> None:
     tokenizer.save_pretrained(tmp_path / "decoder")
     with pytest.raises(InputError, match="no place for images"):
         assemble(small_encoder(), tmp_path / "decoder")
+
+
+def captioned(size: int = 128) -> Conversation:
+    """A question with an answer before it, whose last reply has alternatives."""
+    [two_turns, *_] = conversations(size)
+    return replace(two_turns, alternatives=("It is.", "Not that I can see, no."))
+
+
+@pytest.mark.parametrize("attention", ["sdpa", "eager"])
+def test_replies_that_share_a_prompt_have_the_losses_that_they_have_alone(attention: str) -> None:
+    vlm = small_vlm()
+    vlm.model.model.language_model.set_attn_implementation(attention)
+    rows = rows_of(vlm)
+    one = captioned()
+    other = conversations()[2]
+    [shared], [beside] = rows.rows(one), rows.rows(other)
+    both = score_replies(vlm.model, rows, [shared, beside])
+    texts = (text_of(one.messages[-1]), *one.alternatives)
+    alone = [
+        rows.rows(replace(one, messages=said, alternatives=()))[0]
+        for said in ((*one.messages[:-1], turn("assistant", text)) for text in texts)
+    ]
+    scores = score_replies(vlm.model, rows, alone)
+    first_turn = int((alone[0].labels != IGNORED).sum()) - len(
+        vlm.tokenizer.encode(texts[0], add_special_tokens=False)
+    )
+    expected = [scores[0].losses, *(scored.losses[first_turn - 1 :] for scored in scores[1:])]
+    # Eager attention has its softmax in float32.
+    torch.testing.assert_close(both[0].losses, torch.cat(expected), rtol=1e-5, atol=1e-6)
+    [unshared] = score_replies(vlm.model, rows, [beside])
+    torch.testing.assert_close(both[1].losses, unshared.losses)
+
+
+def test_replies_share_no_prompt_beyond_what_a_layer_sees() -> None:
+    vlm = small_vlm()
+    rows = rows_of(vlm)
+    [shared] = rows.rows(captioned())
+    rows.shared_length = len(shared.labels) - 1
+    assert len(rows.rows(captioned())) == 3
+    vlm.model.config.text_config.sliding_window = 17
+    assert rows_of(vlm).shared_length == 17
+
+
+def test_other_families_learn_each_alternative_in_a_row_of_its_own(tmp_path: Path) -> None:
+    saved("llava", tmp_path / "model")
+    model, processor = load_checkpoint(tmp_path / "model", torch.float64, "cpu")
+    rows = rows_for(model, processor, None)
+    one = captioned()
+    made = rows.rows(one)
+    assert len(made) == 4
+    for row, text in zip(made[-2:], one.alternatives, strict=True):
+        said = replace(one, messages=(*one.messages[:-1], turn("assistant", text)), alternatives=())
+        expected = rows.rows(said)[-1]
+        assert row.inputs["input_ids"].equal(expected.inputs["input_ids"])
+        assert row.labels.equal(expected.labels)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+# Many positions, sure of theirs; and few, to which all tokens are as good.
+@pytest.mark.parametrize(("positions", "size"), [(300, 4.0), (3, 0.2)])
+def test_a_frozen_head_costs_no_logits_and_changes_no_gradient(
+    dtype: torch.dtype, positions: int, size: float
+) -> None:
+    torch.manual_seed(0)
+    head = nn.Linear(16, 500, bias=False, dtype=dtype)
+    # All rows have something in common, so that none may be left out.
+    nn.init.normal_(head.weight, mean=0.5, std=0.15)
+    states = (size * torch.randn(positions, 16)).to(dtype).requires_grad_()
+    targets = torch.randint(500, (positions,))
+    weight = torch.rand(positions, dtype=torch.float64)
+    known = score_tokens(head, states, targets)
+    (weight * known.losses).sum().backward()
+    gradient, states.grad = states.grad, None
+    head.requires_grad_(False)
+    found = score_tokens(head, states, targets)
+    (weight * found.losses).sum().backward()
+    exact = dtype == torch.float64
+    close: dict[str, float] = {} if exact else {"rtol": 0.02, "atol": 0.02}
+    torch.testing.assert_close(found.losses, known.losses, **close)
+    assert found.right.equal(known.right)
+    torch.testing.assert_close(states.grad, gradient, **close)
+
+
+def test_what_is_frozen_is_held_in_the_precision_of_the_run() -> None:
+    pytest.importorskip("peft")
+    vlm = small_vlm(torch.float32)
+    before = {name: weight.dtype for name, weight in vlm.model.state_dict().items()}
+    with learning(vlm.model, "lora", 2), computed_in(vlm.model, torch.bfloat16):
+        layer = vlm.model.model.language_model.layers[0]
+        assert layer.mlp.up_proj.base_layer.weight.dtype == torch.bfloat16
+        assert layer.input_layernorm.weight.dtype == torch.float32
+        learnt = {p.dtype for p in vlm.model.parameters() if p.requires_grad}
+        assert learnt == {torch.float32}
+        tower = {p.dtype for p in vlm.model.model.vision_tower.parameters()}
+        assert tower == {torch.float32}
+    assert {name: weight.dtype for name, weight in vlm.model.state_dict().items()} == before

@@ -17,9 +17,10 @@ from fastvlm.functional.digests import digest, digest_of_weights
 from fastvlm.functional.errors import CheckpointError
 from fastvlm.functional.placement import moved
 from fastvlm.training.assembly import read_encoder
-from fastvlm.training.instruction import SupervisedTask, save_tuned, score_replies
+from fastvlm.training.instruction import SupervisedTask, save_tuned
 from fastvlm.training.loop import train
 from fastvlm.training.processes import this_process
+from fastvlm.training.reply_scores import score_replies
 from fastvlm.training.rows import IGNORED, FastViTHDRows, TrainingRow
 from fastvlm.training.task import Losses
 from fastvlm.vision.configuration import FastViTHDConfig

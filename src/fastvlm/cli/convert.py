@@ -30,22 +30,23 @@ def convert(
         typer.Argument(
             metavar="MODEL",
             help="A FastVLM in Apple's layout, in transformers' or in ours: a directory, or a name"
-            " on the Hugging Face hub.",
+            " on the Hugging Face hub. Or a text model in a GGUF file.",
         ),
     ],
     output: Annotated[Path, typer.Argument(metavar="DIR", help="The directory to be made.")],
     *,
     layout: Annotated[
-        Literal["fastvlm", "transformers"],
+        Literal["fastvlm", "transformers"] | None,
         typer.Option(
             help="fastvlm: around our own encoder, which needs no timm. transformers: timm's,"
-            " as in the published checkpoints.",
+            " as in the published checkpoints; a text model has no other.",
+            show_default="fastvlm, or transformers for a text model",
         ),
-    ] = "fastvlm",
+    ] = None,
     runtime: ConvertRuntime,
     figures: FiguresOutput,
 ) -> None:
-    """Convert a checkpoint of FastVLM to another layout, every parameter kept."""
+    """Convert a checkpoint of FastVLM to another layout, every parameter kept; or a GGUF file."""
     if output.exists():
         raise InputError(f"{output} exists already; choose another output.")
     check_folder(output, "the output")
@@ -53,16 +54,26 @@ def convert(
     import torch
 
     from fastvlm.checkpoints import load_checkpoint, save_checkpoint
+    from fastvlm.checkpoints.gguf import GGUF_SUFFIX, convert_gguf
 
-    model, tokenizer = load_checkpoint(
-        resolve_model(source) or source, getattr(torch, runtime.dtype), runtime.device
-    )
-    save_checkpoint(model, tokenizer, output, layout)
-    count = sum(parameter.numel() for parameter in model.parameters())
-    figures.write(
-        {"output": str(output), "parameters": count, "dtype": runtime.dtype, "layout": layout}
-    )
+    dtype = getattr(torch, runtime.dtype)
+    written: dict[str, object] = {"output": str(output), "dtype": runtime.dtype}
+    file = Path(source)
+    if file.suffix == GGUF_SUFFIX and file.is_file():
+        if layout == "fastvlm":
+            raise InputError(f"{file} is a text model, whose layout is transformers' alone.")
+        layout = "transformers"
+        found = convert_gguf(file, output, dtype)
+        count = found.parameters
+        written["quantisation"] = [*found.quantisation]
+        before = f", quantised before as {', '.join(found.quantisation)}"
+    else:
+        layout, before = layout or "fastvlm", ""
+        model, tokenizer = load_checkpoint(resolve_model(source) or source, dtype, runtime.device)
+        save_checkpoint(model, tokenizer, output, layout)
+        count = sum(parameter.numel() for parameter in model.parameters())
+    figures.write({**written, "parameters": count, "layout": layout})
     figures.console.print(
-        f"{output}: {count:,} parameters in {runtime.dtype}, in the layout {layout}.",
+        f"{output}: {count:,} parameters in {runtime.dtype}, in the layout {layout}{before}.",
         soft_wrap=True,
     )

@@ -40,7 +40,10 @@ class ModelParts:
     ] = None
     encoder: Annotated[
         Path | None,
-        typer.Option(metavar="DIR", help="For a new model: a FastViTHD, or a model with one."),
+        typer.Option(
+            metavar="DIR",
+            help="A FastViTHD, or a model with one: for a new model, or in place of --model's own.",
+        ),
     ] = None
     decoder: Annotated[
         Path | None, typer.Option(metavar="DIR", help="For a new model: a language model.")
@@ -58,11 +61,19 @@ class StageOptions:
     learns: Annotated[
         Literal["projector", "decoder", "everything", "lora"] | None,
         typer.Option(
-            help="What learns: decoder is all but the encoder, lora an adapter beside each of the"
-            " decoder's linear layers.",
+            help="What learns: decoder is all but the encoder, lora the projector and an adapter"
+            " beside each of the decoder's linear layers.",
             show_default="the stage's",
         ),
     ] = None
+    objective: Annotated[
+        Literal["replies", "words", "consensus"],
+        typer.Option(
+            help="What is learnt of the data: its replies; as a cheap start of a new projector,"
+            " visual tokens near the embeddings of the replies' words (stage 1); or sentences of"
+            " the model's own that agree with an image's captions.",
+        ),
+    ] = "replies"
     lora_rank: Annotated[
         int, typer.Option(metavar="N", min=1, max=65536, help="Rank of the adapters.")
     ] = 64
@@ -145,8 +156,8 @@ def model(
     an encoder and a decoder.
     """
     check_folder(output)
-    if (parts.model is None) == (parts.decoder is None) or (parts.encoder is None) != (
-        parts.decoder is None
+    if (parts.model is None) == (parts.decoder is None) or (
+        parts.decoder is not None and parts.encoder is None
     ):
         raise UsageError("Give --model, or --encoder and --decoder for a new one.")
     if parts.model is not None and Path(parts.model).resolve() == output.resolve():
@@ -154,8 +165,10 @@ def model(
     runtime.prepare()
     from fastvlm.training.instruction import tune_model
     from fastvlm.training.paper_stages import PAPER_STAGES
+    from fastvlm.training.words import teach_words
 
     given = {
+        "objective": recipe.objective,
         "learns": recipe.learns,
         "image_size": recipe.image_size,
         "batch": recipe.batch,
@@ -164,6 +177,8 @@ def model(
     }
     target, processor = loaded_or_new(parts.model, parts.encoder, parts.decoder)
     chosen = fitting(target, PAPER_STAGES[recipe.stage], given)
+    if chosen.objective == "words" and chosen.learns != "projector":
+        raise UsageError("--objective words teaches the projector alone; give --stage 1.")
     source = conversations_in(data, shown_at(target, chosen))
     schedule = replace(
         chosen.schedule(steps_of(chosen, source, data, recipe.steps)),
@@ -174,16 +189,19 @@ def model(
         workers=workers_of(run.workers),
     )
     with runtime.progress():
-        tune_model(
-            target,
-            processor,
-            source,
-            chosen,
-            schedule,
-            output,
-            rank=recipe.lora_rank,
-            gradient_checkpointing=run.gradient_checkpointing,
-        )
+        if chosen.objective == "words":
+            teach_words(target, processor, source, chosen, schedule, output)
+        else:
+            tune_model(
+                target,
+                processor,
+                source,
+                chosen,
+                schedule,
+                output,
+                rank=recipe.lora_rank,
+                gradient_checkpointing=run.gradient_checkpointing,
+            )
     PlainConsole().print(
         f"Stage {recipe.stage} ({chosen.learns}), {schedule.steps:,} steps of {chosen.batch}; saved"
         f" in {output}."
@@ -193,7 +211,7 @@ def model(
 def loaded_or_new(
     model: str | None, encoder: Path | None, decoder: Path | None
 ) -> tuple[PreTrainedModel, Any]:
-    """Return a model in float32, loaded or new, and its processor.
+    """Return a model in float32, loaded (maybe with another encoder) or new, and its processor.
 
     Raises:
         CheckpointError: A part can't be read.
@@ -202,11 +220,14 @@ def loaded_or_new(
     import torch
 
     from fastvlm.checkpoints import load_checkpoint
-    from fastvlm.training.assembly import assemble, read_encoder
+    from fastvlm.training.assembly import assemble, read_encoder, replace_encoder
 
     place = resolve_model(model)
     if place is not None:
-        return load_checkpoint(place, torch.float32, "cpu")
+        target, processor = load_checkpoint(place, torch.float32, "cpu")
+        if encoder is not None:
+            replace_encoder(target, read_encoder(encoder))
+        return target, processor
     assert encoder is not None  # what is given was checked
     assert decoder is not None
     return assemble(read_encoder(encoder), decoder)

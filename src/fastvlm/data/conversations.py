@@ -19,10 +19,13 @@ class Conversation:
         name: The record's name, for error messages.
         messages: The turns: optionally a system's, then a user's and an assistant's in turn, the
             last of them an assistant's; of a prompt alone, the user's turn.
+        alternatives: Further texts for the last turn, each as good as its own: an image's other
+            captions.
     """
 
     name: str
     messages: tuple[Message, ...]
+    alternatives: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)

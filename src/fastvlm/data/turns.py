@@ -40,8 +40,8 @@ def conversation_of(name: str, row: Any, folders: ImageFolders) -> Conversation:
         name: The record's name, for error messages.
         row: A row with `messages` (`role`, `content`), `conversations` (LLaVA's `from`, `value`),
             `prompt` (text alone, kept as it is) and perhaps its `completion`, `question` and its
-            `answers` or `answer`, or a `caption` (`text`); of several `captions` the first is used.
-            Its images are `image` or `images`, one or a list.
+            `answers` or `answer`, or a `caption` (`text`), or several `captions`, each of which is
+            learnt. Its images are `image` or `images`, one or a list.
         folders: Where to look for its images.
 
     Raises:
@@ -61,7 +61,8 @@ def conversation_of(name: str, row: Any, folders: ImageFolders) -> Conversation:
     if not values and key not in ("messages", "conversations"):
         raise BrokenRecordError(f"missing image: there is a {key} and no image")
     # The text is judged first: no file is looked for on behalf of a record that is broken anyway.
-    return Conversation(name, _messages(_turns(row, key), values, folders))
+    captions = _captions(row[key]) if key in CAPTION_KEYS else []
+    return Conversation(name, _messages(_turns(row, key), values, folders), tuple(captions[1:]))
 
 
 Turn = tuple[str, list[Any]]
@@ -77,10 +78,13 @@ def _turns(row: Mapping[str, Any], key: str) -> list[Turn]:
         return [_turn(turn) for turn in turns]
     if key == "question":
         return _question(row)
-    caption = row[key]
-    if isinstance(caption, Sequence) and not isinstance(caption, str):
-        caption = caption[0] if caption else None
-    return [("user", [CAPTION_PROMPT]), ("assistant", [_text(caption, "reply")])]
+    return [("user", [CAPTION_PROMPT]), ("assistant", _captions(row[key])[:1])]
+
+
+def _captions(value: Any) -> list[str]:
+    """Return the captions of a row, one or several."""
+    several = isinstance(value, Sequence) and not isinstance(value, str)
+    return [_text(caption, "reply") for caption in (value or [None] if several else [value])]
 
 
 def _prompt(prompt: Any, completion: Any) -> tuple[Message, ...]:

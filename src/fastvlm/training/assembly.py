@@ -17,18 +17,23 @@ from transformers import (
 )
 
 from fastvlm.checkpoints import load_checkpoint
-from fastvlm.checkpoints.layouts import CHATML_TEMPLATE, IMAGE_TOKEN
 from fastvlm.functional.errors import CheckpointError, InputError
+from fastvlm.functional.placement import on_no_device
+from fastvlm.training.turn_formats import prepare_tokenizer
 from fastvlm.vision.configuration import REDUCTION, FastViTHDConfig
 from fastvlm.vision.fastvithd import FastViTHD
 
-TURN_END_TOKEN = "<|im_end|>"
+MEASURED_TOKENS = 4096
+"""About how many embedded tokens a new projector's scale is measured from."""
 
 
 def assemble(
     encoder: FastViTHD, decoder: Path
 ) -> tuple[FastVlmForConditionalGeneration, PreTrainedTokenizerBase]:
     """Return a new model in float32, and its tokenizer with a token for images.
+
+    The tokenizer's own chat template is kept if it writes images; else it gets that of the first
+    format of turns whose tokens it knows.
 
     Args:
         encoder: The encoder, in the form in which it is trained further.
@@ -44,8 +49,8 @@ def assemble(
         raise InputError(f"{decoder} is a {type(text).__name__}; a decoder reads text alone.")
     if getattr(text.config, "vision_config", None) is not None:
         raise InputError(f"{decoder} has an encoder of its own; give it as --model.")
-    ends = prepare_tokenizer(processor, decoder)
-    image = cast(int, processor.convert_tokens_to_ids(IMAGE_TOKEN))
+    shown_as, ends = prepare_tokenizer(processor, decoder)
+    image = cast(int, processor.convert_tokens_to_ids(shown_as))
     weight = cast(Tensor, text.get_input_embeddings().weight)
     if image >= weight.shape[0]:
         text.resize_token_embeddings(len(processor))
@@ -56,8 +61,10 @@ def assemble(
         image_seq_length=(encoder.config.image_size // REDUCTION) ** 2,
         tie_word_embeddings=text.config.tie_word_embeddings,
     )
-    model = FastVlmForConditionalGeneration(config)
+    with on_no_device():
+        model = FastVlmForConditionalGeneration(config)
     take_over(model, encoder, text)
+    scale_projector(model)
     if ends is not None:
         model.generation_config.eos_token_id = ends
     return model, processor
@@ -66,51 +73,80 @@ def assemble(
 def take_over(
     model: FastVlmForConditionalGeneration, encoder: FastViTHD, text: PreTrainedModel
 ) -> None:
-    """Put a trained encoder and a trained decoder into a model.
+    """Put a trained encoder and a trained decoder into a model, and a new projector between them.
 
     Args:
-        model: The model, changed in place.
+        model: The model, which has no weights yet; changed in place.
         encoder: The vision encoder, which becomes part of the model.
-        text: The language model, whose weights are copied.
+        text: The language model, whose parts become the model's.
     """
     # Where they were read from is nobody's business later.
     encoder.config.name_or_path = text.config.name_or_path = ""
-    model.model.vision_tower = encoder
-    model.config.vision_config = encoder.config
-    model.model.language_model.load_state_dict(text.base_model.state_dict())
-    head: Any = text.get_output_embeddings()
-    model.lm_head.load_state_dict(head.state_dict())
+    projector = type(model.model.multi_modal_projector)(model.config)
+    projector.apply(model._init_weights)
+    model.model.multi_modal_projector = projector
+    model.model.vision_tower, model.model.language_model = encoder, text.base_model
+    model.config.vision_config, model.config.text_config = encoder.config, text.config
+    model.lm_head = text.get_output_embeddings()
     model.tie_weights()
     model.generation_config = text.generation_config or model.generation_config
 
 
-def prepare_tokenizer(tokenizer: PreTrainedTokenizerBase, decoder: Path) -> int | None:
-    """Add a token for images to a tokenizer, and Apple's chat template if its own has no images.
-
-    Returns:
-        The token that ends a turn in Apple's template; None where the tokenizer's own is kept.
+def replace_encoder(model: PreTrainedModel, encoder: FastViTHD) -> None:
+    """Give a model another encoder, which its projector learns to read in further training.
 
     Raises:
-        InputError: Its template doesn't support images, and its vocabulary lacks Apple's tokens.
+        InputError: The model is not one around FastViTHD, or its projector reads another width.
     """
-    if IMAGE_TOKEN not in tokenizer.get_vocab():
-        tokenizer.add_special_tokens({"additional_special_tokens": [IMAGE_TOKEN]})
-    shown: Any = [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "?"}]}]
-    if tokenizer.chat_template:
-        try:
-            text = str(tokenizer.apply_chat_template(shown, tokenize=False))
-        except Exception:  # noqa: BLE001 (a template may raise anything)
-            text = ""
-        if text.count(IMAGE_TOKEN) == 1 and "'type'" not in text:
-            return None
-    end = tokenizer.get_vocab().get(TURN_END_TOKEN)
-    if end is None:
+    # Which parts a composite model has is its class's matter.
+    parts: Any = model.base_model
+    tower = getattr(parts, "vision_tower", None)
+    if not isinstance(tower, FastViTHD):
+        raise InputError(f"{type(model).__name__} has no FastViTHD encoder to replace.")
+    width, own = encoder.config.hidden_size, tower.config.hidden_size
+    if width != own:
         raise InputError(
-            f"The chat template of {decoder} has no place for images, and its tokenizer doesn't"
-            " know ChatML's tokens; set a tokenizer.chat_template that writes <image>."
+            f"The encoder's features are {width} wide, and the model's projector reads {own}."
         )
-    tokenizer.chat_template = CHATML_TEMPLATE
-    return end
+    encoder.config.name_or_path = ""
+    parts.vision_tower = encoder.train(tower.training)
+    show_images_of(model, encoder.config.image_size)
+
+
+def show_images_of(model: PreTrainedModel, image_size: int) -> None:
+    """Make a side in pixels the model's own."""
+    tower = model.base_model.vision_tower
+    assert isinstance(tower, FastViTHD)  # no other model's size is given
+    tower.config.image_size = image_size
+    model.config.vision_config = tower.config
+    model.config.image_seq_length = (image_size // REDUCTION) ** 2
+
+
+@torch.no_grad()
+def scale_projector(model: FastVlmForConditionalGeneration) -> None:
+    """Scale an untrained projector so that images are about as large as texts to the decoder.
+
+    Visual tokens take the place of embedded tokens, and families differ in how large those are
+    (Gemma multiplies its own by the square root of their width). The projector's last layer is
+    scaled until visual tokens of noise have the root mean square of embedded tokens.
+
+    Args:
+        model: The model, changed in place.
+    """
+    config: Any = model.config.vision_config
+    shape = (1, 3, config.image_size, config.image_size)
+    noise = torch.rand(shape, generator=torch.Generator().manual_seed(0))
+    tower = model.model.vision_tower
+    training = tower.training
+    tower.eval()
+    visual = torch.cat([*model.get_image_features(noise).pooler_output])
+    tower.train(training)
+    embed: Any = model.get_input_embeddings()
+    rows: int = embed.weight.shape[0]
+    texts = embed(torch.arange(0, rows, max(1, rows // MEASURED_TOKENS)))
+    scale = (texts.square().mean() / visual.square().mean()).sqrt()
+    for parameter in model.model.multi_modal_projector.linear_2.parameters():
+        parameter.mul_(scale)
 
 
 def read_encoder(path: Path) -> FastViTHD:

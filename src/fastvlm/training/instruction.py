@@ -3,16 +3,13 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Generator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import closing
-from dataclasses import dataclass
-from itertools import islice
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
-from torch.nn import functional as F
+from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, ProcessorMixin
 
 from fastvlm.data.conversations import Records, Shards
@@ -21,71 +18,19 @@ from fastvlm.functional.digests import digest_of_weights
 from fastvlm.functional.files import written_into
 from fastvlm.functional.placement import moved
 from fastvlm.language.structure import text_decoder
+from fastvlm.training.assembly import show_images_of
+from fastvlm.training.consensus import ConsensusTask, consensus_task
 from fastvlm.training.digests import digest_of_source
 from fastvlm.training.loop import train
 from fastvlm.training.paper_stages import PaperStage
-from fastvlm.training.parts import learning
+from fastvlm.training.parts import computed_in, learning
 from fastvlm.training.processes import this_process
-from fastvlm.training.rows import IGNORED, RowBuilder, RowMaker, TrainingRow, rows_for
+from fastvlm.training.reply_scores import reply_loss
+from fastvlm.training.rows import RowBuilder, RowMaker, TrainingRow, rows_for
 from fastvlm.training.schedule import Schedule
 from fastvlm.training.sharding import whole_state
-from fastvlm.training.target import full_precision
+from fastvlm.training.step_feed import StepFeed
 from fastvlm.training.task import ExampleStream, Losses
-from fastvlm.vision.configuration import REDUCTION
-from fastvlm.vision.fastvithd import FastViTHD
-
-
-@dataclass(frozen=True, slots=True)
-class ReplyScores:
-    """How well a model predicts the labelled tokens of a row.
-
-    Args:
-        losses: The cross-entropy of each: (tokens,).
-        right: Whether the model's best token is the label: (tokens,).
-    """
-
-    losses: Tensor
-    right: Tensor
-
-
-def score_replies(
-    model: PreTrainedModel, builder: RowBuilder, rows: Sequence[TrainingRow]
-) -> list[ReplyScores]:
-    """Return the scores of some rows, in their order."""
-    found: list[ReplyScores] = []
-    for inputs, labels in builder.batches(rows):
-        states = model.base_model(**inputs, use_cache=False).last_hidden_state
-        # Each position predicts the next; logits of the others would fill the memory.
-        targets = labels[:, 1:]
-        places = targets != IGNORED
-        logits = full_precision(model.get_output_embeddings()(states[:, :-1][places]))
-        losses = F.cross_entropy(logits, targets[places], reduction="none")
-        right = logits.argmax(-1) == targets[places]
-        counts = places.sum(1).tolist()
-        found += map(ReplyScores, losses.split(counts), right.split(counts))
-    return found
-
-
-def reply_loss(model: PreTrainedModel, builder: RowBuilder, rows: Sequence[TrainingRow]) -> Losses:
-    """Return the cross-entropy of some rows.
-
-    Reported is how often the best token is right, and the loss of each kind of rows.
-    """
-    scores = score_replies(model, builder, rows)
-    kinds: dict[str, list[Tensor]] = {}
-    for row, scored in zip(rows, scores, strict=True):
-        if row.kind:
-            kinds.setdefault(row.kind, []).append(scored.losses.detach())
-    losses = torch.cat([scored.losses for scored in scores])
-    right = int(torch.cat([scored.right for scored in scores]).sum())
-    report = {"right": (float(right), float(len(losses)))}
-    for kind, parts in sorted(kinds.items()):
-        report[kind] = (float(torch.cat(parts).sum()), float(sum(map(len, parts))))
-    total = losses.sum()
-    if not total.requires_grad:
-        # Text alone reaches no projector; the step goes on without a gradient.
-        total.requires_grad_()
-    return Losses(total, len(losses), report)
 
 
 class SupervisedTask(ABC):
@@ -150,27 +95,15 @@ class InstructionTask(SupervisedTask):
         workers: int = 0,
     ) -> None:
         super().__init__(model, rows, plan, feed)
-        self.feed, self.batch, self.workers = feed, batch, workers
-        self._prepared: Generator[list[TrainingRow]] | None = None
+        self.conversations = StepFeed(feed, RowMaker(rows), batch, workers)
 
     def draw(self, step: int) -> list[TrainingRow]:
-        """Return the rows of a step; conversations that make none are counted as broken.
-
-        Raises:
-            InputError: Too many are.
-            LostWorkerError: A worker was ended from outside.
-        """
-        if self._prepared is None:
-            self._prepared = self.feed.prepared(
-                RowMaker(self.rows), workers=self.workers, ahead=self.batch
-            )
-        return [row for rows in islice(self._prepared, self.batch) for row in rows]
+        """Return the rows of a step. See `StepFeed.draw`."""
+        return [row for rows in self.conversations.draw() for row in rows]
 
     def close(self) -> None:
-        """End the workers; what they prepared ahead is prepared again by whoever goes on."""
-        if self._prepared is not None:
-            self._prepared.close()
-            self._prepared = None
+        """End the workers. See `StepFeed.close`."""
+        self.conversations.close()
 
 
 def tune_model(
@@ -221,10 +154,20 @@ def tune_model(
         "model": digest_of_weights(model),
         "data": digest_of_source(source),
     }
-    with learning(model, stage.learns, rank):
-        batch = max(1, stage.batch // process.num_processes)
-        with closing(InstructionTask(model, rows, feed, batch, plan, schedule.workers)) as task:
-            train(task, schedule, output / "training")
+    frozen = torch.bfloat16 if schedule.precision == "bf16" else model.dtype
+    batch = max(1, stage.batch // process.num_processes)
+    task: InstructionTask | ConsensusTask
+    if stage.objective == "consensus":
+        plan["objective"] = stage.objective
+        task = consensus_task(model, rows, source, feed, batch, plan, schedule.workers)
+    else:
+        task = InstructionTask(model, rows, feed, batch, plan, schedule.workers)
+    with (
+        learning(model, stage.learns, rank),
+        computed_in(model, frozen),
+        closing(task),
+    ):
+        train(task, schedule, output / "training")
     if stage.image_size is not None:
         show_images_of(model, stage.image_size)
     save_tuned(model, processor, output)
@@ -239,12 +182,3 @@ def save_tuned(
         with written_into(output, last="config.json") as beside:
             processor.save_pretrained(beside)
             model.save_pretrained(beside, state_dict=state)
-
-
-def show_images_of(model: PreTrainedModel, image_size: int) -> None:
-    """Make a side in pixels the model's own."""
-    tower = model.base_model.vision_tower
-    assert isinstance(tower, FastViTHD)  # no other model's size is given
-    tower.config.image_size = image_size
-    model.config.vision_config = tower.config
-    model.config.image_seq_length = (image_size // REDUCTION) ** 2

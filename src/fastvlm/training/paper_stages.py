@@ -22,6 +22,8 @@ class PaperStage:
         batch: Conversations in a step, of all processes together.
         epochs: How often each conversation is shown.
         data: What the paper trains it on, in words.
+        objective: What is learnt of the data: its `replies`; as a start, their `words`; or the
+            `consensus` of an image's captions.
     """
 
     learns: str
@@ -30,6 +32,7 @@ class PaperStage:
     batch: int
     epochs: float
     data: str
+    objective: str = "replies"
 
     def steps(self, conversations: int) -> int:
         """Return the steps that so many conversations make."""

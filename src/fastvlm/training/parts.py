@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
+import torch
 from torch import nn
 from transformers import PreTrainedModel
 
@@ -32,6 +33,32 @@ def projector_of(model: PreTrainedModel) -> nn.Module:
     )
 
 
+def has_projector(model: PreTrainedModel) -> bool:
+    """Return whether a model has a projector of its own."""
+    return any(hasattr(model.base_model, name) for name in PROJECTOR_NAMES)
+
+
+@contextmanager
+def computed_in(model: PreTrainedModel, dtype: torch.dtype) -> Iterator[None]:
+    """Hold what is frozen of a model's decoder in the precision of a run in this context.
+
+    Mixed precision casts each weight anew in every step; those of matrices that don't change are
+    cast once. Afterwards they are as precise as the model again.
+
+    Args:
+        model: The model; what learns of it is marked.
+        dtype: The precision that a step computes in.
+    """
+    parts = (text_decoder(model), model.get_output_embeddings())
+    found = {p: p.dtype for part in parts for p in part.parameters()}
+    held = {p: own for p, own in found.items() if p.dim() > 1 and not p.requires_grad}
+    for parameter in held:
+        parameter.data = parameter.data.to(dtype)
+    yield
+    for parameter, own in held.items():
+        parameter.data = parameter.data.to(own)
+
+
 @contextmanager
 def learning(model: PreTrainedModel, part: str, rank: int) -> Iterator[None]:
     """Make a part of a model trainable in this context; adapters are merged at its end.
@@ -39,7 +66,7 @@ def learning(model: PreTrainedModel, part: str, rank: int) -> Iterator[None]:
     Args:
         model: The model.
         part: `projector`; `decoder`, the projector and all after it; `everything`; or `lora`, an
-            adapter beside each linear layer of the decoder.
+            adapter beside each linear layer of the decoder, and the projector where there is one.
         rank: The adapters' rank (alpha = 2 rank).
 
     Raises:
@@ -47,6 +74,8 @@ def learning(model: PreTrainedModel, part: str, rank: int) -> Iterator[None]:
     """
     if part == "lora":
         adapted = with_adapters(model, rank)
+        if has_projector(model):
+            projector_of(model).requires_grad_(True)
         yield
         adapted.merge_and_unload()
         return

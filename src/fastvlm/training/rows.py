@@ -20,13 +20,19 @@ from fastvlm.language.generator import end_tokens
 from fastvlm.prompts.fastvithd import expand_image_tokens
 from fastvlm.prompts.messages import images_of
 from fastvlm.prompts.processor import ProcessorInputs, placed
+from fastvlm.training.branches import (
+    BRANCHES,
+    IGNORED,
+    WrittenConversation,
+    alternatives_of,
+    branched,
+    longest_shared_row,
+    share_prompt,
+)
 from fastvlm.training.replies import end_token, text_of
 from fastvlm.vision.configuration import REDUCTION
 from fastvlm.vision.fastvithd import FastViTHD
 from fastvlm.vision.images import prepare
-
-IGNORED = -100
-"""The label of a token whose loss `transformers` leaves out."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -91,6 +97,9 @@ class RowMaker:
 class FastViTHDRows:
     """Rows of a model around a FastViTHD: a whole conversation in each, all replies labelled.
 
+    A last turn's alternatives share a row where the decoder allows it: each sees the prompt and
+    itself, at the positions that it has alone, and so has the loss that it has alone.
+
     Args:
         model: The model.
         tokenizer: Its tokenizer, with a chat template that has a place for images.
@@ -110,19 +119,63 @@ class FastViTHDRows:
         # Which settings a composite model has is its class's matter.
         config: Any = model.config
         self.tokenizer, self.image_size = tokenizer, image_size
-        self.device, self.image = model.device, config.image_token_id
+        self.device, self.dtype, self.image = model.device, model.dtype, config.image_token_id
         self.context: int = config.get_text_config().max_position_embeddings
+        self.shared_length = longest_shared_row(model)
         self.end = end_token(tokenizer, end_tokens(model))
 
     def rows(self, conversation: Conversation) -> list[TrainingRow]:
-        """Return the one row of a conversation. See `RowBuilder.rows`."""
+        """Return the row of a conversation, or one for each alternative. See `RowBuilder.rows`."""
+        return self.lay_out(*self.write_all(conversation))
+
+    def write_all(
+        self, conversation: Conversation
+    ) -> tuple[list[WrittenConversation], dict[str, Tensor]]:
+        """Return a conversation with each of its last replies, and its images as inputs."""
         parts = [prepare(shown, self.image_size) for shown in images_of(conversation.messages)]
-        visual = iter([len(part) * (part.shape[-1] // REDUCTION) ** 2 for part in parts])
+        visual = [len(part) * (part.shape[-1] // REDUCTION) ** 2 for part in parts]
+        written = [self.write(said, visual) for said in alternatives_of(conversation)]
+        return written, {"pixel_values": torch.cat(parts)} if parts else {}
+
+    def lay_out(
+        self, written: Sequence[WrittenConversation], images: dict[str, Tensor]
+    ) -> list[TrainingRow]:
+        """Return the rows of conversations that differ in the last reply alone.
+
+        Args:
+            written: The conversations.
+            images: The inputs that are their images.
+        """
+        if len(written) > 1:
+            shared, labels = share_prompt(written)
+            if len(labels) <= self.shared_length:
+                return [TrainingRow({**shared, **images}, labels)]
+        return [
+            TrainingRow(
+                {"input_ids": torch.tensor(one.token_ids), **images}, torch.tensor(one.labels)
+            )
+            for one in written
+        ]
+
+    def write(self, messages: Sequence[Message], visual: Sequence[int]) -> WrittenConversation:
+        """Return a conversation's tokens and labels.
+
+        Args:
+            messages: The conversation.
+            visual: Visual tokens of each of its images, in order.
+
+        Raises:
+            InputError: The template has no place for an image, or doesn't write turn after turn, or
+                the conversation is longer than the model's context.
+        """
+        numbers = iter(visual)
         tokens: list[int] = []
         labels: list[int] = []
-        replied = False
-        for text, counted in self.pieces(conversation.messages):
-            found = expand_image_tokens(self.tokenizer, text, self.image, visual)
+        replied, prompt = False, 0
+        for text, counted in self.pieces(messages):
+            found = expand_image_tokens(self.tokenizer, text, self.image, numbers)
+            if counted:
+                prompt = len(tokens)
             tokens += found
             labels += found if counted else [IGNORED] * len(found)
             if replied and found:
@@ -131,14 +184,11 @@ class FastViTHDRows:
             replied = counted
         tokens.append(self.end)
         labels.append(self.end)
-        if next(visual, None) is not None:
+        if next(numbers, None) is not None:
             raise InputError("The chat template has no place for an image.")
         if len(tokens) > self.context:
             raise InputError(f"It has {len(tokens)} tokens; the model's context is {self.context}.")
-        inputs = {"input_ids": torch.tensor(tokens)}
-        if parts:
-            inputs["pixel_values"] = torch.cat(parts)
-        return [TrainingRow(inputs, torch.tensor(labels))]
+        return WrittenConversation(tokens, labels, prompt)
 
     def pieces(self, messages: Sequence[Message]) -> Iterator[tuple[str, bool]]:
         """Yield a conversation's text up to its last reply, and whether each piece is learnt.
@@ -175,6 +225,8 @@ class FastViTHDRows:
         # Padding stands on the right, where the causal mask alone keeps it out of sight.
         tokens = [row.inputs["input_ids"] for row in rows]
         inputs = {"input_ids": pad_sequence(tokens, batch_first=True, padding_value=self.end)}
+        if any(BRANCHES in row.inputs for row in rows):
+            inputs |= branched([row.inputs for row in rows], self.dtype)
         shown = [row.inputs["pixel_values"] for row in rows if "pixel_values" in row.inputs]
         if shown:
             inputs["pixel_values"] = torch.cat(shown)
@@ -212,14 +264,22 @@ class ProcessorRows:
         self.end = end_token(self.tokenizer, end_tokens(model))
 
     def rows(self, conversation: Conversation) -> list[TrainingRow]:
-        """Return a row for each reply of a conversation. See `RowBuilder.rows`."""
+        """Return a row for each reply of a conversation, and each of the last turn's alternatives.
+
+        See `RowBuilder.rows`.
+        """
+        messages = conversation.messages
+        replies = [
+            (place, text_of(turn))
+            for place, turn in enumerate(messages)
+            if turn["role"] == "assistant"
+        ]
+        replies += [(len(messages) - 1, text) for text in conversation.alternatives]
         found = []
-        for place, turn in enumerate(conversation.messages):
-            if turn["role"] != "assistant":
-                continue
-            inputs = placed(self.processor_inputs(conversation.messages[:place]), None, self.dtype)
+        for place, text in replies:
+            inputs = placed(self.processor_inputs(messages[:place]), None, self.dtype)
             before = inputs["input_ids"]
-            said = self.tokenizer.encode(text_of(turn).strip(), add_special_tokens=False)
+            said = self.tokenizer.encode(text.strip(), add_special_tokens=False)
             reply = before.new_tensor([[*said, self.end]])
             inputs = {
                 name: torch.cat((value, value.new_zeros(reply.shape)), 1)
