@@ -33,6 +33,7 @@ OTHER_DRAFT: dict[str, tuple[str, ...]] = {
     "--limit": ("--limit", "3"),
     "--replies": ("--replies", "data"),
     "--temperature": ("--temperature", "1"),
+    "--max-new-tokens": ("--max-new-tokens", "9"),
     "--kind": ("--kind", "mlp"),
     "--exit-layer": ("--exit-layer", "2"),
     "--blocks": ("--blocks", "2"),
@@ -49,6 +50,7 @@ OTHER_DRAFT: dict[str, tuple[str, ...]] = {
 """Options of `train draft` that decide what is learnt, each with another value."""
 OTHER_MODEL: dict[str, tuple[str, ...]] = {
     "--learns": ("--learns", "projector"),
+    "--objective": ("--objective", "words"),
     "--image-size": ("--image-size", "192"),
     "--batch": ("--batch", "3"),
     "--steps": ("--steps", "3"),

@@ -49,7 +49,7 @@ def shown(source: str | Path, **options: Any) -> list[tuple[str, str, str]]:
 
 CAPTION = "Provide a one-sentence caption for the provided image."
 SHORT_ANSWER = "Answer the question using a single word or phrase."
-NOTHING = "none of messages, conversations, question, caption, text, captions in it"
+NOTHING = "none of messages, conversations, prompt, question, caption, text, captions in it"
 
 
 def test_llavas_file(tmp_path: Path) -> None:

@@ -19,6 +19,8 @@ from tests.models import LIVELY
 
 OWN = (str(Path(fastvlm.__file__).parent), "<string>")
 """Where our functions are, and those that dataclasses make."""
+LAYERS = ("fused.py", "packed.py", "products.py")
+"""Where layers are computed in the place of the model's own code."""
 
 
 def calls_of(work: Callable[[], object]) -> list[str]:
@@ -26,7 +28,8 @@ def calls_of(work: Callable[[], object]) -> list[str]:
     found: list[str] = []
 
     def note(frame: FrameType, event: str, _: Any) -> None:
-        if event == "call" and frame.f_code.co_filename.startswith(OWN):
+        file = frame.f_code.co_filename
+        if event == "call" and file.startswith(OWN) and not file.endswith(LAYERS):
             found.append(frame.f_code.co_name)
 
     before = sys.getprofile()
@@ -39,7 +42,7 @@ def calls_of(work: Callable[[], object]) -> list[str]:
 
 
 @pytest.mark.parametrize("special", [{}, {"use_sliding_window": True, "max_window_layers": 1}])
-def test_a_layer_costs_a_step_no_call_but_its_caches(special: dict[str, Any]) -> None:
+def test_a_layer_costs_a_step_no_calls_but_its_caches(special: dict[str, Any]) -> None:
     steps = []
     for depth in (3, 7):
         options = {**LIVELY, **special, "num_hidden_layers": depth, "vocab_size": 50}
@@ -52,4 +55,4 @@ def test_a_layer_costs_a_step_no_call_but_its_caches(special: dict[str, Any]) ->
         steps.append(calls_of(engine.step))
     shallow, deep = steps
     assert shallow.count("update") == 3
-    assert len(deep) - len(shallow) == 4 * len(["update", "exchange"])
+    assert len(deep) - len(shallow) == 4 * len(["update", "storage", "exchange", "make_finite"])

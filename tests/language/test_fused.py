@@ -172,7 +172,7 @@ def test_gradients_and_autocast_are_left_to_the_layers() -> None:
     model = made("qwen2")
     decoder = split_decoder(model).decoder
     x, rotations = torch.randn(1, 4, 48), (torch.ones(1, 4, 12), torch.zeros(1, 4, 12))
-    given = {"position_embeddings": rotations, "attention_mask": None, "past_key_values": None}
+    given = {"position_embeddings": rotations, "attention_mask": None, "layer_past": object()}
     assert fused.layer_inputs(decoder, x, given) is None
     with torch.no_grad():
         assert fused.layer_inputs(decoder, x, given) is not None

@@ -137,7 +137,7 @@ def use(vlm: VisionLanguageModel, strict: bool | None = None, **fields: Any) -> 
     functions = [WEATHER | ({} if strict is None else {"strict": strict}), OPEN]
     tools = [{"type": "function", "function": one} for one in functions]
     body = {"messages": [{"role": "user", "content": "a"}], "tools": tools, **fields}
-    return ToolUse.of(ChatRequest.model_validate(body), vlm)
+    return ToolUse.of(ChatRequest.model_validate(body).asked_tools(), vlm)
 
 
 def test_what_holds_a_reply(vlm: VisionLanguageModel) -> None:

@@ -108,14 +108,14 @@ def benchmark(
     words = WORDS.get(images, "images")
     words = words.removesuffix("s") if measured_replies == 1 else words
     console.print(
-        f"{measured_replies} {about}{words}, replies of"
-        f" {results[0].tokens:.0f} tokens (median), on {hardware_line(machine)}.",
-        style="dim",
-    )
-    console.print(
         f"Reading weights at {limits.bytes_per_second / 1e9:.0f} GB/s, a token takes at least "
         + ", ".join(f"{one.limit_ms:.2f} ms ({name})" for name, one in reached.items())
         + ".",
+        style="dim",
+    )
+    console.print(
+        f"{measured_replies} {about}{words}, replies of"
+        f" {results[0].tokens:.0f} tokens (median), on {hardware_line(machine)}.",
         style="dim",
     )
     failed.exit()

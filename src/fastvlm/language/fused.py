@@ -25,6 +25,7 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from fastvlm.language.cache import KeyValueCache
+from fastvlm.language.layer_calls import CACHE_NAMES
 
 PRE_NORM = ("llama.LlamaDecoderLayer", "qwen2.Qwen2DecoderLayer")
 SANDWICHED = ("gemma3.Gemma3DecoderLayer",)
@@ -90,11 +91,13 @@ def layer_inputs(decoder: Any, x: Tensor, given: Mapping[str, Any]) -> LayerInpu
         given: What the layers' own code is given.
     """
     rotations = given.get("position_embeddings")
+    held: Any = next((given[name] for name in CACHE_NAMES if name in given), None)
     if (
         x.device.type != "cpu"
         or torch.is_grad_enabled()
         or torch.is_autocast_enabled("cpu")
         or not isinstance(rotations, tuple)
+        or held is None
         or "encoder_hidden_states" in given
         or nn_module._global_forward_hooks
         or nn_module._global_forward_pre_hooks
@@ -108,7 +111,6 @@ def layer_inputs(decoder: Any, x: Tensor, given: Mapping[str, Any]) -> LayerInpu
     mask: Tensor | None = given.get("attention_mask")
     if mask is not None and mask.dtype == torch.bool:
         mask = torch.zeros_like(mask, dtype=x.dtype).masked_fill_(~mask, float("-inf"))
-    held: Any = given["past_key_values"]
     return LayerInputs(cos.unsqueeze(1), signed.unsqueeze(1), mask, held)
 
 
