@@ -18,6 +18,7 @@ from torch.nn.modules.module import register_module_forward_hook
 
 from fastvlm.data.captioned import CaptionedImage, decode, read_flickr8k
 from fastvlm.functional.errors import CheckpointError
+from fastvlm.training.consensus import advantages
 from fastvlm.training.optimisation import seed_step
 from fastvlm.training.reply_scores import ReplyScores, score_replies
 from fastvlm.training.rows import IGNORED, TrainingRow
@@ -29,7 +30,7 @@ from fastvlm_example import HELD_OUT_SCENES, SCENE_PROMPT
 from fastvlm_example.scenes import describe, render, sample
 from recipe import conversations
 from recipe.architecture import DecoderShape
-from recipe.consensus import SAMPLES, Consensus, advantages, sample_sentences
+from recipe.consensus import SAMPLES, Consensus, sample_sentences
 from recipe.conversations import DecodedPhotos, described
 from recipe.descriptions import sentences_of
 from recipe.model import ModelTask, train_model

@@ -104,18 +104,3 @@ def sample_sentences(
         shown = {"input_ids": torch.tensor(asked + kept), "pixel_values": pixels}
         rows.append(TrainingRow(shown, torch.tensor([IGNORED] * len(asked) + kept)))
     return rows
-
-
-def advantages(rewards: Tensor) -> Tensor:
-    """Return by how much each sample is better than the mean of the others of its photo.
-
-    Args:
-        rewards: (photos, samples).
-
-    Returns:
-        The same shape, in standard deviations of the step's advantages, so that the loss weighs as
-        much as teacher forcing's, however good the model is.
-    """
-    others = (rewards.sum(1, keepdim=True) - rewards) / (rewards.shape[1] - 1)
-    better = rewards - others
-    return better / better.std().clamp(min=1e-3)

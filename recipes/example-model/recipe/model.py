@@ -17,6 +17,7 @@ from fastvlm.functional.digests import digest, digest_of_weights
 from fastvlm.functional.errors import CheckpointError
 from fastvlm.functional.placement import moved
 from fastvlm.training.assembly import read_encoder
+from fastvlm.training.consensus import advantages
 from fastvlm.training.instruction import SupervisedTask, save_tuned
 from fastvlm.training.loop import train
 from fastvlm.training.processes import this_process
@@ -27,7 +28,7 @@ from fastvlm.vision.configuration import FastViTHDConfig
 from fastvlm_example.scenes import describe, sample
 from fastvlm_example.tokenizer import learn_tokenizer
 from recipe.architecture import DecoderShape, new_model, use_encoder
-from recipe.consensus import SAMPLES, Consensus, advantages, sample_sentences
+from recipe.consensus import SAMPLES, Consensus, sample_sentences
 from recipe.conversations import DecodedPhotos, draw_photos, draw_scenes
 from recipe.growth import AS_IT_IS, Size, grown
 from recipe.stages import STAGES, Stage

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import random
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
@@ -26,6 +25,7 @@ from fastvlm.cli.training_options import (
     TrainingRuntime,
     WorkersOption,
     conversations_in,
+    held_apart,
     workers_of,
 )
 from fastvlm.functional.errors import InputError
@@ -191,7 +191,7 @@ def draft(
 
     broken, unread = BrokenRecords(), BrokenRecords()
     asked = questions_in(questions.data, vlm, broken, questions.prompt or [], questions.limit)
-    kept, learned = held_apart(asked, questions.held_out, schedule.seed)
+    kept, learned = held_apart(asked, questions.held_out, schedule.seed, "questions")
     schedule = replace(
         schedule,
         precision=runtime.mixed_precision,
@@ -258,23 +258,6 @@ def draft(
             f" {questions.held_out} held-out questions; saved in {output / name}."
         )
     figures.write({"target": target, "drafts": {name: asdict(one) for name, one in found.items()}})
-
-
-def held_apart(
-    asked: list[TrainingPrompt], held_out: int, seed: int
-) -> tuple[list[TrainingPrompt], list[TrainingPrompt]]:
-    """Return the questions that are held out, drawn at random, and those that are learnt.
-
-    Raises:
-        InputError: None is left to learn.
-    """
-    if len(asked) <= held_out:
-        raise InputError(
-            f"There are {len(asked)} questions, and {held_out} are held out: none is left to learn"
-            " from. Give more --data, or a smaller --held-out."
-        )
-    random.Random(seed).shuffle(asked)
-    return asked[:held_out], asked[held_out:]
 
 
 def check_temperature(temperatures: Sequence[float], replies: str) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import random
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,6 +17,7 @@ from fastvlm.cli.training_options import (
     TrackerOption,
     WorkersOption,
     conversations_in,
+    held_apart,
     workers_of,
 )
 from fastvlm.functional.errors import InputError
@@ -192,7 +192,7 @@ def encoder(
     loaded = load_teacher(teacher.teacher, stated, this_process().device)
     broken = BrokenRecords()
     found, data_digest = images_of(data.data, learner.config.image_size, broken, data.limit)
-    kept, learned = held_apart(found, data.held_out, run.seed)
+    kept, learned = held_apart(found, data.held_out, run.seed, "images")
     schedule = Schedule(
         steps=run.steps,
         learning_rate=run.learning_rate,
@@ -281,20 +281,3 @@ def images_of(
             raise InputError(f"There is no image in {source}.")
         found += shown
     return found, digest(digests)
-
-
-def held_apart(
-    images: list[ImageReference], held_out: int, seed: int
-) -> tuple[list[ImageReference], list[ImageReference]]:
-    """Return the images that are held out, drawn at random, and those that are learnt.
-
-    Raises:
-        InputError: None is left to learn.
-    """
-    if len(images) <= held_out:
-        raise InputError(
-            f"There are {len(images)} images, and {held_out} are held out: none is left to learn"
-            " from. Give more --data, or a smaller --held-out."
-        )
-    random.Random(seed).shuffle(images)
-    return images[:held_out], images[held_out:]

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import os
+import random
 from collections.abc import Iterator
 from contextlib import contextmanager, redirect_stderr
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Literal, TypeVar
 
 import typer
 
@@ -156,3 +157,27 @@ def workers_of(given: int | None) -> int:
     # What torchrun and accelerate tell; the processes of other machines have cores of their own.
     beside = int(os.environ.get("LOCAL_WORLD_SIZE") or this_process().num_processes)
     return usual_workers(beside)
+
+
+T = TypeVar("T")
+
+
+def held_apart(found: list[T], held_out: int, seed: int, what: str) -> tuple[list[T], list[T]]:
+    """Return the examples that are held out, drawn at random, and those that are learnt.
+
+    Args:
+        found: All of them.
+        held_out: How many are held out.
+        seed: Decides which.
+        what: What they are, in the plural.
+
+    Raises:
+        InputError: None is left to learn.
+    """
+    if len(found) <= held_out:
+        raise InputError(
+            f"There are {len(found)} {what}, and {held_out} are held out: none is left to learn"
+            " from. Give more --data, or a smaller --held-out."
+        )
+    random.Random(seed).shuffle(found)
+    return found[:held_out], found[held_out:]

@@ -96,7 +96,14 @@ class LayerStorage:
             index, places = positions.rows(keys.device), positions.indices.to(keys.device)
             self.keys[index, :, places] = keys.transpose(1, 2).to(self.keys.dtype)
             self.values[index, :, places] = values.transpose(1, 2).to(self.values.dtype)
-        self.make_finite(positions)
+        finite = self.finite
+        for slot, start in zip(positions.slots, positions.starts, strict=True):
+            # In most passes only what was written is new, and a layer costs no call more.
+            if finite[slot] == start:
+                finite[slot] = start + width
+            if finite[slot] < end:
+                self.make_finite(positions)
+                break
         return self.keys[rows, :, :end], self.values[rows, :, :end]
 
     def make_finite(self, positions: Positions) -> None:
@@ -296,7 +303,8 @@ class DecoderCache:
         """
         positions = self._positions
         assert positions is not None  # `begin_pass` comes first
-        return self.storage(layer_idx, keys, values).exchange(positions, self.rows, keys, values)
+        layer = self.layers.get(layer_idx) or self.storage(layer_idx, keys, values)
+        return layer.exchange(positions, self.rows, keys, values)
 
     def storage(self, layer_idx: int, keys: Tensor, values: Tensor) -> LayerStorage:
         """Return a layer's memory, taken now if it has none.
