@@ -144,8 +144,8 @@ class VisionLanguageModel:
         """Return a strategy; the same object when the same is asked for again.
 
         Args:
-            name: `autoregressive`, `imitation`, `early-exit`, `layer-skip` or `prompt-lookup`; None
-                for `imitation` with a draft and `autoregressive` without one.
+            name: `autoregressive`, `imitation`, `cascade`, `early-exit`, `layer-skip` or
+                `prompt-lookup`; None for `imitation` with a draft and `autoregressive` without one.
             network: The network to draft with, if not the model's own draft.
             options: How drafts are made, see `StrategyFactory.make`.
 

@@ -45,7 +45,7 @@ def strategy(name: str, model: PreTrainedModel) -> Strategy:
     decoder = split_decoder(model)
     made = {
         "autoregressive": Autoregressive,
-        "lookup": lambda: PromptLookup(max_draft_tokens=5),
+        "lookup": lambda: PromptLookup(FixedLength(5)),
         "early exit": lambda: SelfSpeculative(decoder, 2, length=FixedLength(3)),
         "block": lambda: imitation(model, length=FixedLength(4)),
         "two blocks": lambda: imitation(model, blocks=2, exit_layer=2, length=FixedLength(1)),

@@ -76,7 +76,7 @@ def test_nothing_moves_when_a_neighbour_ends(model: PreTrainedModel) -> None:
     engine = Engine(split_decoder(model))
     limits = (3, 30, 6, 12)
     requests = [
-        request(model, prompt, limit, PromptLookup(3))
+        request(model, prompt, limit, PromptLookup(FixedLength(3)))
         for prompt, limit in zip(PROMPTS, limits, strict=True)
     ]
     for one in requests:
@@ -92,7 +92,7 @@ def test_nothing_moves_when_a_neighbour_ends(model: PreTrainedModel) -> None:
             now = {index: layer.keys.data_ptr() for index, layer in engine.cache.layers.items()}
             assert now == places
         if requests[0].finished and late is None:
-            late = request(model, PROMPTS[3], 5, PromptLookup(3))
+            late = request(model, PROMPTS[3], 5, PromptLookup(FixedLength(3)))
             engine.add(late)
     assert late is not None
     # The seat that became free is taken again.
@@ -105,7 +105,7 @@ def test_nothing_moves_when_a_neighbour_ends(model: PreTrainedModel) -> None:
 def test_a_long_prompt_lets_others_go_on(name: str, model: PreTrainedModel) -> None:
     drafting = {
         "block": lambda: imitation(model, length=FixedLength(3)),
-        "prompt-lookup": lambda: PromptLookup(3),
+        "prompt-lookup": lambda: PromptLookup(FixedLength(3)),
         "autoregressive": Autoregressive,
     }[name]()
     engine = Engine(split_decoder(model), prefill_positions=4)
@@ -206,12 +206,12 @@ def test_what_fails_at_the_beginning_or_the_end_keeps_nobody_waiting(
     model: PreTrainedModel, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     engine = Engine(split_decoder(model))
-    good = request(model, PROMPTS[0], 12, PromptLookup(3))
+    good = request(model, PROMPTS[0], 12, PromptLookup(FixedLength(3)))
     engine.add(good)
     engine.step()
     with monkeypatch.context() as patch:
         patch.setattr(engine.cache, "reserve", lambda *_: 1 / 0)
-        bad = request(model, PROMPTS[1], 12, PromptLookup(3))
+        bad = request(model, PROMPTS[1], 12, PromptLookup(FixedLength(3)))
         engine.add(bad)
         engine.step()
     assert isinstance(bad.error, ZeroDivisionError)

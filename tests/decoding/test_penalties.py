@@ -88,7 +88,7 @@ def strategies(model: PreTrainedModel) -> list[Strategy]:
     restricted.network.draft_vocabulary = torch.arange(0, 95, 2)
     return [
         Autoregressive(),
-        PromptLookup(4, 1),
+        PromptLookup(FixedLength(4)),
         SelfSpeculative(decoder, 2, length=FixedLength(3)),
         LayerSkip(decoder, (1,), FixedLength(3)),
         imitation(model, exit_layer=2, perfect=True, length=FixedLength(6)),
@@ -128,7 +128,7 @@ def test_rows_of_a_batch_have_penalties_of_their_own(family: str) -> None:
     ]
     expected = [naive_reply(model, *case) for case in cases]
     decoder = split_decoder(model)
-    for strategy in (PromptLookup(4, 1), imitation(model, exit_layer=2, perfect=True)):
+    for strategy in (PromptLookup(FixedLength(4)), imitation(model, exit_layer=2, perfect=True)):
         requests = requests_of(decoder, strategy, cases)
         finish(Engine(decoder), requests)
         assert [one.output_token_ids for one in requests] == expected
@@ -153,7 +153,7 @@ def test_a_bias_is_that_of_transformers(options: dict[str, Any]) -> None:
     expected = [generate(model, p, LIMIT, sequence_bias=sequences, **options) for p in PROMPTS]
     model.generation_config.update(**options)
     decoder, params = split_decoder(model), SamplingParams(logit_bias=bias)
-    for strategy in (Autoregressive(), PromptLookup(4, 1)):
+    for strategy in (Autoregressive(), PromptLookup(FixedLength(4))):
         requests = requests_of(decoder, strategy, [(prompt, params) for prompt in PROMPTS])
         finish(Engine(decoder), requests)
         assert [one.output_token_ids for one in requests] == expected

@@ -142,7 +142,7 @@ def drafters(model: PreTrainedModel) -> dict[str, Strategy]:
     """Return a drafter with a distribution and one without."""
     return {
         "imitation": imitation(model, length=FixedLength(3)),
-        "prompt-lookup": PromptLookup(3, 1),
+        "prompt-lookup": PromptLookup(FixedLength(3)),
     }
 
 
@@ -169,18 +169,15 @@ def accept_always(drafted: Sequence[int], chosen: Sequence[int]) -> tuple[int, i
     return len(drafted), chosen[-1]
 
 
-def same_everywhere(
-    seeds: Sequence[int], positions: Sequence[int], tokens: Tensor, dtype: torch.dtype
-) -> Tensor:
+def same_everywhere(scores: Tensor, seed: int, position: int) -> int:  # noqa: ARG001
     """Wrong noise: it forgets where in the reply it is."""
-    return noise.gumbel(seeds, [0] * len(positions), tokens, dtype)
+    return noise.noisy_best(scores, seed, 0)
 
 
-def exponential(
-    seeds: Sequence[int], positions: Sequence[int], tokens: Tensor, dtype: torch.dtype
-) -> Tensor:
+def exponential(scores: Tensor, seed: int, position: int) -> int:
     """Wrong noise: of another distribution."""
-    return torch.exp(-noise.gumbel(seeds, positions, tokens, dtype))
+    tokens = torch.arange(len(scores))
+    return int((scores + (-noise.gumbel([seed], [position], tokens, scores.dtype)).exp()).argmax())
 
 
 @pytest.mark.parametrize("bug", ["accepts always", "noise without a position", "other noise"])
@@ -191,10 +188,25 @@ def test_a_wrong_rule_is_found_out(bug: str, drafter: str, monkeypatch: pytest.M
         monkeypatch.setattr(cycle, "accept", accept_always)
     else:
         wrong = same_everywhere if bug == "noise without a position" else exponential
-        monkeypatch.setattr(sampler, "gumbel", wrong)
+        monkeypatch.setattr(sampler, "noisy_best", wrong)
     model = tiny_model()
     levels = expected(model, [])
     assert worst(model, drafters(model)[drafter], [], 2000, levels) > 10
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("spread", [0.3, 4.0, 12.0])
+@pytest.mark.parametrize("share", [1.0, 0.001, 0.0])
+def test_the_best_token_is_that_of_all_noise(
+    dtype: torch.dtype, spread: float, share: float
+) -> None:
+    size, chance = 50_000, torch.Generator().manual_seed(3)
+    tokens = torch.arange(size)
+    for draw in range(60):
+        scores = spread * torch.randn(size, generator=chance, dtype=dtype)
+        scores[torch.rand(size, generator=chance) >= share] = -torch.inf
+        whole = scores + noise.gumbel([draw], [7 * draw], tokens, dtype)[0]
+        assert noise.noisy_best(scores, draw, 7 * draw) == int(whole.argmax())
 
 
 def test_noise_has_its_distribution_and_no_memory() -> None:
@@ -250,7 +262,7 @@ def test_a_seed_gives_one_reply_under_every_strategy_and_in_any_company(name: st
     decoder = split_decoder(model)
     ways = [
         Autoregressive(),
-        PromptLookup(3, 1),
+        PromptLookup(FixedLength(3)),
         SelfSpeculative(decoder, 1, length=FixedLength(2)),
         LayerSkip(decoder, (1,), FixedLength(3)),
         imitation(model, length=FixedLength(4)),

@@ -237,7 +237,10 @@ def test_families_decode_forms(family: str) -> None:
 
     expected = replies(Autoregressive())
     assert re.match("([a-z]{3} )+", tokenizer.decode(expected[0]))
-    for strategy in (PromptLookup(4, 1), imitation(model, length=ConfidenceLength(5, 0.2))):
+    for strategy in (
+        PromptLookup(FixedLength(4)),
+        imitation(model, length=ConfidenceLength(5, 0.2)),
+    ):
         assert replies(strategy) == expected
 
 

@@ -62,7 +62,7 @@ def strategy(name: str, decoder: SplitDecoder, exit_layer: int = 1) -> Strategy:
     if name == "autoregressive":
         return Autoregressive()
     if name == "prompt-lookup":
-        return PromptLookup(4)
+        return PromptLookup(FixedLength(4))
     if name == "layer-skip":
         return LayerSkip(decoder, [1], FixedLength(3))
     made = {

@@ -21,7 +21,9 @@ if TYPE_CHECKING:
     from fastvlm.functional.statistics import DecodingStatistics
     from fastvlm.vlm import Reply, ReplyStream, VisionLanguageModel
 
-STRATEGY_NAMES = ("autoregressive", "imitation", "early-exit", "layer-skip", "prompt-lookup")
+STRATEGY_NAMES = (
+    "autoregressive", "imitation", "cascade", "early-exit", "layer-skip", "prompt-lookup",
+)  # fmt: skip
 
 
 def strategy_names() -> list[str]:
@@ -58,7 +60,7 @@ class DraftOptions:
             min=1,
             max=256,
             help="The most tokens of a draft.",
-            show_default="what the draft records, else 24; 10 for prompt-lookup",
+            show_default="what the draft records, else 24",
         ),
     ] = None
     confidence: Annotated[

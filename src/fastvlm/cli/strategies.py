@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from fastvlm.decoding import Strategy
     from fastvlm.vlm import VisionLanguageModel
 
-AUTOREGRESSIVE, EARLY_EXIT = "autoregressive", "early-exit"
+AUTOREGRESSIVE, CASCADE, EARLY_EXIT = "autoregressive", "cascade", "early-exit"
 LAYER_SKIP, PROMPT_LOOKUP = "layer-skip", "prompt-lookup"
 ALWAYS_MEASURED = ("transformers", AUTOREGRESSIVE)
 STRATEGIES_WITHOUT_DRAFT = (EARLY_EXIT, LAYER_SKIP, PROMPT_LOOKUP)
@@ -41,9 +41,9 @@ StrategiesOption = Annotated[
     str | None,
     typer.Option(
         metavar="LIST",
-        help="What to measure, separated by commas: early-exit, layer-skip, prompt-lookup, and"
-        " the drafts' names; early-exit@4 drafts with 4 layers, prompt-lookup:8 drafts 8 tokens at"
-        " a time."
+        help="What to measure, separated by commas: early-exit, layer-skip, prompt-lookup, the"
+        " drafts' names, and cascade (the first draft with prompt lookup); early-exit@4 drafts with"
+        " 4 layers, prompt-lookup:8 drafts 8 tokens at a time."
         " autoregressive is always measured.",
         show_default="all",
     ),
@@ -84,6 +84,8 @@ class TypedStrategy:
                 f"The strategy {kind!r} needs a draft of that name; give it with"
                 f" --draft {kind}=DIR."
             )
+        if kind == CASCADE and kind not in known:
+            raise UsageError(f"The strategy {kind!r} needs a draft; give it with --draft DIR.")
         if found is None or kind not in known:
             raise UsageError(f"The strategies here are {', '.join(known)}; got {typed!r}.")
         layer, length = (None if part is None else int(part) for part in found.groups()[1:])
@@ -113,7 +115,7 @@ def named_drafts(given: Sequence[str] | None, model: str | None) -> dict[str, Pa
             name, directory = "imitation", draft
         if (
             not name
-            or name in (*ALWAYS_MEASURED, *STRATEGIES_WITHOUT_DRAFT)
+            or name in (*ALWAYS_MEASURED, CASCADE, *STRATEGIES_WITHOUT_DRAFT)
             or set(name) & set("@:,")
         ):
             raise UsageError(f"A draft can't be called {name!r}; got --draft {draft}.")
@@ -132,7 +134,7 @@ def chosen_strategies(wanted: str | None, drafts: Mapping[str, Path]) -> list[Ty
     Raises:
         UsageError: A strategy is unknown, or needs a draft that isn't given.
     """
-    known = [AUTOREGRESSIVE, *drafts, *STRATEGIES_WITHOUT_DRAFT]
+    known = [AUTOREGRESSIVE, *drafts, *([CASCADE] if drafts else []), *STRATEGIES_WITHOUT_DRAFT]
     names = known if wanted is None else [name.strip() for name in wanted.split(",")]
     if not any(names):
         raise UsageError(f"--strategies names none; there are {', '.join(known)}.")
@@ -172,16 +174,14 @@ def named_strategies(
     """
     from fastvlm.drafting.directory import load_draft
 
-    networks = {
-        kind: load_draft(drafts[kind], vlm.model)
-        for kind in {one.kind for one in chosen}
-        if kind in drafts
-    }
+    draft_of = {name: name for name in drafts} | {CASCADE: next(iter(drafts), "")}
+    wanted = {draft_of[one.kind] for one in chosen if one.kind in draft_of}
+    networks = {name: load_draft(drafts[name], vlm.model) for name in sorted(wanted)}
     with usage():
         return {
             one.name: vlm.strategy(
-                "imitation" if one.kind in networks else one.kind,
-                network=networks.get(one.kind),
+                "imitation" if one.kind in drafts else one.kind,
+                network=networks.get(draft_of.get(one.kind, "")),
                 **options_of(one, skipped),
             )
             for one in chosen
@@ -199,7 +199,7 @@ def options_of(typed: TypedStrategy, skipped: Sequence[int] | None) -> dict[str,
         "exit_layer": typed.exit_layer,
         "num_speculative_tokens": typed.draft_length,
     }
-    if typed.draft_length is not None and typed.kind != PROMPT_LOOKUP:
+    if typed.draft_length is not None:
         # Drafts of one length don't end where the drafter is unsure.
         options["confidence"] = 0.0
     if typed.kind == LAYER_SKIP:

@@ -9,8 +9,9 @@ from itertools import pairwise
 from torch import Tensor
 
 from fastvlm.decoding.batch import Batch
+from fastvlm.decoding.lookup import Lookup
 from fastvlm.decoding.sampler import greedy_tokens, sampled_tokens
-from fastvlm.drafting.draft_length import DraftLength, Progress, Timings
+from fastvlm.drafting.draft_length import DraftLength, Offer, Progress, Timings
 
 DraftStep = Callable[[list[int], int], Tensor]
 """From each row's last token and the number of drafted ones: logits, (batch, draft vocabulary)."""
@@ -55,17 +56,19 @@ def draft_loop(
     batch: Batch,
     length: DraftLength,
     limits: Sequence[int],
-    step: DraftStep,
+    step: DraftStep | None,
     vocabulary: Tensor | None = None,
+    lookup: Lookup | None = None,
 ) -> Draft:
-    """Draft token by token, until a rule ends the draft.
+    """Draft token by token, until a rule ends the draft, or a copy of earlier tokens does.
 
     Args:
         batch: The rows.
         length: The rule.
         limits: The maximum number of tokens to draft for each row.
-        step: The drafter.
+        step: The drafter; None for copies alone.
         vocabulary: The tokens that can be drafted, (draft vocabulary,); None for all.
+        lookup: What looks for tokens to copy; None for no copies.
     """
     rows: list[list[int]] = [[] for _ in batch.slots]
     progress = Progress(
@@ -79,7 +82,10 @@ def draft_loop(
     last, samplers, replies = batch.last, batch.samplers, batch.replies
     ends = [slot.request.end_token_ids for slot in batch.slots]
     greedy = all(sampler.is_greedy for sampler in samplers)
-    while any(going := length.should_continue(progress)):
+    while lookup is None or not add_copies(batch, length, limits, rows, progress, lookup):
+        going = length.should_continue(progress) if step else []
+        if step is None or not any(going):
+            break
         logits = step(last, progress.steps)
         if greedy:
             last, confidences = greedy_tokens(logits, vocabulary, confident=length.reads_confidence)
@@ -96,6 +102,41 @@ def draft_loop(
                 progress.active[row] = more and last[row] not in ends[row]
         times.append(batch.clock())
     return Draft(rows, progress=progress, times=times)
+
+
+def add_copies(
+    batch: Batch,
+    length: DraftLength,
+    limits: Sequence[int],
+    rows: list[list[int]],
+    progress: Progress,
+    lookup: Lookup,
+) -> bool:
+    """Add to each row the tokens that it copies, if a rule wants them; return whether it does.
+
+    Args:
+        batch: The rows.
+        length: The rule.
+        limits: The maximum number of tokens in each row.
+        rows: Each row's drafted tokens.
+        progress: The state of the rule.
+        lookup: What looks for tokens to copy.
+    """
+    # Beside a longer row, the states behind a shorter one are those of other tokens.
+    most = [
+        min(limit, length.maximum) - len(drafted) if is_active else 0
+        for limit, drafted, is_active in zip(limits, rows, progress.active, strict=True)
+    ]
+    found = lookup.copies(batch, rows, most)
+    if not any(found):
+        return False
+    offers = [Offer(len(copy.tokens), copy.match) if copy else Offer() for copy in found]
+    counts = length.should_copy(progress, offers)
+    for copy, count, drafted, copied in zip(found, counts, rows, progress.copied, strict=True):
+        if copy and count:
+            drafted.extend(copy.tokens[:count])
+            copied.extend(range(copy.match, copy.match + count))
+    return any(counts)
 
 
 def add_forced(batch: Batch, draft: Draft, limits: Sequence[int]) -> None:

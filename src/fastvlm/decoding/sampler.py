@@ -11,7 +11,7 @@ from torch import Tensor
 from fastvlm.decoding.grammar import Constraint
 from fastvlm.decoding.processors import PREFIX_FREE_PROCESSORS, WARPERS, LogitsProcessor
 from fastvlm.functional.errors import InputError
-from fastvlm.functional.noise import gumbel
+from fastvlm.functional.noise import gumbel, noisy_best
 
 
 @dataclass(frozen=True, slots=True)
@@ -150,7 +150,13 @@ class Sampler:
         return torch.where(scores.isneginf().all(-1, keepdim=True), masked, scores)
 
     def _best(self, scores: Tensor, positions: Sequence[int]) -> list[int]:
-        return noisy(scores, [self.seed] * len(positions), positions).argmax(-1).tolist()
+        if self.seed is None:
+            found: list[int] = scores.argmax(-1).tolist()
+            return found
+        return [
+            noisy_best(row, self.seed, position)
+            for row, position in zip(scores, positions, strict=True)
+        ]
 
 
 def noisy(

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from fastvlm.decoding.history import History
 from fastvlm.decoding.request import Request
 from fastvlm.language.decoder_inputs import DecoderInputs
 
@@ -54,6 +55,7 @@ class Slot:
         length: Committed positions, whose keys and values are final.
         drafted_length: The number of these that the imitation network's layers hold, which may be
             any number lower.
+        history: The request's tokens, for a strategy that looks earlier ones up.
         restart: The length at which all positions are computed anew, see `SplitDecoder.restart`;
             None for never, or where it has happened.
         restarted: The prompt and the reply so far, as they were then.
@@ -65,6 +67,7 @@ class Slot:
     prefilled: int = 0
     length: int = 0
     drafted_length: int = 0
+    history: History | None = None
     restart: int | None = None
     restarted: DecoderInputs | None = None
 

@@ -12,6 +12,7 @@ from torch.nn.utils.rnn import pad_sequence
 
 from fastvlm.decoding.batch import Batch
 from fastvlm.decoding.draft_loop import Draft, draft_loop
+from fastvlm.decoding.lookup import Lookup
 from fastvlm.drafting.draft_length import DraftLength, FixedLength
 from fastvlm.drafting.imitation import ImitationNetwork
 from fastvlm.functional.errors import InputError
@@ -89,13 +90,15 @@ class RuledDrafting:
     def on_verified(self, draft: Draft, accepted: Sequence[int], now: float) -> None:
         """Update the rule for the draft length. See `Strategy.on_verified`."""
         progress = draft.progress
-        if progress is None or (draft.forced and not progress.steps):
+        if progress is None or (draft.forced and not progress.tokens):
             # With forced tokens alone it was neither a draft of this drafter nor an ordinary step.
             return
-        # A drafter's own tokens come before the forced ones.
+        # A drafter's own tokens, and copied ones, come before the forced ones.
         own = [
-            min(count, len(drafted))
-            for count, drafted in zip(accepted, progress.confidences, strict=True)
+            min(count, len(drafted) + len(copied))
+            for count, drafted, copied in zip(
+                accepted, progress.confidences, progress.copied, strict=True
+            )
         ]
         self.length.update(progress, own, draft.timings(now))
 
@@ -122,57 +125,30 @@ class Autoregressive(Drafting):
         return Draft([[] for _ in batch.slots])
 
 
-@dataclass(frozen=True, eq=False)
-class PromptLookup(Drafting):
+@dataclass(eq=False)
+class PromptLookup(RuledDrafting):
     """Propose the tokens that followed an earlier occurrence of the last tokens (Saxena 2023).
 
     Args:
-        max_draft_tokens: The maximum number of tokens in a draft.
-        ngram: The maximum number of last tokens to look for.
+        length: The rule for the draft length.
+        lookup: What looks for earlier occurrences.
+        name: The strategy's name in tables.
     """
 
-    max_draft_tokens: int = 10
-    ngram: int = 3
+    length: DraftLength = field(default_factory=lambda: FixedLength(10))
+    lookup: Lookup = field(default_factory=Lookup)
     name: str = "prompt-lookup"
-    exit_layer: int = 0
-    cache_layers: int = 0
+    exit_layer: int = field(init=False, default=0)
+    cache_layers: int = field(init=False, default=0)
 
-    def __post_init__(self) -> None:
-        """Check the length.
-
-        Raises:
-            InputError: Drafts would have no token.
-        """
-        # The other strategies' rules check theirs.
-        FixedLength(self.max_draft_tokens)
+    @property
+    def max_draft_tokens(self) -> int:
+        """The most tokens of a draft."""
+        return self.length.maximum
 
     def draft(self, batch: Batch, limits: Sequence[int]) -> Draft:
         """Propose the tokens that followed the longest and latest earlier occurrence."""
-        histories = [
-            [*slot.request.prompt_token_ids, *slot.request.output_token_ids] for slot in batch.slots
-        ]
-        found = [
-            self.look_up(history, min(self.max_draft_tokens, limit))
-            for history, limit in zip(histories, limits, strict=True)
-        ]
-        size = batch.decoder.vocabulary_size
-        return Draft(
-            [
-                sampler.permitted(reply, row, size)
-                for sampler, reply, row in zip(batch.samplers, batch.replies, found, strict=True)
-            ]
-        )
-
-    def look_up(self, history: list[int], most: int) -> list[int]:
-        """Return at most `most` tokens that followed an earlier occurrence of the last tokens."""
-        if not most:
-            return []
-        for size in range(min(self.ngram, len(history) - 1), 0, -1):
-            pattern = history[-size:]
-            for start in range(len(history) - size - 1, -1, -1):
-                if history[start : start + size] == pattern:
-                    return history[start + size : start + size + most]
-        return []
+        return draft_loop(batch, self.length, limits, None, lookup=self.lookup)
 
 
 @dataclass(eq=False)
@@ -187,6 +163,8 @@ class SelfSpeculative(RuledDrafting):
         exit_layer: Layers of the target that draft (k).
         network: The imitation network; None for early exit.
         length: The rule for the draft length.
+        lookup: What looks for tokens to copy where they promise more than drafting (a cascade, as
+            in arXiv 2312.11462); None for none.
         name: The strategy's name in tables.
 
     Raises:
@@ -197,6 +175,7 @@ class SelfSpeculative(RuledDrafting):
     exit_layer: int
     network: ImitationNetwork | None = None
     length: DraftLength = field(default_factory=FixedLength)
+    lookup: Lookup | None = None
     name: str = "imitation"
     _rows: tuple[Any, Tensor, Tensor] | None = field(init=False, default=None)
     """The LM head's rows of the draft's vocabulary, and that: for the weights that stand first."""
@@ -241,7 +220,7 @@ class SelfSpeculative(RuledDrafting):
             logits = self.decoder.head(x)[:, -1]
             return logits if vocabulary is None else logits[:, vocabulary]
 
-        draft = draft_loop(batch, self.length, limits, step, vocabulary)
+        draft = draft_loop(batch, self.length, limits, step, vocabulary, self.lookup)
         draft.hidden = torch.cat(states, 1) if states else None
         return draft
 

@@ -6,6 +6,7 @@ from collections.abc import Callable, Hashable, Iterable
 from threading import Lock
 from typing import Any, NamedTuple
 
+from fastvlm.decoding.lookup import Lookup
 from fastvlm.decoding.strategies import (
     Autoregressive,
     LayerSkip,
@@ -23,14 +24,13 @@ from fastvlm.language.decoder import SplitDecoder
 
 MAX_DRAFT_TOKENS = 24
 """The default maximum number of tokens in a draft."""
-MAX_LOOKUP_TOKENS = 10
-"""The default maximum number of tokens in a draft of `prompt-lookup`."""
 STRATEGY_OPTIONS = {
     "autoregressive": (),
     "imitation": ("num_speculative_tokens", "confidence"),
+    "cascade": ("num_speculative_tokens", "confidence"),
     "early-exit": ("num_speculative_tokens", "confidence", "exit_layer"),
     "layer-skip": ("num_speculative_tokens", "confidence", "skipped_layers"),
-    "prompt-lookup": ("num_speculative_tokens",),
+    "prompt-lookup": ("num_speculative_tokens", "confidence"),
 }
 """The strategies, and the options that each of them takes."""
 
@@ -63,7 +63,7 @@ class StrategyFactory:
             options: Those of `STRATEGY_OPTIONS` that the strategy takes; None is the default.
 
                 num_speculative_tokens: The maximum number of tokens in a draft. The default is the
-                    draft's own setting, and without one 24 (`prompt-lookup`: 10).
+                    draft's own setting, and without one 24.
                 confidence: The drafter's own probability below which a draft ends; 0 for drafts of
                     fixed length. The default is the draft's own setting; without one, drafts adapt
                     to the acceptance rate and to this machine, see `AdaptiveLength`.
@@ -105,8 +105,10 @@ def _autoregressive(*_: Any) -> _Recipe:
 
 
 def _lookup(_: SplitDecoder, __: ImitationNetwork | None, given: dict[str, Any]) -> _Recipe:
-    most: int = given.get("num_speculative_tokens", MAX_LOOKUP_TOKENS)
-    return _Recipe(("prompt-lookup", most), lambda: PromptLookup(most))
+    most, confidence = given.get("num_speculative_tokens"), given.get("confidence")
+    return _Recipe(
+        ("prompt-lookup", most, confidence), lambda: PromptLookup(draft_length(most, confidence))
+    )
 
 
 def _early_exit(
@@ -135,20 +137,30 @@ def _layer_skip(
 
 
 def _imitation(
-    decoder: SplitDecoder, network: ImitationNetwork | None, given: dict[str, Any]
+    decoder: SplitDecoder,
+    network: ImitationNetwork | None,
+    given: dict[str, Any],
+    lookup: Lookup | None = None,
 ) -> _Recipe:
+    name = "imitation" if lookup is None else "cascade"
     if network is None:
-        raise InputError("The strategy 'imitation' needs a draft; load the model with one.")
+        raise InputError(f"The strategy {name!r} needs a draft; load the model with one.")
     config = network.config
     most = given.get("num_speculative_tokens", config.num_speculative_tokens)
     confidence = given.get("confidence", config.confidence)
-    name = "imitation" if config.kind == "block" else f"imitation-{config.kind}"
+    shown = name if config.kind == "block" else f"{name}-{config.kind}"
     return _Recipe(
-        ("imitation", network, config.exit_layer, most, confidence),
+        (name, network, config.exit_layer, most, confidence),
         lambda: SelfSpeculative(
-            decoder, config.exit_layer, network, draft_length(most, confidence), name=name
+            decoder, config.exit_layer, network, draft_length(most, confidence), lookup, shown
         ),
     )
+
+
+def _cascade(
+    decoder: SplitDecoder, network: ImitationNetwork | None, given: dict[str, Any]
+) -> _Recipe:
+    return _imitation(decoder, network, given, Lookup())
 
 
 _STRATEGY_RECIPES: dict[
@@ -156,6 +168,7 @@ _STRATEGY_RECIPES: dict[
 ] = {
     "autoregressive": _autoregressive,
     "imitation": _imitation,
+    "cascade": _cascade,
     "early-exit": _early_exit,
     "layer-skip": _layer_skip,
     "prompt-lookup": _lookup,

@@ -6,12 +6,18 @@ import math
 import statistics
 from collections.abc import Sequence
 
-from fastvlm.drafting.draft_length import Progress, Timings, check_maximum
+from fastvlm.drafting.draft_length import Offer, Progress, Timings, check_maximum
 
 CONFIDENCE_BINS = 16
 """Bins of the drafter's confidence: every second one halves its distance to 1."""
 PRIOR_TOKENS = 3
 """The weight of an initial acceptance estimate, in tokens."""
+COPY_MATCHES = 16
+"""Lengths of a match that are told apart, from one token."""
+WRONG_AFTER_MATCH = 0.8
+"""The share that each token of a match leaves of the assumed chance that a copy is wrong."""
+FORGOTTEN = 0.02
+"""The share by which the estimate of a copy that isn't made goes back to what is assumed."""
 AVERAGED_TOKENS = 50
 """The number of tokens over which acceptance rates are averaged."""
 AVERAGED_CYCLES = 20
@@ -29,6 +35,11 @@ ONE_WORD_TOKENS = 2
 """Tokens in a reply of one word: the word, and the end token."""
 MAJORITY_SHARE = 0.5
 """The share of one-word replies above which most replies count as such."""
+
+
+def assumed_copy(match: int) -> float:
+    """Return the acceptance of a copied token after a match of so many tokens, as assumed first."""
+    return 1 - WRONG_AFTER_MATCH ** min(match, COPY_MATCHES)
 
 
 class Mean:
@@ -113,24 +124,36 @@ class Throughput:
         self.since_ordinary = 0
         self.budget_steps = min(self.budget_steps + PROBE_TIME_SHARE, BUDGET_STEPS)
 
-    def add_draft(self, tokens: float, timings: Timings) -> None:
-        """Add a cycle with a draft.
+    def verify_of(self, width: int) -> float:
+        """Return the seconds of a verify of so many tokens, as they are estimated."""
+        known = self.verify if self.verify.weight else self.ordinary
+        return known.value + self.slope * (width - (self.width.value or 1.0))
 
-        Args:
-            tokens: Tokens that a row gained, on average.
-            timings: The time of each part of the cycle, in seconds.
-        """
-        # The first step may have caught up on what the drafter had not seen, and single ones may
-        # have waited for other work: what counts is what one more step usually takes.
-        step = statistics.median(timings.steps[1:] or timings.steps)
-        self.step.add(self.step.without_outlier(step))
-        width, verify = len(timings.steps) + 1, self.verify.without_outlier(timings.verify)
+    def add_verify(self, width: int, seconds: float) -> None:
+        """Add the time of a verify of so many tokens, in seconds."""
+        verify = self.verify.without_outlier(seconds)
         if self.verify.weight:
             self.variance.add((width - self.width.value) ** 2)
             self.covariance.add((width - self.width.value) * (verify - self.verify.value))
         self.width.add(width)
         self.verify.add(verify)
-        seconds = self.cycle.without_outlier(sum(timings.steps) + timings.verify)
+
+    def add_draft(self, tokens: float, timings: Timings, copied: int = 0) -> None:
+        """Add a cycle with draft steps.
+
+        Args:
+            tokens: Tokens that a row gained by them, on average.
+            timings: The time of each part of the cycle, in seconds.
+            copied: Tokens of the longest row beyond the draft steps: they were copied.
+        """
+        # The first step may have caught up on what the drafter had not seen, and single ones may
+        # have waited for other work: what counts is what one more step usually takes.
+        step = statistics.median(timings.steps[1:] or timings.steps)
+        self.step.add(self.step.without_outlier(step))
+        self.add_verify(len(timings.steps) + copied + 1, timings.verify)
+        # What copied tokens took is no cost of the steps.
+        taken = sum(timings.steps) + timings.verify - self.slope * copied
+        seconds = self.cycle.without_outlier(taken)
         self.cycle.add(seconds)
         self.tokens.add(tokens)
         self.since_ordinary += 1
@@ -153,6 +176,10 @@ class AdaptiveLength:
     worth its time.) There is a draft at all while drafts are faster than ordinary steps, or have a
     budget: they begin with `BUDGET_STEPS`, may lose what they have saved, and ordinary steps add
     `PROBE_TIME_SHARE` of their time.
+
+    Copied tokens (prompt lookup) take no step, so their d is 0, and p is known by the length of the
+    match. A copy ends a draft, or is all of it, where it raises the expected tokens of its time
+    above what the average of other cycles gives, and above what further steps promise.
 
     The more rows a batch has, the more a verify's further tokens cost beside an ordinary step, so
     costs are those of the batch's size: with a full batch there may be no drafts at all. A size
@@ -180,6 +207,11 @@ class AdaptiveLength:
         self.by_confidence = [Mean(AVERAGED_TOKENS, value, PRIOR_TOKENS) for value in assumed]
         self.after_accepted = Mean(AVERAGED_TOKENS, 1.0, PRIOR_TOKENS)
         """Acceptance of a token after an accepted one."""
+        self.by_match = [
+            Mean(AVERAGED_TOKENS, assumed_copy(match), PRIOR_TOKENS)
+            for match in range(1, COPY_MATCHES + 1)
+        ]
+        """Acceptance of a copied token, by the length of the match before it."""
         self.throughputs: dict[int, Throughput] = {}
         """By the rows of a batch."""
         self.one_word = Mean()
@@ -241,13 +273,70 @@ class AdaptiveLength:
         needed = throughput.best * (throughput.step.value + throughput.slope) or 0.5
         return accepted * self.after_accepted.value > needed * sum(map(bool, progress.confidences))
 
+    def copy_acceptance(self, match: int) -> Mean:
+        """Return the mean acceptance of a copied token after a match of so many tokens."""
+        return self.by_match[min(match, COPY_MATCHES) - 1]
+
+    def should_copy(self, progress: Progress, offers: Sequence[Offer]) -> list[int]:
+        """Return how many of the offered tokens to copy. See `DraftLength.should_copy`."""
+        left = self.maximum - progress.steps
+        throughput = self.estimate(len(progress.active))
+        reached = [
+            math.prod(self.acceptance(confidence).value for confidence in confidences)
+            for confidences in progress.confidences
+        ]
+        gains = [0.0] * (min(left, max((offer.tokens for offer in offers), default=0)) + 1)
+        for chance, offer in zip(reached, offers, strict=True):
+            for place in range(1, min(offer.tokens, left) + 1):
+                chance *= self.copy_acceptance(offer.match + place - 1).value  # noqa: PLW2901
+                gains[place] += chance / len(offers)
+        rate = throughput.best
+        # Before anything is measured, a token is copied if it is more likely right than wrong.
+        needed = rate * throughput.slope if rate else 0.5
+        count = next((n for n, gain in enumerate(gains[1:]) if gain <= needed), len(gains) - 1)
+        gained = sum(gains[: count + 1])
+        if progress.steps:
+            worth = gained - needed * count > self._further_gain(progress, reached)
+        else:
+            worth = not rate or 1 + gained > rate * throughput.verify_of(1 + count)
+        if count and worth:
+            return [min(offer.tokens, count) for offer in offers]
+        for offer in offers:
+            if offer.tokens:
+                known = self.copy_acceptance(offer.match)
+                known.value += FORGOTTEN * (assumed_copy(offer.match) - known.value)
+        return [0] * len(offers)
+
+    def _further_gain(self, progress: Progress, reached: Sequence[float]) -> float:
+        """Return what further draft steps promise, in tokens of a row beyond their time."""
+        if not any(self.should_continue(progress)):
+            return 0.0
+        throughput = self.estimate(len(progress.active))
+        needed = throughput.best * (throughput.step.value + throughput.slope) or 0.5
+        chance, gain = sum(reached) / len(reached), 0.0
+        for _ in range(self.maximum - progress.steps):
+            chance *= self.after_accepted.value
+            if chance <= needed:
+                break
+            gain += chance - needed
+        return gain
+
     def update(self, progress: Progress, accepted: Sequence[int], timings: Timings) -> None:
         """Update the estimates after a cycle. See `DraftLength.update`."""
         throughput = self.throughput(len(progress.active))
-        if not progress.steps:
+        own = [min(n, len(c)) for n, c in zip(accepted, progress.confidences, strict=True)]
+        for copied, count, before in zip(progress.copied, accepted, own, strict=True):
+            for place, match in enumerate(copied[: count - before + 1]):
+                if before + place <= count:
+                    self.copy_acceptance(match).add(before + place < count)
+        copies = progress.tokens - progress.steps
+        if not progress.tokens:
             throughput.add_ordinary(timings.verify)
             return
-        drafted = [pair for pair in zip(progress.confidences, accepted, strict=True) if pair[0]]
+        if not progress.steps:
+            throughput.add_verify(copies + 1, timings.verify)
+            return
+        drafted = [pair for pair in zip(progress.confidences, own, strict=True) if pair[0]]
         for confidences, count in drafted:
             # Those after the first wrong one were not compared with the target's.
             for place, confidence in enumerate(confidences[: count + 1]):
@@ -256,7 +345,7 @@ class AdaptiveLength:
                     self.after_accepted.add(place < count)
         # A row without a draft gains a token, too.
         tokens = 1 + sum(count for _, count in drafted) / len(progress.active)
-        throughput.add_draft(tokens, timings)
+        throughput.add_draft(tokens, timings, copies)
 
     def on_finish(self, tokens: int) -> None:
         """Update the share of one-word replies after a reply of so many tokens."""

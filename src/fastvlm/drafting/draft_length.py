@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 from fastvlm.functional.errors import InputError
 
@@ -22,6 +22,8 @@ class Progress:
         generated: Tokens of the reply so far.
         lag: Positions before the last committed token that a drafter has not seen yet and has to
             process before its first guess.
+        copied: The lengths of the matches before each token that was copied (prompt lookup), after
+            the drafter's own.
     """
 
     active: list[bool]
@@ -29,11 +31,33 @@ class Progress:
     remaining: list[int]
     generated: list[int]
     lag: int = 0
+    copied: list[list[int]] = field(init=False)
+
+    def __post_init__(self) -> None:
+        """Begin with nothing copied."""
+        self.copied = [[] for _ in self.active]
 
     @property
     def steps(self) -> int:
         """Draft steps taken so far: tokens of the longest draft."""
         return max(map(len, self.confidences), default=0)
+
+    @property
+    def tokens(self) -> int:
+        """Tokens of the longest draft, with those that it copies."""
+        return max(len(c) + len(m) for c, m in zip(self.confidences, self.copied, strict=True))
+
+
+class Offer(NamedTuple):
+    """Tokens of one row that could be copied from what came before.
+
+    Args:
+        tokens: The number of tokens; 0 for none.
+        match: The number of last tokens that are the same where they are copied from.
+    """
+
+    tokens: int = 0
+    match: int = 1
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,12 +90,22 @@ class DraftLength(Protocol):
         """Return whether each row drafts another token; it is asked before the first one too."""
         ...
 
+    def should_copy(self, progress: Progress, offers: Sequence[Offer]) -> list[int]:
+        """Return how many offered tokens each row copies; they end the draft. All 0: it goes on.
+
+        Args:
+            progress: The cycle's drafts.
+            offers: What each row could copy.
+        """
+        ...
+
     def update(self, progress: Progress, accepted: Sequence[int], timings: Timings) -> None:
         """Update the rule's estimates after a cycle.
 
         Args:
             progress: The cycle's drafts.
-            accepted: The number of drafted tokens that each row accepted.
+            accepted: The number of tokens that each row accepted, of those that were drafted and
+                those that were copied.
             timings: The time of each part of the cycle, in seconds.
         """
         ...
@@ -95,6 +129,13 @@ class RowByRow:
         return [
             is_active and self.continues(confidences)
             for is_active, confidences in zip(progress.active, progress.confidences, strict=True)
+        ]
+
+    def should_copy(self, progress: Progress, offers: Sequence[Offer]) -> list[int]:
+        """Copy all that there is, up to the maximum."""
+        return [
+            min(offer.tokens, self.maximum - len(confidences))
+            for offer, confidences in zip(offers, progress.confidences, strict=True)
         ]
 
     def update(self, progress: Progress, accepted: Sequence[int], timings: Timings) -> None:

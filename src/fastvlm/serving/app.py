@@ -144,7 +144,7 @@ class Server:
             "created": self.created,
             "owned_by": "fastvlm",
             "fastvlm": {
-                "strategies": [*strategies[:1], "imitation", *strategies[1:]]
+                "strategies": [*strategies[:1], "imitation", "cascade", *strategies[1:]]
                 if drafts
                 else strategies,
                 "default_strategy": "imitation" if drafts else "autoregressive",
