@@ -17,6 +17,7 @@ from transformers import (
 
 from fastvlm.data.questions import Question
 from fastvlm.decoding import Engine, Request, SelfSpeculative, Strategy
+from fastvlm.decoding.lookup import Lookup
 from fastvlm.drafting import DraftLength, FixedLength, ImitationConfig, ImitationNetwork
 from fastvlm.drafting.imitation import initialise_from
 from fastvlm.language import DecoderInputs, split_decoder
@@ -118,6 +119,7 @@ def imitation(
     blocks: int = 1,
     length: DraftLength | None = None,
     perfect: bool = False,
+    lookup: Lookup | None = None,
 ) -> SelfSpeculative:
     """Return self-speculative drafting; a perfect one holds all of the target's other layers."""
     decoder = split_decoder(model)
@@ -132,7 +134,7 @@ def imitation(
     )
     network = network.to(decoder.dtype).eval()
     initialise_from(network, list(model.get_decoder().layers))
-    return SelfSpeculative(decoder, exit_layer, network, length or FixedLength(4))
+    return SelfSpeculative(decoder, exit_layer, network, length or FixedLength(4), lookup)
 
 
 def decoding_acceptance(

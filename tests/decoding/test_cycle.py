@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import pytest
 import torch
 from transformers import FastVlmForConditionalGeneration, PreTrainedModel
@@ -14,7 +16,10 @@ from fastvlm.decoding import (
     SelfSpeculative,
     Strategy,
 )
-from fastvlm.drafting import ConfidenceLength, FixedLength
+from fastvlm.decoding.batch import Batch
+from fastvlm.decoding.history import Copy
+from fastvlm.decoding.lookup import Lookup
+from fastvlm.drafting import AdaptiveLength, ConfidenceLength, FixedLength
 from fastvlm.functional.errors import InputError
 from fastvlm.language import DecoderInputs, split_decoder
 from fastvlm.language.decoder import cache_name
@@ -38,7 +43,20 @@ STRATEGIES = (
     "mlp",
     "confidence",
     "perfect",
+    "cascade",
+    "adaptive cascade",
 )
+
+
+class Rarely(Lookup):
+    """Copies where the history's length is odd: before a draft, after some of its steps, never."""
+
+    def copies(
+        self, batch: Batch, drafts: Sequence[Sequence[int]], most: Sequence[int]
+    ) -> list[Copy | None]:
+        found = super().copies(batch, drafts, most)
+        lengths = map(sum, zip(batch.lengths, map(len, drafts), strict=True))
+        return [copy if n % 2 else None for copy, n in zip(found, lengths, strict=True)]
 
 
 def strategy(name: str, model: PreTrainedModel) -> Strategy:
@@ -52,6 +70,8 @@ def strategy(name: str, model: PreTrainedModel) -> Strategy:
         "mlp": lambda: imitation(model, kind="mlp", exit_layer=3, length=FixedLength(2)),
         "confidence": lambda: imitation(model, length=ConfidenceLength(6, 0.3)),
         "perfect": lambda: imitation(model, exit_layer=2, perfect=True, length=FixedLength(6)),
+        "cascade": lambda: imitation(model, length=ConfidenceLength(4, 0.2), lookup=Rarely()),
+        "adaptive cascade": lambda: imitation(model, length=AdaptiveLength(6), lookup=Lookup()),
     }
     return made[name]()
 

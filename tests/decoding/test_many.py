@@ -28,6 +28,7 @@ def ways(vlm: VisionLanguageModel) -> dict[str, Strategy]:
         "early-exit": vlm.strategy("early-exit"),
         "layer-skip": vlm.strategy("layer-skip", confidence=0.2),
         "prompt-lookup": vlm.strategy("prompt-lookup"),
+        "cascade": vlm.strategy("cascade", network=imitation(vlm.model).network),
     }
 
 

@@ -85,6 +85,7 @@ def strategies(vlm: VisionLanguageModel) -> list[Strategy]:
         vlm.strategy("layer-skip", confidence=0, num_speculative_tokens=3),
         SelfSpeculative(decoder, 2, length=AdaptiveLength(5)),
         imitation(vlm.model, length=AdaptiveLength(6)),
+        vlm.strategy("cascade", network=imitation(vlm.model, exit_layer=2).network),
         imitation(vlm.model, kind="mlp", exit_layer=2, length=FixedLength(2)),
         imitation(vlm.model, exit_layer=2, perfect=True, length=FixedLength(4)),
     ]

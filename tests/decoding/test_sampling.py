@@ -29,6 +29,7 @@ from fastvlm.decoding import (
     cycle,
     sampler,
 )
+from fastvlm.decoding.lookup import Lookup
 from fastvlm.decoding.processors import LogitBias, LogitsProcessor, OccurrencePenalties
 from fastvlm.drafting import AdaptiveLength, ConfidenceLength, FixedLength
 from fastvlm.functional import noise
@@ -143,6 +144,7 @@ def drafters(model: PreTrainedModel) -> dict[str, Strategy]:
     return {
         "imitation": imitation(model, length=FixedLength(3)),
         "prompt-lookup": PromptLookup(FixedLength(3)),
+        "cascade": imitation(model, length=ConfidenceLength(3, 0.2), lookup=Lookup()),
     }
 
 

@@ -54,6 +54,7 @@ def strategies(vlm: VisionLanguageModel) -> dict[str, Strategy]:
         "early exit": SelfSpeculative(vlm.decoder, 2, length=FixedLength(3)),
         "layer-skip": vlm.strategy("layer-skip"),
         "prompt-lookup": vlm.strategy("prompt-lookup"),
+        "cascade": vlm.strategy("cascade", network=imitation(vlm.model).network),
     }
 
 

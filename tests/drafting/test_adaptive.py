@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 import pytest
 
-from fastvlm.drafting import AdaptiveLength, DraftLength, FixedLength
+from fastvlm.drafting import AdaptiveLength, ConfidenceLength, DraftLength, FixedLength
 from fastvlm.drafting.adaptive import (
     BUDGET_STEPS,
     OUTLIER_RATIO,
@@ -16,7 +16,7 @@ from fastvlm.drafting.adaptive import (
     Mean,
     Throughput,
 )
-from fastvlm.drafting.draft_length import Progress, Timings
+from fastvlm.drafting.draft_length import Offer, Progress, Timings
 from fastvlm.functional.errors import InputError
 
 
@@ -386,3 +386,83 @@ def test_a_clock_that_stands_still_is_no_failure() -> None:
     assert still.best == still.slope == 0
     assert still.should_draft(pays=still.pays)
     assert length.should_continue(Progress([True], [[]], [100], [5], 1)) == [True]
+
+
+def copying(
+    length: DraftLength,
+    right: Sequence[float],
+    *,
+    slope: float = 0.1,
+    cycles: int = 400,
+    step: float | None = None,
+) -> tuple[float, list[int]]:
+    """Decode where a copy of four tokens is offered in each cycle, without a drafter.
+
+    Args:
+        length: The rule.
+        right: The chance that a copied token is right, in each half of the cycles.
+        slope: What each further token of a verify costs, in ordinary steps.
+        cycles: The number of cycles.
+        step: The cost of a draft step whose tokens are always wrong; None for no drafter.
+
+    Returns:
+        Ordinary steps per token, and the number of copied tokens in each cycle.
+    """
+    chance, time, tokens, counts = random.Random(6), 0.0, 0, []
+    for cycle in range(cycles):
+        progress = Progress([True], [[]], [100], [9])
+        steps: list[float] = []
+        while True:
+            [count] = length.should_copy(progress, [Offer(4, 2)])
+            if count or step is None or not any(length.should_continue(progress)):
+                break
+            steps.append(step)
+            progress.confidences[0].append(0.3)
+        progress.copied[0] += range(2, 2 + count)
+        accepted = 0
+        if not steps:
+            while accepted < count and chance.random() < right[cycle * len(right) // cycles]:
+                accepted += 1
+        verify = 1 + slope * (count + len(steps)) + (0.2 if count or steps else 0)
+        length.update(progress, [accepted], Timings(steps, verify))
+        counts.append(count)
+        time, tokens = time + verify + sum(steps), tokens + accepted + 1
+    return time / tokens, counts
+
+
+@pytest.mark.parametrize("step", [None, 0.1])
+def test_copies_are_made_where_they_pay(step: float | None) -> None:
+    taken, counts = copying(AdaptiveLength(24), [0.9], step=step)
+    assert taken < 0.45
+    assert sum(counts) > 3 * len(counts)
+    taken, counts = copying(AdaptiveLength(24), [0.02], step=step, cycles=1500)
+    assert taken < 1.03
+    # They are tried again, now and then, and used once they pay.
+    taken, counts = copying(AdaptiveLength(24), [0.02, 0.9], step=step)
+    assert sum(counts[:200]) < 100
+    assert sum(counts[-100:]) > 300
+
+
+def test_a_copy_is_as_long_as_it_pays() -> None:
+    short = copying(AdaptiveLength(24), [0.6], slope=0.3)[1]
+    long = copying(AdaptiveLength(24), [0.6], slope=0.02)[1]
+    assert 0 < sum(short) < sum(long)
+
+
+def test_a_copy_waits_for_a_drafter_that_promises_more() -> None:
+    length = taught(1, 0.05, 0.05, accepted=True)
+    progress = Progress([True], [[0.85]], [100], [9])
+    for after, count in ((1.0, 0), (0.7, 20)):
+        length.after_accepted = Mean(value=after)
+        assert length.should_copy(progress, [Offer(1, 1)]) == [0]
+        assert length.should_copy(progress, [Offer(20, 16)]) == [count]
+
+
+def test_a_row_without_a_copy_has_none() -> None:
+    progress = Progress([True] * 3, [[] for _ in range(3)], [100] * 3, [9] * 3)
+    offers = [Offer(20, 16), Offer(), Offer(2, 16)]
+    for length in (FixedLength(6), ConfidenceLength(6, 0.5)):
+        assert length.should_copy(progress, offers) == [6, 0, 2]
+    # A third token costs all rows a place, and brings one of them a token.
+    assert AdaptiveLength(6).should_copy(progress, offers) == [2, 0, 2]
+    assert AdaptiveLength(6).should_copy(progress, [Offer()] * 3) == [0, 0, 0]

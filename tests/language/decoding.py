@@ -16,7 +16,8 @@ from fastvlm.decoding import (
     SelfSpeculative,
     Strategy,
 )
-from fastvlm.drafting import FixedLength, ImitationConfig, ImitationNetwork
+from fastvlm.decoding.lookup import Lookup
+from fastvlm.drafting import ConfidenceLength, FixedLength, ImitationConfig, ImitationNetwork
 from fastvlm.drafting.imitation import initialise_from
 from fastvlm.language import DecoderInputs, SplitDecoder
 from tests.families import DEPTH, END
@@ -24,6 +25,7 @@ from tests.families import DEPTH, END
 LIMIT = 14
 STRATEGIES = (
     "autoregressive", "early-exit", "prompt-lookup", "block", "perfect", "mlp", "layer-skip",
+    "cascade",
 )  # fmt: skip
 
 
@@ -69,9 +71,12 @@ def strategy(name: str, decoder: SplitDecoder, exit_layer: int = 1) -> Strategy:
         "early-exit": lambda: None,
         "block": lambda: network(decoder, "block", exit_layer=exit_layer),
         "perfect": lambda: network(decoder, "block", perfect=True, exit_layer=exit_layer),
+        "cascade": lambda: network(decoder, "block", exit_layer=exit_layer),
         "mlp": lambda: network(decoder, "mlp", exit_layer=exit_layer),
     }[name]()
-    return SelfSpeculative(decoder, exit_layer, made, FixedLength(3))
+    rule = ConfidenceLength(4, 0.3) if name == "cascade" else FixedLength(3)
+    lookup = Lookup() if name == "cascade" else None
+    return SelfSpeculative(decoder, exit_layer, made, rule, lookup)
 
 
 def decode(

@@ -16,8 +16,6 @@ COPY_MATCHES = 16
 """Lengths of a match that are told apart, from one token."""
 WRONG_AFTER_MATCH = 0.8
 """The share that each token of a match leaves of the assumed chance that a copy is wrong."""
-FORGOTTEN = 0.02
-"""The share by which the estimate of a copy that isn't made goes back to what is assumed."""
 AVERAGED_TOKENS = 50
 """The number of tokens over which acceptance rates are averaged."""
 AVERAGED_CYCLES = 20
@@ -35,11 +33,6 @@ ONE_WORD_TOKENS = 2
 """Tokens in a reply of one word: the word, and the end token."""
 MAJORITY_SHARE = 0.5
 """The share of one-word replies above which most replies count as such."""
-
-
-def assumed_copy(match: int) -> float:
-    """Return the acceptance of a copied token after a match of so many tokens, as assumed first."""
-    return 1 - WRONG_AFTER_MATCH ** min(match, COPY_MATCHES)
 
 
 class Mean:
@@ -78,7 +71,8 @@ class Throughput:
         """Tokens that a verify computes, and that a cycle with a draft brings."""
         self.variance, self.covariance = Mean(), Mean()
         """Of a verify's width, and of its width and seconds."""
-        self.budget_steps = budget_steps
+        self.budget_steps, self.copy_budget_steps = budget_steps, float(BUDGET_STEPS)
+        """What drafts, and copies that seem not to pay, may lose, in ordinary steps."""
         self.since_ordinary, self.ordinary_due = 0, 2
         """Drafts since an ordinary step was measured, and with how many the next one is."""
 
@@ -113,7 +107,12 @@ class Throughput:
 
     def should_draft(self, *, pays: bool) -> bool:
         """Return whether drafts pay or have a budget, and no ordinary step has to be measured."""
-        return (pays or self.budget_steps >= 0) and self.since_ordinary < self.ordinary_due
+        return (pays or self.budget_steps >= 0) and not self.wants_ordinary
+
+    @property
+    def wants_ordinary(self) -> bool:
+        """Whether an ordinary step has to be measured."""
+        return self.since_ordinary >= self.ordinary_due
 
     def add_ordinary(self, seconds: float) -> None:
         """Add the time of a cycle without a draft, in seconds."""
@@ -123,6 +122,21 @@ class Throughput:
             self.ordinary_due = min(2 * self.ordinary_due, MEASURE_ORDINARY_EVERY)
         self.since_ordinary = 0
         self.budget_steps = min(self.budget_steps + PROBE_TIME_SHARE, BUDGET_STEPS)
+        self.copy_budget_steps = min(self.copy_budget_steps + PROBE_TIME_SHARE, BUDGET_STEPS)
+
+    def add_copy(self, tokens: float, copied: int, seconds: float) -> None:
+        """Add a cycle with copies alone.
+
+        Args:
+            tokens: Tokens that a row gained, on average.
+            copied: Tokens of the longest copy.
+            seconds: The time of its verify.
+        """
+        if self.ordinary.value:
+            gain = tokens - self.verify.without_outlier(seconds) / self.ordinary.value
+            self.copy_budget_steps = min(self.copy_budget_steps + gain, BUDGET_STEPS)
+        self.add_verify(copied + 1, seconds)
+        self.since_ordinary += 1
 
     def verify_of(self, width: int) -> float:
         """Return the seconds of a verify of so many tokens, as they are estimated."""
@@ -208,7 +222,7 @@ class AdaptiveLength:
         self.after_accepted = Mean(AVERAGED_TOKENS, 1.0, PRIOR_TOKENS)
         """Acceptance of a token after an accepted one."""
         self.by_match = [
-            Mean(AVERAGED_TOKENS, assumed_copy(match), PRIOR_TOKENS)
+            Mean(AVERAGED_TOKENS, 1 - WRONG_AFTER_MATCH**match, PRIOR_TOKENS)
             for match in range(1, COPY_MATCHES + 1)
         ]
         """Acceptance of a copied token, by the length of the match before it."""
@@ -279,8 +293,10 @@ class AdaptiveLength:
 
     def should_copy(self, progress: Progress, offers: Sequence[Offer]) -> list[int]:
         """Return how many of the offered tokens to copy. See `DraftLength.should_copy`."""
-        left = self.maximum - progress.steps
-        throughput = self.estimate(len(progress.active))
+        rows, left = len(progress.active), self.maximum - progress.steps
+        if not progress.steps and self.throughput(rows).wants_ordinary:
+            return [0] * rows
+        throughput = self.estimate(rows)
         reached = [
             math.prod(self.acceptance(confidence).value for confidence in confidences)
             for confidences in progress.confidences
@@ -289,23 +305,21 @@ class AdaptiveLength:
         for chance, offer in zip(reached, offers, strict=True):
             for place in range(1, min(offer.tokens, left) + 1):
                 chance *= self.copy_acceptance(offer.match + place - 1).value  # noqa: PLW2901
-                gains[place] += chance / len(offers)
+                gains[place] += chance / rows
         rate = throughput.best
         # Before anything is measured, a token is copied if it is more likely right than wrong.
         needed = rate * throughput.slope if rate else 0.5
         count = next((n for n, gain in enumerate(gains[1:]) if gain <= needed), len(gains) - 1)
         gained = sum(gains[: count + 1])
         if progress.steps:
-            worth = gained - needed * count > self._further_gain(progress, reached)
+            pays = gained - needed * count > self._further_gain(progress, reached)
         else:
-            worth = not rate or 1 + gained > rate * throughput.verify_of(1 + count)
-        if count and worth:
-            return [min(offer.tokens, count) for offer in offers]
-        for offer in offers:
-            if offer.tokens:
-                known = self.copy_acceptance(offer.match)
-                known.value += FORGOTTEN * (assumed_copy(offer.match) - known.value)
-        return [0] * len(offers)
+            pays = not rate or 1 + gained > rate * throughput.verify_of(1 + count)
+        if not (count and pays):
+            # One token shows whether copies have come to pay.
+            tries = not progress.steps and rate and throughput.copy_budget_steps > 0
+            count = 1 if tries and len(gains) > 1 else 0
+        return [min(offer.tokens, count) for offer in offers]
 
     def _further_gain(self, progress: Progress, reached: Sequence[float]) -> float:
         """Return what further draft steps promise, in tokens of a row beyond their time."""
@@ -334,7 +348,8 @@ class AdaptiveLength:
             throughput.add_ordinary(timings.verify)
             return
         if not progress.steps:
-            throughput.add_verify(copies + 1, timings.verify)
+            tokens = 1 + sum(accepted) / len(progress.active)
+            throughput.add_copy(tokens, copies, timings.verify)
             return
         drafted = [pair for pair in zip(progress.confidences, own, strict=True) if pair[0]]
         for confidences, count in drafted:
