@@ -12,6 +12,7 @@ from fastvlm.drafting import AdaptiveLength, ConfidenceLength, DraftLength, Fixe
 from fastvlm.drafting.adaptive import (
     BUDGET_STEPS,
     OUTLIER_RATIO,
+    PRIOR_TOKENS,
     PROBE_TIME_SHARE,
     Mean,
     Throughput,
@@ -456,6 +457,19 @@ def test_a_copy_waits_for_a_drafter_that_promises_more() -> None:
         length.after_accepted = Mean(value=after)
         assert length.should_copy(progress, [Offer(1, 1)]) == [0]
         assert length.should_copy(progress, [Offer(20, 16)]) == [count]
+
+
+def test_copies_are_judged_by_what_was_compared() -> None:
+    for accepted, before, after in ((1, 0, 0), (2, 0, 1), (3, 1, 1), (4, 2, 0)):
+        length = AdaptiveLength(6)
+        progress = Progress([True], [[0.9, 0.9]], [100], [9])
+        progress.copied[0] += [3, 4]
+        length.update(progress, [accepted], Timings([0.1, 0.1], 1.0))
+        right = [length.copy_acceptance(match) for match in (3, 4)]
+        assert sum(mean.weight - PRIOR_TOKENS for mean in right) == before + after
+        new = AdaptiveLength(6)
+        risen = [m.value > new.copy_acceptance(n).value for n, m in zip((3, 4), right, strict=True)]
+        assert sum(risen) == before
 
 
 def test_a_row_without_a_copy_has_none() -> None:

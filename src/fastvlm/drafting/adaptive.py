@@ -339,10 +339,13 @@ class AdaptiveLength:
         """Update the estimates after a cycle. See `DraftLength.update`."""
         throughput = self.throughput(len(progress.active))
         own = [min(n, len(c)) for n, c in zip(accepted, progress.confidences, strict=True)]
-        for copied, count, before in zip(progress.copied, accepted, own, strict=True):
-            for place, match in enumerate(copied[: count - before + 1]):
-                if before + place <= count:
-                    self.copy_acceptance(match).add(before + place < count)
+        for copied, confidences, count in zip(
+            progress.copied, progress.confidences, accepted, strict=True
+        ):
+            # Where one of the drafter's own was wrong, no copied token was compared.
+            right = count - len(confidences)
+            for place, match in enumerate(copied[: max(right + 1, 0)]):
+                self.copy_acceptance(match).add(place < right)
         copies = progress.tokens - progress.steps
         if not progress.tokens:
             throughput.add_ordinary(timings.verify)
