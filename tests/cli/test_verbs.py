@@ -79,7 +79,8 @@ def test_help_needs_no_torch() -> None:
 
 
 @pytest.mark.parametrize(
-    "strategy", ["autoregressive", "imitation", "early-exit", "layer-skip", "prompt-lookup"]
+    "strategy",
+    ["autoregressive", "imitation", "cascade", "early-exit", "layer-skip", "prompt-lookup"],
 )
 def test_a_reply_is_that_of_transformers(cli: Cli, shipped: Path, strategy: str) -> None:
     image, prompt = shipped / "images" / "0.png", "What is it?"
@@ -160,6 +161,7 @@ def test_the_benchmark_measures_every_strategy(cli: Cli, tmp_path: Path) -> None
         "autoregressive",
         "imitation",
         "imitation-mlp",
+        "cascade",
         "early-exit",
         "layer-skip",
         "prompt-lookup",
