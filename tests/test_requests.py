@@ -76,7 +76,7 @@ def test_what_nobody_uses_is_refused_before_an_image_is_opened(
     ("strategy", "options", "named"),
     [
         (None, {"max_draft": 3}, "max_draft"),
-        ("prompt-lookup", {"confidence": 0.5}, "confidence"),
+        ("autoregressive", {"confidence": 0.5}, "confidence"),
         ("autoregressive", {"num_speculative_tokens": 3}, "num_speculative_tokens"),
         ("early-exit", {"skipped_layers": (1,)}, "skipped_layers"),
         ("layer-skip", {"exit_layer": 1}, "exit_layer"),

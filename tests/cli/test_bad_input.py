@@ -156,7 +156,7 @@ def test_an_audit_that_can_not_be_run(
     ("words", "told"),
     [
         (("--strategy", "telepathy"), "got 'telepathy'"),
-        (("--strategy", "prompt-lookup", "--confidence", ".5"), "no option 'confidence' here"),
+        (("--strategy", "autoregressive", "--confidence", ".5"), "no option 'confidence' here"),
         (("--strategy", "early-exit", "--skipped-layers", "1"), "no option 'skipped_layers' here"),
         (("--strategy", "autoregressive", "--num-speculative-tokens", "3"), "takes none"),
         (("--skipped-layers", "1"), "no option 'skipped_layers' here"),
