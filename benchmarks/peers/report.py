@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from fastvlm.functional.statistics import Spread
-from peers.contenders import COMPILED, DRAFT, ENGINES, LOOKUP
+from peers.contenders import CASCADE, COMPILED, DRAFT, ENGINES, LOOKUP
 from peers.rounds import LIKELIHOOD, REFERENCE, Journal, Prompt, Record
 from peers.workers.worker_protocol import ORDINARY
 
@@ -15,6 +15,7 @@ TITLES = {
     ORDINARY: "",
     LOOKUP: ", prompt lookup",
     DRAFT: ", draft",
+    CASCADE: ", cascade of both",
     COMPILED: ", compiled, static cache",
 }
 LOSSLESS = ("float32", "bfloat16")
