@@ -42,9 +42,7 @@ class Engine:
 
 ENGINES = {
     "fastvlm": Engine("fastvlm", "fastvlm_worker.py", OURS, shares=True),
-    "fastvlm-onnx": Engine(
-        "fastvlm, ONNX Runtime", "fastvlm_onnx_worker.py", OURS, shares=True
-    ),
+    "fastvlm-onnx": Engine("fastvlm, ONNX Runtime", "fastvlm_onnx_worker.py", OURS, shares=True),
     "transformers": Engine(
         "transformers", "transformers_worker.py", (ORDINARY, LOOKUP, COMPILED), shares=True
     ),

@@ -8,6 +8,7 @@ from typing import Any
 
 from fastvlm.functional.statistics import Spread
 from peers.contenders import CASCADE, COMPILED, DRAFT, ENGINES, LOOKUP
+from peers.environments import ENVIRONMENTS
 from peers.rounds import LIKELIHOOD, REFERENCE, Journal, Prompt, Record
 from peers.workers.worker_protocol import ORDINARY
 
@@ -17,6 +18,10 @@ TITLES = {
     DRAFT: ", draft",
     CASCADE: ", cascade of both",
     COMPILED: ", compiled, static cache",
+}
+FASTEST = {
+    "ordinary": "fastvlm over the fastest peer, without drafts",
+    "any": "fastvlm over the fastest peer, with drafts",
 }
 LOSSLESS = ("float32", "bfloat16")
 
@@ -40,7 +45,40 @@ def summary(journal: Journal, prompts: Sequence[Prompt]) -> dict[str, Any]:
         "kinds": sorted({prompt.kind for prompt in prompts}),
         "engines": _abouts(journal),
         "results": [_result(journal, prompts, *key) for key in asked],
+        "fastest": {
+            dtype: _fastest(journal, [key for key in asked if key[0] == dtype])
+            for dtype in dict.fromkeys(dtype for dtype, *_ in asked)
+        },
     }
+
+
+def _fastest(journal: Journal, keys: Sequence[tuple[str, str, str]]) -> dict[str, Any]:
+    """Return the fastest of ours and of the peers in a precision, and the speedup over the peer.
+
+    Each is found among ordinary decoding alone, and among all ways. `transformers` compiled is
+    ordinary decoding, too: it drafts nothing.
+    """
+    found: dict[str, Any] = {}
+    for name, ways in (("ordinary", (ORDINARY, COMPILED)), ("any", None)):
+        times = {
+            (engine, way): _replies(journal, dtype, engine, way)
+            for dtype, engine, way in keys
+            if (ways is None or way in ways)
+            and not any("error" in one for one in journal.find(dtype=dtype, engine=engine, way=way))
+        }
+        sides = []
+        for peers in (False, True):
+            medians = {
+                key: statistics.median(one["tpot_ms"] for one in replies.values())
+                for key, replies in times.items()
+                if replies and (key[0] in ENVIRONMENTS) == peers
+            }
+            sides.append(min(medians, key=lambda key: medians[key]) if medians else None)
+        ours, theirs = sides
+        speedup = _speedup(times[theirs], times[ours]) if ours and theirs else None
+        if ours and theirs and speedup:
+            found[name] = {"ours": [*ours], "theirs": [*theirs], "speedup": speedup}
+    return found
 
 
 def _abouts(journal: Journal) -> dict[str, dict[str, str]]:
@@ -166,6 +204,10 @@ def table(found: dict[str, Any]) -> str:
         cells = [_speed(rows.get((engine, way, dtype))) for dtype in dtypes]
         lines.append(f"| {ENGINES[engine].title}{TITLES[way]} | {' | '.join(cells)} |")
     lines += [
+        f"| {title} | {' | '.join(_ahead(found['fastest'][dtype].get(name)) for dtype in dtypes)} |"
+        for name, title in FASTEST.items()
+    ]
+    lines += [
         "",
         (
             "| replies as `transformers`' float32; its log-likelihood per token |"
@@ -192,6 +234,15 @@ def _speed(row: dict[str, Any] | None) -> str:
     median, low, high = row["tokens_per_second"]
     ratio = f", {row['speedup'][0]:.2f}x" if row["speedup"] else ""
     return f"{median:.1f} ({low:.1f}-{high:.1f}){ratio}"
+
+
+def _ahead(row: dict[str, Any] | None) -> str:
+    if row is None:
+        return "-"
+    ours, theirs = (f"{ENGINES[engine].title}{TITLES[way]}" for engine, way in
+                    (row["ours"], row["theirs"]))  # fmt: skip
+    median, low, high = row["speedup"]
+    return f"{median:.2f}x ({low:.2f}-{high:.2f}): {ours}; {theirs}"
 
 
 def _fidelity(row: dict[str, Any] | None) -> str:
