@@ -203,10 +203,9 @@ def table(found: dict[str, Any]) -> str:
     for engine, way in named:
         cells = [_speed(rows.get((engine, way, dtype))) for dtype in dtypes]
         lines.append(f"| {ENGINES[engine].title}{TITLES[way]} | {' | '.join(cells)} |")
-    lines += [
-        f"| {title} | {' | '.join(_ahead(found['fastest'][dtype].get(name)) for dtype in dtypes)} |"
-        for name, title in FASTEST.items()
-    ]
+    for name, title in FASTEST.items():
+        cells = [_ahead(found["fastest"].get(dtype, {}).get(name)) for dtype in dtypes]
+        lines.append(f"| {title} | {' | '.join(cells)} |")
     lines += [
         "",
         (
