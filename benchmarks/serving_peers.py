@@ -86,8 +86,12 @@ def write_decoder(folder: Path, source: Path = Path(MODEL)) -> None:
     decoder.model.load_state_dict(model.model.language_model.state_dict())
     decoder.tie_weights()
     decoder.save_pretrained(folder)
-    for file in ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja"):
+    for file in ("tokenizer.json", "chat_template.jinja"):
         shutil.copy(source / file, folder)
+    settings = json.loads((source / "tokenizer_config.json").read_text())
+    # Without one, what reads it as Qwen2's adds a token that the model has no embedding for.
+    settings["unk_token"] = settings["eos_token"]
+    (folder / "tokenizer_config.json").write_text(json.dumps(settings))
 
 
 def opening(number: int) -> str:

@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
+from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
 import decoding_peers
 import fastvlm
@@ -416,6 +416,9 @@ def test_a_decoder_for_all_engines(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     assert first["prompt"] != second["prompt"]
     example = fastvlm.load()
     tokens = example.tokenizer(first["prompt"])["input_ids"]
+    read = AutoTokenizer.from_pretrained(tmp_path / "model")
+    assert read(first["prompt"])["input_ids"] == tokens
+    assert len(read) <= len(example.tokenizer)
     request = example.request(TokenPrompt(tokens), strategy="autoregressive", max_new_tokens=8)
     example.engine.run_all([request])
     written = AutoModelForCausalLM.from_pretrained(tmp_path / "model")
