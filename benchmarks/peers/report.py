@@ -114,6 +114,7 @@ def _result(
             if passes
             else None
         ),
+        "same_as_ordinary": _same(own, ordinary) if way != ORDINARY else None,
         "same_as_transformers": _same(own, reference),
         "same_as_float32": _same(own, exact),
         "share_before_first_difference": _agreement(own, exact),
@@ -255,18 +256,23 @@ def _fidelity(row: dict[str, Any] | None) -> str:
 
 def _caption(found: dict[str, Any]) -> str:
     load = found["load_average"]
-    unequal = [
-        f"{ENGINES[one['engine']].title}{TITLES[one['way']]} in {one['dtype']} {one_same[0]}"
-        for one in found["results"]
-        if (one_same := one.get("same_as_transformers")) and one_same[0] < one_same[1]
-    ]
-    others = f", but {', '.join(unequal)}" if unequal else ""
     return (
         f"{found['model']}: greedy replies of {found['max_new_tokens']} tokens to"
         f" {found['prompts']} prompts of {len(found['kinds'])} kinds, a batch of one,"
         f" {found['threads']} threads of {found['hardware']['processor']}; medians (quartiles) of"
         f" tokens/s after the first token, the engines in turns. In float32 and bfloat16 all"
-        f" replies have the tokens of `transformers`' own in that precision{others}. The load"
-        f" average of the machine was {load['median']:.1f} in the median, {load['highest']:.1f} at"
-        " most."
+        f" replies have the tokens of `transformers`' own in that precision"
+        f"{_but(found, 'same_as_transformers')}. In each precision, all replies have the tokens of"
+        f" the engine's own ordinary decoding{_but(found, 'same_as_ordinary')}. The load average"
+        f" of the machine was {load['median']:.1f} in the median, {load['highest']:.1f} at most."
     )
+
+
+def _but(found: dict[str, Any], figure: str) -> str:
+    """Return the ways of decoding of which not all replies are the same, to end a sentence with."""
+    unequal = [
+        f"{ENGINES[one['engine']].title}{TITLES[one['way']]} in {one['dtype']} {same[0]}"
+        for one in found["results"]
+        if (same := one.get(figure)) and same[0] < same[1]
+    ]
+    return f", but {', '.join(unequal)}" if unequal else ""

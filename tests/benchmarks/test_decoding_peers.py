@@ -184,7 +184,8 @@ def test_a_run(measure: Callable[..., dict[str, Any]]) -> None:
     assert other["same_as_float32"] == [0, 3]
     assert other["share_before_first_difference"] == 0
     assert other["log_likelihood"] == -0.5
-    assert other["speedup"] is None
+    assert other["speedup"] is other["same_as_ordinary"] is None
+    assert ours["same_as_ordinary"] == [3, 3]
     assert row(found, engine="vllm", dtype="int8", way="ordinary")["error"].endswith("no int8 here")
     rough = row(found, engine="vllm", dtype="int4", way="ordinary")
     assert rough["likelihood_error"] == "NotImplementedError: no likelihoods"
