@@ -256,6 +256,18 @@ def test_what_fails_is_asked_once(command: list[str], tmp_path: Path) -> None:
     assert result["error"] == "RuntimeError: nine"
 
 
+def test_ways_that_give_other_tokens_are_told(tmp_path: Path) -> None:
+    journal = Journal(tmp_path / "records.jsonl", {}, resumes=False)
+    key = {"engine": "llama.cpp", "dtype": "int8", "prompt": 0, "ttft_ms": 1.0, "tpot_ms": 1.0}
+    journal.add(**key, way="ordinary", token_ids=[1, 2, 3])
+    journal.add(**key, way="prompt lookup", token_ids=[1, 2, 4])
+    found = summary(journal, [Prompt("a", [1])])
+    assert row(found, way="prompt lookup")["same_as_ordinary"] == [0, 1]
+    about = {"hardware": {"processor": "one"}, "model": "m", "threads": 1, "max_new_tokens": 3}
+    shown = table({**about, "dtypes": ["int8"], **found})
+    assert "ordinary decoding, but llama.cpp, prompt lookup in int8 0." in shown
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [
