@@ -2,6 +2,7 @@
 
     python benchmarks/decoding_peers.py setup [ENGINE ...]
     python benchmarks/decoding_peers.py measure --model DIR --prompts FILE [--draft DIR] --json FILE
+    python benchmarks/decoding_peers.py decoder [--model DIR] FOLDER
 
 `setup` makes a virtual environment for each engine; what is there already stays. `measure` loads
 the model into a process for each engine and way of decoding, and asks them in turns for greedy
@@ -11,18 +12,21 @@ with prompt lookup and a draft. What an engine can't do is reported in its own w
 is kept at once: `--resume` goes on with a run that was ended.
 
 Prompts are JSON lines with a `kind` and a `prompt`; they are taken kind by kind in turns, so that
-`--limit` leaves as many of each.
+`--limit` leaves as many of each. `decoder` writes a FastVLM's decoder as a Qwen2 that all engines
+read, with prompts for it: `FOLDER/model` and `FOLDER/prompts.jsonl`.
 """
 
 from __future__ import annotations
 
 import argparse
+import json
 from itertools import zip_longest
 from pathlib import Path
 from typing import Any
 
 from transformers import AutoTokenizer
 
+import serving_peers
 from fastvlm.evaluation.measuring import hardware
 from fastvlm.functional.digests import digest
 from fastvlm.functional.errors import InputError
@@ -36,6 +40,8 @@ from peers.workers.worker_protocol import PROMPT_LOOKUP_TOKENS, Order
 
 FOLDER = Path.home() / ".cache" / "fastvlm-peers"
 DTYPES = ("float32", "bfloat16", "int8", "int4")
+PROMPTS = 60
+"""Prompts that are written for a decoder."""
 CONTEXT_STEP = 64
 """Contexts are a multiple of this many tokens."""
 
@@ -59,12 +65,16 @@ def main() -> None:
     measuring.add_argument("--threads", type=int, default=2)
     measuring.add_argument("--dtypes", default=",".join(DTYPES))
     measuring.add_argument("--engines", default=",".join(ENGINES))
-    measuring.add_argument("--loaded", type=int, default=8, help="most models in memory")
+    measuring.add_argument("--loaded", type=int, default=16, help="most models in memory")
     measuring.add_argument("--rounds", type=int, help="a round for each prompt unless given")
     measuring.add_argument("--timeout", type=float, default=1800, help="of an answer, in seconds")
     measuring.add_argument("--resume", action="store_true", help="go on with the last run")
     measuring.add_argument("--json", type=Path, required=True)
     measuring.set_defaults(verb=measure)
+    decoder = verbs.add_parser("decoder", help="write a FastVLM's decoder, and prompts for it")
+    decoder.add_argument("--model", type=Path, help="a FastVLM; the example model unless given")
+    decoder.add_argument("output", type=Path, metavar="FOLDER")
+    decoder.set_defaults(verb=write_model)
     options = parser.parse_args()
     options.verb(options)
 
@@ -87,6 +97,15 @@ def set_up(options: argparse.Namespace) -> None:
             say(str(stopped))
         else:
             say(f"{name}: ready")
+
+
+def write_model(options: argparse.Namespace) -> None:
+    """Write a FastVLM's decoder as a model of text, and prompts for it."""
+    source = Path(serving_peers.MODEL) if options.model is None else options.model
+    serving_peers.write_decoder(options.output / "model", source)
+    prompts = [{"kind": "scene", "prompt": serving_peers.opening(n)} for n in range(PROMPTS)]
+    lines = "".join(json.dumps(prompt) + "\n" for prompt in prompts)
+    (options.output / "prompts.jsonl").write_text(lines)
 
 
 def measure(options: argparse.Namespace) -> None:

@@ -13,6 +13,7 @@ from typing import Any
 
 import serving_figures
 from family_lists import families, supported
+from peers.report import table
 
 ROOT = Path(__file__).parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
@@ -98,6 +99,14 @@ def first_token() -> str:
         ),
     ]
     return "\n".join(lines)
+
+
+def engines() -> str:
+    """Return what `decoding_peers.py` found, as Markdown."""
+    file = RESULTS / "decoding_peers.json"
+    if not file.is_file():
+        return "Not measured yet."
+    return table(json.loads(file.read_text()))
 
 
 def tables() -> str:
@@ -409,7 +418,12 @@ def hours() -> str:
 
 DOCUMENTS: dict[str, dict[str, Callable[[], str]]] = {
     "README.md": {"supported": supported, "hours": hours},
-    "docs/evaluation.md": {"figures": decoding, "tables": tables, "ttft": first_token},
+    "docs/evaluation.md": {
+        "figures": decoding,
+        "tables": tables,
+        "ttft": first_token,
+        "engines": engines,
+    },
     "docs/drafts.md": {
         "ablation": lambda: ablation(read("ablation")),
         "packed": packed,

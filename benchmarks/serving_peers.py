@@ -75,19 +75,29 @@ class Contender:
     body: dict[str, Any] = field(default_factory=dict)
 
 
-def write_decoder(folder: Path) -> None:
-    """Write the example model's decoder as a Qwen2 of transformers."""
+def write_decoder(folder: Path, source: Path = Path(MODEL)) -> None:
+    """Write a FastVLM's decoder, by default the example model's, as a Qwen2 of transformers."""
     from transformers import Qwen2ForCausalLM
 
     import fastvlm
 
-    model = fastvlm.load(str(MODEL)).model
+    model = fastvlm.load(str(source)).model
     decoder = Qwen2ForCausalLM(model.config.text_config).float()
     decoder.model.load_state_dict(model.model.language_model.state_dict())
     decoder.tie_weights()
     decoder.save_pretrained(folder)
-    for file in ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja"):
-        shutil.copy(Path(MODEL) / file, folder)
+    for file in ("tokenizer.json", "chat_template.jinja"):
+        shutil.copy(source / file, folder)
+    settings = json.loads((source / "tokenizer_config.json").read_text())
+    # Without one, what reads it as Qwen2's adds a token that the model has no embedding for.
+    settings["unk_token"] = settings["eos_token"]
+    (folder / "tokenizer_config.json").write_text(json.dumps(settings))
+
+
+def opening(number: int) -> str:
+    """Return a prompt: a question about a scene, and the first sentence of its description."""
+    first = describe(sample(HELD_OUT_SCENES + number)).partition(". ")[0]
+    return f"<|user|>{SCENE_PROMPT}<|assistant|>{first}."
 
 
 def write_gguf(folder: Path, file: Path) -> None:
@@ -282,9 +292,7 @@ def main() -> None:
         folder = Path(temporary)
         with (folder / "prompts.jsonl").open("w") as file:
             for number in range(options.prompts):
-                first = describe(sample(HELD_OUT_SCENES + number)).partition(". ")[0]
-                prompt = f"<|user|>{SCENE_PROMPT}<|assistant|>{first}."
-                file.write(json.dumps({"prompt": prompt}) + "\n")
+                file.write(json.dumps({"prompt": opening(number)}) + "\n")
         reports: Reports = {}
         servers = contenders(options, folder)
         for number in range(options.rounds):

@@ -13,11 +13,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from peers.environments import is_complete, python_of
+from peers.environments import ENVIRONMENTS, is_complete, python_of
 from peers.workers.worker_protocol import ORDINARY, Order
 
 WORKERS = Path(__file__).parent / "workers"
-LOOKUP, DRAFT, COMPILED = "prompt lookup", "draft", "compiled"
+LOOKUP, DRAFT, CASCADE, COMPILED = "prompt lookup", "draft", "cascade", "compiled"
+OURS = (ORDINARY, LOOKUP, DRAFT, CASCADE)
 LAST_WORDS = 300
 """Letters of a worker's log that are quoted where it ends without a word."""
 
@@ -40,7 +41,8 @@ class Engine:
 
 
 ENGINES = {
-    "fastvlm": Engine("fastvlm", "fastvlm_worker.py", (ORDINARY, LOOKUP, DRAFT), shares=True),
+    "fastvlm": Engine("fastvlm", "fastvlm_worker.py", OURS, shares=True),
+    "fastvlm-onnx": Engine("fastvlm, ONNX Runtime", "fastvlm_onnx_worker.py", OURS, shares=True),
     "transformers": Engine(
         "transformers", "transformers_worker.py", (ORDINARY, LOOKUP, COMPILED), shares=True
     ),
@@ -201,7 +203,7 @@ def contenders_of(engines: Sequence[str], *, draft: bool) -> list[Contender]:
     found = []
     for name in engines:
         engine = ENGINES[name]
-        ways = [way for way in engine.ways if draft or way != DRAFT]
+        ways = [way for way in engine.ways if draft or way not in (DRAFT, CASCADE)]
         parts = [ways] if engine.shares else [[way] for way in ways]
         found += [Contender(name, tuple(part)) for part in parts]
     return found
@@ -218,7 +220,7 @@ def command_of(engine: str, folder: Path) -> list[str]:
         WorkerError: Its environment is not complete.
     """
     script = str(WORKERS / ENGINES[engine].worker)
-    if engine == "fastvlm":
+    if engine not in ENVIRONMENTS:
         return [sys.executable, script]
     if not is_complete(folder, engine):
         file = folder / "environments" / f"{engine}.error"

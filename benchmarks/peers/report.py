@@ -7,7 +7,8 @@ from collections.abc import Sequence
 from typing import Any
 
 from fastvlm.functional.statistics import Spread
-from peers.contenders import COMPILED, DRAFT, ENGINES, LOOKUP
+from peers.contenders import CASCADE, COMPILED, DRAFT, ENGINES, LOOKUP
+from peers.environments import ENVIRONMENTS
 from peers.rounds import LIKELIHOOD, REFERENCE, Journal, Prompt, Record
 from peers.workers.worker_protocol import ORDINARY
 
@@ -15,7 +16,12 @@ TITLES = {
     ORDINARY: "",
     LOOKUP: ", prompt lookup",
     DRAFT: ", draft",
+    CASCADE: ", cascade of both",
     COMPILED: ", compiled, static cache",
+}
+FASTEST = {
+    "ordinary": "fastvlm over the fastest peer, without drafts",
+    "any": "fastvlm over the fastest peer, with drafts",
 }
 LOSSLESS = ("float32", "bfloat16")
 
@@ -39,7 +45,40 @@ def summary(journal: Journal, prompts: Sequence[Prompt]) -> dict[str, Any]:
         "kinds": sorted({prompt.kind for prompt in prompts}),
         "engines": _abouts(journal),
         "results": [_result(journal, prompts, *key) for key in asked],
+        "fastest": {
+            dtype: _fastest(journal, [key for key in asked if key[0] == dtype])
+            for dtype in dict.fromkeys(dtype for dtype, *_ in asked)
+        },
     }
+
+
+def _fastest(journal: Journal, keys: Sequence[tuple[str, str, str]]) -> dict[str, Any]:
+    """Return the fastest of ours and of the peers in a precision, and the speedup over the peer.
+
+    Each is found among ordinary decoding alone, and among all ways. `transformers` compiled is
+    ordinary decoding, too: it drafts nothing.
+    """
+    found: dict[str, Any] = {}
+    for name, ways in (("ordinary", (ORDINARY, COMPILED)), ("any", None)):
+        times = {
+            (engine, way): _replies(journal, dtype, engine, way)
+            for dtype, engine, way in keys
+            if (ways is None or way in ways)
+            and not any("error" in one for one in journal.find(dtype=dtype, engine=engine, way=way))
+        }
+        sides = []
+        for peers in (False, True):
+            medians = {
+                key: statistics.median(one["tpot_ms"] for one in replies.values())
+                for key, replies in times.items()
+                if replies and (key[0] in ENVIRONMENTS) == peers
+            }
+            sides.append(min(medians, key=lambda key: medians[key]) if medians else None)
+        ours, theirs = sides
+        speedup = _speedup(times[theirs], times[ours]) if ours and theirs else None
+        if ours and theirs and speedup:
+            found[name] = {"ours": [*ours], "theirs": [*theirs], "speedup": speedup}
+    return found
 
 
 def _abouts(journal: Journal) -> dict[str, dict[str, str]]:
@@ -75,6 +114,7 @@ def _result(
             if passes
             else None
         ),
+        "same_as_ordinary": _same(own, ordinary) if way != ORDINARY else None,
         "same_as_transformers": _same(own, reference),
         "same_as_float32": _same(own, exact),
         "share_before_first_difference": _agreement(own, exact),
@@ -164,6 +204,9 @@ def table(found: dict[str, Any]) -> str:
     for engine, way in named:
         cells = [_speed(rows.get((engine, way, dtype))) for dtype in dtypes]
         lines.append(f"| {ENGINES[engine].title}{TITLES[way]} | {' | '.join(cells)} |")
+    for name, title in FASTEST.items():
+        cells = [_ahead(found["fastest"].get(dtype, {}).get(name)) for dtype in dtypes]
+        lines.append(f"| {title} | {' | '.join(cells)} |")
     lines += [
         "",
         (
@@ -193,6 +236,15 @@ def _speed(row: dict[str, Any] | None) -> str:
     return f"{median:.1f} ({low:.1f}-{high:.1f}){ratio}"
 
 
+def _ahead(row: dict[str, Any] | None) -> str:
+    if row is None:
+        return "-"
+    ours, theirs = (f"{ENGINES[engine].title}{TITLES[way]}" for engine, way in
+                    (row["ours"], row["theirs"]))  # fmt: skip
+    median, low, high = row["speedup"]
+    return f"{median:.2f}x ({low:.2f}-{high:.2f}): {ours}; {theirs}"
+
+
 def _fidelity(row: dict[str, Any] | None) -> str:
     if row is None or "error" in row:
         return "-"
@@ -204,18 +256,23 @@ def _fidelity(row: dict[str, Any] | None) -> str:
 
 def _caption(found: dict[str, Any]) -> str:
     load = found["load_average"]
-    unequal = [
-        f"{ENGINES[one['engine']].title}{TITLES[one['way']]} in {one['dtype']} {one_same[0]}"
-        for one in found["results"]
-        if (one_same := one.get("same_as_transformers")) and one_same[0] < one_same[1]
-    ]
-    others = f", but {', '.join(unequal)}" if unequal else ""
     return (
         f"{found['model']}: greedy replies of {found['max_new_tokens']} tokens to"
         f" {found['prompts']} prompts of {len(found['kinds'])} kinds, a batch of one,"
         f" {found['threads']} threads of {found['hardware']['processor']}; medians (quartiles) of"
         f" tokens/s after the first token, the engines in turns. In float32 and bfloat16 all"
-        f" replies have the tokens of `transformers`' own in that precision{others}. The load"
-        f" average of the machine was {load['median']:.1f} in the median, {load['highest']:.1f} at"
-        " most."
+        f" replies have the tokens of `transformers`' own in that precision"
+        f"{_but(found, 'same_as_transformers')}. In each precision, all replies have the tokens of"
+        f" the engine's own ordinary decoding{_but(found, 'same_as_ordinary')}. The load average"
+        f" of the machine was {load['median']:.1f} in the median, {load['highest']:.1f} at most."
     )
+
+
+def _but(found: dict[str, Any], figure: str) -> str:
+    """Return the ways of decoding of which not all replies are the same, to end a sentence with."""
+    unequal = [
+        f"{ENGINES[one['engine']].title}{TITLES[one['way']]} in {one['dtype']} {same[0]}"
+        for one in found["results"]
+        if (same := one.get(figure)) and same[0] < same[1]
+    ]
+    return f", but {', '.join(unequal)}" if unequal else ""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import json
+import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -11,10 +12,12 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
 import decoding_peers
+import fastvlm
 from fastvlm.functional.errors import InputError
+from fastvlm.functional.messages import TokenPrompt
 from peers import contenders, environments
 from peers.contenders import Contender, Worker, WorkerError, contenders_of
 from peers.report import summary, table
@@ -133,7 +136,7 @@ def test_contenders() -> None:
         Contender("vllm", ("ordinary",)),
         Contender("vllm", ("prompt lookup",)),
     ]
-    assert contenders_of(["fastvlm"], draft=True)[0].ways[-1] == "draft"
+    assert contenders_of(["fastvlm-onnx"], draft=True)[0].ways[2:] == ("draft", "cascade")
 
 
 @pytest.fixture
@@ -181,12 +184,24 @@ def test_a_run(measure: Callable[..., dict[str, Any]]) -> None:
     assert other["same_as_float32"] == [0, 3]
     assert other["share_before_first_difference"] == 0
     assert other["log_likelihood"] == -0.5
-    assert other["speedup"] is None
+    assert other["speedup"] is other["same_as_ordinary"] is None
+    assert ours["same_as_ordinary"] == [3, 3]
     assert row(found, engine="vllm", dtype="int8", way="ordinary")["error"].endswith("no int8 here")
     rough = row(found, engine="vllm", dtype="int4", way="ordinary")
     assert rough["likelihood_error"] == "NotImplementedError: no likelihoods"
     assert rough["same_as_transformers"] is None
+    # Compiled, `transformers` drafts nothing, and takes half of the time.
+    fastest = found["fastest"]["float32"]
+    assert fastest["ordinary"] == {
+        "ours": ["fastvlm", "ordinary"],
+        "theirs": ["transformers", "compiled"],
+        "speedup": [0.5, 0.5, 0.5],
+    }
+    assert fastest["any"]["ours"] == ["fastvlm", "prompt lookup"]
+    assert fastest["any"]["speedup"] == [1, 1, 1]
+    assert found["fastest"]["int8"] == {}
     shown = table(found)
+    assert "without drafts | 0.50x (0.50-0.50): fastvlm; transformers, compiled" in shown
     assert "| vLLM, prompt lookup | 4.0 (4.0-4.0), 2.00x |" in shown
     assert "| vLLM | 3 of 3; -0.500 | 0 of 3; -0.500 | - | 3 of 3; - |" in shown
     assert shown.count("no int8 here") == 1
@@ -241,6 +256,18 @@ def test_what_fails_is_asked_once(command: list[str], tmp_path: Path) -> None:
     assert result["error"] == "RuntimeError: nine"
 
 
+def test_ways_that_give_other_tokens_are_told(tmp_path: Path) -> None:
+    journal = Journal(tmp_path / "records.jsonl", {}, resumes=False)
+    key = {"engine": "llama.cpp", "dtype": "int8", "prompt": 0, "ttft_ms": 1.0, "tpot_ms": 1.0}
+    journal.add(**key, way="ordinary", token_ids=[1, 2, 3])
+    journal.add(**key, way="prompt lookup", token_ids=[1, 2, 4])
+    found = summary(journal, [Prompt("a", [1])])
+    assert row(found, way="prompt lookup")["same_as_ordinary"] == [0, 1]
+    about = {"hardware": {"processor": "one"}, "model": "m", "threads": 1, "max_new_tokens": 3}
+    shown = table({**about, "dtypes": ["int8"], **found})
+    assert "ordinary decoding, but llama.cpp, prompt lookup in int8 0." in shown
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [
@@ -284,7 +311,7 @@ def test_environments_are_made_step_by_step(
         decoding_peers.main()
 
 
-PROMPT = [5, 6, 7, 5, 6]
+PROMPT, REPLY = [5, 6, 7, 5, 6], [8, 9, 10]
 
 
 @torch.inference_mode()
@@ -295,12 +322,19 @@ def plain_greedy(model: Any, prompt: list[int], count: int) -> list[int]:
     return tokens[len(prompt) :]
 
 
+@torch.inference_mode()
+def plain_likelihood(model: Any) -> float:
+    logits = model(torch.tensor([PROMPT + REPLY])).logits[0].log_softmax(-1)
+    return sum(float(logits[len(PROMPT) - 1 + n, token]) for n, token in enumerate(REPLY))
+
+
 @pytest.fixture
 def small(tmp_path: Path) -> Path:
     torch.manual_seed(0)
-    shape = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2,
-             "num_attention_heads": 4, "num_key_value_heads": 2, "vocab_size": 97}  # fmt: skip
-    model = LlamaForCausalLM(LlamaConfig(**shape, pad_token_id=0, eos_token_id=1))
+    # Matrices that are large enough to be quantised.
+    shape = {"hidden_size": 128, "intermediate_size": 256, "num_hidden_layers": 2,
+             "num_attention_heads": 4, "num_key_value_heads": 2, "vocab_size": 160}  # fmt: skip
+    model = LlamaForCausalLM(LlamaConfig(**shape, initializer_range=0.2, eos_token_id=1))
     # What the reply is full of would end it.
     model.generation_config.eos_token_id = plain_greedy(model, PROMPT, 4)[2:]
     model.save_pretrained(tmp_path / "small")
@@ -308,22 +342,99 @@ def small(tmp_path: Path) -> Path:
     return tmp_path / "small"
 
 
-def test_our_worker_and_that_of_transformers(small: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+WAYS = ("ordinary", "prompt lookup")
+
+
+@pytest.fixture
+def worker(monkeypatch: pytest.MonkeyPatch, small: Path) -> Callable[..., Any]:
+    """Return a function that loads the small model into a worker."""
     monkeypatch.syspath_prepend(str(contenders.WORKERS))
-    ways = ("ordinary", "prompt lookup")
-    asked = Order(str(small), "float32", torch.get_num_threads(), ways, str(small), 64)
-    ours = importlib.import_module("fastvlm_worker").FastVlm(asked)
-    theirs = importlib.import_module("transformers_worker").Transformers(asked)
-    prompt = PROMPT
-    known = plain_greedy(LlamaForCausalLM.from_pretrained(small), prompt, 12)
-    for way in ways:
-        one, other = ours.decode(prompt, 12, way), theirs.decode(prompt, 12, way)
+
+    def load(module: str, name: str, dtype: str = "float32", **options: str) -> Any:
+        asked = Order(str(small), dtype, torch.get_num_threads(), WAYS, str(small), 64)
+        return getattr(importlib.import_module(module), name)(asked, **options)
+
+    return load
+
+
+def test_our_worker_and_that_of_transformers(small: Path, worker: Callable[..., Any]) -> None:
+    ours = worker("fastvlm_worker", "FastVlm")
+    theirs = worker("transformers_worker", "Transformers")
+    model = LlamaForCausalLM.from_pretrained(small)
+    known = plain_greedy(model, PROMPT, 12)
+    for way in WAYS:
+        one, other = ours.decode(PROMPT, 12, way), theirs.decode(PROMPT, 12, way)
         assert one.token_ids == other.token_ids == known
         assert len(one.token_ids) == len(one.times) == len(other.times) == 12
         assert one.record()["ttft_ms"] > 0
-    reply = [8, 9, 10]
-    known = theirs.log_likelihood(prompt, reply)
-    assert ours.log_likelihood(prompt, reply) == pytest.approx(known, rel=1e-5)
-    assert known == pytest.approx(-3 * torch.log(torch.tensor(97.0)).item(), rel=0.1)
-    with pytest.raises(ValueError, match="no int8"):
-        importlib.import_module("fastvlm_worker").precision(order("int8"))
+    for engine in (ours, theirs):
+        found = engine.log_likelihood(PROMPT, REPLY)
+        assert found == pytest.approx(plain_likelihood(model), rel=1e-4)
+
+
+@pytest.mark.parametrize("bits", ["int8", "int4"])
+def test_our_worker_in_few_bits(small: Path, worker: Callable[..., Any], bits: str) -> None:
+    ours = worker("fastvlm_worker", "FastVlm", bits)
+    model = fastvlm.load(str(small), quantize=bits).model
+    known = plain_greedy(model, PROMPT, 12)
+    assert all(ours.decode(PROMPT, 12, way).token_ids == known for way in WAYS)
+    found, exact = ours.log_likelihood(PROMPT, REPLY), LlamaForCausalLM.from_pretrained(small)
+    assert found == pytest.approx(plain_likelihood(model), rel=1e-3)
+    assert found != pytest.approx(plain_likelihood(exact), rel=1e-5)
+
+
+@pytest.mark.parametrize("bits", ["float32", "int8"])
+def test_our_worker_with_onnx_runtime(small: Path, worker: Callable[..., Any], bits: str) -> None:
+    ours = worker("fastvlm_worker", "FastVlm", bits, runtime="onnx")
+    assert "onnxruntime" in ours.about
+    exact = LlamaForCausalLM.from_pretrained(small)
+    found = ours.log_likelihood(PROMPT, REPLY)
+    # It is said of the weights that it decodes with, not of those in torch.
+    same = found == pytest.approx(plain_likelihood(exact), rel=1e-5)
+    assert same == (bits == "float32")
+    assert found == pytest.approx(plain_likelihood(exact), rel=0.1)
+    one, other = (ours.decode(PROMPT, 12, way).token_ids for way in WAYS)
+    assert one == other
+    assert bits == "int8" or one == plain_greedy(exact, PROMPT, 12)
+
+
+def test_tokenizers_that_llama_cpp_does_not_know(tmp_path: Path) -> None:
+    (tmp_path / "conversion").mkdir()
+    (tmp_path / "conversion" / "base.py").write_text(
+        "class TextModel:\n"
+        "    def get_vocab_base_pre(self, tokenizer):\n"
+        "        if tokenizer == 'new':\n"
+        "            raise NotImplementedError\n"
+        "        return 'known'\n"
+    )
+    (tmp_path / "convert_hf_to_gguf.py").write_text(
+        "import sys\n"
+        "from conversion.base import TextModel\n"
+        "assert __name__ == '__main__'\n"
+        "print(*(TextModel().get_vocab_base_pre(one) for one in sys.argv[1:]))\n"
+    )
+    script = contenders.WORKERS / "llama_convert.py"
+    words = [sys.executable, str(script), str(tmp_path), "old", "new"]
+    assert subprocess.run(words, check=True, capture_output=True).stdout == b"known default\n"
+
+
+def test_a_decoder_for_all_engines(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    words = ["decoding_peers", "decoder", str(tmp_path)]
+    monkeypatch.setattr(sys, "argv", words)
+    decoding_peers.main()
+    [first, second] = [
+        json.loads(line) for line in (tmp_path / "prompts.jsonl").read_text().splitlines()[:2]
+    ]
+    assert first["kind"] == second["kind"] == "scene"
+    assert first["prompt"] != second["prompt"]
+    example = fastvlm.load()
+    tokens = example.tokenizer(first["prompt"])["input_ids"]
+    read = AutoTokenizer.from_pretrained(tmp_path / "model")
+    assert read(first["prompt"])["input_ids"] == tokens
+    assert len(read) <= len(example.tokenizer)
+    request = example.request(TokenPrompt(tokens), strategy="autoregressive", max_new_tokens=8)
+    example.engine.run_all([request])
+    written = AutoModelForCausalLM.from_pretrained(tmp_path / "model")
+    assert written.config.model_type == "qwen2"
+    known = plain_greedy(written, tokens, len(request.output_token_ids))
+    assert request.output_token_ids == known

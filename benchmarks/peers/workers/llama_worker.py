@@ -113,9 +113,12 @@ def convert(order: Order, kind: str, file: Path) -> None:
     Raises:
         RuntimeError: The script's own error.
     """
-    [script] = Path(sys.prefix).glob("sources/*/vendor/llama.cpp/convert_hf_to_gguf.py")
+    [sources] = Path(sys.prefix).glob("sources/*/vendor/llama.cpp")
     begun = file.with_name(f"{file.name}.{os.getpid()}")
-    words = [sys.executable, str(script), order.model, "--outtype", kind, "--outfile", str(begun)]
+    words = [
+        *(sys.executable, str(Path(__file__).with_name("llama_convert.py")), str(sources)),
+        *(order.model, "--outtype", kind, "--outfile", str(begun)),
+    ]
     done = subprocess.run(words, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, check=False)
     if done.returncode:
         text = done.stdout.decode()

@@ -29,10 +29,12 @@ from worker_protocol import (
 PRECISIONS: dict[str, dict[str, Any]] = {
     "float32": {"dtype": "float32"},
     "bfloat16": {"dtype": "bfloat16"},
-    "int8": {"dtype": "bfloat16", "quantization": "int8_per_channel_weight_only"},
+    "int8": {"dtype": "bfloat16", "quantization": "compressed-tensors"},
     "int4": {"dtype": "bfloat16", "quantization": "awq"},
 }
-"""It quantises to 8 bits as it loads; those of 4 it reads from checkpoints that others made."""
+"""Linear layers in whole numbers it reads from checkpoints that other tools wrote. Its own
+`int8_per_channel_weight_only` quantises the experts of a mixture alone, and would measure bfloat16
+under another name."""
 NGRAM = {
     "method": "ngram",
     "num_speculative_tokens": PROMPT_LOOKUP_TOKENS,
