@@ -118,14 +118,19 @@ class Sampler:
     ) -> list[int]:
         """Return the tokens of positions, up to the first that differs from a draft at least."""
         start, count = len(reply), len(logits)
-        if not self.needs_prefix:
-            return self._best(self._processed([], logits, masks), range(start, start + count))
-        chosen: list[int] = []
+        scores = None if self.needs_prefix else self._processed([], logits, masks)
+        if scores is not None and self.seed is None:
+            chosen: list[int] = scores.argmax(-1).tolist()
+            return chosen
+        chosen = []
         for index in range(count):
-            prefix = [*self.prompt_token_ids, *reply, *drafted[:index]]
-            mask = None if masks is None else masks[index, None]
-            scores = self._processed(prefix, logits[index, None], mask)
-            chosen += self._best(scores, [start + index])
+            if scores is None:
+                prefix = [*self.prompt_token_ids, *reply, *drafted[:index]]
+                mask = None if masks is None else masks[index, None]
+                row = self._processed(prefix, logits[index, None], mask)[0]
+            else:
+                row = scores[index]
+            chosen.append(self._best(row, start + index))
             if index < len(drafted) and chosen[-1] != drafted[index]:
                 break
         return chosen
@@ -149,14 +154,10 @@ class Sampler:
         scores = scores.masked_fill(~mask, -torch.inf)
         return torch.where(scores.isneginf().all(-1, keepdim=True), masked, scores)
 
-    def _best(self, scores: Tensor, positions: Sequence[int]) -> list[int]:
+    def _best(self, scores: Tensor, position: int) -> int:
         if self.seed is None:
-            found: list[int] = scores.argmax(-1).tolist()
-            return found
-        return [
-            noisy_best(row, self.seed, position)
-            for row, position in zip(scores, positions, strict=True)
-        ]
+            return int(scores.argmax())
+        return noisy_best(scores, self.seed, position)
 
 
 def noisy(
