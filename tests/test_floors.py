@@ -25,6 +25,7 @@ FLOORS = {
     "custom_generate": 4,
     "vlm": 4,
     INIT: 4,
+    "captioning": 5,
     "evaluation": 5,
     "export": 5,
     "training": 5,

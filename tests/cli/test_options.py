@@ -19,6 +19,7 @@ Cli = Callable[..., Output]
 REQUIRED = {
     "generate": ("a.png",),
     "audit": ("--output", "o"),
+    "caption": ("i", "o"),
     "evaluate": ("--tasks", "coco", "--data", "d", "--output", "o"),
     "convert": ("m", "o"),
     "export onnx": ("f",),

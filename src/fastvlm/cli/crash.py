@@ -18,15 +18,6 @@ DEBUG_VARIABLE = "FASTVLM_DEBUG"
 """The environment variable for showing tracebacks instead of writing reports."""
 REPORTED_PACKAGES = ("fastvlm", "torch", "transformers", "tokenizers", "safetensors", "accelerate",
                      "pillow", "typer", "rich")  # fmt: skip
-OUT_OF_MEMORY_PHRASES = ("out of memory", "not enough memory", "can't allocate memory", "bad_alloc")
-
-
-def is_out_of_memory(error: BaseException) -> bool:
-    """Return whether an error means that the CPU or an accelerator is out of memory."""
-    if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError":
-        return True
-    said = str(error).lower()
-    return isinstance(error, RuntimeError) and any(words in said for words in OUT_OF_MEMORY_PHRASES)
 
 
 def memory_sentence(error: BaseException) -> str:

@@ -221,9 +221,11 @@ class Runtime:
         """Set the number of threads, and keep `transformers` quiet."""
         prepare_torch(self.threads)
 
-    def progress(self, task: str) -> AbstractContextManager[Callable[[int, int], None]]:
+    def progress(
+        self, task: str, unit: str | None = None
+    ) -> AbstractContextManager[Callable[[int, int], None]]:
         """Show the progress of some work; see `terminal.progress`."""
-        return progress(task, quiet=self.quiet)
+        return progress(task, quiet=self.quiet, unit=unit)
 
 
 @dataclass(frozen=True, slots=True)

@@ -15,7 +15,6 @@ import typer
 
 from fastvlm.cli.crash import (
     crash_sentence,
-    is_out_of_memory,
     memory_sentence,
     print_traceback,
     shows_traceback,
@@ -24,7 +23,7 @@ from fastvlm.cli.installation import torchvision_mismatch
 from fastvlm.cli.loading import UsageError
 from fastvlm.cli.streams import abandon_output, flush_output
 from fastvlm.cli.terminal import plain_warnings, print_aside, print_error
-from fastvlm.functional.errors import FastVlmError
+from fastvlm.functional.errors import FastVlmError, is_out_of_memory
 
 # Typer has its own copy of click or uses the installed one, depending on its version.
 TyperUsageError: type[Exception] = typer.BadParameter.__bases__[0]

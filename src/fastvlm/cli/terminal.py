@@ -91,7 +91,9 @@ def hush(quiet: bool) -> bool:
 
 
 @contextmanager
-def progress(task: str, *, quiet: bool = False) -> Iterator[Callable[[int, int], None]]:
+def progress(
+    task: str, *, quiet: bool = False, unit: str | None = None
+) -> Iterator[Callable[[int, int], None]]:
     """Show the progress of some work on standard error, with the time left.
 
     Yields a function to call with the steps done and the total. A terminal shows a bar; a file
@@ -100,26 +102,40 @@ def progress(task: str, *, quiet: bool = False) -> Iterator[Callable[[int, int],
     Args:
         task: What is being done, in one word.
         quiet: Whether to show nothing.
+        unit: What the steps are, such as "images", whose rate is shown too; None for no rate.
     """
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TimeRemainingColumn
 
     console = PlainConsole(stderr=True)
     if quiet or not console.is_terminal or console.is_dumb_terminal:
-        yield _Lines(task, quiet)
+        yield _Lines(task, quiet, unit)
         return
-    columns = ("{task.description}", BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    rate = () if unit is None else ("{task.fields[rate]}",)
+    columns = ("{task.description}", BarColumn(), MofNCompleteColumn(), *rate,
+               TimeRemainingColumn())  # fmt: skip
+    started = time.monotonic()
     with Progress(*columns, console=console, transient=True) as bar:
         # The rate over the whole run: single steps differ too much to tell the time left.
         bar.speed_estimate_period = 3600
-        number = bar.add_task(task, total=None)
-        yield lambda done, total: bar.update(number, completed=done, total=total)
+        number = bar.add_task(task, total=None, rate="")
+
+        def show(done: int, total: int) -> None:
+            said = rate_of(done, time.monotonic() - started, unit)
+            bar.update(number, completed=done, total=total, rate=said)
+
+        yield show
+
+
+def rate_of(done: int, seconds: float, unit: str | None) -> str:
+    """Return a rate in words; "" without a unit."""
+    return "" if unit is None else f"{done / max(seconds, 1e-9):.1f} {unit}/s"
 
 
 class _Lines:
     """Progress as lines of text."""
 
-    def __init__(self, task: str, quiet: bool) -> None:
-        self.task, self.quiet, self.started = task, quiet, time.monotonic()
+    def __init__(self, task: str, quiet: bool, unit: str | None) -> None:
+        self.task, self.quiet, self.unit, self.started = task, quiet, unit, time.monotonic()
         self.written = self.started
 
     def __call__(self, done: int, total: int) -> None:
@@ -127,7 +143,9 @@ class _Lines:
         if self.quiet or not done or now - self.written <= PROGRESS_LINE_SECONDS:
             return
         left = int((now - self.started) / done * (total - done))
-        print_aside(f"{self.task} {done}/{total}, {left // 60}:{left % 60:02d} left")
+        rate = rate_of(done, now - self.started, self.unit)
+        rate = f", {rate}" if rate else ""
+        print_aside(f"{self.task} {done}/{total}{rate}, {left // 60}:{left % 60:02d} left")
         self.written = now
 
 

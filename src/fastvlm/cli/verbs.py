@@ -9,6 +9,7 @@ import typer
 
 from fastvlm.cli.audit import audit
 from fastvlm.cli.benchmark import benchmark
+from fastvlm.cli.caption import caption
 from fastvlm.cli.command import add_verb, verbs
 from fastvlm.cli.convert import convert
 from fastvlm.cli.crash import DEBUG_VARIABLE
@@ -26,7 +27,7 @@ app = verbs(
     epilog="Exit codes: 0; 1 where something failed, 2 for a wrong command line, 130 after Ctrl-C."
     f" {DEBUG_VARIABLE}=1 shows the traceback of a failure of fastvlm's own.",
 )
-for verb in (demo, generate, serve, benchmark, audit, evaluate, convert):
+for verb in (demo, generate, caption, serve, benchmark, audit, evaluate, convert):
     add_verb(app, verb)
 app.add_typer(export, name="export")
 app.add_typer(train, name="train")

@@ -60,19 +60,14 @@ def read_saved(folder: Path, images: Path | None, split: str) -> Records:
     Raises:
         InputError: `datasets` is not installed, there is no such split, or no column is supported.
     """
-    library = needed("datasets")
-    dataset = library.load_from_disk(str(folder))
-    if isinstance(dataset, library.DatasetDict):
-        if split not in dataset:
-            raise InputError(f"{folder} has no split {split}; it has {', '.join(dataset)}.")
-        dataset = dataset[split]
+    dataset = open_saved(folder, split)
+    _check_columns(dataset, str(folder))
     folders = ImageFolders([folder.parent if images is None else images])
 
     def convert(name: str, row: Any) -> Conversation:
         return conversation_of(name, row, folders)
 
-    rows = _undecoded(dataset, str(folder))
-    return Records(rows, convert, lambda number, _: f"row {number} of {folder.name}")
+    return Records(dataset, convert, lambda number, _: f"row {number} of {folder.name}")
 
 
 def stream_from_hub(name: str, images: Path | None, split: str) -> HubShards:
@@ -87,6 +82,46 @@ def stream_from_hub(name: str, images: Path | None, split: str) -> HubShards:
         InputError: `datasets` is not installed, the hub has no such data set or can't be reached,
             or no column is supported.
     """
+    dataset = open_stream(name, split)
+    _check_columns(dataset, name)
+    folders = ImageFolders([] if images is None else [images])
+    return HubShards(dataset, name, folders)
+
+
+def _record(name: str, row: Any, folders: ImageFolders) -> Record:
+    return converted(name, row, lambda name, row: conversation_of(name, row, folders))
+
+
+def open_saved(folder: Path, split: str) -> Any:
+    """Return a data set that `save_to_disk` wrote, which hands images out as they are encoded.
+
+    Args:
+        folder: The folder.
+        split: The split, if the folder has several.
+
+    Raises:
+        InputError: `datasets` is not installed, or there is no such split.
+    """
+    library = needed("datasets")
+    dataset = library.load_from_disk(str(folder))
+    if isinstance(dataset, library.DatasetDict):
+        if split not in dataset:
+            raise InputError(f"{folder} has no split {split}; it has {', '.join(dataset)}.")
+        dataset = dataset[split]
+    return _undecoded(dataset)
+
+
+def open_stream(name: str, split: str) -> Any:
+    """Return a data set of the hub that is streamed, and hands images out as they are encoded.
+
+    Args:
+        name: `owner/name`, or `owner/name:configuration`.
+        split: The split.
+
+    Raises:
+        InputError: `datasets` is not installed, or the hub has no such data set or can't be
+            reached.
+    """
     library = needed("datasets")
     path, _, configuration = name.partition(":")
     try:
@@ -96,19 +131,14 @@ def stream_from_hub(name: str, images: Path | None, split: str) -> HubShards:
             f"There is no file or folder {name}, and it can't be streamed from the hub:"
             f" {first_line(error)}."
         ) from error
-    folders = ImageFolders([] if images is None else [images])
-    return HubShards(_undecoded(dataset, name), name, folders)
+    return _undecoded(dataset)
 
 
-def _record(name: str, row: Any, folders: ImageFolders) -> Record:
-    return converted(name, row, lambda name, row: conversation_of(name, row, folders))
-
-
-def _undecoded(dataset: Any, name: str) -> Any:
-    """Return a data set that hands images out as they are encoded, so that we see broken ones.
+def _check_columns(dataset: Any, name: str) -> None:
+    """Refuse a data set none of whose columns is known.
 
     Raises:
-        InputError: None of its columns is known.
+        InputError: None is.
     """
     columns = dataset.column_names
     if columns is not None and not set(columns) & set(CONTENT_KEYS):
@@ -116,6 +146,10 @@ def _undecoded(dataset: Any, name: str) -> Any:
             f"{name} has the columns {', '.join(columns)}; fastvlm looks for one of"
             f" {', '.join(CONTENT_KEYS)}."
         )
+
+
+def _undecoded(dataset: Any) -> Any:
+    """Return a data set that hands images out as they are encoded, so that we see broken ones."""
     if dataset.features is None:
         return dataset
     features = {column: _encoded(feature) for column, feature in dataset.features.items()}

@@ -73,17 +73,35 @@ class TarShards:
             InputError: The shard can't be opened, or can't be reached any more.
         """
         file = self.files[shard]
-        try:
-            with (
-                needed("fsspec").open(file, "rb") as data,
-                tarfile.open(fileobj=data, mode="r|*", tarinfo=_WholeHeaders) as tar,
-            ):
-                for key, members in _samples(tar, start):
-                    yield converted(f"{key} of {PurePosixPath(file).name}", members, _conversation)
-        except tarfile.TarError as error:
-            yield Broken(file, f"damaged shard: {first_line(error)}")
-        except (OSError, ImportError) as error:
-            raise InputError(f"The shard {file} can't be read: {first_line(error)}.") from error
+        for key, members in read_members(file, start):
+            if isinstance(members, Broken):
+                yield members
+            else:
+                yield converted(f"{key} of {PurePosixPath(file).name}", members, _conversation)
+
+
+def read_members(file: str, start: int = 0) -> Iterator[tuple[str, Members | Broken]]:
+    """Yield each record's key and members, from record number `start` of a shard on.
+
+    What follows a damaged place is lost, and counts as one broken record.
+
+    Args:
+        file: The shard's path or URL.
+        start: The number of the first record; the members before are not read.
+
+    Raises:
+        InputError: The shard can't be opened, or can't be reached any more.
+    """
+    try:
+        with (
+            needed("fsspec").open(file, "rb") as data,
+            tarfile.open(fileobj=data, mode="r|*", tarinfo=_WholeHeaders) as tar,
+        ):
+            yield from _samples(tar, start)
+    except tarfile.TarError as error:
+        yield file, Broken(file, f"damaged shard: {first_line(error)}")
+    except (OSError, ImportError) as error:
+        raise InputError(f"The shard {file} can't be read: {first_line(error)}.") from error
 
 
 def _samples(tar: tarfile.TarFile, start: int) -> Iterator[tuple[str, Members]]:
@@ -104,8 +122,18 @@ def _samples(tar: tarfile.TarFile, start: int) -> Iterator[tuple[str, Members]]:
         yield key, members
 
 
+def is_image(ending: str) -> bool:
+    """Return whether a member with this ending is an image."""
+    return "." + ending.rpartition(".")[2] in IMAGE_SUFFIXES
+
+
+def images_of(members: Members) -> list[bytes]:
+    """Return the images among a record's members."""
+    return [data for ending, data in members if is_image(ending)]
+
+
 def _conversation(name: str, members: Members) -> Conversation:
-    images = [data for ending, data in members if "." + ending.rpartition(".")[2] in IMAGE_SUFFIXES]
+    images = images_of(members)
     held = dict(members)
     row = {}
     try:

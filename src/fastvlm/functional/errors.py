@@ -4,6 +4,8 @@ import re
 
 MAX_MESSAGE_CHARACTERS = 300
 """The maximum number of characters quoted from another library's message."""
+OUT_OF_MEMORY_PHRASES = ("out of memory", "not enough memory", "can't allocate memory", "bad_alloc")
+"""What runtimes say when the memory is short, in lower case."""
 
 
 class FastVlmError(Exception):
@@ -52,3 +54,11 @@ def shortened(value: object, length: int = 80) -> str:
     text = "".join(one if one.isprintable() else repr(one)[1:-1] for one in text[: 4 * length])
     half = (length - 3) // 2
     return text if len(text) <= length else f"{text[:half]}...{text[-half:]}"
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Return whether an error means that the CPU or an accelerator is out of memory."""
+    if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError":
+        return True
+    said = str(error).lower()
+    return isinstance(error, RuntimeError) and any(words in said for words in OUT_OF_MEMORY_PHRASES)

@@ -1,0 +1,1 @@
+"""Asking about each image of a large collection, resumably, part by part."""
