@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import uuid
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -50,6 +51,10 @@ class PartFiles:
             StorageError: The folder can't be written to.
         """
         file = self.folder / PLAN_FILE_NAME
+        with storage_errors(self.folder):
+            # What killed workers left.
+            for left in (*self.folder.glob("*.partial"), *self.folder.glob("failed/*.partial")):
+                left.unlink(missing_ok=True)
         if self.format == "parquet":
             needed("pyarrow")
         if not file.is_file():
@@ -92,9 +97,11 @@ class PartFiles:
         Raises:
             StorageError: The disk is full, or the files can't be written.
         """
+        # A worker that was given up for dead may still write the part that another does again.
+        tag = f".{uuid.uuid4().hex}"
         if failed:
-            write_text(self.failures(number), "".join(map(_failure_line, failed)))
-        with written_file(self.part(number)) as beside:
+            write_text(self.failures(number), "".join(map(_failure_line, failed)), tag)
+        with written_file(self.part(number), tag) as beside:
             if self.format == "parquet":
                 self._write_parquet(beside, rows)
             else:

@@ -24,7 +24,7 @@ MIN_FREE_BYTES = 2**20
 
 
 @contextmanager
-def written_file(path: Path) -> Iterator[Path]:
+def written_file(path: Path, tag: str = "") -> Iterator[Path]:
     """Yield the path to write a file to; afterwards the file is in its place, complete and flushed.
 
     If the process is killed or an error is raised, what was there before stays. The target of a
@@ -32,6 +32,8 @@ def written_file(path: Path) -> Iterator[Path]:
 
     Args:
         path: The file; its folder is made if it isn't there.
+        tag: Tells what is written from what others write who may write the same file: a part of
+            the name that it has until then.
 
     Raises:
         StorageError: The disk is full, or the file can't be written there.
@@ -44,7 +46,7 @@ def written_file(path: Path) -> Iterator[Path]:
         with storage_errors(path):
             yield path
         return
-    beside = path.with_name(f"{path.name}.partial")
+    beside = path.with_name(f"{path.name}{tag}.partial")
     try:
         with storage_errors(path):
             path.parent.mkdir(parents=True, exist_ok=True)
@@ -57,9 +59,9 @@ def written_file(path: Path) -> Iterator[Path]:
             beside.unlink()
 
 
-def write_text(path: Path, text: str) -> None:
+def write_text(path: Path, text: str, tag: str = "") -> None:
     """Write a text whole or not at all. See `written_file`."""
-    with written_file(path) as beside:
+    with written_file(path, tag) as beside:
         beside.write_text(text, encoding="utf-8")
 
 

@@ -1,0 +1,70 @@
+"""Ray, where it is installed: on this machine alone, or on a cluster."""
+
+from __future__ import annotations
+
+import logging
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from importlib import import_module
+from typing import Any
+
+from fastvlm.functional.errors import InputError, first_line
+
+OBJECT_STORE_BYTES = 128 * 2**20
+"""Shared memory of Ray on this machine: names and prompts go through it, and no images."""
+
+
+def needed_ray(part: str = "ray") -> Any:
+    """Import and return Ray, or a part of it.
+
+    Args:
+        part: The module.
+
+    Raises:
+        InputError: It is not installed.
+    """
+    # It reports to its makers otherwise, and writes of what it mends by itself.
+    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+    os.environ.setdefault("RAY_BACKEND_LOG_LEVEL", "fatal")
+    try:
+        return import_module(part)
+    except ImportError as error:
+        raise InputError(
+            f"This needs Ray ({error.name} is missing): pip install 'fastvlm[ray]'."
+        ) from error
+
+
+@contextmanager
+def connected(address: str | None, cores: int | None = None) -> Iterator[Any]:
+    """Yield Ray, connected to a cluster; where there was no connection before, it ends after.
+
+    Args:
+        address: The cluster's address; None for this machine alone, on which Ray is started.
+        cores: Tasks of one core that may run at a time on this machine; None for its cores.
+
+    Raises:
+        InputError: Ray is not installed, or there is no cluster at the address.
+    """
+    ray = needed_ray()
+    if ray.is_initialized():
+        yield ray
+        return
+    options: dict[str, Any] = {"address": address}
+    if address is None:
+        options = {
+            "address": "local",
+            "num_cpus": cores,
+            "include_dashboard": False,
+            "object_store_memory": OBJECT_STORE_BYTES,
+        }
+    try:
+        ray.init(logging_level=logging.ERROR, log_to_driver=False, **options)
+    except (ConnectionError, ValueError, RuntimeError) as error:
+        raise InputError(
+            f"There is no Ray cluster at {address or 'this machine'}: {first_line(error)}."
+        ) from error
+    try:
+        yield ray
+    finally:
+        ray.shutdown()
