@@ -11,6 +11,13 @@ from typing import Any
 
 from fastvlm.functional.errors import InputError, first_line
 
+RAY_SETTINGS = {
+    "RAY_USAGE_STATS_ENABLED": "0",
+    "RAY_BACKEND_LOG_LEVEL": "fatal",
+    "RAY_SERVE_PROXY_READY_CHECK_TIMEOUT_S": "60",
+}
+"""Settings of Ray's, unless the environment has others: it doesn't report to its makers, doesn't
+write of what it mends by itself, and has patience on a machine that is busy loading a model."""
 OBJECT_STORE_BYTES = 128 * 2**20
 """Shared memory of Ray on this machine: names and prompts go through it, and no images."""
 
@@ -24,9 +31,8 @@ def needed_ray(part: str = "ray") -> Any:
     Raises:
         InputError: It is not installed.
     """
-    # It reports to its makers otherwise, and writes of what it mends by itself.
-    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
-    os.environ.setdefault("RAY_BACKEND_LOG_LEVEL", "fatal")
+    for name, value in RAY_SETTINGS.items():
+        os.environ.setdefault(name, value)
     try:
         return import_module(part)
     except ImportError as error:

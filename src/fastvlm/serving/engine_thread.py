@@ -156,6 +156,11 @@ class EngineThread:
             self._changed.notify()
 
     @property
+    def alive(self) -> bool:
+        """Whether the thread makes steps: it has been started, and has not ended."""
+        return self._thread.is_alive()
+
+    @property
     def running(self) -> int:
         """Requests that have a slot."""
         return len(self.vlm.engine.slots)
