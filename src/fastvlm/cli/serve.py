@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import time
-from dataclasses import replace
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -15,8 +16,88 @@ from fastvlm.functional.cores import usable_cores
 from fastvlm.functional.errors import InputError
 from fastvlm.serving.settings import ServerSettings
 
+if TYPE_CHECKING:
+    from fastvlm.serving.app import Server
+
 EXAMPLE_NAME = "fastvlm-example"
 """The example model's name in the API."""
+
+
+@dataclass(frozen=True, slots=True)
+class FleetOptions:
+    """How many replicas there are, and where."""
+
+    replicas: Annotated[
+        int | None,
+        typer.Option(
+            metavar="N",
+            min=1,
+            max=100_000,
+            help="Processes with a model each, on Ray Serve (pip install 'fastvlm[ray]'); requests"
+            " about the same image, and of the same conversation, go to the same one.",
+            show_default="one, without Ray",
+        ),
+    ] = None
+    max_replicas: Annotated[
+        int | None,
+        typer.Option(
+            metavar="N",
+            min=1,
+            max=100_000,
+            help="The most replicas: their number follows the requests that wait, from --replicas"
+            " on.",
+            show_default="as many as --replicas",
+        ),
+    ] = None
+    address: Annotated[
+        str | None,
+        typer.Option(
+            metavar="ADDRESS",
+            help="A Ray cluster to serve on, such as auto or HOST:6379. The server stays there when"
+            " the command ends; called again, it updates the server without losing a request.",
+        ),
+    ] = None
+
+    @property
+    def wanted(self) -> bool:
+        """Whether there are to be replicas at all.
+
+        Raises:
+            UsageError: There are to be more than the most.
+        """
+        if self.max_replicas is not None and self.max_replicas < (self.replicas or 1):
+            raise UsageError(
+                f"--max-replicas {self.max_replicas} is less than --replicas {self.replicas or 1}."
+            )
+        return (self.replicas, self.max_replicas, self.address) != (None, None, None)
+
+
+@dataclass(frozen=True, slots=True)
+class ServerLoader:
+    """Loads a model to serve; it can be pickled.
+
+    Args:
+        runtime: How to compute.
+        model: The model.
+        draft: The draft's directory.
+        name: The model's name in the API.
+        settings: How the server runs.
+        memory: What the model is loaded with besides.
+    """
+
+    runtime: DecodingRuntime
+    model: str
+    draft: Path | None
+    name: str
+    settings: ServerSettings
+    memory: Mapping[str, Any]
+
+    def __call__(self) -> Server:
+        """Return the server."""
+        from fastvlm.serving.app import Server
+
+        vlm = self.runtime.load(self.model, self.draft, **self.memory)
+        return Server(vlm, self.name, self.settings)
 
 
 def serve(
@@ -53,6 +134,7 @@ def serve(
             help="The most memory for images and beginnings of earlier prompts; 0 keeps nothing.",
         ),
     ] = 256 * 2**20,
+    fleet: FleetOptions,
     runtime: DecodingRuntime,
 ) -> None:
     """Serve a model with OpenAI's API, and a page to try it on.
@@ -61,7 +143,6 @@ def serve(
     Prometheus at /metrics. Any client of OpenAI's API works with it.
     """
     try:
-        from fastvlm.serving.app import Server
         from fastvlm.serving.limits import is_loopback, read_keys
         from fastvlm.serving.process import Process
         from fastvlm.serving.remote_images import allowed_hosts
@@ -87,17 +168,18 @@ def serve(
     if runtime.threads is None:
         # A core is left to the event loop and to the prompts that are prepared meanwhile: threads
         # that share one wait for each other.
-        runtime = replace(runtime, threads=max(usable_cores() - 1, 1))
+        spare = max(usable_cores() - 1, 1) // (fleet.replicas or 1)
+        runtime = replace(runtime, threads=max(spare, 1))
 
-    def load() -> Server:
-        vlm = runtime.load(
-            model,
-            draft,
-            max_slots=max_slots,
-            max_cache_bytes=max_cache_bytes,
-            prefix_bytes=prefix_bytes,
-        )
-        return Server(vlm, name, settings)
+    memory = {
+        "max_slots": max_slots,
+        "max_cache_bytes": max_cache_bytes,
+        "prefix_bytes": prefix_bytes,
+    }
+    load = ServerLoader(runtime, model, draft, name, settings, memory)
+    if fleet.wanted:
+        serve_fleet(load, fleet)
+        return
 
     def tell(address: str) -> None:
         seconds = time.monotonic() - started
@@ -110,3 +192,48 @@ def serve(
     if not runtime.quiet:
         print_aside(f"Loading {name} ...")
     process.serve_until_stopped()
+
+
+def serve_fleet(load: ServerLoader, options: FleetOptions) -> None:
+    """Serve with replicas: on this machine until a signal ends it, on a cluster for good.
+
+    Args:
+        load: Loads the model of a replica.
+        options: How many replicas there are, and where.
+
+    Raises:
+        InputError: Ray is not installed, there is no such cluster, or it would not know the keys.
+        FastVlmError: A replica can't be started.
+    """
+    from fastvlm.cluster.connection import needed_ray
+    from fastvlm.cluster.serving import Fleet, fleet_on, wait_for_signal
+    from fastvlm.serving.limits import read_keys
+    from fastvlm.serving.process import check_tls
+
+    needed_ray("ray.serve")
+    settings, runtime = load.settings, load.runtime
+    check_tls(settings)
+    if options.address is not None and settings.api_key_file is None and read_keys(None):
+        raise InputError(
+            "The machines of a cluster don't have this one's FASTVLM_API_KEY: give --api-key-file"
+            " with a file that all of them find."
+        )
+    fleet = Fleet(
+        options.replicas or 1,
+        options.max_replicas,
+        load.memory["max_slots"],
+        cpus=runtime.threads or 1,
+        gpus=0 if runtime.device == "cpu" else 1,
+    )
+    started = time.monotonic()
+    if not runtime.quiet:
+        print_aside(f"Loading {load.name} ...")
+    with fleet_on(load, settings, fleet, options.address, quiet=runtime.quiet):
+        scheme = "http" if settings.tls_cert is None else "https"
+        ends = "Ctrl-C ends it" if options.address is None else "serve shutdown ends it"
+        PlainConsole().print(
+            f"{load.name} is served at {scheme}://{settings.host}:{settings.port}/ ({ends});"
+            f" loaded in {time.monotonic() - started:.1f} s."
+        )
+        if options.address is None:
+            wait_for_signal()
