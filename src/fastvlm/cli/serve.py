@@ -97,7 +97,7 @@ class ServerLoader:
         from fastvlm.serving.app import Server
 
         vlm = self.runtime.load(self.model, self.draft, **self.memory)
-        return Server(vlm, self.name, self.settings)
+        return Server(vlm, self.name, self.settings, self.draft)
 
 
 def serve(
@@ -159,6 +159,8 @@ def serve(
         )
     with usage():
         allowed_hosts(settings.image_hosts)
+    if settings.draft_refresh and draft is None and model is not None:
+        raise UsageError("--draft-refresh looks at a draft's directory: give --draft.")
     from fastvlm.example import example
 
     name = settings.served_name or (EXAMPLE_NAME if model is None else Path(model).name)

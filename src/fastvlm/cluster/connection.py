@@ -14,10 +14,12 @@ from fastvlm.functional.errors import InputError, first_line
 RAY_SETTINGS = {
     "RAY_USAGE_STATS_ENABLED": "0",
     "RAY_BACKEND_LOG_LEVEL": "fatal",
+    "RAY_worker_niceness": "0",
     "RAY_SERVE_PROXY_READY_CHECK_TIMEOUT_S": "60",
 }
 """Settings of Ray's, unless the environment has others: it doesn't report to its makers, doesn't
-write of what it mends by itself, and has patience on a machine that is busy loading a model."""
+write of what it mends by itself, lets workers have the priority of any other process, and has
+patience on a machine that is busy loading a model."""
 OBJECT_STORE_BYTES = 128 * 2**20
 """Shared memory of Ray on this machine: names and prompts go through it, and no images."""
 

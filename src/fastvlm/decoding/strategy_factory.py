@@ -48,7 +48,7 @@ class StrategyFactory:
 
     def __init__(self, decoder: SplitDecoder, network: ImitationNetwork | None = None) -> None:
         self.decoder, self.network = decoder, network
-        self._made: dict[Hashable, Strategy] = {}
+        self._made: dict[tuple[Hashable, ...], Strategy] = {}
         self._lock = Lock()
 
     def make(
@@ -88,6 +88,12 @@ class StrategyFactory:
                 self._made[recipe.key] = recipe.build()
             return self._made[recipe.key]
 
+    def replace_network(self, network: ImitationNetwork) -> None:
+        """Draft with another network from now on; requests that decode go on with their own."""
+        with self._lock:
+            self.network = network
+            self._made = {key: one for key, one in self._made.items() if key[:1] != ("imitation",)}
+
     def chosen(self, strategy: Strategy | str | None) -> Strategy:
         """Return a strategy, or the one of a name; see `make`."""
         return self.make(strategy) if strategy is None or isinstance(strategy, str) else strategy
@@ -96,12 +102,12 @@ class StrategyFactory:
 class _Recipe(NamedTuple):
     """What tells a strategy from others, and what builds it."""
 
-    key: Hashable
+    key: tuple[Hashable, ...]
     build: Callable[[], Strategy]
 
 
 def _autoregressive(*_: Any) -> _Recipe:
-    return _Recipe("autoregressive", Autoregressive)
+    return _Recipe(("autoregressive",), Autoregressive)
 
 
 def _lookup(_: SplitDecoder, __: ImitationNetwork | None, given: dict[str, Any]) -> _Recipe:

@@ -29,9 +29,11 @@ from fastvlm.serving.errors import (
     on_http_error,
     on_invalid,
 )
+from fastvlm.serving.kept_replies import KeptReplies
 from fastvlm.serving.lifecycle import Lifecycle, busy
 from fastvlm.serving.limits import Limits, read_keys
 from fastvlm.serving.metrics import Metrics
+from fastvlm.serving.next_draft import DraftWatch
 from fastvlm.serving.protocol import ChatRequest
 from fastvlm.serving.remote_images import allowed_hosts
 from fastvlm.serving.replies import Replies
@@ -61,18 +63,32 @@ class Server:
         vlm: The model.
         name: Its name in the API.
         settings: How it runs.
+        draft: The draft's directory; None where there is none to look for a new one in.
 
     Raises:
         InputError: The file of API keys can't be read, or a host of images is none.
+        StorageError: The folder for replies can't be made.
     """
 
-    def __init__(self, vlm: VisionLanguageModel, name: str, settings: ServerSettings) -> None:
+    def __init__(
+        self,
+        vlm: VisionLanguageModel,
+        name: str,
+        settings: ServerSettings,
+        draft: Path | None = None,
+    ) -> None:
         self.vlm, self.name, self.settings = vlm, name, settings
         allowed_hosts(settings.image_hosts)
         self.keys = read_keys(settings.api_key_file)
         self.engine = EngineThread(vlm, settings.max_image_tokens)
         self.metrics = Metrics(self.engine, name)
         self.created = int(time.time())
+        self.kept = None
+        if settings.keep_replies is not None:
+            self.kept = KeptReplies(vlm, settings.keep_replies)
+        self.watch = None
+        if settings.draft_refresh and draft is not None:
+            self.watch = DraftWatch(vlm, draft, settings.draft_refresh)
 
     def app(self) -> Any:
         """Return the application, as an ASGI server runs it."""
@@ -249,6 +265,8 @@ class Server:
         replies.close()
         for request in replies.requests:
             self.metrics.observe(request)
+            if self.kept is not None:
+                self.kept.add(request)
         note_usage(replies.usage(), [request.finish_reason for request in replies.requests])
 
     def check_room(self, number: int) -> None:

@@ -134,7 +134,9 @@ class Lifecycle:
         if self.stopping:
             return
         self._app = server.inner()
-        self._running.enter_context(server.engine)
+        for part in (server.kept, server.engine, server.watch):
+            if part is not None:
+                self._running.enter_context(part)
         self.server = server
         self.on_ready()
 

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+from weakref import WeakKeyDictionary
+
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
 
 from fastvlm.decoding.request import Request
+from fastvlm.drafting.imitation import ImitationNetwork
 from fastvlm.serving.engine_thread import EngineThread
+from fastvlm.serving.next_draft import draft_label
 
 SECONDS = (0.001, 0.005, 0.01, 0.02, 0.04, 0.06, 0.08, 0.1, 0.25, 0.5, 0.75, 1, 2.5, 5, 10, 30, 60)
 """Bounds of the histograms of times, in seconds."""
@@ -52,6 +56,16 @@ class Metrics:
         self.accepted_per_position = counter(
             "spec_decode_num_accepted_tokens_per_pos", "Accepted tokens by position.", "position"
         )
+        self.by_draft = {
+            metric: Counter(
+                f"fastvlm:{metric}", what, ["model_name", "draft"], registry=self.registry
+            )
+            for metric, what in (
+                ("draft_tokens", "Drafted tokens by draft."),
+                ("accepted_tokens", "Accepted tokens by draft."),
+            )
+        }
+        self._labels: WeakKeyDictionary[ImitationNetwork, str] = WeakKeyDictionary()
         self.prompt_tokens = counter("prompt_tokens", "Tokens of prompts.")
         self.generation_tokens = counter("generation_tokens", "Tokens of replies.")
         self.prefix_queries = counter("prefix_cache_queries", "Positions of prompts.")
@@ -76,6 +90,13 @@ class Metrics:
         self.drafts.labels(name).inc(len(drafted))
         self.draft_tokens.labels(name).inc(sum(drafted))
         self.accepted.labels(name).inc(sum(request.accepted))
+        network = getattr(request.strategy, "network", None)
+        if network is not None:
+            if network not in self._labels:
+                self._labels[network] = draft_label(network)
+            label = self._labels[network]
+            self.by_draft["draft_tokens"].labels(name, label).inc(sum(drafted))
+            self.by_draft["accepted_tokens"].labels(name, label).inc(sum(request.accepted))
         for position in range(max(request.accepted, default=0)):
             reached = sum(count > position for count in request.accepted)
             self.accepted_per_position.labels(name, str(position)).inc(reached)

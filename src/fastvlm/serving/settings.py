@@ -36,6 +36,9 @@ class ServerSettings:
         tls_cert: A certificate chain in PEM format, to serve HTTPS; None for HTTP.
         tls_key: The certificate's private key.
         log_json: Whether each line of the log is a JSON object.
+        keep_replies: A folder to keep replies in for the training of the next draft; None for none.
+        draft_refresh: How often to look for a new draft in the draft's directory, in seconds; 0 for
+            never.
     """
 
     host: Annotated[str, Option("The address to listen on.", "HOST")] = "127.0.0.1"
@@ -97,6 +100,18 @@ class ServerSettings:
     log_json: Annotated[
         bool, Option("Write the log as one JSON object a line.", flag="--log-json")
     ] = False
+    keep_replies: Annotated[
+        Path | None,
+        Option(
+            "Keep replies in this folder, with hashes of their prompts and without their images, to"
+            " train the next draft on.",
+            "DIR",
+        ),
+    ] = None
+    draft_refresh: Annotated[
+        float,
+        Option("Look so often for a new draft in the draft's directory; 0: never.", "S", 0, 86_400),
+    ] = 0.0
 
 
 def listed(values: str | None) -> list[str]:
