@@ -207,7 +207,7 @@ def serve_fleet(load: ServerLoader, options: FleetOptions) -> None:
         InputError: Ray is not installed, there is no such cluster, or it would not know the keys.
         FastVlmError: A replica can't be started.
     """
-    from fastvlm.cluster.connection import needed_ray
+    from fastvlm.cluster.connection import is_local, needed_ray
     from fastvlm.cluster.serving import Fleet, fleet_on, wait_for_signal
     from fastvlm.serving.limits import read_keys
     from fastvlm.serving.process import check_tls
@@ -215,7 +215,8 @@ def serve_fleet(load: ServerLoader, options: FleetOptions) -> None:
     needed_ray("ray.serve")
     settings, runtime = load.settings, load.runtime
     check_tls(settings)
-    if options.address is not None and settings.api_key_file is None and read_keys(None):
+    local = is_local(options.address)
+    if not local and settings.api_key_file is None and read_keys(None):
         raise InputError(
             "The machines of a cluster don't have this one's FASTVLM_API_KEY: give --api-key-file"
             " with a file that all of them find."
@@ -232,10 +233,10 @@ def serve_fleet(load: ServerLoader, options: FleetOptions) -> None:
         print_aside(f"Loading {load.name} ...")
     with fleet_on(load, settings, fleet, options.address, quiet=runtime.quiet):
         scheme = "http" if settings.tls_cert is None else "https"
-        ends = "Ctrl-C ends it" if options.address is None else "serve shutdown ends it"
+        ends = "Ctrl-C ends it" if local else "serve shutdown ends it"
         PlainConsole().print(
             f"{load.name} is served at {scheme}://{settings.host}:{settings.port}/ ({ends});"
             f" loaded in {time.monotonic() - started:.1f} s."
         )
-        if options.address is None:
+        if local:
             wait_for_signal()

@@ -20,6 +20,8 @@ RAY_SETTINGS = {
 """Settings of Ray's, unless the environment has others: it doesn't report to its makers, doesn't
 write of what it mends by itself, lets workers have the priority of any other process, and has
 patience on a machine that is busy loading a model."""
+LOCAL = "local"
+"""The address of this machine alone."""
 OBJECT_STORE_BYTES = 128 * 2**20
 """Shared memory of Ray on this machine: names and prompts go through it, and no images."""
 
@@ -43,12 +45,18 @@ def needed_ray(part: str = "ray") -> Any:
         ) from error
 
 
+def is_local(address: str | None) -> bool:
+    """Return whether an address is that of this machine alone."""
+    return address in (None, LOCAL)
+
+
 @contextmanager
 def connected(address: str | None, cores: int | None = None) -> Iterator[Any]:
     """Yield Ray, connected to a cluster; where there was no connection before, it ends after.
 
     Args:
-        address: The cluster's address; None for this machine alone, on which Ray is started.
+        address: The cluster's address; None or `local` for this machine alone, on which Ray is
+            started.
         cores: Tasks of one core that may run at a time on this machine; None for its cores.
 
     Raises:
@@ -59,9 +67,9 @@ def connected(address: str | None, cores: int | None = None) -> Iterator[Any]:
         yield ray
         return
     options: dict[str, Any] = {"address": address}
-    if address is None:
+    if is_local(address):
         options = {
-            "address": "local",
+            "address": LOCAL,
             "num_cpus": cores,
             "include_dashboard": False,
             "object_store_memory": OBJECT_STORE_BYTES,

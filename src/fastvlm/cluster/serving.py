@@ -11,7 +11,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
-from fastvlm.cluster.connection import connected, needed_ray
+from fastvlm.cluster.connection import connected, is_local, needed_ray
 from fastvlm.functional.errors import FastVlmError, first_line
 from fastvlm.serving.app import Server
 from fastvlm.serving.settings import ServerSettings
@@ -144,7 +144,7 @@ def fleet_on(
         try:
             yield
         finally:
-            if address is None:
+            if is_local(address):
                 needed_ray("ray.serve").shutdown()
 
 
