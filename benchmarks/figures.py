@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import scale_figures
 import serving_figures
 from family_lists import families, supported
 from peers.report import table
@@ -431,6 +432,11 @@ DOCUMENTS: dict[str, dict[str, Callable[[], str]]] = {
     },
     "docs/families.md": {"families": families},
     "docs/architecture.md": {"sampling": sampling, "uneven": uneven},
+    "docs/scale.md": {
+        "captions": scale_figures.captions,
+        "fleets": scale_figures.fleets,
+        "prediction": scale_figures.prediction,
+    },
     "docs/serving.md": {"load": serving_figures.load, "peers": serving_figures.peers},
     "docs/images/speedup.svg": {},
 }

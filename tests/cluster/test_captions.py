@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,7 @@ from fastvlm.captioning.files import PartFiles
 from fastvlm.captioning.loop import CaptionJob, NumberedPart, Question
 from fastvlm.captioning.template import PromptTemplate
 from fastvlm.cluster.captions import caption_on_ray
-from fastvlm.functional.errors import InputError
+from fastvlm.functional.errors import CheckpointError, InputError
 from tests.cluster.making import Scenes, load_model, usual
 
 
@@ -50,6 +51,17 @@ def test_the_error_of_a_worker_is_told(ray: Any, tmp_path: Path) -> None:
     broken = [(0, Scenes((1,))), (1, Scenes((2,), unreadable=True))]
     with pytest.raises(InputError, match=r"^The part can't be read\.$"):
         list(caption_on_ray(job(tmp_path), broken, 1, None, "cpu"))
+
+
+def failing() -> Any:
+    raise CheckpointError("There is no such model.")
+
+
+def test_a_model_that_can_not_be_loaded(ray: Any, tmp_path: Path) -> None:
+    assert ray.is_initialized()
+    broken = replace(job(tmp_path), load=failing)
+    with pytest.raises(CheckpointError, match=r"^There is no such model\.$"):
+        list(caption_on_ray(broken, parts(), 1, None, "cpu"))
 
 
 def test_no_cluster() -> None:

@@ -145,7 +145,7 @@ def caption_parts(
                     except Exception as error:  # noqa: BLE001 (of a processor, on an odd image)
                         work.rows[index] = _failure(record.name, error)
                         continue
-                    row = {"image": record.name, "prompt": prompt}
+                    row: dict[str, Any] = {"image": record.name, "prompt": prompt}
                     row |= {name: record.fields.get(name) for name in question.copied}
                     asked[request] = _Asked(work, index, row)
                     work.missing += 1

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import logging
 import pickle
-from collections.abc import Generator, Sequence
+from collections.abc import Generator, Iterator, Sequence
 from typing import Any
 
 from fastvlm.captioning.loop import CaptionJob, NumberedPart, PartResult, caption_parts
 from fastvlm.cluster.connection import connected, needed_ray
-from fastvlm.functional.errors import FastVlmError, InputError, first_line
+from fastvlm.functional.errors import FastVlmError, InputError
 
 PARTS_AT_A_TIME = 2
 """Parts that a worker has in its batch: the second fills the slots that the first leaves free."""
@@ -62,11 +62,11 @@ def caption_on_ray(
             num_cpus=1,
             num_gpus=1 if on_gpu else 0,
         )
-        try:
-            for row in results.iter_rows():
-                yield pickle.loads(row["result"])
-        except ray.exceptions.RayError as error:
-            raise own_error(error) from error
+        for row in results.iter_rows():
+            found = pickle.loads(row["result"])
+            if isinstance(found, FastVlmError):
+                raise found
+            yield found
 
 
 class CaptionWorker:
@@ -77,14 +77,29 @@ class CaptionWorker:
     """
 
     def __init__(self, job: CaptionJob) -> None:
-        self.job, self.vlm = job, job.load()
-        self.strategy = job.strategy(self.vlm)
+        self.job = job
+        self.error: FastVlmError | None = None
+        try:
+            self.vlm = job.load()
+            self.strategy = job.strategy(self.vlm)
+        except FastVlmError as error:
+            # Told with the first part: Ray Data would start other workers, which fail alike.
+            self.error = error
 
     def __call__(self, batch: dict[str, Any]) -> dict[str, Any]:
         """Caption parts; other calls of the same worker share the engine's batch."""
         parts: list[NumberedPart] = [pickle.loads(part) for part in batch["part"]]
+        try:
+            found: list[PartResult | FastVlmError] = list(self._caption(parts))
+        except FastVlmError as error:
+            found = [error]
+        return {"result": [pickle.dumps(one) for one in found]}
+
+    def _caption(self, parts: Sequence[NumberedPart]) -> Iterator[PartResult]:
+        if self.error is not None:
+            raise self.error
         job = self.job
-        results = caption_parts(
+        yield from caption_parts(
             self.vlm,
             parts,
             job.question,
@@ -92,7 +107,6 @@ class CaptionWorker:
             strategy=self.strategy,
             image_threads=job.image_threads,
         )
-        return {"result": [pickle.dumps(result) for result in results]}
 
 
 def room(ray: Any, on_gpu: bool) -> int:
@@ -113,13 +127,3 @@ def room(ray: Any, on_gpu: bool) -> int:
     if not count:
         raise InputError(f"The Ray cluster has no {'GPU' if on_gpu else 'CPU'} to work on.")
     return count
-
-
-def own_error(error: BaseException) -> FastVlmError:
-    """Return the error of ours that a worker failed with, or a sentence on another one."""
-    found: BaseException | None = error
-    while found is not None:
-        if isinstance(found, FastVlmError):
-            return found
-        found = getattr(found, "cause", None) or found.__cause__
-    return FastVlmError(f"A worker failed: {first_line(Exception(str(error)))}.")

@@ -10,7 +10,7 @@ import asyncio
 import json
 import logging
 import uuid
-from collections.abc import AsyncIterator, Mapping
+from collections.abc import AsyncGenerator, Mapping
 from contextlib import aclosing, suppress
 from typing import Any
 
@@ -112,7 +112,7 @@ class Gateway:
 
     async def _asked(
         self, route: Route, scope: Mapping[str, Any], body: bytes
-    ) -> AsyncIterator[Mapping[str, Any]]:
+    ) -> AsyncGenerator[Mapping[str, Any]]:
         """Yield what a replica answers; its work ends when nobody reads on."""
         response = self.replicas.options(stream=True).answer.remote(route, scope, body)
         ended = False

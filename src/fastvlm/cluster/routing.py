@@ -13,7 +13,7 @@ from ray.serve.request_router import PendingRequest, RequestRouter, RunningRepli
 from fastvlm.cluster.affinity import Route, RunningReplicas, ranked
 
 
-class AffinityRouter(RequestRouter):  # type: ignore[misc]
+class AffinityRouter(RequestRouter):
     """Sends each request to the replica that its key prefers, or to the next that has room."""
 
     def update_replicas(self, replicas: list[RunningReplica]) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from functools import partial
 from itertools import groupby, islice
@@ -148,7 +148,7 @@ class Engine:
         finally:
             self._give_turn()
 
-    def run(self, requests: Iterable[Request]) -> Iterator[Request]:
+    def run(self, requests: Iterable[Request]) -> Generator[Request]:
         """Decode requests, and yield each when it has finished.
 
         Args:
