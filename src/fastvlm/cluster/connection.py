@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import logging
 import os
+import re
+import socket
 from collections.abc import Iterator
 from contextlib import contextmanager
 from importlib import import_module
@@ -22,6 +24,7 @@ write of what it mends by itself, lets workers have the priority of any other pr
 patience on a machine that is busy loading a model."""
 LOCAL = "local"
 """The address of this machine alone."""
+CONNECTION_SECONDS = 10
 OBJECT_STORE_BYTES = 128 * 2**20
 """Shared memory of Ray on this machine: names and prompts go through it, and no images."""
 
@@ -50,6 +53,21 @@ def is_local(address: str | None) -> bool:
     return address in (None, LOCAL)
 
 
+def check_reachable(address: str) -> None:
+    """Refuse an address at which nothing listens, for which Ray itself would wait for minutes.
+
+    Raises:
+        InputError: Nothing does.
+    """
+    found = re.fullmatch(r"(?:ray://)?\[?([^\[\]]+?)\]?:(\d+)", address)
+    if found is None:
+        return
+    try:
+        socket.create_connection((found[1], int(found[2])), CONNECTION_SECONDS).close()
+    except (OSError, OverflowError) as error:
+        raise InputError(f"There is no Ray cluster at {address}: {first_line(error)}.") from error
+
+
 @contextmanager
 def connected(address: str | None, cores: int | None = None) -> Iterator[Any]:
     """Yield Ray, connected to a cluster; where there was no connection before, it ends after.
@@ -63,6 +81,8 @@ def connected(address: str | None, cores: int | None = None) -> Iterator[Any]:
         InputError: Ray is not installed, or there is no cluster at the address.
     """
     ray = needed_ray()
+    if address is not None:
+        check_reachable(address)
     if ray.is_initialized():
         yield ray
         return
