@@ -96,10 +96,9 @@ def connected(address: str | None, cores: int | None = None) -> Iterator[Any]:
         }
     try:
         ray.init(logging_level=logging.ERROR, log_to_driver=False, **options)
-    except (ConnectionError, ValueError, RuntimeError) as error:
-        raise InputError(
-            f"There is no Ray cluster at {address or 'this machine'}: {first_line(error)}."
-        ) from error
+    except Exception as error:  # (Ray raises that itself, where a machine is too busy to start it)
+        where = "be started here" if is_local(address) else f"be reached at {address}"
+        raise InputError(f"Ray can't {where}: {first_line(error)}.") from error
     try:
         yield ray
     finally:
