@@ -91,8 +91,12 @@ class StrategyFactory:
     def replace_network(self, network: ImitationNetwork) -> None:
         """Draft with another network from now on; requests that decode go on with their own."""
         with self._lock:
-            self.network = network
-            self._made = {key: one for key, one in self._made.items() if key[:1] != ("imitation",)}
+            before, self.network = self.network, network
+            self._made = {
+                key: made
+                for key, made in self._made.items()
+                if before is None or not any(part is before for part in key)
+            }
 
     def chosen(self, strategy: Strategy | str | None) -> Strategy:
         """Return a strategy, or the one of a name; see `make`."""
