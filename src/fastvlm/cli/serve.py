@@ -166,7 +166,6 @@ def serve(
     name = settings.served_name or (EXAMPLE_NAME if model is None else Path(model).name)
     if model is None:
         model, draft = str(example().MODEL), draft or example().DRAFT
-    write_log(as_json=settings.log_json, quiet=runtime.quiet)
     if runtime.threads is None:
         # A core is left to the event loop and to the prompts that are prepared meanwhile: threads
         # that share one wait for each other.
@@ -182,6 +181,7 @@ def serve(
     if fleet.wanted:
         serve_fleet(load, fleet)
         return
+    write_log(as_json=settings.log_json, quiet=runtime.quiet)
 
     def tell(address: str) -> None:
         seconds = time.monotonic() - started
