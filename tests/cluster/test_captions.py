@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import sys
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -12,6 +14,7 @@ from fastvlm.captioning.files import PartFiles
 from fastvlm.captioning.loop import CaptionJob, NumberedPart, Question
 from fastvlm.captioning.template import PromptTemplate
 from fastvlm.cluster.captions import caption_on_ray
+from fastvlm.data.image_sources import find_images
 from fastvlm.functional.errors import CheckpointError, InputError
 from tests.cluster.making import Scenes, load_model, usual
 
@@ -73,3 +76,27 @@ def test_no_cluster() -> None:
         connected("127.0.0.1:1"),
     ):
         pass
+
+
+def resident_bytes() -> int:
+    """Return the memory of this process."""
+    return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+
+
+@pytest.mark.slow
+def test_the_memory_of_the_driver_is_flat(ray: Any, tmp_path: Path) -> None:
+    assert ray.is_initialized()
+    # Images that are missing cost workers nothing, and the driver what others cost it.
+    file = tmp_path / "list.txt"
+    file.write_text(
+        "".join(f"a/long/folder/of/images/{number:08}.jpg\n" for number in range(100_000))
+    )
+    source = find_images(str(file), tmp_path / "listing", 64)
+    images, known = 0, dict[int, int]()
+    made = caption_on_ray(job(tmp_path / "out"), list(enumerate(source.parts)), 2, None, "cpu")
+    for result in made:
+        images += result.images
+        known[images // 10_000] = resident_bytes()
+    assert images == 100_000
+    assert known[10] - known[2] < 24 * 2**20, known
+    sys.stderr.write(f"{known}")
