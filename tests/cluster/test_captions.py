@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import sys
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -99,4 +98,3 @@ def test_the_memory_of_the_driver_is_flat(ray: Any, tmp_path: Path) -> None:
         known[images // 10_000] = resident_bytes()
     assert images == 100_000
     assert known[10] - known[2] < 24 * 2**20, known
-    sys.stderr.write(f"{known}")
