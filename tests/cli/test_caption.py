@@ -64,6 +64,16 @@ def test_a_folder_of_images(cli: Cli, images: Path, tmp_path: Path) -> None:
     assert (tmp_path / "o" / "part-000000.jsonl").stat().st_mtime_ns == times
 
 
+def test_the_images_of_another_folder_are_no_part_of_it(
+    cli: Cli, images: Path, tmp_path: Path
+) -> None:
+    assert cli("caption", images, tmp_path / "o", *LIMIT).code == 0
+    images.rename(tmp_path / "others")
+    said = cli("caption", tmp_path / "others", tmp_path / "o", *LIMIT)
+    assert said.code == 1
+    assert "another input" in said.sentence()
+
+
 def test_images_that_fail_are_listed(cli: Cli, images: Path, tmp_path: Path) -> None:
     (images / "3.png").write_bytes((images / "3.png").read_bytes()[:60])
     words = ("caption", images, tmp_path / "o", "--max-failed", 0.5, *LIMIT)

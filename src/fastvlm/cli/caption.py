@@ -188,7 +188,7 @@ def caption(
 
     The output is a file for each part of the input; what is finished is not done again. It depends
     on the input, the model and the question alone: neither on the number of workers nor on what
-    failed meanwhile.
+    failed meanwhile. Where images have failed, the exit code is 1.
     """
     layers_in(drafting.skipped_layers)
     question = question_of(asked, sampling, model, output.copy)
@@ -198,7 +198,7 @@ def caption(
     from fastvlm.captioning.loop import CaptionJob
     from fastvlm.data.image_sources import find_images
 
-    count = workers.count(runtime.device)
+    count, place = workers.count(runtime.device), Path(collection.source)
     files = PartFiles(output.folder.absolute(), output.format, question.copied)
     with locked(output.folder):
         source = find_images(
@@ -209,7 +209,7 @@ def caption(
         )
         files.begin(
             {
-                "input": source.digest,
+                "input": [str(place.absolute()) if place.exists() else str(place), source.digest],
                 "parts": len(source.parts),
                 "model": model_identity(model),
                 "dtype": runtime.dtype,
