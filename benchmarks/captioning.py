@@ -23,9 +23,9 @@ from pathlib import Path
 from typing import Any
 
 from fastvlm.data.questions import images_in
+from fastvlm.evaluation.measuring import rotated
 from fastvlm.functional.files import as_json
 
-MAX_NEW_TOKENS = 24
 BATCH = 16
 FEW = 16
 """Images of the run that is taken off: a batch."""
@@ -72,16 +72,17 @@ def timed(command: list[str]) -> tuple[float, float]:
     return time.perf_counter() - started, sum(used.values())
 
 
-def run(contender: str, listing: Path, output: Path) -> tuple[float, float]:
+def run(contender: str, listing: Path, output: Path, tokens: int) -> tuple[float, float]:
     """Caption the images of a list; see `timed`."""
     if contender == "transformers":
-        return timed([sys.executable, __file__, str(listing), "--reference", str(output)])
+        words = [sys.executable, __file__, str(listing), "--reference", str(output)]
+        return timed([*words, "--max-new-tokens", str(tokens)])
     words = ["caption", str(listing), str(output), "--threads", "1"]
-    words += ["--max-new-tokens", str(MAX_NEW_TOKENS), *CONTENDERS[contender]]
+    words += ["--max-new-tokens", str(tokens), *CONTENDERS[contender]]
     return timed([sys.executable, "-c", COMMAND, *words])
 
 
-def caption_with_transformers(listing: Path, output: Path) -> None:
+def caption_with_transformers(listing: Path, output: Path, tokens: int) -> None:
     """Caption a list's images in batches with `transformers`' own `generate`."""
     import torch
 
@@ -102,7 +103,7 @@ def caption_with_transformers(listing: Path, output: Path) -> None:
             ]
             for path, reply in zip(
                 paths[first : first + BATCH],
-                reference_replies(vlm, asked, MAX_NEW_TOKENS),
+                reference_replies(vlm, asked, tokens),
                 strict=True,
             ):
                 text = vlm.tokenizer.decode(reply, skip_special_tokens=True).strip()
@@ -119,26 +120,25 @@ def captions(output: Path) -> dict[str, str]:
     return {row["image"]: row["text"] for row in rows}
 
 
-def measure(images: list[Path], rounds: int) -> dict[str, Any]:
+def measure(images: list[Path], rounds: int, tokens: int, contenders: list[str]) -> dict[str, Any]:
     """Return the seconds that each contender takes for the images."""
     found: dict[str, Any] = {name: {"seconds": [], "processor_seconds": [], "start_seconds": []}
-                             for name in CONTENDERS}  # fmt: skip
+                             for name in contenders}  # fmt: skip
     with tempfile.TemporaryDirectory() as place:
         folder = Path(place)
         for name, paths in (("few", images[:FEW]), ("all", images)):
             (folder / f"{name}.txt").write_text("\n".join(map(str, paths)))
         said: dict[str, dict[str, str]] = {}
         for number in range(rounds):
-            order = list(CONTENDERS)
-            for name in order[number % 3 :] + order[: number % 3]:
-                few = run(name, folder / "few.txt", folder / f"few {name} {number}")
-                whole = run(name, folder / "all.txt", folder / f"all {name} {number}")
+            for name in rotated(contenders, number):
+                few = run(name, folder / "few.txt", folder / f"few {name} {number}", tokens)
+                whole = run(name, folder / "all.txt", folder / f"all {name} {number}", tokens)
                 found[name]["seconds"].append(whole[0] - few[0])
                 found[name]["processor_seconds"].append(whole[1] - few[1])
                 found[name]["start_seconds"].append(few[0])
                 said[name] = captions(folder / f"all {name} {number}")
     plain = said["plain"]
-    for name in CONTENDERS:
+    for name in contenders:
         found[name]["different"] = sum(said[name][image] != plain[image] for image in plain)
     return found
 
@@ -172,11 +172,13 @@ def main() -> None:
     parser.add_argument("images", type=Path)
     parser.add_argument("--limit", type=int, default=512)
     parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--max-new-tokens", type=int, default=96)
+    parser.add_argument("--contenders", default=",".join(CONTENDERS), help="plain among them")
     parser.add_argument("--json", type=Path)
     parser.add_argument("--reference", type=Path, help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.reference is not None:
-        caption_with_transformers(options.images, options.reference)
+        caption_with_transformers(options.images, options.reference, options.max_new_tokens)
         return
     import torch
 
@@ -186,10 +188,12 @@ def main() -> None:
     text = as_json(
         {
             "images": len(images) - FEW,
-            "max_new_tokens": MAX_NEW_TOKENS,
+            "max_new_tokens": options.max_new_tokens,
             "hardware": hardware(torch.device("cpu")),
             "photos_decoded_per_second": decoding(images[0]),
-            "contenders": measure(images, options.rounds),
+            "contenders": measure(
+                images, options.rounds, options.max_new_tokens, options.contenders.split(",")
+            ),
         }
     )
     if options.json is None:
