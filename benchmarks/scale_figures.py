@@ -160,7 +160,8 @@ def captions() -> str:
         (
             f"The example model, {found['images']:,} photos, captions of up to"
             f" {found['max_new_tokens']} tokens, in turns; seconds of the processor, all processes"
-            " of Ray among them, without loading the model and starting Ray. `transformers` generates in batches of 16."
+            " of Ray among them, without loading the model and starting Ray. `transformers`"
+            " generates in batches of 16."
             f" float32, {machine['threads']} thread of {machine['processor']}. A core decodes"
             f" {decoded} (JPEG)."
         ),
