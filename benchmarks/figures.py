@@ -13,6 +13,7 @@ from typing import Any
 
 import scale_figures
 import serving_figures
+import text_figures
 from family_lists import families, supported
 from peers.report import table
 
@@ -438,6 +439,7 @@ DOCUMENTS: dict[str, dict[str, Callable[[], str]]] = {
         "prediction": scale_figures.prediction,
     },
     "docs/serving.md": {"load": serving_figures.load, "peers": serving_figures.peers},
+    "recipes/gemma3-270m/README.md": {"text": text_figures.text},
     "docs/images/speedup.svg": {},
 }
 """The sections of each document that are written from results."""

@@ -458,7 +458,7 @@ def test_one_object_serves_many_threads(llava: tuple[PreTrainedModel, Inputs]) -
     ("options", "told"),
     [
         ({"num_assistant_tokens": 3}, "num_assistant_tokens"),
-        ({"confidence": 0.5}, "confidence"),
+        ({"exit_layer": 1}, "exit_layer"),
         ({"strategy": "lookup"}, "lookup"),
     ],
 )

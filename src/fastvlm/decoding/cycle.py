@@ -39,8 +39,8 @@ def cycle(batch: Batch, strategy: Strategy) -> None:
 def verify(batch: Batch, exit_layer: int, draft: Draft) -> tuple[Tensor, Tensor | None]:
     """Run the full model over the last committed tokens and the drafts.
 
-    Hidden states that drafting computed are reused: the first layers run on the last drafted token
-    only, and the other layers on all hidden states.
+    Hidden states that drafting computed are reused: the first layers run on what it has not
+    computed (the last drafted token, and copied ones), and the other layers on all hidden states.
 
     Args:
         batch: The slots.
@@ -61,8 +61,14 @@ def verify(batch: Batch, exit_layer: int, draft: Draft) -> tuple[Tensor, Tensor 
         ]
     )
     if exit_layer:
-        rest = batch.positions([start + known for start in starts], width - known)
-        x = decoder.forward_layers(x, rest, cache, range(exit_layer))
+        # A draft step computes one position; so does what is to be rounded as one.
+        step = width - known if batch.verify_width is None else 1
+        parts = []
+        for begin in range(known, width, step):
+            places = batch.positions([start + begin for start in starts], step)
+            part = x[:, begin - known : begin - known + step]
+            parts.append(decoder.forward_layers(part, places, cache, range(exit_layer)))
+        x = parts[0] if len(parts) == 1 else torch.cat(parts, 1)
         if draft.hidden is not None:
             x = torch.cat((draft.hidden, x), 1)
     hidden = x if exit_layer else None

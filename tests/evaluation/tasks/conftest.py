@@ -35,7 +35,7 @@ def strategies(vlm: VisionLanguageModel) -> dict[str, Strategy]:
         "early-exit@2:3": vlm.strategy(
             "early-exit", exit_layer=2, num_speculative_tokens=3, confidence=0.0
         ),
-        "prompt-lookup:4": vlm.strategy("prompt-lookup", num_speculative_tokens=4),
+        "prompt-lookup:4": vlm.strategy("prompt-lookup", num_speculative_tokens=4, confidence=0),
     }
 
 
