@@ -133,7 +133,8 @@ class Throughput:
             seconds: The time of its verify.
         """
         if self.ordinary.value:
-            gain = tokens - self.verify.without_outlier(seconds) / self.ordinary.value
+            # What the time would have brought otherwise, with or without draft steps.
+            gain = tokens - self.verify.without_outlier(seconds) * self.best
             self.copy_budget_steps = min(self.copy_budget_steps + gain, BUDGET_STEPS)
         self.add_verify(copied + 1, seconds)
         self.since_ordinary += 1
