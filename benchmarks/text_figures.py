@@ -32,6 +32,7 @@ def text() -> str:
     )
     replies = by_strategy(greedy["results"])
     same = all(row["identical"] for row in (*replies.values(), *drawn.values()))
+    questions = drawn["autoregressive"]["replies"]
     lines += [
         "",
         (
@@ -39,8 +40,8 @@ def text() -> str:
             f" has seen, {greedy['max_new_tokens']} tokens each, greedy, a batch of one,"
             f" {greedy['dtype']}, {machine['threads']} thread of {machine['processor']}."
             f" {'Every token is' if same else 'Not every token is'} that of `transformers`' own"
-            f" `generate`. At temperature {sampled['temperature']:g}, {sampled['max_new_tokens']}"
-            f" tokens each: {at_one}."
+            f" `generate`, and of ordinary decoding at temperature {sampled['temperature']:g}"
+            f" ({questions} prompts, {sampled['max_new_tokens']} tokens each): {at_one}."
         ),
     ]
     return "\n".join(lines)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import runpy
+import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -81,6 +82,18 @@ def test_train_draft(run: Run, model: Path, images: Path, tmp_path: Path) -> Non
     assert "tokens per pass" in said
 
 
+@pytest.mark.slow
+def test_train_on_ray(model: Path, images: Path, tmp_path: Path) -> None:
+    pytest.importorskip("ray", reason="the extra `ray` is not installed")
+    # In a process of its own: Ray is started once in each.
+    script = EXAMPLES / "train_on_ray.py"
+    words = ["draft", "--model", model, "--data", images, "--output", tmp_path / "out", *FEW]
+    words += ["--steps", 2, "--held-out", 1, "--device", "cpu"]
+    command = [sys.executable, script, "--workers", 2, "--", *words]
+    subprocess.run([str(word) for word in command], check=True, timeout=600)
+    assert (tmp_path / "out" / "block" / "config.json").is_file()
+
+
 def test_every_example_is_tested() -> None:
     source = Path(__file__).read_text()
-    assert all(f'run("{file.stem}"' in source for file in EXAMPLES.glob("*.py"))
+    assert all(f"def test_{file.stem}(" in source for file in EXAMPLES.glob("*.py"))
