@@ -419,7 +419,7 @@ def hours() -> str:
 
 
 DOCUMENTS: dict[str, dict[str, Callable[[], str]]] = {
-    "README.md": {"supported": supported, "hours": hours},
+    "README.md": {"gemma": text_figures.sentence, "supported": supported, "hours": hours},
     "docs/evaluation.md": {
         "figures": decoding,
         "tables": tables,
