@@ -303,9 +303,10 @@ class AdaptiveLength:
             for confidences in progress.confidences
         ]
         gains = [0.0] * (min(left, max((offer.tokens for offer in offers), default=0)) + 1)
-        for chance, offer in zip(reached, offers, strict=True):
+        for before, offer in zip(reached, offers, strict=True):
+            chance = before
             for place in range(1, min(offer.tokens, left) + 1):
-                chance *= self.copy_acceptance(offer.match + place - 1).value  # noqa: PLW2901
+                chance *= self.copy_acceptance(offer.match + place - 1).value
                 gains[place] += chance / rows
         rate = throughput.best
         # Before anything is measured, a token is copied if it is more likely right than wrong.

@@ -35,12 +35,7 @@ def gumbel(
         tokens: The tokens, (tokens,), on the device of the noise.
         dtype: The precision of the noise: float32 or float64.
     """
-    spread = _spread(tokens)
-    rows = [
-        _of_bits(_bits(seed, position, spread), dtype)
-        for seed, position in zip(seeds, positions, strict=True)
-    ]
-    return torch.stack(rows)
+    return _of_bits(_bits(seeds, positions, _spread(tokens)), dtype)
 
 
 def noisy_best(scores: Tensor, seed: int, position: int) -> int:
@@ -55,7 +50,7 @@ def noisy_best(scores: Tensor, seed: int, position: int) -> int:
         seed: The seed.
         position: The position.
     """
-    bits = _bits(seed, position, _spread_vocabulary(len(scores), scores.device))
+    bits = _bits([seed], [position], _spread_vocabulary(len(scores), scores.device))[0]
     if scores.device.type != "cpu":
         # Selecting tokens would wait for the device.
         return int((scores + _of_bits(bits, scores.dtype)).argmax())
@@ -80,9 +75,13 @@ def _spread_vocabulary(size: int, device: torch.device) -> Tensor:
     return _spread(torch.arange(size, device=device))
 
 
-def _bits(seed: int, position: int, spread: Tensor) -> Tensor:
-    """Return the 31 random bits of tokens, as integers: (tokens,)."""
-    first, second = _key(seed, position)
+def _bits(seeds: Sequence[int], positions: Sequence[int], spread: Tensor) -> Tensor:
+    """Return the 31 random bits of tokens, as integers: (rows, tokens)."""
+    keys = [_key(seed, position) for seed, position in zip(seeds, positions, strict=True)]
+    first, second = (
+        torch.tensor(half, dtype=torch.int32, device=spread.device)[:, None]
+        for half in zip(*keys, strict=True)
+    )
     return _mix(_mix(spread.bitwise_xor(first)).add_(second)).bitwise_and_(0x7FFFFFFF)
 
 
