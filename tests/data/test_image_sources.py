@@ -171,3 +171,15 @@ def test_a_list_of_a_hundred_thousand_is_held_as_places(tmp_path: Path) -> None:
     source = find_images(str(file), tmp_path / "listing", 64)
     assert (len(source.parts), source.count) == (1563, 100_000)
     assert len(pickle.dumps(list(source.parts))) < 100 * len(source.parts)
+
+
+def test_a_link_back_up_is_not_followed(tmp_path: Path) -> None:
+    for name in ("one", "two"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "0.png").touch()
+    (tmp_path / "one" / "up").symlink_to(tmp_path)
+    (tmp_path / "one" / "other").symlink_to(tmp_path / "two")
+    (tmp_path / "two" / "other").symlink_to(tmp_path / "one")
+    find_images(str(tmp_path), tmp_path / "listing.jsonl", 64, "train")
+    names = [json.loads(line)["image"] for line in (tmp_path / "listing.jsonl").open()]
+    assert names == ["one/0.png", "one/other/0.png", "two/0.png", "two/other/0.png"]

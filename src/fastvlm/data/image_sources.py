@@ -114,7 +114,7 @@ def _image_names(folder: Path) -> list[str]:
     """
     found = [
         os.path.relpath(os.path.join(place, name), folder)  # noqa: PTH118 (for a million of them)
-        for place, _, names in os.walk(folder, followlinks=True)
+        for place, names in _places(folder)
         for name in names
         if os.path.splitext(name)[1].lower() in IMAGE_SUFFIXES  # noqa: PTH122
     ]
@@ -124,6 +124,17 @@ def _image_names(folder: Path) -> list[str]:
             " data set saved by datasets."
         )
     return sorted(found)
+
+
+def _places(folder: Path) -> Iterator[tuple[str, list[str]]]:
+    """Yield each folder below one and its files' names; a link back up is not followed."""
+    above = {str(folder): frozenset({os.path.realpath(folder)})}
+    for place, inner, names in os.walk(folder, followlinks=True):
+        known = above.pop(place)
+        real = {name: os.path.realpath(f"{place}/{name}") for name in inner}
+        inner[:] = [name for name in inner if real[name] not in known]
+        above |= {os.path.join(place, name): known | {real[name]} for name in inner}  # noqa: PTH118
+        yield place, names
 
 
 def listed(file: Path, folder: Path, part_size: int) -> ImageSource:
