@@ -25,8 +25,10 @@ ROOT = Path(__file__).parents[2]
 MODULES = {
     "family_lists",
     "hostile_requests",
+    "scale_figures",
     "serving_clients",
     "serving_figures",
+    "text_figures",
     "ttft_models",
     "ttft_report",
     "ttft_stages",
@@ -289,3 +291,37 @@ def test_loading(run: Run) -> None:
     # What is loaded stays in its file until it is used.
     assert found["file_bytes"] > 4e7
     assert found["anonymous_bytes"] < 0.8 * found["file_bytes"]
+
+
+def test_scale_simulation(run: Run) -> None:
+    one, two = run("scale_simulation", "--replicas", "1,2")["fleets"]
+    assert one["by image"]["cache_hits"] > 0.5
+    assert two["by image"]["cache_hits"] > two["at random"]["cache_hits"]
+    assert two["loss of a tenth"]["lost"] == 0
+    assert two["twice the load"]["replicas_before"] == 1
+    assert two["twice the load"]["replicas_after"] == 2
+
+
+@pytest.mark.slow
+def test_captioning(run: Run, photos: Path) -> None:
+    found = run("captioning", photos / "images", "--limit", 5, "--rounds", 1, "--contenders",
+                "plain,transformers", "--max-new-tokens", 4, FEW=2)  # fmt: skip
+    assert found["images"] == 3
+    assert all(one["different"] == 0 for one in found["contenders"].values())
+
+
+@pytest.mark.slow
+def test_caption_faults(
+    photos: Path, shipped: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    module, figures = script("caption_faults"), tmp_path / "figures.json"
+    given = ["caption_faults", photos / "images", tmp_path, "--kills", 2, "--every", 2]
+    options = ["--model", shipped / "model", "--draft", shipped / "draft", "--max-new-tokens", 4]
+    words = [*given, "--json", figures, "--", *options, "--part-size", 2]
+    monkeypatch.setattr(sys, "argv", list(map(str, words)))
+    with pytest.raises(SystemExit) as left:
+        module.main()
+    assert left.value.code == 0
+    told = json.loads(figures.read_text())
+    assert told["images"] == 6
+    assert told["different"] == []

@@ -196,8 +196,8 @@ def test_every_verb_that_computes_says_where_and_in_what_precision() -> None:
     }  # fmt: skip
     for verb, options in found.items():
         assert options >= {"--device", "--dtype", "--threads", "--quiet"}, verb
-        # What trains a model leaves the model, and a server has metrics.
-        assert ("--json" in options) == (verb not in ("train model", "serve")), verb
+        # What trains a model leaves the model, captions are files, and a server has metrics.
+        assert ("--json" in options) == (verb not in ("train model", "caption", "serve")), verb
 
 
 @pytest.mark.parametrize("device", ["telephone", "cuda:99", "meta", "cpu:x"])

@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import threading
 import time
+from concurrent.futures import ThreadPoolExecutor, as_completed
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -437,6 +439,26 @@ def test_a_busy_server_says_so(vlm: VisionLanguageModel) -> None:
         assert int(found.headers["retry-after"]) >= 1
         # More than there is ever room for.
         assert httpx.post(chat, json={**body, "n": 5}).status_code == 400
+
+
+def test_those_that_begin_take_room(
+    vlm: VisionLanguageModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    go_on, stream = threading.Event(), vlm.stream
+
+    def later(*words: Any, **options: Any) -> Any:
+        go_on.wait(30)
+        return stream(*words, **options)
+
+    monkeypatch.setattr(vlm, "stream", later)
+    body = {"messages": asked(1), "max_tokens": 2, "n": 2}
+    with served(vlm, max_waiting=0) as address, ThreadPoolExecutor(8) as threads:
+        chat = f"{address}/v1/chat/completions"
+        found = [threads.submit(httpx.post, chat, json=body, timeout=60) for _ in range(8)]
+        first = [one.result().status_code for one in islice(as_completed(found), 6)]
+        go_on.set()
+        assert first == [503] * 6
+        assert sorted(one.result().status_code for one in found)[:2] == [200] * 2
 
 
 def test_a_request_ends_in_time(vlm: VisionLanguageModel) -> None:

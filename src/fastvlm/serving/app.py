@@ -83,6 +83,8 @@ class Server:
         self.engine = EngineThread(vlm, settings.max_image_tokens)
         self.metrics = Metrics(self.engine, name)
         self.created = int(time.time())
+        self.beginning: set[Replies[Any]] = set()
+        """Those that were let in and whose prompts are not all prepared."""
         self.kept = None
         if settings.keep_replies is not None:
             self.kept = KeptReplies(vlm, settings.keep_replies)
@@ -226,9 +228,13 @@ class Server:
             TimeoutError: It takes too long.
         """
         self.check_name(replies.asked.model)
-        self.check_room(replies.prompt_count * replies.per_prompt)
-        async with asyncio.timeout(self.settings.request_seconds), self.engine.preparing:
-            await replies.begin()
+        self.check_room(replies.to_begin)
+        self.beginning.add(replies)
+        try:
+            async with asyncio.timeout(self.settings.request_seconds), self.engine.preparing:
+                await replies.begin()
+        finally:
+            self.beginning.remove(replies)
         if replies.asked.stream:
             return StreamingResponse(
                 self.observed(replies),
@@ -278,7 +284,8 @@ class Server:
         most = self.vlm.engine.max_slots + self.settings.max_waiting
         if number > most:
             raise ApiError(f"A request has at most {most} replies here; got {number}.")
-        if self.engine.running + self.engine.waiting + number > most:
+        taken = self.engine.unfinished + sum(one.to_begin for one in self.beginning)
+        if taken + number > most:
             raise busy()
 
 

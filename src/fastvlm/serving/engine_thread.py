@@ -170,6 +170,12 @@ class EngineThread:
         """Requests that wait for a slot."""
         return len(self.vlm.engine.waiting)
 
+    @property
+    def unfinished(self) -> int:
+        """Requests that have begun and not ended: one on its way to its slot counts too."""
+        with self._changed:
+            return sum(not stream.stream.request.finished for stream in self._streams)
+
     def check_length(self, prompt: Prompt) -> None:
         """Refuse a prompt that is far too long.
 

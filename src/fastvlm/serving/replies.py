@@ -74,6 +74,11 @@ class Replies(ABC, Generic[AskedT]):
         """The number of replies to each prompt."""
         return 1
 
+    @property
+    def to_begin(self) -> int:
+        """The number of replies that have not begun."""
+        return self.prompt_count * self.per_prompt - len(self.streams)
+
     @abstractmethod
     async def prompts(self) -> Sequence[Prompt]:
         """Return the prompts as the model takes them.
