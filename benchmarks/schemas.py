@@ -126,7 +126,7 @@ def distinct(
             continue
         seen.add(text)
         try:
-            vlm.grammars.constraint(StructuredOutput("json", schema), vlm.end_tokens)
+            vlm.builder.grammars.constraint(StructuredOutput("json", schema), vlm.end_tokens)
         except InputError as error:
             reason = str(error).removeprefix("The json can't be used: ")
             # What stands behind it is of this schema alone.
@@ -152,7 +152,7 @@ def decode_all(
         if time.monotonic() > ending:
             break
         form = StructuredOutput("json", schema)
-        vlm.grammars.constraint(form, vlm.end_tokens)
+        vlm.builder.grammars.constraint(form, vlm.end_tokens)
         for way, sampling in WAYS.items():
             if sampling and number % options.sampled_every:
                 continue

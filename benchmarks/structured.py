@@ -73,7 +73,7 @@ def compile_milliseconds(vlm: VisionLanguageModel) -> float:
     for size in range(10, 15):
         form = StructuredOutput("json", {**SCHEMA, "maxItems": size})
         started = time.perf_counter()
-        vlm.grammars.constraint(form, vlm.end_tokens)
+        vlm.builder.grammars.constraint(form, vlm.end_tokens)
         taken.append(1000 * (time.perf_counter() - started))
     return statistics.median(taken)
 

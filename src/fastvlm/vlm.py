@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 import warnings
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
@@ -11,36 +10,26 @@ from typing import Any, Unpack
 
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, ProcessorMixin
-from transformers.generation.stopping_criteria import StoppingCriteriaList
 
 from fastvlm.checkpoints import LoadOptions, load_checkpoint
 from fastvlm.checkpoints.processors import tokenizer_of
-from fastvlm.decoding import Engine, Request, Sampler, Strategy
+from fastvlm.decoding import Engine, Request, Strategy
 from fastvlm.decoding.engine import MAX_SLOTS
-from fastvlm.decoding.generation_config import fit_length, processors_of, settings_of, stopper
-from fastvlm.decoding.grammar import GrammarCompiler
 from fastvlm.decoding.layer_search import LayerChoice, find_skipped_layers
-from fastvlm.decoding.options import RequestOptions, split_options
-from fastvlm.decoding.prefix_cache import PrefixCache
+from fastvlm.decoding.options import split_options
 from fastvlm.decoding.reply import Piece, Reply, ReplyStream
 from fastvlm.decoding.strategy_factory import StrategyFactory
-from fastvlm.decoding.text import ReplyText
 from fastvlm.drafting import ImitationNetwork
 from fastvlm.drafting.directory import load_draft
 from fastvlm.example import example
-from fastvlm.functional.errors import FastVlmError, InputError
+from fastvlm.functional.errors import InputError
 from fastvlm.functional.lru import LruBytes
-from fastvlm.functional.messages import Message, Prompt, TokenPrompt
-from fastvlm.language import DecoderInputs, split_decoder
+from fastvlm.functional.messages import Prompt
+from fastvlm.language import split_decoder
 from fastvlm.language.decoder import SplitDecoder
 from fastvlm.language.generator import end_tokens
-from fastvlm.language.weights_state import weights_state
-from fastvlm.prompts import (
-    FastViTHDPromptBuilder,
-    ImageFeatureCache,
-    messages_of,
-    prompt_builder,
-)
+from fastvlm.prompts import FastViTHDPromptBuilder, prompt_builder
+from fastvlm.request_builder import PlannedRequest, RequestBuilder
 from fastvlm.runtimes import decoder_of, split_load_options
 from fastvlm.vision.configuration import REDUCTION
 from fastvlm.vision.fastvithd import FastViTHD
@@ -92,11 +81,9 @@ class VisionLanguageModel:
         self.decoder = split_decoder(model) if decoder is None else decoder
         self.prompts = prompt_builder(model, processor, self.decoder)
         self.engine = Engine(self.decoder, max_slots=max_slots, max_cache_bytes=max_cache_bytes)
-        self.grammars = GrammarCompiler(self.tokenizer)
         self.strategies = StrategyFactory(self.decoder, network)
         self.lru = LruBytes(prefix_bytes)
-        self.prefixes, self.features = PrefixCache(self.lru), ImageFeatureCache(self.lru)
-        self._weights_state: Any = None
+        self.builder = RequestBuilder(model, self.tokenizer, self.decoder, self.prompts, self.lru)
 
     @property
     def end_tokens(self) -> frozenset[int]:
@@ -176,62 +163,28 @@ class VisionLanguageModel:
             InputError: An image can't be read, the prompt has a placeholder of its own, or an
                 option is unknown or out of range.
         """
-        started = time.perf_counter()
-        # What can be refused is refused before the long work.
-        split, chosen = split_options(options), self.strategies.chosen(strategy)
-        return self._request(messages_of(prompt, image), split, chosen, started)
-
-    def _request(
-        self,
-        messages: Sequence[Message] | TokenPrompt,
-        options: RequestOptions,
-        strategy: Strategy,
-        started: float,
-    ) -> Request:
-        params = options.sampling
-        ends: frozenset[int] = frozenset() if params.ignore_eos else self.end_tokens
-        constraint = self.grammars.constraint(params.structured, ends)
-        settings: Any = settings_of(self.model, params)
-        stop = params.stop_strings or list(settings.stop_strings or ())
-        settings.stop_strings = None
-        inputs, keeps = self._inputs(messages, options)
-        max_new_tokens = fit_length(settings, len(inputs.token_ids))
-        device = self.decoder.device
-        processors = processors_of(self.decoder, settings, params, inputs.token_ids)
-        model: Any = self.model  # whose type knows the method of the mixin alone
-        criteria = model._get_stopping_criteria(settings, StoppingCriteriaList())
-        return Request(
-            inputs,
-            strategy,
-            max_new_tokens,
-            Sampler(
-                processors, params.drawn_seed, inputs.token_ids if processors else (), constraint
-            ),
-            ends,
-            self.prefixes if keeps else None,
-            started,
-            stopper(criteria, inputs.token_ids, device),
-            ReplyText(self.tokenizer, stop, params.min_new_tokens or 0) if stop else None,
-            logprobs=params.logprobs,
-            priority=options.scheduling.priority,
+        [request] = self.builder.build(
+            [self.planned_request(prompt, image, strategy=strategy, **options)]
         )
+        if request.error is not None:
+            raise request.error
+        return request
 
-    def _inputs(
-        self, messages: Sequence[Message] | TokenPrompt, options: RequestOptions
-    ) -> tuple[DecoderInputs, bool]:
-        """Return a prompt, and whether its states are looked up and kept."""
-        if not options.scheduling.cache or not self.lru.limit:
-            return self.prompts.decoder_inputs(messages, **options.shown), False
-        state = weights_state(self.model)
-        if state != self._weights_state:
-            # What other weights have computed serves nobody any more.
-            self._weights_state = state
-            self.lru.clear()
-        inputs = self.prompts.decoder_inputs(messages, self.features, **options.shown)
-        if inputs.keys is None:
-            return inputs, False
-        first, *rest = inputs.keys
-        return replace(inputs, keys=[(state, first), *rest]), True
+    def planned_request(
+        self,
+        prompt: Prompt,
+        image: ImageInput | None = None,
+        *,
+        strategy: Strategy | str | None = None,
+        **options: Any,
+    ) -> PlannedRequest:
+        """Return what `builder` makes a request of, beside others. For the arguments see `request`.
+
+        Raises:
+            InputError: An option is unknown or out of range.
+        """
+        chosen = self.strategies.chosen(strategy)
+        return PlannedRequest(prompt, image, split_options(options), chosen)
 
     def stream(
         self,
@@ -298,7 +251,7 @@ class VisionLanguageModel:
         strategy: Strategy | str | None = None,
         **options: Any,
     ) -> Iterator[Request]:
-        """Return an iterator over the requests of a batch, which makes each when it is reached.
+        """Return an iterator over the requests of a batch, which builds them as they are reached.
 
         For the arguments and errors see `generate_batch`.
         """
@@ -309,16 +262,12 @@ class VisionLanguageModel:
             )
         split, chosen = split_options(options), self.strategies.chosen(strategy)
 
-        def made() -> Iterator[Request]:
-            for row, (prompt, image) in enumerate(zip(prompts, images, strict=True)):
-                started = time.perf_counter()
-                own = replace(split, sampling=split.sampling.for_row(row))
-                try:
-                    yield self._request(messages_of(prompt, image), own, chosen, started)
-                except FastVlmError as error:
-                    yield Request.failed(error, chosen)
-
-        return made()
+        return self.builder.all(
+            PlannedRequest(
+                prompt, image, replace(split, sampling=split.sampling.for_row(row)), chosen
+            )
+            for row, (prompt, image) in enumerate(zip(prompts, images, strict=True))
+        )
 
     def find_skipped_layers(
         self, prompts: Sequence[str], images: Sequence[ImageInput | None], **options: Any

@@ -157,14 +157,14 @@ def test_replies_of_a_form(vlm: VisionLanguageModel, tmp_path: Path) -> None:
 def test_an_image_whose_request_fails_is_a_failure(
     vlm: VisionLanguageModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    request = vlm.request
+    encoded = vlm.prompts.encoded
 
-    def failing(prompt: str, *rest: Any, **options: Any) -> Any:
-        if prompt.endswith("no. 4"):
+    def failing(prepared: Any, *rest: Any) -> Any:
+        if any(vlm.tokenizer.decode(tokens).count("no. 4") for tokens, _ in prepared):
             raise ValueError("this image is odd")
-        return request(prompt, *rest, **options)
+        return encoded(prepared, *rest)
 
-    monkeypatch.setattr(vlm, "request", failing)
+    monkeypatch.setattr(vlm.prompts, "encoded", failing)
     results = {one.number: one for one in run(vlm, PartFiles(tmp_path))}
     assert results[3].failed == (Broken("4", "ValueError: this image is odd"),)
     assert [row["image"] for row in lines(tmp_path / "part-000003.jsonl")] == ["3"]
@@ -183,7 +183,7 @@ def test_want_of_memory_ends_the_run(
     def failing(*_: Any, **__: Any) -> Any:
         raise torch.OutOfMemoryError("out of memory")
 
-    monkeypatch.setattr(vlm, "request", failing)
+    monkeypatch.setattr(vlm.prompts, "encoded", failing)
     with pytest.raises(torch.OutOfMemoryError):
         run(vlm, PartFiles(tmp_path))
     assert PartFiles(tmp_path).finished() <= {1, 2}

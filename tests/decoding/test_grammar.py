@@ -47,7 +47,7 @@ def test_masks_are_those_of_a_naive_search(pattern: str, vlm: VisionLanguageMode
     }[pattern]
     assert all(re.fullmatch(pattern, text) for text in whole)
     begun = {text[:end] for text in whole for end in range(len(text) + 1)}
-    rule = vlm.grammars.constraint(StructuredOutput("regex", pattern), vlm.end_tokens)
+    rule = vlm.builder.grammars.constraint(StructuredOutput("regex", pattern), vlm.end_tokens)
     assert rule is not None
     size = len(vlm.tokenizer)
     special = set(vlm.tokenizer.all_special_ids)
@@ -86,7 +86,7 @@ def test_masks_depend_on_the_prefix_alone(name: str, vlm: VisionLanguageModel) -
     size, chance = len(vlm.tokenizer), random.Random(name)
 
     def fresh() -> Constraint:
-        made = vlm.grammars.constraint(FORMS[name], vlm.end_tokens)
+        made = vlm.builder.grammars.constraint(FORMS[name], vlm.end_tokens)
         assert made is not None
         return made
 
@@ -106,7 +106,7 @@ def test_masks_depend_on_the_prefix_alone(name: str, vlm: VisionLanguageModel) -
 
 
 def test_a_mask_fits_any_number_of_logits(vlm: VisionLanguageModel) -> None:
-    rule = vlm.grammars.constraint(FORMS["boolean"], vlm.end_tokens)
+    rule = vlm.builder.grammars.constraint(FORMS["boolean"], vlm.end_tokens)
     assert rule is not None
     size = len(vlm.tokenizer)
     exact, wide, narrow = (rule.allowed([], width) for width in (size, size + 70, size - 70))
@@ -119,7 +119,7 @@ def test_a_mask_fits_any_number_of_logits(vlm: VisionLanguageModel) -> None:
 
 
 def test_what_ends_or_breaks_a_reply_has_no_mask(vlm: VisionLanguageModel) -> None:
-    rule = vlm.grammars.constraint(FORMS["boolean"], vlm.end_tokens)
+    rule = vlm.builder.grammars.constraint(FORMS["boolean"], vlm.end_tokens)
     assert rule is not None
     end, size = next(iter(vlm.end_tokens)), len(vlm.tokenizer)
     true = vlm.tokenizer.encode("true", add_special_tokens=False)
@@ -136,7 +136,7 @@ def test_what_ends_or_breaks_a_reply_has_no_mask(vlm: VisionLanguageModel) -> No
 
 def test_the_form_prevails_where_processors_leave_nothing(vlm: VisionLanguageModel) -> None:
     size = len(vlm.tokenizer)
-    rule = vlm.grammars.constraint(StructuredOutput("choice", ["yes"]), vlm.end_tokens)
+    rule = vlm.builder.grammars.constraint(StructuredOutput("choice", ["yes"]), vlm.end_tokens)
     allowed = rule.allowed([], size) if rule is not None else None
     assert allowed is not None
     forbidden = processing.SuppressTokensLogitsProcessor(allowed.nonzero()[:, 0].tolist())
@@ -202,7 +202,7 @@ def test_what_cannot_be_is_refused_at_once(name: str, vlm: VisionLanguageModel) 
 def test_what_is_large_keeps_nobody_waiting(pattern: str, vlm: VisionLanguageModel) -> None:
     started = time.perf_counter()
     with suppress(InputError):
-        vlm.grammars.constraint(StructuredOutput("regex", pattern), vlm.end_tokens)
+        vlm.builder.grammars.constraint(StructuredOutput("regex", pattern), vlm.end_tokens)
     assert time.perf_counter() - started < 2
 
 
@@ -222,7 +222,7 @@ def test_without_the_library_it_says_what_to_install(
 def test_equal_forms_are_compiled_once(vlm: VisionLanguageModel) -> None:
     one, other = (StructuredOutput("json", {"const": "once"}) for _ in range(2))
     assert {one, other} == {StructuredOutput("json", '{"const": "once"}')}
-    first, second = (vlm.grammars.constraint(form, vlm.end_tokens) for form in (one, other))
+    first, second = (vlm.builder.grammars.constraint(form, vlm.end_tokens) for form in (one, other))
     assert first is not None
     assert second is not None
     assert first is not second
@@ -231,12 +231,12 @@ def test_equal_forms_are_compiled_once(vlm: VisionLanguageModel) -> None:
 
 def test_a_model_without_an_end_is_refused(vlm: VisionLanguageModel) -> None:
     with pytest.raises(InputError, match="ends it"):
-        vlm.grammars.constraint(FORMS["boolean"], ())
+        vlm.builder.grammars.constraint(FORMS["boolean"], ())
 
 
 def test_forced_tokens_are_those_without_an_alternative(vlm: VisionLanguageModel) -> None:
     size, end = len(vlm.tokenizer), next(iter(vlm.end_tokens))
-    rule = vlm.grammars.constraint(StructuredOutput("regex", "circle[a-z]? square"), {end})
+    rule = vlm.builder.grammars.constraint(StructuredOutput("regex", "circle[a-z]? square"), {end})
     assert rule is not None
     # As "e" and "e " may both be tokens, what is certain may end before the text that is.
     begun = rule.forced([], 20, size)

@@ -26,7 +26,7 @@ def vlm() -> VisionLanguageModel:
 
 def accepts(vlm: VisionLanguageModel, schema: Any, text: str) -> bool:
     """Return whether a text is a whole reply of a schema."""
-    rule = vlm.grammars.constraint(StructuredOutput("json", schema), vlm.end_tokens)
+    rule = vlm.builder.grammars.constraint(StructuredOutput("json", schema), vlm.end_tokens)
     assert rule is not None
     tokens = vlm.tokenizer.encode(text, add_special_tokens=False)
     assert vlm.tokenizer.decode(tokens) == text
@@ -143,7 +143,7 @@ def test_what_has_no_end_is_known(name: str, vlm: VisionLanguageModel) -> None:
     assert has_finite_reply(schema) == finite
     if not finite:
         with pytest.raises(InputError, match=r"form|used"):
-            vlm.grammars.constraint(StructuredOutput("json", schema), vlm.end_tokens)
+            vlm.builder.grammars.constraint(StructuredOutput("json", schema), vlm.end_tokens)
 
 
 def test_a_long_chain_of_references_is_followed_fast() -> None:
@@ -170,7 +170,7 @@ def test_what_the_library_would_ignore_or_not_read_is_refused(
     schema: Any, vlm: VisionLanguageModel
 ) -> None:
     with pytest.raises(InputError):
-        vlm.grammars.constraint(StructuredOutput("json", schema), vlm.end_tokens)
+        vlm.builder.grammars.constraint(StructuredOutput("json", schema), vlm.end_tokens)
     assert accepts(vlm, deep(50), "7")
 
 
@@ -181,7 +181,7 @@ def test_a_long_form_is_refused(vlm: VisionLanguageModel) -> None:
         StructuredOutput("choice", ["x" * 40_000, "y" * 40_000]),
     ):
         with pytest.raises(InputError, match="characters"):
-            vlm.grammars.constraint(form, vlm.end_tokens)
+            vlm.builder.grammars.constraint(form, vlm.end_tokens)
 
 
 def test_what_takes_long_to_compile_is_refused_in_time_and_kept_when_it_is_done(

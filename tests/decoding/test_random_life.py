@@ -17,11 +17,8 @@ import pytest
 import torch
 
 from fastvlm.decoding import Autoregressive, Engine, Request, SelfSpeculative, Strategy
-from fastvlm.decoding.prefix_cache import PrefixCache
 from fastvlm.drafting import AdaptiveLength, FixedLength
-from fastvlm.functional.lru import LruBytes
 from fastvlm.language.decoder import cache_name
-from fastvlm.prompts import ImageFeatureCache
 from fastvlm.vlm import VisionLanguageModel
 from fastvlm_example.scenes import render, sample
 from tests.decoding.conftest import imitation
@@ -222,8 +219,7 @@ def lead(requests: int, threads: int, checks: int) -> Life:
     vlm = small_vlm(torch.float32)
     images = [render(sample(number), 128) for number in range(4)]
     asked = cases(vlm, images, 40)
-    lru = LruBytes(2**20)
-    vlm.lru, vlm.prefixes, vlm.features = lru, PrefixCache(lru), ImageFeatureCache(lru)
+    vlm.lru.limit = 2**20
     engine = WatchedEngine(vlm.decoder, max_slots=6, prefill_positions=16)
     engine.exact, engine.left = copy.deepcopy(vlm.model).double(), checks
     vlm.engine = engine

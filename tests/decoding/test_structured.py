@@ -163,7 +163,7 @@ def test_drafts_never_propose_what_the_form_forbids(
             # Strategies are frozen dataclasses, some of them.
             patch.setattr(type(strategy), "draft", lambda _, *given, noted=noted: noted(*given))
             decoded(vlm, [asked(vlm, FORMS["long string"], strategy, **SAMPLED)])
-        rule = vlm.grammars.constraint(FORMS["long string"], vlm.end_tokens)
+        rule = vlm.builder.grammars.constraint(FORMS["long string"], vlm.end_tokens)
         assert rule is not None
         for reply, row in seen:
             for place, token in enumerate(row):
@@ -268,7 +268,7 @@ def test_two_threads(vlm: VisionLanguageModel, strategies: dict[str, Strategy]) 
         decoded(vlm, [asked(vlm, FORMS[name], "autoregressive", **SAMPLED)])[0].output_token_ids
         for name in names
     ]
-    vlm.grammars._compiled.clear()
+    vlm.builder.grammars._compiled.clear()
     found: dict[int, list[list[int]]] = {}
 
     def work(number: int) -> None:

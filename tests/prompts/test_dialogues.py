@@ -144,7 +144,7 @@ def test_a_second_question_about_an_image(family: str, tmp_path: Path) -> None:
     if family.endswith("t5") or family in READ_FIRST:
         assert keys is None
     else:
-        assert vlm.prefixes.match(keys).length == len(keys)
+        assert vlm.builder.prefixes.match(keys).length == len(keys)
     assert fresh.lru.nbytes == 0
 
 

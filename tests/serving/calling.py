@@ -96,7 +96,7 @@ def calling_vlm(template: str, *, special: bool = False) -> VisionLanguageModel:
 def saying(vlm: VisionLanguageModel, text: str) -> Iterator[None]:
     """Let a model's replies be a text, whatever it is asked."""
     whole = StructuredOutput("choice", [text])
-    own = vlm.grammars.constraint
+    own = vlm.builder.grammars.constraint
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(vlm.grammars, "constraint", lambda _, ends: own(whole, ends))
+        patch.setattr(vlm.builder.grammars, "constraint", lambda _, ends: own(whole, ends))
         yield

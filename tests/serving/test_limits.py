@@ -275,7 +275,7 @@ def test_a_failure_tells_its_client_nothing_and_the_log_where_it_was(
 
     with served(vlm) as address:
         with monkeypatch.context() as patched:
-            patched.setattr(vlm, "stream", fail)
+            patched.setattr(vlm, "planned_request", fail)
             headers = {"X-Request-Id": "r2"}
             found = httpx.post(f"{address}/v1/chat/completions", json=body(), headers=headers)
         assert found.status_code == 500

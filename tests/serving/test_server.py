@@ -444,13 +444,13 @@ def test_a_busy_server_says_so(vlm: VisionLanguageModel) -> None:
 def test_those_that_begin_take_room(
     vlm: VisionLanguageModel, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    go_on, stream = threading.Event(), vlm.stream
+    go_on, planned = threading.Event(), vlm.planned_request
 
     def later(*words: Any, **options: Any) -> Any:
         go_on.wait(30)
-        return stream(*words, **options)
+        return planned(*words, **options)
 
-    monkeypatch.setattr(vlm, "stream", later)
+    monkeypatch.setattr(vlm, "planned_request", later)
     body = {"messages": asked(1), "max_tokens": 2, "n": 2}
     with served(vlm, max_waiting=0) as address, ThreadPoolExecutor(8) as threads:
         chat = f"{address}/v1/chat/completions"

@@ -28,7 +28,7 @@ def accepts(vlm: VisionLanguageModel, form: StructuredOutput | None, text: str) 
     """Return whether a reply of a form may be a text."""
     assert form is not None
     tokens = vlm.tokenizer.encode(text)
-    rule = vlm.grammars.constraint(form, vlm.end_tokens)
+    rule = vlm.builder.grammars.constraint(form, vlm.end_tokens)
     assert rule is not None
     mask = rule.allowed(tokens, len(vlm.tokenizer))
     return mask is not None and bool(mask[[*vlm.end_tokens]].all())

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Callable, Generator, Iterable, Iterator, Mapping
 from contextlib import closing
 from dataclasses import dataclass, field
@@ -15,6 +16,7 @@ from fastvlm.decoding import Request, Strategy
 from fastvlm.functional.ahead import ahead
 from fastvlm.functional.errors import FastVlmError, InputError, first_line, is_out_of_memory
 from fastvlm.functional.noise import MAX_SEED
+from fastvlm.request_builder import PlannedRequest
 from fastvlm.vision.loading import load_image
 from fastvlm.vlm import VisionLanguageModel
 
@@ -127,8 +129,9 @@ def caption_parts(
     """
     asked: dict[Request, _Asked] = {}
     at_work: list[_PartAtWork] = []
+    ahead_of_requests: deque[_Asked] = deque()
 
-    def requests() -> Iterator[Request]:
+    def planned() -> Iterator[PlannedRequest]:
         for number, part in parts:
             work = _PartAtWork(number)
             at_work.append(work)
@@ -140,17 +143,22 @@ def caption_parts(
                         continue
                     try:
                         prompt = question.template.of({"name": record.name, **record.fields})
-                        options = question.options_for(number, index)
-                        request = vlm.request(prompt, record.image, strategy=strategy, **options)
-                    except Exception as error:  # noqa: BLE001 (of a processor, on an odd image)
+                    except InputError as error:
                         work.rows[index] = _failure(record.name, error)
                         continue
                     row: dict[str, Any] = {"image": record.name, "prompt": prompt}
                     row |= {name: record.fields.get(name) for name in question.copied}
-                    asked[request] = _Asked(work, index, row)
+                    ahead_of_requests.append(_Asked(work, index, row))
                     work.missing += 1
-                    yield request
+                    options = question.options_for(number, index)
+                    yield vlm.planned_request(prompt, record.image, strategy=strategy, **options)
             work.whole = True
+
+    def requests() -> Iterator[Request]:
+        # A request is built beside the next ones, for their images to be encoded together.
+        for request in vlm.builder.all(planned()):
+            asked[request] = ahead_of_requests.popleft()
+            yield request
 
     with closing(vlm.engine.run(requests())) as replies:
         for request in replies:

@@ -22,11 +22,17 @@ class PromptBuilder(Protocol):
         ...
 
     @property
-    def prepare(self) -> Callable[[Sequence[Message] | TokenPrompt], Any]:
+    def prepare(self) -> Callable[..., Any]:
         """A function that prepares a prompt without the model: opens images, tokenizes texts.
 
-        It can be pickled, for processes that prepare data, and raises the same errors as `inputs`.
+        Its arguments and errors are those of `inputs`. It can be pickled, for processes that
+        prepare data.
         """
+        ...
+
+    @property
+    def encoded_together(self) -> int:
+        """The most prompts that `encoded` gains from being given at once."""
         ...
 
     def rendered(self, messages: Sequence[Message]) -> str:
@@ -61,7 +67,6 @@ class PromptBuilder(Protocol):
         self,
         messages: Sequence[Message] | TokenPrompt,
         cache: ImageFeatureCache | None = None,
-        prepared: Any = None,
         **options: Unpack[ImageOptions],
     ) -> DecoderInputs:
         """Return a prompt as the inputs of the model's decoder.
@@ -69,7 +74,6 @@ class PromptBuilder(Protocol):
         Args:
             messages: The dialogue, the last turn the user's; or tokens.
             cache: Where image features are looked up and kept; None for no cache.
-            prepared: The result of `prepare` for the dialogue; None to prepare it here.
             options: How images are shown, see `ImageOptions`.
 
         Returns:
@@ -79,5 +83,19 @@ class PromptBuilder(Protocol):
         Raises:
             InputError: As `inputs`, or the model passes its decoder arguments that fastvlm doesn't
                 support.
+        """
+        ...
+
+    def encoded(
+        self, prepared: Sequence[Any], cache: ImageFeatureCache | None = None
+    ) -> list[DecoderInputs]:
+        """Return prompts as the inputs of the model's decoder.
+
+        Args:
+            prepared: What `prepare` made of each.
+            cache: See `decoder_inputs`.
+
+        Raises:
+            InputError: The model passes its decoder arguments that fastvlm doesn't support.
         """
         ...

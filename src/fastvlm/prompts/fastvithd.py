@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Hashable, Iterator, Sequence
 from dataclasses import dataclass
+from itertools import islice
 from typing import Any, Unpack, cast
 
 import torch
@@ -24,6 +25,13 @@ from fastvlm.prompts.messages import (
 from fastvlm.vision.configuration import REDUCTION
 from fastvlm.vision.fastvithd import FastViTHD
 from fastvlm.vision.images import ImageOptions, prepare
+
+ENCODED_TOGETHER = 8
+"""Prompts whose images are encoded together. On the small encoder an image of 192 px takes 19.7 ms
+alone, 9.3 beside three others, 6.6 beside seven and 6.6 beside fifteen (one core)."""
+PIXELS_TOGETHER = 2**20
+"""The most pixels of a pass, unless one image has more: those of a 1024 px image, which gain
+nothing from company and take much memory."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -150,57 +158,113 @@ class FastViTHDPromptBuilder:
             found["pixel_values"] = self._placed(torch.cat(tiles))
         return found
 
-    @torch.no_grad()
+    @property
+    def encoded_together(self) -> int:
+        """The most prompts that `encoded` gains from. See `PromptBuilder.encoded_together`."""
+        return ENCODED_TOGETHER
+
     def decoder_inputs(
         self,
         messages: Sequence[Message] | TokenPrompt,
         cache: ImageFeatureCache | None = None,
-        prepared: Any = None,
         **options: Unpack[ImageOptions],
     ) -> DecoderInputs:
         """Return a prompt as the decoder's inputs. See `PromptBuilder.decoder_inputs`."""
-        tokens, tiles = self.prepare(messages, **options) if prepared is None else prepared
+        [found] = self.encoded([self.prepare(messages, **options)], cache)
+        return found
+
+    @torch.no_grad()
+    def encoded(
+        self,
+        prepared: Sequence[tuple[list[int], list[Tensor]]],
+        cache: ImageFeatureCache | None = None,
+    ) -> list[DecoderInputs]:
+        """Return prompts as the decoder's inputs, with images of one size encoded in one pass.
+
+        See `PromptBuilder.encoded`.
+        """
+        images = [image for _, tiles in prepared for image in tiles]
+        # What is kept nowhere needs no digest, and hashing an image takes milliseconds.
+        names = [None if cache is None else digest(image) for image in images]
+        shown = zip(names, self._features(images, names, cache), strict=True)
+        return [
+            self._with_images(tokens, [*islice(shown, len(tiles))], keyed=cache is not None)
+            for tokens, tiles in prepared
+        ]
+
+    def _with_images(
+        self, tokens: list[int], shown: Sequence[tuple[str | None, Tensor]], *, keyed: bool
+    ) -> DecoderInputs:
+        """Return a prompt with its images' features, given with their digests, in their places."""
         row = torch.tensor(tokens, device=self.decoder.device)
         embeddings = self.decoder.embed(row)
-        if not tiles:
+        if not shown:
             return DecoderInputs(tokens, embeddings, keys=[*tokens])
-        places = row == self.model.config.image_token_id
-        # What is kept nowhere needs no digest, and hashing an image takes milliseconds.
-        digests = [None if cache is None else digest(shown) for shown in tiles]
-        features = [
-            self._features(shown, name, cache) for shown, name in zip(tiles, digests, strict=True)
-        ]
-        embeddings = embeddings.masked_scatter(places[:, None], torch.cat(features))
-        if cache is None:
+        image_token = self.model.config.image_token_id
+        places = row == image_token
+        features = torch.cat([features for _, features in shown])
+        embeddings = embeddings.masked_scatter(places[:, None], features)
+        if not keyed:
             return DecoderInputs(tokens, embeddings)
         seen: Iterator[Hashable] = (
-            (name, number)
-            for name, image in zip(digests, features, strict=True)
-            for number in range(len(image))
+            (name, number) for name, features in shown for number in range(len(features))
         )
-        image_token = self.model.config.image_token_id
         keys = [next(seen) if token == image_token else token for token in tokens]
         return DecoderInputs(tokens, embeddings, keys=keys)
 
     def _placed(self, tiles: Tensor) -> Tensor:
         return tiles.to(self.decoder.device, self.decoder.dtype)
 
-    def _features(self, tiles: Tensor, name: str | None, cache: ImageFeatureCache | None) -> Tensor:
-        """Return an image's visual tokens, (visual tokens, d_model), encoded if they aren't kept.
+    def _features(
+        self, images: Sequence[Tensor], names: Sequence[str | None], cache: ImageFeatureCache | None
+    ) -> list[Tensor]:
+        """Return images' visual tokens, (visual tokens, d_model) each, encoded if they aren't kept.
 
         Args:
-            tiles: What `prepare` made of it: (tiles, 3, size, size) in [0, 1].
-            name: Its digest; None without a cache.
+            images: What `prepare` made of each: (tiles, 3, size, size) in [0, 1].
+            names: Their digests; None without a cache.
             cache: Where they are kept; None for nowhere.
         """
-        found: Any = None if cache is None or name is None else cache.get(name)
-        if found is None:
+        found: dict[str | int, Any] = {}
+        missing: dict[str | int, Tensor] = {}
+        keys = [number if name is None else name for number, name in enumerate(names)]
+        for key, image in zip(keys, images, strict=True):
+            kept = None if cache is None or not isinstance(key, str) else cache.get(key)
+            if kept is None:
+                missing[key] = image
+            else:
+                found[key] = kept
+        for group in _one_pass_each(missing):
             # One tensor, or one for each tile: releases of transformers differ.
-            encoded = self.model.get_image_features(self._placed(tiles)).pooler_output
-            found = torch.cat([*encoded])
-            if cache is not None and name is not None:
-                cache.put(name, found)
-        return found
+            pixels = self._placed(torch.cat([missing[key] for key in group]))
+            encoded = torch.cat([*self.model.get_image_features(pixels).pooler_output])
+            visual = len(encoded) // len(pixels)
+            parts = encoded.split([visual * len(missing[key]) for key in group])
+            for key, part in zip(group, parts, strict=True):
+                found[key] = part
+                if cache is not None and isinstance(key, str):
+                    # A part of a larger tensor would keep all of it.
+                    found[key] = part.clone()
+                    cache.put(key, found[key])
+        return [found[key] for key in keys]
+
+
+def _one_pass_each(images: dict[str | int, Tensor]) -> Iterator[list[str | int]]:
+    """Yield images by their keys in groups that go through the encoder together."""
+    by_size: dict[int, list[str | int]] = {}
+    for key, image in images.items():
+        by_size.setdefault(image.shape[-1], []).append(key)
+    for keys in by_size.values():
+        group: list[str | int] = []
+        pixels = 0
+        for key in keys:
+            own = images[key][:, 0].numel()
+            if group and pixels + own > PIXELS_TOGETHER:
+                yield group
+                group, pixels = [], 0
+            group.append(key)
+            pixels += own
+        yield group
 
 
 def expand_image_tokens(

@@ -58,14 +58,21 @@ class ProcessorInputs:
                 " prompt is put to the model; set processor.chat_template and save it again."
             )
 
-    def __call__(self, messages: Sequence[Message] | TokenPrompt) -> dict[str, Tensor]:
+    def __call__(
+        self, messages: Sequence[Message] | TokenPrompt, **options: Unpack[ImageOptions]
+    ) -> dict[str, Tensor]:
         """Return one row of inputs for the model's `generate`.
 
         Raises:
             InputError: An image can't be read, the text has a placeholder of its own, the model,
-                its template or its processor doesn't support such a dialogue, or a token is not the
-                model's.
+                its template or its processor doesn't support such a dialogue, a token is not the
+                model's, or an option is given.
         """
+        if options:
+            raise InputError(
+                f"The processor of {self.name} decides how an image is shown; leave out"
+                f" {', '.join(options)}."
+            )
         if isinstance(messages, TokenPrompt):
             row = torch.tensor([checked_tokens(messages, self.vocabulary_size, self.image_token)])
             return {"input_ids": row, "attention_mask": torch.ones_like(row)}
@@ -139,7 +146,7 @@ class ProcessorInputs:
         Raises:
             InputError: The inputs have no pixels, or no position for image features.
         """
-        if not any(value.is_floating_point() for value in inputs.values()):
+        if not has_pixels(inputs):
             raise InputError(
                 f"The processor of {self.name} made no pixels of the image, so the model would not"
                 f" see it.{self.lacking()}"
@@ -191,6 +198,7 @@ class ProcessorPromptBuilder:
         self.model, self.decoder, self.processor = model, decoder, processor
         self.prepare = ProcessorInputs(model, processor)
         self.name, self.shows_images = self.prepare.name, self.prepare.shows_images
+        self.encoded_together = 1
 
     def rendered(self, messages: Sequence[Message]) -> str:
         """Return a dialogue's text. See `PromptBuilder.rendered`."""
@@ -203,30 +211,30 @@ class ProcessorPromptBuilder:
     def inputs(
         self, messages: Sequence[Message] | TokenPrompt, **options: Unpack[ImageOptions]
     ) -> dict[str, Tensor]:
-        """Return one row of inputs for the model's `generate`. See `PromptBuilder.inputs`.
-
-        Raises:
-            InputError: As `ProcessorInputs`, or an option is given.
-        """
-        if options:
-            raise InputError(
-                f"The processor of {self.name} decides how an image is shown; leave out"
-                f" {', '.join(options)}."
-            )
-        return placed(self.prepare(messages), self.decoder.device, self.decoder.dtype)
+        """Return one row of inputs for the model's `generate`. See `PromptBuilder.inputs`."""
+        prepared = self.prepare(messages, **options)
+        return placed(prepared, self.decoder.device, self.decoder.dtype)
 
     def decoder_inputs(
         self,
         messages: Sequence[Message] | TokenPrompt,
         cache: ImageFeatureCache | None = None,
-        prepared: Any = None,
         **options: Unpack[ImageOptions],
     ) -> DecoderInputs:
         """Return a prompt as the decoder's inputs. See `PromptBuilder.decoder_inputs`."""
-        if prepared is None:
-            inputs = self.inputs(messages, **options)
-        else:
-            inputs = placed(prepared, self.decoder.device, self.decoder.dtype)
+        [found] = self.encoded([self.prepare(messages, **options)], cache)
+        return found
+
+    def encoded(
+        self, prepared: Sequence[dict[str, Tensor]], cache: ImageFeatureCache | None = None
+    ) -> list[DecoderInputs]:
+        """Return prompts as the decoder's inputs, one after another. See `PromptBuilder`."""
+        return [self._encoded(inputs, cache) for inputs in prepared]
+
+    def _encoded(
+        self, prepared: dict[str, Tensor], cache: ImageFeatureCache | None
+    ) -> DecoderInputs:
+        inputs = placed(prepared, self.decoder.device, self.decoder.dtype)
         if cache is None:
             found, digests = self.capture(inputs), []
         else:
@@ -235,8 +243,7 @@ class ProcessorPromptBuilder:
         if found.encoder_states is not None:
             # An encoder reads the whole source before the decoder's first position.
             return found
-        shows = not isinstance(messages, TokenPrompt) and bool(images_of(dialogue(messages)))
-        keys = self.keys(found.token_ids, digests if shows else None)
+        keys = self.keys(found.token_ids, digests if has_pixels(inputs) else None)
         return found if keys is None else found.with_keys(keys)
 
     def capture(self, inputs: dict[str, Tensor]) -> DecoderInputs:
@@ -292,6 +299,11 @@ def placed(
         name: value.to(device, dtype if value.is_floating_point() else None)
         for name, value in inputs.items()
     }
+
+
+def has_pixels(inputs: Mapping[str, Tensor]) -> bool:
+    """Return whether a processor's output shows an image: all else is whole numbers."""
+    return any(value.is_floating_point() for value in inputs.values())
 
 
 def bare(message: Message) -> list[dict[str, Any]]:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import gc
 from collections.abc import AsyncIterator, Callable
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from functools import partial
 from threading import Condition, Thread
@@ -15,9 +14,10 @@ from fastvlm.decoding.reply import Piece, Reply, ReplyStream
 from fastvlm.functional.messages import Prompt, TokenPrompt
 from fastvlm.serving.errors import ApiError
 from fastvlm.serving.images import check_image_tokens
+from fastvlm.serving.preparation import Plan, Preparation
 from fastvlm.vlm import VisionLanguageModel
 
-MAX_PREPARING = 4
+MAX_PREPARING = 8
 """The most requests whose images are open before their prompts are prepared."""
 
 
@@ -123,7 +123,7 @@ class EngineThread:
         self._error: Exception | None = None
         """Why replies end and requests are refused, if they are."""
         self._ending = False
-        self._preparing = ThreadPoolExecutor(1, "fastvlm-prepare")
+        self._preparation = Preparation(vlm.builder, MAX_PREPARING)
         self._thread = Thread(target=self._run, name="fastvlm-engine", daemon=True)
 
     def __enter__(self) -> EngineThread:
@@ -147,7 +147,7 @@ class EngineThread:
             self._ending = True
             self._changed.notify()
         self._thread.join()
-        self._preparing.shutdown()
+        self._preparation.close()
 
     def stop(self) -> None:
         """End all replies with an error, and refuse further requests."""
@@ -190,13 +190,11 @@ class EngineThread:
                 code="context_length_exceeded",
             )
 
-    async def submit(
-        self, make: Callable[[], ReplyStream], *, together: bool = False
-    ) -> ServedStream:
+    async def submit(self, plan: Plan, *, together: bool = False) -> ServedStream:
         """Return the stream of a request, which has begun.
 
         Args:
-            make: Prepares the request, such as `vlm.stream` with its arguments.
+            plan: Returns what the request is made of: `vlm.planned_request` with its arguments.
             together: Whether what comes of a step is one piece, rather than a piece for each token.
 
         Raises:
@@ -204,7 +202,8 @@ class EngineThread:
             FastVlmError: The request is refused.
         """
         loop = asyncio.get_running_loop()
-        stream = await loop.run_in_executor(self._preparing, make)
+        request = await self._preparation.request(plan)
+        stream = ReplyStream(self.vlm.engine, request, self.vlm.tokenizer)
         config = self.vlm.model.config
         image_token = getattr(config, "image_token_id", getattr(config, "image_token_index", None))
         check_image_tokens(stream.request.inputs, image_token, self.max_image_tokens)

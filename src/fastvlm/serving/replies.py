@@ -138,10 +138,10 @@ class Replies(ABC, Generic[AskedT]):
             for prompt in prompts:
                 for row in range(self.per_prompt):
                     options = self.options(row)
-                    make = partial(self.vlm.stream, prompt, strategy=strategy, **options)
+                    plan = partial(self.vlm.planned_request, prompt, strategy=strategy, **options)
                     # Whoever wants to see which tokens were drafted gets each with its text.
                     together = not asked.return_drafted
-                    self.streams.append(await self.engine.submit(make, together=together))
+                    self.streams.append(await self.engine.submit(plan, together=together))
         except BaseException:
             self.close()
             raise

@@ -57,7 +57,7 @@ class ToolUse:
             return cls()
         try:
             structured = constrained(asked, form)
-            vlm.grammars.constraint(structured, vlm.end_tokens)
+            vlm.builder.grammars.constraint(structured, vlm.end_tokens)
         except InputError as error:
             raise ApiError(
                 f"No call can be held to these tools: {first_line(error)}.", param="tools"

@@ -99,15 +99,20 @@ class TeacherForcing:
         """
         return self.kept.get(
             example.messages,
-            lambda: self.vlm.prompts.decoder_inputs(
-                example.messages, prepared=self.prepared.pop(id(example.messages), None)
-            ),
+            lambda: self.encoded(example),
             lambda made: (
                 tensor
                 for tensor in (made.embeddings, made.position_ids, made.encoder_states)
                 if tensor is not None
             ),
         )
+
+    def encoded(self, example: Example) -> DecoderInputs:
+        """Return an example's prompt, prepared by a worker or here. See `prompt`."""
+        prompts = self.vlm.prompts
+        prepared = self.prepared.pop(id(example.messages), None)
+        [found] = prompts.encoded([prepared or prompts.prepare(example.messages)])
+        return found
 
     @torch.no_grad()
     def batch(self, examples: Sequence[Example], given: int = 1) -> Forced:
