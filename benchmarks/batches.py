@@ -61,7 +61,7 @@ def main() -> None:
         paths = [p for p in images_in(options.photos) if p.suffix == ".jpg"]
     else:
         paths = [options.photos / name for name in options.listing.read_text().split()]
-    strategies = {"ordinary": vlm.strategy("autoregressive"), "drafts": vlm.strategy("imitation")}
+    strategies = {"ordinary": vlm.strategy("autoregressive"), "drafts": vlm.strategy("cascade")}
     alone = {
         path: decode(vlm, strategies["ordinary"], [path])[0][0]
         for path in paths[: max(SIZES) * options.batches]

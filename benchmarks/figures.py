@@ -312,6 +312,7 @@ CHARTED = (
     "autoregressive",
     "imitation",
     "imitation-mlp",
+    "cascade",
     "early-exit",
     "layer-skip",
     "prompt-lookup",

@@ -35,7 +35,7 @@ from fastvlm_example import HELD_OUT_SCENES
 from fastvlm_example.scenes import render, sample
 from serving_clients import Answer, Client
 
-STRATEGIES = {"on": "imitation", "off": "autoregressive"}
+STRATEGIES = {"on": "cascade", "off": "autoregressive"}
 """Speculation on and off."""
 CLIENTS = (1, 2, 4, 8, 16, 32)
 IMAGES, QUICK_IMAGES = 32, 4

@@ -152,7 +152,7 @@ def contenders(options: argparse.Namespace, folder: Path) -> dict[str, Contender
         *("--threads", threads),
     ]
     found = [
-        Contender("fastvlm, drafts", ours, body={"strategy": "imitation"}),
+        Contender("fastvlm, drafts", ours, body={"strategy": "cascade"}),
         Contender("fastvlm, no drafts", ours, body={"strategy": "autoregressive"}),
     ]
     python = options.vllm / "bin" / "python"

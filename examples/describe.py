@@ -17,7 +17,7 @@ def main() -> None:
     parser.add_argument("--max-new-tokens", type=int, default=64)
     options = parser.parse_args()
     vlm = fastvlm.load(options.model, draft=options.draft)
-    strategy = "imitation" if options.draft else "prompt-lookup"
+    strategy = "cascade" if options.draft else "prompt-lookup"
     for image in options.images:
         stream = vlm.stream(
             "Describe the image.", image, strategy=strategy, max_new_tokens=options.max_new_tokens

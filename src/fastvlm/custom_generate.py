@@ -27,7 +27,7 @@ from fastvlm.decoding import Engine, Request, Sampler, Strategy
 from fastvlm.decoding.generation_config import PER_ROW_PROCESSORS, is_stateless, stopper
 from fastvlm.decoding.processors import LogitsProcessor
 from fastvlm.decoding.sampling_params import new_seed
-from fastvlm.decoding.strategy_factory import STRATEGY_OPTIONS, StrategyFactory
+from fastvlm.decoding.strategy_factory import STRATEGY_OPTIONS, WITH_DRAFT, StrategyFactory
 from fastvlm.drafting import ImitationNetwork
 from fastvlm.drafting.directory import load_draft
 from fastvlm.functional.errors import InputError
@@ -185,14 +185,14 @@ def speculative(
 
     Args:
         draft: A draft's directory, or the network; None for strategies that need none.
-        strategy: See `StrategyFactory.make`; None for `imitation` with a draft and `prompt-lookup`
+        strategy: See `StrategyFactory.make`; None for `cascade` with a draft and `prompt-lookup`
             without one.
         options: The strategy's options, see `StrategyFactory.make`.
 
     Raises:
         InputError: The strategy is unknown, or doesn't take an option.
     """
-    name = strategy or ("prompt-lookup" if draft is None else "imitation")
+    name = strategy or ("prompt-lookup" if draft is None else WITH_DRAFT)
     if name not in STRATEGY_OPTIONS:
         raise InputError(f"The strategies are {', '.join(STRATEGY_OPTIONS)}; got {name!r}.")
     refuse_unknown(options, STRATEGY_OPTIONS[name], f"{name!r} takes")

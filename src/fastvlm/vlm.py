@@ -132,7 +132,7 @@ class VisionLanguageModel:
 
         Args:
             name: `autoregressive`, `imitation`, `cascade`, `early-exit`, `layer-skip` or
-                `prompt-lookup`; None for `imitation` with a draft and `autoregressive` without one.
+                `prompt-lookup`; None for `cascade` with a draft and `autoregressive` without one.
             network: The network to draft with, if not the model's own draft.
             options: How drafts are made, see `StrategyFactory.make`.
 

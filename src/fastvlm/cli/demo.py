@@ -107,7 +107,7 @@ def demo(
     """
     shown = read_images(example().IMAGES)[:images]
     vlm = runtime.load(None)
-    strategies = {name: vlm.strategy(name) for name in ("autoregressive", "imitation")}
+    strategies = {name: vlm.strategy(name) for name in ("autoregressive", "cascade")}
     if output.json is None:
         show(output.console, vlm, strategies, shown)
         return
@@ -172,7 +172,7 @@ def show(
     Args:
         console: Where to write.
         vlm: The example model.
-        strategies: `autoregressive` and `imitation`, by name.
+        strategies: `autoregressive` and `cascade`, by name.
         images: The images to describe.
     """
     from fastvlm.evaluation.measuring import hardware
@@ -243,14 +243,14 @@ def compare(
     Args:
         console: Where to write.
         vlm: The example model.
-        strategies: `autoregressive` and `imitation`, by name.
+        strategies: `autoregressive` and `cascade`, by name.
         image: The image to describe.
     """
     from fastvlm.decoding import SamplingParams
     from fastvlm.evaluation.benchmark import run_strategy
 
     question, replies = image.question, []
-    for title, name in (("Ordinary", "autoregressive"), ("Self-speculative", "imitation")):
+    for title, name in (("Ordinary", "autoregressive"), ("Self-speculative", "cascade")):
         console.print(Text(f"  {title}", "bold underline"))
         writer = ReplyWriter(console)
         stream = vlm.stream(
@@ -266,7 +266,7 @@ def compare(
     params = SamplingParams(max_new_tokens=MAX_NEW_TOKENS)
     runs = [
         run_strategy(vlm, strategies[name], question, params)
-        for name in ("autoregressive", "imitation")
+        for name in ("autoregressive", "cascade")
     ]
     replies += [run.token_ids for run in runs]
     return DemoResult(image.title, len(set(replies)) == 1, runs[0].statistics, runs[1].statistics)

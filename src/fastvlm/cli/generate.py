@@ -49,7 +49,7 @@ class DraftOptions:
             metavar="NAME",
             help=f"How to decode: {', '.join(STRATEGY_NAMES)}. The tokens are the same; the speed"
             " differs.",
-            show_default="imitation with a draft, else autoregressive",
+            show_default="cascade with a draft, else autoregressive",
             autocompletion=strategy_names,
         ),
     ] = None

@@ -33,6 +33,8 @@ STRATEGY_OPTIONS = {
     "prompt-lookup": ("num_speculative_tokens", "confidence"),
 }
 """The strategies, and the options that each of them takes."""
+WITH_DRAFT, WITHOUT_DRAFT = "cascade", "autoregressive"
+"""The default strategy of a model with a draft, and of one without."""
 
 
 class StrategyFactory:
@@ -57,7 +59,7 @@ class StrategyFactory:
         """Return a strategy.
 
         Args:
-            name: One of `STRATEGY_OPTIONS`; None for `imitation` where there is a draft, and for
+            name: One of `STRATEGY_OPTIONS`; None for `cascade` where there is a draft, and for
                 `autoregressive` where there is none.
             network: The network to draft with, if not the model's own draft.
             options: Those of `STRATEGY_OPTIONS` that the strategy takes; None is the default.
@@ -77,7 +79,7 @@ class StrategyFactory:
                 option, or an option is out of range.
         """
         network = network or self.network
-        name = name or ("autoregressive" if network is None else "imitation")
+        name = name or (WITHOUT_DRAFT if network is None else WITH_DRAFT)
         if name not in STRATEGY_OPTIONS:
             raise InputError(f"The strategies are {', '.join(STRATEGY_OPTIONS)}; got {name!r}.")
         given = {option: value for option, value in options.items() if value is not None}

@@ -17,6 +17,7 @@ from starlette.exceptions import HTTPException
 from starlette.middleware.cors import CORSMiddleware
 from starlette.staticfiles import StaticFiles
 
+from fastvlm.decoding.strategy_factory import WITH_DRAFT, WITHOUT_DRAFT
 from fastvlm.functional.errors import FastVlmError, InputError
 from fastvlm.serving.chat import ChatReplies
 from fastvlm.serving.completions import CompletionReplies, CompletionRequest
@@ -165,7 +166,7 @@ class Server:
                 "strategies": [*strategies[:1], "imitation", "cascade", *strategies[1:]]
                 if drafts
                 else strategies,
-                "default_strategy": "imitation" if drafts else "autoregressive",
+                "default_strategy": WITH_DRAFT if drafts else WITHOUT_DRAFT,
                 "image_sizes": sizes,
                 "images": self.vlm.prompts.shows_images,
                 "max_images": self.settings.max_images,
