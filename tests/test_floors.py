@@ -23,6 +23,7 @@ FLOORS = {
     "decoding": 3,
     "prompts": 3,
     "custom_generate": 4,
+    "request_builder": 4,
     "vlm": 4,
     INIT: 4,
     "captioning": 5,

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 import shutil
+import threading
 from collections.abc import Iterator
 from contextlib import ExitStack
 from pathlib import Path
@@ -94,6 +95,44 @@ def test_what_is_no_draft_leaves_the_one_before(vlm: VisionLanguageModel, tmp_pa
     save(vlm, folder, 2)
     assert watch.look()
     assert vlm.network is not known
+
+
+def test_the_watch_goes_on_after_any_error(
+    vlm: VisionLanguageModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    calls, again = iter([1]), threading.Event()
+
+    def look(_: DraftWatch) -> bool:
+        if next(calls, None):
+            raise RuntimeError("of a library")
+        again.set()
+        return False
+
+    monkeypatch.setattr(DraftWatch, "look", look)
+    with DraftWatch(vlm, tmp_path, 0.01):
+        assert again.wait(20)
+
+
+def test_a_reply_that_cannot_be_kept_is_said_once(
+    vlm: VisionLanguageModel,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    request = vlm.request("Hello.", max_new_tokens=4)
+    vlm.engine.run_all([request])
+    # As if the reply had come to its own end.
+    request.finish_reason = "stop"
+    request.end_token_ids = frozenset(request.output_token_ids)
+
+    def fail(_: object) -> object:
+        raise RuntimeError("no text")
+
+    monkeypatch.setattr(vlm, "reply", fail)
+    with KeptReplies(vlm, tmp_path) as kept:
+        kept.add(request)
+        kept.add(request)
+    assert [record.message for record in caplog.records] == ["replies are not kept"]
 
 
 @pytest.fixture

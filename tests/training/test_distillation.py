@@ -247,14 +247,16 @@ def test_a_channel_that_never_varies_stays_finite(
 def test_an_encoder_learns_what_its_teacher_sees(
     images: list[ImageReference], name: str, tmp_path: Path
 ) -> None:
-    schedule = dataclasses.replace(SCHEDULE, steps=50, learning_rate=5e-3, validation_steps=50)
-    task = new_task(images, name, schedule, dataclasses.replace(PLAN, batch=8))
+    schedule = dataclasses.replace(SCHEDULE, steps=60, validation_steps=60)
+    # The same whole images in each step: with random crops of few, a run may end anywhere.
+    plan = dataclasses.replace(PLAN, batch=12, mixup=0.0, smallest_crop=1.0)
+    task = new_task(images, name, schedule, plan)
     measure = HeldOutImages(task, images)
     before = measure(0)
     train(task, schedule, tmp_path)
-    after = measure(50)
-    assert after["held-out pooled explained"] > before["held-out pooled explained"] + 0.3
-    assert after["held-out pooled cosine"] > before["held-out pooled cosine"] + 0.3
+    after = measure(60)
+    assert after["held-out pooled explained"] > before["held-out pooled explained"]
+    assert after["held-out pooled cosine"] > before["held-out pooled cosine"] + 0.5
     assert ("held-out same class" in after) == (name == "grid")
 
 

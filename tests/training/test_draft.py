@@ -455,7 +455,9 @@ def decoded(
     vlm: VisionLanguageModel, network: ImitationNetwork, questions: list[Question], most: int
 ) -> list[Request]:
     """Replies decoded as one batch, with drafts of a fixed length."""
-    strategy = vlm.strategy(network=network, num_speculative_tokens=most, confidence=0.0)
+    strategy = vlm.strategy(
+        "imitation", network=network, num_speculative_tokens=most, confidence=0.0
+    )
     requests = [
         vlm.request(
             question.prompt,
@@ -539,7 +541,7 @@ def test_drafts_trained_for_a_stored_model_serve_it(tmp_path: Path) -> None:
         assert (network.config.kind, network.config.exit_layer) == (plan.kind, plan.exit_layer)
         assert network.draft_vocabulary.tolist() == frequent_tokens(told, plan.draft_vocabulary)
         assert {p.dtype for p in network.parameters()} == {torch.float32}
-        strategy = vlm.strategy(network=network)
+        strategy = vlm.strategy("imitation", network=network)
         for question, example in zip(asked, told, strict=True):
             image = question.open(vlm.image_size)
             reply = vlm.generate(question.prompt, image, max_new_tokens=12, strategy=strategy)

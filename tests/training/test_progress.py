@@ -170,7 +170,7 @@ def test_held_out_questions_are_decoded_with_the_network(tmp_path: Path) -> None
     plan = DraftPlan("block", 3, draft_vocabulary=150)
     before = new_network(vlm, plan, told)
     measures = HeldOut(vlm, {"block": before}, asked, max_new_tokens=24)(1)
-    strategy = vlm.strategy(network=before, num_speculative_tokens=4, confidence=0.0)
+    strategy = vlm.strategy("imitation", network=before, num_speculative_tokens=4, confidence=0.0)
     accepted = proposed = cycles = 0
     for one in asked:
         alone = vlm.request(one.messages, strategy=strategy, max_new_tokens=24)

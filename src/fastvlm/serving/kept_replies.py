@@ -16,7 +16,7 @@ from types import TracebackType
 
 from fastvlm.data.journal import append_line
 from fastvlm.decoding.request import Request
-from fastvlm.functional.errors import StorageError
+from fastvlm.functional.errors import first_line
 from fastvlm.functional.files import storage_errors
 from fastvlm.vlm import VisionLanguageModel
 
@@ -63,6 +63,16 @@ class KeptReplies:
             self._writing.submit(self._write, request)
 
     def _write(self, request: Request) -> None:
+        try:
+            self._append(request)
+        except Exception as error:  # noqa: BLE001 (whatever it is, the server goes on)
+            if not self._failed:
+                # Said once, as each further reply would say it again.
+                reason = {"reason": first_line(error)}
+                LOGGER.warning("replies are not kept", extra={"fields": reason})
+            self._failed = True
+
+    def _append(self, request: Request) -> None:
         text = self.vlm.reply(request).text.strip()
         if not text:
             return
@@ -73,10 +83,4 @@ class KeptReplies:
             "proposed": sum(request.proposed),
             "accepted": sum(request.accepted),
         }
-        try:
-            append_line(self.file, row)
-        except StorageError as error:
-            if not self._failed:
-                # The server goes on; said once, as each further reply would say it again.
-                LOGGER.warning("replies are not kept", extra={"fields": {"reason": str(error)}})
-            self._failed = True
+        append_line(self.file, row)

@@ -81,7 +81,10 @@ class DraftWatch:
 
     def _run(self) -> None:
         while not self._ended.wait(self.seconds):
-            self.look()
+            try:
+                self.look()
+            except Exception:  # the draft before is served on, and the next one is looked for
+                LOGGER.exception("the new draft is not taken")
 
 
 def draft_label(network: ImitationNetwork) -> str:
