@@ -145,19 +145,29 @@ class RequestBuilder:
         self, prepared: Sequence[_Prepared], *, keeps: bool
     ) -> list[DecoderInputs | Exception]:
         """Return prompts with their images encoded, or what each failed with."""
-        if keeps and (state := weights_state(self.model)) != self._weights_state:
-            # What other weights have computed serves nobody any more.
-            self._weights_state = state
-            self.lru.clear()
-        shown = [one.shown for one in prepared]
-        cache = self.features if keeps else None
-        made = attempt(partial(self.prompts.encoded, shown, cache))
+        made = attempt(partial(self._encode, prepared, keeps=keeps))
         if not isinstance(made, Exception):
             return [*made]
         if len(prepared) == 1:
             return [made]
         # One of them, or the memory for all, was the matter.
         return [found for one in prepared for found in self._encoded([one], keeps=keeps)]
+
+    def _encode(self, prepared: Sequence[_Prepared], *, keeps: bool) -> list[DecoderInputs]:
+        shown = [one.shown for one in prepared]
+        if not keeps:
+            return self.prompts.encoded(shown)
+        state = weights_state(self.model)
+        if state != self._weights_state:
+            # What other weights have computed serves nobody any more.
+            self._weights_state = state
+            self.lru.clear()
+        return [
+            inputs
+            if inputs.keys is None
+            else replace(inputs, keys=[(state, inputs.keys[0]), *inputs.keys[1:]])
+            for inputs in self.prompts.encoded(shown, self.features)
+        ]
 
     def _request(self, prepared: _Prepared, inputs: DecoderInputs) -> Request:
         """Return a request of a prompt."""
@@ -166,9 +176,6 @@ class RequestBuilder:
         stop = params.stop_strings or list(settings.stop_strings or ())
         settings.stop_strings = None
         keeps = self._keeps(prepared) and inputs.keys is not None
-        if keeps and inputs.keys is not None:
-            first, *rest = inputs.keys
-            inputs = replace(inputs, keys=[(self._weights_state, first), *rest])
         token_ids, device = inputs.token_ids, self.decoder.device
         max_new_tokens = fit_length(settings, len(token_ids))
         processors = processors_of(self.decoder, settings, params, token_ids)

@@ -246,7 +246,7 @@ def test_the_demo_as_json_is_one_object(cli: Cli) -> None:
     assert [result["strategy"] for result in figures["results"]] == [
         "transformers",
         "autoregressive",
-        "imitation",
+        "cascade",
     ]
     for result in figures["results"]:
         assert result.keys() >= FIELDS
