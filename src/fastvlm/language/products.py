@@ -25,6 +25,8 @@ from torch.nn import functional as F
 SMALLEST_IN_16_BITS = 2**16
 SMALLEST_IN_32_BITS = 2**18
 """Weights of a matrix that is worth packing: of fewer, the call costs more than is saved."""
+SMALLEST_FOR_THREADS = 2**20
+"""Weights of a matrix that threads may share: of fewer, calling them costs more than is saved."""
 ROWS = 16
 """Rows of the products that oneDNN's layout is made for."""
 FLOAT32_ROUNDING = 2.0**-24
@@ -92,6 +94,12 @@ def half_functions() -> HalfFunctions | None:
             trial = torch.fbgemm_pack_gemm_matrix_fp16(torch.zeros(1, 1))
             getattr(torch, DIRECT)(torch.zeros(1, 1), trial, None)
         return HalfFunctions(torch.fbgemm_pack_gemm_matrix_fp16, getattr(torch, DIRECT))
+    return half_functions_in_threads()
+
+
+@cache
+def half_functions_in_threads() -> HalfFunctions | None:
+    """Return FBGEMM's products that torch's threads share, with the same sums; None without any."""
     if not hasattr(torch.ops.quantized, "linear_dynamic_fp16"):
         return None
     multiply = torch.ops.quantized.linear_dynamic_fp16.default
@@ -99,6 +107,31 @@ def half_functions() -> HalfFunctions | None:
         lambda weight: torch.ops.quantized.linear_prepack_fp16(weight, None),
         lambda x, packed, _: multiply(x, packed),
     )
+
+
+@cache
+@torch.no_grad()
+def threads_gain(threads: int) -> bool:
+    """Return whether so many threads, torch's own now, multiply sooner than one: measured once.
+
+    Where one core reads as fast as the memory is, they don't.
+    """
+    alone, shared = half_functions(), half_functions_in_threads()
+    if threads == 1 or alone is None or shared is None:
+        return False
+    # Beyond the caches, where a step's weights are.
+    x, weight = torch.ones(1, 2**10), torch.ones(CHUNK_WEIGHTS // 2**10, 2**10)
+    times = []
+    for one in (alone, shared):
+        packed = one.pack(weight)
+        times.append(min(_seconds(one.multiply, x, packed) for _ in range(TRIALS)))
+    return times[1] < times[0]
+
+
+def _seconds(multiply: Callable[..., Tensor], x: Tensor, packed: Any) -> float:
+    started = time.perf_counter()
+    multiply(x, packed, None)
+    return time.perf_counter() - started
 
 
 def packs(dtype: torch.dtype) -> bool:
@@ -120,6 +153,9 @@ def product_of(weight: Tensor) -> Product | None:
     if functions is not None:
         scale = half_scale(weight)
         if scale is not None:
+            large = weight.numel() >= SMALLEST_FOR_THREADS
+            if large and threads_gain(torch.get_num_threads()):
+                functions = half_functions_in_threads() or functions
             return HalfProduct(weight, scale, functions)
     small = weight.dtype == torch.float32 and weight.numel() < SMALLEST_IN_32_BITS
     return None if small or weight.dtype == torch.float16 else OneDnnProduct(weight)
