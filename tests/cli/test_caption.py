@@ -79,7 +79,7 @@ def test_images_that_fail_are_listed(cli: Cli, images: Path, tmp_path: Path) -> 
     words = ("caption", images, tmp_path / "o", "--max-failed", 0.5, *LIMIT)
     said = cli(*words)
     assert said.code == 1
-    assert "1 images failed" in said.out
+    assert "failed: 1," in said.out
     [failed] = (tmp_path / "o" / "failed.jsonl").read_text().splitlines()
     assert json.loads(failed)["image"] == "3.png"
     assert len(rows(tmp_path / "o")) == 6

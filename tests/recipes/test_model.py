@@ -16,11 +16,11 @@ from safetensors.torch import load_file
 from torch import Tensor
 from torch.nn.modules.module import register_module_forward_hook
 
-from fastvlm.data.captioned import CaptionedImage, decode, read_flickr8k
+from fastvlm.data.captioned import decode, read_flickr8k
 from fastvlm.functional.errors import CheckpointError
-from fastvlm.training.consensus import advantages
+from fastvlm.training.consensus import SAMPLES, advantages, compared
 from fastvlm.training.optimisation import seed_step
-from fastvlm.training.reply_scores import ReplyScores, score_replies
+from fastvlm.training.own_replies import OwnReplies
 from fastvlm.training.rows import IGNORED, TrainingRow
 from fastvlm.training.schedule import Schedule
 from fastvlm.vision import FastViTHD
@@ -28,9 +28,8 @@ from fastvlm.vision.images import prepare
 from fastvlm.vlm import VisionLanguageModel, load
 from fastvlm_example import HELD_OUT_SCENES, SCENE_PROMPT
 from fastvlm_example.scenes import describe, render, sample
-from recipe import conversations
+from recipe import conversations, repetition
 from recipe.architecture import DecoderShape
-from recipe.consensus import SAMPLES, Consensus, sample_sentences
 from recipe.conversations import DecodedPhotos, described
 from recipe.descriptions import sentences_of
 from recipe.model import ModelTask, train_model
@@ -139,26 +138,75 @@ def test_a_steps_loss_is_the_mean_of_its_tokens(photos: Path) -> None:
         assert found.report[kind] == pytest.approx(expected, rel=1e-6)
 
 
-def test_sampled_sentences_count_by_their_advantage(photos: Path) -> None:
-    task = task_of(replace(STAGES[2], scenes=1, photos=0, sampled=2), photos)
+def test_sampled_sentences_count_by_their_advantage(
+    photos: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[str] = []
+    monkeypatch.setattr(
+        "recipe.model.wording", lambda kind: asked.append(wording(kind)) or asked[-1]
+    )
+    task = task_of(replace(STAGES[2], scenes=1, photos=0, sampled=2, described=0), photos)
+    assert task.critic is not None
+    seed_step(0, 0)
+    examples = task.shown(2, "sentence")
+    vlm = VisionLanguageModel(task.model, task.tokenizer)
+    # What is before a reply is what serving asks.
+    prompts = [one.prompt.tolist() for one in examples]
+    assert prompts == [vlm.tokens(text, images=1) for text in asked]
+    assert [one.captions for one in examples] == 2 * [compared(TIDY)]
     # A small model says nothing that people say.
     rewards = iter(range(2 * SAMPLES))
-    task.reward = lambda *_: float(next(rewards) ** 2)  # type: ignore[method-assign]
-    drawn: list[TrainingRow] = []
+    task.critic.reward = lambda *_: float(next(rewards) ** 2)  # type: ignore[method-assign]
+    replies: list[Any] = []
+    decode = task.critic.own.decode
 
-    def score(model: Any, builder: Any, rows: list[TrainingRow]) -> list[ReplyScores]:
-        drawn.extend(rows)
-        return score_replies(model, builder, rows)
+    def kept(*shown: Any, **settings: Any) -> Any:
+        replies.extend(decode(*shown, **settings))
+        return replies
 
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("recipe.model.score_replies", score)
-        assert task.consensus is not None
-        seed_step(0, 0)
-        loss, reward = task.sampled(task.consensus)
-    assert reward == pytest.approx(28.5)
-    gains = advantages(torch.arange(10.0).square().view(2, SAMPLES)).flatten()
-    alone = [gain * naive_losses(task, row) for gain, row in zip(gains, drawn, strict=True)]
+    task.critic.own.decode = kept  # type: ignore[method-assign]
+    loss, found = task.critic.loss(examples)
+    assert float(found.mean()) == pytest.approx(28.5)
+    gains = iter(advantages(torch.arange(10.0).square().view(2, SAMPLES)).flatten())
+    alone = [
+        next(gains) * task.critic.own.losses([one.prompt], [one.pixels], [[reply]])
+        for one, said in zip(examples, replies, strict=True)
+        for reply in said
+    ]
     torch.testing.assert_close(loss, torch.cat(alone).mean(), rtol=1e-5, atol=1e-6)
+
+
+def test_tokens_that_end_an_n_gram_said_before_are_repeated() -> None:
+    said = [1, 2, 3, 4, 9, 1, 2, 3, 4, 5, 2, 3, 4, 5]
+    # 1 2 3 4 comes back at place 8, 2 3 4 5 at the end.
+    assert [place for place, again in enumerate(repetition.repeated(said)) if again] == [8, 13]
+    assert not any(repetition.repeated([1, 2, 3]))
+
+
+def test_the_unlikelihood_of_a_token_is_that_of_all_others() -> None:
+    probabilities = torch.tensor([0.9, 0.5, 1e-9], dtype=torch.float64, requires_grad=True)
+    found = repetition.unlikelihood(-probabilities.log())
+    torch.testing.assert_close(found, -torch.log1p(-probabilities))
+    # A certain token has a finite loss.
+    assert float(repetition.unlikelihood(torch.zeros(1))) == pytest.approx(13.8, abs=0.1)
+
+
+def test_what_descriptions_repeat_becomes_unlikelier(photos: Path) -> None:
+    task = task_of(replace(STAGES[2], scenes=1, photos=0, sampled=0, described=2), photos)
+    seed_step(0, 0)
+    examples = task.shown(2, "description")
+    # Descriptions that say the same words twice, which a small model doesn't by itself.
+    said = [*range(10, 18), *range(10, 18)]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(OwnReplies, "decode", lambda *_, **__: [[said], [said]])
+        loss, again = task.repeated(examples)
+    assert again.tolist() == 2 * [place >= 8 + repetition.NGRAM - 1 for place in range(16)]
+    own = OwnReplies(task.model, task.rows)
+    losses = own.losses(
+        [one.prompt for one in examples], [one.pixels for one in examples], [[said], [said]]
+    )
+    expected = (-torch.log1p(-torch.exp(-losses)) * again).mean()
+    torch.testing.assert_close(loss, expected, rtol=1e-5, atol=1e-6)
 
 
 def test_the_stages_make_a_model_that_loads_and_replies(tmp_path: Path, photos: Path) -> None:
@@ -177,6 +225,7 @@ def test_the_stages_make_a_model_that_loads_and_replies(tmp_path: Path, photos: 
     }
     assert {"scene", "sentence", "description"} <= reports["together"].keys()
     assert reports["consensus"]["reward"] >= 0
+    assert 0 <= reports["consensus"]["repeated"] <= 1
     vlm = load(tmp_path / "model")
     # Nine visual tokens, one for each place of a scene.
     assert vlm.model.config.image_seq_length == 9
@@ -234,55 +283,6 @@ def test_a_model_goes_on_from_another_with_a_better_encoder(tmp_path: Path, phot
     )
     with pytest.raises(CheckpointError, match="needs an encoder, or a model"):
         train_model(photos, tmp_path / "third", stages=[stage])
-
-
-def test_the_reward_is_for_what_people_say() -> None:
-    photos = [
-        CaptionedImage(Path("a"), ("A dog runs in the grass.", "A brown dog is running.")),
-        CaptionedImage(Path("b"), ("Two men sit on a bench.", "Men on a bench.")),
-        CaptionedImage(Path("c"), ("A girl swims.", "A girl in a pool.")),
-    ]
-    consensus = Consensus(photos)
-    right = consensus.reward(0, "A dog runs in the grass.", ended=True)
-    assert right > consensus.reward(0, "A dog runs in the grass.", ended=False)
-    assert right > consensus.reward(0, "A dog runs.", ended=True) > 0
-    assert consensus.reward(1, "A dog runs.", ended=True) < 0.1
-
-
-def test_samples_are_set_against_the_others_of_their_photo() -> None:
-    found = advantages(torch.tensor([[0.0, 1.0, 2.0], [5.0, 5.0, 5.0]]))
-    # Against the mean of the other two: -1.5, 0, 1.5.
-    assert found[0].tolist() == pytest.approx([-float(found[0, 2]), 0.0, float(found[0, 2])])
-    assert float(found[0, 2]) > 0
-    assert found[1].tolist() == [0.0, 0.0, 0.0]
-    assert float(found.std()) == pytest.approx(1.0)
-
-
-@pytest.mark.parametrize("checkpointing", [False, True])
-def test_sampled_sentences_are_the_models_own(checkpointing: bool) -> None:
-    vlm = small_vlm()
-    decoder = vlm.model.model.language_model.train()
-    if checkpointing:
-        decoder.activation_checkpointing_enable()
-    images = [render(sample(seed), IMAGE_SIZE) for seed in (1, 2)]
-    torch.manual_seed(4)
-    rows = sample_sentences(vlm.model, vlm.tokenizer, SCENE_PROMPT, images)
-    assert decoder.training
-    assert len(rows) == 2 * SAMPLES
-    asked = vlm.tokens(SCENE_PROMPT, images=1)
-    for place, row in enumerate(rows):
-        assert row.inputs["pixel_values"].equal(prepare(images[place // SAMPLES], IMAGE_SIZE))
-        tokens = row.inputs["input_ids"].tolist()
-        assert tokens[: len(asked)] == asked
-        assert row.labels.tolist() == [IGNORED] * len(asked) + tokens[len(asked) :]
-        assert vlm.tokenizer.eos_token_id not in tokens[len(asked) : -1]
-    # Sampled, not the best one five times; and the same with gradient checkpointing.
-    replies = [row.inputs["input_ids"][len(asked) :].tolist() for row in rows]
-    assert len({*map(tuple, replies[:SAMPLES])}) > 1
-    torch.manual_seed(4)
-    decoder.activation_checkpointing_disable()
-    again = sample_sentences(vlm.model, vlm.tokenizer, SCENE_PROMPT, images)
-    assert [row.labels.tolist() for row in again] == [row.labels.tolist() for row in rows]
 
 
 def test_a_stopped_run_goes_on_to_the_same_weights(

@@ -8,26 +8,27 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import GenerationConfig
+from torch import Tensor
 
 from fastvlm.checkpoints import load_checkpoint
 from fastvlm.data.conversations import Broken, Conversation, Records
 from fastvlm.data.feed import Feed
 from fastvlm.functional.errors import InputError
+from fastvlm.language.structure import text_decoder
 from fastvlm.prompts.messages import question
 from fastvlm.training.consensus import (
     SAMPLES,
     CaptionedRow,
     CaptionedRowMaker,
     ConsensusTask,
+    advantages,
     consensus_of,
     consensus_task,
 )
 from fastvlm.training.instruction import tune_model
 from fastvlm.training.paper_stages import PaperStage
 from fastvlm.training.parts import learning
-from fastvlm.training.reply_scores import score_replies
-from fastvlm.training.rows import IGNORED, FastViTHDRows, rows_for
+from fastvlm.training.rows import FastViTHDRows, rows_for
 from fastvlm.training.schedule import Schedule
 from fastvlm_example.scenes import render, sample
 from tests.models import IMAGE_SIZE, small_vlm
@@ -61,33 +62,39 @@ def examples_of(task: ConsensusTask) -> list[CaptionedRow]:
     return task.draw(0)
 
 
-def test_samples_are_drawn_of_each_images_own_prompt() -> None:
+def shown(examples: list[CaptionedRow]) -> tuple[list[Tensor], list[Tensor]]:
+    return [one.prompt for one in examples], [one.pixels for one in examples]
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_replies_are_drawn_to_each_images_own_prompt(checkpointing: bool) -> None:
     task, rows = task_of()
+    own = task.critic.own
     examples = examples_of(task)
     assert len({len(one.prompt) for one in examples}) == 2
+    sampling = {"times": 4, "do_sample": True, "top_k": 0, "max_new_tokens": 24}
     torch.manual_seed(1)
-    found = task.sample(examples)
-    assert [len(replies) for replies in found] == [SAMPLES] * 3
-    assert all(rows.image not in reply for replies in found for reply in replies)
-    assert all(rows.end not in reply[:-1] for replies in found for reply in replies)
-    assert len({tuple(reply) for replies in found for reply in replies}) > SAMPLES
-    # What is before a reply in its row is what serving asks.
-    for one, replies in zip(examples, found, strict=True):
-        [row] = task.rows_of(one, replies)
-        labelled = row.labels[row.labels != IGNORED].tolist()
-        assert labelled == [token for reply in replies for token in reply]
-        assert row.inputs["input_ids"][: len(one.prompt)].equal(one.prompt)
+    expected = own.decode(*shown(examples), **sampling)
+    decoder: Any = text_decoder(task.model)
+    if checkpointing:
+        decoder.activation_checkpointing_enable()
+    torch.manual_seed(1)
+    found = own.decode(*shown(examples), **sampling)
+    assert found == expected
+    assert decoder.training
+    assert [len(replies) for replies in found] == [4] * 3
+    said = [reply for replies in found for reply in replies]
+    assert all(rows.image not in reply for reply in said)
+    assert all(rows.end not in reply[:-1] for reply in said)
+    assert all(own.has_ended(reply) or len(reply) == 24 for reply in said)
+    assert len({tuple(reply) for reply in said}) > 4
 
 
-def test_a_shorter_prompt_is_answered_as_it_is_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_shorter_prompt_is_answered_as_it_is_alone() -> None:
     task, rows = task_of()
     examples = examples_of(task)
-    monkeypatch.setattr("fastvlm.training.consensus.SAMPLES", 1)
-    monkeypatch.setattr(
-        "fastvlm.training.consensus.GenerationConfig",
-        lambda **options: GenerationConfig(**{**options, "do_sample": False, "top_k": None}),
-    )
-    for one, [reply] in zip(examples, task.sample(examples), strict=True):
+    replies = task.critic.own.decode(*shown(examples), do_sample=False, max_new_tokens=24)
+    for one, [reply] in zip(examples, replies, strict=True):
         alone = task.model.generate(
             input_ids=one.prompt[None],
             pixel_values=one.pixels.double(),
@@ -98,16 +105,41 @@ def test_a_shorter_prompt_is_answered_as_it_is_alone(monkeypatch: pytest.MonkeyP
         assert reply == alone[0, len(one.prompt) :].tolist()
 
 
+def test_a_reply_costs_what_it_costs_alone() -> None:
+    task, rows = task_of()
+    examples = examples_of(task)
+    replies = [[[10, 11, 12], [20, rows.end]] for _ in examples]
+    found = iter(task.critic.own.losses(*shown(examples), replies))
+    for one, said in zip(examples, replies, strict=True):
+        for reply in said:
+            tokens = torch.cat([one.prompt, torch.tensor(reply)])
+            pixels = one.pixels.double()
+            logits = task.model(input_ids=tokens[None], pixel_values=pixels).logits[0]
+            likely = logits[len(one.prompt) - 1 : -1].log_softmax(-1)
+            for place, token in enumerate(reply):
+                torch.testing.assert_close(next(found), -likely[place, token])
+    assert next(found, None) is None
+
+
 def test_a_sentence_that_people_said_is_worth_most() -> None:
     task, rows = task_of()
     [example] = [one for one in examples_of(task) if "red" in one.captions[0]]
 
     def worth(text: str, *, ended: bool = True) -> float:
         reply = rows.tokenizer.encode(text, add_special_tokens=False)
-        return task.reward(reply + [rows.end] * ended, example.captions)
+        return task.critic.reward(reply + [rows.end] * ended, example.captions)
 
     assert worth("A red square.") > worth("A red square.", ended=False)
     assert worth("A red square.") > worth("A blue circle.") == 0
+
+
+def test_samples_are_set_against_the_others_of_their_photo() -> None:
+    found = advantages(torch.tensor([[0.0, 1.0, 2.0], [5.0, 5.0, 5.0]]))
+    # Against the mean of the other two: -1.5, 0, 1.5.
+    assert found[0].tolist() == pytest.approx([-float(found[0, 2]), 0.0, float(found[0, 2])])
+    assert float(found[0, 2]) > 0
+    assert found[1].tolist() == [0.0, 0.0, 0.0]
+    assert float(found.std()) == pytest.approx(1.0)
 
 
 def test_a_step_makes_the_better_samples_likelier(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -120,7 +152,7 @@ def test_a_step_makes_the_better_samples_likelier(monkeypatch: pytest.MonkeyPatc
         ]
         for one in examples
     ]
-    monkeypatch.setattr(task, "sample", lambda _: replies)
+    monkeypatch.setattr(task.critic.own, "decode", lambda *_, **__: replies)
     # Captions alone would teach too; they are taken out.
     monkeypatch.setattr(
         "fastvlm.training.consensus.reply_loss",
@@ -134,20 +166,17 @@ def test_a_step_makes_the_better_samples_likelier(monkeypatch: pytest.MonkeyPatc
         assert found.report["reward"][1] == 15
         assert found.report["reward"][0] > 0
         (found.total / found.weight).backward()
-        made = [row for one, said in zip(examples, replies, strict=True)
-                for row in task.rows_of(one, said)]  # fmt: skip
-        lengths = [[len(reply) for reply in said] for said in replies]
         with torch.no_grad():
-            before = score_replies(task.model, rows, made)
+            before = task.critic.own.losses(*shown(examples), replies)
             for parameter in task.model.parameters():
                 if parameter.grad is not None:
                     parameter.sub_(parameter.grad, alpha=1e-5)
-            after = score_replies(task.model, rows, made)
-    for old, new, long in zip(before, after, lengths, strict=True):
-        split = zip(old.losses.split(long), new.losses.split(long), strict=True)
-        gains = [float(a.mean() - b.mean()) for a, b in split]
+            gained = before - task.critic.own.losses(*shown(examples), replies)
+    lengths = [len(reply) for said in replies for reply in said]
+    means = [float(part.mean()) for part in gained.split(lengths)]
+    for place in range(0, len(means), SAMPLES):
         # The others share tokens with it, so that one of them may gain a little too.
-        assert gains[0] > 0 > sum(gains[1:])
+        assert means[place] > 0 > sum(means[place + 1 : place + SAMPLES])
 
 
 def test_images_without_a_consensus_are_refused(tmp_path: Path) -> None:

@@ -16,21 +16,22 @@ from fastvlm.data.captioned import CaptionedImage, decode, read_flickr8k, typica
 from fastvlm.functional.digests import digest, digest_of_weights
 from fastvlm.functional.errors import CheckpointError
 from fastvlm.functional.placement import moved
+from fastvlm.metrics.captions import CiderD
 from fastvlm.training.assembly import read_encoder
-from fastvlm.training.consensus import advantages
+from fastvlm.training.consensus import CaptionedRow, SelfCritic, compared
 from fastvlm.training.instruction import SupervisedTask, save_tuned
 from fastvlm.training.loop import train
+from fastvlm.training.own_replies import OwnReplies
 from fastvlm.training.processes import this_process
-from fastvlm.training.reply_scores import score_replies
-from fastvlm.training.rows import IGNORED, FastViTHDRows, TrainingRow
+from fastvlm.training.rows import FastViTHDRows, TrainingRow
 from fastvlm.training.task import Losses
 from fastvlm.vision.configuration import FastViTHDConfig
 from fastvlm_example.scenes import describe, sample
 from fastvlm_example.tokenizer import learn_tokenizer
 from recipe.architecture import DecoderShape, new_model, use_encoder
-from recipe.consensus import SAMPLES, Consensus, sample_sentences
-from recipe.conversations import DecodedPhotos, draw_photos, draw_scenes
+from recipe.conversations import DecodedPhotos, Said, conversation, draw_photos, draw_scenes
 from recipe.growth import AS_IT_IS, Size, grown
+from recipe.repetition import MAX_NEW_TOKENS, repeated, unlikelihood
 from recipe.stages import STAGES, Stage
 from recipe.wordings import all_forms, wording
 
@@ -70,10 +71,12 @@ class ModelTask(SupervisedTask):
         }
         super().__init__(model, FastViTHDRows(model, tokenizer, self.size), plan)
         self.tokenizer, self.photos, self.stage = tokenizer, photos, stage
-        self.consensus: Consensus | None = None
+        self.critic: SelfCritic | None = None
+        if stage.sampled or stage.described:
+            self.whole = "what the model says of its own is scored once a step"
         if stage.sampled:
-            self.whole = "the rewards of a step are set against one another"
-            self.consensus = Consensus(photos.photos)
+            scorer = CiderD([compared(photo.captions) for photo in photos.photos])
+            self.critic = SelfCritic(model, self.rows, scorer)
 
     def draw(self, step: int) -> list[TrainingRow]:
         """Return the rows of a step."""
@@ -85,31 +88,43 @@ class ModelTask(SupervisedTask):
         return sorted(rows, key=lambda row: len(row.labels))
 
     def loss(self, examples: Sequence[TrainingRow]) -> Losses:
-        """Return the loss of some rows and, in a stage with a consensus, of sampled sentences."""
+        """Return the loss of some rows, and what a stage has of the model's own replies."""
         taught = super().loss(examples)
-        if self.consensus is None:
-            return taught
-        sampled, reward = self.sampled(self.consensus)
-        total = taught.total + taught.weight * sampled
-        return Losses(total, taught.weight, {**taught.report, "reward": (reward, 1.0)})
+        total, report = taught.total, dict(taught.report)
+        if self.critic is not None:
+            loss, rewards = self.critic.loss(self.shown(self.stage.sampled, "sentence"))
+            total = total + taught.weight * loss
+            report["reward"] = (float(rewards.sum()), float(rewards.numel()))
+        if self.stage.described:
+            loss, again = self.repeated(self.shown(self.stage.described, "description"))
+            total = total + taught.weight * loss
+            report["repeated"] = (float(again.sum()), float(again.numel()))
+        return Losses(total, taught.weight, report)
 
-    def sampled(self, consensus: Consensus) -> tuple[Tensor, float]:
-        """Return the self-critical loss of sentences sampled of photos; their mean reward."""
-        numbers, images = zip(*self.photos.draw(self.stage.sampled, self.size), strict=True)
-        rows = sample_sentences(self.model, self.tokenizer, wording("sentence"), images)
-        rewards = [
-            self.reward(consensus, numbers[place // SAMPLES], row) for place, row in enumerate(rows)
-        ]
-        gains = advantages(torch.tensor(rewards).view(-1, SAMPLES)).flatten().tolist()
-        scores = score_replies(self.model, self.rows, rows)
-        weighted = [gain * scored.losses for gain, scored in zip(gains, scores, strict=True)]
-        return torch.cat(weighted).mean(), sum(rewards) / len(rewards)
+    def shown(self, number: int, kind: str) -> list[CaptionedRow]:
+        """Return some photos with a request of a kind in front, and their captions."""
+        found = []
+        for photo, image in self.photos.draw(number, self.size):
+            captions = self.photos.photos[photo].captions
+            said = Said(kind, wording(kind), captions[0])
+            [written], images = self.rows.write_all(conversation(said, image))
+            prompt = torch.tensor(written.token_ids[: written.prompt_length])
+            found.append(
+                CaptionedRow(prompt, images["pixel_values"], compared(captions), taught=[])
+            )
+        return found
 
-    def reward(self, consensus: Consensus, number: int, row: TrainingRow) -> float:
-        """Return the reward of a sentence that was sampled of a photo, given by its index."""
-        reply = row.labels[row.labels != IGNORED].tolist()
-        sentence = cast(str, self.tokenizer.decode(reply, skip_special_tokens=True))
-        return consensus.reward(number, sentence, ended=reply[-1] == self.tokenizer.eos_token_id)
+    def repeated(self, examples: Sequence[CaptionedRow]) -> tuple[Tensor, Tensor]:
+        """Return the unlikelihood of what greedy descriptions repeat, a mean over all their tokens.
+
+        The second is whether each of the tokens repeats: (tokens,).
+        """
+        shown = [one.prompt for one in examples], [one.pixels for one in examples]
+        own = OwnReplies(self.model, self.rows)
+        replies = own.decode(*shown, do_sample=False, max_new_tokens=MAX_NEW_TOKENS)
+        losses = own.losses(*shown, replies)
+        again = torch.tensor([said for [reply] in replies for said in repeated(reply)])
+        return (unlikelihood(losses) * again.to(losses.device)).mean(), again
 
 
 def train_model(

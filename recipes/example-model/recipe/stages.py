@@ -19,6 +19,7 @@ class Stage:
         scenes: Scenes in a step.
         photos: Photos in a step, each in two conversations.
         sampled: Photos in a step of which the model's own sentences are rewarded.
+        described: Photos in a step of which the model's own descriptions must not repeat a thing.
         shortened: The share of scenes' descriptions that end with the last thing.
         tunes_encoder: Whether the encoder learns too.
     """
@@ -28,6 +29,7 @@ class Stage:
     scenes: int = 0
     photos: int = 0
     sampled: int = 0
+    described: int = 0
     shortened: float = 0.0
     tunes_encoder: bool = False
 
@@ -54,6 +56,7 @@ STAGES = (
         scenes=2,
         photos=3,
         sampled=16,
+        described=8,
     ),
 )
 """The stages of a model's training, in their order.

@@ -246,8 +246,8 @@ def caption(
             follow(results, todo, runtime, output.max_failed)
         failed = files.collect_failures(len(source.parts))
     PlainConsole().print(
-        f"{len(source.parts):,} parts are in {output.folder};"
-        f" {failed:,} images failed{', see ' + FAILED_FILE_NAME if failed else ''}."
+        f"Parts in {output.folder}: {len(source.parts):,}."
+        f" Images that failed: {failed:,}{', see ' + FAILED_FILE_NAME if failed else ''}."
     )
     if failed:
         raise typer.Exit(1)

@@ -8,24 +8,23 @@ baseline: Luo 2020, arXiv 2003.09971).
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import GenerationConfig, PreTrainedModel
+from transformers import PreTrainedModel
 
-from fastvlm.checkpoints.processors import tokenizer_of
 from fastvlm.data.conversations import Broken, Conversation, Records, Shards, opened
 from fastvlm.data.feed import Feed
 from fastvlm.functional.errors import InputError
 from fastvlm.language.structure import text_decoder
 from fastvlm.metrics.captions import CiderD
 from fastvlm.metrics.tokenization import tokenize_caption
-from fastvlm.training.branches import IGNORED, WrittenConversation
+from fastvlm.training.own_replies import OwnReplies
 from fastvlm.training.replies import text_of
-from fastvlm.training.reply_scores import reply_loss, score_replies
+from fastvlm.training.reply_scores import reply_loss
 from fastvlm.training.rows import FastViTHDRows, RowBuilder, TrainingRow
 from fastvlm.training.step_feed import StepFeed
 from fastvlm.training.task import ExampleStream, Losses
@@ -40,10 +39,14 @@ END = "</s>"
 """Stands after each caption in the reward, or a sentence that breaks off would be as good."""
 
 
+def compared(captions: Iterable[str]) -> list[list[str]]:
+    """Return the tokens of captions, as they are compared."""
+    return [[*tokenize_caption(caption), END] for caption in captions]
+
+
 def captions_of(conversation: Conversation) -> list[list[str]]:
     """Return the tokens of a conversation's last replies, as they are compared."""
-    texts = (text_of(conversation.messages[-1]), *conversation.alternatives)
-    return [[*tokenize_caption(text), END] for text in texts]
+    return compared((text_of(conversation.messages[-1]), *conversation.alternatives))
 
 
 def consensus_of(source: Records | Shards) -> CiderD:
@@ -107,6 +110,41 @@ class CaptionedRowMaker:
         return CaptionedRow(prompt, images["pixel_values"], captions_of(record), taught)
 
 
+class SelfCritic:
+    """Has a model describe images by sampling, and rewards what agrees with their captions.
+
+    Args:
+        model: The model.
+        rows: What makes its rows.
+        scorer: What scores a sentence.
+    """
+
+    def __init__(self, model: PreTrainedModel, rows: FastViTHDRows, scorer: CiderD) -> None:
+        self.own, self.scorer = OwnReplies(model, rows), scorer
+
+    def loss(self, examples: Sequence[CaptionedRow]) -> tuple[Tensor, Tensor]:
+        """Return the self-critical loss, a mean over tokens, and the rewards: (images, samples)."""
+        shown = [one.prompt for one in examples], [one.pixels for one in examples]
+        replies = self.own.decode(
+            *shown, times=SAMPLES, do_sample=True, top_k=0, max_new_tokens=MAX_NEW_TOKENS
+        )
+        rewards = torch.tensor(
+            [
+                [self.reward(reply, one.captions) for reply in said]
+                for one, said in zip(examples, replies, strict=True)
+            ]
+        )
+        losses = self.own.losses(*shown, replies)
+        lengths = torch.tensor([len(reply) for said in replies for reply in said])
+        gains = advantages(rewards).flatten().repeat_interleave(lengths).to(losses.device)
+        return (gains * losses).mean(), rewards
+
+    def reward(self, reply: Sequence[int], captions: Sequence[Sequence[str]]) -> float:
+        """Return how far a reply agrees with captions: CIDEr-D."""
+        ended = [END] if self.own.has_ended(reply) else []
+        return self.scorer.score([*tokenize_caption(self.own.text(reply)), *ended], captions)
+
+
 class ConsensusTask:
     """Teaches a model captions, and its own sentences by their rewards. See `TrainingTask`.
 
@@ -132,7 +170,8 @@ class ConsensusTask:
         self.unit = "tokens"
         self.plan: Mapping[str, Any] = plan or {}
         self.whole: str | None = "the rewards of a step are set against one another"
-        self.rows, self.scorer, self.feed = rows, scorer, feed
+        self.rows, self.feed = rows, feed
+        self.critic = SelfCritic(model, rows, scorer)
         self.source: ExampleStream | None = feed.feed
 
     def draw(self, step: int) -> list[CaptionedRow]:
@@ -146,77 +185,9 @@ class ConsensusTask:
     def loss(self, examples: Sequence[CaptionedRow]) -> Losses:
         """Return the captions' cross-entropy, and as heavy the self-critical loss of samples."""
         taught = reply_loss(self.model, self.rows, [row for one in examples for row in one.taught])
-        replies = self.sample(examples)
-        rewards = torch.tensor(
-            [
-                [self.reward(reply, one.captions) for reply in said]
-                for one, said in zip(examples, replies, strict=True)
-            ]
-        )
-        rows = [
-            row
-            for one, said in zip(examples, replies, strict=True)
-            for row in self.rows_of(one, said)
-        ]
-        losses = torch.cat([scored.losses for scored in score_replies(self.model, self.rows, rows)])
-        lengths = torch.tensor([len(reply) for said in replies for reply in said])
-        gains = advantages(rewards).flatten().repeat_interleave(lengths).to(losses.device)
-        total = taught.total + taught.weight * (gains * losses).mean()
+        loss, rewards = self.critic.loss(examples)
         report = {**taught.report, "reward": (float(rewards.sum()), float(rewards.numel()))}
-        return Losses(total, taught.weight, report)
-
-    def rows_of(self, example: CaptionedRow, replies: Sequence[Sequence[int]]) -> list[TrainingRow]:
-        """Return the rows of an image's sampled replies."""
-        prompt = example.prompt.tolist()
-        written = [
-            WrittenConversation([*prompt, *reply], [IGNORED] * len(prompt) + [*reply], len(prompt))
-            for reply in replies
-        ]
-        return self.rows.lay_out(written, {"pixel_values": example.pixels})
-
-    @torch.no_grad()
-    def sample(self, examples: Sequence[CaptionedRow]) -> list[list[list[int]]]:
-        """Return `SAMPLES` replies to each image's prompt, drawn at temperature 1."""
-        model: Any = self.model
-        end = self.rows.end
-        longest = max(len(one.prompt) for one in examples)
-        tokens = torch.full((len(examples), longest), end)
-        mask = torch.zeros_like(tokens)
-        for place, one in enumerate(examples):
-            tokens[place, longest - len(one.prompt) :] = one.prompt
-            mask[place, longest - len(one.prompt) :] = 1
-        sampling = GenerationConfig(
-            do_sample=True,
-            top_k=0,
-            num_return_sequences=SAMPLES,
-            max_new_tokens=MAX_NEW_TOKENS,
-            eos_token_id=end,
-            pad_token_id=end,
-            suppress_tokens=[self.rows.image],
-        )
-        decoder = text_decoder(self.model)
-        training = decoder.training
-        # With gradient checkpointing, training mode has no cache: each token would see only itself.
-        decoder.eval()
-        drawn: Tensor = model.generate(
-            input_ids=tokens.to(model.device),
-            attention_mask=mask.to(model.device),
-            pixel_values=torch.cat([one.pixels for one in examples]).to(model.device),
-            generation_config=sampling,
-        )
-        decoder.train(training)
-        replies = [
-            reply[: reply.index(end) + 1] if end in reply else reply
-            for reply in drawn[:, longest:].tolist()
-        ]
-        return [replies[place : place + SAMPLES] for place in range(0, len(replies), SAMPLES)]
-
-    def reward(self, reply: Sequence[int], captions: Sequence[Sequence[str]]) -> float:
-        """Return how far a reply agrees with captions: CIDEr-D."""
-        tokenizer = tokenizer_of(self.rows.tokenizer)
-        sentence = str(tokenizer.decode([*reply], skip_special_tokens=True))
-        ended = [END] if reply and reply[-1] == self.rows.end else []
-        return self.scorer.score([*tokenize_caption(sentence), *ended], captions)
+        return Losses(taught.total + taught.weight * loss, taught.weight, report)
 
 
 def consensus_task(
