@@ -27,10 +27,10 @@ serve: $(INSTALLED) ## Serve the example model with OpenAI's API, and a page to 
 	@$(BIN)/fastvlm serve
 
 # A process for each core, with one thread: models this small gain nothing from a second one. A file's
-# tests stay together, for the models that they share.
+# tests stay together, for the models that they share, and files keep their order, the longest first.
 .PHONY: test
 test: $(INSTALLED) ## Run the fast tests
-	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "not slow" --numprocesses auto --dist loadfile
+	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "not slow" --numprocesses auto --dist loadfile --no-loadscope-reorder
 
 .PHONY: test-slow
 test-slow: $(INSTALLED) ## Run the slow tests

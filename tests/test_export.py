@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -15,11 +16,20 @@ from fastvlm.functional.errors import InputError
 from tests.models import small_vlm
 
 
-def test_onnx_computes_the_same_at_any_size(tmp_path: Path) -> None:
+@pytest.fixture(scope="module")
+def exported(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with the encoder of a small model, which takes most of a minute to export."""
+    torch.manual_seed(0)
+    folder = tmp_path_factory.mktemp("exported")
+    worst = export_onnx(small_vlm(torch.float32), folder / "encoder.onnx")
+    assert worst < export.ONNX_TOLERANCES[torch.float32]
+    return folder
+
+
+def test_onnx_computes_the_same_at_any_size(exported: Path) -> None:
     vlm = small_vlm(torch.float32)
-    file = tmp_path / "encoder.onnx"
-    assert export_onnx(vlm, file) < export.ONNX_TOLERANCES[torch.float32]
-    assert [path.name for path in tmp_path.iterdir()] == [file.name]
+    file = exported / "encoder.onnx"
+    assert [path.name for path in exported.iterdir()] == [file.name]
     session = onnxruntime.InferenceSession(file)
     for batch, height, width in ((1, 64, 64), (3, 128, 320), (2, 256, 192)):
         pixels = torch.rand(batch, 3, height, width)
@@ -30,8 +40,19 @@ def test_onnx_computes_the_same_at_any_size(tmp_path: Path) -> None:
         np.testing.assert_allclose(found, expected, rtol=1e-4, atol=1e-4 * float(expected.std()))
 
 
-def test_what_differs_is_not_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_differs_is_not_written(
+    exported: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setitem(export.ONNX_TOLERANCES, torch.float32, -1.0)
+
+    class Program:
+        """The program that was exported before."""
+
+        @staticmethod
+        def save(file: Path) -> None:
+            shutil.copy(exported / "encoder.onnx", file)
+
+    monkeypatch.setattr(torch.onnx, "export", lambda *_, **__: Program)
     with pytest.raises(InputError, match="was not written"):
         export_onnx(small_vlm(torch.float32), tmp_path / "encoder.onnx")
     assert not list(tmp_path.iterdir())

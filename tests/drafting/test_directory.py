@@ -367,7 +367,7 @@ def test_replies_are_told_apart_by_all_weights(target: PreTrainedModel) -> None:
 def test_the_drafts_that_ship_know_the_model_that_ships(dtype: torch.dtype) -> None:
     model, _ = load_checkpoint(fastvlm_example.MODEL, dtype, "cpu")
     if dtype != torch.float16:
-        assert decoder_hash(model) == "008fa8cee833ae7d"  # as they recorded it before
+        assert decoder_hash(model) == "70278894d084ece7"  # as releases before record it
     for folder in ("draft", "draft-mlp"):
         loaded = quietly(fastvlm_example.FOLDER / folder, model)
         assert {parameter.dtype for parameter in loaded.parameters()} == {dtype}
