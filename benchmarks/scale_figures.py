@@ -140,6 +140,7 @@ def captions() -> str:
     """Return what captioning costs, as measured."""
     found = json.loads((RESULTS / "captioning.json").read_text())
     contenders: dict[str, Any] = found["contenders"]
+    plain = contenders["plain"]
     lines = [
         "| | images/s | time over the plain loop's | of the processor | captions that differ |",
         "|---|---:|---:|---:|---:|",
@@ -147,7 +148,6 @@ def captions() -> str:
     for name, one in contenders.items():
         ratios = " | ".join(
             f"{statistics.median(a / b for a, b in zip(one[kind], plain[kind], strict=True)):.2f}x"
-            for plain in (contenders["plain"],)
             for kind in ("seconds", "processor_seconds")
         )
         rate = found["images"] / statistics.median(one["seconds"])

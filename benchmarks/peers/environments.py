@@ -94,8 +94,8 @@ ENVIRONMENTS = {
             pip("install", "torch==2.13.0", "transformers==5.23.0", "sentencepiece"),
             ("-c", "import llama_cpp"),
         ),
-        # For this processor, and without the part for images. Its products with AMX end with an
-        # illegal instruction: one of its threads uses tiles that another has configured.
+        # For this processor, and without the part for images. On a Xeon its products of quantised
+        # weights with AMX ended with an illegal instruction, the first that touches a tile.
         {
             "CMAKE_ARGS": "-DGGML_NATIVE=ON -DLLAVA_BUILD=OFF"
             " -DCMAKE_C_FLAGS=-mno-amx-int8 -DCMAKE_CXX_FLAGS=-mno-amx-int8"

@@ -20,7 +20,7 @@ from fastvlm.data.captioned import decode, read_flickr8k
 from fastvlm.functional.errors import CheckpointError
 from fastvlm.training.consensus import SAMPLES, advantages, compared
 from fastvlm.training.optimisation import seed_step
-from fastvlm.training.own_replies import OwnReplies
+from fastvlm.training.rollouts import Rollouts
 from fastvlm.training.rows import IGNORED, TrainingRow
 from fastvlm.training.schedule import Schedule
 from fastvlm.vision import FastViTHD
@@ -158,18 +158,18 @@ def test_sampled_sentences_count_by_their_advantage(
     rewards = iter(range(2 * SAMPLES))
     task.critic.reward = lambda *_: float(next(rewards) ** 2)  # type: ignore[method-assign]
     replies: list[Any] = []
-    decode = task.critic.own.decode
+    decode = task.critic.rollouts.decode
 
     def kept(*shown: Any, **settings: Any) -> Any:
         replies.extend(decode(*shown, **settings))
         return replies
 
-    task.critic.own.decode = kept  # type: ignore[method-assign]
+    task.critic.rollouts.decode = kept  # type: ignore[method-assign]
     loss, found = task.critic.loss(examples)
     assert float(found.mean()) == pytest.approx(28.5)
     gains = iter(advantages(torch.arange(10.0).square().view(2, SAMPLES)).flatten())
     alone = [
-        next(gains) * task.critic.own.losses([one.prompt], [one.pixels], [[reply]])
+        next(gains) * task.critic.rollouts.losses([one.prompt], [one.pixels], [[reply]])
         for one, said in zip(examples, replies, strict=True)
         for reply in said
     ]
@@ -198,11 +198,11 @@ def test_what_descriptions_repeat_becomes_unlikelier(photos: Path) -> None:
     # Descriptions that say the same words twice, which a small model doesn't by itself.
     said = [*range(10, 18), *range(10, 18)]
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(OwnReplies, "decode", lambda *_, **__: [[said], [said]])
-        loss, again = task.repeated(examples)
+        patch.setattr(Rollouts, "decode", lambda *_, **__: [[said], [said]])
+        loss, again = task.repetition(examples)
     assert again.tolist() == 2 * [place >= 8 + repetition.NGRAM - 1 for place in range(16)]
-    own = OwnReplies(task.model, task.rows)
-    losses = own.losses(
+    rollouts = Rollouts(task.model, task.rows)
+    losses = rollouts.losses(
         [one.prompt for one in examples], [one.pixels for one in examples], [[said], [said]]
     )
     expected = (-torch.log1p(-torch.exp(-losses)) * again).mean()

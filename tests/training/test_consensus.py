@@ -69,31 +69,45 @@ def shown(examples: list[CaptionedRow]) -> tuple[list[Tensor], list[Tensor]]:
 @pytest.mark.parametrize("checkpointing", [False, True])
 def test_replies_are_drawn_to_each_images_own_prompt(checkpointing: bool) -> None:
     task, rows = task_of()
-    own = task.critic.own
+    rollouts = task.critic.rollouts
     examples = examples_of(task)
     assert len({len(one.prompt) for one in examples}) == 2
     sampling = {"times": 4, "do_sample": True, "top_k": 0, "max_new_tokens": 24}
     torch.manual_seed(1)
-    expected = own.decode(*shown(examples), **sampling)
+    expected = rollouts.decode(*shown(examples), **sampling)
     decoder: Any = text_decoder(task.model)
     if checkpointing:
         decoder.activation_checkpointing_enable()
     torch.manual_seed(1)
-    found = own.decode(*shown(examples), **sampling)
+    found = rollouts.decode(*shown(examples), **sampling)
     assert found == expected
     assert decoder.training
     assert [len(replies) for replies in found] == [4] * 3
     said = [reply for replies in found for reply in replies]
     assert all(rows.image not in reply for reply in said)
     assert all(rows.end not in reply[:-1] for reply in said)
-    assert all(own.has_ended(reply) or len(reply) == 24 for reply in said)
+    assert all(rollouts.has_ended(reply) or len(reply) == 24 for reply in said)
     assert len({tuple(reply) for reply in said}) > 4
+
+
+def test_a_rollout_that_is_interrupted_leaves_the_decoder_in_training(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    task, _ = task_of()
+
+    def interrupted(**_: Any) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(task.model, "generate", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        task.critic.rollouts.decode(*shown(examples_of(task)), max_new_tokens=4)
+    assert text_decoder(task.model).training
 
 
 def test_a_shorter_prompt_is_answered_as_it_is_alone() -> None:
     task, rows = task_of()
     examples = examples_of(task)
-    replies = task.critic.own.decode(*shown(examples), do_sample=False, max_new_tokens=24)
+    replies = task.critic.rollouts.decode(*shown(examples), do_sample=False, max_new_tokens=24)
     for one, [reply] in zip(examples, replies, strict=True):
         alone = task.model.generate(
             input_ids=one.prompt[None],
@@ -109,7 +123,7 @@ def test_a_reply_costs_what_it_costs_alone() -> None:
     task, rows = task_of()
     examples = examples_of(task)
     replies = [[[10, 11, 12], [20, rows.end]] for _ in examples]
-    found = iter(task.critic.own.losses(*shown(examples), replies))
+    found = iter(task.critic.rollouts.losses(*shown(examples), replies))
     for one, said in zip(examples, replies, strict=True):
         for reply in said:
             tokens = torch.cat([one.prompt, torch.tensor(reply)])
@@ -152,7 +166,7 @@ def test_a_step_makes_the_better_samples_likelier(monkeypatch: pytest.MonkeyPatc
         ]
         for one in examples
     ]
-    monkeypatch.setattr(task.critic.own, "decode", lambda *_, **__: replies)
+    monkeypatch.setattr(task.critic.rollouts, "decode", lambda *_, **__: replies)
     # Captions alone would teach too; they are taken out.
     monkeypatch.setattr(
         "fastvlm.training.consensus.reply_loss",
@@ -167,11 +181,11 @@ def test_a_step_makes_the_better_samples_likelier(monkeypatch: pytest.MonkeyPatc
         assert found.report["reward"][0] > 0
         (found.total / found.weight).backward()
         with torch.no_grad():
-            before = task.critic.own.losses(*shown(examples), replies)
+            before = task.critic.rollouts.losses(*shown(examples), replies)
             for parameter in task.model.parameters():
                 if parameter.grad is not None:
                     parameter.sub_(parameter.grad, alpha=1e-5)
-            gained = before - task.critic.own.losses(*shown(examples), replies)
+            gained = before - task.critic.rollouts.losses(*shown(examples), replies)
     lengths = [len(reply) for said in replies for reply in said]
     means = [float(part.mean()) for part in gained.split(lengths)]
     for place in range(0, len(means), SAMPLES):

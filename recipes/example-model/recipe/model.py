@@ -21,8 +21,8 @@ from fastvlm.training.assembly import read_encoder
 from fastvlm.training.consensus import CaptionedRow, SelfCritic, compared
 from fastvlm.training.instruction import SupervisedTask, save_tuned
 from fastvlm.training.loop import train
-from fastvlm.training.own_replies import OwnReplies
 from fastvlm.training.processes import this_process
+from fastvlm.training.rollouts import Rollouts
 from fastvlm.training.rows import FastViTHDRows, TrainingRow
 from fastvlm.training.task import Losses
 from fastvlm.vision.configuration import FastViTHDConfig
@@ -96,7 +96,7 @@ class ModelTask(SupervisedTask):
             total = total + taught.weight * loss
             report["reward"] = (float(rewards.sum()), float(rewards.numel()))
         if self.stage.described:
-            loss, again = self.repeated(self.shown(self.stage.described, "description"))
+            loss, again = self.repetition(self.shown(self.stage.described, "description"))
             total = total + taught.weight * loss
             report["repeated"] = (float(again.sum()), float(again.numel()))
         return Losses(total, taught.weight, report)
@@ -114,15 +114,15 @@ class ModelTask(SupervisedTask):
             )
         return found
 
-    def repeated(self, examples: Sequence[CaptionedRow]) -> tuple[Tensor, Tensor]:
+    def repetition(self, examples: Sequence[CaptionedRow]) -> tuple[Tensor, Tensor]:
         """Return the unlikelihood of what greedy descriptions repeat, a mean over all their tokens.
 
         The second is whether each of the tokens repeats: (tokens,).
         """
         shown = [one.prompt for one in examples], [one.pixels for one in examples]
-        own = OwnReplies(self.model, self.rows)
-        replies = own.decode(*shown, do_sample=False, max_new_tokens=MAX_NEW_TOKENS)
-        losses = own.losses(*shown, replies)
+        rollouts = Rollouts(self.model, self.rows)
+        replies = rollouts.decode(*shown, do_sample=False, max_new_tokens=MAX_NEW_TOKENS)
+        losses = rollouts.losses(*shown, replies)
         again = torch.tensor([said for [reply] in replies for said in repeated(reply)])
         return (unlikelihood(losses) * again.to(losses.device)).mean(), again
 

@@ -22,9 +22,9 @@ from fastvlm.functional.errors import InputError
 from fastvlm.language.structure import text_decoder
 from fastvlm.metrics.captions import CiderD
 from fastvlm.metrics.tokenization import tokenize_caption
-from fastvlm.training.own_replies import OwnReplies
 from fastvlm.training.replies import text_of
 from fastvlm.training.reply_scores import reply_loss
+from fastvlm.training.rollouts import Rollouts
 from fastvlm.training.rows import FastViTHDRows, RowBuilder, TrainingRow
 from fastvlm.training.step_feed import StepFeed
 from fastvlm.training.task import ExampleStream, Losses
@@ -120,12 +120,12 @@ class SelfCritic:
     """
 
     def __init__(self, model: PreTrainedModel, rows: FastViTHDRows, scorer: CiderD) -> None:
-        self.own, self.scorer = OwnReplies(model, rows), scorer
+        self.rollouts, self.scorer = Rollouts(model, rows), scorer
 
     def loss(self, examples: Sequence[CaptionedRow]) -> tuple[Tensor, Tensor]:
         """Return the self-critical loss, a mean over tokens, and the rewards: (images, samples)."""
         shown = [one.prompt for one in examples], [one.pixels for one in examples]
-        replies = self.own.decode(
+        replies = self.rollouts.decode(
             *shown, times=SAMPLES, do_sample=True, top_k=0, max_new_tokens=MAX_NEW_TOKENS
         )
         rewards = torch.tensor(
@@ -134,15 +134,15 @@ class SelfCritic:
                 for one, said in zip(examples, replies, strict=True)
             ]
         )
-        losses = self.own.losses(*shown, replies)
+        losses = self.rollouts.losses(*shown, replies)
         lengths = torch.tensor([len(reply) for said in replies for reply in said])
         gains = advantages(rewards).flatten().repeat_interleave(lengths).to(losses.device)
         return (gains * losses).mean(), rewards
 
     def reward(self, reply: Sequence[int], captions: Sequence[Sequence[str]]) -> float:
         """Return how far a reply agrees with captions: CIDEr-D."""
-        ended = [END] if self.own.has_ended(reply) else []
-        return self.scorer.score([*tokenize_caption(self.own.text(reply)), *ended], captions)
+        ended = [END] if self.rollouts.has_ended(reply) else []
+        return self.scorer.score([*tokenize_caption(self.rollouts.text(reply)), *ended], captions)
 
 
 class ConsensusTask:

@@ -1,4 +1,4 @@
-"""Replies of a model's own: decoded in the midst of its training, and scored as it learns."""
+"""Rollouts: replies that a model decodes in the midst of its training, scored as it learns them."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from fastvlm.training.reply_scores import score_replies
 from fastvlm.training.rows import FastViTHDRows
 
 
-class OwnReplies:
+class Rollouts:
     """Has a model reply, and says how likely it finds its replies.
 
     Args:
@@ -57,13 +57,15 @@ class OwnReplies:
         training = decoder.training
         # With gradient checkpointing, training mode has no cache: each token would see only itself.
         decoder.eval()
-        said: Tensor = model.generate(
-            input_ids=tokens.to(model.device),
-            attention_mask=mask.to(model.device),
-            pixel_values=torch.cat([*pixels]).to(model.device),
-            generation_config=generation,
-        )
-        decoder.train(training)
+        try:
+            said: Tensor = model.generate(
+                input_ids=tokens.to(model.device),
+                attention_mask=mask.to(model.device),
+                pixel_values=torch.cat([*pixels]).to(model.device),
+                generation_config=generation,
+            )
+        finally:
+            decoder.train(training)
         replies = [
             reply[: reply.index(end) + 1] if end in reply else reply
             for reply in said[:, tokens.shape[1] :].tolist()
