@@ -7,15 +7,17 @@ from dataclasses import replace
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from fastvlm.decoding import Request, Sampler
+from fastvlm.decoding import Request, Sampler, SelfSpeculative
 from fastvlm.decoding.engine import Engine
+from fastvlm.drafting import FixedLength
 from fastvlm.functional.errors import InputError
 from fastvlm.language import DecoderInputs, split_decoder
 from fastvlm.language.decoder import SplitDecoder
-from tests.language.decoding import STRATEGIES, decode, strategy
+from fastvlm.language.draft_path import DraftPath
+from tests.language.decoding import STRATEGIES, decode, network, strategy
 from tests.runtimes.conftest import CONFIGURATIONS, OTHERS, VOCABULARY, tiny
 
 pytest.importorskip("onnxruntime")
@@ -126,6 +128,79 @@ def test_sampled_tokens_are_the_same_with_drafts(qwen: PreTrainedModel, bits: in
     assert wanted != greedy
     for name in ("perfect", "block", "early-exit", "prompt-lookup"):
         assert sampled(name, inputs, 5) == wanted, name
+
+
+def draft_path(
+    decoder: SplitDecoder, kind: str, exit_layer: int
+) -> tuple[DraftPath, Sequence[nn.Module]]:
+    """Return what a draft step runs, and the modules that a strategy would keep."""
+    made = network(decoder, kind, vocabulary=range(7, 50), exit_layer=exit_layer)
+    rows = decoder.lm_head_rows(made.draft_vocabulary)
+    return DraftPath(exit_layer, list(made.layers), made.mlp, rows), [made]
+
+
+@pytest.mark.parametrize("bits", [None, 8])
+@pytest.mark.parametrize("kind", ["block", "mlp"])
+@pytest.mark.parametrize("family", ["qwen2", "qwen3", "gemma3", "olmo2"])
+@torch.inference_mode()
+def test_a_draft_step_in_one_graph(family: str, kind: str, bits: int | None) -> None:
+    model = tiny(CONFIGURATIONS[family])
+    decoder = OnnxDecoder(split_decoder(model), bits)
+    path, _ = draft_path(decoder, kind, 2)
+    tokens = torch.randint(3, VOCABULARY, (3, 20))
+    found = []
+    for step in (decoder.draft_step, super(OnnxDecoder, decoder).draft_step):
+        cache = decoder.cache(3, 24)
+        for slot in range(3):
+            cache.assign(slot, DecoderInputs(tokens[slot].tolist(), torch.zeros(20, 1)))
+        made = []
+        for rows, starts in (([0], [0]), ([0, 1, 2], [1, 0, 0]), ([0, 2], [2, 1]), ([1], [1])):
+            for number in range(9):
+                here = [start * 9 + number for start in starts]
+                x = decoder.embed(tokens[rows, number][:, None])
+                made.append(
+                    step(x, cache.positions([min(p, 20) for p in here], 1, rows), cache, path)
+                )
+        found.append(made)
+    for (exits, logits), (own_exits, own_logits) in zip(*found, strict=True):
+        assert torch.equal(exits, own_exits)
+        if kind == "mlp" and bits:
+            continue  # by itself it has weights of 32 bits
+        torch.testing.assert_close(logits, own_logits, rtol=1e-5, atol=1e-5)
+
+
+@torch.no_grad()
+def test_a_drafts_weights_that_change_are_followed(qwen: PreTrainedModel) -> None:
+    decoder = OnnxDecoder(split_decoder(qwen))
+    cache = decoder.cache(1, 8)
+    cache.assign(0, DecoderInputs([5], torch.zeros(1, 1)))
+    x, positions = decoder.embed(torch.tensor([[5]])), cache.positions([0], 1)
+    for kind in ("block", "mlp"):
+        path, [made] = draft_path(decoder, kind, 1)
+        _, before = decoder.draft_step(x, positions, cache, path)
+        for weight in made.parameters():
+            weight.mul_(0.5)
+        decoder.follow()
+        _, after = decoder.draft_step(x, positions, cache, path)
+        assert not torch.allclose(before, after)
+        _, wanted = SplitDecoder.draft_step(decoder, x, positions, cache, path)
+        torch.testing.assert_close(after, wanted, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("largest", [0, 2**24])
+@pytest.mark.parametrize("kind", ["block", "mlp"])
+def test_drafts_of_few_tokens_change_nothing(
+    qwen: PreTrainedModel, kind: str, largest: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("fastvlm.runtimes.onnx_decoder.LARGEST", largest)
+    decoder = OnnxDecoder(split_decoder(qwen))
+    given = prompts(decoder, (11, 4, 7, 9))
+    wanted = [replies(decoder, "autoregressive", [one])[0] for one in given]
+    drafts = network(decoder, kind, vocabulary=range(3, 90))
+    several = SelfSpeculative(decoder, 1, drafts, FixedLength(3))
+    done = decode(decoder, several, given, LIMIT, ends=())
+    assert [request.output_token_ids for request in done] == wanted
+    assert sum(sum(request.proposed) for request in done) > LIMIT
 
 
 def test_states_added_after_layers(qwen: PreTrainedModel) -> None:

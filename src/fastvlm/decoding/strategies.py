@@ -18,6 +18,7 @@ from fastvlm.drafting.imitation import ImitationNetwork
 from fastvlm.functional.errors import InputError
 from fastvlm.functional.placement import moved
 from fastvlm.language.decoder import SplitDecoder
+from fastvlm.language.draft_path import DraftPath
 from fastvlm.language.positions import Positions
 
 
@@ -208,44 +209,49 @@ class SelfSpeculative(RuledDrafting):
         if vocabulary is not None:
             rows, vocabulary = self._vocabulary_rows(vocabulary)
 
+        blocks = [] if network is None else list(network.layers)
+        mlp = None if network is None else network.mlp
+        path = DraftPath(self.exit_layer, blocks, mlp, rows)
+
         def step(last: list[int], number: int) -> Tensor:
             positions = batch.positions([start + number for start in starts], 1)
             x = batch.embed([[token] for token in last])
-            x = self.decoder.forward_layers(x, positions, batch.cache, range(self.exit_layer))
-            states.append(x)
-            if network is not None:
-                x = self._imitated(network, batch, x, positions, first=not number)
-            if rows is not None:
-                return self.decoder.head_rows(x, rows)[:, -1]
-            logits = self.decoder.head(x)[:, -1]
-            return logits if vocabulary is None else logits[:, vocabulary]
+            if network is not None and not number and self._is_behind(network, batch):
+                hidden, logits = self._first_step(network, batch, (x, positions), rows)
+            else:
+                hidden, logits = self.decoder.draft_step(x, positions, batch.cache, path)
+            states.append(hidden)
+            logits = logits[:, -1]
+            return logits if rows is not None or vocabulary is None else logits[:, vocabulary]
 
         draft = draft_loop(batch, self.length, limits, step, vocabulary, self.lookup)
         draft.hidden = torch.cat(states, 1) if states else None
         return draft
 
-    def _imitated(
+    def _is_behind(self, network: ImitationNetwork, batch: Batch) -> bool:
+        """Return whether the network is to see more, at the first step, than the last tokens."""
+        if not self.cache_layers:
+            return False
+        self._catch_up(network, batch)
+        return any(slot.lag for slot in batch.slots)
+
+    def _first_step(
         self,
         network: ImitationNetwork,
         batch: Batch,
-        x: Tensor,
-        positions: Positions,
-        *,
-        first: bool,
-    ) -> Tensor:
-        """Return the network's guess of the last layer's states: (batch, 1, d_model)."""
+        given: tuple[Tensor, Positions],
+        rows: Tensor | None,
+    ) -> tuple[Tensor, Tensor]:
+        """Run a draft step in which the network sees a token more. See `SplitDecoder.draft_step`.
+
+        Where a whole draft was accepted, its last token goes through the network only now.
+        """
         cache, decoder, slots = batch.cache, self.decoder, batch.slots
-        if not first or not self.cache_layers:
-            return network.imitate(x, positions, cache, decoder)
-        self._catch_up(network, batch)
-        lags = [slot.lag for slot in slots]
-        if not any(lags):
-            return network.imitate(x, positions, cache, decoder)
-        # Where a whole draft was accepted, its last token goes through the network only now.
+        exits = decoder.forward_layers(*given, cache, range(self.exit_layer))
         seen = [
-            torch.cat((slot.exits.since(slot.drafted_length), x[row]))
+            torch.cat((slot.exits.since(slot.drafted_length), exits[row]))
             if slot.exits is not None and slot.lag
-            else x[row]
+            else exits[row]
             for row, slot in enumerate(slots)
         ]
         ragged = pad_sequence(seen, batch_first=True)
@@ -253,9 +259,12 @@ class SelfSpeculative(RuledDrafting):
         places = batch.positions(starts, ragged.shape[1])
         found = network.imitate(ragged, places, cache, decoder)
         if len(slots) == 1:
-            return found[:, -1:]
-        rows = torch.arange(len(slots), device=found.device)
-        return found[rows, torch.tensor(lags, device=found.device)][:, None]
+            x = found[:, -1:]
+        else:
+            counted = torch.arange(len(slots), device=found.device)
+            lags = torch.tensor([slot.lag for slot in slots], device=found.device)
+            x = found[counted, lags][:, None]
+        return exits, decoder.head(x) if rows is None else decoder.head_rows(x, rows)
 
     def _catch_up(self, network: ImitationNetwork, batch: Batch) -> None:
         """Show the network what slots have computed since it last drafted for them.

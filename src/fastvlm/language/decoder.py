@@ -19,6 +19,7 @@ from transformers import MODEL_MAPPING, PreTrainedConfig, PreTrainedModel
 from fastvlm.functional.errors import InputError
 from fastvlm.functional.placement import on_no_device
 from fastvlm.language.cache import DecoderCache, KeyValueCache
+from fastvlm.language.draft_path import DraftPath
 from fastvlm.language.masks import FULL, MaskKind
 from fastvlm.language.positions import Positions
 from fastvlm.language.quantised import Int4Linear, Int8Linear
@@ -239,6 +240,21 @@ class SplitDecoder(ABC):
             rows: What `lm_head_rows` returned.
         """
         return self.logits(F.linear(self.norm(x), rows))
+
+    def draft_step(
+        self, x: Tensor, positions: Positions, cache: KeyValueCache, path: DraftPath
+    ) -> tuple[Tensor, Tensor]:
+        """Run a draft step on embeddings, (batch, 1, d_embedding).
+
+        Returns:
+            The exit layer's hidden states, (batch, 1, d_model), and logits, (batch, 1, tokens).
+        """
+        exits = x = self.forward_layers(x, positions, cache, range(path.exit_layer))
+        if path.blocks:
+            x = self.forward_blocks(x, positions, cache, path.blocks, path.exit_layer)
+        elif path.mlp is not None:
+            x = path.mlp(x)
+        return exits, self.head(x) if path.rows is None else self.head_rows(x, path.rows)
 
     def follow(self) -> None:  # noqa: B027 (most decoders have nothing to do)
         """Take over what has changed about the model, as far as it is not read at each call.

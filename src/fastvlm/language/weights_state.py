@@ -55,7 +55,7 @@ def weights_state(model: Any) -> Hashable:
     # A few kinds of modules, and hardly any with adapters: their attributes are looked up apart.
     adapted = {kind for kind in set(map(type, modules)) if hasattr(kind, "merged_adapters")}
     flags = tuple(adapter_flags(module) for module in modules if type(module) in adapted)
-    identity = tuple(map(id, modules)), flags, _identities(tensors)
+    identity = tuple(map(id, modules)), flags, identities(tensors)
     before = _samples.get(model)
     if before is None or before[0] != identity:
         before = _samples[model] = identity, _sample(tensors)
@@ -95,7 +95,7 @@ def _persistent_buffers(module: nn.Module) -> Iterator[Tensor]:
             yield tensor
 
 
-def _identities(tensors: list[Tensor]) -> tuple[Hashable, ...]:
+def identities(tensors: list[Tensor]) -> tuple[Hashable, ...]:
     """Return what tells tensors from others, and whether they were written to."""
     try:
         found = [(id(one), one.data_ptr(), one._version, one.dtype, one.device) for one in tensors]

@@ -10,7 +10,7 @@ from onnx import TensorProto
 
 from fastvlm.language.masks import MaskKind
 from fastvlm.runtimes.attention_graph import Attention, CausalAttention, MaskedAttention
-from fastvlm.runtimes.layer_form import LayerForm, Norm
+from fastvlm.runtimes.layer_form import LayerForm, Norm, Product
 from fastvlm.runtimes.onnx_graph import OnnxGraph
 
 
@@ -43,21 +43,44 @@ class GraphLayer:
     rotation: Rotation
     mask: MaskKind
 
+    @property
+    def width(self) -> int:
+        """Size of the hidden states."""
+        return len(self.form.down.weight)
+
 
 def layers_graph(layers: Sequence[GraphLayer], bits: int | None, *, masked: bool) -> OnnxGraph:
-    """Return the graph of layers that follow one another.
-
-    It makes `y` of `x`, (batch, width, d_model) both, with `cos{n}` and `sin{n}`, (batch, computed,
-    size), for each kind of rotations. For the other inputs see `CausalAttention` and
-    `MaskedAttention`.
+    """Return the graph of layers that follow one another: `y` of `x`, see `enter_layers`.
 
     Args:
         layers: The layers, one or more.
         bits: See `OnnxGraph`.
+        masked: See `enter_layers`.
+    """
+    graph = OnnxGraph(bits)
+    states = enter_layers(graph, layers, masked=masked)
+    name_output(graph, states[-1], "y", "d_model")
+    return graph
+
+
+def name_output(graph: OnnxGraph, x: str, name: str, size: str) -> None:
+    """Make something an output: (batch, width, size)."""
+    graph.add("Identity", [x], [name])
+    graph.output(name, ["batch", "width", size])
+
+
+def enter_layers(graph: OnnxGraph, layers: Sequence[GraphLayer], *, masked: bool) -> list[str]:
+    """Add layers that follow one another, and what they are given; return the states after each.
+
+    They are given `x`, (batch, width, d_model), and `cos{n}` and `sin{n}`, (batch, computed, size),
+    for each kind of rotations. For the other inputs see `CausalAttention` and `MaskedAttention`.
+
+    Args:
+        graph: The graph, empty.
+        layers: The layers, one or more.
         masked: Whether a pass says what its positions see; else they see all before them, within
             their layer's window.
     """
-    graph = OnnxGraph(bits)
     graph.input("x", TensorProto.FLOAT, ["batch", "width", "d_model"])
     for rotation in dict.fromkeys(one.rotation for one in layers):
         for name in ("cos", "sin"):
@@ -66,6 +89,7 @@ def layers_graph(layers: Sequence[GraphLayer], bits: int | None, *, masked: bool
     kinds = list(dict.fromkeys(one.mask for one in layers))
     attention = MaskedAttention(graph, kinds) if masked else CausalAttention(graph)
     x, normed = "x", add_norm(graph, "x", layers[0].form.norms.get("before_attention"))
+    states = []
     for index, layer in enumerate(layers):
         norms = layer.form.norms
         made = _attended(graph, attention, layer, normed)
@@ -75,9 +99,9 @@ def layers_graph(layers: Sequence[GraphLayer], bits: int | None, *, masked: bool
         if index + 1 < len(layers):
             x, normed = _added(graph, made, x, layers[index + 1].form.norms.get("before_attention"))
         else:
-            graph.add("Add", [made, x], ["y"])
-    graph.output("y", ["batch", "width", "d_model"])
-    return graph
+            x = graph.add("Add", [made, x])
+        states.append(x)
+    return states
 
 
 def add_norm(graph: OnnxGraph, x: str, norm: Norm | None) -> str:
@@ -139,10 +163,15 @@ def _heads_normed(graph: OnnxGraph, x: str, norm: Norm | None, head_dim: int) ->
 
 def _fed_forward(graph: OnnxGraph, form: LayerForm, x: str) -> str:
     """Return what the feed-forward part makes of normed states: (batch, width, d_model)."""
-    both = graph.linear(x, form.gate_up.weight, form.gate_up.bias)
+    return add_gated(graph, x, form.gate_up, form.activation, form.down)
+
+
+def add_gated(graph: OnnxGraph, x: str, gate_up: Product, activation: str, down: Product) -> str:
+    """Add a gated feed-forward part, see `LayerForm`."""
+    both = graph.linear(x, gate_up.weight, gate_up.bias)
     gate, up = graph.add("Split", [both], 2, axis=-1, num_outputs=2)
-    opened = graph.add("Mul", [add_activation(graph, gate, form.activation), up])
-    return graph.linear(opened, form.down.weight, form.down.bias)
+    opened = graph.add("Mul", [add_activation(graph, gate, activation), up])
+    return graph.linear(opened, down.weight, down.bias)
 
 
 def add_activation(graph: OnnxGraph, x: str, name: str) -> str:

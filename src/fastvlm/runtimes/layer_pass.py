@@ -28,8 +28,9 @@ class PassInputs(NamedTuple):
     Args:
         starts: The first position of each row.
         rotations: Cosines and sines by the names `cos{n}` and `sin{n}`: (batch or 1, width, size).
-        caches: Keys and values of each layer by turns, of all rows, contiguous: (batch, kv_heads,
-            capacity, head_dim).
+        caches: Keys and values of each layer by turns, contiguous: (slots, kv_heads, capacity,
+            head_dim).
+        rows: The slots of the pass.
         masks: What is added to scores, by the names `mask{n}`, see `MaskedAttention`; None for a
             graph that takes none.
     """
@@ -37,35 +38,48 @@ class PassInputs(NamedTuple):
     starts: Sequence[int]
     rotations: Mapping[str, Tensor]
     caches: Sequence[Tensor]
+    rows: slice
     masks: Mapping[str, Tensor] | None
 
 
 @dataclass(slots=True)
 class _Bound:
-    """Inputs and outputs of passes of one shape, bound for as long as they lie where they are."""
+    """Inputs and outputs of passes of one shape, bound for as long as they lie where they are.
+
+    What each pass writes is held as it is written: calls of torch that are left out of a pass make
+    a small model's noticeably shorter.
+    """
 
     binding: Any
-    tensors: dict[str, Tensor]
+    inputs: dict[str, Tensor]
+    rotations: dict[str, Tensor]
+    """Those of the inputs that are rotations, as far as they count."""
+    outputs: list[Tensor]
+    last: Any
+    total: Any
+    """Those of the inputs, as arrays of NumPy: (batch,) each. None with masks."""
     caches: tuple[int, ...] = field(default=())
     """Where keys and values lie that are bound, and their capacity."""
 
 
 class LayerPass:
-    """A graph that `layers_graph` returned, ready to run.
+    """A graph of layers, ready to run.
 
     Args:
-        graph: The graph.
+        graph: One that `layers_graph` returned, or that begins as one.
         threads: CPU threads.
+        outputs: The sizes of what it makes, by name: (batch, width, size) each.
     """
 
-    def __init__(self, graph: OnnxGraph, threads: int) -> None:
+    def __init__(self, graph: OnnxGraph, threads: int, outputs: Mapping[str, int]) -> None:
         self.session, self._weights = graph.session(threads)
+        self.outputs = outputs
         self._bound: dict[tuple[int, int, int], _Bound] = {}
 
     # What stays bound is written to in every mode, and only inference mode may do that.
     @torch.inference_mode()
-    def run(self, x: Tensor, given: PassInputs) -> Tensor:
-        """Run the layers on hidden states: (batch, width, d_model) to the same."""
+    def run(self, x: Tensor, given: PassInputs) -> list[Tensor]:
+        """Run the layers on hidden states, (batch, width, d_model); return the outputs."""
         batch, width, _ = x.shape
         capacity = given.caches[0].shape[2]
         masked = given.masks is not None
@@ -75,40 +89,41 @@ class LayerPass:
         key = batch, width, computed
         bound = self._bound.get(key)
         if bound is None:
-            tensors = _masked_inputs(x, given) if masked else _causal_inputs(x, computed)
-            tensors["x"] = torch.empty_like(x, memory_format=torch.contiguous_format)
-            for name, values in given.rotations.items():
-                tensors[name] = x.new_zeros(batch, computed, values.shape[-1])
-            bound = _Bound(self.session.io_binding(), tensors)
-            for name, tensor in tensors.items():
-                _bind(bound.binding.bind_input, name, tensor)
-            tensors["y"] = torch.empty_like(tensors["x"])
-            _bind(bound.binding.bind_output, "y", tensors["y"])
+            bound = self._bind(x, computed, given)
             if width <= KEPT_WIDTH and not masked:
                 self._bound[key] = bound
-        tensors = bound.tensors
-        tensors["x"].copy_(x)
+        bound.inputs["x"].copy_(x)
         for name, values in given.rotations.items():
-            tensors[name][:, :width].copy_(values)
+            bound.rotations[name].copy_(values)
         if not masked:
-            ends = torch.tensor(given.starts, dtype=torch.int32) + computed
-            tensors["total"].copy_(ends.view_as(tensors["total"]))
-            tensors["last"].copy_((ends - 1).view_as(tensors["last"]))
-        self._bind_caches(bound, given.caches, by_row=batch > 1 and not masked)
+            ends = [start + computed for start in given.starts]
+            bound.total[:] = ends
+            bound.last[:] = [end - 1 for end in ends]
+        _bind_caches(bound, given, by_row=batch > 1 and not masked)
         self.session.run_with_iobinding(bound.binding)
-        return tensors["y"].clone()
+        return [output.clone() for output in bound.outputs]
 
-    @staticmethod
-    def _bind_caches(bound: _Bound, caches: Sequence[Tensor], *, by_row: bool) -> None:
-        """Bind keys and values as inputs, and the same memory as outputs."""
-        places = (caches[0].shape[2], *(one.data_ptr() for one in caches))
-        if places == bound.caches:
-            return
-        for number, cache in enumerate(caches):
-            seen = cache.unsqueeze(1) if by_row else cache
-            _bind(bound.binding.bind_input, f"cached{number}", seen)
-            _bind(bound.binding.bind_output, f"written{number}", seen)
-        bound.caches = places
+    def _bind(self, x: Tensor, computed: int, given: PassInputs) -> _Bound:
+        """Return inputs and outputs of passes of a shape, but for keys and values."""
+        batch, width, _ = x.shape
+        masked = given.masks is not None
+        inputs = _masked_inputs(x, given) if masked else _causal_inputs(x, computed)
+        inputs["x"] = torch.empty_like(x, memory_format=torch.contiguous_format)
+        rotations = {}
+        for name, values in given.rotations.items():
+            inputs[name] = x.new_zeros(batch, computed, values.shape[-1])
+            rotations[name] = inputs[name][:, :width]
+        binding = self.session.io_binding()
+        for name, tensor in inputs.items():
+            _bind(binding.bind_input, name, tensor)
+        outputs = []
+        for name, size in self.outputs.items():
+            outputs.append(x.new_empty(batch, width, size))
+            _bind(binding.bind_output, name, outputs[-1])
+        last, total = (
+            None if masked else inputs[name].numpy().reshape(-1) for name in ("last", "total")
+        )
+        return _Bound(binding, inputs, rotations, outputs, last, total)
 
 
 class HeadPass:
@@ -160,6 +175,19 @@ def _masked_inputs(x: Tensor, given: PassInputs) -> dict[str, Tensor]:
         "starts": torch.tensor(given.starts),
         "end": torch.tensor([end]),
     }
+
+
+def _bind_caches(bound: _Bound, given: PassInputs, *, by_row: bool) -> None:
+    """Bind keys and values as inputs, and the same memory as outputs."""
+    rows, caches = given.rows, given.caches
+    places = (rows.start, rows.stop, caches[0].shape[2], *map(Tensor.data_ptr, caches))
+    if places == bound.caches:
+        return
+    for number, cache in enumerate(caches):
+        seen = cache[rows].unsqueeze(1) if by_row else cache[rows]
+        _bind(bound.binding.bind_input, f"cached{number}", seen)
+        _bind(bound.binding.bind_output, f"written{number}", seen)
+    bound.caches = places
 
 
 def _bind(bind: Any, name: str, tensor: Tensor) -> None:

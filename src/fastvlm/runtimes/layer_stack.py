@@ -13,7 +13,6 @@ from fastvlm.language.cache import DecoderCache
 from fastvlm.language.decoder import additive
 from fastvlm.language.masks import MaskKind
 from fastvlm.language.positions import Positions
-from fastvlm.runtimes.layer_form import AttentionForm
 from fastvlm.runtimes.layer_graph import GraphLayer, layers_graph
 from fastvlm.runtimes.layer_pass import LayerPass, PassInputs
 
@@ -74,7 +73,7 @@ class LayerStack:
     def _run_segment(self, x: Tensor, first: int, end: int, given: StackPass) -> Tensor:
         positions = given.positions
         kinds = list(dict.fromkeys(self.masks[first:end]))
-        masked = _needs_mask(positions, kinds)
+        masked = needs_mask(positions, kinds)
         masks = None
         if masked:
             masks = {
@@ -83,9 +82,10 @@ class LayerStack:
             }
         segment = self._segment(first, end, masked=masked)
         rotations = {name: given.rotations[name] for name in segment.rotations}
-        caches, write_back = lend_rows(given.cache, positions, segment.caches)
-        x = segment.layers.run(x, PassInputs(positions.starts, rotations, caches, masks))
-        write_back()
+        lent = lend_rows(given.cache, positions, segment.caches)
+        inputs = PassInputs(positions.starts, rotations, lent.caches, lent.rows, masks)
+        [x] = segment.layers.run(x, inputs)
+        lent.write_back()
         return x
 
     def _segment(self, first: int, end: int, *, masked: bool) -> _Segment:
@@ -94,30 +94,46 @@ class LayerStack:
         if key not in self._segments:
             layers = [self.read(number) for number in range(first, end)]
             graph = layers_graph(layers, self.bits, masked=masked)
-            numbers = sorted({layer.rotation.number for layer in layers})
             self._segments[key] = _Segment(
-                LayerPass(graph, torch.get_num_threads()),
-                [_cached(layer.form.attention) for layer in layers],
-                [f"{name}{number}" for number in numbers for name in ("cos", "sin")],
+                LayerPass(graph, torch.get_num_threads(), {"y": layers[0].width}),
+                cached_layers(layers),
+                rotations_of(layers),
             )
         return self._segments[key]
 
 
-def _cached(form: AttentionForm) -> tuple[int, Tensor]:
-    return form.cache_index, torch.empty(1, form.kv_heads, 0, form.head_dim)
+def cached_layers(layers: Sequence[GraphLayer]) -> list[tuple[int, Tensor]]:
+    """Return each layer's number in the cache, and no keys of its shape."""
+    forms = [layer.form.attention for layer in layers]
+    return [(form.cache_index, torch.empty(1, form.kv_heads, 0, form.head_dim)) for form in forms]
 
 
-def _needs_mask(positions: Positions, kinds: Sequence[MaskKind]) -> bool:
+def rotations_of(layers: Sequence[GraphLayer]) -> list[str]:
+    """Return the names of the rotations that layers take, see `PassInputs`."""
+    numbers = sorted({layer.rotation.number for layer in layers})
+    return [f"{name}{number}" for number in numbers for name in ("cos", "sin")]
+
+
+def needs_mask(positions: Positions, kinds: Sequence[MaskKind]) -> bool:
     """Return whether a pass sees other than all positions before its own, or a window of them."""
     if positions.blocks is not None:
         return True
     return any(not kind._replace(window=None).is_whole(positions.end) for kind in kinds)
 
 
+class Lent(NamedTuple):
+    """Where the layers of a pass read and write. See `PassInputs`."""
+
+    caches: list[Tensor]
+    rows: slice
+    write_back: Callable[[], None]
+    """What must be called after the pass."""
+
+
 def lend_rows(
     cache: DecoderCache, positions: Positions, layers: Sequence[tuple[int, Tensor]]
-) -> tuple[list[Tensor], Callable[[], None]]:
-    """Return where the layers of a pass read and write, and what must be called after it.
+) -> Lent:
+    """Lend layers what a pass reads and writes of a cache.
 
     Rows that lie side by side are lent where they are; others are copied, and what is written to
     the copies is then written back.
@@ -126,25 +142,26 @@ def lend_rows(
         cache: The cache.
         positions: Of the pass.
         layers: Each layer's number in the cache, and keys of its shape.
-
-    Returns:
-        Keys and values by turns, (batch, kv_heads, capacity, head_dim) each, contiguous.
     """
     cache.begin_pass(positions)
     rows = cache.rows
     own: list[Tensor] = []
     for number, like in layers:
-        storage = cache.storage(number, like, like)
+        storage = cache.layers.get(number) or cache.storage(number, like, like)
         storage.make_finite(positions)
         own += storage.keys, storage.values
-    lent = [tensor[rows] for tensor in own]
+    if type(rows) is slice:
+        return Lent(own, rows, _nothing)
+    copies = [tensor[rows] for tensor in own]
 
     def write_back() -> None:
-        if type(rows) is slice:
-            return
         index, places = positions.rows(cache.device), positions.indices
         each = torch.arange(len(index))[:, None]
-        for tensor, copied in zip(own, lent, strict=True):
+        for tensor, copied in zip(own, copies, strict=True):
             tensor[index, :, places] = copied[each, :, places]
 
-    return lent, write_back
+    return Lent(copies, slice(0, len(positions.slots)), write_back)
+
+
+def _nothing() -> None:
+    pass

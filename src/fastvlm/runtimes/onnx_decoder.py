@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
 from threading import RLock
 from typing import Any
 
@@ -13,14 +13,16 @@ from torch import Tensor, nn
 from fastvlm.functional.errors import InputError
 from fastvlm.language.cache import DecoderCache, KeyValueCache
 from fastvlm.language.decoder import SplitDecoder
+from fastvlm.language.draft_path import DraftPath
 from fastvlm.language.general import GeneralDecoder, added_after, injected
 from fastvlm.language.layer_calls import LayerCall, RotaryKind
 from fastvlm.language.positions import Positions
-from fastvlm.language.weights_state import weights_state
+from fastvlm.language.weights_state import identities, weights_state
+from fastvlm.runtimes.draft_graph import LARGEST, DraftLayers, DraftPass, mlp_form
 from fastvlm.runtimes.layer_form import Norm, Product, layer_form, linear_form, norm_form
 from fastvlm.runtimes.layer_graph import GraphLayer, Rotation, add_norm
-from fastvlm.runtimes.layer_pass import HeadPass
-from fastvlm.runtimes.layer_stack import LayerStack, StackPass
+from fastvlm.runtimes.layer_pass import HeadPass, PassInputs
+from fastvlm.runtimes.layer_stack import LayerStack, StackPass, lend_rows, needs_mask
 from fastvlm.runtimes.onnx_graph import OnnxGraph
 
 MAX_RESTRICTED_HEADS = 4
@@ -137,6 +139,44 @@ class OnnxDecoder(SplitDecoder):
         with self._turn:
             return self.logits(self._head_pass(rows).run(x))
 
+    def draft_step(
+        self, x: Tensor, positions: Positions, cache: KeyValueCache, path: DraftPath
+    ) -> tuple[Tensor, Tensor]:
+        """Run a draft step in one graph, where it is small. See `SplitDecoder.draft_step`."""
+        with self._turn:
+            fused = None if positions.injects else self._draft_pass(path)
+            if fused is None or needs_mask(positions, fused.masks):
+                return super().draft_step(x, positions, cache, path)
+            assert isinstance(cache, DecoderCache)  # no other has been lent to any layer before
+            x = self.split.enter(x, positions)
+            rotations = self._rotations(x, positions)
+            lent = lend_rows(cache, positions, fused.caches)
+            own = {name: rotations[name] for name in fused.rotations}
+            inputs = PassInputs(positions.starts, own, lent.caches, lent.rows, None)
+            exits, logits = fused.run(x, inputs)
+            lent.write_back()
+        return exits, self.logits(logits)
+
+    def _draft_pass(self, path: DraftPath) -> DraftPass | None:
+        """Return a draft step in one graph; None where it gains nothing."""
+        rows = path.rows
+        if rows is None:
+            return None
+        key = path.exit_layer, tuple(map(id, path.blocks)), id(path.mlp), rows.data_ptr(), len(rows)
+        if key not in self._drafts:
+            if len(self._drafts) == MAX_RESTRICTED_HEADS:
+                del self._drafts[next(iter(self._drafts))]
+            layers = [self.read(number) for number in range(path.exit_layer)]
+            layers += map(self._block_reader(path.blocks), range(len(path.blocks)))
+            mlp = None if path.mlp is None else mlp_form(path.mlp)
+            step = DraftLayers(
+                layers, path.exit_layer, mlp, norm_form(self._final_norm), Product(rows, None)
+            )
+            small = step.size <= LARGEST
+            self._drafts[key] = path, DraftPass(step, self.bits) if small else None
+            self._state = self._weights_state()
+        return self._drafts[key][1]
+
     def _run(
         self,
         stack: LayerStack,
@@ -214,15 +254,16 @@ class OnnxDecoder(SplitDecoder):
         key = tuple(map(id, blocks))
         with self._turn:
             if key not in self._blocks:
-                calls = self.split.calls.layers[-len(blocks) :]
-
-                def read(number: int) -> GraphLayer:
-                    return self._graph_layer(blocks[number], calls[number], "a draft's layer")
-
-                masks = [call.mask for call in calls]
-                self._blocks[key] = blocks, LayerStack(masks, read, self.bits)
+                masks = [call.mask for call in self.split.calls.layers[-len(blocks) :]]
+                stack = LayerStack(masks, self._block_reader(blocks), self.bits)
+                self._blocks[key] = blocks, stack
                 self._state = self._weights_state()
             return self._blocks[key][1]
+
+    def _block_reader(self, blocks: Sequence[nn.Module]) -> Callable[[int], GraphLayer]:
+        """Return what reads layers that are not the target's own, by their numbers."""
+        calls = self.split.calls.layers[-len(blocks) :]
+        return lambda number: self._graph_layer(blocks[number], calls[number], "a draft's layer")
 
     def _head_pass(self, rows: Tensor | None, *, normed: bool = False) -> HeadPass:
         """Return what makes logits of hidden states, or of normed ones.
@@ -260,13 +301,11 @@ class OnnxDecoder(SplitDecoder):
 
     def _weights_state(self) -> Hashable:
         """Return what changes whenever weights do that were packed, or may have been."""
-        drafts = [
-            (id(weight), weight.data_ptr(), weight._version)
-            for blocks, _ in self._blocks.values()
-            for block in blocks
-            for weight in block.parameters()
-        ]
-        return weights_state(self.model), tuple(drafts)
+        modules = [block for blocks, _ in self._blocks.values() for block in blocks]
+        for path, _ in self._drafts.values():
+            modules += path.blocks if path.mlp is None else [path.mlp]
+        drafts = [weight for one in dict.fromkeys(modules) for weight in one.parameters()]
+        return weights_state(self.model), identities(drafts)
 
     def _forget(self) -> None:
         """Pack all weights anew where they are next needed."""
@@ -274,6 +313,8 @@ class OnnxDecoder(SplitDecoder):
         self._target = LayerStack(masks, self.read, self.bits)
         self._blocks: dict[tuple[int, ...], tuple[list[nn.Module], LayerStack]] = {}
         self._heads: dict[Hashable, tuple[HeadPass, Tensor | None]] = {}
+        self._drafts: dict[Hashable, tuple[DraftPath, DraftPass | None]] = {}
+        """What is known by its place stays, so that nothing else comes to lie there."""
         self._state = self._weights_state()
 
     def refusal(self, reason: str) -> InputError:

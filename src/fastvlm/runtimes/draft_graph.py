@@ -1,0 +1,103 @@
+"""A whole draft step as one graph for ONNX Runtime.
+
+Of a small model it is mostly the calling of graphs that a draft step takes, and it is made once for
+each drafted token: the exit layers, the network and the head are called at once.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import nn
+
+from fastvlm.runtimes.layer_form import Norm, Product, linear_form, norm_form
+from fastvlm.runtimes.layer_graph import (
+    GraphLayer,
+    add_gated,
+    add_norm,
+    enter_layers,
+    name_output,
+)
+from fastvlm.runtimes.layer_pass import LayerPass
+from fastvlm.runtimes.layer_stack import cached_layers, rotations_of
+from fastvlm.runtimes.onnx_graph import OnnxGraph
+
+LARGEST = 2**24
+"""Weights of the largest draft step in a graph of its own, which is a second copy of them: of more,
+reading them takes so long that the calls don't count."""
+
+
+class DraftLayers(NamedTuple):
+    """What a draft step computes.
+
+    Args:
+        layers: The exit layers, and then the network's blocks.
+        exit_layer: How many are exit layers.
+        mlp: The network's norm, gate with values, and product down, in place of blocks; None for
+            none.
+        norm: The final norm.
+        head: The LM head's rows of the tokens that can be drafted.
+    """
+
+    layers: Sequence[GraphLayer]
+    exit_layer: int
+    mlp: tuple[Norm, Product, Product] | None
+    norm: Norm
+    head: Product
+
+    @property
+    def size(self) -> int:
+        """How many weights it reads."""
+        forms = [layer.form for layer in self.layers]
+        products = [self.head, *(self.mlp[1:] if self.mlp else ())]
+        for form in forms:
+            products += form.attention.qkv, form.attention.out, form.gate_up, form.down
+        return sum(product.weight.numel() for product in products)
+
+
+class DraftPass:
+    """A draft step, ready to run.
+
+    Args:
+        step: What it computes.
+        bits: See `OnnxGraph`.
+    """
+
+    def __init__(self, step: DraftLayers, bits: int | None) -> None:
+        layers = step.layers
+        outputs = {"exit": layers[0].width, "logits": len(step.head.weight)}
+        self.run = LayerPass(draft_graph(step, bits), torch.get_num_threads(), outputs).run
+        self.masks = list(dict.fromkeys(layer.mask for layer in layers))
+        self.caches, self.rotations = cached_layers(layers), rotations_of(layers)
+
+
+def draft_graph(step: DraftLayers, bits: int | None) -> OnnxGraph:
+    """Return the graph from hidden states, `x`, to those of the exit layer and to logits.
+
+    They are `exit`, (batch, width, d_model), and `logits`, (batch, width, tokens). For the inputs
+    see `enter_layers`.
+
+    Args:
+        step: What it computes.
+        bits: See `OnnxGraph`.
+    """
+    graph = OnnxGraph(bits)
+    states = enter_layers(graph, step.layers, masked=False)
+    name_output(graph, states[step.exit_layer - 1], "exit", "d_model")
+    last = states[-1]
+    if step.mlp is not None:
+        norm, gate_up, down = step.mlp
+        made = add_gated(graph, add_norm(graph, last, norm), gate_up, "silu", down)
+        last = graph.add("Add", [last, made])
+    logits = graph.linear(add_norm(graph, last, step.norm), step.head.weight, step.head.bias)
+    name_output(graph, logits, "logits", "tokens")
+    return graph
+
+
+def mlp_form(mlp: nn.Module) -> tuple[Norm, Product, Product]:
+    """Return what a `GatedMlp` computes, as `DraftLayers` has it."""
+    own: Any = mlp
+    both = torch.cat([linear_form(own.gate_proj).weight, linear_form(own.up_proj).weight])
+    return norm_form(own.norm), Product(both, None), linear_form(own.down_proj)
