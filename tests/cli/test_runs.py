@@ -22,6 +22,7 @@ Cli = Callable[..., Output]
 
 DRAFT = {
     "--data": "scenes:4", "--held-out": "1", "--steps": "2", "--exit-layer": "1",
+    "--max-new-tokens": "16",
 }  # fmt: skip
 ENCODER = {
     "--teacher": f"{teachers.FILE}:grid", "--held-out": "2", "--steps": "2", "--batch": "2",

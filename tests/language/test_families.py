@@ -69,7 +69,7 @@ def assert_greedy(family: str, name: str, rows: int) -> None:
         assert sum(map(sum, (request.accepted for request in found))) > 3 * rows
 
 
-@pytest.mark.parametrize("name", STRATEGIES)
+@pytest.mark.parametrize("name", ["autoregressive", "block", "layer-skip"])
 @pytest.mark.parametrize("family", ALONE)
 def test_greedy_tokens_equal_generates(family: str, name: str) -> None:
     assert_greedy(family, name, 1)
