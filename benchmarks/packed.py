@@ -99,7 +99,7 @@ def main() -> None:
         torch.set_num_threads(options.threads)
 
     def of_the_model(packed_bytes: int) -> Named:
-        vlm = fastvlm.load(options.model, packed_bytes=packed_bytes)
+        vlm = fastvlm.load(options.model, runtime="torch", packed_bytes=packed_bytes)
         size = sum(parameter.numel() for parameter in vlm.model.parameters())
         return Named(f"{size / 1e6:.0f} M, {vlm.decoder.depth} layers", vlm.model, vlm.decoder)
 

@@ -41,7 +41,7 @@ def test_weights_are_counted_as_they_are_read() -> None:
 
 
 def test_limits_are_those_of_memory_or_of_arithmetic() -> None:
-    decoder: Any = SimpleNamespace(layers=[linear(), linear()], lm_head=linear())
+    decoder: Any = SimpleNamespace(layers=[linear(), linear()], lm_head=linear(), bits=None)
     strategies: Any = {
         "imitation": SimpleNamespace(network=linear(), exit_layer=1),
         "autoregressive": SimpleNamespace(),
@@ -69,6 +69,8 @@ def test_limits_are_those_of_memory_or_of_arithmetic() -> None:
     assert found["imitation"].limit_ms == pytest.approx((2 * step + 3 * step * 2 / 3) / 2)
     assert found["prompt-lookup"].limit_ms == pytest.approx(4 * step)
     assert set(to_json(machine, costs, found)["shares"]) == set(given)
+    decoder.bits = 8
+    assert pass_costs(decoder, strategies, results, machine)[0].weight_bytes == 3 * WEIGHTS
 
 
 def test_the_machine_is_measured() -> None:

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
-import builtins
 from typing import Any
 
 import pytest
+import torch
+from transformers import PreTrainedModel
 
 import fastvlm
 from fastvlm.functional.errors import InputError
-from fastvlm.runtimes import RuntimeOptions
+from fastvlm.runtimes import RuntimeOptions, decoder_of, runtime
 from fastvlm_example import SCENE_PROMPT
+from tests.runtimes.conftest import CONFIGURATIONS, OTHERS, tiny
 
 
 @pytest.mark.parametrize(
@@ -26,14 +28,10 @@ def test_wrong_options(options: Any, said: str) -> None:
 
 
 def test_what_is_missing_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
-    own = builtins.__import__
-
-    def without(name: str, *rest: Any, **named: Any) -> Any:
-        if name == "onnxruntime":
-            raise ImportError(name="onnxruntime")
-        return own(name, *rest, **named)
-
-    monkeypatch.setattr(builtins, "__import__", without)
+    found = runtime.find_spec
+    monkeypatch.setattr(
+        runtime, "find_spec", lambda name: None if name == "onnxruntime" else found(name)
+    )
     with pytest.raises(InputError, match="needs onnxruntime: pip install"):
         RuntimeOptions("onnx")
 
@@ -49,4 +47,24 @@ def test_the_example_model(quantize: str | None) -> None:
     )
     assert with_draft == without
     if quantize is None:
-        assert without == fastvlm.load().generate(SCENE_PROMPT, **asked).token_ids
+        assert without == fastvlm.load(runtime="torch").generate(SCENE_PROMPT, **asked).token_ids
+
+
+def test_a_small_model_is_computed_by_onnx_runtime(monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("onnxruntime")
+    model = tiny(CONFIGURATIONS["qwen2"])
+
+    def chosen(model: PreTrainedModel, **options: Any) -> str:
+        return decoder_of(model, None, RuntimeOptions(**options)).runtime
+
+    assert chosen(model) == "onnx"
+    assert chosen(model, runtime="torch") == "torch"
+    # No room for a second copy of its weights, another precision, another form.
+    assert chosen(model, packed_bytes=0) == "torch"
+    assert chosen(tiny(CONFIGURATIONS["qwen2"], torch.bfloat16)) == "torch"
+    assert chosen(tiny(OTHERS["gpt2"])) == "torch"
+    monkeypatch.setattr(runtime, "SMALL", 1000)
+    assert chosen(model) == "torch"
+    monkeypatch.undo()
+    monkeypatch.setattr(runtime, "find_spec", lambda _: None)
+    assert chosen(model) == "torch"

@@ -94,13 +94,14 @@ class LoadOptions(PretrainedOptions, total=False):
     Args:
         quantize: `int8` or `int4`, to hold the decoder's weights in so many bits on a CPU. It is
             another model then: lossless against itself, and its answers are measured by `evaluate`.
-        runtime: `torch`, or `onnx` for ONNX Runtime on a CPU.
+        runtime: `torch`, or `onnx` for ONNX Runtime on a CPU; None for ONNX Runtime where it is
+            installed and the model is a small one that it computes.
         packed_bytes: The maximum bytes of a second copy of the decoder's weights, which a CPU reads
-            faster in torch; 0 makes none.
+            faster; 0 makes none.
     """
 
     quantize: Literal["int8", "int4"] | None
-    runtime: Literal["torch", "onnx"]
+    runtime: Literal["torch", "onnx"] | None
     packed_bytes: int
 
 

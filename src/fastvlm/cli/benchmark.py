@@ -66,7 +66,7 @@ def benchmark(
             failed=failed,
         )
     results = found.results
-    machine = hardware(vlm.decoder.device)
+    machine = hardware(vlm.decoder.device, vlm.decoder.runtime)
     limits = measure_machine(vlm.decoder.device, vlm.decoder.dtype)
     costs = pass_costs(vlm.decoder, measured, results, limits)
     reached = shares(costs, results)

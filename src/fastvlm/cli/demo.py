@@ -125,7 +125,7 @@ def demo(
         )
     output.write(
         {
-            "hardware": hardware(vlm.decoder.device),
+            "hardware": hardware(vlm.decoder.device, vlm.decoder.runtime),
             "dtype": runtime.dtype,
             "results": [result.to_json() for result in found.results],
         }
@@ -197,7 +197,10 @@ def show(
     console.print()
     table(compared).print(console)
     console.print()
-    console.print(f"Measured on {hardware_line(hardware(vlm.decoder.device))}.", style="dim")
+    console.print(
+        f"Measured on {hardware_line(hardware(vlm.decoder.device, vlm.decoder.runtime))}.",
+        style="dim",
+    )
     console.print(
         "Each reply is decoded once more for its times, without being shown: TTFT is the time to"
         " the first token, image included; TPOT the time per output token after it; the"

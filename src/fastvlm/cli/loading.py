@@ -215,7 +215,7 @@ class Runtime:
 
     def load_options(self) -> LoadOptions:
         """Return what `load` is given besides."""
-        return {"quantize": self.quantize}
+        return {"runtime": "torch", "quantize": self.quantize}
 
     def prepare(self) -> None:
         """Set the number of threads, and keep `transformers` quiet."""
@@ -237,12 +237,13 @@ class DecodingRuntime(Runtime):
     """
 
     runtime: Annotated[
-        Literal["torch", "onnx"],
+        Literal["torch", "onnx"] | None,
         typer.Option(
             help="What runs the decoder: the checkpoint's own modules in torch, or ONNX Runtime"
-            " on the CPU in float32, for models of the usual form."
+            " on the CPU in float32, for models of the usual form.",
+            show_default="onnx for a small model where it is installed",
         ),
-    ] = "torch"
+    ] = None
 
     def load_options(self) -> LoadOptions:
         """Return what `load` is given besides."""

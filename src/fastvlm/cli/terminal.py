@@ -152,10 +152,11 @@ class _Lines:
 def hardware_line(hardware: dict[str, Any]) -> str:
     """Return the hardware that figures were measured on, as one line."""
     threads = hardware["threads"]
+    onnx = f", ONNX Runtime {hardware['onnxruntime']}" if "onnxruntime" in hardware else ""
     return (
         f"{hardware['accelerator'] or hardware['processor']}, {threads}"
         f" {'thread' if threads == 1 else 'threads'} on {hardware['cores']} cores,"
-        f" torch {hardware['torch']}, transformers {hardware['transformers']}"
+        f" torch {hardware['torch']}, transformers {hardware['transformers']}{onnx}"
     )
 
 

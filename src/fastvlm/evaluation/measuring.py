@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import platform
 from collections.abc import Iterable, Sequence
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -109,11 +110,12 @@ def speedup(
     return Spread.of(ratios) if ratios else None
 
 
-def hardware(device: torch.device | None = None) -> dict[str, Any]:
+def hardware(device: torch.device | None = None, runtime: str = "torch") -> dict[str, Any]:
     """Return a description of the hardware and the versions of libraries.
 
     Args:
         device: The device that was used; None for the accelerator, if there is one.
+        runtime: What computed the decoder, see `RuntimeOptions`.
     """
     names = [
         line.partition(":")[2].strip()
@@ -128,6 +130,7 @@ def hardware(device: torch.device | None = None) -> dict[str, Any]:
         "python": platform.python_version(),
         "torch": torch.__version__,
         "transformers": transformers.__version__,
+        **({"onnxruntime": version("onnxruntime")} if runtime == "onnx" else {}),
     }
 
 

@@ -97,7 +97,8 @@ def pass_costs(
         machine: The machine.
     """
     whole = [*decoder.layers, decoder.lm_head]
-    costs = [_cost(("step", "autoregressive"), whole, 1, machine)]
+    bits = decoder.bits
+    costs = [_cost(("step", "autoregressive"), whole, 1, machine, bits)]
     for result in results:
         strategy: Any = strategies.get(result.strategy)
         if strategy is None or not result.draft_length:
@@ -105,9 +106,9 @@ def pass_costs(
         network: Any = getattr(strategy, "network", None)
         if network is not None:
             drafting = [*list(decoder.layers)[: strategy.exit_layer], network]
-            costs.append(_cost(("draft", result.strategy), drafting, 1, machine))
+            costs.append(_cost(("draft", result.strategy), drafting, 1, machine, bits))
         width = 1 + result.draft_length
-        costs.append(_cost(("verify", result.strategy), whole, width, machine))
+        costs.append(_cost(("verify", result.strategy), whole, width, machine, bits))
     return costs
 
 
@@ -154,11 +155,16 @@ def weights_of(module: nn.Module) -> tuple[int, int]:
 
 
 def _cost(
-    named: tuple[str, str], modules: Iterable[nn.Module], width: float, machine: Machine
+    named: tuple[str, str],
+    modules: Iterable[nn.Module],
+    width: float,
+    machine: Machine,
+    bits: int | None,
 ) -> PassCost:
     counted = [weights_of(module) for module in modules]
-    operations = 2 * width * sum(weights for weights, _ in counted)
-    size = sum(own for _, own in counted)
+    weights = sum(number for number, _ in counted)
+    operations = 2 * width * weights
+    size = sum(own for _, own in counted) if bits is None else weights * bits // 8
     seconds = max(size / machine.bytes_per_second, operations / machine.operations_per_second)
     return PassCost(*named, width, size, operations, 1e3 * seconds)
 

@@ -20,7 +20,7 @@ from fastvlm.functional.errors import InputError
 from fastvlm.functional.placement import on_no_device
 from fastvlm.language.cache import DecoderCache, KeyValueCache
 from fastvlm.language.draft_path import DraftPath
-from fastvlm.language.masks import FULL, MaskKind
+from fastvlm.language.masks import FULL, MaskKind, additive
 from fastvlm.language.positions import Positions
 from fastvlm.language.quantised import Int4Linear, Int8Linear
 from fastvlm.language.structure import attends_causally, find_part, part_names
@@ -75,6 +75,10 @@ class SplitDecoder(ABC):
         decoder: The decoder, as `transformers` made it.
     """
 
+    runtime = "torch"
+    """What computes the layers, see `RuntimeOptions`."""
+    bits: int | None = None
+    """Bits of the weights that it reads; None where the modules say."""
     width: int
     """Size of the hidden states (d_model)."""
     context: int
@@ -329,12 +333,6 @@ def device_and_dtype_of(embedding: Any) -> tuple[torch.device, torch.dtype]:
     start = torch.device("cpu") if weight.is_meta else weight.device
     found: Tensor = embedding(torch.zeros(1, 1, dtype=torch.long, device=start))
     return found.device, found.dtype
-
-
-def additive(seen: Tensor, dtype: torch.dtype) -> Tensor:
-    """Return a mask to add to attention scores: 0 where `seen` holds, in the shape of `seen`."""
-    # The least number rather than minus infinity: a row that sees nothing stays finite.
-    return torch.zeros_like(seen, dtype=dtype).masked_fill(~seen, torch.finfo(dtype).min)
 
 
 def untrained_layers(

@@ -24,7 +24,6 @@ from fastvlm.language.decoder import (
     DecoderShape,
     FeedForward,
     SplitDecoder,
-    additive,
     untrained_layers,
 )
 from fastvlm.language.dense import dense_weight
@@ -37,6 +36,7 @@ from fastvlm.language.layer_calls import (
     observe_calls,
     root_of_width,
 )
+from fastvlm.language.masks import additive
 from fastvlm.language.positions import EncoderContext, Positions
 from fastvlm.language.rotary import Rotary, is_longrope, scaled_context
 from fastvlm.language.structure import check_structure

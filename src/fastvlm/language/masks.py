@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
+import torch
 from torch import Tensor
 
 from fastvlm.language.decoder_inputs import OUTSIDE
@@ -54,3 +55,9 @@ def in_the_same_block(here: Tensor, keys: Tensor) -> Tensor:
         (batch, width, end).
     """
     return (here[..., None] == keys[:, None]) & (here != OUTSIDE)[..., None]
+
+
+def additive(seen: Tensor, dtype: torch.dtype) -> Tensor:
+    """Return a mask to add to attention scores: 0 where `seen` holds, in the shape of `seen`."""
+    # The least number rather than minus infinity: a row that sees nothing stays finite.
+    return torch.zeros_like(seen, dtype=dtype).masked_fill(~seen, torch.finfo(dtype).min)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Iterator
+from collections.abc import Hashable, Iterator, Sequence
 from typing import Any
 from weakref import WeakKeyDictionary
 
@@ -95,7 +95,7 @@ def _persistent_buffers(module: nn.Module) -> Iterator[Tensor]:
             yield tensor
 
 
-def identities(tensors: list[Tensor]) -> tuple[Hashable, ...]:
+def identities(tensors: Sequence[Tensor]) -> tuple[Hashable, ...]:
     """Return what tells tensors from others, and whether they were written to."""
     try:
         found = [(id(one), one.data_ptr(), one._version, one.dtype, one.device) for one in tensors]

@@ -141,12 +141,12 @@ class HeadPass:
 
     @torch.inference_mode()
     def run(self, x: Tensor) -> Tensor:
-        """Return the logits: (batch, width, d_model) to (batch, width, size)."""
-        x = x.contiguous()
+        """Return the logits: (..., d_model) to (..., size)."""
+        flat = x.reshape(1, -1, x.shape[-1]).contiguous()
         found = x.new_empty(*x.shape[:-1], self.size)
         binding = self.session.io_binding()
-        _bind(binding.bind_input, "x", x)
-        _bind(binding.bind_output, "y", found)
+        _bind(binding.bind_input, "x", flat)
+        _bind(binding.bind_output, "y", found.view(1, -1, self.size))
         self.session.run_with_iobinding(binding)
         return found
 

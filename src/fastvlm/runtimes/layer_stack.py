@@ -10,8 +10,7 @@ import torch
 from torch import Tensor
 
 from fastvlm.language.cache import DecoderCache
-from fastvlm.language.decoder import additive
-from fastvlm.language.masks import MaskKind
+from fastvlm.language.masks import MaskKind, additive
 from fastvlm.language.positions import Positions
 from fastvlm.runtimes.layer_graph import GraphLayer, layers_graph
 from fastvlm.runtimes.layer_pass import LayerPass, PassInputs

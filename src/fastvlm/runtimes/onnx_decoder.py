@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
 from threading import RLock
-from typing import Any
+from typing import Any, TypeGuard
 
 import torch
 from onnx import TensorProto
@@ -32,7 +32,8 @@ MAX_RESTRICTED_HEADS = 4
 class OnnxDecoder(SplitDecoder):
     """A decoder of the usual form whose layers and LM head are graphs in ONNX Runtime.
 
-    Keys and values are those of torch's cache, bound where they lie. Weights are packed when a
+    Passes that record gradients, and those of training, are computed in torch. Keys and values are
+    those of torch's cache, bound where they lie. Weights are packed when a
     layer first runs; where the model's have changed by the time that a request enters, they are
     packed anew.
 
@@ -44,6 +45,7 @@ class OnnxDecoder(SplitDecoder):
         InputError: The model is not in float32 on a CPU, or its decoder is of another form.
     """
 
+    runtime = "onnx"
     shape = staticmethod(GeneralDecoder.shape)
     blocks = staticmethod(GeneralDecoder.blocks)
     feed_forward = staticmethod(GeneralDecoder.feed_forward)
@@ -99,6 +101,8 @@ class OnnxDecoder(SplitDecoder):
         self, x: Tensor, positions: Positions, cache: KeyValueCache, layers: Iterable[int]
     ) -> Tensor:
         """Run some of the target's layers on (batch, new, d_model) hidden states."""
+        if not _decodes(cache):
+            return self.split.forward_layers(x, positions, cache, layers)
         chosen = list(layers)
         if chosen and chosen[0] == 0:
             x = self.split.enter(x, positions)
@@ -116,6 +120,8 @@ class OnnxDecoder(SplitDecoder):
         exit_layer: int,
     ) -> Tensor:
         """Run layers of the target's own kind. See `SplitDecoder.forward_blocks`."""
+        if not _decodes(cache):
+            return self.split.forward_blocks(x, positions, cache, blocks, exit_layer)
         own = list(blocks)
         first, *after = added_after(exit_layer, self.depth, len(own))
         if positions.injects:
@@ -126,16 +132,22 @@ class OnnxDecoder(SplitDecoder):
 
     def raw_logits(self, x: Tensor) -> Tensor:
         """Return the LM head's outputs of normed states."""
+        if torch.is_grad_enabled():
+            return self.split.raw_logits(x)
         with self._turn:
             return self._head_pass(None, normed=True).run(x)
 
     def head(self, x: Tensor) -> Tensor:
         """Return the logits of (batch, new, d_model)."""
+        if torch.is_grad_enabled():
+            return self.split.head(x)
         with self._turn:
             return self.logits(self._head_pass(None).run(x))
 
     def head_rows(self, x: Tensor, rows: Tensor) -> Tensor:
         """Return the logits of some tokens alone. See `SplitDecoder.head_rows`."""
+        if torch.is_grad_enabled():
+            return self.split.head_rows(x, rows)
         with self._turn:
             return self.logits(self._head_pass(rows).run(x))
 
@@ -143,11 +155,12 @@ class OnnxDecoder(SplitDecoder):
         self, x: Tensor, positions: Positions, cache: KeyValueCache, path: DraftPath
     ) -> tuple[Tensor, Tensor]:
         """Run a draft step in one graph, where it is small. See `SplitDecoder.draft_step`."""
+        if positions.injects or not _decodes(cache):
+            return super().draft_step(x, positions, cache, path)
         with self._turn:
-            fused = None if positions.injects else self._draft_pass(path)
+            fused = self._draft_pass(path)
             if fused is None or needs_mask(positions, fused.masks):
                 return super().draft_step(x, positions, cache, path)
-            assert isinstance(cache, DecoderCache)  # no other has been lent to any layer before
             x = self.split.enter(x, positions)
             rotations = self._rotations(x, positions)
             lent = lend_rows(cache, positions, fused.caches)
@@ -181,13 +194,11 @@ class OnnxDecoder(SplitDecoder):
         self,
         stack: LayerStack,
         x: Tensor,
-        given: tuple[Positions, KeyValueCache],
+        given: tuple[Positions, DecoderCache],
         layers: Sequence[tuple[int, tuple[int, ...]]],
     ) -> Tensor:
         """Run layers of a stack, each with the target's layers whose additions follow it."""
         positions, cache = given
-        if not isinstance(cache, DecoderCache):
-            raise TypeError(f"ONNX Runtime binds a DecoderCache; got a {type(cache).__name__}.")
         rotations = self._rotations(x, positions)
         whole = StackPass(positions, cache, rotations)
         added: dict[int, Tensor] = {}
@@ -322,6 +333,11 @@ class OnnxDecoder(SplitDecoder):
         return InputError(
             f"ONNX Runtime can't decode {self.name}: {reason}. Load it with runtime='torch'."
         )
+
+
+def _decodes(cache: KeyValueCache) -> TypeGuard[DecoderCache]:
+    """Return whether a pass decodes: it keeps keys and values, and records no gradients."""
+    return isinstance(cache, DecoderCache) and not torch.is_grad_enabled()
 
 
 def head_graph(norm: Norm | None, head: Product, bits: int | None) -> OnnxGraph:

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from importlib.util import find_spec
 from typing import Any
 
+import torch
 from transformers import PreTrainedModel
 
 from fastvlm.checkpoints import LoadOptions
@@ -15,9 +17,16 @@ from fastvlm.language import split_decoder
 from fastvlm.language.decoder import SplitDecoder
 from fastvlm.language.packed import PACKED_BYTES, pack, pack_decoder
 from fastvlm.language.quantised import checked_bits, quantise_decoder
+from fastvlm.language.structure import text_decoder
 from fastvlm.runtimes.quantised_weights import BITS
 
 RUNTIMES = ("torch", "onnx")
+FLOAT32_BYTES = 4
+PACKAGES = ("onnx", "onnxruntime")
+SMALL = 2**26
+"""Weights of the largest decoder that ONNX Runtime computes by default. A step of a small model is
+mostly calls, of which it makes a third; of a larger one it is mostly the reading of weights, of
+which torch reads half of the bytes where a checkpoint has 16 bits."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -25,7 +34,9 @@ class RuntimeOptions:
     """What a model is decoded with.
 
     Args:
-        runtime: `torch`, or `onnx` for ONNX Runtime on the CPU.
+        runtime: `torch`, or `onnx` for ONNX Runtime on the CPU. None for ONNX Runtime where it is
+            installed and computes the model: one in float32, with weights of its own precision, of
+            a form that it knows, and small (`SMALL`); torch for any other.
         quantize: `int8` or `int4` for weights of 8 or 4 bits; None for the model's own.
         packed_bytes: See `pack_decoder`.
 
@@ -33,23 +44,22 @@ class RuntimeOptions:
         InputError: There is no such runtime, there are no such weights, or onnxruntime is missing.
     """
 
-    runtime: str = "torch"
+    runtime: str | None = None
     quantize: str | None = None
     packed_bytes: int = PACKED_BYTES
 
     def __post_init__(self) -> None:
         """Check the options."""
-        if self.runtime not in RUNTIMES:
+        if self.runtime not in (*RUNTIMES, None):
             raise InputError(f"The runtimes are {', '.join(RUNTIMES)}; got {self.runtime!r}.")
         checked_bits(self.quantize)
-        if self.runtime == "onnx":
-            try:
-                import onnx  # noqa: F401 (graphs are built with it)
-                import onnxruntime  # noqa: F401
-            except ImportError as error:
-                raise InputError(
-                    f"runtime='onnx' needs {error.name}: pip install 'fastvlm[onnx]'."
-                ) from error
+        if self.runtime == "onnx" and (missing := _missing()):
+            raise InputError(f"runtime='onnx' needs {missing}: pip install 'fastvlm[onnx]'.")
+
+
+def _missing() -> str | None:
+    """Return a package that ONNX Runtime needs and that is not installed."""
+    return next((name for name in PACKAGES if find_spec(name) is None), None)
 
 
 def split_load_options(given: LoadOptions) -> tuple[RuntimeOptions, Any]:
@@ -77,12 +87,35 @@ def decoder_of(
     Raises:
         InputError: The decoder is of a form that can't be split, or that the runtime doesn't know.
     """
-    if options.runtime == "torch":
-        quantise_decoder(model, checked_bits(options.quantize))
-        taken = pack_decoder(model, options.packed_bytes)
-        pack([] if network is None else [network], options.packed_bytes - taken)
-        return split_decoder(model)
+    if options.runtime == "onnx":
+        return onnx_decoder(model, options)
+    if options.runtime is None and not _missing() and _is_small(model, options):
+        try:
+            return onnx_decoder(model, options)
+        except (InputError, ImportError):
+            # Of another form than it knows, or it can't be used here: torch computes any.
+            pass
+    quantise_decoder(model, checked_bits(options.quantize))
+    taken = pack_decoder(model, options.packed_bytes)
+    pack([] if network is None else [network], options.packed_bytes - taken)
+    return split_decoder(model)
+
+
+def onnx_decoder(model: PreTrainedModel, options: RuntimeOptions) -> SplitDecoder:
+    """Return a model's decoder in ONNX Runtime.
+
+    Raises:
+        InputError: The decoder is of a form that it doesn't know.
+    """
     from fastvlm.runtimes.onnx_check import verified
     from fastvlm.runtimes.onnx_decoder import OnnxDecoder
 
     return verified(OnnxDecoder(split_decoder(model), BITS.get(options.quantize or "")))
+
+
+def _is_small(model: PreTrainedModel, options: RuntimeOptions) -> bool:
+    """Return whether a decoder has so few weights that ONNX Runtime may hold them too."""
+    decoder = text_decoder(model)
+    weights = sum(weight.numel() for weight in decoder.parameters())
+    fits = weights <= SMALL and FLOAT32_BYTES * weights <= options.packed_bytes
+    return fits and options.quantize is None and model.dtype == torch.float32

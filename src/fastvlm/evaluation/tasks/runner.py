@@ -163,7 +163,7 @@ def session(vlm: VisionLanguageModel) -> dict[str, Any]:
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
         "fastvlm": fastvlm.__version__,
         "commit": commit(),
-        "hardware": hardware(vlm.decoder.device),
+        "hardware": hardware(vlm.decoder.device, vlm.decoder.runtime),
     }
 
 

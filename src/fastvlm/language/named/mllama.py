@@ -10,8 +10,9 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from fastvlm.language.cross_attention import CrossCache
-from fastvlm.language.decoder import additive, cache_name
+from fastvlm.language.decoder import cache_name
 from fastvlm.language.general import GeneralDecoder, LayerRun
+from fastvlm.language.masks import additive
 from fastvlm.language.positions import EncoderContext, Positions
 
 

@@ -16,11 +16,11 @@ from fastvlm.language.decoder import (
     DecoderShape,
     FeedForward,
     SplitDecoder,
-    additive,
     cache_name,
     untrained_layers,
 )
 from fastvlm.language.dense import dense_weight
+from fastvlm.language.masks import additive
 from fastvlm.language.positions import Positions
 
 

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from fastvlm.language.cache import KeyValueCache
 from fastvlm.language.cross_attention import CrossCache
-from fastvlm.language.decoder import additive
+from fastvlm.language.masks import additive
 from fastvlm.language.named.t5 import T5Decoder
 from fastvlm.language.positions import Positions
 
