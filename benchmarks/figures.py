@@ -32,8 +32,11 @@ def decoding() -> str:
     """Return the figures of decoding as Markdown."""
     runs = {name: read(name) for name in RUNS}
     rows = {name: {row["strategy"]: row for row in run["results"]} for name, run in runs.items()}
-    titles = " | ".join(f"{title}: ms a token | speedup | tokens a pass" for title in RUNS.values())
-    lines = [f"| strategy | {titles} |", f"|---|{'---:|' * 3 * len(RUNS)}"]
+    titles = " | ".join(
+        f"{title}: ms a token | speedup | against `transformers` | tokens a pass"
+        for title in RUNS.values()
+    )
+    lines = [f"| strategy | {titles} |", f"|---|{'---:|' * 4 * len(RUNS)}"]
     for strategy in rows["scenes"]:
         cells = " | ".join(cell for name in RUNS for cell in _cells(rows[name][strategy]))
         lines.append(f"| {strategy} | {cells} |")
@@ -47,19 +50,21 @@ def decoding() -> str:
         "",
         (
             f"Medians (quartiles) over {replies}; batch of one, greedy, float32,"
-            f" {hardware['threads']} threads of {hardware['processor']}. Speedup is against our own"
-            " autoregressive decoding in the same run, and every reply has the same tokens as"
-            " `transformers`' own `generate`."
+            f" {hardware['threads']} threads of {hardware['processor']}, decoded by ONNX Runtime"
+            f" {hardware['onnxruntime']}. Speedup is against our own autoregressive decoding in the"
+            " same run, and every reply has the same tokens as `transformers`' own `generate`."
         ),
     ]
     return "\n".join(lines)
 
 
-def _cells(row: dict[str, Any]) -> tuple[str, str, str]:
+def _cells(row: dict[str, Any]) -> tuple[str, ...]:
     low, high = row["speedup_iqr"]
+    least, most = row["speedup_vs_transformers_iqr"]
     return (
         f"{row['tpot_ms']:.2f}",
         f"{row['speedup']:.2f}x ({low:.2f}-{high:.2f})",
+        f"{row['speedup_vs_transformers']:.2f}x ({least:.2f}-{most:.2f})",
         f"{row['acceptance_length'] or 1:.2f}",
     )
 
@@ -223,6 +228,32 @@ def packed() -> str:
     return "\n".join(lines)
 
 
+def runtimes() -> str:
+    """Return what passes take in torch and in ONNX Runtime, as Markdown."""
+    record = read("runtimes")
+    passes = ("ordinary", "verify", "draft")
+    named = {"ordinary": "a step", "draft": "a draft step"}
+    named["verify"] = f"a verify of {record['verify_positions']}"
+    titles = [f"{one['name']}: {named[kind]}" for one in record["decoders"] for kind in passes]
+    lines = [f"| ms | {' | '.join(titles)} |", f"|---|{'---:|' * len(titles)}"]
+    for runtime in record["decoders"][0]["runtimes"]:
+        cells = [
+            f"{median:.2f} ({low:.2f}-{high:.2f})"
+            for one in record["decoders"]
+            for median, low, high in (one["runtimes"][runtime][kind] for kind in passes)
+        ]
+        lines.append(f"| {runtime} | {' | '.join(cells)} |")
+    machine = record["hardware"]
+    lines += [
+        "",
+        (
+            f"Medians (quartiles) in turns, {machine['threads']} threads of {machine['processor']},"
+            f" {record['date'][:10]}."
+        ),
+    ]
+    return "\n".join(lines)
+
+
 def ablation(record: dict[str, Any]) -> str:
     """Return the figures of drafts that were taught otherwise, as Markdown."""
     titles = " | ".join(f"{part}: accepted | tokens a pass | speedup" for part in RUNS)
@@ -323,17 +354,18 @@ CHART_STYLE = """text { font: 13px system-ui, sans-serif; fill: #24292f } .axis 
 
 
 def chart() -> str:
-    """Return the speedups of every strategy as an SVG: bars, with their quartiles."""
+    """Return the speedups of every strategy over `transformers` as an SVG: bars, with quartiles."""
     runs = {name: {row["strategy"]: row for row in read(name)["results"]} for name in RUNS}
-    most = max(runs[name][one]["speedup_iqr"][1] for name in RUNS for one in CHARTED)
+    speedup = "speedup_vs_transformers"
+    most = max(runs[name][one][f"{speedup}_iqr"][1] for name in RUNS for one in CHARTED)
     left, top, step, bar, width = 130, 54, 46, 16, 700
     scale = (width - left - 60) / most
     height = top + step * len(CHARTED) + 10
     parts = [
         f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {width} {height}" role="img">',
-        "<title>Speedup over autoregressive decoding</title>",
+        "<title>Speedup over generate of transformers</title>",
         f"<style>{CHART_STYLE}</style>",
-        f'<text x="{left}" y="18">Speedup over autoregressive decoding: medians, quartiles</text>',
+        f'<text x="{left}" y="18">Speedup over generate of transformers: medians, quartiles</text>',
     ]
     for place, (name, title) in enumerate(RUNS.items()):
         x = left + 160 * place
@@ -344,8 +376,8 @@ def chart() -> str:
         parts.append(f'<text x="{left - 10}" y="{y + 22}" text-anchor="end">{strategy}</text>')
         for place, name in enumerate(RUNS):
             found = runs[name][strategy]
-            (low, high), bar_y = found["speedup_iqr"], y + 2 + place * (bar + 2)
-            wide, middle = found["speedup"] * scale, bar_y + bar / 2
+            (low, high), bar_y = found[f"{speedup}_iqr"], y + 2 + place * (bar + 2)
+            wide, middle = found[speedup] * scale, bar_y + bar / 2
             parts.append(
                 f'<rect class="{name}" x="{left}" y="{bar_y}" width="{wide:.1f}" height="{bar}"/>'
             )
@@ -355,7 +387,7 @@ def chart() -> str:
             )
             parts.append(
                 f'<text x="{left + high * scale + 6:.1f}" y="{bar_y + 13}">'
-                f"{found['speedup']:.2f}x</text>"
+                f"{found[speedup]:.2f}x</text>"
             )
     return "\n".join([*parts, "</svg>", ""])
 
@@ -433,7 +465,11 @@ DOCUMENTS: dict[str, dict[str, Callable[[], str]]] = {
         "sizes": sizes,
     },
     "docs/families.md": {"families": families},
-    "docs/architecture.md": {"sampling": sampling, "uneven": uneven},
+    "docs/architecture.md": {
+        "runtimes": runtimes,
+        "sampling": sampling,
+        "uneven": uneven,
+    },
     "docs/scale.md": {
         "captions": scale_figures.captions,
         "fleets": scale_figures.fleets,

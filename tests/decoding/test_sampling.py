@@ -287,9 +287,8 @@ def test_a_seed_gives_one_reply_under_every_strategy_and_in_any_company(name: st
     known = replies(seeds, ways[0], 1)
     assert len({*map(tuple, known)}) == len(seeds)
     for drafting in ways:
-        for slots in (1, 3):
-            assert replies(seeds, drafting, slots) == known
-        assert replies(seeds[::-1], drafting, 8) == known[::-1]
+        assert replies(seeds, drafting, 1) == known
+        assert replies(seeds[::-1], drafting, 3) == known[::-1]
 
 
 def test_shared_noise_accepts_what_both_would_draw() -> None:

@@ -419,13 +419,14 @@ def test_tokens_are_those_of_generate(
 
 
 def test_load_packs_as_much_as_it_is_told() -> None:
-    vlm = fastvlm.load()
+    vlm = fastvlm.load(runtime="torch")
     head = vlm.decoder.lm_head
     assert isinstance(head, PackedLinear)
     # The checkpoint is in bfloat16.
     assert isinstance(head.packed.product, HalfProduct)
     most = head.packed.product.nbytes - 1
     for packed_bytes in (0, most):
-        parts = fastvlm.load(packed_bytes=packed_bytes).model.modules()
+        vlm = fastvlm.load(runtime="torch", packed_bytes=packed_bytes)
+        parts = vlm.model.modules()
         packed = [part for part in parts if isinstance(part, PackedLinear)]
         assert sum(part.packed.product.nbytes for part in packed) <= packed_bytes

@@ -54,10 +54,14 @@ def test_tokens_are_those_of_generate(family: str) -> None:
         assert reply == wanted[0, ids.shape[1] :].tolist()
 
 
+@pytest.mark.parametrize("largest", [0, 2**24])
 @pytest.mark.parametrize("bits", [None, 8, 4])
 @pytest.mark.parametrize("family", ["qwen2", "gemma3"])
 @torch.inference_mode()
-def test_rounding_depends_on_neither_width_nor_batch(family: str, bits: int | None) -> None:
+def test_rounding_depends_on_neither_width_nor_batch(
+    family: str, bits: int | None, largest: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("fastvlm.runtimes.onnx_decoder.LARGEST", largest)
     model = tiny(CONFIGURATIONS[family])
     decoder = OnnxDecoder(split_decoder(model), bits)
     tokens = torch.randint(3, VOCABULARY, (3, 20))
@@ -94,8 +98,12 @@ def test_rounding_depends_on_neither_width_nor_batch(family: str, bits: int | No
     assert torch.equal(*after)
 
 
+@pytest.mark.parametrize("largest", [0, 2**24])
 @pytest.mark.parametrize("bits", [None, 8, 4])
-def test_every_strategy_gives_the_same_tokens(qwen: PreTrainedModel, bits: int | None) -> None:
+def test_every_strategy_gives_the_same_tokens(
+    qwen: PreTrainedModel, bits: int | None, largest: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("fastvlm.runtimes.onnx_decoder.LARGEST", largest)
     decoder = OnnxDecoder(split_decoder(qwen), bits)
     given = prompts(decoder, (11, 4, 7, 9))
     wanted = [replies(decoder, "autoregressive", [one])[0] for one in given]

@@ -25,8 +25,8 @@ from fastvlm.runtimes.layer_stack import cached_layers, rotations_of
 from fastvlm.runtimes.onnx_graph import OnnxGraph
 
 LARGEST = 2**24
-"""Weights of the largest draft step in a graph of its own, which is a second copy of them: of more,
-reading them takes so long that the calls don't count."""
+"""Weights of which there may be several copies, each in a graph of its own: of more, reading them
+takes so long that the calls don't count."""
 
 
 class DraftLayers(NamedTuple):

@@ -1,4 +1,4 @@
-"""Layers that follow one another, run by ONNX Runtime in as few graphs as passes allow."""
+"""Layers that are run by ONNX Runtime in as few graphs as passes allow."""
 
 from __future__ import annotations
 
@@ -14,6 +14,9 @@ from fastvlm.language.masks import MaskKind, additive
 from fastvlm.language.positions import Positions
 from fastvlm.runtimes.layer_graph import GraphLayer, layers_graph
 from fastvlm.runtimes.layer_pass import LayerPass, PassInputs
+
+MOST_GRAPHS = 8
+"""Graphs of a stack whose layers may be in several."""
 
 
 class StackPass(NamedTuple):
@@ -40,38 +43,54 @@ class _Segment(NamedTuple):
 
 
 class LayerStack:
-    """Layers, each of which is in one graph, so that its weights are packed once.
+    """Layers, in graphs that are made when they are first run.
 
-    Where a pass begins or ends amid a graph's layers, as at a draft's exit layer, that graph is
-    replaced by two from then on.
+    Each choice of layers that passes run is one graph, as each graph costs a call; of these there
+    are a few (`MOST_GRAPHS`). Where that takes too much memory each layer is in one graph, so that
+    its weights are packed once: where a pass begins or ends amid a graph's layers, as at a draft's
+    exit layer, that graph is replaced by two from then on.
 
     Args:
         masks: What each layer sees.
         read: Returns a layer, by its number.
         bits: Bits of the weights, see `OnnxGraph`.
+        copied: Whether layers may be in several graphs.
     """
 
     def __init__(
-        self, masks: Sequence[MaskKind], read: Callable[[int], GraphLayer], bits: int | None
+        self,
+        masks: Sequence[MaskKind],
+        read: Callable[[int], GraphLayer],
+        bits: int | None,
+        *,
+        copied: bool,
     ) -> None:
-        self.masks, self.read, self.bits = masks, read, bits
+        self.masks, self.read, self.bits, self.copied = masks, read, bits, copied
         self._cuts = {0, len(masks)}
-        self._segments: dict[tuple[int, int, bool], _Segment] = {}
+        self._segments: dict[tuple[tuple[int, ...], bool], _Segment] = {}
 
-    def run(self, x: Tensor, first: int, end: int, given: StackPass) -> Tensor:
-        """Run layers from the first to before the end: (batch, width, d_model) to the same."""
-        for place in (first, end):
-            if place not in self._cuts:
-                self._cuts.add(place)
-                for key in [key for key in self._segments if key[0] < place < key[1]]:
-                    del self._segments[key]
-        for start, stop in pairwise(sorted(cut for cut in self._cuts if first <= cut <= end)):
-            x = self._run_segment(x, start, stop, given)
+    def run(self, x: Tensor, layers: Sequence[int], given: StackPass) -> Tensor:
+        """Run some layers, in their order: (batch, width, d_model) to the same."""
+        for part in [tuple(layers)] if self.copied else self._apart(layers):
+            x = self._run_segment(x, part, given)
         return x
 
-    def _run_segment(self, x: Tensor, first: int, end: int, given: StackPass) -> Tensor:
+    def _apart(self, layers: Sequence[int]) -> list[tuple[int, ...]]:
+        """Return layers as those of graphs that have none in common, cut where they must be."""
+        found = []
+        for first, end in ranges(layers):
+            for place in (first, end):
+                if place not in self._cuts:
+                    self._cuts.add(place)
+                    for key in [key for key in self._segments if key[0][0] < place <= key[0][-1]]:
+                        del self._segments[key]
+            cuts = sorted(cut for cut in self._cuts if first <= cut <= end)
+            found += [tuple(range(start, stop)) for start, stop in pairwise(cuts)]
+        return found
+
+    def _run_segment(self, x: Tensor, layers: tuple[int, ...], given: StackPass) -> Tensor:
         positions = given.positions
-        kinds = list(dict.fromkeys(self.masks[first:end]))
+        kinds = list(dict.fromkeys(self.masks[number] for number in layers))
         masked = needs_mask(positions, kinds)
         masks = None
         if masked:
@@ -79,7 +98,7 @@ class LayerStack:
                 f"mask{number}": additive(positions.visible(kind), x.dtype)[:, None]
                 for number, kind in enumerate(kinds)
             }
-        segment = self._segment(first, end, masked=masked)
+        segment = self._segment(layers, masked=masked)
         rotations = {name: given.rotations[name] for name in segment.rotations}
         lent = lend_rows(given.cache, positions, segment.caches)
         inputs = PassInputs(positions.starts, rotations, lent.caches, lent.rows, masks)
@@ -87,18 +106,31 @@ class LayerStack:
         lent.write_back()
         return x
 
-    def _segment(self, first: int, end: int, *, masked: bool) -> _Segment:
+    def _segment(self, layers: tuple[int, ...], *, masked: bool) -> _Segment:
         """Return layers in one graph, made when it is first run."""
-        key = first, end, masked
+        key = layers, masked
         if key not in self._segments:
-            layers = [self.read(number) for number in range(first, end)]
-            graph = layers_graph(layers, self.bits, masked=masked)
+            if self.copied and len(self._segments) == MOST_GRAPHS:
+                del self._segments[next(iter(self._segments))]
+            read = [self.read(number) for number in layers]
+            graph = layers_graph(read, self.bits, masked=masked)
             self._segments[key] = _Segment(
-                LayerPass(graph, torch.get_num_threads(), {"y": layers[0].width}),
-                cached_layers(layers),
-                rotations_of(layers),
+                LayerPass(graph, torch.get_num_threads(), {"y": read[0].width}),
+                cached_layers(read),
+                rotations_of(read),
             )
         return self._segments[key]
+
+
+def ranges(layers: Sequence[int]) -> list[tuple[int, int]]:
+    """Return layers as ranges: first and end."""
+    found: list[tuple[int, int]] = []
+    for layer in layers:
+        if found and found[-1][1] == layer:
+            found[-1] = found[-1][0], layer + 1
+        else:
+            found.append((layer, layer + 1))
+    return found
 
 
 def cached_layers(layers: Sequence[GraphLayer]) -> list[tuple[int, Tensor]]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Container, Hashable, Iterable, Mapping, Sequence
 from threading import RLock
 from typing import Any, TypeGuard
 
@@ -209,10 +209,10 @@ class OnnxDecoder(SplitDecoder):
                 if states:
                     added[layer] = sum(states[1:], states[0])
         with self._turn:
-            for first, end in _ranges([layer for layer, _ in layers], set(added)):
-                x = stack.run(x, first, end, whole)
-                if end - 1 in added:
-                    x = x + added[end - 1]
+            for part in _ending([layer for layer, _ in layers], added):
+                x = stack.run(x, part, whole)
+                if part[-1] in added:
+                    x = x + added[part[-1]]
         return x
 
     def _rotations(self, x: Tensor, positions: Positions) -> Mapping[str, Tensor]:
@@ -266,7 +266,8 @@ class OnnxDecoder(SplitDecoder):
         with self._turn:
             if key not in self._blocks:
                 masks = [call.mask for call in self.split.calls.layers[-len(blocks) :]]
-                stack = LayerStack(masks, self._block_reader(blocks), self.bits)
+                copied = _weights(blocks) <= LARGEST
+                stack = LayerStack(masks, self._block_reader(blocks), self.bits, copied=copied)
                 self._blocks[key] = blocks, stack
                 self._state = self._weights_state()
             return self._blocks[key][1]
@@ -321,7 +322,8 @@ class OnnxDecoder(SplitDecoder):
     def _forget(self) -> None:
         """Pack all weights anew where they are next needed."""
         masks = [call.mask for call in self.split.calls.layers]
-        self._target = LayerStack(masks, self.read, self.bits)
+        copied = _weights(self.layers) <= LARGEST
+        self._target = LayerStack(masks, self.read, self.bits, copied=copied)
         self._blocks: dict[tuple[int, ...], tuple[list[nn.Module], LayerStack]] = {}
         self._heads: dict[Hashable, tuple[HeadPass, Tensor | None]] = {}
         self._drafts: dict[Hashable, tuple[DraftPath, DraftPass | None]] = {}
@@ -358,12 +360,15 @@ def head_graph(norm: Norm | None, head: Product, bits: int | None) -> OnnxGraph:
     return graph
 
 
-def _ranges(layers: Sequence[int], ends: Iterable[int]) -> list[tuple[int, int]]:
-    """Return layers as ranges, first and end, none of which goes on after one of some layers."""
-    found: list[tuple[int, int]] = []
+def _weights(layers: Iterable[nn.Module]) -> int:
+    return sum(weight.numel() for layer in layers for weight in layer.parameters())
+
+
+def _ending(layers: Sequence[int], ends: Container[int]) -> list[list[int]]:
+    """Return layers in parts that end where one of some layers comes."""
+    found: list[list[int]] = []
     for layer in layers:
-        if found and found[-1][1] == layer and layer - 1 not in ends:
-            found[-1] = found[-1][0], layer + 1
-        else:
-            found.append((layer, layer + 1))
+        if not found or found[-1][-1] in ends:
+            found.append([])
+        found[-1].append(layer)
     return found
