@@ -40,7 +40,8 @@ def verify(batch: Batch, exit_layer: int, draft: Draft) -> tuple[Tensor, Tensor 
     """Run the full model over the last committed tokens and the drafts.
 
     Hidden states that drafting computed are reused: the first layers run on what it has not
-    computed (the last drafted token, and copied ones), and the other layers on all hidden states.
+    computed (the last drafted token, and copied ones), and the other layers on all hidden states;
+    where one pass is faster all layers run on all positions, see `SplitDecoder.recomputes`.
 
     Args:
         batch: The slots.
@@ -49,17 +50,14 @@ def verify(batch: Batch, exit_layer: int, draft: Draft) -> tuple[Tensor, Tensor 
 
     Returns:
         The target's logits, (batch, g + 1, vocabulary), and the exit layer's hidden states,
-        (batch, g + 1, d_model), or None for a strategy without an exit layer.
+        (batch, g + 1, d_model), or None where no slot keeps any.
     """
     decoder, cache, starts = batch.decoder, batch.cache, batch.lengths
+    if batch.verify_width is None and (decoder.recomputes or not draft.computed):
+        return _verify_all(batch, exit_layer, draft)
     width = 1 + draft.width
     known = draft.computed
-    x = batch.embed(
-        [
-            ([last, *tokens] + [last] * width)[known:width]
-            for last, tokens in zip(batch.last, draft.rows, strict=True)
-        ]
-    )
+    x = batch.embed([row[known:] for row in _rows(batch, draft)])
     if exit_layer:
         # A draft step computes one position; so does what is to be rounded as one.
         step = width - known if batch.verify_width is None else 1
@@ -77,6 +75,23 @@ def verify(batch: Batch, exit_layer: int, draft: Draft) -> tuple[Tensor, Tensor 
     places = batch.positions(starts, x.shape[1], to_the_end=batch.verify_width is not None)
     x = decoder.forward_layers(x, places, cache, range(exit_layer, decoder.depth))
     return decoder.head(x)[:, :width], hidden
+
+
+def _verify_all(batch: Batch, exit_layer: int, draft: Draft) -> tuple[Tensor, Tensor | None]:
+    """Run the full model over all positions, whatever drafting has computed. See `verify`."""
+    decoder, cache = batch.decoder, batch.cache
+    x = batch.embed(_rows(batch, draft))
+    positions = batch.positions(batch.lengths, x.shape[1])
+    if exit_layer and any(slot.exits is not None for slot in batch.slots):
+        exits, x = decoder.forward_with_exit(x, positions, cache, exit_layer)
+        return decoder.head(x), exits
+    return decoder.head(decoder.forward_layers(x, positions, cache, range(decoder.depth))), None
+
+
+def _rows(batch: Batch, draft: Draft) -> list[list[int]]:
+    """Return each row's last committed token and draft, in rows of one length."""
+    rows = zip(batch.last, draft.rows, strict=True)
+    return [[last, *drafted] + [last] * (draft.width - len(drafted)) for last, drafted in rows]
 
 
 def commit(batch: Batch, draft: Draft, accepted: Sequence[int], hidden: Tensor | None) -> None:

@@ -15,9 +15,8 @@ from fastvlm.drafting.imitation import ImitationConfig, ImitationNetwork
 from fastvlm.functional.errors import CheckpointError, first_line, shortened
 from fastvlm.functional.model_files import check_size, check_weight_file, read_object
 from fastvlm.functional.placement import moved, on_no_device
-from fastvlm.language.decoder import device_and_dtype_of
 from fastvlm.language.families import family
-from fastvlm.language.structure import check_structure, find_part, text_decoder
+from fastvlm.language.structure import check_structure, device_and_dtype_of, find_part, text_decoder
 
 
 def load_draft(directory: str | Path, target: PreTrainedModel) -> ImitationNetwork:

@@ -23,7 +23,7 @@ from fastvlm.language.draft_path import DraftPath
 from fastvlm.language.masks import FULL, MaskKind, additive
 from fastvlm.language.positions import Positions
 from fastvlm.language.quantised import Int4Linear, Int8Linear
-from fastvlm.language.structure import attends_causally, find_part, part_names
+from fastvlm.language.structure import attends_causally, device_and_dtype_of, find_part, part_names
 
 MAX_LAYERS = 1024
 """Layers of the deepest decoder that is built from a configuration alone."""
@@ -79,6 +79,8 @@ class SplitDecoder(ABC):
     """What computes the layers, see `RuntimeOptions`."""
     bits: int | None = None
     """Bits of the weights that it reads; None where the modules say."""
+    recomputes = False
+    """Whether a verify computes all layers of positions whose first ones a draft has computed."""
     width: int
     """Size of the hidden states (d_model)."""
     context: int
@@ -196,6 +198,14 @@ class SplitDecoder(ABC):
 
         Before layer 0 the states are embeddings, as `embed` gives them.
         """
+
+    def forward_with_exit(
+        self, x: Tensor, positions: Positions, cache: KeyValueCache, exit_layer: int
+    ) -> tuple[Tensor, Tensor]:
+        """Run all layers on embeddings; return the states of the exit layer, and the last's."""
+        exits = self.forward_layers(x, positions, cache, range(exit_layer))
+        layers = range(exit_layer, self.depth)
+        return exits, self.forward_layers(exits, positions, cache, layers)
 
     @abstractmethod
     def forward_blocks(
@@ -321,20 +331,6 @@ class SplitDecoder(ABC):
 
 
 @torch.no_grad()
-def device_and_dtype_of(embedding: Any) -> tuple[torch.device, torch.dtype]:
-    """Return the device and the precision of hidden states, by the module that embeds tokens.
-
-    They are what comes out of it: its weights may lie elsewhere until they are needed, or be
-    quantised.
-    """
-    weight: Tensor = next(embedding.parameters())
-    if type(embedding) is nn.Embedding and not weight.is_meta:
-        return weight.device, weight.dtype
-    start = torch.device("cpu") if weight.is_meta else weight.device
-    found: Tensor = embedding(torch.zeros(1, 1, dtype=torch.long, device=start))
-    return found.device, found.dtype
-
-
 def untrained_layers(
     config: PreTrainedConfig,
     number: int,

@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 from transformers import GenerationMixin, PreTrainedModel
 
 from fastvlm.functional.errors import InputError
@@ -96,3 +97,17 @@ def check_structure(decoder: Any, parts: Sequence[str]) -> None:
             f" {' and no '.join(missing)}, so fastvlm can't split it; decode it with transformers'"
             " own generate, or see 'Adding a family' in fastvlm's documentation."
         )
+
+
+def device_and_dtype_of(embedding: Any) -> tuple[torch.device, torch.dtype]:
+    """Return the device and the precision of hidden states, by the module that embeds tokens.
+
+    They are what comes out of it: its weights may lie elsewhere until they are needed, or be
+    quantised.
+    """
+    weight: Tensor = next(embedding.parameters())
+    if type(embedding) is nn.Embedding and not weight.is_meta:
+        return weight.device, weight.dtype
+    start = torch.device("cpu") if weight.is_meta else weight.device
+    found: Tensor = embedding(torch.zeros(1, 1, dtype=torch.long, device=start))
+    return found.device, found.dtype

@@ -49,16 +49,21 @@ class GraphLayer:
         return len(self.form.down.weight)
 
 
-def layers_graph(layers: Sequence[GraphLayer], bits: int | None, *, masked: bool) -> OnnxGraph:
+def layers_graph(
+    layers: Sequence[GraphLayer], bits: int | None, *, masked: bool, exit_layer: int | None = None
+) -> OnnxGraph:
     """Return the graph of layers that follow one another: `y` of `x`, see `enter_layers`.
 
     Args:
         layers: The layers, one or more.
         bits: See `OnnxGraph`.
         masked: See `enter_layers`.
+        exit_layer: After how many layers states are an output too, `exit`; None for no such output.
     """
     graph = OnnxGraph(bits)
     states = enter_layers(graph, layers, masked=masked)
+    if exit_layer is not None:
+        name_output(graph, states[exit_layer - 1], "exit", "d_model")
     name_output(graph, states[-1], "y", "d_model")
     return graph
 

@@ -67,13 +67,19 @@ class LayerStack:
     ) -> None:
         self.masks, self.read, self.bits, self.copied = masks, read, bits, copied
         self._cuts = {0, len(masks)}
-        self._segments: dict[tuple[tuple[int, ...], bool], _Segment] = {}
+        self._segments: dict[tuple[tuple[int, ...], int | None, bool], _Segment] = {}
 
     def run(self, x: Tensor, layers: Sequence[int], given: StackPass) -> Tensor:
         """Run some layers, in their order: (batch, width, d_model) to the same."""
         for part in [tuple(layers)] if self.copied else self._apart(layers):
-            x = self._run_segment(x, part, given)
+            [x] = self._run_segment(x, part, given)
         return x
+
+    def run_with_exit(self, x: Tensor, exit_layer: int, given: StackPass) -> tuple[Tensor, Tensor]:
+        """Run all layers, in one graph; return the states after some of them, and the last."""
+        layers = tuple(range(len(self.masks)))
+        exits, last = self._run_segment(x, layers, given, exit_layer)
+        return exits, last
 
     def _apart(self, layers: Sequence[int]) -> list[tuple[int, ...]]:
         """Return layers as those of graphs that have none in common, cut where they must be."""
@@ -88,7 +94,13 @@ class LayerStack:
             found += [tuple(range(start, stop)) for start, stop in pairwise(cuts)]
         return found
 
-    def _run_segment(self, x: Tensor, layers: tuple[int, ...], given: StackPass) -> Tensor:
+    def _run_segment(
+        self,
+        x: Tensor,
+        layers: tuple[int, ...],
+        given: StackPass,
+        exit_layer: int | None = None,
+    ) -> list[Tensor]:
         positions = given.positions
         kinds = list(dict.fromkeys(self.masks[number] for number in layers))
         masked = needs_mask(positions, kinds)
@@ -98,24 +110,28 @@ class LayerStack:
                 f"mask{number}": additive(positions.visible(kind), x.dtype)[:, None]
                 for number, kind in enumerate(kinds)
             }
-        segment = self._segment(layers, masked=masked)
+        segment = self._segment(layers, exit_layer, masked=masked)
         rotations = {name: given.rotations[name] for name in segment.rotations}
         lent = lend_rows(given.cache, positions, segment.caches)
         inputs = PassInputs(positions.starts, rotations, lent.caches, lent.rows, masks)
-        [x] = segment.layers.run(x, inputs)
+        made = segment.layers.run(x, inputs)
         lent.write_back()
-        return x
+        return made
 
-    def _segment(self, layers: tuple[int, ...], *, masked: bool) -> _Segment:
+    def _segment(
+        self, layers: tuple[int, ...], exit_layer: int | None, *, masked: bool
+    ) -> _Segment:
         """Return layers in one graph, made when it is first run."""
-        key = layers, masked
+        key = layers, exit_layer, masked
         if key not in self._segments:
             if self.copied and len(self._segments) == MOST_GRAPHS:
                 del self._segments[next(iter(self._segments))]
             read = [self.read(number) for number in layers]
-            graph = layers_graph(read, self.bits, masked=masked)
+            graph = layers_graph(read, self.bits, masked=masked, exit_layer=exit_layer)
+            names = ["y"] if exit_layer is None else ["exit", "y"]
+            outputs = dict.fromkeys(names, read[0].width)
             self._segments[key] = _Segment(
-                LayerPass(graph, torch.get_num_threads(), {"y": read[0].width}),
+                LayerPass(graph, torch.get_num_threads(), outputs),
                 cached_layers(read),
                 rotations_of(read),
             )

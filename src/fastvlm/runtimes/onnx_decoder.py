@@ -111,6 +111,17 @@ class OnnxDecoder(SplitDecoder):
         after = [(layer,) for layer in chosen]
         return self._run(self._target, x, (positions, cache), list(zip(chosen, after, strict=True)))
 
+    def forward_with_exit(
+        self, x: Tensor, positions: Positions, cache: KeyValueCache, exit_layer: int
+    ) -> tuple[Tensor, Tensor]:
+        """Run all layers, in one graph where they are small. See `SplitDecoder`."""
+        if not self.recomputes or positions.injects or not _decodes(cache):
+            return super().forward_with_exit(x, positions, cache, exit_layer)
+        x = self.split.enter(x, positions)
+        given = StackPass(positions, cache, self._rotations(x, positions))
+        with self._turn:
+            return self._target.run_with_exit(x, exit_layer, given)
+
     def forward_blocks(
         self,
         x: Tensor,
@@ -322,8 +333,9 @@ class OnnxDecoder(SplitDecoder):
     def _forget(self) -> None:
         """Pack all weights anew where they are next needed."""
         masks = [call.mask for call in self.split.calls.layers]
-        copied = _weights(self.layers) <= LARGEST
-        self._target = LayerStack(masks, self.read, self.bits, copied=copied)
+        # One call more takes longer than a few positions more, and each rounds as it did.
+        self.recomputes = _weights(self.layers) <= LARGEST
+        self._target = LayerStack(masks, self.read, self.bits, copied=self.recomputes)
         self._blocks: dict[tuple[int, ...], tuple[list[nn.Module], LayerStack]] = {}
         self._heads: dict[Hashable, tuple[HeadPass, Tensor | None]] = {}
         self._drafts: dict[Hashable, tuple[DraftPath, DraftPass | None]] = {}
