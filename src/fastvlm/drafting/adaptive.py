@@ -7,6 +7,7 @@ import statistics
 from collections.abc import Sequence
 
 from fastvlm.drafting.draft_length import Offer, Progress, Timings, check_maximum
+from fastvlm.drafting.estimates import Mean, VerifyCost
 
 CONFIDENCE_BINS = 16
 """Bins of the drafter's confidence: every second one halves its distance to 1."""
@@ -18,43 +19,20 @@ WRONG_AFTER_MATCH = 0.8
 """The share that each token of a match leaves of the assumed chance that a copy is wrong."""
 AVERAGED_TOKENS = 50
 """The number of tokens over which acceptance rates are averaged."""
-AVERAGED_CYCLES = 20
-"""The number of cycles over which costs and gains are averaged: those of a few replies."""
-OUTLIER_RATIO = 2
-"""Times are limited to this multiple of the mean, as the machine may have been busy."""
 BUDGET_STEPS = 8
 """Ordinary steps that drafting may lose: at first, and of what it has saved."""
 PROBE_TIME_SHARE = 0.01
 """The share of ordinary steps' time that drafts may cost where they don't pay."""
 MEASURE_ORDINARY_EVERY = 64
-"""Cycles with a draft after which an ordinary step is measured again."""
+"""Cycles with a draft after which ordinary steps are measured again."""
+STEADY_AFTER = 2
+"""Ordinary steps after a draft that don't count: caches hold what the draft has read, so that they
+take longer than those of a reply without drafts."""
 
 ONE_WORD_TOKENS = 2
 """Tokens in a reply of one word: the word, and the end token."""
 MAJORITY_SHARE = 0.5
 """The share of one-word replies above which most replies count as such."""
-
-
-class Mean:
-    """A running mean.
-
-    Args:
-        window: The approximate number of latest values that it averages.
-        value: The initial value.
-        weight: The number of values that the initial value counts for.
-    """
-
-    def __init__(self, window: int = AVERAGED_CYCLES, value: float = 0.0, weight: int = 0) -> None:
-        self.window, self.value, self.weight = window, value, weight
-
-    def add(self, value: float) -> None:
-        """Add a value."""
-        self.weight = min(self.weight + 1, self.window)
-        self.value += (value - self.value) / self.weight
-
-    def without_outlier(self, value: float) -> float:
-        """Return a value, limited to `OUTLIER_RATIO` times the mean."""
-        return min(value, OUTLIER_RATIO * self.value) if self.weight else value
 
 
 class Throughput:
@@ -69,25 +47,21 @@ class Throughput:
         """Seconds of a draft step, an ordinary step, a verify, and a whole cycle with a draft."""
         self.width, self.tokens = Mean(), Mean()
         """Tokens that a verify computes, and that a cycle with a draft brings."""
-        self.variance, self.covariance = Mean(), Mean()
-        """Of a verify's width, and of its width and seconds."""
+        self.verifies = VerifyCost()
         self.budget_steps, self.copy_budget_steps = budget_steps, float(BUDGET_STEPS)
         """What drafts, and copies that seem not to pay, may lose, in ordinary steps."""
         self.since_ordinary, self.ordinary_due = 0, 2
         """Drafts since an ordinary step was measured, and with how many the next one is."""
+        self.in_a_row = STEADY_AFTER
+        """Ordinary steps since the last draft."""
 
     @property
     def slope(self) -> float:
-        """Seconds that each further token adds to a verify, by least squares.
-
-        While widths hardly vary, it is estimated from the time of a verify beyond an ordinary step,
-        which overestimates it: two tokens may cost much more than one, and further ones little.
-        """
+        """Seconds that each further token adds to a verify."""
         if not (self.ordinary.weight and self.verify.weight):
             return 0.0
         beyond = (self.verify.value - self.ordinary.value) / (self.width.value - 1)
-        slope = (self.covariance.value + beyond) / (self.variance.value + 1)
-        return min(max(slope, 0.0), self.ordinary.value)
+        return min(max(self.verifies.slope(beyond), 0.0), self.ordinary.value)
 
     @property
     def best(self) -> float:
@@ -116,11 +90,14 @@ class Throughput:
 
     def add_ordinary(self, seconds: float) -> None:
         """Add the time of a cycle without a draft, in seconds."""
-        self.ordinary.add(self.ordinary.without_outlier(seconds))
-        if self.since_ordinary:
-            # At first after few drafts, then more rarely.
-            self.ordinary_due = min(2 * self.ordinary_due, MEASURE_ORDINARY_EVERY)
-        self.since_ordinary = 0
+        self.in_a_row += 1
+        if self.in_a_row > STEADY_AFTER or not self.ordinary.weight:
+            self.ordinary.add(self.ordinary.without_outlier(seconds))
+        if self.in_a_row > STEADY_AFTER:
+            if self.since_ordinary:
+                # At first after few drafts, then more rarely.
+                self.ordinary_due = min(2 * self.ordinary_due, MEASURE_ORDINARY_EVERY)
+            self.since_ordinary = 0
         self.budget_steps = min(self.budget_steps + PROBE_TIME_SHARE, BUDGET_STEPS)
         self.copy_budget_steps = min(self.copy_budget_steps + PROBE_TIME_SHARE, BUDGET_STEPS)
 
@@ -138,6 +115,7 @@ class Throughput:
             self.copy_budget_steps = min(self.copy_budget_steps + gain, BUDGET_STEPS)
         self.add_verify(copied + 1, seconds)
         self.since_ordinary += 1
+        self.in_a_row = 0
 
     def verify_of(self, width: int) -> float:
         """Return the seconds of a verify of so many tokens, as they are estimated."""
@@ -146,12 +124,9 @@ class Throughput:
 
     def add_verify(self, width: int, seconds: float) -> None:
         """Add the time of a verify of so many tokens, in seconds."""
-        verify = self.verify.without_outlier(seconds)
-        if self.verify.weight:
-            self.variance.add((width - self.width.value) ** 2)
-            self.covariance.add((width - self.width.value) * (verify - self.verify.value))
+        self.verifies.add(width, seconds)
         self.width.add(width)
-        self.verify.add(verify)
+        self.verify.add(self.verify.without_outlier(seconds))
 
     def add_draft(self, tokens: float, timings: Timings, copied: int = 0) -> None:
         """Add a cycle with draft steps.
@@ -172,6 +147,7 @@ class Throughput:
         self.cycle.add(seconds)
         self.tokens.add(tokens)
         self.since_ordinary += 1
+        self.in_a_row = 0
         if self.ordinary.value:
             budget = self.budget_steps + tokens - seconds / self.ordinary.value
             self.budget_steps = min(max(budget, -BUDGET_STEPS), BUDGET_STEPS)
