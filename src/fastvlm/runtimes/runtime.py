@@ -23,7 +23,7 @@ from fastvlm.runtimes.quantised_weights import BITS
 RUNTIMES = ("torch", "onnx")
 FLOAT32_BYTES = 4
 PACKAGES = ("onnx", "onnxruntime")
-SMALL = 2**26
+SMALL = 150_000_000
 """Weights of the largest decoder that ONNX Runtime computes by default. A step of a small model is
 mostly calls, of which it makes a third; of a larger one it is mostly the reading of weights, of
 which torch reads half of the bytes where a checkpoint has 16 bits."""
