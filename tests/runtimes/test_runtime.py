@@ -68,3 +68,19 @@ def test_a_small_model_is_computed_by_onnx_runtime(monkeypatch: pytest.MonkeyPat
     monkeypatch.undo()
     monkeypatch.setattr(runtime, "find_spec", lambda _: None)
     assert chosen(model) == "torch"
+
+
+def test_a_model_that_is_cast_is_computed_by_torch_unless_onnx_runtime_is_required() -> None:
+    pytest.importorskip("onnxruntime")
+    vlm, required = fastvlm.load(), fastvlm.load(runtime="onnx")
+    asked: dict[str, Any] = {"max_new_tokens": 8, "strategy": "imitation"}
+    known = vlm.generate(SCENE_PROMPT, **asked).token_ids
+    for one in (vlm, required):
+        one.model.to(torch.float64)
+    assert vlm.generate(SCENE_PROMPT, **asked).token_ids == known
+    assert vlm.decoder.runtime == "torch"
+    with pytest.raises(InputError, match="computes in float32"):
+        required.generate(SCENE_PROMPT, **asked)
+    vlm.model.to(torch.float32)
+    assert vlm.generate(SCENE_PROMPT, **asked).token_ids == known
+    assert vlm.decoder.runtime == "onnx"

@@ -68,6 +68,23 @@ def layers_graph(
     return graph
 
 
+def head_graph(norm: Norm | None, head: Product, bits: int | None) -> OnnxGraph:
+    """Return the graph from hidden states, `x`, to logits, `y`.
+
+    Args:
+        norm: The final norm; None where the states are normed.
+        head: The LM head, or some of its rows.
+        bits: See `OnnxGraph`.
+    """
+    graph = OnnxGraph(bits)
+    normed = add_norm(
+        graph, graph.input("x", TensorProto.FLOAT, ["batch", "width", "d_model"]), norm
+    )
+    made = graph.linear(normed, head.weight, head.bias)
+    name_output(graph, made, "y", "logits")
+    return graph
+
+
 def name_output(graph: OnnxGraph, x: str, name: str, size: str) -> None:
     """Make something an output: (batch, width, size)."""
     graph.add("Identity", [x], [name])

@@ -7,7 +7,6 @@ from threading import RLock
 from typing import Any, TypeGuard
 
 import torch
-from onnx import TensorProto
 from torch import Tensor, nn
 
 from fastvlm.functional.errors import InputError
@@ -19,12 +18,13 @@ from fastvlm.language.layer_calls import LayerCall, RotaryKind
 from fastvlm.language.positions import Positions
 from fastvlm.language.weights_state import identities, weights_state
 from fastvlm.runtimes.draft_graph import LARGEST, DraftLayers, DraftPass, mlp_form
-from fastvlm.runtimes.layer_form import Norm, Product, layer_form, linear_form, norm_form
-from fastvlm.runtimes.layer_graph import GraphLayer, Rotation, add_norm
+from fastvlm.runtimes.layer_form import Product, layer_form, linear_form, norm_form
+from fastvlm.runtimes.layer_graph import GraphLayer, Rotation, head_graph
 from fastvlm.runtimes.layer_pass import HeadPass, PassInputs
 from fastvlm.runtimes.layer_stack import LayerStack, StackPass, lend_rows, needs_mask
-from fastvlm.runtimes.onnx_graph import OnnxGraph
 
+PLACE = ("cpu", torch.float32)
+"""Where, and in what precision, it computes."""
 MAX_RESTRICTED_HEADS = 4
 """Sets of tokens whose logits are made by a graph of their own, kept at once."""
 
@@ -40,6 +40,7 @@ class OnnxDecoder(SplitDecoder):
     Args:
         split: The decoder in torch, which embeds, makes tables of rotations and knows the family.
         bits: Bits of the weights: 8 or 4, in blocks of 32 with a scale; None for float32.
+        required: Whether a model that is moved or cast later on is refused; torch computes it else.
 
     Raises:
         InputError: The model is not in float32 on a CPU, or its decoder is of another form.
@@ -50,19 +51,22 @@ class OnnxDecoder(SplitDecoder):
     blocks = staticmethod(GeneralDecoder.blocks)
     feed_forward = staticmethod(GeneralDecoder.feed_forward)
 
-    def __init__(self, split: SplitDecoder, bits: int | None = None) -> None:
+    def __init__(
+        self, split: SplitDecoder, bits: int | None = None, *, required: bool = True
+    ) -> None:
         super().__init__(split.model, split.decoder)
         self.name = type(split.model).__name__
         if not isinstance(split, GeneralDecoder) or split.EXTRAS:
             raise self.refusal("its decoder is not of the usual form")
         self._check_precision()
-        self.split, self.bits = split, bits
+        self.split, self.bits, self.required = split, bits, required
         self.width, self.context = split.width, split.context
         self.max_positions, self.restart = split.max_positions, split.restart
         self._rotary = {
             kind: self._rotation(number, kind) for number, kind in enumerate(split.rotary)
         }
         self._turn = RLock()
+        self._state: Hashable = None
         self._forget()
 
     def room(self, length: int) -> int | None:
@@ -90,18 +94,22 @@ class OnnxDecoder(SplitDecoder):
         """Forget what was packed of weights that have changed since.
 
         Raises:
-            InputError: The model was moved or cast.
+            InputError: The model was moved or cast, and this runtime is required.
         """
-        self._check_precision()
+        if self.required:
+            self._check_precision()
         with self._turn:
-            if self._state != self._weights_state():
+            self.runtime = "onnx" if self._place() == PLACE else "torch"
+            if self.runtime == "torch":
+                self._state, self.recomputes = None, False
+            elif self._state != self._weights_state():
                 self._forget()
 
     def forward_layers(
         self, x: Tensor, positions: Positions, cache: KeyValueCache, layers: Iterable[int]
     ) -> Tensor:
         """Run some of the target's layers on (batch, new, d_model) hidden states."""
-        if not _decodes(cache):
+        if not self._decodes(cache):
             return self.split.forward_layers(x, positions, cache, layers)
         chosen = list(layers)
         if chosen and chosen[0] == 0:
@@ -115,7 +123,7 @@ class OnnxDecoder(SplitDecoder):
         self, x: Tensor, positions: Positions, cache: KeyValueCache, exit_layer: int
     ) -> tuple[Tensor, Tensor]:
         """Run all layers, in one graph where they are small. See `SplitDecoder`."""
-        if not self.recomputes or positions.injects or not _decodes(cache):
+        if not self.recomputes or positions.injects or not self._decodes(cache):
             return super().forward_with_exit(x, positions, cache, exit_layer)
         x = self.split.enter(x, positions)
         given = StackPass(positions, cache, self._rotations(x, positions))
@@ -131,7 +139,7 @@ class OnnxDecoder(SplitDecoder):
         exit_layer: int,
     ) -> Tensor:
         """Run layers of the target's own kind. See `SplitDecoder.forward_blocks`."""
-        if not _decodes(cache):
+        if not self._decodes(cache):
             return self.split.forward_blocks(x, positions, cache, blocks, exit_layer)
         own = list(blocks)
         first, *after = added_after(exit_layer, self.depth, len(own))
@@ -143,21 +151,21 @@ class OnnxDecoder(SplitDecoder):
 
     def raw_logits(self, x: Tensor) -> Tensor:
         """Return the LM head's outputs of normed states."""
-        if torch.is_grad_enabled():
+        if self._is_torchs:
             return self.split.raw_logits(x)
         with self._turn:
             return self._head_pass(None, normed=True).run(x)
 
     def head(self, x: Tensor) -> Tensor:
         """Return the logits of (batch, new, d_model)."""
-        if torch.is_grad_enabled():
+        if self._is_torchs:
             return self.split.head(x)
         with self._turn:
             return self.logits(self._head_pass(None).run(x))
 
     def head_rows(self, x: Tensor, rows: Tensor) -> Tensor:
         """Return the logits of some tokens alone. See `SplitDecoder.head_rows`."""
-        if torch.is_grad_enabled():
+        if self._is_torchs:
             return self.split.head_rows(x, rows)
         with self._turn:
             return self.logits(self._head_pass(rows).run(x))
@@ -166,7 +174,7 @@ class OnnxDecoder(SplitDecoder):
         self, x: Tensor, positions: Positions, cache: KeyValueCache, path: DraftPath
     ) -> tuple[Tensor, Tensor]:
         """Run a draft step in one graph, where it is small. See `SplitDecoder.draft_step`."""
-        if positions.injects or not _decodes(cache):
+        if positions.injects or not self._decodes(cache):
             return super().draft_step(x, positions, cache, path)
         with self._turn:
             fused = self._draft_pass(path)
@@ -316,11 +324,23 @@ class OnnxDecoder(SplitDecoder):
         return getattr(self.decoder, self.part_names["norm"])
 
     def _check_precision(self) -> None:
-        device, dtype = self.device_and_dtype()
-        if (device.type, dtype) != ("cpu", torch.float32):
+        if self._place() != PLACE:
+            device, dtype = self.device_and_dtype()
             raise self.refusal(
                 f"it computes in float32 on the CPU, and the model is in {dtype} on {device}"
             )
+
+    def _place(self) -> tuple[str, torch.dtype]:
+        device, dtype = self.device_and_dtype()
+        return device.type, dtype
+
+    def _decodes(self, cache: KeyValueCache) -> TypeGuard[DecoderCache]:
+        """Return whether a pass is computed here: it keeps keys and values, and no gradients."""
+        return isinstance(cache, DecoderCache) and not self._is_torchs
+
+    @property
+    def _is_torchs(self) -> bool:
+        return self.runtime == "torch" or torch.is_grad_enabled()
 
     def _weights_state(self) -> Hashable:
         """Return what changes whenever weights do that were packed, or may have been."""
@@ -347,29 +367,6 @@ class OnnxDecoder(SplitDecoder):
         return InputError(
             f"ONNX Runtime can't decode {self.name}: {reason}. Load it with runtime='torch'."
         )
-
-
-def _decodes(cache: KeyValueCache) -> TypeGuard[DecoderCache]:
-    """Return whether a pass decodes: it keeps keys and values, and records no gradients."""
-    return isinstance(cache, DecoderCache) and not torch.is_grad_enabled()
-
-
-def head_graph(norm: Norm | None, head: Product, bits: int | None) -> OnnxGraph:
-    """Return the graph from hidden states, `x`, to logits, `y`.
-
-    Args:
-        norm: The final norm; None where the states are normed.
-        head: The LM head, or some of its rows.
-        bits: See `OnnxGraph`.
-    """
-    graph = OnnxGraph(bits)
-    normed = add_norm(
-        graph, graph.input("x", TensorProto.FLOAT, ["batch", "width", "d_model"]), norm
-    )
-    made = graph.linear(normed, head.weight, head.bias)
-    graph.add("Identity", [made], ["y"])
-    graph.output("y", ["batch", "width", "logits"])
-    return graph
 
 
 def _weights(layers: Iterable[nn.Module]) -> int:

@@ -110,7 +110,8 @@ def onnx_decoder(model: PreTrainedModel, options: RuntimeOptions) -> SplitDecode
     from fastvlm.runtimes.onnx_check import verified
     from fastvlm.runtimes.onnx_decoder import OnnxDecoder
 
-    return verified(OnnxDecoder(split_decoder(model), BITS.get(options.quantize or "")))
+    bits, required = BITS.get(options.quantize or ""), options.runtime == "onnx"
+    return verified(OnnxDecoder(split_decoder(model), bits, required=required))
 
 
 def _is_small(model: PreTrainedModel, options: RuntimeOptions) -> bool:
