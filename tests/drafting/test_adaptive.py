@@ -13,7 +13,6 @@ from fastvlm.drafting.adaptive import (
     BUDGET_STEPS,
     PRIOR_TOKENS,
     PROBE_TIME_SHARE,
-    STEADY_AFTER,
     Throughput,
 )
 from fastvlm.drafting.draft_length import Offer, Progress, Timings
@@ -159,8 +158,7 @@ def taught(rows: int, step: float, slope: float, accepted: bool) -> AdaptiveLeng
         count = [4 if accepted else 0] * rows
         length.update(progress, count, Timings([step] * 4, 1 + 4 * slope))
         ordinary = Progress([True] * rows, [[]] * rows, [100] * rows, [1] * rows, 1)
-        for _ in range(STEADY_AFTER + 1):
-            length.update(ordinary, [0] * rows, Timings([], 1.0))
+        length.update(ordinary, [0] * rows, Timings([], 1.0))
     return length
 
 
@@ -345,19 +343,7 @@ def test_verifies_of_one_width_tell_by_what_they_take_beyond_an_ordinary_step() 
     throughput.add_ordinary(1.0)
     for _ in range(50):
         throughput.add_draft(2.0, Timings([0.1] * 4, 1.2))
-    # It is half of it, as two tokens may cost much more than one, and further ones little.
-    assert throughput.slope == pytest.approx(0.025)
-
-
-def test_ordinary_steps_count_once_they_have_settled() -> None:
-    throughput = Throughput()
-    throughput.add_ordinary(1.0)
-    for _ in range(20):
-        throughput.add_draft(2.0, Timings([0.1] * 4, 1.2))
-        # The first ones after a draft find other weights in the caches.
-        for seconds in (1.4, 1.2, 1.0):
-            throughput.add_ordinary(seconds)
-    assert throughput.ordinary.value == pytest.approx(1.0)
+    assert throughput.slope == pytest.approx(0.05)
 
 
 def test_a_draft_that_was_short_for_long_knows_what_long_ones_cost() -> None:
@@ -365,7 +351,7 @@ def test_a_draft_that_was_short_for_long_knows_what_long_ones_cost() -> None:
     throughput.add_ordinary(1.0)
     for steps in [*range(1, 16)] * 4 + [3] * 200:
         throughput.add_draft(2.0, Timings([0.1] * steps, 2.0 + 0.02 * steps))
-    assert throughput.slope == pytest.approx(0.02, rel=0.2)
+    assert throughput.slope == pytest.approx(0.02, rel=0.3)
 
 
 def test_the_first_verify_of_a_width_is_forgotten() -> None:
@@ -411,8 +397,7 @@ def test_a_clock_that_stands_still_is_no_failure() -> None:
     length = taught(1, 0.0, 0.0, accepted=True)
     still = Throughput()
     for _ in range(3):
-        for _ in range(STEADY_AFTER + 1):
-            still.add_ordinary(0.0)
+        still.add_ordinary(0.0)
         still.add_draft(2.0, Timings([0.0], 0.0))
     assert still.best == still.slope == 0
     assert still.should_draft(pays=still.pays)

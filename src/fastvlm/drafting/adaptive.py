@@ -24,10 +24,7 @@ BUDGET_STEPS = 8
 PROBE_TIME_SHARE = 0.01
 """The share of ordinary steps' time that drafts may cost where they don't pay."""
 MEASURE_ORDINARY_EVERY = 64
-"""Cycles with a draft after which ordinary steps are measured again."""
-STEADY_AFTER = 2
-"""Ordinary steps after a draft that don't count: caches hold what the draft has read, so that they
-take longer than those of a reply without drafts."""
+"""Cycles with a draft after which an ordinary step is measured again."""
 
 ONE_WORD_TOKENS = 2
 """Tokens in a reply of one word: the word, and the end token."""
@@ -52,8 +49,6 @@ class Throughput:
         """What drafts, and copies that seem not to pay, may lose, in ordinary steps."""
         self.since_ordinary, self.ordinary_due = 0, 2
         """Drafts since an ordinary step was measured, and with how many the next one is."""
-        self.in_a_row = STEADY_AFTER
-        """Ordinary steps since the last draft."""
 
     @property
     def slope(self) -> float:
@@ -90,14 +85,11 @@ class Throughput:
 
     def add_ordinary(self, seconds: float) -> None:
         """Add the time of a cycle without a draft, in seconds."""
-        self.in_a_row += 1
-        if self.in_a_row > STEADY_AFTER or not self.ordinary.weight:
-            self.ordinary.add(self.ordinary.without_outlier(seconds))
-        if self.in_a_row > STEADY_AFTER:
-            if self.since_ordinary:
-                # At first after few drafts, then more rarely.
-                self.ordinary_due = min(2 * self.ordinary_due, MEASURE_ORDINARY_EVERY)
-            self.since_ordinary = 0
+        self.ordinary.add(self.ordinary.without_outlier(seconds))
+        if self.since_ordinary:
+            # At first after few drafts, then more rarely.
+            self.ordinary_due = min(2 * self.ordinary_due, MEASURE_ORDINARY_EVERY)
+        self.since_ordinary = 0
         self.budget_steps = min(self.budget_steps + PROBE_TIME_SHARE, BUDGET_STEPS)
         self.copy_budget_steps = min(self.copy_budget_steps + PROBE_TIME_SHARE, BUDGET_STEPS)
 
@@ -115,7 +107,6 @@ class Throughput:
             self.copy_budget_steps = min(self.copy_budget_steps + gain, BUDGET_STEPS)
         self.add_verify(copied + 1, seconds)
         self.since_ordinary += 1
-        self.in_a_row = 0
 
     def verify_of(self, width: int) -> float:
         """Return the seconds of a verify of so many tokens, as they are estimated."""
@@ -147,7 +138,6 @@ class Throughput:
         self.cycle.add(seconds)
         self.tokens.add(tokens)
         self.since_ordinary += 1
-        self.in_a_row = 0
         if self.ordinary.value:
             budget = self.budget_steps + tokens - seconds / self.ordinary.value
             self.budget_steps = min(max(budget, -BUDGET_STEPS), BUDGET_STEPS)

@@ -10,9 +10,6 @@ OUTLIER_RATIO = 2
 """Times are limited to this multiple of the mean, as the machine may have been busy."""
 EXPIRES_AFTER = 256
 """Verifies after which what was measured of another width no longer counts."""
-PRIOR_SHARE = 0.5
-"""The share of an even cost that a token is assumed to add, while widths tell little: two tokens
-may cost much more than one, and further ones little."""
 
 
 class Mean:
@@ -58,8 +55,10 @@ class _Widths:
 class VerifyCost:
     """What each further token adds to a verify, by least squares over widths.
 
-    Widths are held apart by powers of two, and each counts once, however often it comes: a draft
-    that has become short for a while still knows what long ones cost.
+    While widths hardly vary, it is near an even cost, which is more than it is: two tokens may cost
+    much more than one, and further ones little. Widths are held apart by powers of two, and each
+    counts once, however often it comes: a draft that has become short for a while still knows what
+    long ones cost.
     """
 
     def __init__(self) -> None:
@@ -84,9 +83,9 @@ class VerifyCost:
             if self.verifies - one.last < EXPIRES_AFTER
         ]
         if not known:
-            return PRIOR_SHARE * even
+            return even
         middle = sum(width for width, _ in known) / len(known)
         average = sum(seconds for _, seconds in known) / len(known)
         covariance = sum((width - middle) * (seconds - average) for width, seconds in known)
         variance = sum((width - middle) ** 2 for width, _ in known)
-        return (covariance + PRIOR_SHARE * even) / (variance + 1)
+        return (covariance + even) / (variance + 1)
