@@ -138,6 +138,17 @@ def test_sampled_tokens_are_the_same_with_drafts(qwen: PreTrainedModel, bits: in
         assert sampled(name, inputs, 5) == wanted, name
 
 
+def test_graphs_that_are_made_again_change_nothing(
+    qwen: PreTrainedModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("fastvlm.runtimes.layer_stack.MOST_GRAPHS", 1)
+    decoder = OnnxDecoder(split_decoder(qwen))
+    given = prompts(decoder, (11, 4))
+    wanted = [replies(decoder, "autoregressive", [one])[0] for one in given]
+    for name in ("layer-skip", "block", "early-exit"):
+        assert replies(decoder, name, given) == wanted, name
+
+
 def draft_path(
     decoder: SplitDecoder, kind: str, exit_layer: int
 ) -> tuple[DraftPath, Sequence[nn.Module]]:

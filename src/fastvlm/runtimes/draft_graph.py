@@ -24,10 +24,6 @@ from fastvlm.runtimes.layer_pass import LayerPass
 from fastvlm.runtimes.layer_stack import cached_layers, rotations_of
 from fastvlm.runtimes.onnx_graph import OnnxGraph
 
-LARGEST = 2**24
-"""Weights of which there may be several copies, each in a graph of its own: of more, reading them
-takes so long that the calls don't count."""
-
 
 class DraftLayers(NamedTuple):
     """What a draft step computes.

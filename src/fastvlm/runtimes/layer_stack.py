@@ -15,6 +15,9 @@ from fastvlm.language.positions import Positions
 from fastvlm.runtimes.layer_graph import GraphLayer, layers_graph
 from fastvlm.runtimes.layer_pass import LayerPass, PassInputs
 
+LARGEST = 2**24
+"""Weights of which there may be several copies, each in a graph of its own: of more, reading them
+takes so long that the calls don't count."""
 MOST_GRAPHS = 8
 """Graphs of a stack whose layers may be in several."""
 
@@ -123,7 +126,10 @@ class LayerStack:
     ) -> _Segment:
         """Return layers in one graph, made when it is first run."""
         key = layers, exit_layer, masked
-        if key not in self._segments:
+        if key in self._segments:
+            # What is run stays: the first one is the one that was not run for longest.
+            self._segments[key] = self._segments.pop(key)
+        else:
             if self.copied and len(self._segments) == MOST_GRAPHS:
                 del self._segments[next(iter(self._segments))]
             read = [self.read(number) for number in layers]

@@ -17,11 +17,11 @@ from fastvlm.language.general import GeneralDecoder, added_after, injected
 from fastvlm.language.layer_calls import LayerCall, RotaryKind
 from fastvlm.language.positions import Positions
 from fastvlm.language.weights_state import identities, weights_state
-from fastvlm.runtimes.draft_graph import LARGEST, DraftLayers, DraftPass, mlp_form
+from fastvlm.runtimes.draft_graph import DraftLayers, DraftPass, mlp_form
 from fastvlm.runtimes.layer_form import Product, layer_form, linear_form, norm_form
 from fastvlm.runtimes.layer_graph import GraphLayer, Rotation, head_graph
 from fastvlm.runtimes.layer_pass import HeadPass, PassInputs
-from fastvlm.runtimes.layer_stack import LayerStack, StackPass, lend_rows, needs_mask
+from fastvlm.runtimes.layer_stack import LARGEST, LayerStack, StackPass, lend_rows, needs_mask
 
 PLACE = ("cpu", torch.float32)
 """Where, and in what precision, it computes."""
@@ -33,9 +33,8 @@ class OnnxDecoder(SplitDecoder):
     """A decoder of the usual form whose layers and LM head are graphs in ONNX Runtime.
 
     Passes that record gradients, and those of training, are computed in torch. Keys and values are
-    those of torch's cache, bound where they lie. Weights are packed when a
-    layer first runs; where the model's have changed by the time that a request enters, they are
-    packed anew.
+    those of torch's cache, bound where they lie. Weights are packed when a layer first runs; where
+    the model's have changed by the time that a request enters, they are packed anew.
 
     Args:
         split: The decoder in torch, which embeds, makes tables of rotations and knows the family.
@@ -101,6 +100,8 @@ class OnnxDecoder(SplitDecoder):
         with self._turn:
             self.runtime = "onnx" if self._place() == PLACE else "torch"
             if self.runtime == "torch":
+                if self._state is not None:
+                    self._forget()
                 self._state, self.recomputes = None, False
             elif self._state != self._weights_state():
                 self._forget()
