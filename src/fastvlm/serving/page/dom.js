@@ -41,7 +41,6 @@ export const count = (number, noun) => `${number} ${noun}${number === 1 ? "" : "
 const NAMES = {
   autoregressive: "ordinary",
   imitation: "imitation network",
-  cascade: "imitation network and prompt lookup",
   "early-exit": "early exit",
   "layer-skip": "layer skip",
   "prompt-lookup": "prompt lookup",
