@@ -157,8 +157,11 @@ class RequestBuilder:
         shown = [one.shown for one in prepared]
         if not keeps:
             return self.prompts.encoded(shown)
-        state = weights_state(self.model)
-        if state != self._weights_state:
+        state, known = weights_state(self.model), self._weights_state
+        if state == known:
+            # The same object, or each comparison of two prompts would compare all of the weights.
+            state = known
+        else:
             # What other weights have computed serves nobody any more.
             self._weights_state = state
             self.lru.clear()

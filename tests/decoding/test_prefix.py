@@ -244,3 +244,11 @@ def test_a_request_may_bypass_the_caches() -> None:
     for wrong in ({"cache": 1}, {"priority": 1.5}, {"priority": True}):
         with pytest.raises(InputError):
             vlm.request(QUESTIONS[0], image, **wrong)
+
+
+def test_prompts_are_told_apart_without_a_look_at_the_weights() -> None:
+    vlm = small_vlm()
+    keys = [vlm.request(QUESTIONS[0], render(sample(n), 128)).inputs.keys for n in range(2)]
+    assert keys[0] != keys[1]
+    # What stands for all of the weights is one object, which equals itself at once.
+    assert keys[0][0][0] is keys[1][0][0]
