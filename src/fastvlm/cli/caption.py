@@ -213,6 +213,7 @@ def caption(
                 "parts": len(source.parts),
                 "model": model_identity(model),
                 "dtype": runtime.dtype,
+                "runtime": runtime.runtime,
                 "quantize": runtime.quantize,
                 "question": question.described(),
                 "format": output.format,
