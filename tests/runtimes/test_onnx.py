@@ -76,9 +76,18 @@ def test_rounding_depends_on_neither_width_nor_batch(
     def pass_over(cache: object, rows: Sequence[int], begin: Sequence[int], width: int) -> Tensor:
         some = [tokens[row, start : start + width] for row, start in zip(rows, begin, strict=True)]
         positions = cache.positions(begin, width, rows)
-        x = decoder.forward_layers(decoder.embed(torch.stack(some)), positions, cache, range(2))
-        x = decoder.forward_layers(x, positions, cache, range(2, decoder.depth))
-        return decoder.head(x)
+        embedded = decoder.embed(torch.stack(some))
+        exits, logits = decoder.forward_all(embedded, positions, cache, 2, logits=True)
+        same, x = decoder.forward_all(embedded, positions, cache, 2)
+        assert torch.equal(same, exits)
+        assert torch.equal(decoder.head(x), logits)
+        if largest:
+            # Where all layers are one graph, an exit changes nothing.
+            _, last = decoder.forward_all(embedded, positions, cache)
+            assert torch.equal(last, x)
+            first = decoder.forward_layers(embedded, positions, cache, range(2))
+            assert torch.equal(first, exits)
+        return logits
 
     single, several, gaps = filled(3), filled(3), filled(3)
     for row, start in enumerate(starts):
@@ -220,6 +229,23 @@ def test_drafts_of_few_tokens_change_nothing(
     done = decode(decoder, several, given, LIMIT, ends=())
     assert [request.output_token_ids for request in done] == wanted
     assert sum(sum(request.proposed) for request in done) > LIMIT
+
+
+@pytest.mark.parametrize("tokens", [1, 2])
+def test_small_layers_draft_what_large_ones_do(
+    qwen: PreTrainedModel, tokens: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    found = []
+    for largest in (0, 2**24):
+        monkeypatch.setattr("fastvlm.runtimes.onnx_decoder.LARGEST", largest)
+        decoder = OnnxDecoder(split_decoder(qwen))
+        drafts = network(decoder, "block", vocabulary=range(3, 90))
+        several = SelfSpeculative(decoder, 1, drafts, FixedLength(tokens))
+        done = decode(decoder, several, prompts(decoder, (11, 4, 7)), 40, ends=())
+        found.append([(one.output_token_ids, one.proposed, one.accepted) for one in done])
+    assert found[0] == found[1]
+    # Whole drafts were accepted, after which the network has a token more to see.
+    assert any(count == tokens for _, _, accepted in found[0] for count in accepted)
 
 
 def test_states_added_after_layers(qwen: PreTrainedModel) -> None:

@@ -82,10 +82,9 @@ def _verify_all(batch: Batch, exit_layer: int, draft: Draft) -> tuple[Tensor, Te
     decoder, cache = batch.decoder, batch.cache
     x = batch.embed(_rows(batch, draft))
     positions = batch.positions(batch.lengths, x.shape[1])
-    if exit_layer and any(slot.exits is not None for slot in batch.slots):
-        exits, x = decoder.forward_with_exit(x, positions, cache, exit_layer)
-        return decoder.head(x), exits
-    return decoder.head(decoder.forward_layers(x, positions, cache, range(decoder.depth))), None
+    kept = any(slot.exits is not None for slot in batch.slots)
+    exits, logits = decoder.forward_all(x, positions, cache, exit_layer if kept else 0, logits=True)
+    return logits, exits
 
 
 def _rows(batch: Batch, draft: Draft) -> list[list[int]]:
@@ -148,8 +147,7 @@ def prefill(batch: Batch, width: int, exit_layer: int) -> None:
         ]
     ).to(device, dtype)
     positions = batch.positions(starts, width)
-    exits = x = decoder.forward_layers(x, positions, cache, range(exit_layer))
-    x = decoder.forward_layers(x, positions, cache, range(exit_layer, decoder.depth))
+    exits, x = decoder.forward_all(x, positions, cache, exit_layer)
     through = [
         row
         for row, (slot, start) in enumerate(zip(slots, starts, strict=True))
@@ -162,7 +160,7 @@ def prefill(batch: Batch, width: int, exit_layer: int) -> None:
         chosen = target_tokens(done.samplers, done.replies, [[] for _ in through], logits)
         tokens = [row[:1] for row in chosen]
     for row, slot in enumerate(slots):
-        if slot.exits is not None:
+        if slot.exits is not None and exits is not None:
             slot.exits.append(exits[row])
         slot.prefilled += width
         slot.length = slot.prefilled

@@ -214,13 +214,20 @@ class SelfSpeculative(RuledDrafting):
         path = DraftPath(self.exit_layer, blocks, mlp, rows)
 
         def step(last: list[int], number: int) -> Tensor:
-            positions = batch.positions([start + number for start in starts], 1)
-            x = batch.embed([[token] for token in last])
-            if network is not None and not number and self._is_behind(network, batch):
+            behind = network is not None and not number and self._is_behind(network, batch)
+            if behind and self.decoder.recomputes and min(map(len, batch.replies)) > 1:
+                # With the token before, whose states are known, it is one graph like any other.
+                tokens = [reply[-2:] for reply in batch.replies]
+            else:
+                tokens = [[token] for token in last]
+            width = len(tokens[0])
+            positions = batch.positions([start + number + 1 - width for start in starts], width)
+            x = batch.embed(tokens)
+            if network is not None and behind and width == 1:
                 hidden, logits = self._first_step(network, batch, (x, positions), rows)
             else:
                 hidden, logits = self.decoder.draft_step(x, positions, batch.cache, path)
-            states.append(hidden)
+            states.append(hidden[:, -1:])
             logits = logits[:, -1]
             return logits if rows is not None or vocabulary is None else logits[:, vocabulary]
 

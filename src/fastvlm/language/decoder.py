@@ -199,13 +199,26 @@ class SplitDecoder(ABC):
         Before layer 0 the states are embeddings, as `embed` gives them.
         """
 
-    def forward_with_exit(
-        self, x: Tensor, positions: Positions, cache: KeyValueCache, exit_layer: int
-    ) -> tuple[Tensor, Tensor]:
-        """Run all layers on embeddings; return the states of the exit layer, and the last's."""
-        exits = self.forward_layers(x, positions, cache, range(exit_layer))
-        layers = range(exit_layer, self.depth)
-        return exits, self.forward_layers(exits, positions, cache, layers)
+    def forward_all(
+        self,
+        x: Tensor,
+        positions: Positions,
+        cache: KeyValueCache,
+        exit_layer: int = 0,
+        *,
+        logits: bool = False,
+    ) -> tuple[Tensor | None, Tensor]:
+        """Run all layers on embeddings, (batch, new, d_embedding).
+
+        Returns:
+            The hidden states after `exit_layer` layers, None for 0, and after all: (batch, new,
+            d_model) each; in place of the last ones their logits, if asked for.
+        """
+        exits = None
+        if exit_layer:
+            exits = x = self.forward_layers(x, positions, cache, range(exit_layer))
+        x = self.forward_layers(x, positions, cache, range(exit_layer, self.depth))
+        return exits, self.head(x) if logits else x
 
     @abstractmethod
     def forward_blocks(
@@ -231,11 +244,7 @@ class SplitDecoder(ABC):
         """Return what the LM head is given, after the final norm: (batch, new, d_model)."""
 
     def logits(self, x: Tensor) -> Tensor:
-        """Return what the family makes of the LM head's outputs, such as soft-capping.
-
-        Args:
-            x: Outputs for all tokens or for some of them, in any shape.
-        """
+        """Return what the family makes of the LM head's outputs, of any shape: soft-capped ones."""
         return x
 
     def raw_logits(self, x: Tensor) -> Tensor:
@@ -247,21 +256,16 @@ class SplitDecoder(ABC):
         return self.logits(self.raw_logits(self.norm(x)))
 
     def head_rows(self, x: Tensor, rows: Tensor) -> Tensor:
-        """Return the logits of some tokens alone: (batch, new, d_model) to (batch, new, tokens).
-
-        Args:
-            x: Hidden states.
-            rows: What `lm_head_rows` returned.
-        """
+        """Return the logits of the tokens of some `lm_head_rows`: (batch, new, tokens)."""
         return self.logits(F.linear(self.norm(x), rows))
 
     def draft_step(
         self, x: Tensor, positions: Positions, cache: KeyValueCache, path: DraftPath
     ) -> tuple[Tensor, Tensor]:
-        """Run a draft step on embeddings, (batch, 1, d_embedding).
+        """Run a draft step on embeddings, (batch, new, d_embedding); the last token is the new one.
 
         Returns:
-            The exit layer's hidden states, (batch, 1, d_model), and logits, (batch, 1, tokens).
+            The exit layer's hidden states, (batch, new, d_model), and logits, (batch, new, tokens).
         """
         exits = x = self.forward_layers(x, positions, cache, range(path.exit_layer))
         if path.blocks:

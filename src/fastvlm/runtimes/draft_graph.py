@@ -10,17 +10,13 @@ from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
-from fastvlm.runtimes.layer_form import Norm, Product, linear_form, norm_form
-from fastvlm.runtimes.layer_graph import (
-    GraphLayer,
-    add_gated,
-    add_norm,
-    enter_layers,
-    name_output,
-)
-from fastvlm.runtimes.layer_pass import LayerPass
+from fastvlm.runtimes.attention_graph import PassKind
+from fastvlm.runtimes.graph_parts import Head, add_gated, add_head, add_norm, name_output
+from fastvlm.runtimes.layer_form import GraphLayer, Norm, Product, linear_form, norm_form
+from fastvlm.runtimes.layer_graph import enter_layers
+from fastvlm.runtimes.layer_pass import LayerPass, PassInputs
 from fastvlm.runtimes.layer_stack import cached_layers, rotations_of
 from fastvlm.runtimes.onnx_graph import OnnxGraph
 
@@ -33,21 +29,19 @@ class DraftLayers(NamedTuple):
         exit_layer: How many are exit layers.
         mlp: The network's norm, gate with values, and product down, in place of blocks; None for
             none.
-        norm: The final norm.
-        head: The LM head's rows of the tokens that can be drafted.
+        head: The final norm, and the LM head's rows of the tokens that can be drafted.
     """
 
     layers: Sequence[GraphLayer]
     exit_layer: int
     mlp: tuple[Norm, Product, Product] | None
-    norm: Norm
-    head: Product
+    head: Head
 
     @property
     def size(self) -> int:
         """How many weights it reads."""
         forms = [layer.form for layer in self.layers]
-        products = [self.head, *(self.mlp[1:] if self.mlp else ())]
+        products = [self.head.product, *(self.mlp[1:] if self.mlp else ())]
         for form in forms:
             products += form.attention.qkv, form.attention.out, form.gate_up, form.down
         return sum(product.weight.numel() for product in products)
@@ -63,13 +57,23 @@ class DraftPass:
 
     def __init__(self, step: DraftLayers, bits: int | None) -> None:
         layers = step.layers
-        outputs = {"exit": layers[0].width, "logits": len(step.head.weight)}
-        self.run = LayerPass(draft_graph(step, bits), torch.get_num_threads(), outputs).run
+        self.step, self.bits = step, bits
         self.masks = list(dict.fromkeys(layer.mask for layer in layers))
         self.caches, self.rotations = cached_layers(layers), rotations_of(layers)
+        self._passes: dict[PassKind, LayerPass] = {}
+
+    def run(self, x: Tensor, given: PassInputs) -> list[Tensor]:
+        """Return the exit layer's states and the logits, see `SplitDecoder.draft_step`."""
+        kind: PassKind = "single" if len(x) == 1 else "batched"
+        if kind not in self._passes:
+            step = self.step
+            outputs = {"exit": step.layers[0].width, "logits": len(step.head.product.weight)}
+            graph = draft_graph(step, self.bits, kind)
+            self._passes[kind] = LayerPass(graph, kind, torch.get_num_threads(), outputs)
+        return self._passes[kind].run(x, given)
 
 
-def draft_graph(step: DraftLayers, bits: int | None) -> OnnxGraph:
+def draft_graph(step: DraftLayers, bits: int | None, kind: PassKind) -> OnnxGraph:
     """Return the graph from hidden states, `x`, to those of the exit layer and to logits.
 
     They are `exit`, (batch, width, d_model), and `logits`, (batch, width, tokens). For the inputs
@@ -78,17 +82,17 @@ def draft_graph(step: DraftLayers, bits: int | None) -> OnnxGraph:
     Args:
         step: What it computes.
         bits: See `OnnxGraph`.
+        kind: What passes it is for.
     """
     graph = OnnxGraph(bits)
-    states = enter_layers(graph, step.layers, masked=False)
+    states = enter_layers(graph, step.layers, kind)
     name_output(graph, states[step.exit_layer - 1], "exit", "d_model")
     last = states[-1]
     if step.mlp is not None:
         norm, gate_up, down = step.mlp
         made = add_gated(graph, add_norm(graph, last, norm), gate_up, "silu", down)
         last = graph.add("Add", [last, made])
-    logits = graph.linear(add_norm(graph, last, step.norm), step.head.weight, step.head.bias)
-    name_output(graph, logits, "logits", "tokens")
+    name_output(graph, add_head(graph, last, step.head), "logits", "tokens")
     return graph
 
 

@@ -12,6 +12,7 @@ from torch.nn import functional as F
 
 from fastvlm.functional.errors import InputError
 from fastvlm.language.dense import dense_weight
+from fastvlm.language.masks import MaskKind
 
 ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "silu": F.silu,
@@ -116,6 +117,46 @@ class LayerForm:
             (own.heads, own.kv_heads, own.head_dim, own.scale, own.softcap, self.activation),
             tuple(one.bias is None for one in products),
         )
+
+
+@dataclass(frozen=True, slots=True)
+class Rotation:
+    """How queries and keys are rotated.
+
+    Args:
+        number: Of the rotations, among those of the decoder.
+        size: Values of each head that are rotated, from the first on.
+        interleaved: Whether neighbouring values are rotated, rather than those half a size apart.
+    """
+
+    number: int
+    size: int
+    interleaved: bool
+
+    @property
+    def tables(self) -> tuple[str, str]:
+        """Names of the tables of cosines and of sines."""
+        return f"cos{self.number}", f"sin{self.number}"
+
+
+@dataclass(frozen=True, slots=True)
+class GraphLayer:
+    """A layer of a graph.
+
+    Args:
+        form: What it computes.
+        rotation: How it rotates queries and keys.
+        mask: What it sees.
+    """
+
+    form: LayerForm
+    rotation: Rotation
+    mask: MaskKind
+
+    @property
+    def width(self) -> int:
+        """Size of the hidden states."""
+        return len(self.form.down.weight)
 
 
 @torch.no_grad()

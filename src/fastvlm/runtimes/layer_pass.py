@@ -4,12 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from types import MappingProxyType
 from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from fastvlm.runtimes.attention_graph import PassKind
 from fastvlm.runtimes.onnx_graph import OnnxGraph
 
 KEPT_WIDTH = 32
@@ -31,15 +33,15 @@ class PassInputs(NamedTuple):
         caches: Keys and values of each layer by turns, contiguous: (slots, kv_heads, capacity,
             head_dim).
         rows: The slots of the pass.
-        masks: What is added to scores, by the names `mask{n}`, see `MaskedAttention`; None for a
-            graph that takes none.
+        masks: What is added to scores, by the names `mask{n}`, see `MaskedAttention`; none for
+            other attention.
     """
 
     starts: Sequence[int]
     rotations: Mapping[str, Tensor]
     caches: Sequence[Tensor]
     rows: slice
-    masks: Mapping[str, Tensor] | None
+    masks: Mapping[str, Tensor] = MappingProxyType({})
 
 
 @dataclass(slots=True)
@@ -53,12 +55,12 @@ class _Bound:
     binding: Any
     inputs: dict[str, Tensor]
     rotations: dict[str, Tensor]
-    """Those of the inputs that are rotations, as far as they count."""
+    """Where those of a pass are written: (batch, width, size) each."""
     outputs: list[Tensor]
     last: Any
     total: Any
     """Those of the inputs, as arrays of NumPy: (batch,) each. None with masks."""
-    caches: tuple[int, ...] = field(default=())
+    memory: tuple[int, ...] = field(default=())
     """Where keys and values lie that are bound, and their capacity."""
 
 
@@ -67,14 +69,19 @@ class LayerPass:
 
     Args:
         graph: One that `layers_graph` returned, or that begins as one.
+        kind: What passes it is for.
         threads: CPU threads.
         outputs: The sizes of what it makes, by name: (batch, width, size) each.
     """
 
-    def __init__(self, graph: OnnxGraph, threads: int, outputs: Mapping[str, int]) -> None:
+    def __init__(
+        self, graph: OnnxGraph, kind: PassKind, threads: int, outputs: Mapping[str, int]
+    ) -> None:
         self.session, self._weights = graph.session(threads)
-        self.outputs = outputs
+        self.kind, self.outputs = kind, outputs
         self._bound: dict[tuple[int, int, int], _Bound] = {}
+        self._tables: dict[str, Tensor] = {}
+        """Of rotations, for passes of one row: (capacity or more, size)."""
 
     # What stays bound is written to in every mode, and only inference mode may do that.
     @torch.inference_mode()
@@ -82,7 +89,7 @@ class LayerPass:
         """Run the layers on hidden states, (batch, width, d_model); return the outputs."""
         batch, width, _ = x.shape
         capacity = given.caches[0].shape[2]
-        masked = given.masks is not None
+        masked = self.kind == "masked"
         # The position after a single one is computed too, see `CausalAttention`.
         roomy = max(given.starts) + 2 <= capacity
         computed = 2 if width == 1 and roomy and not masked else width
@@ -92,6 +99,7 @@ class LayerPass:
             bound = self._bind(x, computed, given)
             if width <= KEPT_WIDTH and not masked:
                 self._bound[key] = bound
+        self._bind_memory(bound, given, width)
         bound.inputs["x"].copy_(x)
         for name, values in given.rotations.items():
             bound.rotations[name].copy_(values)
@@ -99,20 +107,24 @@ class LayerPass:
             ends = [start + computed for start in given.starts]
             bound.total[:] = ends
             bound.last[:] = [end - 1 for end in ends]
-        _bind_caches(bound, given, by_row=batch > 1 and not masked)
         self.session.run_with_iobinding(bound.binding)
         return [output.clone() for output in bound.outputs]
 
     def _bind(self, x: Tensor, computed: int, given: PassInputs) -> _Bound:
-        """Return inputs and outputs of passes of a shape, but for keys and values."""
+        """Return inputs and outputs of passes of a shape, but for those of `_bind_memory`."""
         batch, width, _ = x.shape
-        masked = given.masks is not None
+        masked = self.kind == "masked"
         inputs = _masked_inputs(x, given) if masked else _causal_inputs(x, computed)
+        if self.kind == "single":
+            inputs["places"] = torch.arange(computed)[None]
+        elif not masked:
+            inputs["direct"] = torch.tensor(batch == 1)
         inputs["x"] = torch.empty_like(x, memory_format=torch.contiguous_format)
         rotations = {}
         for name, values in given.rotations.items():
-            inputs[name] = x.new_zeros(batch, computed, values.shape[-1])
-            rotations[name] = inputs[name][:, :width]
+            if self.kind != "single":
+                inputs[name] = x.new_zeros(batch, computed, values.shape[-1])
+                rotations[name] = inputs[name][:, :width]
         binding = self.session.io_binding()
         for name, tensor in inputs.items():
             _bind(binding.bind_input, name, tensor)
@@ -124,6 +136,27 @@ class LayerPass:
             None if masked else inputs[name].numpy().reshape(-1) for name in ("last", "total")
         )
         return _Bound(binding, inputs, rotations, outputs, last, total)
+
+    def _bind_memory(self, bound: _Bound, given: PassInputs, width: int) -> None:
+        """Bind keys and values as inputs, and the same memory as outputs; and tables as long."""
+        rows, caches = given.rows, given.caches
+        capacity = caches[0].shape[2]
+        memory = (rows.start, rows.stop, capacity, *map(Tensor.data_ptr, caches))
+        if memory == bound.memory:
+            return
+        by_row = self.kind == "batched" and len(bound.inputs["x"]) > 1
+        for number, cache in enumerate(caches):
+            seen = cache[rows].unsqueeze(1) if by_row else cache[rows]
+            _bind(bound.binding.bind_input, f"cached{number}", seen)
+            _bind(bound.binding.bind_output, f"written{number}", seen)
+        if self.kind == "single":
+            for name, values in given.rotations.items():
+                table = self._tables.get(name)
+                if table is None or len(table) < capacity:
+                    table = self._tables[name] = values.new_zeros(capacity, values.shape[-1])
+                _bind(bound.binding.bind_input, name, table)
+                bound.rotations[name] = table[None, :width]
+        bound.memory = memory
 
 
 class HeadPass:
@@ -152,12 +185,11 @@ class HeadPass:
 
 
 def _causal_inputs(x: Tensor, computed: int) -> dict[str, Tensor]:
-    """Return what `CausalAttention` is given in passes of one shape."""
+    """Return what attention is given in passes of one shape, see `SingleAttention`."""
     batch, width, _ = x.shape
     whole = torch.arange(width)
     shape = (1,) if batch == 1 else (batch, 1)
     return {
-        "direct": torch.tensor(batch == 1),
         "rows": whole if computed == width else whole.new_zeros(computed),
         "kept": whole,
         "last": torch.zeros(shape, dtype=torch.int32),
@@ -168,26 +200,12 @@ def _causal_inputs(x: Tensor, computed: int) -> dict[str, Tensor]:
 def _masked_inputs(x: Tensor, given: PassInputs) -> dict[str, Tensor]:
     """Return what `MaskedAttention` is given in a pass."""
     masks = given.masks
-    assert masks is not None  # the caller has looked
     end = next(iter(masks.values())).shape[-1]
     return {
         **{name: mask.to(x.dtype).contiguous() for name, mask in masks.items()},
         "starts": torch.tensor(given.starts),
         "end": torch.tensor([end]),
     }
-
-
-def _bind_caches(bound: _Bound, given: PassInputs, *, by_row: bool) -> None:
-    """Bind keys and values as inputs, and the same memory as outputs."""
-    rows, caches = given.rows, given.caches
-    places = (rows.start, rows.stop, caches[0].shape[2], *map(Tensor.data_ptr, caches))
-    if places == bound.caches:
-        return
-    for number, cache in enumerate(caches):
-        seen = cache[rows].unsqueeze(1) if by_row else cache[rows]
-        _bind(bound.binding.bind_input, f"cached{number}", seen)
-        _bind(bound.binding.bind_output, f"written{number}", seen)
-    bound.caches = places
 
 
 def _bind(bind: Any, name: str, tensor: Tensor) -> None:

@@ -12,7 +12,10 @@ from torch import Tensor
 from fastvlm.language.cache import DecoderCache
 from fastvlm.language.masks import MaskKind, additive
 from fastvlm.language.positions import Positions
-from fastvlm.runtimes.layer_graph import GraphLayer, layers_graph
+from fastvlm.runtimes.attention_graph import PassKind
+from fastvlm.runtimes.graph_parts import Head
+from fastvlm.runtimes.layer_form import GraphLayer
+from fastvlm.runtimes.layer_graph import layers_graph
 from fastvlm.runtimes.layer_pass import LayerPass, PassInputs
 
 LARGEST = 2**24
@@ -34,6 +37,15 @@ class StackPass(NamedTuple):
     positions: Positions
     cache: DecoderCache
     rotations: Mapping[str, Tensor]
+
+
+class _Key(NamedTuple):
+    """What tells a graph from others, see `layers_graph`."""
+
+    layers: tuple[int, ...]
+    exit_layer: int
+    kind: PassKind
+    logits: bool
 
 
 class _Segment(NamedTuple):
@@ -58,6 +70,7 @@ class LayerStack:
         read: Returns a layer, by its number.
         bits: Bits of the weights, see `OnnxGraph`.
         copied: Whether layers may be in several graphs.
+        head: Returns what makes logits of the last layer's states; None for a stack without.
     """
 
     def __init__(
@@ -67,10 +80,12 @@ class LayerStack:
         bits: int | None,
         *,
         copied: bool,
+        head: Callable[[], Head] | None = None,
     ) -> None:
         self.masks, self.read, self.bits, self.copied = masks, read, bits, copied
+        self.head = head
         self._cuts = {0, len(masks)}
-        self._segments: dict[tuple[tuple[int, ...], int | None, bool], _Segment] = {}
+        self._segments: dict[_Key, _Segment] = {}
 
     def run(self, x: Tensor, layers: Sequence[int], given: StackPass) -> Tensor:
         """Run some layers, in their order: (batch, width, d_model) to the same."""
@@ -78,11 +93,22 @@ class LayerStack:
             [x] = self._run_segment(x, part, given)
         return x
 
-    def run_with_exit(self, x: Tensor, exit_layer: int, given: StackPass) -> tuple[Tensor, Tensor]:
-        """Run all layers, in one graph; return the states after some of them, and the last."""
+    def run_all(
+        self, x: Tensor, exit_layer: int, given: StackPass, *, logits: bool
+    ) -> list[Tensor]:
+        """Run all layers, in one graph.
+
+        Args:
+            x: Hidden states, (batch, width, d_model).
+            exit_layer: After how many layers states are returned too; 0 for none.
+            given: The pass.
+            logits: Whether to make logits of the last states.
+
+        Returns:
+            The states of the exit layer, if there is one, and the last ones, or logits.
+        """
         layers = tuple(range(len(self.masks)))
-        exits, last = self._run_segment(x, layers, given, exit_layer)
-        return exits, last
+        return self._run_segment(x, layers, given, exit_layer, logits=logits)
 
     def _apart(self, layers: Sequence[int]) -> list[tuple[int, ...]]:
         """Return layers as those of graphs that have none in common, cut where they must be."""
@@ -91,8 +117,10 @@ class LayerStack:
             for place in (first, end):
                 if place not in self._cuts:
                     self._cuts.add(place)
-                    for key in [key for key in self._segments if key[0][0] < place <= key[0][-1]]:
-                        del self._segments[key]
+                    keys = [*self._segments]
+                    for key in keys:
+                        if key.layers[0] < place <= key.layers[-1]:
+                            del self._segments[key]
             cuts = sorted(cut for cut in self._cuts if first <= cut <= end)
             found += [tuple(range(start, stop)) for start, stop in pairwise(cuts)]
         return found
@@ -102,18 +130,23 @@ class LayerStack:
         x: Tensor,
         layers: tuple[int, ...],
         given: StackPass,
-        exit_layer: int | None = None,
+        exit_layer: int = 0,
+        *,
+        logits: bool = False,
     ) -> list[Tensor]:
         positions = given.positions
         kinds = list(dict.fromkeys(self.masks[number] for number in layers))
         masked = needs_mask(positions, kinds)
-        masks = None
+        masks = {}
         if masked:
             masks = {
                 f"mask{number}": additive(positions.visible(kind), x.dtype)[:, None]
                 for number, kind in enumerate(kinds)
             }
-        segment = self._segment(layers, exit_layer, masked=masked)
+        # Where weights may be copied, one row has a graph of its own, of fewer operators.
+        alone = self.copied and len(positions.slots) == 1
+        sort: PassKind = "masked" if masked else "single" if alone else "batched"
+        segment = self._segment(_Key(layers, exit_layer, sort, logits))
         rotations = {name: given.rotations[name] for name in segment.rotations}
         lent = lend_rows(given.cache, positions, segment.caches)
         inputs = PassInputs(positions.starts, rotations, lent.caches, lent.rows, masks)
@@ -121,23 +154,21 @@ class LayerStack:
         lent.write_back()
         return made
 
-    def _segment(
-        self, layers: tuple[int, ...], exit_layer: int | None, *, masked: bool
-    ) -> _Segment:
+    def _segment(self, key: _Key) -> _Segment:
         """Return layers in one graph, made when it is first run."""
-        key = layers, exit_layer, masked
         if key in self._segments:
             # What is run stays: the first one is the one that was not run for longest.
             self._segments[key] = self._segments.pop(key)
         else:
             if self.copied and len(self._segments) == MOST_GRAPHS:
                 del self._segments[next(iter(self._segments))]
-            read = [self.read(number) for number in layers]
-            graph = layers_graph(read, self.bits, masked=masked, exit_layer=exit_layer)
-            names = ["y"] if exit_layer is None else ["exit", "y"]
-            outputs = dict.fromkeys(names, read[0].width)
+            read = [self.read(number) for number in key.layers]
+            head = self.head() if self.head is not None and key.logits else None
+            graph = layers_graph(read, self.bits, key.kind, exit_layer=key.exit_layer, head=head)
+            outputs = {"exit": read[0].width} if key.exit_layer else {}
+            outputs["y"] = read[0].width if head is None else len(head.product.weight)
             self._segments[key] = _Segment(
-                LayerPass(graph, torch.get_num_threads(), outputs),
+                LayerPass(graph, key.kind, torch.get_num_threads(), outputs),
                 cached_layers(read),
                 rotations_of(read),
             )
@@ -163,8 +194,8 @@ def cached_layers(layers: Sequence[GraphLayer]) -> list[tuple[int, Tensor]]:
 
 def rotations_of(layers: Sequence[GraphLayer]) -> list[str]:
     """Return the names of the rotations that layers take, see `PassInputs`."""
-    numbers = sorted({layer.rotation.number for layer in layers})
-    return [f"{name}{number}" for number in numbers for name in ("cos", "sin")]
+    rotations = dict.fromkeys(layer.rotation for layer in layers)
+    return [table for rotation in rotations for table in rotation.tables]
 
 
 def needs_mask(positions: Positions, kinds: Sequence[MaskKind]) -> bool:

@@ -18,8 +18,16 @@ from fastvlm.language.layer_calls import LayerCall, RotaryKind
 from fastvlm.language.positions import Positions
 from fastvlm.language.weights_state import identities, weights_state
 from fastvlm.runtimes.draft_graph import DraftLayers, DraftPass, mlp_form
-from fastvlm.runtimes.layer_form import Product, layer_form, linear_form, norm_form
-from fastvlm.runtimes.layer_graph import GraphLayer, Rotation, head_graph
+from fastvlm.runtimes.graph_parts import Head
+from fastvlm.runtimes.layer_form import (
+    GraphLayer,
+    Product,
+    Rotation,
+    layer_form,
+    linear_form,
+    norm_form,
+)
+from fastvlm.runtimes.layer_graph import head_graph
 from fastvlm.runtimes.layer_pass import HeadPass, PassInputs
 from fastvlm.runtimes.layer_stack import LARGEST, LayerStack, StackPass, lend_rows, needs_mask
 
@@ -120,16 +128,23 @@ class OnnxDecoder(SplitDecoder):
         after = [(layer,) for layer in chosen]
         return self._run(self._target, x, (positions, cache), list(zip(chosen, after, strict=True)))
 
-    def forward_with_exit(
-        self, x: Tensor, positions: Positions, cache: KeyValueCache, exit_layer: int
-    ) -> tuple[Tensor, Tensor]:
-        """Run all layers, in one graph where they are small. See `SplitDecoder`."""
+    def forward_all(
+        self,
+        x: Tensor,
+        positions: Positions,
+        cache: KeyValueCache,
+        exit_layer: int = 0,
+        *,
+        logits: bool = False,
+    ) -> tuple[Tensor | None, Tensor]:
+        """Run all layers, in one graph where they are small. See `SplitDecoder.forward_all`."""
         if not self.recomputes or positions.injects or not self._decodes(cache):
-            return super().forward_with_exit(x, positions, cache, exit_layer)
+            return super().forward_all(x, positions, cache, exit_layer, logits=logits)
         x = self.split.enter(x, positions)
         given = StackPass(positions, cache, self._rotations(x, positions))
         with self._turn:
-            return self._target.run_with_exit(x, exit_layer, given)
+            *exits, last = self._target.run_all(x, exit_layer, given, logits=logits)
+        return (exits[0] if exits else None), self.logits(last) if logits else last
 
     def forward_blocks(
         self,
@@ -185,7 +200,7 @@ class OnnxDecoder(SplitDecoder):
             rotations = self._rotations(x, positions)
             lent = lend_rows(cache, positions, fused.caches)
             own = {name: rotations[name] for name in fused.rotations}
-            inputs = PassInputs(positions.starts, own, lent.caches, lent.rows, None)
+            inputs = PassInputs(positions.starts, own, lent.caches, lent.rows)
             exits, logits = fused.run(x, inputs)
             lent.write_back()
         return exits, self.logits(logits)
@@ -202,9 +217,7 @@ class OnnxDecoder(SplitDecoder):
             layers = [self.read(number) for number in range(path.exit_layer)]
             layers += map(self._block_reader(path.blocks), range(len(path.blocks)))
             mlp = None if path.mlp is None else mlp_form(path.mlp)
-            step = DraftLayers(
-                layers, path.exit_layer, mlp, norm_form(self._final_norm), Product(rows, None)
-            )
+            step = DraftLayers(layers, path.exit_layer, mlp, self._head(rows))
             small = step.size <= LARGEST
             self._drafts[key] = path, DraftPass(step, self.bits) if small else None
             self._state = self._weights_state()
@@ -240,9 +253,9 @@ class OnnxDecoder(SplitDecoder):
         found: dict[str, Tensor] = {}
         for kind, rotation in self._rotary.items():
             tables = self.split.rotary[kind](x, positions)
-            for name, table in zip(("cos", "sin"), tables, strict=True):
+            for name, table in zip(rotation.tables, tables, strict=True):
                 each = table[..., ::2] if rotation.interleaved else table.chunk(2, -1)[0]
-                found[f"{name}{rotation.number}"] = each
+                found[name] = each
         return found
 
     def _rotation(self, number: int, kind: RotaryKind) -> Rotation:
@@ -309,20 +322,21 @@ class OnnxDecoder(SplitDecoder):
             restricted = [one for one, (_, held) in self._heads.items() if held is not None]
             if len(restricted) == MAX_RESTRICTED_HEADS:
                 del self._heads[restricted[0]]
-            try:
-                weights = linear_form(self.lm_head) if rows is None else Product(rows, None)
-                norm = None if normed else norm_form(self._final_norm)
-            except InputError as error:
-                raise self.refusal(f"of its head, {error}") from error
-            graph = head_graph(norm, weights, self.bits)
-            made = HeadPass(graph, len(weights.weight), torch.get_num_threads())
+            head = self._head(rows, normed=normed)
+            graph = head_graph(head, self.bits)
+            made = HeadPass(graph, len(head.product.weight), torch.get_num_threads())
             # The rows stay, so that no others come to lie where they do.
             self._heads[key] = made, rows
         return self._heads[key][0]
 
-    @property
-    def _final_norm(self) -> Any:
-        return getattr(self.decoder, self.part_names["norm"])
+    def _head(self, rows: Tensor | None = None, *, normed: bool = False) -> Head:
+        """Return what makes logits of hidden states, or of normed ones. See `_head_pass`."""
+        try:
+            weights = linear_form(self.lm_head) if rows is None else Product(rows, None)
+            norm = None if normed else norm_form(getattr(self.decoder, self.part_names["norm"]))
+        except InputError as error:
+            raise self.refusal(f"of its head, {error}") from error
+        return Head(norm, weights)
 
     def _check_precision(self) -> None:
         if self._place() != PLACE:
@@ -356,7 +370,9 @@ class OnnxDecoder(SplitDecoder):
         masks = [call.mask for call in self.split.calls.layers]
         # One call more takes longer than a few positions more, and each rounds as it did.
         self.recomputes = _weights(self.layers) <= LARGEST
-        self._target = LayerStack(masks, self.read, self.bits, copied=self.recomputes)
+        self._target = LayerStack(
+            masks, self.read, self.bits, copied=self.recomputes, head=self._head
+        )
         self._blocks: dict[tuple[int, ...], tuple[list[nn.Module], LayerStack]] = {}
         self._heads: dict[Hashable, tuple[HeadPass, Tensor | None]] = {}
         self._drafts: dict[Hashable, tuple[DraftPath, DraftPass | None]] = {}
