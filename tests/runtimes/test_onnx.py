@@ -248,6 +248,39 @@ def test_small_layers_draft_what_large_ones_do(
     assert any(count == tokens for _, _, accepted in found[0] for count in accepted)
 
 
+def test_a_little_memory_stays_for_the_next_request(
+    qwen: PreTrainedModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = tiny(qwen.config)
+    decoder = OnnxDecoder(split_decoder(model))
+    engine = Engine(decoder)
+
+    def reply(length: int) -> list[int]:
+        made = Request(*prompts(decoder, (length,)), strategy("block", decoder), LIMIT)
+        [done] = engine.run_all([made])
+        assert done.error is None
+        return done.output_token_ids
+
+    wanted = reply(11)
+    first = engine.cache
+    assert first.nbytes > 0
+    assert reply(11) == wanted
+    assert engine.cache is first
+    # It would be too small for this one, and too large for what comes then.
+    longer = reply(200)
+    assert engine.cache is not first
+    assert reply(11) == wanted
+    assert engine.cache.nbytes <= first.nbytes
+    with torch.no_grad():
+        model.model.layers[0].mlp.down_proj.weight.mul_(-1)
+    last = engine.cache
+    assert reply(200) != longer
+    assert engine.cache is not last
+    monkeypatch.setattr("fastvlm.decoding.engine.IDLE_CACHE_BYTES", 0)
+    assert reply(11) != wanted
+    assert engine.cache.nbytes == 0
+
+
 def test_states_added_after_layers(qwen: PreTrainedModel) -> None:
     split = split_decoder(qwen)
     decoder = OnnxDecoder(split)

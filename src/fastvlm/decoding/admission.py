@@ -109,6 +109,11 @@ class Admission:
                 rows = more
         cache.reserve(rows, capacity)
 
+    def suits(self, admitted: Sequence[Request], cache: DecoderCache) -> bool:
+        """Return whether a cache that nobody decodes in is what one for these would be."""
+        rows, capacity = self._room(admitted, (), DecoderCache(cache.device))
+        return cache.slots == rows and capacity <= cache.capacity <= 2 * capacity
+
     def free_slots(self, slots: Sequence[Slot]) -> list[int]:
         """Return the numbers of the slots that nobody occupies."""
         taken = {slot.index for slot in slots}

@@ -28,6 +28,8 @@ MAX_SLOTS = 16
 """The default maximum number of requests decoded together."""
 PREFILL_POSITIONS = 1024
 """The default maximum of prompt positions that a step computes while replies are decoded."""
+IDLE_CACHE_BYTES = 2**25
+"""The most bytes of the cache that stay while nothing is decoded, if that makes steps shorter."""
 
 
 class Engine:
@@ -74,6 +76,8 @@ class Engine:
         """The requests that decode, in the order in which they came."""
         self.admission = Admission(decoder, max_slots, max_cache_bytes, verify_width, clock)
         self._dtype = torch.float32
+        self._reuses_memory = False
+        """See `SplitDecoder.follow`."""
         # A plain lock: a stream that is forgotten cancels its request wherever the interpreter
         # happens to be, also inside a block that holds it, and must neither wait nor enter.
         self._turn = Condition(Lock())
@@ -315,6 +319,8 @@ class Engine:
     def _make_room(self, admitted: Sequence[Request]) -> None:
         """Reserve the cache's memory for requests beside those that decode."""
         self._follow_model()
+        if not self.slots and not self.admission.suits(admitted, self.cache):
+            self.cache = DecoderCache(self.cache.device)
         self.admission.reserve(admitted, self.slots, self.cache)
 
     def _measure(self) -> None:
@@ -345,21 +351,26 @@ class Engine:
 
     def _follow_model(self) -> None:
         """Take over where and in what precision the model computes now."""
-        self.decoder.follow()
+        self._reuses_memory = self.decoder.follow()
         device, dtype = self.decoder.device_and_dtype()
-        if self.slots and (device, dtype) != (self.cache.device, self._dtype):
+        moved = (device, dtype) != (self.cache.device, self._dtype)
+        if self.slots and moved:
             for slot in list(self.slots):
                 slot.request.fail(InputError("The model was moved or cast while this was decoded."))
                 self._free(slot)
         if not self.slots:
-            if (device, dtype) != (self.cache.device, self._dtype):
+            if moved:
                 self.admission.forget()
-            self.cache, self._dtype = DecoderCache(device), dtype
+            if moved or not self._reuses_memory:
+                self.cache = DecoderCache(device)
+            self._dtype = dtype
 
     def _free(self, slot: Slot) -> None:
-        """Free a slot; the last one gives the cache's memory back."""
+        """Free a slot; the last one gives the cache's memory back, but for a little of it."""
         self.slots.remove(slot)
-        if self.slots:
-            self.cache.release(slot.index)
-        else:
-            self.cache = DecoderCache(self.cache.device)
+        self.cache.release(slot.index)
+        if not self.slots:
+            if self._reuses_memory and self.cache.nbytes <= IDLE_CACHE_BYTES:
+                self.cache.tables.clear()
+            else:
+                self.cache = DecoderCache(self.cache.device)

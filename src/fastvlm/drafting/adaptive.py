@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import statistics
 from collections.abc import Sequence
+from copy import copy
 
 from fastvlm.drafting.draft_length import Offer, Progress, Timings, check_maximum
 from fastvlm.drafting.estimates import Mean, VerifyCost
@@ -23,6 +24,8 @@ BUDGET_STEPS = 8
 """Ordinary steps that drafting may lose: at first, and of what it has saved."""
 PROBE_TIME_SHARE = 0.01
 """The share of ordinary steps' time that drafts may cost where they don't pay."""
+CLEAR_GAIN = 1.5
+"""From what gain on it is clear that drafts pay, whatever the step before an ordinary one was."""
 MEASURE_ORDINARY_EVERY = 64
 """Cycles with a draft after which an ordinary step is measured again."""
 
@@ -49,6 +52,9 @@ class Throughput:
         """What drafts, and copies that seem not to pay, may lose, in ordinary steps."""
         self.since_ordinary, self.ordinary_due = 0, 2
         """Drafts since an ordinary step was measured, and with how many the next one is."""
+        self._alone: Mean | None = None
+        """What was known before the last step, an ordinary one right after a draft; else None."""
+        self._drafted = False
 
     @property
     def slope(self) -> float:
@@ -85,7 +91,19 @@ class Throughput:
 
     def add_ordinary(self, seconds: float) -> None:
         """Add the time of a cycle without a draft, in seconds."""
+        before, self._alone = self._alone, None
+        if self._drafted:
+            self._alone = copy(self.ordinary)
+        elif before is not None:
+            # The first step after a draft takes longer, as other weights lie in the processor's
+            # caches: often by a quarter. The next one counts in its place.
+            self.ordinary = before
         self.ordinary.add(self.ordinary.without_outlier(seconds))
+        follows, self._drafted = not self._drafted, False
+        gained = self.tokens.value * self.ordinary.value
+        if not follows and self.cycle.value < gained < CLEAR_GAIN * self.cycle.value:
+            # It depends on that, so another one is measured.
+            return
         if self.since_ordinary:
             # At first after few drafts, then more rarely.
             self.ordinary_due = min(2 * self.ordinary_due, MEASURE_ORDINARY_EVERY)
@@ -106,7 +124,7 @@ class Throughput:
             gain = tokens - self.verify.without_outlier(seconds) * self.best
             self.copy_budget_steps = min(self.copy_budget_steps + gain, BUDGET_STEPS)
         self.add_verify(copied + 1, seconds)
-        self.since_ordinary += 1
+        self._add_draft()
 
     def verify_of(self, width: int) -> float:
         """Return the seconds of a verify of so many tokens, as they are estimated."""
@@ -118,6 +136,10 @@ class Throughput:
         self.verifies.add(width, seconds)
         self.width.add(width)
         self.verify.add(self.verify.without_outlier(seconds))
+
+    def _add_draft(self) -> None:
+        self.since_ordinary += 1
+        self._drafted, self._alone = True, None
 
     def add_draft(self, tokens: float, timings: Timings, copied: int = 0) -> None:
         """Add a cycle with draft steps.
@@ -137,7 +159,7 @@ class Throughput:
         seconds = self.cycle.without_outlier(taken)
         self.cycle.add(seconds)
         self.tokens.add(tokens)
-        self.since_ordinary += 1
+        self._add_draft()
         if self.ordinary.value:
             budget = self.budget_steps + tokens - seconds / self.ordinary.value
             self.budget_steps = min(max(budget, -BUDGET_STEPS), BUDGET_STEPS)

@@ -274,11 +274,13 @@ class SplitDecoder(ABC):
             x = path.mlp(x)
         return exits, self.head(x) if path.rows is None else self.head_rows(x, path.rows)
 
-    def follow(self) -> None:  # noqa: B027 (most decoders have nothing to do)
+    def follow(self) -> bool:
         """Take over what has changed about the model, as far as it is not read at each call.
 
-        The engine calls it before requests enter.
+        The engine calls it before requests enter. Return whether a pass is shorter where keys and
+        values lie in memory that a cache has left, of a model that is the same.
         """
+        return False
 
     def lm_head_rows(self, token_ids: Tensor) -> Tensor | None:
         """Return the LM head's rows of some tokens: (tokens, its inputs).

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Container, Mapping, Sequence
 from itertools import pairwise
 from typing import NamedTuple
 
@@ -183,6 +183,16 @@ def ranges(layers: Sequence[int]) -> list[tuple[int, int]]:
             found[-1] = found[-1][0], layer + 1
         else:
             found.append((layer, layer + 1))
+    return found
+
+
+def split_after(layers: Sequence[int], ends: Container[int]) -> list[list[int]]:
+    """Return layers in parts that end where one of some layers comes."""
+    found: list[list[int]] = []
+    for layer in layers:
+        if not found or found[-1][-1] in ends:
+            found.append([])
+        found[-1].append(layer)
     return found
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Container, Hashable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
 from threading import RLock
 from typing import Any, TypeGuard
 
@@ -29,7 +29,14 @@ from fastvlm.runtimes.layer_form import (
 )
 from fastvlm.runtimes.layer_graph import head_graph
 from fastvlm.runtimes.layer_pass import HeadPass, PassInputs
-from fastvlm.runtimes.layer_stack import LARGEST, LayerStack, StackPass, lend_rows, needs_mask
+from fastvlm.runtimes.layer_stack import (
+    LARGEST,
+    LayerStack,
+    StackPass,
+    lend_rows,
+    needs_mask,
+    split_after,
+)
 
 PLACE = ("cpu", torch.float32)
 """Where, and in what precision, it computes."""
@@ -97,8 +104,8 @@ class OnnxDecoder(SplitDecoder):
         """Return the LM head's outputs scaled and soft-capped, as the model does it."""
         return self.split.logits(x)
 
-    def follow(self) -> None:
-        """Forget what was packed of weights that have changed since.
+    def follow(self) -> bool:
+        """Forget what was packed of weights that have changed since. See `SplitDecoder.follow`.
 
         Raises:
             InputError: The model was moved or cast, and this runtime is required.
@@ -111,8 +118,12 @@ class OnnxDecoder(SplitDecoder):
                 if self._state is not None:
                     self._forget()
                 self._state, self.recomputes = None, False
-            elif self._state != self._weights_state():
+                return False
+            if self._state != self._weights_state():
                 self._forget()
+                return False
+            # Of small layers, telling all graphs where memory lies takes as long as a step.
+            return self.recomputes
 
     def forward_layers(
         self, x: Tensor, positions: Positions, cache: KeyValueCache, layers: Iterable[int]
@@ -242,7 +253,7 @@ class OnnxDecoder(SplitDecoder):
                 if states:
                     added[layer] = sum(states[1:], states[0])
         with self._turn:
-            for part in _ending([layer for layer, _ in layers], added):
+            for part in split_after([layer for layer, _ in layers], added):
                 x = stack.run(x, part, whole)
                 if part[-1] in added:
                     x = x + added[part[-1]]
@@ -369,10 +380,8 @@ class OnnxDecoder(SplitDecoder):
         """Pack all weights anew where they are next needed."""
         masks = [call.mask for call in self.split.calls.layers]
         # One call more takes longer than a few positions more, and each rounds as it did.
-        self.recomputes = _weights(self.layers) <= LARGEST
-        self._target = LayerStack(
-            masks, self.read, self.bits, copied=self.recomputes, head=self._head
-        )
+        small = self.recomputes = _weights(self.layers) <= LARGEST
+        self._target = LayerStack(masks, self.read, self.bits, copied=small, head=self._head)
         self._blocks: dict[tuple[int, ...], tuple[list[nn.Module], LayerStack]] = {}
         self._heads: dict[Hashable, tuple[HeadPass, Tensor | None]] = {}
         self._drafts: dict[Hashable, tuple[DraftPath, DraftPass | None]] = {}
@@ -388,13 +397,3 @@ class OnnxDecoder(SplitDecoder):
 
 def _weights(layers: Iterable[nn.Module]) -> int:
     return sum(weight.numel() for layer in layers for weight in layer.parameters())
-
-
-def _ending(layers: Sequence[int], ends: Container[int]) -> list[list[int]]:
-    """Return layers in parts that end where one of some layers comes."""
-    found: list[list[int]] = []
-    for layer in layers:
-        if not found or found[-1][-1] in ends:
-            found.append([])
-        found[-1].append(layer)
-    return found
