@@ -13,6 +13,9 @@ from fastvlm.decoding.lookup import Lookup
 from fastvlm.decoding.sampler import greedy_tokens, sampled_tokens
 from fastvlm.drafting.draft_length import DraftLength, Offer, Progress, Timings
 
+LOOKED_UP_EVERY = 4
+"""Draft steps that are sure to go on after which tokens to copy are looked for again."""
+
 DraftStep = Callable[[list[int], int], Tensor]
 """From each row's last token and the number of drafted ones: logits, (batch, draft vocabulary)."""
 
@@ -82,8 +85,12 @@ def draft_loop(
     last, samplers, replies = batch.last, batch.samplers, batch.replies
     ends = [slot.request.end_token_ids for slot in batch.slots]
     greedy = all(sampler.is_greedy for sampler in samplers)
-    while lookup is None or not add_copies(batch, length, limits, rows, progress, lookup):
+    while True:
         going = length.should_continue(progress) if step else []
+        # Of a small model, a look-up before each step takes a tenth of it.
+        looks = not any(going) or progress.steps % LOOKED_UP_EVERY == 0
+        if looks and lookup and add_copies(batch, length, limits, rows, progress, lookup):
+            break
         if step is None or not any(going):
             break
         logits = step(last, progress.steps)

@@ -48,6 +48,8 @@ class Throughput:
         self.width, self.tokens = Mean(), Mean()
         """Tokens that a verify computes, and that a cycle with a draft brings."""
         self.verifies = VerifyCost()
+        self._slope: float | None = None
+        """Asked for several times in a cycle; None where it may have changed."""
         self.budget_steps, self.copy_budget_steps = budget_steps, float(BUDGET_STEPS)
         """What drafts, and copies that seem not to pay, may lose, in ordinary steps."""
         self.since_ordinary, self.ordinary_due = 0, 2
@@ -59,10 +61,12 @@ class Throughput:
     @property
     def slope(self) -> float:
         """Seconds that each further token adds to a verify."""
-        if not (self.ordinary.weight and self.verify.weight):
-            return 0.0
-        beyond = (self.verify.value - self.ordinary.value) / (self.width.value - 1)
-        return min(max(self.verifies.slope(beyond), 0.0), self.ordinary.value)
+        if self._slope is None:
+            self._slope = 0.0
+            if self.ordinary.weight and self.verify.weight:
+                beyond = (self.verify.value - self.ordinary.value) / (self.width.value - 1)
+                self._slope = min(max(self.verifies.slope(beyond), 0.0), self.ordinary.value)
+        return self._slope
 
     @property
     def best(self) -> float:
@@ -91,6 +95,7 @@ class Throughput:
 
     def add_ordinary(self, seconds: float) -> None:
         """Add the time of a cycle without a draft, in seconds."""
+        self._slope = None
         before, self._alone = self._alone, None
         if self._drafted:
             self._alone = copy(self.ordinary)
@@ -133,6 +138,7 @@ class Throughput:
 
     def add_verify(self, width: int, seconds: float) -> None:
         """Add the time of a verify of so many tokens, in seconds."""
+        self._slope = None
         self.verifies.add(width, seconds)
         self.width.add(width)
         self.verify.add(self.verify.without_outlier(seconds))
@@ -266,15 +272,24 @@ class AdaptiveLength:
 
     def should_extend(self, progress: Progress) -> bool:
         """Return whether one more token raises the expected tokens per second."""
+        reached = self._reached(progress)
         accepted = sum(
-            math.prod(self.acceptance(confidence).value for confidence in confidences)
-            for is_active, confidences in zip(progress.active, progress.confidences, strict=True)
-            if is_active
+            x for x, is_active in zip(reached, progress.active, strict=True) if is_active
         )
         throughput = self.estimate(len(progress.active))
         # Before anything is measured, a token is drafted if it is more likely right than wrong.
         needed = throughput.best * (throughput.step.value + throughput.slope) or 0.5
         return accepted * self.after_accepted.value > needed * sum(map(bool, progress.confidences))
+
+    def _reached(self, progress: Progress) -> list[float]:
+        """Return the chance that all that a row's drafter has proposed so far is accepted."""
+        for row, confidences in enumerate(progress.confidences):
+            known, chance = progress.chances[row]
+            if known < len(confidences):
+                for confidence in confidences[known:]:
+                    chance *= self.acceptance(confidence).value
+                progress.chances[row] = len(confidences), chance
+        return [chance for _, chance in progress.chances]
 
     def copy_acceptance(self, match: int) -> Mean:
         """Return the mean acceptance of a copied token after a match of so many tokens."""
@@ -286,21 +301,21 @@ class AdaptiveLength:
         if not progress.steps and self.throughput(rows).wants_ordinary:
             return [0] * rows
         throughput = self.estimate(rows)
-        reached = [
-            math.prod(self.acceptance(confidence).value for confidence in confidences)
-            for confidences in progress.confidences
-        ]
-        gains = [0.0] * (min(left, max((offer.tokens for offer in offers), default=0)) + 1)
-        for before, offer in zip(reached, offers, strict=True):
-            chance = before
-            for place in range(1, min(offer.tokens, left) + 1):
-                chance *= self.copy_acceptance(offer.match + place - 1).value
-                gains[place] += chance / rows
+        reached = self._reached(progress)
+        most = min(left, max((offer.tokens for offer in offers), default=0))
         rate = throughput.best
         # Before anything is measured, a token is copied if it is more likely right than wrong.
         needed = rate * throughput.slope if rate else 0.5
-        count = next((n for n, gain in enumerate(gains[1:]) if gain <= needed), len(gains) - 1)
-        gained = sum(gains[: count + 1])
+        chances, count, gained = list(reached), 0, 0.0
+        while count < most:
+            gain = 0.0
+            for row, offer in enumerate(offers):
+                if count < offer.tokens:
+                    chances[row] *= self.copy_acceptance(offer.match + count).value
+                    gain += chances[row] / rows
+            if gain <= needed:
+                break
+            count, gained = count + 1, gained + gain
         if progress.steps:
             pays = gained - needed * count > self._further_gain(progress, reached)
         else:
@@ -308,7 +323,7 @@ class AdaptiveLength:
         if not (count and pays):
             # One token shows whether copies have come to pay.
             tries = not progress.steps and rate and throughput.copy_budget_steps > 0
-            count = 1 if tries and len(gains) > 1 else 0
+            count = 1 if tries and most else 0
         return [min(offer.tokens, count) for offer in offers]
 
     def _further_gain(self, progress: Progress, reached: Sequence[float]) -> float:

@@ -24,6 +24,7 @@ class Progress:
             process before its first guess.
         copied: The lengths of the matches before each token that was copied (prompt lookup), after
             the drafter's own.
+        chances: For a rule to keep how likely each row's draft is accepted: tokens, and the chance.
     """
 
     active: list[bool]
@@ -32,10 +33,12 @@ class Progress:
     generated: list[int]
     lag: int = 0
     copied: list[list[int]] = field(init=False)
+    chances: list[tuple[int, float]] = field(init=False)
 
     def __post_init__(self) -> None:
         """Begin with nothing copied."""
         self.copied = [[] for _ in self.active]
+        self.chances = [(0, 1.0)] * len(self.active)
 
     @property
     def steps(self) -> int:
