@@ -69,27 +69,31 @@ def _cells(row: dict[str, Any]) -> tuple[str, ...]:
     )
 
 
+PRECISIONS = ("float32", "bfloat16")
+
+
 def first_token() -> str:
     """Return the times to first token as Markdown."""
-    run, encoders = read("ttft"), read("encoder")
-    records = {(record["name"], record["side"]): record for record in run["results"]}
-    slowest = records["LLaVA-OneVision-0.5B", 1152]["ttft_ms"][0]
+    runs, encoders = {dtype: read(f"ttft-{dtype}") for dtype in PRECISIONS}, read("encoder")
     lines = [
         (
-            "| model | px | visual tokens | encoder ms | prefill ms | TTFT ms"
-            " | speedup over LLaVA-OneVision |"
+            "| model | px | visual tokens"
+            + "".join(
+                f" | {dtype}: encoder ms | prefill ms | TTFT ms | speedup over LLaVA-OneVision"
+                for dtype in PRECISIONS
+            )
+            + " |"
         ),
-        "|---|---:|---:|---:|---:|---:|---:|",
+        "|---|---:|---:|" + 4 * len(PRECISIONS) * "---:|",
     ]
-    for (name, side), record in records.items():
-        if name.startswith(("FastVLM-1.5B", "ConvNeXt")):
-            continue
-        ms = {stage: f"{times[0]:,.0f}" for stage, times in record["ms"].items()}
-        median = record["ttft_ms"][0]
-        lines.append(
-            f"| {name} | {side} | {record['visual_tokens']:,} | {ms['vision']} | {ms['prefill']}"
-            f" | {median:,.0f} | {slowest / median:.1f}x |"
-        )
+    for rows in zip(*(run["results"] for run in runs.values()), strict=True):
+        cells = [rows[0]["name"], str(rows[0]["side"]), f"{rows[0]['visual_tokens']:,}"]
+        for run, row in zip(runs.values(), rows, strict=True):
+            slowest = run["results"][-1]["ttft_ms"][0]
+            times = [row["ms"]["vision"][0], row["ms"]["prefill"][0], row["ttft_ms"][0]]
+            cells += [*(f"{time:,.0f}" for time in times), f"{slowest / times[-1]:.1f}x"]
+        lines.append(f"| {' | '.join(cells)} |")
+    run = runs["float32"]
     machine = run["hardware"]
     ratios = ", ".join(
         f"{found['ratio'][0]:.2f}x at {found['size']} px" for found in encoders["results"]
@@ -97,12 +101,12 @@ def first_token() -> str:
     lines += [
         "",
         (
-            f"Medians of {run['results'][0]['rounds']} rounds, the models in turns, at full size"
-            f" with random weights, {run['dtype']}, {machine['threads']} threads of"
-            f" {machine['processor']}; FastVLM through our engine, the others through"
-            " `transformers`. FastViTHD alone encodes sooner than timm's fused one as"
-            f" `transformers` runs it: {ratios}. All of them, and the arithmetic:"
-            " `benchmarks/results/ttft.md`."
+            f"Medians of {run['results'][0]['rounds']} rounds in each precision, the models in"
+            f" turns, at full size with random weights, {machine['threads']} threads of"
+            f" {machine['processor']} with AVX-512 and bfloat16; FastVLM through our engine, the"
+            " other through `transformers`. FastViTHD alone encodes sooner than timm's fused one as"
+            f" `transformers` runs it: {ratios}. More models, and the arithmetic, measured earlier"
+            " on another machine: `benchmarks/results/ttft.md`."
         ),
     ]
     return "\n".join(lines)
