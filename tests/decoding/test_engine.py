@@ -72,7 +72,7 @@ def test_requests_of_different_strategies_share_the_engine(model: PreTrainedMode
         assert one.output_token_ids == alone(model, one.prompt_token_ids, 20)
 
 
-def test_nothing_moves_when_a_neighbour_ends(model: PreTrainedModel) -> None:
+def test_a_slot_moves_only_to_close_a_gap(model: PreTrainedModel) -> None:
     engine = Engine(split_decoder(model))
     limits = (3, 30, 6, 12)
     requests = [
@@ -87,7 +87,8 @@ def test_nothing_moves_when_a_neighbour_ends(model: PreTrainedModel) -> None:
     late = None
     while engine.step():
         for slot in engine.slots:
-            assert slot.index == seats.setdefault(slot.request, slot.index)
+            assert slot.index <= seats.get(slot.request, slot.index)
+            seats[slot.request] = slot.index
         if engine.slots:
             now = {index: layer.keys.data_ptr() for index, layer in engine.cache.layers.items()}
             assert now == places
@@ -95,8 +96,8 @@ def test_nothing_moves_when_a_neighbour_ends(model: PreTrainedModel) -> None:
             late = request(model, PROMPTS[3], 5, PromptLookup(FixedLength(3)))
             engine.add(late)
     assert late is not None
-    # The seat that became free is taken again.
-    assert seats[late] == seats[requests[0]]
+    # The seat that became free is taken again, and who is left is the first in the end.
+    assert seats[late] == seats[requests[0]] == seats[requests[1]] == 0
     for one in (*requests, late):
         assert one.output_token_ids == alone(model, one.prompt_token_ids, one.max_new_tokens)
 

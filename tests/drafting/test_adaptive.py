@@ -385,7 +385,7 @@ def test_a_load_that_came_and_went_stops_a_good_draft_for_moments_only() -> None
     for reply in replies(world, 5):
         decoded(length, world, reply)
     usual = sum(decoded(length, world, reply) for reply in replies(world, 5))
-    length.throughputs[1].budget_steps = -BUDGET_STEPS
+    length.throughputs[1].budget.drafts = -BUDGET_STEPS
     for reply in replies(world, 2):
         # Cycles that are four times as long, while ordinary steps are believed to be as before.
         decoded(length, world, reply, lambda: 4.0)

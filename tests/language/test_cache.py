@@ -124,6 +124,24 @@ def test_growth_keeps_what_is_written(known: Known) -> None:
     assert torch.equal(first, prefill(decoder, decoder.cache(), 0, prompts[0]))
 
 
+@torch.inference_mode()
+def test_a_slot_that_moves_goes_on(known: Known) -> None:
+    decoder, prompts = known
+    cache = decoder.cache()
+    for slot, prompt in enumerate(prompts[:3]):
+        prefill(decoder, cache, slot, prompt)
+    go_on(decoder, cache, [0, 2], [len(prompts[slot].token_ids) for slot in (0, 2)], NEXT[:2])
+    cache.release(0)
+    cache.move(2, 0)
+    poison(cache, 2)
+    slots = [0, 1]
+    moved = [prompts[2], prompts[1]]
+    starts = [len(prompt.token_ids) for prompt in moved]
+    found = go_on(decoder, cache, slots, starts, NEXT[:2])
+    for row, prompt in enumerate(moved):
+        torch.testing.assert_close(found[row], alone(decoder, prompt, NEXT[row]))
+
+
 def test_what_a_slot_held_never_reaches_the_next_request(known: Known) -> None:
     """Nor its neighbours, which read as far as the longest of them."""
     decoder, prompts = known

@@ -140,6 +140,7 @@ class Engine:
                     self._free_finished()
                 if self.waiting:
                     self._admit()
+                self._close_gaps()
                 restart_slots(self.slots, self.decoder, self.cache)
                 before = {slot.request: len(slot.request.output_token_ids) for slot in self.slots}
                 for slots, work in self._passes():
@@ -322,6 +323,18 @@ class Engine:
         if not self.slots and not self.admission.suits(admitted, self.cache):
             self.cache = DecoderCache(self.cache.device)
         self.admission.reserve(admitted, self.slots, self.cache)
+
+    def _close_gaps(self) -> None:
+        """Move slots to free numbers below theirs.
+
+        Rows side by side are read where they lie; others are copied in each step.
+        """
+        number = len(self.slots)
+        beyond = [slot for slot in self.slots if slot.index >= number]
+        taken = {slot.index for slot in self.slots}
+        for slot, index in zip(beyond, sorted(set(range(number)) - taken), strict=True):
+            self.cache.move(slot.index, index)
+            slot.index = index
 
     def _measure(self) -> None:
         """Measure what a position takes, and refuse what was admitted before that was known."""

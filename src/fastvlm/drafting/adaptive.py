@@ -6,6 +6,7 @@ import math
 import statistics
 from collections.abc import Sequence
 from copy import copy
+from dataclasses import dataclass
 
 from fastvlm.drafting.draft_length import Offer, Progress, Timings, check_maximum
 from fastvlm.drafting.estimates import Mean, VerifyCost
@@ -35,14 +36,30 @@ MAJORITY_SHARE = 0.5
 """The share of one-word replies above which most replies count as such."""
 
 
+@dataclass(slots=True)
+class Budget:
+    """What drafts, and copies that seem not to pay, may lose, in ordinary steps."""
+
+    drafts: float = BUDGET_STEPS
+    copies: float = BUDGET_STEPS
+
+    def add_drafts(self, steps: float) -> None:
+        """Add what drafts have gained, or lost."""
+        self.drafts = min(max(self.drafts + steps, -BUDGET_STEPS), BUDGET_STEPS)
+
+    def add_copies(self, steps: float) -> None:
+        """Add what copies have gained, or lost."""
+        self.copies = min(self.copies + steps, BUDGET_STEPS)
+
+
 class Throughput:
     """Measured times and tokens of batches of one size.
 
     Args:
-        budget_steps: Ordinary steps that drafting may lose.
+        budget: What drafts may lose.
     """
 
-    def __init__(self, budget_steps: float = BUDGET_STEPS) -> None:
+    def __init__(self, budget: Budget | None = None) -> None:
         self.step, self.ordinary, self.verify, self.cycle = Mean(), Mean(), Mean(), Mean()
         """Seconds of a draft step, an ordinary step, a verify, and a whole cycle with a draft."""
         self.width, self.tokens = Mean(), Mean()
@@ -50,8 +67,7 @@ class Throughput:
         self.verifies = VerifyCost()
         self._slope: float | None = None
         """Asked for several times in a cycle; None where it may have changed."""
-        self.budget_steps, self.copy_budget_steps = budget_steps, float(BUDGET_STEPS)
-        """What drafts, and copies that seem not to pay, may lose, in ordinary steps."""
+        self.budget = budget or Budget()
         self.since_ordinary, self.ordinary_due = 0, 2
         """Drafts since an ordinary step was measured, and with how many the next one is."""
         self._alone: Mean | None = None
@@ -86,7 +102,7 @@ class Throughput:
 
     def should_draft(self, *, pays: bool) -> bool:
         """Return whether drafts pay or have a budget, and no ordinary step has to be measured."""
-        return (pays or self.budget_steps >= 0) and not self.wants_ordinary
+        return (pays or self.budget.drafts >= 0) and not self.wants_ordinary
 
     @property
     def wants_ordinary(self) -> bool:
@@ -106,15 +122,16 @@ class Throughput:
         self.ordinary.add(self.ordinary.without_outlier(seconds))
         follows, self._drafted = not self._drafted, False
         gained = self.tokens.value * self.ordinary.value
-        if not follows and self.cycle.value < gained < CLEAR_GAIN * self.cycle.value:
-            # It depends on that, so another one is measured.
+        is_clear = self.cycle.weight and gained >= CLEAR_GAIN * self.cycle.value
+        if not follows and not is_clear:
+            # Whether to draft, or to copy, may depend on that, so another one is measured.
             return
         if self.since_ordinary:
             # At first after few drafts, then more rarely.
             self.ordinary_due = min(2 * self.ordinary_due, MEASURE_ORDINARY_EVERY)
         self.since_ordinary = 0
-        self.budget_steps = min(self.budget_steps + PROBE_TIME_SHARE, BUDGET_STEPS)
-        self.copy_budget_steps = min(self.copy_budget_steps + PROBE_TIME_SHARE, BUDGET_STEPS)
+        self.budget.add_drafts(PROBE_TIME_SHARE)
+        self.budget.add_copies(PROBE_TIME_SHARE)
 
     def add_copy(self, tokens: float, copied: int, seconds: float) -> None:
         """Add a cycle with copies alone.
@@ -127,7 +144,7 @@ class Throughput:
         if self.ordinary.value:
             # What the time would have brought otherwise, with or without draft steps.
             gain = tokens - self.verify.without_outlier(seconds) * self.best
-            self.copy_budget_steps = min(self.copy_budget_steps + gain, BUDGET_STEPS)
+            self.budget.add_copies(gain)
         self.add_verify(copied + 1, seconds)
         self._add_draft()
 
@@ -167,8 +184,7 @@ class Throughput:
         self.tokens.add(tokens)
         self._add_draft()
         if self.ordinary.value:
-            budget = self.budget_steps + tokens - seconds / self.ordinary.value
-            self.budget_steps = min(max(budget, -BUDGET_STEPS), BUDGET_STEPS)
+            self.budget.add_drafts(tokens - seconds / self.ordinary.value)
 
 
 class AdaptiveLength:
@@ -223,15 +239,19 @@ class AdaptiveLength:
         """Acceptance of a copied token, by the length of the match before it."""
         self.throughputs: dict[int, Throughput] = {}
         """By the rows of a batch."""
+        self.budgets: dict[int, Budget] = {}
+        """By the number of bits of these: were there one for each size, a batch whose rows end one
+        after another would lose as much at each."""
         self.one_word = Mean()
         """The share of replies that an ordinary step after the prefill ends."""
 
     def throughput(self, rows: int) -> Throughput:
         """Return what is measured of batches of a size."""
         if rows not in self.throughputs:
-            nearest = self._nearest(rows)
-            known = BUDGET_STEPS if nearest is None else nearest.budget_steps
-            self.throughputs[rows] = Throughput(known)
+            nearest, sort = self._nearest(rows), rows.bit_length()
+            if sort not in self.budgets:
+                self.budgets[sort] = Budget() if nearest is None else copy(nearest.budget)
+            self.throughputs[rows] = Throughput(self.budgets[sort])
         return self.throughputs[rows]
 
     def estimate(self, rows: int) -> Throughput:
@@ -322,7 +342,7 @@ class AdaptiveLength:
             pays = not rate or 1 + gained > rate * throughput.verify_of(1 + count)
         if not (count and pays):
             # One token shows whether copies have come to pay.
-            tries = not progress.steps and rate and throughput.copy_budget_steps > 0
+            tries = not progress.steps and rate and throughput.budget.copies > 0
             count = 1 if tries and most else 0
         return [min(offer.tokens, count) for offer in offers]
 

@@ -230,6 +230,16 @@ class DecoderCache:
         for layer in self.layers.values():
             layer.finite[slot] = 0
 
+    def move(self, slot: int, to: int) -> None:
+        """Give another slot what a slot holds."""
+        for layer in self.layers.values():
+            known = layer.finite[slot]
+            for tensor in (layer.keys, layer.values):
+                tensor[to, :, :known] = tensor[slot, :, :known]
+            layer.finite[to] = known
+        self._inputs[to] = self._inputs[slot]
+        self.release(slot)
+
     def positions(
         self,
         starts: Sequence[int],
