@@ -393,6 +393,20 @@ def test_a_load_that_came_and_went_stops_a_good_draft_for_moments_only() -> None
     assert taken < 1.1 * usual
 
 
+def test_a_step_after_a_draft_that_takes_longer_makes_no_draft_pay() -> None:
+    throughput, drafts, drafted = Throughput(), 0, False
+    for _ in range(600):
+        drafted, before = throughput.should_draft(pays=throughput.pays), drafted
+        if drafted:
+            # 1.6 tokens in the time of 1.75 steps that follow one another.
+            throughput.add_draft(1.6, Timings([0.25], 1.5))
+            drafts += 1
+        else:
+            throughput.add_ordinary(1.25 if before else 1.0)
+    assert throughput.ordinary.value == pytest.approx(1.0, abs=0.05)
+    assert drafts < 100
+
+
 def test_a_clock_that_stands_still_is_no_failure() -> None:
     length = taught(1, 0.0, 0.0, accepted=True)
     still = Throughput()

@@ -70,9 +70,10 @@ class Throughput:
         self.budget = budget or Budget()
         self.since_ordinary, self.ordinary_due = 0, 2
         """Drafts since an ordinary step was measured, and with how many the next one is."""
-        self._alone: Mean | None = None
-        """What was known before the last step, an ordinary one right after a draft; else None."""
         self._drafted = False
+        """Whether the last step was a draft."""
+        self._before: Mean | None = None
+        """Where the last step was an ordinary one right after a draft: what was known before."""
 
     @property
     def slope(self) -> float:
@@ -112,9 +113,9 @@ class Throughput:
     def add_ordinary(self, seconds: float) -> None:
         """Add the time of a cycle without a draft, in seconds."""
         self._slope = None
-        before, self._alone = self._alone, None
+        before, self._before = self._before, None
         if self._drafted:
-            self._alone = copy(self.ordinary)
+            self._before = copy(self.ordinary)
         elif before is not None:
             # The first step after a draft takes longer, as other weights lie in the processor's
             # caches: often by a quarter. The next one counts in its place.
@@ -162,7 +163,7 @@ class Throughput:
 
     def _add_draft(self) -> None:
         self.since_ordinary += 1
-        self._drafted, self._alone = True, None
+        self._drafted, self._before = True, None
 
     def add_draft(self, tokens: float, timings: Timings, copied: int = 0) -> None:
         """Add a cycle with draft steps.
