@@ -14,7 +14,7 @@ from fastvlm.decoding.sampler import greedy_tokens, sampled_tokens
 from fastvlm.drafting.draft_length import DraftLength, Offer, Progress, Timings
 
 LOOKED_UP_EVERY = 4
-"""Draft steps that are sure to go on after which tokens to copy are looked for again."""
+"""While a draft goes on, tokens to copy are looked for at every so many of its steps."""
 
 DraftStep = Callable[[list[int], int], Tensor]
 """From each row's last token and the number of drafted ones: logits, (batch, draft vocabulary)."""

@@ -163,7 +163,10 @@ class LayerStack:
             if self.copied and len(self._segments) == MOST_GRAPHS:
                 del self._segments[next(iter(self._segments))]
             read = [self.read(number) for number in key.layers]
-            head = self.head() if self.head is not None and key.logits else None
+            head = None
+            if key.logits:
+                assert self.head is not None  # only the target's stack is asked for logits
+                head = self.head()
             graph = layers_graph(read, self.bits, key.kind, exit_layer=key.exit_layer, head=head)
             outputs = {"exit": read[0].width} if key.exit_layer else {}
             outputs["y"] = read[0].width if head is None else len(head.product.weight)
