@@ -5,7 +5,8 @@
 #
 # DATA holds flickr8k/ (captions.tsv, train.txt, dev.txt, images/); RUNS is where all of it goes.
 # Stopped at any moment, it goes on from there when it is run again. STEPS=N takes N steps of each
-# training, to see it through; ENCODER=DIR takes an encoder instead of training one.
+# training, to see it through, and HELD_OUT=N holds out N; ENCODER=DIR takes an encoder instead of
+# training one.
 set -eu
 
 recipe=$(dirname "$0")
@@ -58,7 +59,7 @@ if missing "$runs/draft/block/config.json"; then
     fastvlm train draft --model "$runs/model" --data "$DATA/flickr8k" --prompt "$sentence" \
         --prompt "$description" --limit "${LIMIT:-1200}" --exit-layer 3 --blocks 2 \
         --draft-vocabulary 2048 --steps "${STEPS:-400}" --max-new-tokens 80 \
-        --dtype bfloat16 --output "$runs/draft"
+        ${HELD_OUT:+--held-out "$HELD_OUT"} --dtype bfloat16 --output "$runs/draft"
 fi
 
 # Quality and speed, on photos that nothing was trained on.

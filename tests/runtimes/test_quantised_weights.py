@@ -31,7 +31,7 @@ def test_products_are_those_of_the_rounded_weights(bits: int) -> None:
     from fastvlm.runtimes.layer_pass import HeadPass
 
     weight, x = torch.randn(48, 70), torch.randn(1, 3, 70)
-    found = HeadPass(head_graph(Head(None, Product(weight, None)), bits), 48, 1).run(x)
+    found = HeadPass(head_graph(Head(None, Product(weight, None)), bits), 48).run(x)
     wanted = x @ quantise(weight, bits).dense(70).T
     # Inputs are rounded to 8 bits too.
     assert (found - wanted).abs().max() < 0.02 * wanted.std() + 0.1

@@ -21,6 +21,7 @@ from fastvlm.decoding.request import Request
 from fastvlm.decoding.restarts import restart_of, restart_slots
 from fastvlm.decoding.slot import ExitStates, Slot
 from fastvlm.functional.errors import InputError, first_line
+from fastvlm.functional.threads import one_thread
 from fastvlm.language.cache import DecoderCache
 from fastvlm.language.decoder import SplitDecoder
 
@@ -249,9 +250,11 @@ class Engine:
 
         Nothing of a pass that fails has been committed.
         """
+        # A runtime other than torch has threads of its own.
+        threads = nullcontext if self.decoder.runtime == "torch" else one_thread
 
         def computed() -> None:
-            with self._autocast(slots):
+            with self._autocast(slots), threads():
                 work(self._batch(slots))
 
         error = attempt(computed)

@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from fastvlm.functional.threads import usual_threads
 from fastvlm.runtimes.attention_graph import PassKind
 from fastvlm.runtimes.graph_parts import Head, add_gated, add_head, add_norm, name_output
 from fastvlm.runtimes.layer_form import GraphLayer, Norm, Product, linear_form, norm_form
@@ -69,10 +70,11 @@ class DraftPass:
             step = self.step
             outputs = {"exit": step.layers[0].width, "logits": len(step.head.product.weight)}
             graph = draft_graph(step, self.bits, kind)
-            self._passes[kind] = LayerPass(graph, kind, torch.get_num_threads(), outputs)
+            self._passes[kind] = LayerPass(graph, kind, outputs)
         return self._passes[kind].run(x, given)
 
 
+@usual_threads()
 def draft_graph(step: DraftLayers, bits: int | None, kind: PassKind) -> OnnxGraph:
     """Return the graph from hidden states, `x`, to those of the exit layer and to logits.
 

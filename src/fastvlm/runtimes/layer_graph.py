@@ -6,6 +6,7 @@ from collections.abc import Sequence
 
 from onnx import TensorProto
 
+from fastvlm.functional.threads import usual_threads
 from fastvlm.runtimes.attention_graph import PassKind, attention_of
 from fastvlm.runtimes.graph_parts import (
     Head,
@@ -19,6 +20,7 @@ from fastvlm.runtimes.layer_form import GraphLayer
 from fastvlm.runtimes.onnx_graph import OnnxGraph
 
 
+@usual_threads()
 def layers_graph(
     layers: Sequence[GraphLayer],
     bits: int | None,
@@ -47,6 +49,7 @@ def layers_graph(
     return graph
 
 
+@usual_threads()
 def head_graph(head: Head, bits: int | None) -> OnnxGraph:
     """Return the graph from hidden states, `x`, to logits, `y`. For the bits see `OnnxGraph`."""
     graph = OnnxGraph(bits)

@@ -70,14 +70,11 @@ class LayerPass:
     Args:
         graph: One that `layers_graph` returned, or that begins as one.
         kind: What passes it is for.
-        threads: CPU threads.
         outputs: The sizes of what it makes, by name: (batch, width, size) each.
     """
 
-    def __init__(
-        self, graph: OnnxGraph, kind: PassKind, threads: int, outputs: Mapping[str, int]
-    ) -> None:
-        self.session, self._weights = graph.session(threads)
+    def __init__(self, graph: OnnxGraph, kind: PassKind, outputs: Mapping[str, int]) -> None:
+        self.session, self._weights = graph.session()
         self.kind, self.outputs = kind, outputs
         self._bound: dict[tuple[int, int, int], _Bound] = {}
         self._tables: dict[str, Tensor] = {}
@@ -165,11 +162,10 @@ class HeadPass:
     Args:
         graph: The graph.
         size: Logits that it makes.
-        threads: CPU threads.
     """
 
-    def __init__(self, graph: OnnxGraph, size: int, threads: int) -> None:
-        self.session, self._weights = graph.session(threads)
+    def __init__(self, graph: OnnxGraph, size: int) -> None:
+        self.session, self._weights = graph.session()
         self.size = size
 
     @torch.inference_mode()

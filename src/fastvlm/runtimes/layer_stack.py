@@ -171,7 +171,7 @@ class LayerStack:
             outputs = {"exit": read[0].width} if key.exit_layer else {}
             outputs["y"] = read[0].width if head is None else len(head.product.weight)
             self._segments[key] = _Segment(
-                LayerPass(graph, key.kind, torch.get_num_threads(), outputs),
+                LayerPass(graph, key.kind, outputs),
                 cached_layers(read),
                 rotations_of(read),
             )

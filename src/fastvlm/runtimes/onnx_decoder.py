@@ -335,7 +335,7 @@ class OnnxDecoder(SplitDecoder):
                 del self._heads[restricted[0]]
             head = self._head(rows, normed=normed)
             graph = head_graph(head, self.bits)
-            made = HeadPass(graph, len(head.product.weight), torch.get_num_threads())
+            made = HeadPass(graph, len(head.product.weight))
             # The rows stay, so that no others come to lie where they do.
             self._heads[key] = made, rows
         return self._heads[key][0]

@@ -11,6 +11,7 @@ import torch
 from onnx import GraphProto, NodeProto, TensorProto, ValueInfoProto, helper, numpy_helper
 from torch import Tensor
 
+from fastvlm.functional.threads import usual_threads
 from fastvlm.runtimes.quantised_weights import BLOCK, quantise
 
 OPSET, CONTRIBUTED_OPSET, IR_VERSION = 24, 1, 11
@@ -124,7 +125,10 @@ class OnnxGraph:
             whole = quantise(weight, self.bits)
             sizes = {"K": inputs, "N": outputs, "bits": self.bits, "block_size": BLOCK}
             given = [x, self.weight(whole.values), self.weight(whole.scales)]
-            x = self.add("MatMulNBits", given, **sizes, accuracy_level=INTEGER_PRODUCTS)
+            if bias is not None:
+                given += ["", "", self.weight(bias)]
+            found: str = self.add("MatMulNBits", given, **sizes, accuracy_level=INTEGER_PRODUCTS)
+            return found
         return x if bias is None else self.add("Add", [x, self.weight(bias)])
 
     def branch(self, name: str, nodes: Sequence[NodeProto], outputs: Sequence[str]) -> GraphProto:
@@ -132,12 +136,9 @@ class OnnxGraph:
         made = [helper.make_tensor_value_info(one, TensorProto.FLOAT, None) for one in outputs]
         return helper.make_graph(nodes, name, [], made)
 
-    def session(self, threads: int) -> tuple[onnxruntime.InferenceSession, object]:
-        """Return the graph ready to run, and what must be kept as long as it is used.
-
-        Args:
-            threads: CPU threads.
-        """
+    @usual_threads()
+    def session(self) -> tuple[onnxruntime.InferenceSession, object]:
+        """Return the graph ready to run, and what must be kept as long as it is used."""
         graph = helper.make_graph(self.nodes, "graph", self.inputs, self.outputs, self.initializers)
         opsets = [
             helper.make_opsetid("", OPSET),
@@ -145,7 +146,7 @@ class OnnxGraph:
         ]
         model = helper.make_model(graph, opset_imports=opsets, ir_version=IR_VERSION)
         options = onnxruntime.SessionOptions()
-        options.intra_op_num_threads = threads
+        options.intra_op_num_threads = torch.get_num_threads()
         options.log_severity_level = 3
         # Several sessions take turns: the threads of one must not spin while another computes.
         options.add_session_config_entry("session.force_spinning_stop", "1")
