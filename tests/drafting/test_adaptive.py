@@ -9,14 +9,10 @@ from dataclasses import dataclass
 import pytest
 
 from fastvlm.drafting import AdaptiveLength, ConfidenceLength, DraftLength, FixedLength
-from fastvlm.drafting.adaptive import (
-    BUDGET_STEPS,
-    PRIOR_TOKENS,
-    PROBE_TIME_SHARE,
-    Throughput,
-)
+from fastvlm.drafting.adaptive import PRIOR_TOKENS
 from fastvlm.drafting.draft_length import Offer, Progress, Timings
-from fastvlm.drafting.estimates import OUTLIER_RATIO, Mean
+from fastvlm.drafting.estimates import OUTLIER_RATIO, Duration, Mean
+from fastvlm.drafting.throughput import BUDGET_STEPS, PROBE_TIME_SHARE, Throughput
 from fastvlm.functional.errors import InputError
 
 
@@ -309,11 +305,47 @@ def test_a_draft_that_is_accepted_grows_and_one_that_is_not_shrinks(rows: int) -
 
 
 def test_what_other_work_lengthened_counts_as_twice_the_mean() -> None:
-    mean = Mean()
+    mean = Duration()
     assert mean.without_outlier(90.0) == 90.0
     mean.add(1.0)
     assert mean.without_outlier(90.0) == OUTLIER_RATIO
     assert mean.without_outlier(0.5) == 0.5
+    mean.add(90.0)
+    assert mean.value == (1 + OUTLIER_RATIO) / 2
+
+
+def test_what_a_first_time_prepared_is_forgotten() -> None:
+    mean = Duration()
+    for taken in (90.0, 1.0, 1.5):
+        mean.add(taken)
+    assert mean.value == pytest.approx(1.25)
+
+
+def test_a_first_draft_that_takes_long_does_not_end_drafting() -> None:
+    world = WORLDS["processor, sure"]
+    length, known = AdaptiveLength(24), AdaptiveLength(24)
+    for rule, first in ((length, 50), (known, 1)):
+        # Ordinary steps first, as where nothing could be drafted yet.
+        for _ in range(3):
+            rule.update(Progress([True], [[]], [99], [1]), [0], Timings([], world.ordinary))
+        times = Timings([world.step * first], world.verify * first)
+        rule.update(Progress([True], [[0.9]], [99], [5]), [1], times)
+    asked = replies(world, 5)
+    taken, usual = (sum(decoded(one, world, reply) for reply in asked) for one in (length, known))
+    assert taken < 1.1 * usual
+
+
+def test_batches_of_all_sizes_tell_what_a_token_adds() -> None:
+    length = AdaptiveLength(24)
+    for rows in (1, 8):
+        length.throughput(rows).add_ordinary(3.0)
+        # Of eight rows hardly more than first times, which prepared the next ones.
+        for steps in (1, 7) * 6 if rows == 1 else (3, 3, 7):
+            first = 90 if rows == 8 and not length.throughput(8).verify.weight else 0
+            seconds = 3.0 + 0.1 * rows * steps + first
+            length.throughput(rows).add_draft(2.0, Timings([0.5] * steps, seconds))
+    assert length.throughput(1).slope == pytest.approx(0.1, rel=0.05)
+    assert length.throughput(8).slope == pytest.approx(0.8, rel=0.3)
 
 
 def test_a_mean_forgets() -> None:

@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import math
-import statistics
 from collections.abc import Sequence
 from copy import copy
-from dataclasses import dataclass
 
 from fastvlm.drafting.draft_length import Offer, Progress, Timings, check_maximum
 from fastvlm.drafting.estimates import Mean, VerifyCost
+from fastvlm.drafting.throughput import Budget, Throughput
 
 CONFIDENCE_BINS = 16
 """Bins of the drafter's confidence: every second one halves its distance to 1."""
@@ -21,171 +20,11 @@ WRONG_AFTER_MATCH = 0.8
 """The share that each token of a match leaves of the assumed chance that a copy is wrong."""
 AVERAGED_TOKENS = 50
 """The number of tokens over which acceptance rates are averaged."""
-BUDGET_STEPS = 8
-"""Ordinary steps that drafting may lose: at first, and of what it has saved."""
-PROBE_TIME_SHARE = 0.01
-"""The share of ordinary steps' time that drafts may cost where they don't pay."""
-CLEAR_GAIN = 1.5
-"""From what gain on it is clear that drafts pay, whatever the step before an ordinary one was."""
-MEASURE_ORDINARY_EVERY = 64
-"""Cycles with a draft after which an ordinary step is measured again."""
 
 ONE_WORD_TOKENS = 2
 """Tokens in a reply of one word: the word, and the end token."""
 MAJORITY_SHARE = 0.5
 """The share of one-word replies above which most replies count as such."""
-
-
-@dataclass(slots=True)
-class Budget:
-    """What drafts, and copies that seem not to pay, may lose, in ordinary steps."""
-
-    drafts: float = BUDGET_STEPS
-    copies: float = BUDGET_STEPS
-
-    def add_drafts(self, steps: float) -> None:
-        """Add what drafts have gained, or lost."""
-        self.drafts = min(max(self.drafts + steps, -BUDGET_STEPS), BUDGET_STEPS)
-
-    def add_copies(self, steps: float) -> None:
-        """Add what copies have gained, or lost."""
-        self.copies = min(self.copies + steps, BUDGET_STEPS)
-
-
-class Throughput:
-    """Measured times and tokens of batches of one size.
-
-    Args:
-        budget: What drafts may lose.
-    """
-
-    def __init__(self, budget: Budget | None = None) -> None:
-        self.step, self.ordinary, self.verify, self.cycle = Mean(), Mean(), Mean(), Mean()
-        """Seconds of a draft step, an ordinary step, a verify, and a whole cycle with a draft."""
-        self.width, self.tokens = Mean(), Mean()
-        """Tokens that a verify computes, and that a cycle with a draft brings."""
-        self.verifies = VerifyCost()
-        self._slope: float | None = None
-        """Asked for several times in a cycle; None where it may have changed."""
-        self.budget = budget or Budget()
-        self.since_ordinary, self.ordinary_due = 0, 2
-        """Drafts since an ordinary step was measured, and with how many the next one is."""
-        self._drafted = False
-        """Whether the last step was a draft."""
-        self._before: Mean | None = None
-        """Where the last step was an ordinary one right after a draft: what was known before."""
-
-    @property
-    def slope(self) -> float:
-        """Seconds that each further token adds to a verify."""
-        if self._slope is None:
-            self._slope = 0.0
-            if self.ordinary.weight and self.verify.weight:
-                beyond = (self.verify.value - self.ordinary.value) / (self.width.value - 1)
-                self._slope = min(max(self.verifies.slope(beyond), 0.0), self.ordinary.value)
-        return self._slope
-
-    @property
-    def best(self) -> float:
-        """Tokens per second with or without drafts, whichever is higher; 0 if neither is known."""
-        rates = ((self.tokens.value, self.cycle.value), (1.0, self.ordinary.value))
-        return max(tokens / seconds if seconds else 0.0 for tokens, seconds in rates)
-
-    @property
-    def is_measured(self) -> bool:
-        """Whether steps with and without drafts have been measured."""
-        return bool(self.ordinary.weight and self.cycle.weight)
-
-    @property
-    def pays(self) -> bool:
-        """Whether drafts are faster than ordinary steps."""
-        return self.tokens.value * self.ordinary.value > self.cycle.value
-
-    def should_draft(self, *, pays: bool) -> bool:
-        """Return whether drafts pay or have a budget, and no ordinary step has to be measured."""
-        return (pays or self.budget.drafts >= 0) and not self.wants_ordinary
-
-    @property
-    def wants_ordinary(self) -> bool:
-        """Whether an ordinary step has to be measured."""
-        return self.since_ordinary >= self.ordinary_due
-
-    def add_ordinary(self, seconds: float) -> None:
-        """Add the time of a cycle without a draft, in seconds."""
-        self._slope = None
-        before, self._before = self._before, None
-        if self._drafted:
-            self._before = copy(self.ordinary)
-        elif before is not None:
-            # The first step after a draft takes longer, as other weights lie in the processor's
-            # caches: often by a quarter. The next one counts in its place.
-            self.ordinary = before
-        self.ordinary.add(self.ordinary.without_outlier(seconds))
-        follows, self._drafted = not self._drafted, False
-        gained = self.tokens.value * self.ordinary.value
-        is_clear = self.cycle.weight and gained >= CLEAR_GAIN * self.cycle.value
-        if not follows and not is_clear:
-            # Whether to draft, or to copy, may depend on that, so another one is measured.
-            return
-        if self.since_ordinary:
-            # At first after few drafts, then more rarely.
-            self.ordinary_due = min(2 * self.ordinary_due, MEASURE_ORDINARY_EVERY)
-        self.since_ordinary = 0
-        self.budget.add_drafts(PROBE_TIME_SHARE)
-        self.budget.add_copies(PROBE_TIME_SHARE)
-
-    def add_copy(self, tokens: float, copied: int, seconds: float) -> None:
-        """Add a cycle with copies alone.
-
-        Args:
-            tokens: Tokens that a row gained, on average.
-            copied: Tokens of the longest copy.
-            seconds: The time of its verify.
-        """
-        if self.ordinary.value:
-            # What the time would have brought otherwise, with or without draft steps.
-            gain = tokens - self.verify.without_outlier(seconds) * self.best
-            self.budget.add_copies(gain)
-        self.add_verify(copied + 1, seconds)
-        self._add_draft()
-
-    def verify_of(self, width: int) -> float:
-        """Return the seconds of a verify of so many tokens, as they are estimated."""
-        known = self.verify if self.verify.weight else self.ordinary
-        return known.value + self.slope * (width - (self.width.value or 1.0))
-
-    def add_verify(self, width: int, seconds: float) -> None:
-        """Add the time of a verify of so many tokens, in seconds."""
-        self._slope = None
-        self.verifies.add(width, seconds)
-        self.width.add(width)
-        self.verify.add(self.verify.without_outlier(seconds))
-
-    def _add_draft(self) -> None:
-        self.since_ordinary += 1
-        self._drafted, self._before = True, None
-
-    def add_draft(self, tokens: float, timings: Timings, copied: int = 0) -> None:
-        """Add a cycle with draft steps.
-
-        Args:
-            tokens: Tokens that a row gained by them, on average.
-            timings: The time of each part of the cycle, in seconds.
-            copied: Tokens of the longest row beyond the draft steps: they were copied.
-        """
-        # The first step may have caught up on what the drafter had not seen, and single ones may
-        # have waited for other work: what counts is what one more step usually takes.
-        step = statistics.median(timings.steps[1:] or timings.steps)
-        self.step.add(self.step.without_outlier(step))
-        self.add_verify(len(timings.steps) + copied + 1, timings.verify)
-        # What copied tokens took is no cost of the steps.
-        taken = sum(timings.steps) + timings.verify - self.slope * copied
-        seconds = self.cycle.without_outlier(taken)
-        self.cycle.add(seconds)
-        self.tokens.add(tokens)
-        self._add_draft()
-        if self.ordinary.value:
-            self.budget.add_drafts(tokens - seconds / self.ordinary.value)
 
 
 class AdaptiveLength:
@@ -200,8 +39,8 @@ class AdaptiveLength:
     for a draft step of d seconds and v that a token adds to the verify; of a batch, both sides are
     a row's on average. (The marginal value theorem: what brings less than the average rate is not
     worth its time.) There is a draft at all while drafts are faster than ordinary steps, or have a
-    budget: they begin with `BUDGET_STEPS`, may lose what they have saved, and ordinary steps add
-    `PROBE_TIME_SHARE` of their time.
+    budget (`throughput.Budget`): they begin with one, may lose what they have saved, and ordinary
+    steps add a share of their time.
 
     Copied tokens (prompt lookup) take no step, so their d is 0, and p is known by the length of the
     match. A copy ends a draft, or is all of it, where it raises the expected tokens of its time
@@ -243,6 +82,7 @@ class AdaptiveLength:
         self.budgets: dict[int, Budget] = {}
         """By the number of bits of these: were there one for each size, a batch whose rows end one
         after another would lose as much at each."""
+        self.verifies = VerifyCost()
         self.one_word = Mean()
         """The share of replies that an ordinary step after the prefill ends."""
 
@@ -252,7 +92,7 @@ class AdaptiveLength:
             nearest, sort = self._nearest(rows), rows.bit_length()
             if sort not in self.budgets:
                 self.budgets[sort] = Budget() if nearest is None else copy(nearest.budget)
-            self.throughputs[rows] = Throughput(self.budgets[sort])
+            self.throughputs[rows] = Throughput(self.budgets[sort], self.verifies, rows)
         return self.throughputs[rows]
 
     def estimate(self, rows: int) -> Throughput:
