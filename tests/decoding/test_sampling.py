@@ -173,15 +173,28 @@ def accept_always(drafted: Sequence[int], chosen: Sequence[int]) -> tuple[int, i
     return len(drafted), chosen[-1]
 
 
-def same_everywhere(scores: Tensor, seed: int, position: int) -> int:  # noqa: ARG001
+def same_everywhere(
+    scores: Tensor,
+    seeds: Sequence[int],
+    positions: Sequence[int],
+    tokens: Tensor | None = None,
+    vocabulary_size: int | None = None,
+) -> Tensor:
     """Wrong noise: it forgets where in the reply it is."""
-    return noise.noisy_best(scores, seed, 0)
+    return noise.noisy_best(scores, seeds, [0] * len(positions), tokens, vocabulary_size)
 
 
-def exponential(scores: Tensor, seed: int, position: int) -> int:
+def exponential(
+    scores: Tensor,
+    seeds: Sequence[int],
+    positions: Sequence[int],
+    tokens: Tensor | None = None,
+    vocabulary_size: int | None = None,  # noqa: ARG001
+) -> Tensor:
     """Wrong noise: of another distribution."""
-    tokens = torch.arange(len(scores))
-    return int((scores + (-noise.gumbel([seed], [position], tokens, scores.dtype)).exp()).argmax())
+    columns = torch.arange(scores.shape[-1]) if tokens is None else tokens
+    drawn = -noise.gumbel(seeds, positions, columns, scores.dtype)
+    return (scores + drawn.exp()).argmax(-1)
 
 
 @pytest.mark.parametrize("bug", ["accepts always", "noise without a position", "other noise"])
@@ -201,16 +214,23 @@ def test_a_wrong_rule_is_found_out(bug: str, drafter: str, monkeypatch: pytest.M
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 @pytest.mark.parametrize("spread", [0.3, 4.0, 12.0])
 @pytest.mark.parametrize("share", [1.0, 0.001, 0.0])
-def test_the_best_token_is_that_of_all_noise(
-    dtype: torch.dtype, spread: float, share: float
+@pytest.mark.parametrize("size", [900, 50_000])
+def test_the_best_tokens_are_those_of_all_noise(
+    dtype: torch.dtype, spread: float, share: float, size: int
 ) -> None:
-    size, chance = 50_000, torch.Generator().manual_seed(3)
+    chance = torch.Generator().manual_seed(3)
     tokens = torch.arange(size)
-    for draw in range(60):
-        scores = spread * torch.randn(size, generator=chance, dtype=dtype)
-        scores[torch.rand(size, generator=chance) >= share] = -torch.inf
-        whole = scores + noise.gumbel([draw], [7 * draw], tokens, dtype)[0]
-        assert noise.noisy_best(scores, draw, 7 * draw) == int(whole.argmax())
+    for draw in range(30):
+        # Positions of one reply, across what is computed at once, and another reply's.
+        seeds, positions = [draw] * 4 + [draw + 1], [*range(7 * draw + 69, 7 * draw + 73), draw]
+        scores = spread * torch.randn(5, size, generator=chance, dtype=dtype)
+        scores[torch.rand(5, size, generator=chance) >= share] = -torch.inf
+        whole = scores + noise.gumbel(seeds, positions, tokens, dtype)
+        best = noise.noisy_best(scores, seeds, positions)
+        assert torch.equal(best, whole.argmax(-1))
+        some = torch.randperm(size, generator=chance)[:300]
+        of_some = noise.noisy_best(scores[:, some], seeds, positions, some, size)
+        assert torch.equal(of_some, whole[:, some].argmax(-1))
 
 
 def test_noise_has_its_distribution_and_no_memory() -> None:

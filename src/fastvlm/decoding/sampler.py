@@ -11,7 +11,7 @@ from torch import Tensor
 from fastvlm.decoding.grammar import Constraint
 from fastvlm.decoding.processors import PREFIX_FREE_PROCESSORS, WARPERS, LogitsProcessor
 from fastvlm.functional.errors import InputError
-from fastvlm.functional.noise import gumbel, noisy_best
+from fastvlm.functional.noise import BLOCK_TOKENS, gumbel, noisy_best
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,7 +73,8 @@ class Sampler:
         if mask is not None:
             mask = mask.to(logits.device)
             mask = mask[None] if token_ids is None else mask[token_ids][None]
-        return self._processed([*self.prompt_token_ids, *reply], logits[None], mask)[0]
+        prefix = [*self.prompt_token_ids, *reply] if self.needs_prefix else []
+        return self._processed(prefix, logits[None], mask)[0]
 
     def permitted(
         self, reply: Sequence[int], drafted: list[int], vocabulary_size: int
@@ -117,21 +118,19 @@ class Sampler:
         self, reply: Sequence[int], drafted: Sequence[int], logits: Tensor, masks: Tensor | None
     ) -> list[int]:
         """Return the tokens of positions, up to the first that differs from a draft at least."""
-        start, count = len(reply), len(logits)
+        count, chosen = len(logits), list[int]()
         scores = None if self.needs_prefix else self._processed([], logits, masks)
-        if scores is not None and self.seed is None:
-            chosen: list[int] = scores.argmax(-1).tolist()
-            return chosen
-        chosen = []
-        for index in range(count):
+        # Of a large vocabulary, positions that a wrong token makes needless would take time.
+        step = 1 if scores is None else max(BLOCK_TOKENS // logits.shape[-1], 1)
+        for begin in range(0, count, step):
             if scores is None:
-                prefix = [*self.prompt_token_ids, *reply, *drafted[:index]]
-                mask = None if masks is None else masks[index, None]
-                row = self._processed(prefix, logits[index, None], mask)[0]
+                prefix = [*self.prompt_token_ids, *reply, *drafted[:begin]]
+                mask = None if masks is None else masks[begin, None]
+                rows = self._processed(prefix, logits[begin, None], mask)
             else:
-                row = scores[index]
-            chosen.append(self._best(row, start + index))
-            if index < len(drafted) and chosen[-1] != drafted[index]:
+                rows = scores[begin : begin + step]
+            chosen += self._best(rows, len(reply) + begin)
+            if chosen[begin:] != drafted[begin : begin + step]:
                 break
         return chosen
 
@@ -154,10 +153,15 @@ class Sampler:
         scores = scores.masked_fill(~mask, -torch.inf)
         return torch.where(scores.isneginf().all(-1, keepdim=True), masked, scores)
 
-    def _best(self, scores: Tensor, position: int) -> int:
+    def _best(self, scores: Tensor, start: int) -> list[int]:
+        """Return the token of each of some positions that follow one another, from a first one."""
+        rows = len(scores)
         if self.seed is None:
-            return int(scores.argmax())
-        return noisy_best(scores, self.seed, position)
+            best = scores.argmax(-1)
+        else:
+            best = noisy_best(scores, [self.seed] * rows, range(start, start + rows))
+        found: list[int] = best.tolist()
+        return found
 
 
 def noisy(
@@ -260,8 +264,12 @@ def sampled_tokens(
             for sampler, reply, row in zip(samplers, replies, logits, strict=True)
         ]
     )
-    seeds = [sampler.seed for sampler in samplers]
-    best = noisy(scores, seeds, [len(reply) for reply in replies], vocabulary).argmax(-1)
+    seeds = [sampler.seed for sampler in samplers if sampler.seed is not None]
+    positions = [len(reply) for reply in replies]
+    if len(seeds) == len(samplers):
+        best = noisy_best(scores, seeds, positions, vocabulary, vocabulary_size)
+    else:
+        best = noisy(scores, [one.seed for one in samplers], positions, vocabulary).argmax(-1)
     confidences = scores.softmax(-1).gather(1, best[:, None])[:, 0].nan_to_num(0.0)
     token_ids = (best if vocabulary is None else vocabulary[best]).tolist()
     for row, (sampler, reply) in enumerate(zip(samplers, replies, strict=True)):

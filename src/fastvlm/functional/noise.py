@@ -18,6 +18,10 @@ MAX_SEED = 2**64
 """Seeds are below this."""
 NEAR = 10.0
 """A score that is so far below another one wins by rare noise only, in one of 22,026 draws."""
+BLOCK_TOKENS = 2**16
+"""Tokens, of one position or of several, whose random bits are computed at once."""
+BLOCK_POSITIONS = 16
+"""The most positions of a reply whose random bits are computed at once."""
 _LOW_32_BITS = 2**32 - 1
 
 
@@ -38,30 +42,68 @@ def gumbel(
     return _of_bits(_bits(seeds, positions, _spread(tokens)), dtype)
 
 
-def noisy_best(scores: Tensor, seed: int, position: int) -> int:
-    """Return argmax(log p + G) over a whole vocabulary, for one position of a reply.
+def noisy_best(
+    scores: Tensor,
+    seeds: Sequence[int],
+    positions: Sequence[int],
+    tokens: Tensor | None = None,
+    vocabulary_size: int | None = None,
+) -> Tensor:
+    """Return each row's argmax of log p + G, as the place of its column: (rows,).
 
     It is the argmax of `scores + gumbel(...)`. The noise of most tokens is not computed where that
     takes time: with a score that is `NEAR` below what another token reaches, a token can only win
     by noise above `NEAR`, which its bits show.
 
     Args:
-        scores: Log-probabilities, or logits, in at least float32: (vocabulary,).
-        seed: The seed.
-        position: The position.
+        scores: Log-probabilities, or logits, in at least float32: (rows, tokens).
+        seeds: Each row's seed.
+        positions: Each row's position in its reply.
+        tokens: The tokens of the columns, (tokens,); None for the whole vocabulary.
+        vocabulary_size: Size of the vocabulary that those tokens are of.
     """
-    bits = _bits([seed], [position], _spread_vocabulary(len(scores), scores.device))[0]
+    size = scores.shape[-1] if tokens is None else vocabulary_size
+    bits = _bits_of(seeds, positions, tokens, size or BLOCK_TOKENS, scores.device)
     if scores.device.type != "cpu":
         # Selecting tokens would wait for the device.
-        return int((scores + _of_bits(bits, scores.dtype)).argmax())
-    best = scores.argmax()
-    reached = scores[best] + _of_bits(bits[best], scores.dtype)
+        return (scores + _of_bits(bits, scores.dtype)).argmax(-1)
+    best = scores.argmax(-1, keepdim=True)
+    reached = scores.gather(1, best) + _of_bits(bits.gather(1, best), scores.dtype)
     # Noise is above `NEAR` for uniform numbers below exp(-NEAR) = 4.5e-5, and a margin.
     rare = bits < int(1.01 * math.exp(-NEAR) * 2**31)
-    able = ((scores > reached - NEAR) | rare).nonzero()[:, 0]
-    if reached.isneginf() or not len(able):
-        return int(best)
-    return int(able[(scores[able] + _of_bits(bits[able], scores.dtype)).argmax()])
+    able = ((scores > reached - NEAR) | rare).nonzero(as_tuple=True)
+    found = torch.full_like(scores, -torch.inf)
+    found[able] = scores[able] + _of_bits(bits[able], scores.dtype)
+    # Where nothing has a chance, it is the first of all.
+    return found.argmax(-1)
+
+
+def _bits_of(
+    seeds: Sequence[int],
+    positions: Sequence[int],
+    tokens: Tensor | None,
+    size: int,
+    device: torch.device,
+) -> Tensor:
+    """Return the random bits of tokens, or of a whole vocabulary of a size: (rows, tokens)."""
+    at_once = min(BLOCK_TOKENS // size, BLOCK_POSITIONS)
+    if at_once < 2:  # noqa: PLR2004 (one after another)
+        spread = _spread_vocabulary(size, device) if tokens is None else _spread(tokens)
+        return _bits(seeds, positions, spread)
+    # The drafter asks for the same ones before the target does, and both position by position.
+    rows = [
+        _block(seed, position // at_once, at_once, size, device)[position % at_once]
+        for seed, position in zip(seeds, positions, strict=True)
+    ]
+    whole = torch.stack(rows) if len(rows) > 1 else rows[0][None]
+    return whole if tokens is None else whole.index_select(1, tokens)
+
+
+@lru_cache(maxsize=64)
+def _block(seed: int, number: int, length: int, size: int, device: torch.device) -> Tensor:
+    """Return the random bits of positions that follow one another: (positions, vocabulary)."""
+    positions = range(number * length, (number + 1) * length)
+    return _bits([seed] * length, positions, _spread_vocabulary(size, device))
 
 
 def _spread(tokens: Tensor) -> Tensor:
