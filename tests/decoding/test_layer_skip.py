@@ -14,7 +14,7 @@ from fastvlm.decoding.layer_search import (
     find_skipped_layers,
     measured_costs,
 )
-from fastvlm.decoding.strategies import default_skipped_layers
+from fastvlm.decoding.layer_skip import default_skipped_layers
 from fastvlm.drafting import AdaptiveLength, ConfidenceLength, FixedLength
 from fastvlm.functional.errors import InputError
 from fastvlm.language import split_decoder

@@ -16,8 +16,9 @@ from fastvlm.drafting.draft_length import DraftLength, Offer, Progress, Timings
 LOOKED_UP_EVERY = 4
 """While a draft goes on, tokens to copy are looked for at every so many of its steps."""
 
-DraftStep = Callable[[list[int], int], Tensor]
-"""From each row's last token and the number of drafted ones: logits, (batch, draft vocabulary)."""
+DraftStep = Callable[[list[int], int], tuple[Tensor, Tensor | None]]
+"""From each row's last token and the number of drafted ones: logits, (batch, draft vocabulary), and
+the tokens of their columns, (draft vocabulary,); None for all tokens."""
 
 
 @dataclass(slots=True)
@@ -60,7 +61,6 @@ def draft_loop(
     length: DraftLength,
     limits: Sequence[int],
     step: DraftStep | None,
-    vocabulary: Tensor | None = None,
     lookup: Lookup | None = None,
 ) -> Draft:
     """Draft token by token, until a rule ends the draft, or a copy of earlier tokens does.
@@ -70,7 +70,6 @@ def draft_loop(
         length: The rule.
         limits: The maximum number of tokens to draft for each row.
         step: The drafter; None for copies alone.
-        vocabulary: The tokens that can be drafted, (draft vocabulary,); None for all.
         lookup: What looks for tokens to copy; None for no copies.
     """
     rows: list[list[int]] = [[] for _ in batch.slots]
@@ -93,7 +92,7 @@ def draft_loop(
             break
         if step is None or not any(going):
             break
-        logits = step(last, progress.steps)
+        logits, vocabulary = step(last, progress.steps)
         if greedy:
             last, confidences = greedy_tokens(logits, vocabulary, confident=length.reads_confidence)
         else:

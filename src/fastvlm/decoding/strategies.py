@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -149,7 +149,16 @@ class PromptLookup(RuledDrafting):
 
     def draft(self, batch: Batch, limits: Sequence[int]) -> Draft:
         """Propose the tokens that followed the longest and latest earlier occurrence."""
-        return draft_loop(batch, self.length, limits, None, lookup=self.lookup)
+        return draft_loop(batch, self.length, limits, None, self.lookup)
+
+
+class _Way(NamedTuple):
+    """What draft steps run: the network, where they run it, and the tokens that they can draft."""
+
+    network: ImitationNetwork | None
+    path: DraftPath
+    vocabulary: Tensor | None
+    """None for all tokens."""
 
 
 @dataclass(eq=False)
@@ -203,17 +212,13 @@ class SelfSpeculative(RuledDrafting):
         """Draft token by token, until the rule for the draft's length ends it."""
         starts = batch.lengths
         states: list[Tensor] = []
-        network = self._placed_network()
-        vocabulary = None if network is None else network.draft_vocabulary
-        rows = None
-        if vocabulary is not None:
-            rows, vocabulary = self._vocabulary_rows(vocabulary)
+        way: _Way | None = None
 
-        blocks = [] if network is None else list(network.layers)
-        mlp = None if network is None else network.mlp
-        path = DraftPath(self.exit_layer, blocks, mlp, rows)
-
-        def step(last: list[int], number: int) -> Tensor:
+        def step(last: list[int], number: int) -> tuple[Tensor, Tensor | None]:
+            # Where a rule drafts nothing, finding it would be a good part of what a cycle adds.
+            nonlocal way
+            way = way or self._way()
+            network, path = way.network, way.path
             behind = network is not None and not number and self._is_behind(network, batch)
             if behind and self.decoder.recomputes and min(map(len, batch.replies)) > 1:
                 # With the token before, whose states are known, it is one graph like any other.
@@ -224,16 +229,27 @@ class SelfSpeculative(RuledDrafting):
             positions = batch.positions([start + number + 1 - width for start in starts], width)
             x = batch.embed(tokens)
             if network is not None and behind and width == 1:
-                hidden, logits = self._first_step(network, batch, (x, positions), rows)
+                hidden, logits = self._first_step(network, batch, (x, positions), path.rows)
             else:
                 hidden, logits = self.decoder.draft_step(x, positions, batch.cache, path)
             states.append(hidden[:, -1:])
             logits = logits[:, -1]
-            return logits if rows is not None or vocabulary is None else logits[:, vocabulary]
+            if path.rows is None and way.vocabulary is not None:
+                logits = logits[:, way.vocabulary]
+            return logits, way.vocabulary
 
-        draft = draft_loop(batch, self.length, limits, step, vocabulary, self.lookup)
+        draft = draft_loop(batch, self.length, limits, step, self.lookup)
         draft.hidden = torch.cat(states, 1) if states else None
         return draft
+
+    def _way(self) -> _Way:
+        """Return what draft steps run, as model and network are now."""
+        network, vocabulary, rows = self._placed_network(), None, None
+        if network is not None and network.draft_vocabulary is not None:
+            rows, vocabulary = self._vocabulary_rows(network.draft_vocabulary)
+        blocks = [] if network is None else list(network.layers)
+        mlp = None if network is None else network.mlp
+        return _Way(network, DraftPath(self.exit_layer, blocks, mlp, rows), vocabulary)
 
     def _is_behind(self, network: ImitationNetwork, batch: Batch) -> bool:
         """Return whether the network is to see more, at the first step, than the last tokens."""
@@ -324,66 +340,3 @@ def _same(one: tuple[Any, ...] | None, other: tuple[Any, ...]) -> bool:
     return one is not None and all(
         a is b if isinstance(a, Tensor) else a == b for a, b in zip(one, other, strict=True)
     )
-
-
-@dataclass(eq=False)
-class LayerSkip(RuledDrafting):
-    """Draft with some of the target's own layers (Draft & Verify, arXiv 2309.08168).
-
-    Nothing of a draft is reused: drafted tokens write keys and values of the layers that are kept,
-    and the verify, which runs all layers at the same positions, overwrites them.
-
-    Args:
-        decoder: The target.
-        skipped: The layers that drafting leaves out.
-        length: The rule for the draft length.
-        name: The strategy's name in tables.
-
-    Raises:
-        InputError: There is no such layer, or none would be left.
-    """
-
-    decoder: SplitDecoder
-    skipped: Iterable[int]
-    length: DraftLength = field(default_factory=FixedLength)
-    name: str = "layer-skip"
-    exit_layer: int = field(init=False, default=0)
-    cache_layers: int = field(init=False, default=0)
-    kept: tuple[int, ...] = field(init=False)
-    """The layers that draft."""
-
-    def __post_init__(self) -> None:
-        """Check the layers."""
-        self.skipped = tuple(sorted(set(self.skipped)))
-        depth = self.decoder.depth
-        if any(not 0 <= layer < depth for layer in self.skipped):
-            raise InputError(
-                f"The layers of this model are 0 to {depth - 1}; got"
-                f" {', '.join(map(str, self.skipped))} to skip."
-            )
-        self.kept = tuple(layer for layer in range(depth) if layer not in self.skipped)
-        if not self.kept:
-            raise InputError(f"All {depth} layers were to be skipped, and none would draft.")
-
-    @property
-    def max_draft_tokens(self) -> int:
-        """The most tokens of a draft."""
-        return self.length.maximum
-
-    def draft(self, batch: Batch, limits: Sequence[int]) -> Draft:
-        """Draft token by token, until the rule for the draft's length ends it."""
-        starts = batch.lengths
-
-        def step(last: list[int], number: int) -> Tensor:
-            positions = batch.positions([start + number for start in starts], 1)
-            x = batch.embed([[token] for token in last])
-            x = self.decoder.forward_layers(x, positions, batch.cache, self.kept)
-            return self.decoder.head(x)[:, -1]
-
-        return draft_loop(batch, self.length, limits, step)
-
-
-def default_skipped_layers(depth: int) -> tuple[int, ...]:
-    """Return every second layer of the middle half, the default where no search was made."""
-    outer = max(1, depth // 4)
-    return tuple(range(outer, depth - outer, 2))

@@ -6,14 +6,13 @@ from collections.abc import Callable, Hashable, Iterable
 from threading import Lock
 from typing import Any, NamedTuple
 
+from fastvlm.decoding.layer_skip import LayerSkip, default_skipped_layers
 from fastvlm.decoding.lookup import Lookup
 from fastvlm.decoding.strategies import (
     Autoregressive,
-    LayerSkip,
     PromptLookup,
     SelfSpeculative,
     Strategy,
-    default_skipped_layers,
 )
 from fastvlm.drafting.adaptive import AdaptiveLength
 from fastvlm.drafting.draft_length import ConfidenceLength, DraftLength, FixedLength
