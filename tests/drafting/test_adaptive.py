@@ -439,6 +439,21 @@ def test_a_step_after_a_draft_that_takes_longer_makes_no_draft_pay() -> None:
     assert drafts < 100
 
 
+def test_long_drafts_do_not_put_off_the_measuring_of_ordinary_steps() -> None:
+    throughput = Throughput()
+    # The machine was busy at first, so drafts seem to pay.
+    for _ in range(2):
+        throughput.add_ordinary(1.5)
+    drafts = 0
+    while throughput.ordinary.value > 1.1 and drafts < 100:
+        if throughput.wants_ordinary:
+            throughput.add_ordinary(1.0)
+        else:
+            throughput.add_draft(18.0, Timings([0.8] * 17, 4.4))
+            drafts += 1
+    assert drafts < 30
+
+
 def test_a_clock_that_stands_still_is_no_failure() -> None:
     length = taught(1, 0.0, 0.0, accepted=True)
     still = Throughput()

@@ -16,7 +16,7 @@ PROBE_TIME_SHARE = 0.01
 CLEAR_GAIN = 1.5
 """From what gain on it is clear that drafts pay, whatever the step before an ordinary one was."""
 MEASURE_ORDINARY_EVERY = 64
-"""Cycles with a draft after which an ordinary step is measured again."""
+"""After drafts of how many ordinary steps' time one of these is measured again."""
 
 
 @dataclass(slots=True)
@@ -56,8 +56,9 @@ class Throughput:
         self._slope: float | None = None
         """Asked for several times in a cycle; None where it may have changed."""
         self.budget = budget or Budget()
-        self.since_ordinary, self.ordinary_due = 0, 2
-        """Drafts since an ordinary step was measured, and with how many the next one is."""
+        self.since_ordinary, self.ordinary_due = 0.0, 2
+        """The time of drafts since an ordinary step was measured, and of those until the next one:
+        in ordinary steps."""
         self._drafted = False
         """Whether the last step was a draft."""
         self._before: Duration | None = None
@@ -119,7 +120,7 @@ class Throughput:
         if self.since_ordinary:
             # At first after few drafts, then more rarely.
             self.ordinary_due = min(2 * self.ordinary_due, MEASURE_ORDINARY_EVERY)
-        self.since_ordinary = 0
+        self.since_ordinary = 0.0
         self.budget.add_drafts(PROBE_TIME_SHARE)
         self.budget.add_copies(PROBE_TIME_SHARE)
 
@@ -136,7 +137,7 @@ class Throughput:
             gain = tokens - self.verify.without_outlier(seconds) * self.best
             self.budget.add_copies(gain)
         self.add_verify(copied + 1, seconds)
-        self._add_draft()
+        self._add_draft(seconds)
 
     def verify_of(self, width: int) -> float:
         """Return the seconds of a verify of so many tokens, as they are estimated."""
@@ -150,8 +151,8 @@ class Throughput:
         self.width.add(width)
         self.verify.add(seconds)
 
-    def _add_draft(self) -> None:
-        self.since_ordinary += 1
+    def _add_draft(self, seconds: float) -> None:
+        self.since_ordinary += seconds / self.ordinary.value if self.ordinary.value else 1.0
         self._drafted, self._before = True, None
 
     def add_draft(self, tokens: float, timings: Timings, copied: int = 0) -> None:
@@ -175,7 +176,7 @@ class Throughput:
         seconds, is_first = self.cycle.without_outlier(taken), not self.cycle.weight
         self.cycle.add(seconds)
         self.tokens.add(tokens)
-        self._add_draft()
+        self._add_draft(seconds)
         # The first one of a size also prepares the next ones, which may take a multiple of it.
         if self.ordinary.value and not is_first:
             self.budget.add_drafts(tokens - seconds / self.ordinary.value)
