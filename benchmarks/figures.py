@@ -116,9 +116,9 @@ def first_token() -> str:
     return "\n".join(lines)
 
 
-def engines() -> str:
-    """Return what `decoding_peers.py` found, as Markdown."""
-    file = RESULTS / "decoding_peers.json"
+def engines(name: str) -> str:
+    """Return what `decoding_peers.py` found of a model, as Markdown."""
+    file = RESULTS / f"{name}.json"
     if not file.is_file():
         return "Not measured yet."
     return table(json.loads(file.read_text()))
@@ -465,7 +465,8 @@ DOCUMENTS: dict[str, dict[str, Callable[[], str]]] = {
         "figures": decoding,
         "tables": tables,
         "ttft": first_token,
-        "engines": engines,
+        "engines": lambda: engines("decoding_peers"),
+        "engines-small": lambda: engines("decoding_peers_example"),
     },
     "docs/drafts.md": {
         "ablation": lambda: ablation(read("ablation")),

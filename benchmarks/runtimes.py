@@ -14,6 +14,7 @@ import json
 import statistics
 import time
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
@@ -28,6 +29,7 @@ from fastvlm.drafting.imitation import initialise_from
 from fastvlm.evaluation.measuring import hardware
 from fastvlm.example import example
 from fastvlm.functional.errors import InputError
+from fastvlm.functional.threads import one_thread
 from fastvlm.language import SplitDecoder, split_decoder
 from fastvlm.language.cache import DecoderCache
 from fastvlm.language.draft_path import DraftPath
@@ -76,13 +78,12 @@ class Measured:
 
     def layers(self, width: int) -> None:
         """Run the whole decoder over some positions, and choose tokens."""
-        decoder = self.decoder
-        x = decoder.embed(torch.ones(1, width, dtype=torch.long))
-        positions = self.cache.positions([CONTEXT], width)
-        exit_layer = self.network.config.exit_layer
-        x = decoder.forward_layers(x, positions, self.cache, range(exit_layer))
-        x = decoder.forward_layers(x, positions, self.cache, range(exit_layer, decoder.depth))
-        decoder.head(x).argmax(-1).tolist()
+        decoder, exit_layer = self.decoder, self.network.config.exit_layer
+        with self.threads():
+            x = decoder.embed(torch.ones(1, width, dtype=torch.long))
+            positions = self.cache.positions([CONTEXT], width)
+            _, logits = decoder.forward_all(x, positions, self.cache, exit_layer, logits=True)
+            logits.argmax(-1).tolist()
 
     def ordinary(self) -> None:
         """Decode a token."""
@@ -95,12 +96,17 @@ class Measured:
     def draft(self) -> None:
         """Draft a token."""
         decoder, network = self.decoder, self.network
-        x = decoder.embed(torch.ones(1, 1, dtype=torch.long))
-        positions = self.cache.positions([CONTEXT], 1)
         exit_layer = network.config.exit_layer
         path = DraftPath(exit_layer, list(network.layers), network.mlp, self.rows)
-        _, logits = decoder.draft_step(x, positions, self.cache, path)
-        logits.argmax(-1).tolist()
+        with self.threads():
+            x = decoder.embed(torch.ones(1, 1, dtype=torch.long))
+            positions = self.cache.positions([CONTEXT], 1)
+            _, logits = decoder.draft_step(x, positions, self.cache, path)
+            logits.argmax(-1).tolist()
+
+    def threads(self) -> AbstractContextManager[None]:
+        """Have torch compute as the engine does, see `Engine`."""
+        return nullcontext() if self.decoder.runtime == "torch" else one_thread()
 
 
 def of_the_model(model: str | None, draft: str | None) -> Named:
