@@ -11,7 +11,7 @@ from transformers import PreTrainedModel
 from fastvlm.decoding import Autoregressive, Engine, Request, SelfSpeculative
 from fastvlm.decoding.batch import Batch
 from fastvlm.decoding.draft_loop import Draft
-from fastvlm.drafting import AdaptiveLength, adaptive
+from fastvlm.drafting import AdaptiveLength, throughput
 from fastvlm.drafting.draft_length import Progress, Timings
 from fastvlm.language import split_decoder
 from tests.decoding.conftest import decode, finish, imitation, inputs_of, text_model
@@ -159,7 +159,7 @@ def test_it_drafts_while_that_pays_and_no_token_tells(
     rows: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     # Few cycles are decoded here, so it may probe more often.
-    monkeypatch.setattr(adaptive, "PROBE_TIME_SHARE", 0.5)
+    monkeypatch.setattr(throughput, "PROBE_TIME_SHARE", 0.5)
     model = text_model("qwen2")
     expected = [r.output_token_ids for r in decode(model, Autoregressive(), PROMPTS[:rows], 200)]
     made = imitation(model, perfect=True)
