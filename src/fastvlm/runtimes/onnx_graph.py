@@ -125,8 +125,9 @@ class OnnxGraph:
             whole = quantise(weight, self.bits)
             sizes = {"K": inputs, "N": outputs, "bits": self.bits, "block_size": BLOCK}
             given = [x, self.weight(whole.values), self.weight(whole.scales)]
+            given.append("" if whole.zeros is None else self.weight(whole.zeros))
             if bias is not None:
-                given += ["", "", self.weight(bias)]
+                given += ["", self.weight(bias)]
             found: str = self.add("MatMulNBits", given, **sizes, accuracy_level=INTEGER_PRODUCTS)
             return found
         return x if bias is None else self.add("Add", [x, self.weight(bias)])
