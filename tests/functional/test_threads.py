@@ -30,6 +30,9 @@ def test_torch_computes_in_one_thread_and_afterwards_as_before() -> None:
         assert torch.get_num_threads() == 1
         with usual_threads():
             assert torch.get_num_threads() == 3
+            with one_thread():
+                assert torch.get_num_threads() == 1
+            assert torch.get_num_threads() == 3
         with one_thread():
             assert torch.get_num_threads() == 1
         assert torch.get_num_threads() == 1

@@ -15,6 +15,7 @@ import torch
 
 _LIBRARIES = {"linux": "libtorch_cpu.so", "darwin": "libtorch_cpu.dylib"}
 _outside = local()
+"""`threads`: how many a thread computed with outside of `one_thread`; none outside of it."""
 
 
 @contextmanager
@@ -32,13 +33,13 @@ def one_thread() -> Iterator[None]:
     if set_threads is None or before == 1:
         yield
         return
-    _outside.threads = before
+    outside, _outside.threads = getattr(_outside, "threads", None), before
     set_threads(1)
     try:
         yield
     finally:
         set_threads(before)
-        del _outside.threads
+        _outside.threads = outside
 
 
 @contextmanager

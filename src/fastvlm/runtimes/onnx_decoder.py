@@ -53,7 +53,7 @@ class OnnxDecoder(SplitDecoder):
 
     Args:
         split: The decoder in torch, which embeds, makes tables of rotations and knows the family.
-        bits: Bits of the weights: 8 or 4, in blocks of 32 with a scale; None for float32.
+        bits: Bits of the weights: 8 or 4, in blocks of 32, see `quantise`; None for float32.
         required: Whether a model that is moved or cast later on is refused; torch computes it else.
 
     Raises:

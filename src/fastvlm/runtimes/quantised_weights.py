@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 BLOCK = 32
-"""Weights of a row, side by side, that share a scale."""
+"""Weights of a row, side by side, that share a scale, and an offset where there are 4 bits."""
 BITS = {"int8": 8, "int4": 4}
 """The forms of weights by name, and the bits of a weight."""
 
