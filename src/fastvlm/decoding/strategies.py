@@ -152,7 +152,7 @@ class PromptLookup(RuledDrafting):
         return draft_loop(batch, self.length, limits, None, self.lookup)
 
 
-class _Way(NamedTuple):
+class _DraftSetup(NamedTuple):
     """What draft steps run: the network, where they run it, and the tokens that they can draft."""
 
     network: ImitationNetwork | None
@@ -212,13 +212,13 @@ class SelfSpeculative(RuledDrafting):
         """Draft token by token, until the rule for the draft's length ends it."""
         starts = batch.lengths
         states: list[Tensor] = []
-        way: _Way | None = None
+        setup: _DraftSetup | None = None
 
         def step(last: list[int], number: int) -> tuple[Tensor, Tensor | None]:
             # Where a rule drafts nothing, finding it would be a good part of what a cycle adds.
-            nonlocal way
-            way = way or self._way()
-            network, path = way.network, way.path
+            nonlocal setup
+            setup = setup or self._setup()
+            network, path = setup.network, setup.path
             behind = network is not None and not number and self._is_behind(network, batch)
             if behind and self.decoder.recomputes and min(map(len, batch.replies)) > 1:
                 # With the token before, whose states are known, it is one graph like any other.
@@ -234,22 +234,22 @@ class SelfSpeculative(RuledDrafting):
                 hidden, logits = self.decoder.draft_step(x, positions, batch.cache, path)
             states.append(hidden[:, -1:])
             logits = logits[:, -1]
-            if path.rows is None and way.vocabulary is not None:
-                logits = logits[:, way.vocabulary]
-            return logits, way.vocabulary
+            if path.rows is None and setup.vocabulary is not None:
+                logits = logits[:, setup.vocabulary]
+            return logits, setup.vocabulary
 
         draft = draft_loop(batch, self.length, limits, step, self.lookup)
         draft.hidden = torch.cat(states, 1) if states else None
         return draft
 
-    def _way(self) -> _Way:
+    def _setup(self) -> _DraftSetup:
         """Return what draft steps run, as model and network are now."""
         network, vocabulary, rows = self._placed_network(), None, None
         if network is not None and network.draft_vocabulary is not None:
             rows, vocabulary = self._vocabulary_rows(network.draft_vocabulary)
         blocks = [] if network is None else list(network.layers)
         mlp = None if network is None else network.mlp
-        return _Way(network, DraftPath(self.exit_layer, blocks, mlp, rows), vocabulary)
+        return _DraftSetup(network, DraftPath(self.exit_layer, blocks, mlp, rows), vocabulary)
 
     def _is_behind(self, network: ImitationNetwork, batch: Batch) -> bool:
         """Return whether the network is to see more, at the first step, than the last tokens."""

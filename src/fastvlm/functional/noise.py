@@ -87,7 +87,7 @@ def _bits_of(
 ) -> Tensor:
     """Return the random bits of tokens, or of a whole vocabulary of a size: (rows, tokens)."""
     at_once = min(BLOCK_TOKENS // size, BLOCK_POSITIONS)
-    if at_once < 2:  # noqa: PLR2004 (one after another)
+    if at_once <= 1:
         spread = _spread_vocabulary(size, device) if tokens is None else _spread(tokens)
         return _bits(seeds, positions, spread)
     # The drafter asks for the same ones before the target does, and both position by position.
