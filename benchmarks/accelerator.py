@@ -1,10 +1,11 @@
 """What a machine with a GPU shows: its tests, then identity and speed, in one run of minutes.
 
 - `pytest tests/cuda`: the tests that need a device;
-- ordinary and speculative decoding beside `transformers`' own `generate`, in float32 and bfloat16,
-  one request at a time and eight: the example model with its draft, and a model of two billion
-  parameters with random weights, whose later layers change little, so that its first layers are a
-  good draft, as a trained one is;
+- ordinary and speculative decoding, by torch and by CUDA graphs, beside `transformers`' own
+  `generate`, in float32 and bfloat16, one request at a time and eight: the example model with its
+  draft, and a model of the shape of LLaVA-1.5-7B with random weights, whose later layers change
+  little, so that its first layers are a good draft, as a trained one is;
+- the share of the memory's speed, as measured, at which ordinary steps read their weights;
 - an audit: how many replies have the tokens of `generate`, and where they differ how far apart the
   two best logits were.
 
@@ -45,13 +46,14 @@ TIES = {torch.float32: 1e-5, torch.bfloat16: 2**-6}
 """Two best logits that lie closer than this share of the best one may change places by rounding
 alone."""
 LARGE: dict[str, Any] = {
-    "model_type": "qwen2",
-    "hidden_size": 2048,
-    "intermediate_size": 8192,
-    "num_hidden_layers": 24,
-    "num_attention_heads": 16,
-    "num_key_value_heads": 2,
-    "vocab_size": 151936,
+    "model_type": "llama",
+    "hidden_size": 4096,
+    "intermediate_size": 11008,
+    "num_hidden_layers": 32,
+    "num_attention_heads": 32,
+    "num_key_value_heads": 32,
+    "vocab_size": 32064,
+    "max_position_embeddings": 4096,
     "tie_word_embeddings": False,
 }
 SMALL: dict[str, Any] = {
@@ -60,6 +62,7 @@ SMALL: dict[str, Any] = {
     "intermediate_size": 96,
     "num_hidden_layers": 6,
     "num_attention_heads": 4,
+    "num_key_value_heads": 2,
     "vocab_size": 1000,
 }
 EXIT_LAYER = 2
@@ -133,7 +136,7 @@ class Contest:
         vlm: The model.
         prompt: What is asked of every image, so that a batch needs no padding.
         images: Of which batches are made.
-        strategies: Ours, by name.
+        strategies: Ours, by name, each with the model in the runtime that it decodes in.
         tokens: The most tokens of a reply.
     """
 
@@ -141,7 +144,7 @@ class Contest:
     vlm: Any
     prompt: str
     images: Sequence[Any]
-    strategies: Mapping[str, Any]
+    strategies: Mapping[str, tuple[Any, Any]]
     tokens: int
 
     def ours(self, strategy: str, images: Sequence[Any]) -> Measured:
@@ -151,16 +154,12 @@ class Contest:
             Exception: What a request failed with.
         """
         started = time.perf_counter()
+        vlm, chosen = self.strategies[strategy]
         requests = [
-            self.vlm.request(
-                self.prompt,
-                image,
-                strategy=self.strategies[strategy],
-                max_new_tokens=self.tokens,
-            )
+            vlm.request(self.prompt, image, strategy=chosen, max_new_tokens=self.tokens)
             for image in images
         ]
-        for request in self.vlm.engine.run(requests):
+        for request in vlm.engine.run(requests):
             if request.error is not None:
                 raise request.error
         first = max(request.times[0] for request in requests)
@@ -228,21 +227,23 @@ def shipped(device: torch.device, dtype: torch.dtype, scale: Scale) -> Contest:
     from fastvlm_example import HELD_OUT_SCENES
     from fastvlm_example.scenes import render, sample
 
-    vlm = fastvlm.load(device=device, dtype=dtype, prefix_bytes=0)
+    models = [
+        fastvlm.load(device=device, dtype=dtype, prefix_bytes=0, runtime=runtime)
+        for runtime in runtimes(device)
+    ]
+    vlm = models[0]
     seeds = range(HELD_OUT_SCENES, HELD_OUT_SCENES + 16)
     images = [render(sample(seed), vlm.image_size) for seed in seeds]
-    strategies = {
-        "autoregressive": vlm.strategy("autoregressive"),
-        "imitation": vlm.strategy("imitation", **scale.drafting),
-        "prompt-lookup": vlm.strategy("prompt-lookup"),
-    }
-    return Contest("shipped", vlm, fastvlm_example.SCENE_PROMPT, images, strategies, scale.tokens)
+    chosen = {"autoregressive": {}, "imitation": scale.drafting, "prompt-lookup": {}}
+    prompt = fastvlm_example.SCENE_PROMPT
+    return Contest("shipped", vlm, prompt, images, strategies(models, chosen), scale.tokens)
 
 
 def random_weights(device: torch.device, dtype: torch.dtype, scale: Scale) -> Contest:
     """Return a larger model with random weights, whose first layers draft."""
     from transformers import FastVlmConfig, FastVlmForConditionalGeneration
 
+    from fastvlm.runtimes import RuntimeOptions, decoder_of
     from fastvlm.vision import FastViTHDConfig
     from fastvlm.vlm import VisionLanguageModel
     from fastvlm_example import SCENE_PROMPT
@@ -271,13 +272,61 @@ def random_weights(device: torch.device, dtype: torch.dtype, scale: Scale) -> Co
         for layer in model.model.language_model.layers[EXIT_LAYER:]:
             layer.self_attn.o_proj.weight.mul_(LATER_LAYERS)
             layer.mlp.down_proj.weight.mul_(LATER_LAYERS)
-    vlm = VisionLanguageModel(model, tokenizer, prefix_bytes=0)
+    models = [
+        VisionLanguageModel(
+            model,
+            tokenizer,
+            prefix_bytes=0,
+            decoder=decoder_of(model, None, RuntimeOptions(runtime)),
+        )
+        for runtime in runtimes(device)
+    ]
     images = [render(sample(number), scale.image_size) for number in range(16)]
-    strategies = {
-        "autoregressive": vlm.strategy("autoregressive"),
-        "early-exit": vlm.strategy("early-exit", exit_layer=EXIT_LAYER, **scale.drafting),
+    early = {"exit_layer": EXIT_LAYER, **scale.drafting}
+    own = strategies(models, {"autoregressive": {}, "early-exit": early})
+    return Contest("random weights", models[0], SCENE_PROMPT, images, own, scale.tokens)
+
+
+def runtimes(device: torch.device) -> list[str]:
+    """Return the runtimes that are measured on a device, the plainest first."""
+    return ["torch", "cuda"] if device.type == "cuda" else ["torch"]
+
+
+def strategies(
+    models: Sequence[Any], chosen: Mapping[str, Mapping[str, Any]]
+) -> dict[str, tuple[Any, Any]]:
+    """Return strategies of a model in its runtimes, by the names of both.
+
+    Args:
+        models: The model in each runtime.
+        chosen: The strategies' options.
+    """
+    return {
+        name if vlm is models[0] else f"{name}, {vlm.decoder.runtime}": (
+            vlm,
+            vlm.strategy(name, **options),
+        )
+        for vlm in models
+        for name, options in chosen.items()
     }
-    return Contest("random weights", vlm, SCENE_PROMPT, images, strategies, scale.tokens)
+
+
+def reading_share(contest: Contest, results: Row, batch: int) -> Row:
+    """Return how much of the memory's speed ordinary steps reach, reading their weights."""
+    from fastvlm.evaluation.roofline import measure_machine, weights_of
+
+    decoder = contest.vlm.decoder
+    machine = measure_machine(decoder.device, decoder.dtype)
+    size = sum(weights_of(part)[1] for part in (*decoder.layers, decoder.lm_head))
+    return {
+        "bytes_per_second": machine.bytes_per_second,
+        "weight_bytes": size,
+        "shares": {
+            name: size / machine.bytes_per_second / (1e-3 * batch * row["ms_per_token"]["median"])
+            for name, row in results.items()
+            if row["ms_per_token"] and (name.startswith("autoregressive") or name == "transformers")
+        },
+    }
 
 
 def measure(contest: Contest, batch: int, rounds: int, deadline: float) -> Row:
@@ -299,10 +348,12 @@ def measure(contest: Contest, batch: int, rounds: int, deadline: float) -> Row:
         audit(contest, shown, {name: runs[-1] for name, runs in found.items()}, differences)
         if time.perf_counter() > deadline:
             break
+    results = {name: summary(name, found, differences) for name in names}
     return {
         "batch": batch,
         "rounds": len(found["transformers"]),
-        "results": {name: summary(name, found, differences) for name in names},
+        "results": results,
+        "reading": reading_share(contest, results, batch),
     }
 
 
@@ -412,7 +463,7 @@ def report(case: Row) -> None:
     for name, row in case["results"].items():
         times = row["ms_per_token"] or {"median": 0.0, "low": 0.0, "high": 0.0}
         line = (
-            f"  {name:15} TTFT {row['ttft_ms']['median']:7.1f} ms, a token"
+            f"  {name:20} TTFT {row['ttft_ms']['median']:7.1f} ms, a token"
             " {median:6.2f} ms ({low:.2f}-{high:.2f})".format(**times)
         )
         over = row.get("speedup_over_autoregressive")
@@ -427,6 +478,8 @@ def report(case: Row) -> None:
             line += (
                 f"; acceptance {row['acceptance_rate']:.2f}, {row['tokens_per_pass']:.2f} a pass"
             )
+        if name in case["reading"]["shares"]:
+            line += f"; {case['reading']['shares'][name]:.0%} of the memory's speed"
         print(line, flush=True)  # noqa: T201
 
 

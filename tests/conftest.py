@@ -14,6 +14,9 @@ import torch
 # machine that is busy with something else, two take a hundred times as long as one.
 torch.set_num_threads(1)
 
+if not torch.cuda.is_available():
+    os.environ["TRITON_INTERPRET"] = "1"  # before anything imports triton, which reads it once
+
 
 LONGEST = (
     "cluster/test_captions.py",

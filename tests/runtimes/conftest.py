@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import pytest
@@ -23,9 +24,13 @@ from transformers import (
     StableLmConfig,
 )
 
+from fastvlm.language import DecoderInputs, SplitDecoder
 from tests.families import DEPTH
+from tests.language.decoding import decode, strategy
 
 VOCABULARY, WIDTH, WINDOW = 99, 64, 8
+LIMIT = 12
+"""Tokens of a reply."""
 SHAPE: dict[str, Any] = {
     "vocab_size": VOCABULARY,
     "hidden_size": WIDTH,
@@ -69,6 +74,22 @@ def tiny(config: PreTrainedConfig, dtype: torch.dtype = torch.float32) -> PreTra
     torch.manual_seed(4)
     made: PreTrainedModel = AutoModelForCausalLM.from_config(config).to(dtype).eval()
     return made
+
+
+def prompts(decoder: SplitDecoder, lengths: Sequence[int]) -> list[DecoderInputs]:
+    made = torch.Generator().manual_seed(2)
+    each = [torch.randint(3, VOCABULARY, (length,), generator=made) for length in lengths]
+    return [
+        DecoderInputs(ids.tolist(), decoder.embed(ids[None].to(decoder.device))[0].detach())
+        for ids in each
+    ]
+
+
+def replies(
+    decoder: SplitDecoder, name: str, given: Sequence[DecoderInputs], limit: int = LIMIT
+) -> list[list[int]]:
+    done = decode(decoder, strategy(name, decoder), given, limit, ends=())
+    return [request.output_token_ids for request in done]
 
 
 @pytest.fixture(scope="module")

@@ -18,32 +18,27 @@ from fastvlm.language import DecoderInputs, split_decoder
 from fastvlm.language.decoder import SplitDecoder
 from fastvlm.language.draft_path import DraftPath
 from tests.language.decoding import STRATEGIES, decode, network, strategy
-from tests.runtimes.conftest import CONFIGURATIONS, OTHERS, VOCABULARY, tiny
+from tests.runtimes.conftest import (
+    CONFIGURATIONS,
+    LIMIT,
+    OTHERS,
+    VOCABULARY,
+    prompts,
+    replies,
+    tiny,
+)
 
 pytest.importorskip("onnxruntime")
 
 from fastvlm.runtimes.layer_graph import GraphLayer
-from fastvlm.runtimes.onnx_check import verified
 from fastvlm.runtimes.onnx_decoder import OnnxDecoder
-
-LIMIT = 12
-
-
-def prompts(decoder: SplitDecoder, lengths: Sequence[int]) -> list[DecoderInputs]:
-    made = torch.Generator().manual_seed(2)
-    each = [torch.randint(3, VOCABULARY, (length,), generator=made) for length in lengths]
-    return [DecoderInputs(ids.tolist(), decoder.embed(ids[None])[0].detach()) for ids in each]
-
-
-def replies(decoder: SplitDecoder, name: str, given: Sequence[DecoderInputs]) -> list[list[int]]:
-    done = decode(decoder, strategy(name, decoder), given, LIMIT, ends=())
-    return [request.output_token_ids for request in done]
+from fastvlm.runtimes.runtime import RuntimeOptions, onnx_decoder
 
 
 @pytest.mark.parametrize("family", CONFIGURATIONS)
 def test_tokens_are_those_of_generate(family: str) -> None:
     model = tiny(CONFIGURATIONS[family])
-    decoder = verified(OnnxDecoder(split_decoder(model)))
+    decoder = onnx_decoder(model, RuntimeOptions())
     given = prompts(decoder, (11, 4))
     found = replies(decoder, "block", given)
     model.generation_config.eos_token_id = None
@@ -266,17 +261,18 @@ def test_a_little_memory_stays_for_the_next_request(
     assert first.nbytes > 0
     assert reply(11) == wanted
     assert engine.cache is first
-    # It would be too small for this one, and too large for what comes then.
+    # It would be too small for this one, and what this one leaves is no smaller.
     longer = reply(200)
-    assert engine.cache is not first
+    second = engine.cache
+    assert second is not first
     assert reply(11) == wanted
-    assert engine.cache.nbytes <= first.nbytes
+    assert engine.cache is second
     with torch.no_grad():
         model.model.layers[0].mlp.down_proj.weight.mul_(-1)
     last = engine.cache
     assert reply(200) != longer
     assert engine.cache is not last
-    monkeypatch.setattr("fastvlm.decoding.engine.IDLE_CACHE_BYTES", 0)
+    monkeypatch.setattr("fastvlm.runtimes.onnx_decoder.IDLE_CACHE_BYTES", 0)
     assert reply(11) != wanted
     assert engine.cache.nbytes == 0
 
@@ -314,7 +310,7 @@ def test_weights_that_change_are_followed(qwen: PreTrainedModel) -> None:
 def test_another_form_is_refused(family: str) -> None:
     model = tiny(OTHERS[family])
     with pytest.raises(InputError, match=r"^ONNX Runtime can't decode .* runtime='torch'\.$"):
-        verified(OnnxDecoder(split_decoder(model)))
+        onnx_decoder(model, RuntimeOptions())
 
 
 def test_another_precision_is_refused(qwen: PreTrainedModel) -> None:
@@ -323,9 +319,9 @@ def test_another_precision_is_refused(qwen: PreTrainedModel) -> None:
         OnnxDecoder(split_decoder(model))
 
 
-@pytest.mark.parametrize("bits", [None, 8])
+@pytest.mark.parametrize("quantize", [None, "int8"])
 def test_wrong_states_are_refused(
-    qwen: PreTrainedModel, bits: int | None, monkeypatch: pytest.MonkeyPatch
+    qwen: PreTrainedModel, quantize: str | None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     read = OnnxDecoder.read
 
@@ -337,4 +333,4 @@ def test_wrong_states_are_refused(
 
     monkeypatch.setattr(OnnxDecoder, "read", wrong)
     with pytest.raises(InputError, match="differ from those in torch"):
-        verified(OnnxDecoder(split_decoder(qwen), bits))
+        onnx_decoder(qwen, RuntimeOptions(quantize=quantize))

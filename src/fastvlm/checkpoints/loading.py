@@ -101,7 +101,7 @@ class LoadOptions(PretrainedOptions, total=False):
     """
 
     quantize: Literal["int8", "int4"] | None
-    runtime: Literal["torch", "onnx"] | None
+    runtime: Literal["torch", "onnx", "cuda"] | None
     packed_bytes: int
 
 

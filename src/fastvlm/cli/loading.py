@@ -237,10 +237,10 @@ class DecodingRuntime(Runtime):
     """
 
     runtime: Annotated[
-        Literal["torch", "onnx"] | None,
+        Literal["torch", "onnx", "cuda"] | None,
         typer.Option(
-            help="What runs the decoder: the checkpoint's own modules in torch, or ONNX Runtime"
-            " on the CPU in float32, for models of the usual form.",
+            help="What runs the decoder: the checkpoint's own modules in torch, ONNX Runtime on the"
+            " CPU in float32, or CUDA graphs on a GPU; the last two for models of the usual form.",
             show_default="onnx for a small model where it is installed",
         ),
     ] = None

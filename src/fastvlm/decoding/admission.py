@@ -110,9 +110,9 @@ class Admission:
         cache.reserve(rows, capacity)
 
     def suits(self, admitted: Sequence[Request], cache: DecoderCache) -> bool:
-        """Return whether a cache that nobody decodes in is what one for these would be."""
+        """Return whether a cache that nobody decodes in has room for these."""
         rows, capacity = self._room(admitted, (), DecoderCache(cache.device))
-        return cache.slots == rows and capacity <= cache.capacity <= 2 * capacity
+        return rows <= cache.slots and capacity <= cache.capacity
 
     def free_slots(self, slots: Sequence[Slot]) -> list[int]:
         """Return the numbers of the slots that nobody occupies."""

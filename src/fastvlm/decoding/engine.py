@@ -29,8 +29,6 @@ MAX_SLOTS = 16
 """The default maximum number of requests decoded together."""
 PREFILL_POSITIONS = 1024
 """The default maximum of prompt positions that a step computes while replies are decoded."""
-IDLE_CACHE_BYTES = 2**25
-"""The most bytes of the cache that stay while nothing is decoded, if that makes steps shorter."""
 
 
 class Engine:
@@ -77,8 +75,8 @@ class Engine:
         """The requests that decode, in the order in which they came."""
         self.admission = Admission(decoder, max_slots, max_cache_bytes, verify_width, clock)
         self._dtype = torch.float32
-        self._reuses_memory = False
-        """See `SplitDecoder.follow`."""
+        self._idle_bytes = 0
+        """The most bytes of the cache that stay while nothing is decoded."""
         # A plain lock: a stream that is forgotten cancels its request wherever the interpreter
         # happens to be, also inside a block that holds it, and must neither wait nor enter.
         self._turn = Condition(Lock())
@@ -367,7 +365,8 @@ class Engine:
 
     def _follow_model(self) -> None:
         """Take over where and in what precision the model computes now."""
-        self._reuses_memory = self.decoder.follow()
+        # One whole cache is read in passes that are to round alike: its size must not vary.
+        self._idle_bytes = self.decoder.follow() if self.verify_width is None else 0
         device, dtype = self.decoder.device_and_dtype()
         moved = (device, dtype) != (self.cache.device, self._dtype)
         if self.slots and moved:
@@ -377,7 +376,7 @@ class Engine:
         if not self.slots:
             if moved:
                 self.admission.forget()
-            if moved or not self._reuses_memory:
+            if moved or not self._idle_bytes:
                 self.cache = DecoderCache(device)
             self._dtype = dtype
 
@@ -386,7 +385,7 @@ class Engine:
         self.slots.remove(slot)
         self.cache.release(slot.index)
         if not self.slots:
-            if self._reuses_memory and self.cache.nbytes <= IDLE_CACHE_BYTES:
+            if self.cache.nbytes <= self._idle_bytes:
                 self.cache.tables.clear()
             else:
                 self.cache = DecoderCache(self.cache.device)

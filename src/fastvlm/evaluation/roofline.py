@@ -20,9 +20,10 @@ from fastvlm.language import SplitDecoder
 from fastvlm.language.packed import PackedLinear
 from fastvlm.language.quantised import Int4Linear, Int8Linear
 
-READ_VALUES = 2**26
-"""Values in float32 that are read to measure the memory: more than caches hold."""
-MATRIX_SIZE = 1024
+READ_VALUES = {"cpu": 2**26, "cuda": 2**28}
+"""Values in float32 that are read to measure the memory: more than caches hold, and so many that to
+begin takes no share of it."""
+MATRIX_SIZE = {"cpu": 1024, "cuda": 8192}
 """Rows and columns of the matrices that are multiplied to measure the arithmetic."""
 TRIALS = 4
 
@@ -74,12 +75,14 @@ class Share(NamedTuple):
 
 
 def measure_machine(device: torch.device, dtype: torch.dtype) -> Machine:
-    """Measure a machine, in less than a second on a CPU."""
-    values = torch.ones(READ_VALUES, device=device)
-    matrix = torch.ones(MATRIX_SIZE, MATRIX_SIZE, device=device, dtype=dtype)
+    """Measure a machine, in less than a second."""
+    kind = device.type if device.type in READ_VALUES else "cuda"
+    size = MATRIX_SIZE[kind]
+    values = torch.ones(READ_VALUES[kind], device=device)
+    matrix = torch.rand(size, size, device=device, dtype=dtype)
     reading = _best(values.sum, device)
     multiplying = _best(lambda: matrix @ matrix, device)
-    return Machine(values.nbytes / reading, 2 * MATRIX_SIZE**3 / multiplying)
+    return Machine(values.nbytes / reading, 2 * size**3 / multiplying)
 
 
 def pass_costs(

@@ -274,13 +274,13 @@ class SplitDecoder(ABC):
             x = path.mlp(x)
         return exits, self.head(x) if path.rows is None else self.head_rows(x, path.rows)
 
-    def follow(self) -> bool:
+    def follow(self) -> int:
         """Take over what has changed about the model, as far as it is not read at each call.
 
-        The engine calls it before requests enter. Return whether a pass is shorter where keys and
-        values lie in memory that a cache has left, of a model that is the same.
+        The engine calls it before requests enter. Return the most bytes of a cache that stay for
+        them; 0 where passes over its memory are no shorter, or the model has changed.
         """
-        return False
+        return 0
 
     def lm_head_rows(self, token_ids: Tensor) -> Tensor | None:
         """Return the LM head's rows of some tokens: (tokens, its inputs).

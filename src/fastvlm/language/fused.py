@@ -50,10 +50,12 @@ class LayerKind(NamedTuple):
     Args:
         norm: What its norms do to the last dimension of a tensor.
         sandwiched: Whether there are norms after its parts too.
+        unit_offset: Whether norms multiply by 1 + weight.
     """
 
     norm: Norm
     sandwiched: bool
+    unit_offset: bool
 
 
 @dataclass(slots=True)
@@ -235,12 +237,12 @@ def known_kind(
     halves = _global(rotate, "rotate_half")
     if halves is None or not is_one_of(halves, ("llama.rotate_half",)):
         return None
-    norms = {NORMS: _norm, UNIT_OFFSET_NORMS: _unit_offset_norm}
+    unit_offset = is_one_of(norm, UNIT_OFFSET_NORMS)
+    if not unit_offset and not is_one_of(norm, NORMS):
+        return None
     for sandwiched, layers in ((False, PRE_NORM), (True, SANDWICHED)):
         if is_one_of(layer, layers):
-            for names, function in norms.items():
-                if is_one_of(norm, names):
-                    return LayerKind(function, sandwiched)
+            return LayerKind(_unit_offset_norm if unit_offset else _norm, sandwiched, unit_offset)
     return None
 
 

@@ -80,6 +80,7 @@ class Positions:
         encoder: What an encoder-decoder attends to; None for any other model.
         tables: What a decoder keeps from pass to pass, by its own names; it belongs to the cache.
         plain: Whether all prompts are known to be plain, see `DecoderInputs.is_plain`.
+        to_the_end: Whether keys are read to the end of the cache, so that rounding is always alike.
     """
 
     slots: list[int]
@@ -92,6 +93,7 @@ class Positions:
     encoder: EncoderContext | None = None
     tables: dict[str, Any] | None = None
     plain: bool = False
+    to_the_end: bool = False
     _masks: dict[MaskKind, Tensor | None] = field(default_factory=dict)
     _rows: Tensor | None = None
     _position_ids: tuple[Tensor | None] | None = None

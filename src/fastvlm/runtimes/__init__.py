@@ -1,4 +1,4 @@
-"""What computes a decoder: torch, or ONNX Runtime behind the same `SplitDecoder`."""
+"""What computes a decoder: torch, ONNX Runtime or CUDA graphs, behind the same `SplitDecoder`."""
 
 from fastvlm.runtimes.runtime import RUNTIMES, RuntimeOptions, decoder_of, split_load_options
 

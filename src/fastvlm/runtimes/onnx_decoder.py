@@ -13,7 +13,7 @@ from fastvlm.functional.errors import InputError
 from fastvlm.language.cache import DecoderCache, KeyValueCache
 from fastvlm.language.decoder import SplitDecoder
 from fastvlm.language.draft_path import DraftPath
-from fastvlm.language.general import GeneralDecoder, added_after, injected
+from fastvlm.language.general import added_after, injected
 from fastvlm.language.layer_calls import LayerCall, RotaryKind
 from fastvlm.language.positions import Positions
 from fastvlm.language.weights_state import identities, weights_state
@@ -37,14 +37,17 @@ from fastvlm.runtimes.layer_stack import (
     needs_mask,
     split_after,
 )
+from fastvlm.runtimes.wrapped_decoder import WrappedDecoder
 
 PLACE = ("cpu", torch.float32)
 """Where, and in what precision, it computes."""
+IDLE_CACHE_BYTES = 2**25
+"""The most bytes of a cache that stay while nothing is decoded."""
 MAX_RESTRICTED_HEADS = 4
 """Sets of tokens whose logits are made by a graph of their own, kept at once."""
 
 
-class OnnxDecoder(SplitDecoder):
+class OnnxDecoder(WrappedDecoder):
     """A decoder of the usual form whose layers and LM head are graphs in ONNX Runtime.
 
     Passes that record gradients, and those of training, are computed in torch. Keys and values are
@@ -61,50 +64,22 @@ class OnnxDecoder(SplitDecoder):
     """
 
     runtime = "onnx"
-    shape = staticmethod(GeneralDecoder.shape)
-    blocks = staticmethod(GeneralDecoder.blocks)
-    feed_forward = staticmethod(GeneralDecoder.feed_forward)
+    title = "ONNX Runtime"
 
     def __init__(
         self, split: SplitDecoder, bits: int | None = None, *, required: bool = True
     ) -> None:
-        super().__init__(split.model, split.decoder)
-        self.name = type(split.model).__name__
-        if not isinstance(split, GeneralDecoder) or split.EXTRAS:
-            raise self.refusal("its decoder is not of the usual form")
+        super().__init__(split)
         self._check_precision()
-        self.split, self.bits, self.required = split, bits, required
-        self.width, self.context = split.width, split.context
-        self.max_positions, self.restart = split.max_positions, split.restart
+        self.bits, self.required = bits, required
         self._rotary = {
-            kind: self._rotation(number, kind) for number, kind in enumerate(split.rotary)
+            kind: self._rotation(number, kind) for number, kind in enumerate(self.split.rotary)
         }
         self._turn = RLock()
         self._state: Hashable = None
         self._forget()
 
-    def room(self, length: int) -> int | None:
-        """Return how many tokens a reply may have. See `SplitDecoder.room`."""
-        return self.split.room(length)
-
-    @property
-    def ending(self) -> str:
-        """Where a reply without room ends. See `SplitDecoder.ending`."""
-        return self.split.ending
-
-    def position_keys(self, keys: Sequence[Hashable], prompt_length: int) -> Sequence[Hashable]:
-        """Return what tells states of positions from others. See `SplitDecoder.position_keys`."""
-        return self.split.position_keys(keys, prompt_length)
-
-    def norm(self, x: Tensor) -> Tensor:
-        """Return the final norm of hidden states, by torch."""
-        return self.split.norm(x)
-
-    def logits(self, x: Tensor) -> Tensor:
-        """Return the LM head's outputs scaled and soft-capped, as the model does it."""
-        return self.split.logits(x)
-
-    def follow(self) -> bool:
+    def follow(self) -> int:
         """Forget what was packed of weights that have changed since. See `SplitDecoder.follow`.
 
         Raises:
@@ -118,12 +93,12 @@ class OnnxDecoder(SplitDecoder):
                 if self._state is not None:
                     self._forget()
                 self._state, self.recomputes = None, False
-                return False
+                return 0
             if self._state != self._weights_state():
                 self._forget()
-                return False
+                return 0
             # Of small layers, telling all graphs where memory lies takes as long as a step.
-            return self.recomputes
+            return IDLE_CACHE_BYTES if self.recomputes else 0
 
     def forward_layers(
         self, x: Tensor, positions: Positions, cache: KeyValueCache, layers: Iterable[int]
@@ -387,12 +362,6 @@ class OnnxDecoder(SplitDecoder):
         self._drafts: dict[Hashable, tuple[DraftPath, DraftPass | None]] = {}
         """What is known by its place stays, so that nothing else comes to lie there."""
         self._state = self._weights_state()
-
-    def refusal(self, reason: str) -> InputError:
-        """Return the error that says why this model is not decoded here."""
-        return InputError(
-            f"ONNX Runtime can't decode {self.name}: {reason}. Load it with runtime='torch'."
-        )
 
 
 def _weights(layers: Iterable[nn.Module]) -> int:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import suppress
 from dataclasses import dataclass
 from importlib.util import find_spec
 from typing import Any
@@ -19,8 +20,9 @@ from fastvlm.language.packed import PACKED_BYTES, pack, pack_decoder
 from fastvlm.language.quantised import checked_bits, quantise_decoder
 from fastvlm.language.structure import text_decoder
 from fastvlm.runtimes.quantised_weights import BITS
+from fastvlm.runtimes.runtime_check import check
 
-RUNTIMES = ("torch", "onnx")
+RUNTIMES = ("torch", "onnx", "cuda")
 FLOAT32_BYTES = 4
 PACKAGES = ("onnx", "onnxruntime")
 SMALL = 150_000_000
@@ -34,9 +36,10 @@ class RuntimeOptions:
     """What a model is decoded with.
 
     Args:
-        runtime: `torch`, or `onnx` for ONNX Runtime on the CPU. None for ONNX Runtime where it is
-            installed and computes the model: one in float32, with weights of its own precision, of
-            a form that it knows, and small (`SMALL`); torch for any other.
+        runtime: `torch`; `onnx` for ONNX Runtime on the CPU; `cuda` for CUDA graphs of our own
+            kernels on a GPU. None for ONNX Runtime where it is installed and computes the model:
+            one in float32, with weights of its own precision, of a form that it knows, and small
+            (`SMALL`); torch for any other.
         quantize: `int8` or `int4` for weights of 8 or 4 bits; None for the model's own.
         packed_bytes: See `pack_decoder`.
 
@@ -55,6 +58,8 @@ class RuntimeOptions:
         checked_bits(self.quantize)
         if self.runtime == "onnx" and (missing := _missing()):
             raise InputError(f"runtime='onnx' needs {missing}: pip install 'fastvlm[onnx]'.")
+        if self.runtime == "cuda" and find_spec("triton") is None:
+            raise InputError("runtime='cuda' needs triton, which comes with torch for CUDA.")
 
 
 def _missing() -> str | None:
@@ -90,15 +95,28 @@ def decoder_of(
     if options.runtime == "onnx":
         return onnx_decoder(model, options)
     if options.runtime is None and not _missing() and _is_small(model, options):
-        try:
-            return onnx_decoder(model, options)
-        except (InputError, ImportError):
+        with suppress(InputError, ImportError):
             # Of another form than it knows, or it can't be used here: torch computes any.
-            pass
+            return onnx_decoder(model, options)
     quantise_decoder(model, checked_bits(options.quantize))
     taken = pack_decoder(model, options.packed_bytes)
     pack([] if network is None else [network], options.packed_bytes - taken)
+    if options.runtime == "cuda":
+        return cuda_decoder(model)
     return split_decoder(model)
+
+
+def cuda_decoder(model: PreTrainedModel) -> SplitDecoder:
+    """Return a model's decoder in CUDA graphs.
+
+    Raises:
+        InputError: The model is not on a GPU, or its decoder is of a form that they don't know.
+    """
+    from fastvlm.runtimes.cuda_decoder import CudaDecoder
+
+    decoder = CudaDecoder(split_decoder(model))
+    check(decoder, range(decoder.depth))
+    return decoder
 
 
 def onnx_decoder(model: PreTrainedModel, options: RuntimeOptions) -> SplitDecoder:
@@ -107,11 +125,19 @@ def onnx_decoder(model: PreTrainedModel, options: RuntimeOptions) -> SplitDecode
     Raises:
         InputError: The decoder is of a form that it doesn't know.
     """
-    from fastvlm.runtimes.onnx_check import verified
     from fastvlm.runtimes.onnx_decoder import OnnxDecoder
 
     bits, required = BITS.get(options.quantize or ""), options.runtime == "onnx"
-    return verified(OnnxDecoder(split_decoder(model), bits, required=required))
+    decoder = OnnxDecoder(split_decoder(model), bits, required=required)
+    if bits is None:
+        check(decoder, range(decoder.depth))
+    else:
+        # By layers in float32, one of each kind: rounding is all that tells them apart. A head is a
+        # norm, which is checked where it is read, and a product.
+        exact = OnnxDecoder(decoder.split)
+        kinds = {exact.kind(number): number for number in reversed(range(exact.depth))}
+        check(exact, sorted(kinds.values()), head=False)
+    return decoder
 
 
 def _is_small(model: PreTrainedModel, options: RuntimeOptions) -> bool:
