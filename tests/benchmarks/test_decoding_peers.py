@@ -375,7 +375,7 @@ def test_our_worker_and_that_of_transformers(small: Path, worker: Callable[..., 
 @pytest.mark.parametrize("bits", ["int8", "int4"])
 def test_our_worker_in_few_bits(small: Path, worker: Callable[..., Any], bits: str) -> None:
     ours = worker("fastvlm_worker", "FastVlm", bits)
-    model = fastvlm.load(str(small), quantize=bits).model
+    model = fastvlm.load(str(small), quantize=bits, runtime="torch").model
     known = plain_greedy(model, PROMPT, 12)
     assert all(ours.decode(PROMPT, 12, way).token_ids == known for way in WAYS)
     found, exact = ours.log_likelihood(PROMPT, REPLY), LlamaForCausalLM.from_pretrained(small)

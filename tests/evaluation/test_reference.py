@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 
+import fastvlm
 from fastvlm.data.questions import Question
 from fastvlm.decoding import SamplingParams, Strategy
 from fastvlm.evaluation import benchmark, reference
@@ -157,6 +158,23 @@ def test_sampled_replies_are_held_against_our_ordinary_ones(tmp_path: Path) -> N
     assert [wide.identical(name) for name in NAMES] == [2] * 4
     with pytest.raises(InputError, match="belongs to an audit"):
         audit(vlm, strategies(vlm), asked, tmp_path / "a.jsonl")
+
+
+def test_a_decoder_with_weights_of_its_own_is_its_own_reference(tmp_path: Path) -> None:
+    pytest.importorskip("onnxruntime")
+    vlm = fastvlm.load(quantize="int4")
+    names = ("autoregressive", "imitation")
+    chosen = {name: vlm.strategy(name) for name in names}
+    asked = [Question("Describe the scene.", number) for number in range(2)]
+    found = measure(vlm, chosen, asked, params=SHORT).results
+    # The model itself has more bits, and says something else.
+    assert {one.strategy for one in found if one.identical} >= set(names)
+    audited = audit(vlm, chosen, asked, tmp_path / "audit.jsonl", params=SHORT)
+    assert [audited.identical(name) for name in names] == [2, 2]
+    for number, question in enumerate(asked):
+        asked_again = dialogue_of(vlm, question)
+        reply = vlm.generate(asked_again, strategy="autoregressive", max_new_tokens=8)
+        assert audited.replies[number] == reply.token_ids
 
 
 def test_a_stopped_audit_goes_on_with_what_it_found(tmp_path: Path) -> None:

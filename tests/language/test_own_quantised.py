@@ -135,7 +135,7 @@ def test_tokens_are_those_of_the_quantised_models_generate(
 
 @pytest.mark.parametrize("bits", LAYERS)
 def test_load_quantises_and_its_draft_drafts(bits: Any) -> None:
-    vlm = fastvlm.load(quantize=bits)
+    vlm = fastvlm.load(quantize=bits, runtime="torch")
     layers = list(vlm.decoder.decoder.modules())
     assert sum(isinstance(part, LAYERS[bits]) for part in layers) > 100
     assert isinstance(vlm.decoder.lm_head, LAYERS[bits])

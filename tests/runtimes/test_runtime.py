@@ -65,6 +65,8 @@ def test_a_small_model_is_computed_by_onnx_runtime(monkeypatch: pytest.MonkeyPat
     assert chosen(tiny(OTHERS["gpt2"])) == "torch"
     monkeypatch.setattr(runtime, "SMALL", 1000)
     assert chosen(model) == "torch"
+    # Fewer bits are faster there whatever the size.
+    assert chosen(model, quantize="int8") == "onnx"
     monkeypatch.undo()
     monkeypatch.setattr(runtime, "find_spec", lambda _: None)
     assert chosen(model) == "torch"
@@ -84,3 +86,12 @@ def test_a_model_that_is_cast_is_computed_by_torch_unless_onnx_runtime_is_requir
     vlm.model.to(torch.float32)
     assert vlm.generate(SCENE_PROMPT, **asked).token_ids == known
     assert vlm.decoder.runtime == "onnx"
+
+
+def test_a_model_in_few_bits_is_never_computed_in_more() -> None:
+    pytest.importorskip("onnxruntime")
+    vlm = fastvlm.load(quantize="int8")
+    assert vlm.decoder.runtime == "onnx"
+    vlm.model.to(torch.float64)
+    with pytest.raises(InputError, match="computes in float32"):
+        vlm.generate(SCENE_PROMPT, max_new_tokens=8)

@@ -244,7 +244,7 @@ def audit_batch(
         return run_requests(engine, requests(strategy))
 
     def replies(exit_layer: int) -> list[list[int]]:
-        if width is None and ordinary:
+        if width is None and ordinary and vlm.decoder.bits is None:
             return reference_replies(vlm, list(dialogues.values()), params.max_new_tokens or 0)
         return [request.output_token_ids for request in decoded(Autoregressive(exit_layer))]
 

@@ -70,7 +70,8 @@ class StrategyResult:
         replies: The number of questions measured.
         tokens: Median number of tokens in a reply.
         identical: Whether every reply has the same tokens as `transformers`' own `generate`, or,
-            when sampling, as ordinary decoding of the same seed, but for the `ties`.
+            when sampling, as ordinary decoding of the same seed, and where a decoder has weights of
+            its own (`SplitDecoder.bits`), as its ordinary decoding; but for the `ties`.
         different: The number of replies that differ, ties included.
         ties: The number of replies whose first difference is where the gap between the two best
             logits is below `MAX_TIE_GAPS`.
@@ -241,7 +242,8 @@ def measure(
         progress(number + 1, len(questions))
     if not asked:
         raise InputError("None of the questions could be asked.")
-    reference = AUTOREGRESSIVE if params.temperature else TRANSFORMERS
+    own = params.temperature or vlm.decoder.bits is not None
+    reference = AUTOREGRESSIVE if own else TRANSFORMERS
     # Dividing logits by a small temperature enlarges their rounding, too.
     tie = MAX_TIE_GAPS[vlm.decoder.dtype] / min(params.temperature or 1.0, 1.0)
     with ExactModel(vlm) as exact:

@@ -78,7 +78,7 @@ class SplitDecoder(ABC):
     runtime = "torch"
     """What computes the layers, see `RuntimeOptions`."""
     bits: int | None = None
-    """Bits of the weights that it reads; None where the modules say."""
+    """Bits of weights of its own; None where it reads those of the model's modules."""
     recomputes = False
     """Whether a verify computes all layers of positions whose first ones a draft has computed."""
     width: int

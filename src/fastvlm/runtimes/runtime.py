@@ -26,9 +26,9 @@ RUNTIMES = ("torch", "onnx", "cuda")
 FLOAT32_BYTES = 4
 PACKAGES = ("onnx", "onnxruntime")
 SMALL = 150_000_000
-"""Weights of the largest decoder that ONNX Runtime computes by default. A step of a small model is
-mostly calls, of which it makes a third; of a larger one it is mostly the reading of weights, of
-which torch reads half of the bytes where a checkpoint has 16 bits."""
+"""Weights of the largest decoder that ONNX Runtime computes by default in float32. A step of a
+small model is mostly calls, of which it makes a third; of a larger one it is mostly the reading of
+weights, of which torch reads half of the bytes where a checkpoint has 16 bits."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,9 +37,9 @@ class RuntimeOptions:
 
     Args:
         runtime: `torch`; `onnx` for ONNX Runtime on the CPU; `cuda` for CUDA graphs of our own
-            kernels on a GPU. None for ONNX Runtime where it is installed and computes the model:
-            one in float32, with weights of its own precision, of a form that it knows, and small
-            (`SMALL`); torch for any other.
+            kernels on a GPU. None for ONNX Runtime where it is installed and is the faster one: for
+            a model in float32, of a form that it knows, that is small (`SMALL`) or whose weights
+            are to have fewer bits, and fits into `packed_bytes`; torch for any other.
         quantize: `int8` or `int4` for weights of 8 or 4 bits; None for the model's own.
         packed_bytes: See `pack_decoder`.
 
@@ -94,7 +94,7 @@ def decoder_of(
     """
     if options.runtime == "onnx":
         return onnx_decoder(model, options)
-    if options.runtime is None and not _missing() and _is_small(model, options):
+    if options.runtime is None and not _missing() and _suits_onnx(model, options):
         with suppress(InputError, ImportError):
             # Of another form than it knows, or it can't be used here: torch computes any.
             return onnx_decoder(model, options)
@@ -127,7 +127,8 @@ def onnx_decoder(model: PreTrainedModel, options: RuntimeOptions) -> SplitDecode
     """
     from fastvlm.runtimes.onnx_decoder import OnnxDecoder
 
-    bits, required = BITS.get(options.quantize or ""), options.runtime == "onnx"
+    bits = BITS.get(options.quantize or "")
+    required = options.runtime == "onnx" or bits is not None
     decoder = OnnxDecoder(split_decoder(model), bits, required=required)
     if bits is None:
         check(decoder, range(decoder.depth))
@@ -140,9 +141,10 @@ def onnx_decoder(model: PreTrainedModel, options: RuntimeOptions) -> SplitDecode
     return decoder
 
 
-def _is_small(model: PreTrainedModel, options: RuntimeOptions) -> bool:
-    """Return whether a decoder has so few weights that ONNX Runtime may hold them too."""
+def _suits_onnx(model: PreTrainedModel, options: RuntimeOptions) -> bool:
+    """Return whether ONNX Runtime is faster than torch, and may hold a decoder's weights too."""
     decoder = text_decoder(model)
     weights = sum(weight.numel() for weight in decoder.parameters())
-    fits = weights <= SMALL and FLOAT32_BYTES * weights <= options.packed_bytes
-    return fits and options.quantize is None and model.dtype == torch.float32
+    faster = weights <= SMALL or options.quantize is not None
+    fits = FLOAT32_BYTES * weights <= options.packed_bytes
+    return faster and fits and model.dtype == torch.float32
