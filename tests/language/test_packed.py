@@ -25,6 +25,7 @@ from fastvlm.language.products import (
     SMALLEST_IN_32_BITS,
     HalfProduct,
     OneDnnProduct,
+    ProductByRows,
     half_functions,
     half_scale,
 )
@@ -50,8 +51,7 @@ def packed(layer: nn.Linear) -> nn.Linear:
 
 def of_kind(kind: str, *, bias: bool = True) -> nn.Linear:
     """A packed layer whose weights are in 32 bits, 32 of which 16 are zeros, or 16."""
-    dtype = {"bfloat16": torch.bfloat16, "float16": torch.float16}.get(kind, torch.float32)
-    layer = linear(700, bias=bias, dtype=dtype)
+    layer = linear(700, bias=bias, dtype=DTYPES.get(kind, torch.float32))
     with torch.no_grad():
         if kind in {"half", "scaled"}:
             layer.weight.copy_(layer.weight.bfloat16())
@@ -60,19 +60,29 @@ def of_kind(kind: str, *, bias: bool = True) -> nn.Linear:
             layer.weight.mul_(2.0**-22)
     pack([layer], PLENTY)
     assert isinstance(layer, PackedLinear)
-    plain = kind in {"float32", "bfloat16"}
-    assert isinstance(layer.packed.product, OneDnnProduct if plain else HalfProduct)
+    assert type(layer.packed.product) is KINDS[kind]
     return layer
 
 
-KINDS = ["float32", "half", "scaled", "bfloat16", "float16"]
+DTYPES = {"both": torch.bfloat16, "bfloat16": torch.bfloat16, "float16": torch.float16}
+KINDS: dict[str, type[Any]] = {
+    "float32": OneDnnProduct,
+    "half": HalfProduct,
+    "scaled": HalfProduct,
+    "both": ProductByRows,
+    "bfloat16": OneDnnProduct,
+    "float16": HalfProduct,
+}
 SHAPES = [(1, 1), (1, 2), (1, 5), (3, 1), (2, 11), (1, 16), (4, 33), (7,)]
 
 
 @pytest.mark.parametrize("bias", [True, False])
 @pytest.mark.parametrize("shape", SHAPES)
 @pytest.mark.parametrize("kind", KINDS)
-def test_products_are_those_of_float64(kind: str, shape: tuple[int, ...], bias: bool) -> None:
+def test_products_are_those_of_float64(
+    kind: str, shape: tuple[int, ...], bias: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(products, "half_gains", lambda: kind == "both")
     layer = of_kind(kind, bias=bias)
     x = torch.randn(*shape, WIDTH, dtype=layer.weight.dtype)
     exact = x.double() @ layer.weight.double().T

@@ -145,7 +145,7 @@ def weights_of(module: nn.Module) -> tuple[int, int]:
     for part in module.modules():
         if isinstance(part, PackedLinear):
             weights += part.weight.numel()
-            size += part.packed.product.nbytes
+            size += part.packed.product.read_bytes
         elif isinstance(part, Int8Linear | Int4Linear):
             weights += part.out_features * part.in_features
             halves = 1 if isinstance(part, Int4Linear) else 2

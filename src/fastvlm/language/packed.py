@@ -48,10 +48,15 @@ class PackedWeight:
     values: Tensor
 
     @classmethod
-    def of(cls, weight: Tensor) -> PackedWeight | None:
-        """Pack a weight, (out_features, in_features); None where that doesn't pay."""
+    def of(cls, weight: Tensor, *, twice: bool = False) -> PackedWeight | None:
+        """Pack a weight, (out_features, in_features); None where that doesn't pay.
+
+        Args:
+            weight: The parameter.
+            twice: See `product_of`.
+        """
         values = weight.detach()
-        product = product_of(values)
+        product = product_of(values, twice=twice)
         if product is None:
             return None
         sample = sampled(values, SAMPLED_WEIGHTS)
@@ -151,15 +156,19 @@ def pack(modules: Iterable[nn.Module], most_bytes: int) -> int:
     taken = 0
     if not available():
         return taken
-    for layer in (layer for module in modules for layer in module.modules()):
+    parts = (part for module in modules for part in module.modules())
+    found = (part for part in parts if isinstance(part, nn.Linear) and may_pack(part))
+    layers = list(dict.fromkeys(found))
+    # Rather every layer once than some of them twice.
+    twice = 2 * sum(layer.weight.nbytes for layer in layers) <= most_bytes
+    for layer in layers:
         # No packed weight takes less than 2 bytes.
-        if isinstance(layer, nn.Linear) and may_pack(layer):
-            if taken + 2 * layer.weight.numel() > most_bytes:
-                continue
-            packed = PackedWeight.of(layer.weight)
-            if packed is not None and taken + packed.product.nbytes <= most_bytes:
-                _pack(layer, packed)
-                taken += packed.product.nbytes
+        if taken + 2 * layer.weight.numel() > most_bytes:
+            continue
+        packed = PackedWeight.of(layer.weight, twice=twice)
+        if packed is not None and taken + packed.product.nbytes <= most_bytes:
+            _pack(layer, packed)
+            taken += packed.product.nbytes
     return taken
 
 

@@ -7,7 +7,11 @@ bytes give the same products.
 
 `onednn`: the matrix as it is, in oneDNN's own layout.
 
-Both compute a row alike whatever rows are beside it.
+In bfloat16 both have their place: one row waits for memory, which FBGEMM reads faster, and many
+wait for arithmetic, which a processor does faster in bfloat16. So a matrix is held in both layouts
+where there is room, and the number of rows says which one multiplies.
+
+Each computes a row alike whatever rows are beside it.
 """
 
 from __future__ import annotations
@@ -29,6 +33,8 @@ SMALLEST_FOR_THREADS = 2**20
 """Weights of a matrix that threads may share: of fewer, calling them costs more than is saved."""
 ROWS = 16
 """Rows of the products that oneDNN's layout is made for."""
+FEW_ROWS = 11
+"""Rows that are multiplied as one is where many go another way: those that verify ten tokens."""
 FLOAT32_ROUNDING = 2.0**-24
 """The relative error of a number that is rounded to float32."""
 LARGEST_EXPONENT = 15
@@ -49,6 +55,11 @@ class Product(Protocol):
     @property
     def nbytes(self) -> int:
         """Bytes that the packed matrix takes."""
+        ...
+
+    @property
+    def read_bytes(self) -> int:
+        """Bytes of it that a product of few rows reads."""
         ...
 
     def __call__(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
@@ -136,6 +147,18 @@ def _seconds(multiply: Callable[..., Tensor], packed: Any, x: Tensor) -> float:
     return time.perf_counter() - started
 
 
+@cache
+def half_gains() -> bool:
+    """Return whether FBGEMM multiplies a row sooner than oneDNN does in bfloat16.
+
+    It does on processors without tiles for bfloat16 (AMX), as far as this torch tells. That is not
+    measured, as the two round differently: a process that found the other one faster, as the
+    machine was busy, could decode other tokens.
+    """
+    has_tiles = getattr(torch.cpu, "_is_amx_tile_supported", None)
+    return half_functions() is not None and has_tiles is not None and not has_tiles()
+
+
 def packs(dtype: torch.dtype) -> bool:
     """Return whether matrices of a precision are packed here."""
     if dtype == torch.bfloat16:
@@ -143,24 +166,35 @@ def packs(dtype: torch.dtype) -> bool:
     return dtype == torch.float32 or (dtype == torch.float16 and half_functions() is not None)
 
 
-def product_of(weight: Tensor) -> Product | None:
+def product_of(weight: Tensor, *, twice: bool = False) -> Product | None:
     """Return what multiplies by a matrix, packed; None where packing doesn't pay.
 
     Args:
         weight: A contiguous matrix on a CPU, of a precision that `packs`: (out, in).
+        twice: Whether it may be held in two layouts.
     """
     if weight.numel() < SMALLEST_IN_16_BITS:
         return None
-    functions = None if weight.dtype == torch.bfloat16 else half_functions()
-    if functions is not None:
-        scale = half_scale(weight)
-        if scale is not None:
-            large = weight.numel() >= SMALLEST_FOR_THREADS
-            if large and threads_gain(torch.get_num_threads()):
-                functions = half_functions_in_threads() or functions
-            return HalfProduct(weight, scale, functions)
+    if weight.dtype == torch.bfloat16:
+        few = _half_product(weight) if twice and half_gains() else None
+        many = OneDnnProduct(weight)
+        return many if few is None else ProductByRows(few, many, FEW_ROWS * weight.shape[1])
+    half = _half_product(weight)
     small = weight.dtype == torch.float32 and weight.numel() < SMALLEST_IN_32_BITS
-    return None if small or weight.dtype == torch.float16 else OneDnnProduct(weight)
+    if half is not None or small or weight.dtype == torch.float16:
+        return half
+    return OneDnnProduct(weight)
+
+
+def _half_product(weight: Tensor) -> HalfProduct | None:
+    """Return what multiplies by a matrix in float16; None where there is none with its values."""
+    functions = half_functions()
+    scale = None if functions is None else half_scale(weight)
+    if functions is None or scale is None:
+        return None
+    if weight.numel() >= SMALLEST_FOR_THREADS and threads_gain(torch.get_num_threads()):
+        functions = half_functions_in_threads() or functions
+    return HalfProduct(weight, scale, functions)
 
 
 def half_scale(weight: Tensor) -> float | None:
@@ -208,7 +242,7 @@ class HalfProduct:
     """
 
     def __init__(self, weight: Tensor, scale: float, functions: HalfFunctions) -> None:
-        self.nbytes = 2 * weight.numel()
+        self.nbytes = self.read_bytes = 2 * weight.numel()
         scaled = weight.float() if scale == 1 else weight.float() * scale
         self.packed = functions.pack(scaled)
         self.multiply = functions.multiply
@@ -233,7 +267,7 @@ class OneDnnProduct:
     """
 
     def __init__(self, weight: Tensor) -> None:
-        self.nbytes = weight.nbytes
+        self.nbytes = self.read_bytes = weight.nbytes
         self.packed: Tensor = torch.ops.mkldnn._reorder_linear_weight(weight, ROWS)
         self.multiply: Callable[..., Tensor] = torch.ops.mkldnn._linear_pointwise.default
         # One number for all matrices of a shape, or equal layers would round differently.
@@ -261,6 +295,31 @@ class OneDnnProduct:
             packed.append(time.perf_counter() - between)
             plain.append(between - started)
         return min(packed) < min(plain)
+
+
+class ProductByRows:
+    """Multiplies few rows by one layout of a matrix, and many by another.
+
+    A step's row and those of a verify are few, so that they are rounded alike: a draft that agrees
+    with ordinary decoding is not refused for a rounding.
+
+    Args:
+        few: Multiplies few rows.
+        many: Multiplies more.
+        most_elements: Elements of the most rows that are few.
+    """
+
+    def __init__(self, few: Product, many: Product, most_elements: int) -> None:
+        self.few = few
+        self.many = many
+        self.most_elements = most_elements
+        self.nbytes = few.nbytes + many.nbytes
+        self.read_bytes = few.read_bytes
+
+    def __call__(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        """Return the product. See `Product`."""
+        product = self.few if x.numel() <= self.most_elements else self.many
+        return product(x, weight, bias)
 
 
 _one_row_packed: dict[tuple[tuple[int, ...], torch.dtype, int], bool] = {}
