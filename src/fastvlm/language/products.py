@@ -39,8 +39,10 @@ FLOAT32_ROUNDING = 2.0**-24
 """The relative error of a number that is rounded to float32."""
 LARGEST_EXPONENT = 15
 """Scaled weights lie below 2 to the power of it, as float16 ends at 65,504."""
-CHUNK_WEIGHTS = 2**22
-"""Weights that are looked at together, as copies of a large matrix may not fit into memory."""
+CHUNK_WEIGHTS = 2**20
+"""Weights that are looked at together, as copies of them stay in a cache: a third of the time."""
+TRIAL_WEIGHTS = 2**22
+"""Weights of a matrix that threads are measured with: beyond the caches, where a step's are."""
 DIRECT = "fbgemm_linear_fp16_weight_fp32_activation"
 """What torch calls FBGEMM's products in float16, as a plain function."""
 TRIALS = 3
@@ -132,8 +134,7 @@ def threads_gain(threads: int) -> bool:
     alone, shared = half_functions(), half_functions_in_threads()
     if threads == 1 or alone is None or shared is None:
         return False
-    # Beyond the caches, where a step's weights are.
-    x, weight = torch.ones(1, 2**10), torch.ones(CHUNK_WEIGHTS // 2**10, 2**10)
+    x, weight = torch.ones(1, 2**10), torch.ones(TRIAL_WEIGHTS // 2**10, 2**10)
     held = [(one.multiply, one.pack(weight)) for one in (alone, shared)]
     # In turns, as clocks rise and threads wake up within the first of them.
     trials = [[_seconds(*one, x) for one in held] for _ in range(TRIALS_OF_THREADS)]
