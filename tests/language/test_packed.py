@@ -159,19 +159,15 @@ def test_threads_share_large_matrices_alone_and_round_alike(
     monkeypatch.setattr(products, "SMALLEST_FOR_THREADS", 512 * 512)
     weights = [torch.randn(size, 512).bfloat16().float() for size in (512, 256)]
     found = {}
-    for gain in (False, True):
-        monkeypatch.setattr(products, "threads_gain", lambda _, gain=gain: gain)
-        found[gain] = [products.product_of(weight) for weight in weights]
-    ways = [[one.multiply == half_functions().multiply for one in found[gain]] for gain in found]
+    for threads in (1, 2):
+        monkeypatch.setattr(torch, "get_num_threads", lambda threads=threads: threads)
+        found[threads] = [products.product_of(weight) for weight in weights]
+    ways = [[one.multiply == half_functions().multiply for one in made] for made in found.values()]
     assert ways == [[True, True], [False, True]]
     for rows in (1, 2, 7, 33):
         x = torch.randn(rows, 512)
-        for one, other, weight in zip(found[False], found[True], weights, strict=True):
+        for one, other, weight in zip(found[1], found[2], weights, strict=True):
             assert torch.equal(one(x, weight, None), other(x, weight, None))
-
-
-def test_one_thread_shares_nothing() -> None:
-    assert not products.threads_gain(1)
 
 
 @pytest.mark.parametrize("faster", [True, False])

@@ -33,22 +33,18 @@ SMALLEST_FOR_THREADS = 2**20
 """Weights of a matrix that threads may share: of fewer, calling them costs more than is saved."""
 ROWS = 16
 """Rows of the products that oneDNN's layout is made for."""
-FEW_ROWS = 11
-"""Rows that are multiplied as one is where many go another way: those that verify ten tokens."""
+FEW_ROWS = 5
+"""Rows that FBGEMM multiplies sooner than oneDNN in bfloat16, a whole pass of a model."""
 FLOAT32_ROUNDING = 2.0**-24
 """The relative error of a number that is rounded to float32."""
 LARGEST_EXPONENT = 15
 """Scaled weights lie below 2 to the power of it, as float16 ends at 65,504."""
 CHUNK_WEIGHTS = 2**20
 """Weights that are looked at together, as copies of them stay in a cache: a third of the time."""
-TRIAL_WEIGHTS = 2**22
-"""Weights of a matrix that threads are measured with: beyond the caches, where a step's are."""
 DIRECT = "fbgemm_linear_fp16_weight_fp32_activation"
 """What torch calls FBGEMM's products in float16, as a plain function."""
 TRIALS = 3
 """Products of one row in a measurement."""
-TRIALS_OF_THREADS = 9
-"""The same where threads are measured, which others on the machine hold up: 10 ms in all."""
 
 
 class Product(Protocol):
@@ -125,30 +121,6 @@ def half_functions_in_threads() -> HalfFunctions | None:
 
 
 @cache
-@torch.no_grad()
-def threads_gain(threads: int) -> bool:
-    """Return whether so many threads, torch's own now, multiply sooner than one: measured once.
-
-    Where one core reads as fast as the memory is, they don't.
-    """
-    alone, shared = half_functions(), half_functions_in_threads()
-    if threads == 1 or alone is None or shared is None:
-        return False
-    x, weight = torch.ones(1, 2**10), torch.ones(TRIAL_WEIGHTS // 2**10, 2**10)
-    held = [(one.multiply, one.pack(weight)) for one in (alone, shared)]
-    # In turns, as clocks rise and threads wake up within the first of them.
-    trials = [[_seconds(*one, x) for one in held] for _ in range(TRIALS_OF_THREADS)]
-    fastest, fastest_shared = map(min, zip(*trials, strict=True))
-    return fastest_shared < fastest
-
-
-def _seconds(multiply: Callable[..., Tensor], packed: Any, x: Tensor) -> float:
-    started = time.perf_counter()
-    multiply(x, packed, None)
-    return time.perf_counter() - started
-
-
-@cache
 def half_gains() -> bool:
     """Return whether FBGEMM multiplies a row sooner than oneDNN does in bfloat16.
 
@@ -193,7 +165,7 @@ def _half_product(weight: Tensor) -> HalfProduct | None:
     scale = None if functions is None else half_scale(weight)
     if functions is None or scale is None:
         return None
-    if weight.numel() >= SMALLEST_FOR_THREADS and threads_gain(torch.get_num_threads()):
+    if weight.numel() >= SMALLEST_FOR_THREADS and torch.get_num_threads() > 1:
         functions = half_functions_in_threads() or functions
     return HalfProduct(weight, scale, functions)
 
@@ -300,9 +272,6 @@ class OneDnnProduct:
 
 class ProductByRows:
     """Multiplies few rows by one layout of a matrix, and many by another.
-
-    A step's row and those of a verify are few, so that they are rounded alike: a draft that agrees
-    with ordinary decoding is not refused for a rounding.
 
     Args:
         few: Multiplies few rows.
