@@ -56,7 +56,7 @@ class OnnxDecoder(WrappedDecoder):
 
     Args:
         split: The decoder in torch, which embeds, makes tables of rotations and knows the family.
-        bits: Bits of the weights: 8 or 4, in blocks of 32, see `quantise`; None for float32.
+        bits: Bits of the weights: 8 or 4, in blocks, see `quantise`; None for float32.
         required: Whether a model that is moved or cast later on is refused; torch computes it else.
 
     Raises:

@@ -12,7 +12,7 @@ from onnx import GraphProto, NodeProto, TensorProto, ValueInfoProto, helper, num
 from torch import Tensor
 
 from fastvlm.functional.threads import usual_threads
-from fastvlm.runtimes.quantised_weights import BLOCK, quantise
+from fastvlm.runtimes.quantised_weights import BLOCKS, quantise
 
 OPSET, CONTRIBUTED_OPSET, IR_VERSION = 24, 1, 11
 CONTRIBUTED = "com.microsoft"
@@ -123,7 +123,7 @@ class OnnxGraph:
             x = self.add("FusedMatMul", [x, self.weight(weight)], transB=1)
         else:
             whole = quantise(weight, self.bits)
-            sizes = {"K": inputs, "N": outputs, "bits": self.bits, "block_size": BLOCK}
+            sizes = {"K": inputs, "N": outputs, "bits": self.bits, "block_size": BLOCKS[self.bits]}
             given = [x, self.weight(whole.values), self.weight(whole.scales)]
             given.append("" if whole.zeros is None else self.weight(whole.zeros))
             if bias is not None:

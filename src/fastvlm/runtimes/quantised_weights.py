@@ -8,14 +8,16 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-BLOCK = 32
-"""Weights of a row, side by side, that share a scale, and an offset where there are 4 bits."""
+BLOCKS = {8: 64, 4: 32}
+"""Weights of a row, side by side, that share a scale, and an offset where there are 4 bits: by the
+bits. Larger blocks are multiplied faster. With 8 bits, 64 lose 0.001 of Gemma 3 270M's
+log-likelihood a token beside 32, and 128 lose 0.018."""
 BITS = {"int8": 8, "int4": 4}
 """The forms of weights by name, and the bits of a weight."""
 
 
 class QuantisedWeight(NamedTuple):
-    """A matrix of whole numbers with a scale for each block of `BLOCK` in a row.
+    """A matrix of whole numbers with a scale for each block of a row, see `BLOCKS`.
 
     Args:
         values: (outputs, blocks, bytes of a block), unsigned.
@@ -53,8 +55,9 @@ def quantise(weight: Tensor, bits: int) -> QuantisedWeight:
         weight: (outputs, inputs).
         bits: 8 or 4.
     """
-    padded = F.pad(weight.float(), (0, -weight.shape[1] % BLOCK))
-    blocks = padded.unflatten(1, (-1, BLOCK))
+    size = BLOCKS[bits]
+    padded = F.pad(weight.float(), (0, -weight.shape[1] % size))
+    blocks = padded.unflatten(1, (-1, size))
     if bits == BITS["int4"]:
         return _in_4_bits(blocks)
     places = blocks.abs().argmax(-1, keepdim=True)
@@ -66,7 +69,7 @@ def quantise(weight: Tensor, bits: int) -> QuantisedWeight:
 
 
 def _in_4_bits(blocks: Tensor) -> QuantisedWeight:
-    """Return blocks, (outputs, blocks, `BLOCK`), in 4 bits. See `quantise`."""
+    """Return blocks, (outputs, blocks, weights of a block), in 4 bits. See `quantise`."""
     most = 15
     low, high = (found.clamp(*to) for found, to in zip(blocks.aminmax(dim=-1), _SIDES, strict=True))
     scales = ((high - low) / most)[..., None]
