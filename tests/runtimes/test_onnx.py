@@ -4,17 +4,20 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from fastvlm.decoding import Request, Sampler, SelfSpeculative
+from fastvlm.decoding import Autoregressive, Request, Sampler, SelfSpeculative
 from fastvlm.decoding.engine import Engine
-from fastvlm.drafting import FixedLength
+from fastvlm.drafting import ConfidenceLength, FixedLength
+from fastvlm.drafting.draft_length import DraftLength
 from fastvlm.functional.errors import InputError
 from fastvlm.language import DecoderInputs, split_decoder
+from fastvlm.language.cache import DecoderCache
 from fastvlm.language.decoder import SplitDecoder
 from fastvlm.language.draft_path import DraftPath
 from tests.language.decoding import STRATEGIES, decode, network, strategy
@@ -224,6 +227,64 @@ def test_drafts_of_few_tokens_change_nothing(
     done = decode(decoder, several, given, LIMIT, ends=())
     assert [request.output_token_ids for request in done] == wanted
     assert sum(sum(request.proposed) for request in done) > LIMIT
+
+
+def test_steps_in_one_graph_are_those_one_by_one(qwen: PreTrainedModel) -> None:
+    # A chain has 8 bits whatever the decoder has; its steps attend to one position, not to two.
+    decoder = OnnxDecoder(split_decoder(qwen), 8)
+    drafts = network(decoder, "block", vocabulary=range(3, 90))
+    path = SelfSpeculative(decoder, 1, drafts)._setup().path
+    [given] = prompts(decoder, (9,))
+
+    def filled() -> DecoderCache:
+        cache = decoder.cache(1, 40)
+        cache.assign(0, given)
+        decoder.forward_all(given.embeddings[None], cache.positions([0], 9), cache)
+        exits = decoder.forward_layers(
+            given.embeddings[None], cache.positions([0], 9), cache, range(1)
+        )
+        drafts.imitate(exits, cache.positions([0], 9), cache, decoder)
+        return cache
+
+    with torch.inference_mode():
+        cache, token, wanted = filled(), 5, []
+        for place in range(4):
+            x = decoder.embed(torch.tensor([[token]]))
+            positions = cache.positions([9 + place], 1)
+            logits = decoder.draft_step(x, positions, cache, path)[1][0, -1]
+            best = int(logits.argmax())
+            token = int(path.tokens[best])
+            wanted.append((token, float(logits.softmax(-1)[best])))
+        cache = filled()
+        found = decoder.draft_ahead(5, cache.positions([9], 4), cache, path)
+    assert [one for one, _ in found] == [one for one, _ in wanted]
+    assert [one for _, one in found] == pytest.approx([one for _, one in wanted], rel=0.05)
+
+
+@pytest.mark.parametrize("rule", [FixedLength(1), FixedLength(6), ConfidenceLength(8, 0.05)])
+@pytest.mark.parametrize("kind", ["block", "mlp"])
+@pytest.mark.parametrize("bits", [None, 8])
+def test_drafts_of_several_steps_at_once_change_nothing(
+    kind: str, rule: DraftLength, bits: int | None, qwen: PreTrainedModel
+) -> None:
+    decoder = OnnxDecoder(split_decoder(qwen), bits)
+    drafts = network(decoder, kind, vocabulary=range(3, 90))
+    several = SelfSpeculative(decoder, 1, drafts, rule)
+    asked, drafted_ahead = prompts(decoder, (11, 7)), []
+    original = decoder.draft_ahead
+
+    def noted(*given: Any) -> Any:
+        found = original(*given)
+        drafted_ahead.append(len(found))
+        return found
+
+    decoder.draft_ahead = noted
+    for given in asked:
+        [plain] = decode(decoder, Autoregressive(), [given], 60, ends=())
+        [made] = decode(decoder, several, [given], 60, ends=())
+        assert made.output_token_ids == plain.output_token_ids
+        assert sum(made.accepted) > 0 or kind == "mlp"
+    assert sum(drafted_ahead) > 20
 
 
 @pytest.mark.parametrize("tokens", [1, 2])

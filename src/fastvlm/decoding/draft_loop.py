@@ -16,6 +16,9 @@ from fastvlm.drafting.draft_length import DraftLength, Offer, Progress, Timings
 LOOKED_UP_EVERY = 4
 """While a draft goes on, tokens to copy are looked for at every so many of its steps."""
 
+Ahead = Callable[[int, int, int], list[tuple[int, float]] | None]
+"""From a row's last token, the number of drafted ones and the most to draft now: tokens, and how
+likely each is; None where they are drafted one by one."""
 DraftStep = Callable[[list[int], int], tuple[Tensor, Tensor | None]]
 """From each row's last token and the number of drafted ones: logits, (batch, draft vocabulary), and
 the tokens of their columns, (draft vocabulary,); None for all tokens."""
@@ -28,9 +31,12 @@ class Draft:
     Args:
         rows: Each row's drafted tokens; rows may differ in number.
         hidden: The exit layer's hidden states of each row's last committed token and of all
-            drafted ones but the last, (batch, g, d_model); None where no layer ran.
+            drafted ones but the last, (batch, g, d_model); None where no layer ran, or where a
+            verify computes them anyway.
         progress: The state of the rule for the draft length; None where no rule decided.
         times: When each step began, and when the last one ended, in seconds.
+        computed: The positions whose layers drafting has run, of each row's last committed token
+            and of drafted ones.
         forced: Whether rows end in tokens that no drafter has proposed, see `add_forced`.
     """
 
@@ -38,17 +44,13 @@ class Draft:
     hidden: Tensor | None = None
     progress: Progress | None = None
     times: list[float] = field(default_factory=list)
+    computed: int = 0
     forced: bool = False
 
     @property
     def width(self) -> int:
         """The number of tokens in the longest row."""
         return max(map(len, self.rows), default=0)
-
-    @property
-    def computed(self) -> int:
-        """The number of positions whose hidden states drafting has computed."""
-        return 0 if self.hidden is None else self.hidden.shape[1]
 
     def timings(self, verified: float) -> Timings:
         """Return the time of each part of the cycle, given when the verify ended."""
@@ -62,8 +64,11 @@ def draft_loop(
     limits: Sequence[int],
     step: DraftStep | None,
     lookup: Lookup | None = None,
+    ahead: Ahead | None = None,
 ) -> Draft:
     """Draft token by token, until a rule ends the draft, or a copy of earlier tokens does.
+
+    What is drafted ahead of the rule is dropped where it ends the draft before.
 
     Args:
         batch: The rows.
@@ -71,6 +76,7 @@ def draft_loop(
         limits: The maximum number of tokens to draft for each row.
         step: The drafter; None for copies alone.
         lookup: What looks for tokens to copy; None for no copies.
+        ahead: What drafts several tokens at once, for a row alone; None for nothing.
     """
     rows: list[list[int]] = [[] for _ in batch.slots]
     progress = Progress(
@@ -84,7 +90,10 @@ def draft_loop(
     last, samplers, replies = batch.last, batch.samplers, batch.replies
     ends = [slot.request.end_token_ids for slot in batch.slots]
     greedy = all(sampler.is_greedy for sampler in samplers)
+    drafted_ahead: list[tuple[int, float]] | None = None
+    evenly = False
     while True:
+        progress.ahead = bool(drafted_ahead)
         going = length.should_continue(progress) if step else []
         # Of a small model, a look-up before each step takes a tenth of it.
         looks = not any(going) or progress.steps % LOOKED_UP_EVERY == 0
@@ -92,14 +101,23 @@ def draft_loop(
             break
         if step is None or not any(going):
             break
-        logits, vocabulary = step(last, progress.steps)
-        if greedy:
-            last, confidences = greedy_tokens(logits, vocabulary, confident=length.reads_confidence)
+        if ahead is not None and not drafted_ahead:
+            most = min(limits[0], length.maximum) - progress.steps
+            drafted_ahead = ahead(last[0], progress.steps, most)
+            evenly = evenly or bool(drafted_ahead)
+        if drafted_ahead:
+            token, likely = drafted_ahead.pop(0)
+            last, confidences = [token], [likely]
         else:
-            known = [[*reply, *drafted] for reply, drafted in zip(replies, rows, strict=True)]
-            last, confidences = sampled_tokens(
-                samplers, known, logits, vocabulary, batch.decoder.vocabulary_size
-            )
+            logits, vocabulary = step(last, progress.steps)
+            if greedy:
+                confident = length.reads_confidence
+                last, confidences = greedy_tokens(logits, vocabulary, confident=confident)
+            else:
+                known = [[*reply, *drafted] for reply, drafted in zip(replies, rows, strict=True)]
+                last, confidences = sampled_tokens(
+                    samplers, known, logits, vocabulary, batch.decoder.vocabulary_size
+                )
         for row, drafted in enumerate(rows):
             if going[row]:
                 drafted.append(last[row])
@@ -107,6 +125,10 @@ def draft_loop(
                 more = len(drafted) < limits[row]
                 progress.active[row] = more and last[row] not in ends[row]
         times.append(batch.clock())
+    if evenly:
+        # What was drafted together, and what was dropped of it, took each token equally long.
+        begun, each = times[0], (times[-1] - times[0]) / progress.steps
+        times = [begun + each * number for number in range(progress.steps + 1)]
     return Draft(rows, progress=progress, times=times)
 
 

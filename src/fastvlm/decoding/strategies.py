@@ -14,12 +14,18 @@ from fastvlm.decoding.batch import Batch
 from fastvlm.decoding.draft_loop import Draft, draft_loop
 from fastvlm.decoding.lookup import Lookup
 from fastvlm.drafting.draft_length import DraftLength, FixedLength
+from fastvlm.drafting.estimates import Mean
 from fastvlm.drafting.imitation import ImitationNetwork
 from fastvlm.functional.errors import InputError
 from fastvlm.functional.placement import moved
 from fastvlm.language.decoder import SplitDecoder
 from fastvlm.language.draft_path import DraftPath
 from fastvlm.language.positions import Positions
+
+AHEAD = (8, 4, 2, 1)
+"""How many draft steps are run at once, where a runtime can."""
+MIN_AHEAD = 2
+"""Steps that are run at once where fewer are usual, if there is room: the second costs little."""
 
 
 class Strategy(Protocol):
@@ -153,12 +159,10 @@ class PromptLookup(RuledDrafting):
 
 
 class _DraftSetup(NamedTuple):
-    """What draft steps run: the network, where they run it, and the tokens that they can draft."""
+    """What draft steps run: the network, and where they run it."""
 
     network: ImitationNetwork | None
     path: DraftPath
-    vocabulary: Tensor | None
-    """None for all tokens."""
 
 
 @dataclass(eq=False)
@@ -189,6 +193,8 @@ class SelfSpeculative(RuledDrafting):
     name: str = "imitation"
     _rows: tuple[Any, Tensor, Tensor] | None = field(init=False, default=None)
     """The LM head's rows of the draft's vocabulary, and that: for the weights that stand first."""
+    _usual_steps: Mean = field(init=False, default_factory=lambda: Mean(value=MIN_AHEAD))
+    """Steps of a draft that has any."""
 
     def __post_init__(self) -> None:
         """Check the exit layer."""
@@ -213,13 +219,11 @@ class SelfSpeculative(RuledDrafting):
         starts = batch.lengths
         states: list[Tensor] = []
         setup: _DraftSetup | None = None
+        behind, computed = False, 0
 
         def step(last: list[int], number: int) -> tuple[Tensor, Tensor | None]:
-            # Where a rule drafts nothing, finding it would be a good part of what a cycle adds.
-            nonlocal setup
-            setup = setup or self._setup()
-            network, path = setup.network, setup.path
-            behind = network is not None and not number and self._is_behind(network, batch)
+            nonlocal computed
+            network, path = set_up(number)
             if behind and self.decoder.recomputes and min(map(len, batch.replies)) > 1:
                 # With the token before, whose states are known, it is one graph like any other.
                 tokens = [reply[-2:] for reply in batch.replies]
@@ -233,13 +237,45 @@ class SelfSpeculative(RuledDrafting):
             else:
                 hidden, logits = self.decoder.draft_step(x, positions, batch.cache, path)
             states.append(hidden[:, -1:])
+            computed += 1
             logits = logits[:, -1]
-            if path.rows is None and setup.vocabulary is not None:
-                logits = logits[:, setup.vocabulary]
-            return logits, setup.vocabulary
+            if path.rows is None and path.tokens is not None:
+                logits = logits[:, path.tokens]
+            return logits, path.tokens
 
-        draft = draft_loop(batch, self.length, limits, step, self.lookup)
-        draft.hidden = torch.cat(states, 1) if states else None
+        def set_up(number: int) -> _DraftSetup:
+            # Where a rule drafts nothing, finding it would be a good part of what a cycle adds.
+            nonlocal setup, behind
+            setup = setup or self._setup()
+            network = setup.network
+            behind = not number and network is not None and self._is_behind(network, batch)
+            return setup
+
+        def ahead(last: int, number: int, most: int) -> list[tuple[int, float]] | None:
+            nonlocal computed
+            path = set_up(number).path
+            if behind:
+                return None
+            # As many as are mostly drafted: one that is dropped cost little.
+            usual = max(self._usual_steps.value - number, MIN_AHEAD)
+            steps = next(one for one in AHEAD if one <= min(usual, most))
+            positions = batch.positions([starts[0] + number], steps)
+            found = self.decoder.draft_ahead(last, positions, batch.cache, path)
+            computed += len(found or ())
+            return found
+
+        alone = len(batch.slots) == 1 and batch.samplers[0].is_greedy
+        chained = self.decoder.recomputes and alone and batch.verify_width is None
+        draft = draft_loop(
+            batch, self.length, limits, step, self.lookup, ahead if chained else None
+        )
+        steps = 0 if draft.progress is None else draft.progress.steps
+        # A step that was dropped has seen the last token that was kept, and then others.
+        draft.computed = min(computed, steps + 1)
+        if len(states) == draft.computed and states:
+            draft.hidden = torch.cat(states, 1)
+        if steps:
+            self._usual_steps.add(steps)
         return draft
 
     def _setup(self) -> _DraftSetup:
@@ -249,7 +285,7 @@ class SelfSpeculative(RuledDrafting):
             rows, vocabulary = self._vocabulary_rows(network.draft_vocabulary)
         blocks = [] if network is None else list(network.layers)
         mlp = None if network is None else network.mlp
-        return _DraftSetup(network, DraftPath(self.exit_layer, blocks, mlp, rows), vocabulary)
+        return _DraftSetup(network, DraftPath(self.exit_layer, blocks, mlp, rows, vocabulary))
 
     def _is_behind(self, network: ImitationNetwork, batch: Batch) -> bool:
         """Return whether the network is to see more, at the first step, than the last tokens."""

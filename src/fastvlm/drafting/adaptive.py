@@ -38,7 +38,8 @@ class AdaptiveLength:
 
     for a draft step of d seconds and v that a token adds to the verify; of a batch, both sides are
     a row's on average. (The marginal value theorem: what brings less than the average rate is not
-    worth its time.) There is a draft at all while drafts are faster than ordinary steps, or have a
+    worth its time. A token that was drafted together with the one before has no d of its own.)
+    There is a draft at all while drafts are faster than ordinary steps, or have a
     budget (`throughput.Budget`): they begin with one, may lose what they have saved, and ordinary
     steps add a share of their time.
 
@@ -139,7 +140,8 @@ class AdaptiveLength:
         )
         throughput = self.estimate(len(progress.active))
         # Before anything is measured, a token is drafted if it is more likely right than wrong.
-        needed = throughput.best * (throughput.step.value + throughput.slope) or 0.5
+        step = 0.0 if progress.ahead else throughput.step.value
+        needed = throughput.best * (step + throughput.slope) or 0.5
         return accepted * self.after_accepted.value > needed * sum(map(bool, progress.confidences))
 
     def _reached(self, progress: Progress) -> list[float]:

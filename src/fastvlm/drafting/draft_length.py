@@ -22,6 +22,7 @@ class Progress:
         generated: Tokens of the reply so far.
         lag: Positions before the last committed token that a drafter has not seen yet and has to
             process before its first guess.
+        ahead: Whether the next token is drafted already, together with the one before.
         copied: The lengths of the matches before each token that was copied (prompt lookup), after
             the drafter's own.
         chances: For a rule to keep how likely each row's draft is accepted: tokens, and the chance.
@@ -32,6 +33,7 @@ class Progress:
     remaining: list[int]
     generated: list[int]
     lag: int = 0
+    ahead: bool = False
     copied: list[list[int]] = field(init=False)
     chances: list[tuple[int, float]] = field(init=False)
 

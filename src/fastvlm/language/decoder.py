@@ -2,31 +2,25 @@
 
 from __future__ import annotations
 
-import copy
-import importlib
 import inspect
 import weakref
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Hashable, Iterable, Sequence
+from collections.abc import Hashable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
-from transformers import MODEL_MAPPING, PreTrainedConfig, PreTrainedModel
+from transformers import PreTrainedModel
 
 from fastvlm.functional.errors import InputError
-from fastvlm.functional.placement import on_no_device
 from fastvlm.language.cache import DecoderCache, KeyValueCache
 from fastvlm.language.draft_path import DraftPath
 from fastvlm.language.masks import FULL, MaskKind, additive
 from fastvlm.language.positions import Positions
 from fastvlm.language.quantised import Int4Linear, Int8Linear
-from fastvlm.language.structure import attends_causally, device_and_dtype_of, find_part, part_names
-
-MAX_LAYERS = 1024
-"""Layers of the deepest decoder that is built from a configuration alone."""
+from fastvlm.language.structure import attends_causally, device_and_dtype_of, part_names
 
 
 @dataclass(frozen=True, slots=True)
@@ -274,6 +268,26 @@ class SplitDecoder(ABC):
             x = path.mlp(x)
         return exits, self.head(x) if path.rows is None else self.head_rows(x, path.rows)
 
+    def draft_ahead(
+        self,
+        token: int,  # noqa: ARG002
+        positions: Positions,  # noqa: ARG002
+        cache: KeyValueCache,  # noqa: ARG002
+        path: DraftPath,  # noqa: ARG002
+    ) -> list[tuple[int, float]] | None:
+        """Run several draft steps of one row in one call, from a token on, each greedily.
+
+        Args:
+            token: What stands at the first position.
+            positions: One for each step.
+            cache: Where layers keep their keys and values.
+            path: What each step runs.
+
+        Returns:
+            Each step's best token and its probability; None where steps are run one by one.
+        """
+        return None
+
     def follow(self) -> int:
         """Take over what has changed about the model, as far as it is not read at each call.
 
@@ -334,63 +348,6 @@ class SplitDecoder(ABC):
             f"fastvlm decodes with the attention implementations sdpa and eager; this model was"
             f" loaded with {implementation!r}. Load it with attn_implementation='sdpa'."
         )
-
-
-@torch.no_grad()
-def untrained_layers(
-    config: PreTrainedConfig,
-    number: int,
-    first_index: int,
-    path: str | None = None,
-    kind: Callable[..., Any] | None = None,
-) -> nn.ModuleList:
-    """Return the last layers of a configuration's decoder, untrained.
-
-    Args:
-        config: The configuration, which is left as it is.
-        number: How many layers.
-        first_index: What they cache as: layers from this one on.
-        path: Where a model of the configuration has its layers; None for itself.
-        kind: The class of that model; None for the one that `transformers` has for it.
-
-    Raises:
-        InputError: There are more layers than any model has.
-    """
-    depth: int = config.num_hidden_layers
-    if depth > MAX_LAYERS:
-        raise InputError(f"A decoder of {depth:,} layers is not one that can be built.")
-    # On no device, as large as it is: of which class each layer is depends on its place.
-    with on_no_device():
-        shell = (kind or decoder_class(config))(copy.deepcopy(config))
-    found: Any = find_part(shell, "layers") if path is None else shell.get_submodule(path)
-    layers: nn.ModuleList = found[-number:]
-    device = torch.get_default_device()
-    if device.type != "meta":
-        layers.to_empty(device=device).apply(shell._init_weights)
-    for offset, layer in enumerate(layers):
-        for part in layer.modules():
-            for name in ("layer_idx", "layer_id"):
-                if hasattr(part, name):
-                    setattr(part, name, first_index + offset)
-    return layers
-
-
-def decoder_class(config: PreTrainedConfig) -> Any:
-    """Return the class of a configuration's decoder, found without naming each.
-
-    Raises:
-        InputError: There is none.
-    """
-    if type(config) in MODEL_MAPPING:
-        return MODEL_MAPPING[type(config)]
-    # Decoders that only stand in larger models lie beside their configuration.
-    place = type(config).__module__.replace(".configuration_", ".modeling_")
-    for found in vars(importlib.import_module(place)).values():
-        whole = isinstance(found, type) and issubclass(found, PreTrainedModel)
-        abstract = whole and found.__name__.endswith("PreTrainedModel")
-        if whole and not abstract and getattr(found, "config_class", None) is type(config):
-            return found
-    raise InputError(f"transformers has no decoder for {type(config).__name__}.")
 
 
 def cache_name(module: nn.Module) -> str:

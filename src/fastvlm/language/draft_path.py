@@ -17,9 +17,11 @@ class DraftPath(NamedTuple):
         mlp: What makes the last layer's states of the exit layer's instead; None for nothing.
         rows: The LM head's rows of the tokens that can be drafted, see `lm_head_rows`; None for all
             of the head.
+        tokens: The tokens that can be drafted: (tokens,); None for all.
     """
 
     exit_layer: int
     blocks: Sequence[nn.Module]
     mlp: nn.Module | None
     rows: Tensor | None
+    tokens: Tensor | None = None

@@ -24,7 +24,6 @@ from fastvlm.language.decoder import (
     DecoderShape,
     FeedForward,
     SplitDecoder,
-    untrained_layers,
 )
 from fastvlm.language.dense import dense_weight
 from fastvlm.language.fused import LayerInputs, kind_of, layer_inputs, run_layer
@@ -41,6 +40,7 @@ from fastvlm.language.positions import EncoderContext, Positions
 from fastvlm.language.rotary import Rotary, is_longrope, scaled_context
 from fastvlm.language.structure import check_structure
 from fastvlm.language.switch import switch_of
+from fastvlm.language.untrained import untrained_layers
 from fastvlm.language.verification import verified_rule
 
 FEED_FORWARD_NORMS = ("pre_feedforward_layernorm", "post_attention_layernorm")

@@ -124,7 +124,7 @@ class SingleAttention(Attention):
         """Return what a layer's heads read. See `Attention.attend`."""
         graph, form, rotation = self.graph, layer.form.attention, layer.rotation
         qkv = graph.add("Gather", [qkv, "rows"], axis=1)
-        settings, tables = _settings(layer), [*rotation.tables, "places"]
+        settings, tables = settings_of(layer), [*rotation.tables, "places"]
         # Each operator costs as much as a small product: this one can split and rotate, too.
         if rotation.size % (2 * ROTATED_AT_ONCE):
             heads, tables = [*self.rotated(layer, qkv, "places")], []
@@ -162,7 +162,7 @@ class BatchedAttention(Attention):
         heads = self.rotated(layer, graph.add("Gather", [qkv, "rows"], axis=1))
         name = f"attention{self.cached}"
         cached, written = self.declare_cache(None)
-        settings = _settings(layer)
+        settings = settings_of(layer)
 
         def attention(inputs: Sequence[str], outputs: Sequence[str]) -> Any:
             return helper.make_node(
@@ -284,7 +284,7 @@ def _declare_causal(graph: OnnxGraph) -> None:
     graph.input("total", TensorProto.INT32, None)
 
 
-def _settings(layer: GraphLayer) -> dict[str, Any]:
+def settings_of(layer: GraphLayer) -> dict[str, Any]:
     """Return the attributes of `GroupQueryAttention`."""
     form = layer.form.attention
     return {

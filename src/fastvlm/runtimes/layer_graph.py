@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from onnx import TensorProto
 
 from fastvlm.functional.threads import usual_threads
-from fastvlm.runtimes.attention_graph import PassKind, attention_of
+from fastvlm.runtimes.attention_graph import Attention, PassKind, attention_of
 from fastvlm.runtimes.graph_parts import (
     Head,
     add_gated,
@@ -71,8 +71,21 @@ def enter_layers(graph: OnnxGraph, layers: Sequence[GraphLayer], kind: PassKind)
         kind: What passes the graph is for.
     """
     graph.input("x", TensorProto.FLOAT, ["batch", "width", "d_model"])
-    attention = attention_of(graph, layers, kind)
-    x, normed = "x", add_norm(graph, "x", layers[0].form.norms.get("before_attention"))
+    return add_layers(graph, layers, attention_of(graph, layers, kind), "x")
+
+
+def add_layers(
+    graph: OnnxGraph, layers: Sequence[GraphLayer], attention: Attention, x: str
+) -> list[str]:
+    """Add layers that follow one another; return the states after each.
+
+    Args:
+        graph: The graph.
+        layers: The layers, one or more.
+        attention: What computes their attention.
+        x: The states before the first: (batch, width, d_model).
+    """
+    normed = add_norm(graph, x, layers[0].form.norms.get("before_attention"))
     states = []
     for index, layer in enumerate(layers):
         form, norms = layer.form, layer.form.norms

@@ -124,11 +124,11 @@ class LayerPass:
                 rotations[name] = inputs[name][:, :width]
         binding = self.session.io_binding()
         for name, tensor in inputs.items():
-            _bind(binding.bind_input, name, tensor)
+            bind(binding.bind_input, name, tensor)
         outputs = []
         for name, size in self.outputs.items():
             outputs.append(x.new_empty(batch, width, size))
-            _bind(binding.bind_output, name, outputs[-1])
+            bind(binding.bind_output, name, outputs[-1])
         last, total = (
             None if masked else inputs[name].numpy().reshape(-1) for name in ("last", "total")
         )
@@ -144,14 +144,14 @@ class LayerPass:
         by_row = self.kind == "batched" and len(bound.inputs["x"]) > 1
         for number, cache in enumerate(caches):
             seen = cache[rows].unsqueeze(1) if by_row else cache[rows]
-            _bind(bound.binding.bind_input, f"cached{number}", seen)
-            _bind(bound.binding.bind_output, f"written{number}", seen)
+            bind(bound.binding.bind_input, f"cached{number}", seen)
+            bind(bound.binding.bind_output, f"written{number}", seen)
         if self.kind == "single":
             for name, values in given.rotations.items():
                 table = self._tables.get(name)
                 if table is None or len(table) < capacity:
                     table = self._tables[name] = values.new_zeros(capacity, values.shape[-1])
-                _bind(bound.binding.bind_input, name, table)
+                bind(bound.binding.bind_input, name, table)
                 bound.rotations[name] = table[None, :width]
         bound.memory = memory
 
@@ -174,8 +174,8 @@ class HeadPass:
         flat = x.reshape(1, -1, x.shape[-1]).contiguous()
         found = x.new_empty(*x.shape[:-1], self.size)
         binding = self.session.io_binding()
-        _bind(binding.bind_input, "x", flat)
-        _bind(binding.bind_output, "y", found.view(1, -1, self.size))
+        bind(binding.bind_input, "x", flat)
+        bind(binding.bind_output, "y", found.view(1, -1, self.size))
         self.session.run_with_iobinding(binding)
         return found
 
@@ -204,5 +204,6 @@ def _masked_inputs(x: Tensor, given: PassInputs) -> dict[str, Tensor]:
     }
 
 
-def _bind(bind: Any, name: str, tensor: Tensor) -> None:
-    bind(name, "cpu", 0, TYPES[tensor.dtype], tuple(tensor.shape), tensor.data_ptr())
+def bind(how: Any, name: str, tensor: Tensor) -> None:
+    """Bind a tensor where it lies, as an input or an output of a session."""
+    how(name, "cpu", 0, TYPES[tensor.dtype], tuple(tensor.shape), tensor.data_ptr())

@@ -17,6 +17,7 @@ from fastvlm.language.general import added_after, injected
 from fastvlm.language.layer_calls import LayerCall, RotaryKind
 from fastvlm.language.positions import Positions
 from fastvlm.language.weights_state import identities, weights_state
+from fastvlm.runtimes.draft_chain import chain_of
 from fastvlm.runtimes.draft_graph import DraftLayers, DraftPass, mlp_form
 from fastvlm.runtimes.graph_parts import Head
 from fastvlm.runtimes.layer_form import (
@@ -190,6 +191,27 @@ class OnnxDecoder(WrappedDecoder):
             exits, logits = fused.run(x, inputs)
             lent.write_back()
         return exits, self.logits(logits)
+
+    def draft_ahead(
+        self, token: int, positions: Positions, cache: KeyValueCache, path: DraftPath
+    ) -> list[tuple[int, float]] | None:
+        """Run several draft steps in one graph. See `SplitDecoder.draft_ahead`."""
+        if positions.injects or not self.recomputes or not self._decodes(cache):
+            return None
+        with self._turn:
+            fused = self._draft_pass(path)
+            if fused is None or needs_mask(positions, fused.masks):
+                return None
+            enters = self.split.first_entry() is not None or self.split.calls.entry != "nothing"
+            chain = None if enters else chain_of(fused, self.embedding, path, positions.width)
+            if chain is None:
+                return None
+            rotations = self._rotations(torch.empty(0), positions)
+            lent = lend_rows(cache, positions, fused.caches)
+            own = {name: rotations[name] for name in fused.rotations}
+            found = chain.run(token, PassInputs(positions.starts, own, lent.caches, lent.rows))
+            lent.write_back()
+        return found
 
     def _draft_pass(self, path: DraftPath) -> DraftPass | None:
         """Return a draft step in one graph; None where it gains nothing."""

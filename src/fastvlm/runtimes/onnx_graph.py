@@ -49,6 +49,10 @@ class OnnxGraph:
         self.large: dict[str, np.ndarray[Any, Any]] = {}
         """Weights that the session is handed where they lie."""
         self._constants: dict[tuple[int, ...], str] = {}
+        self._weights: dict[tuple[Any, ...], tuple[str, Tensor]] = {}
+        """By where they lie, where they stay: a graph may multiply by one several times."""
+        self._matrices: dict[tuple[Any, ...], tuple[list[str], Tensor]] = {}
+        """Those that are quantised, likewise."""
 
     def input(self, name: str, dtype: int, shape: Sequence[str | int] | None) -> str:
         """Declare an input; return its name.
@@ -86,7 +90,23 @@ class OnnxGraph:
         return names[0] if len(names) == 1 else names
 
     def weight(self, values: Tensor) -> str:
-        """Add a weight; return its name."""
+        """Add a weight, once; return its name."""
+        key = values.data_ptr(), tuple(values.shape), values.stride(), values.dtype
+        if key not in self._weights:
+            self._weights[key] = self._added(values), values
+        return self._weights[key][0]
+
+    def _quantised(self, weight: Tensor, bits: int) -> list[str]:
+        """Add a matrix of whole numbers, once; return the names of what it is made of."""
+        key = weight.data_ptr(), tuple(weight.shape)
+        if key not in self._matrices:
+            whole = quantise(weight, bits)
+            zeros = "" if whole.zeros is None else self.weight(whole.zeros)
+            names = [self.weight(whole.values), self.weight(whole.scales), zeros]
+            self._matrices[key] = names, weight
+        return self._matrices[key][0]
+
+    def _added(self, values: Tensor) -> str:
         name = f"weight{len(self.initializers)}"
         array = values.detach().contiguous().numpy()
         if array.ndim < MATRIX_AXES or array.nbytes <= SMALL_BYTES:
@@ -122,10 +142,8 @@ class OnnxGraph:
         if self.bits is None:
             x = self.add("FusedMatMul", [x, self.weight(weight)], transB=1)
         else:
-            whole = quantise(weight, self.bits)
             sizes = {"K": inputs, "N": outputs, "bits": self.bits, "block_size": BLOCKS[self.bits]}
-            given = [x, self.weight(whole.values), self.weight(whole.scales)]
-            given.append("" if whole.zeros is None else self.weight(whole.zeros))
+            given = [x, *self._quantised(weight, self.bits)]
             if bias is not None:
                 given += ["", self.weight(bias)]
             found: str = self.add("MatMulNBits", given, **sizes, accuracy_level=INTEGER_PRODUCTS)

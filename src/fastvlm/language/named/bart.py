@@ -7,9 +7,10 @@ from typing import Any, ClassVar
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from fastvlm.language.decoder import DecoderShape, untrained_layers
+from fastvlm.language.decoder import DecoderShape
 from fastvlm.language.general import GeneralDecoder
 from fastvlm.language.named.placed import PlacedDecoder
+from fastvlm.language.untrained import untrained_layers
 
 
 class BartDecoder(PlacedDecoder):

@@ -9,8 +9,9 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from fastvlm.language.cache import KeyValueCache
-from fastvlm.language.decoder import DecoderShape, SplitDecoder, cache_name, untrained_layers
+from fastvlm.language.decoder import DecoderShape, SplitDecoder, cache_name
 from fastvlm.language.positions import Positions
+from fastvlm.language.untrained import untrained_layers
 
 
 class OptDecoder(SplitDecoder):

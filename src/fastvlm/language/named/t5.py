@@ -17,11 +17,11 @@ from fastvlm.language.decoder import (
     FeedForward,
     SplitDecoder,
     cache_name,
-    untrained_layers,
 )
 from fastvlm.language.dense import dense_weight
 from fastvlm.language.masks import additive
 from fastvlm.language.positions import Positions
+from fastvlm.language.untrained import untrained_layers
 
 
 class T5Decoder(SplitDecoder):

@@ -7,8 +7,8 @@ from typing import Any
 from torch import nn
 from transformers.models.t5gemma.modeling_t5gemma import T5GemmaDecoder as Decoder
 
-from fastvlm.language.decoder import untrained_layers
 from fastvlm.language.general import GeneralDecoder
+from fastvlm.language.untrained import untrained_layers
 
 
 class T5GemmaDecoder(GeneralDecoder):
