@@ -33,7 +33,7 @@ import fastvlm
 import fastvlm_example
 from fastvlm.data.questions import Question, images_in
 from fastvlm.decoding import Request, Strategy
-from fastvlm.decoding.strategies import SelfSpeculative
+from fastvlm.decoding.self_speculative import SelfSpeculative
 from fastvlm.drafting import DraftLength, ImitationConfig, ImitationNetwork
 from fastvlm.evaluation.measuring import hardware
 from fastvlm.functional.statistics import Spread

@@ -10,6 +10,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
+from transformers.generation.logits_process import TemperatureLogitsWarper
 
 from fastvlm.decoding import Autoregressive, Request, Sampler, SelfSpeculative
 from fastvlm.decoding.engine import Engine
@@ -233,7 +234,7 @@ def test_steps_in_one_graph_are_those_one_by_one(qwen: PreTrainedModel) -> None:
     # A chain has 8 bits whatever the decoder has; its steps attend to one position, not to two.
     decoder = OnnxDecoder(split_decoder(qwen), 8)
     drafts = network(decoder, "block", vocabulary=range(3, 90))
-    path = SelfSpeculative(decoder, 1, drafts)._setup().path
+    path = SelfSpeculative(decoder, 1, drafts).setup().path
     [given] = prompts(decoder, (9,))
 
     def filled() -> DecoderCache:
@@ -285,6 +286,27 @@ def test_drafts_of_several_steps_at_once_change_nothing(
         assert made.output_token_ids == plain.output_token_ids
         assert sum(made.accepted) > 0 or kind == "mlp"
     assert sum(drafted_ahead) > 20
+
+
+@pytest.mark.parametrize("temperature", [1.0, 0.7])
+def test_several_steps_at_once_draw_as_the_target_does(
+    temperature: float, qwen: PreTrainedModel
+) -> None:
+    decoder = OnnxDecoder(split_decoder(qwen))
+    perfect = network(decoder, "block", perfect=True, vocabulary=range(3, 90))
+    warpers = [] if temperature == 1 else [TemperatureLogitsWarper(temperature)]
+    found, accepted = [], []
+    for drafting in (Autoregressive(), SelfSpeculative(decoder, 1, perfect, FixedLength(5))):
+        for seed in range(4):
+            sampler = Sampler(warpers, seed)
+            made = Request(*prompts(decoder, (9,)), drafting, 40, sampler)
+            Engine(decoder).run_all([made])
+            found.append(made.output_token_ids)
+            accepted.append(sum(made.accepted) / max(sum(made.proposed), 1))
+    assert found[:4] == found[4:]
+    assert len({tuple(reply) for reply in found}) == 4
+    # The draft is the target but for its 8 bits and the tokens that it lacks.
+    assert sum(accepted[4:]) / 4 > 0.5
 
 
 @pytest.mark.parametrize("tokens", [1, 2])

@@ -5,10 +5,10 @@ from fastvlm.decoding.layer_skip import LayerSkip
 from fastvlm.decoding.request import Request, TokenLogprob
 from fastvlm.decoding.sampler import Sampler
 from fastvlm.decoding.sampling_params import SamplingParams
+from fastvlm.decoding.self_speculative import SelfSpeculative
 from fastvlm.decoding.strategies import (
     Autoregressive,
     PromptLookup,
-    SelfSpeculative,
     Strategy,
 )
 from fastvlm.decoding.structured import StructuredOutput

@@ -4,14 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor
+from transformers.generation.logits_process import TemperatureLogitsWarper
 
 from fastvlm.decoding.grammar import Constraint
 from fastvlm.decoding.processors import PREFIX_FREE_PROCESSORS, WARPERS, LogitsProcessor
 from fastvlm.functional.errors import InputError
 from fastvlm.functional.noise import BLOCK_TOKENS, gumbel, noisy_best
+from fastvlm.language.draft_path import Draws
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,6 +44,35 @@ class Sampler:
     def is_greedy(self) -> bool:
         """Whether the token is the argmax of the unprocessed logits."""
         return self.seed is None and not self.processors and self.constraint is None
+
+    @property
+    def temperature(self) -> float | None:
+        """What logits are divided by, 1 for nothing; None where more is done to them."""
+        if self.constraint is not None or len(self.processors) > 1:
+            return None
+        if not self.processors:
+            return 1.0
+        [one] = self.processors
+        found: Any = one
+        return found.temperature if type(one) is TemperatureLogitsWarper else None
+
+    def draws(self, position: int, steps: int, tokens: Tensor, vocabulary_size: int) -> Draws:
+        """Return how tokens are drawn at positions of the reply that follow one another.
+
+        Args:
+            position: The first of them.
+            steps: How many.
+            tokens: Those that can be drawn: (tokens,).
+            vocabulary_size: Size of the target's vocabulary.
+
+        Raises:
+            ValueError: Nothing is drawn, or more is done to logits than dividing them.
+        """
+        if self.seed is None or self.temperature is None:
+            raise ValueError("There are no such draws.")
+        places = range(position, position + steps)
+        noise = gumbel([self.seed] * steps, places, tokens, torch.float32, vocabulary_size)
+        return Draws(self.temperature, noise)
 
     @property
     def needs_prefix(self) -> bool:

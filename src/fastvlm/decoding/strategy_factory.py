@@ -8,10 +8,10 @@ from typing import Any, NamedTuple
 
 from fastvlm.decoding.layer_skip import LayerSkip, default_skipped_layers
 from fastvlm.decoding.lookup import Lookup
+from fastvlm.decoding.self_speculative import SelfSpeculative
 from fastvlm.decoding.strategies import (
     Autoregressive,
     PromptLookup,
-    SelfSpeculative,
     Strategy,
 )
 from fastvlm.drafting.adaptive import AdaptiveLength

@@ -26,7 +26,11 @@ _LOW_32_BITS = 2**32 - 1
 
 
 def gumbel(
-    seeds: Sequence[int], positions: Sequence[int], tokens: Tensor, dtype: torch.dtype
+    seeds: Sequence[int],
+    positions: Sequence[int],
+    tokens: Tensor,
+    dtype: torch.dtype,
+    vocabulary_size: int | None = None,
 ) -> Tensor:
     """Return noise for some tokens at some positions of replies: (rows, tokens).
 
@@ -38,8 +42,12 @@ def gumbel(
         positions: Each row's position in its reply.
         tokens: The tokens, (tokens,), on the device of the noise.
         dtype: The precision of the noise: float32 or float64.
+        vocabulary_size: Size of the vocabulary that they are of, for bits that are kept for the
+            target's own draws; None where it draws from none.
     """
-    return _of_bits(_bits(seeds, positions, _spread(tokens)), dtype)
+    if vocabulary_size is None:
+        return _of_bits(_bits(seeds, positions, _spread(tokens)), dtype)
+    return _of_bits(_bits_of(seeds, positions, tokens, vocabulary_size, tokens.device), dtype)
 
 
 def noisy_best(

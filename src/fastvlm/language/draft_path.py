@@ -25,3 +25,15 @@ class DraftPath(NamedTuple):
     mlp: nn.Module | None
     rows: Tensor | None
     tokens: Tensor | None = None
+
+
+class Draws(NamedTuple):
+    """How draft steps draw their tokens.
+
+    Args:
+        temperature: By which logits are divided.
+        noise: What is added to each step's logits then: (steps, tokens).
+    """
+
+    temperature: float
+    noise: Tensor

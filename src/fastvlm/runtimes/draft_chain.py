@@ -1,4 +1,4 @@
-"""Several draft steps as one graph for ONNX Runtime, each with the best token of the one before.
+"""Several draft steps as one graph for ONNX Runtime, each with the token of the one before.
 
 Of a small model most of a draft step is what calls it: embedding, tables, the reading of the best
 token. In one graph a step takes a third. Its weights have 8 bits, whatever the target's have: a
@@ -15,7 +15,7 @@ from onnx import TensorProto, helper
 from torch import Tensor, nn
 
 from fastvlm.functional.threads import usual_threads
-from fastvlm.language.draft_path import DraftPath
+from fastvlm.language.draft_path import DraftPath, Draws
 from fastvlm.runtimes.attention_graph import ROTATED_AT_ONCE, Attention, settings_of
 from fastvlm.runtimes.draft_graph import DraftLayers, DraftPass, add_draft
 from fastvlm.runtimes.layer_form import GraphLayer
@@ -90,14 +90,16 @@ class ChainedAttention(Attention):
 
 
 @usual_threads()
-def chain_graph(parts: ChainParts, steps: int) -> OnnxGraph:
-    """Return the graph from a token, `token`, to the best one after each step, and how likely.
+def chain_graph(parts: ChainParts, steps: int, *, draws: bool) -> OnnxGraph:
+    """Return the graph from a token, `token`, to that of each step, and how likely it is.
 
     They are `tokens` and `chances`: (1, steps) each.
 
     Args:
         parts: What each step computes.
         steps: How many.
+        draws: Whether a step's token is the best one after its logits were multiplied by `scale`,
+            (), and `noise{n}` was added to those of step n, (1, 1, tokens).
     """
     graph = OnnxGraph(BITS["int8"])
     layers = parts.step.layers
@@ -105,13 +107,23 @@ def chain_graph(parts: ChainParts, steps: int) -> OnnxGraph:
     # With sizes that are known, the cache would be taken to be as long as what a step adds.
     token = graph.input("token", TensorProto.INT64, ["batch", "width"])
     embedding, tokens = graph.weight(parts.embedding), graph.weight(parts.tokens)
+    scale, last = "", graph.constant(-1)
+    if draws:
+        scale = graph.input("scale", TensorProto.FLOAT, [])
     found, chances = [], []
     for number in range(steps):
         attention.begin(number)
         logits = add_draft(graph, parts.step, attention, graph.add("Gather", [embedding, token]))
-        best = graph.add("ArgMax", [logits], axis=-1, keepdims=0)
+        scores = logits
+        if draws:
+            logits = graph.add("Mul", [logits, scale])
+            noise = graph.input(f"noise{number}", TensorProto.FLOAT, None)
+            scores = graph.add("Add", [logits, noise])
+        best = graph.add("ArgMax", [scores], axis=-1)
         likely = graph.add("Softmax", [logits], axis=-1)
-        chances.append(graph.add("ReduceMax", [likely, graph.constant(-1)], keepdims=0))
+        chance = graph.add("GatherElements", [likely, best], axis=-1)
+        chances.append(graph.add("Squeeze", [chance, last]))
+        best = graph.add("Squeeze", [best, last])
         token = graph.add("Gather", [tokens, best])
         found.append(token)
     for name, made, dtype in (
@@ -129,13 +141,14 @@ class DraftChain:
     Args:
         parts: What each step computes.
         steps: How many.
+        draws: Whether they draw their tokens.
     """
 
-    def __init__(self, parts: ChainParts, steps: int) -> None:
+    def __init__(self, parts: ChainParts, steps: int, *, draws: bool) -> None:
         self.steps = steps
         self._layers = parts.step.layers
         # What is bound stays here: the session reads and writes it where it lies.
-        self._session, self._weights = chain_graph(parts, steps).session()
+        self._session, self._weights = chain_graph(parts, steps, draws=draws).session()
         self._binding = self._session.io_binding()
         self._token = torch.zeros(1, 1, dtype=torch.long)
         self._ends = torch.zeros(2, steps, dtype=torch.int32)
@@ -149,17 +162,29 @@ class DraftChain:
             bind(bind_input, f"last{number}", self._ends[0, number : number + 1])
             bind(bind_input, f"total{number}", self._ends[1, number])
             bind(bind_input, f"place{number}", self._places[number])
+        self._scale = torch.ones(())
+        self._noise = torch.zeros(steps, 1, 1, len(parts.tokens))
+        if draws:
+            bind(bind_input, "scale", self._scale)
+            for number in range(steps):
+                bind(bind_input, f"noise{number}", self._noise[number])
         for name, tensor in zip(("tokens", "chances"), self._found, strict=True):
             bind(self._binding.bind_output, name, tensor)
 
     @torch.inference_mode()
-    def run(self, token: int, given: PassInputs) -> list[tuple[int, float]]:
+    def run(
+        self, token: int, given: PassInputs, draws: Draws | None = None
+    ) -> list[tuple[int, float]]:
         """Return each step's token, and its probability.
 
         Args:
             token: What stands at the first position.
             given: The first position, rotations of all, and the cache.
+            draws: How tokens are drawn, if they are.
         """
+        if draws is not None:
+            self._scale.fill_(1 / draws.temperature)
+            self._noise[:, 0, 0] = draws.noise
         self._bind_memory(given)
         for name, values in given.rotations.items():
             self._tables[name][: self.steps] = values[0]
@@ -188,20 +213,23 @@ class DraftChain:
         self._memory = memory
 
 
-def chain_of(fused: DraftPass, embedding: Any, path: DraftPath, steps: int) -> DraftChain | None:
+def chain_of(
+    fused: DraftPass, embedding: Any, path: DraftPath, kind: tuple[int, bool]
+) -> DraftChain | None:
     """Return some draft steps in one graph, made once; None where they are run one by one.
 
     Args:
         fused: Each step.
         embedding: The module that embeds tokens.
         path: What is drafted.
-        steps: How many.
+        kind: How many, and whether they draw their tokens.
     """
     # A module of another class does more than looking rows up.
     if path.tokens is None or type(embedding) is not nn.Embedding:
         return None
-    if steps not in fused.chains:
+    if kind not in fused.chains:
         parts = ChainParts(fused.step, embedding.weight, path.tokens)
-        fused.chains[steps] = DraftChain(parts, steps) if parts.is_known else None
-    found: DraftChain | None = fused.chains[steps]
+        chain = DraftChain(parts, kind[0], draws=kind[1]) if parts.is_known else None
+        fused.chains[kind] = chain
+    found: DraftChain | None = fused.chains[kind]
     return found

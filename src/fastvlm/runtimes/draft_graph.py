@@ -61,8 +61,9 @@ class DraftPass:
         self.step, self.bits = step, bits
         self.masks = list(dict.fromkeys(layer.mask for layer in layers))
         self.caches, self.rotations = cached_layers(layers), rotations_of(layers)
-        self.chains: dict[int, Any] = {}
-        """Several such steps in one graph, by their number; see `draft_chain`."""
+        self.chains: dict[tuple[int, bool], Any] = {}
+        """Several such steps in one graph, by their number and whether they draw; see
+        `draft_chain`."""
         self._passes: dict[PassKind, LayerPass] = {}
 
     def run(self, x: Tensor, given: PassInputs) -> list[Tensor]:

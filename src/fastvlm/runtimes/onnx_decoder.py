@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from fastvlm.functional.errors import InputError
 from fastvlm.language.cache import DecoderCache, KeyValueCache
 from fastvlm.language.decoder import SplitDecoder
-from fastvlm.language.draft_path import DraftPath
+from fastvlm.language.draft_path import DraftPath, Draws
 from fastvlm.language.general import added_after, injected
 from fastvlm.language.layer_calls import LayerCall, RotaryKind
 from fastvlm.language.positions import Positions
@@ -193,7 +193,12 @@ class OnnxDecoder(WrappedDecoder):
         return exits, self.logits(logits)
 
     def draft_ahead(
-        self, token: int, positions: Positions, cache: KeyValueCache, path: DraftPath
+        self,
+        token: int,
+        positions: Positions,
+        cache: KeyValueCache,
+        path: DraftPath,
+        draws: Draws | None = None,
     ) -> list[tuple[int, float]] | None:
         """Run several draft steps in one graph. See `SplitDecoder.draft_ahead`."""
         if positions.injects or not self.recomputes or not self._decodes(cache):
@@ -203,13 +208,15 @@ class OnnxDecoder(WrappedDecoder):
             if fused is None or needs_mask(positions, fused.masks):
                 return None
             enters = self.split.first_entry() is not None or self.split.calls.entry != "nothing"
-            chain = None if enters else chain_of(fused, self.embedding, path, positions.width)
+            kind = positions.width, draws is not None
+            chain = None if enters else chain_of(fused, self.embedding, path, kind)
             if chain is None:
                 return None
             rotations = self._rotations(torch.empty(0), positions)
             lent = lend_rows(cache, positions, fused.caches)
             own = {name: rotations[name] for name in fused.rotations}
-            found = chain.run(token, PassInputs(positions.starts, own, lent.caches, lent.rows))
+            given = PassInputs(positions.starts, own, lent.caches, lent.rows)
+            found = chain.run(token, given, draws)
             lent.write_back()
         return found
 
