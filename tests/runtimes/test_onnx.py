@@ -309,6 +309,15 @@ def test_several_steps_at_once_draw_as_the_target_does(
     assert sum(accepted[4:]) / 4 > 0.5
 
 
+def test_strategies_of_a_draft_share_its_graphs(qwen: PreTrainedModel) -> None:
+    decoder = OnnxDecoder(split_decoder(qwen))
+    drafts = network(decoder, "block", vocabulary=range(3, 90))
+    for tokens in range(1, 12):
+        several = SelfSpeculative(decoder, 1, drafts, FixedLength(tokens))
+        decode(decoder, several, prompts(decoder, (9,)), 12, ends=())
+    assert len(decoder._drafts) == 1
+
+
 @pytest.mark.parametrize("tokens", [1, 2])
 def test_small_layers_draft_what_large_ones_do(
     qwen: PreTrainedModel, tokens: int, monkeypatch: pytest.MonkeyPatch

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
@@ -62,8 +63,6 @@ class SelfSpeculative(RuledDrafting):
     length: DraftLength = field(default_factory=FixedLength)
     lookup: Lookup | None = None
     name: str = "imitation"
-    _rows: tuple[Any, Tensor, Tensor] | None = field(init=False, default=None)
-    """The LM head's rows of the draft's vocabulary, and that: for the weights that stand first."""
     usual_steps: Mean = field(init=False, default_factory=lambda: Mean(value=MIN_AHEAD))
     """Steps of a draft that has any."""
 
@@ -103,7 +102,7 @@ class SelfSpeculative(RuledDrafting):
         """Return what draft steps run, as model and network are now."""
         network, vocabulary, rows = self._placed_network(), None, None
         if network is not None and network.draft_vocabulary is not None:
-            rows, vocabulary = self._vocabulary_rows(network.draft_vocabulary)
+            rows, vocabulary = self._vocabulary_rows(network, network.draft_vocabulary)
         blocks = [] if network is None else list(network.layers)
         mlp = None if network is None else network.mlp
         return DraftSetup(network, DraftPath(self.exit_layer, blocks, mlp, rows, vocabulary))
@@ -175,21 +174,29 @@ class SelfSpeculative(RuledDrafting):
             moved(self.network, device, dtype)
         return self.network
 
-    def _vocabulary_rows(self, vocabulary: Tensor) -> tuple[Tensor | None, Tensor]:
+    def _vocabulary_rows(
+        self, network: ImitationNetwork, vocabulary: Tensor
+    ) -> tuple[Tensor | None, Tensor]:
         """Return the LM head's rows that draft, if it has rows, and the tokens they are for."""
         weight: Any = getattr(self.decoder.lm_head, "weight", None)
         if type(weight) is not nn.Parameter or weight.is_inference():
             state = None
         else:
             state = (weight, weight._version, weight.data_ptr(), weight.dtype, vocabulary)
-        if state is None or self._rows is None or not _same(self._rows[0], state):
+        known = _rows.get(network)
+        if state is None or known is None or not _same(known[0], state):
             size = self.decoder.vocabulary_size
             kept = vocabulary[vocabulary < size]
             rows = self.decoder.lm_head_rows(kept)
             if rows is None:
                 return None, kept
-            self._rows = state, rows.contiguous(), kept
-        return self._rows[1], self._rows[2]
+            known = _rows[network] = state, rows.contiguous(), kept
+        return known[1], known[2]
+
+
+_rows: WeakKeyDictionary[ImitationNetwork, tuple[Any, Tensor, Tensor]] = WeakKeyDictionary()
+"""The LM head's rows of each draft's vocabulary, and that: for the weights that stand first. What
+is made of rows is known by where they lie, so all strategies of a draft share them."""
 
 
 class DraftSteps:

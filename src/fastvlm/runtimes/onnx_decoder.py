@@ -44,7 +44,7 @@ PLACE = ("cpu", torch.float32)
 """Where, and in what precision, it computes."""
 IDLE_CACHE_BYTES = 2**25
 """The most bytes of a cache that stay while nothing is decoded."""
-MAX_RESTRICTED_HEADS = 4
+MAX_RESTRICTED_HEADS = 8
 """Sets of tokens whose logits are made by a graph of their own, kept at once."""
 
 
