@@ -20,6 +20,7 @@ from tests.runtimes.conftest import CONFIGURATIONS, OTHERS, tiny
     [
         ({"runtime": "tensorrt"}, "The runtimes are torch, onnx"),
         ({"runtime": "onnx", "quantize": "int2"}, "int8 or int4"),
+        ({"runtime": "cuda", "quantize": "int8"}, "quantize"),
     ],
 )
 def test_wrong_options(options: Any, said: str) -> None:

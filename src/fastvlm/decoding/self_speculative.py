@@ -21,7 +21,7 @@ from fastvlm.drafting.imitation import ImitationNetwork
 from fastvlm.functional.errors import InputError
 from fastvlm.functional.placement import moved
 from fastvlm.language.decoder import SplitDecoder
-from fastvlm.language.draft_path import DraftPath
+from fastvlm.language.draft_path import DraftPath, DraftsAhead
 from fastvlm.language.positions import Positions
 
 AHEAD = (8, 4, 2, 1)
@@ -223,7 +223,8 @@ class DraftSteps:
         sampler = self._sampler
         simple = sampler.is_greedy or (sampler.seed is not None and sampler.temperature is not None)
         alone = len(self.batch.slots) == 1 and self.batch.verify_width is None
-        return self.strategy.decoder.recomputes and alone and simple
+        decoder = self.strategy.decoder
+        return decoder.recomputes and alone and simple and isinstance(decoder, DraftsAhead)
 
     def run(self, last: list[int], number: int) -> tuple[Tensor, Tensor | None]:
         """Run a step. See `DraftStep`."""
@@ -252,7 +253,7 @@ class DraftSteps:
         """Run several steps at once, if the decoder can. See `Ahead`."""
         batch, decoder, sampler = self.batch, self.strategy.decoder, self._sampler
         path = self._set_up(number).path
-        if self._behind or path.tokens is None:
+        if self._behind or path.tokens is None or not isinstance(decoder, DraftsAhead):
             return None
         # As many as are mostly drafted: one that is dropped cost little.
         usual = max(self.strategy.usual_steps.value - number, MIN_AHEAD)

@@ -16,7 +16,7 @@ from transformers import PreTrainedModel
 
 from fastvlm.functional.errors import InputError
 from fastvlm.language.cache import DecoderCache, KeyValueCache
-from fastvlm.language.draft_path import DraftPath, Draws
+from fastvlm.language.draft_path import DraftPath
 from fastvlm.language.masks import FULL, MaskKind, additive
 from fastvlm.language.positions import Positions
 from fastvlm.language.quantised import Int4Linear, Int8Linear
@@ -267,28 +267,6 @@ class SplitDecoder(ABC):
         elif path.mlp is not None:
             x = path.mlp(x)
         return exits, self.head(x) if path.rows is None else self.head_rows(x, path.rows)
-
-    def draft_ahead(
-        self,
-        token: int,  # noqa: ARG002
-        positions: Positions,  # noqa: ARG002
-        cache: KeyValueCache,  # noqa: ARG002
-        path: DraftPath,  # noqa: ARG002
-        draws: Draws | None = None,  # noqa: ARG002
-    ) -> list[tuple[int, float]] | None:
-        """Run several draft steps of one row in one call, from a token on.
-
-        Args:
-            token: What stands at the first position.
-            positions: One for each step.
-            cache: Where layers keep their keys and values.
-            path: What each step runs.
-            draws: How each draws its token; None for its best one.
-
-        Returns:
-            Each step's token and its probability; None where steps are run one by one.
-        """
-        return None
 
     def follow(self) -> int:
         """Take over what has changed about the model, as far as it is not read at each call.

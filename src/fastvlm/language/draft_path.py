@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import NamedTuple, Protocol, runtime_checkable
 
 from torch import Tensor, nn
+
+from fastvlm.language.cache import KeyValueCache
+from fastvlm.language.positions import Positions
 
 
 class DraftPath(NamedTuple):
@@ -37,3 +40,30 @@ class Draws(NamedTuple):
 
     temperature: float
     noise: Tensor
+
+
+@runtime_checkable
+class DraftsAhead(Protocol):
+    """A decoder that can run several draft steps of a row in one call."""
+
+    def draft_ahead(
+        self,
+        token: int,
+        positions: Positions,
+        cache: KeyValueCache,
+        path: DraftPath,
+        draws: Draws | None = None,
+    ) -> list[tuple[int, float]] | None:
+        """Run several draft steps of one row in one call, from a token on.
+
+        Args:
+            token: What stands at the first position.
+            positions: One for each step.
+            cache: Where layers keep their keys and values.
+            path: What each step runs.
+            draws: How each draws its token; None for its best one.
+
+        Returns:
+            Each step's token and its probability; None where these are run one by one.
+        """
+        ...

@@ -200,7 +200,7 @@ class OnnxDecoder(WrappedDecoder):
         path: DraftPath,
         draws: Draws | None = None,
     ) -> list[tuple[int, float]] | None:
-        """Run several draft steps in one graph. See `SplitDecoder.draft_ahead`."""
+        """Run several draft steps in one graph. See `DraftsAhead`."""
         if positions.injects or not self.recomputes or not self._decodes(cache):
             return None
         with self._turn:

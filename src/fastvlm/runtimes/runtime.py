@@ -44,7 +44,7 @@ class RuntimeOptions:
         packed_bytes: See `pack_decoder`.
 
     Raises:
-        InputError: There is no such runtime, there are no such weights, or onnxruntime is missing.
+        InputError: There is no such runtime, it has no such weights, or a package is missing.
     """
 
     runtime: str | None = None
@@ -58,6 +58,8 @@ class RuntimeOptions:
         checked_bits(self.quantize)
         if self.runtime == "onnx" and (missing := _missing()):
             raise InputError(f"runtime='onnx' needs {missing}: pip install 'fastvlm[onnx]'.")
+        if self.runtime == "cuda" and self.quantize is not None:
+            raise InputError("runtime='cuda' reads a model's own weights; leave out quantize.")
         if self.runtime == "cuda" and find_spec("triton") is None:
             raise InputError("runtime='cuda' needs triton, which comes with torch for CUDA.")
 

@@ -141,13 +141,15 @@ def provenance(plan: Plan, journal: Journal) -> list[Part]:
     found: list[Part] = []
     for session in journal.sessions:
         machine = session["hardware"]
+        runtime = machine.get("onnxruntime")
+        onnx = "" if runtime is None else f", ONNX Runtime {runtime}"
         found.append(
             Paragraph(
                 f"Measured from {session['date']} on"
                 f" {machine['accelerator'] or machine['processor']}"
                 f" ({machine['cores']} cores, threads: {machine['threads']}), with fastvlm"
                 f" {session['fastvlm']} (commit {session['commit'] or 'unknown'}), torch"
-                f" {machine['torch']}, transformers {machine['transformers']}, Python"
+                f" {machine['torch']}, transformers {machine['transformers']}{onnx}, Python"
                 f" {machine['python']}."
             )
         )
