@@ -30,6 +30,9 @@ class Scripted:
         self.script, self.cycle = script, 0
         self.finished: list[int] = []
 
+    def rests(self, rows: int, *, drafts: bool) -> bool:  # noqa: ARG002
+        return False
+
     def should_continue(self, progress: Progress) -> list[bool]:
         wanted = self.script[self.cycle % len(self.script)]
         return [is_active and progress.steps < wanted for is_active in progress.active]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import random
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import pytest
 
@@ -66,6 +67,10 @@ def decoded(
     """Decode a reply whose tokens are right or wrong as given; return what it took."""
     at, behind, total = 1, 40, 0.0
     while at < len(reply):
+        if length.rests(1, drafts=True):
+            total += world.pass_of(1) * noise()
+            at, behind = at + 1, behind + 1
+            continue
         progress = Progress([True], [[]], [10_000], [at], behind)
         steps = []
         while any(length.should_continue(progress)):
@@ -114,6 +119,24 @@ def test_an_untrained_draft_costs_next_to_nothing(name: str, noisy: bool) -> Non
     # The noise's own mean: drawn once more, it would be off by half a percent.
     ordinary = world.ordinary * 30 * 99 * (1.1 * 1.06 if noisy else 1)
     assert taken < 1.03 * ordinary
+
+
+def test_where_drafts_do_not_pay_the_rule_is_seldom_asked() -> None:
+    world, asked = UNTRAINED["unsure"], []
+
+    class Noted(AdaptiveLength):
+        def update(self, *given: Any) -> None:
+            asked.append(given)
+            super().update(*given)
+
+    length = Noted(24)
+    for reply in replies(world, 20):
+        decoded(length, world, reply)
+    assert 20 < len(asked) < 20 * 100 / 4
+    # Without copies, too, once their cost is known; and where there is nothing to draft with.
+    assert sum(length.rests(1, drafts=False) for _ in range(160)) >= 140
+    assert FixedLength(4).rests(1, drafts=False)
+    assert not FixedLength(4).rests(1, drafts=True)
 
 
 def test_a_draft_that_becomes_good_is_noticed() -> None:

@@ -230,36 +230,44 @@ def test_drafts_of_few_tokens_change_nothing(
     assert sum(sum(request.proposed) for request in done) > LIMIT
 
 
-def test_steps_in_one_graph_are_those_one_by_one(qwen: PreTrainedModel) -> None:
+@pytest.mark.parametrize(("lengths", "behind"), [((9,), 0), ((9,), 3), ((9, 6, 7), 0)])
+def test_steps_in_one_graph_are_those_one_by_one(
+    lengths: tuple[int, ...], behind: int, qwen: PreTrainedModel
+) -> None:
     # A chain has 8 bits whatever the decoder has; its steps attend to one position, not to two.
     decoder = OnnxDecoder(split_decoder(qwen), 8)
     drafts = network(decoder, "block", vocabulary=range(3, 90))
     path = SelfSpeculative(decoder, 1, drafts).setup().path
-    [given] = prompts(decoder, (9,))
+    given, asked = prompts(decoder, lengths), [5 + row for row in range(len(lengths))]
 
-    def filled() -> DecoderCache:
-        cache = decoder.cache(1, 40)
-        cache.assign(0, given)
-        decoder.forward_all(given.embeddings[None], cache.positions([0], 9), cache)
-        exits = decoder.forward_layers(
-            given.embeddings[None], cache.positions([0], 9), cache, range(1)
-        )
-        drafts.imitate(exits, cache.positions([0], 9), cache, decoder)
-        return cache
+    def filled(seen: int) -> tuple[DecoderCache, list[Tensor]]:
+        cache, states = decoder.cache(len(lengths), 40), []
+        for row, one in enumerate(given):
+            cache.assign(row, one)
+            positions = cache.positions([0], len(one), [row])
+            decoder.forward_all(one.embeddings[None], positions, cache)
+            exits = decoder.forward_layers(one.embeddings[None], positions, cache, range(1))
+            positions = cache.positions([0], len(one) - seen, [row])
+            drafts.imitate(exits[:, : len(one) - seen], positions, cache, decoder)
+            states.append(exits[:, len(one) - seen :])
+        return cache, states
 
     with torch.inference_mode():
-        cache, token, wanted = filled(), 5, []
+        (cache, _), tokens, wanted = filled(0), asked, []
         for place in range(4):
-            x = decoder.embed(torch.tensor([[token]]))
-            positions = cache.positions([9 + place], 1)
-            logits = decoder.draft_step(x, positions, cache, path)[1][0, -1]
-            best = int(logits.argmax())
-            token = int(path.tokens[best])
-            wanted.append((token, float(logits.softmax(-1)[best])))
-        cache = filled()
-        found = decoder.draft_ahead(5, cache.positions([9], 4), cache, path)
+            x = decoder.embed(torch.tensor(tokens)[:, None])
+            positions = cache.positions([length + place for length in lengths], 1)
+            logits = decoder.draft_step(x, positions, cache, path)[1][:, -1]
+            chances, best = logits.softmax(-1).max(-1)
+            tokens = path.tokens[best].tolist()
+            wanted.append((tokens, chances.tolist()))
+        cache, states = filled(behind)
+        positions = cache.positions([length - behind for length in lengths], behind + 4)
+        seen = torch.cat(states) if behind else None
+        found = decoder.draft_ahead(asked, positions, cache, path, seen)
     assert [one for one, _ in found] == [one for one, _ in wanted]
-    assert [one for _, one in found] == pytest.approx([one for _, one in wanted], rel=0.05)
+    for (_, chances), (_, own) in zip(found, wanted, strict=True):
+        assert chances == pytest.approx(own, rel=0.05)
 
 
 @pytest.mark.parametrize("rule", [FixedLength(1), FixedLength(6), ConfidenceLength(8, 0.05)])

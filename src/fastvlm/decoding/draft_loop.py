@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from itertools import pairwise
+from itertools import compress, pairwise
 
 from torch import Tensor
 
 from fastvlm.decoding.batch import Batch
+from fastvlm.decoding.history import Copy
 from fastvlm.decoding.lookup import Lookup
 from fastvlm.decoding.sampler import greedy_tokens, sampled_tokens
 from fastvlm.drafting.draft_length import DraftLength, Offer, Progress, Timings
@@ -16,9 +17,11 @@ from fastvlm.drafting.draft_length import DraftLength, Offer, Progress, Timings
 LOOKED_UP_EVERY = 4
 """While a draft goes on, tokens to copy are looked for at every so many of its steps."""
 
-Ahead = Callable[[int, int, int], list[tuple[int, float]] | None]
-"""From a row's last token, the number of drafted ones and the most to draft now: tokens, and how
-likely each is; None where they are drafted one by one."""
+StepTokens = tuple[list[int], list[float]]
+"""The tokens that a step drafts, and how likely each is: by rows."""
+Ahead = Callable[[list[int], int, int], list[StepTokens] | None]
+"""From each row's last token, the number of drafted ones and the most to draft now: what steps
+draft; None where they are run one by one."""
 DraftStep = Callable[[list[int], int], tuple[Tensor, Tensor | None]]
 """From each row's last token and the number of drafted ones: logits, (batch, draft vocabulary), and
 the tokens of their columns, (draft vocabulary,); None for all tokens."""
@@ -76,54 +79,52 @@ def draft_loop(
         limits: The maximum number of tokens to draft for each row.
         step: The drafter; None for copies alone.
         lookup: What looks for tokens to copy; None for no copies.
-        ahead: What drafts several tokens at once, for a row alone; None for nothing.
+        ahead: What drafts several tokens at once; None for nothing.
     """
     rows: list[list[int]] = [[] for _ in batch.slots]
+    active = [limit > 0 for limit in limits]
+    rooms = _rooms(limits, length, rows, active)
+    found = lookup.copies(batch, rows, rooms) if lookup else []
+    if not any(found) and length.rests(len(rows), drafts=step is not None):
+        # Of a small model, the rest of this would be a twentieth of an ordinary step.
+        return Draft(rows)
     progress = Progress(
-        active=[limit > 0 for limit in limits],
+        active=active,
         confidences=[[] for _ in rows],
         remaining=[limit + 1 for limit in limits],
         generated=[len(reply) for reply in batch.replies],
         lag=max(slot.lag for slot in batch.slots),
     )
     times = [batch.clock()]
-    last, samplers, replies = batch.last, batch.samplers, batch.replies
-    ends = [slot.request.end_token_ids for slot in batch.slots]
-    greedy = all(sampler.is_greedy for sampler in samplers)
-    drafted_ahead: list[tuple[int, float]] | None = None
+    last, ends = batch.last, [slot.request.end_token_ids for slot in batch.slots]
+    drafted_ahead: list[StepTokens] | None = None
     evenly = False
     while True:
         progress.ahead = bool(drafted_ahead)
         going = length.should_continue(progress) if step else []
         # Of a small model, a look-up before each step takes a tenth of it.
-        looks = not any(going) or progress.steps % LOOKED_UP_EVERY == 0
-        if looks and lookup and add_copies(batch, length, limits, rows, progress, lookup):
-            break
+        if lookup and (not any(going) or progress.steps % LOOKED_UP_EVERY == 0):
+            if progress.steps:
+                found = lookup.copies(batch, rows, _rooms(limits, length, rows, progress.active))
+            if any(found) and add_copies(length, rows, progress, found):
+                break
         if step is None or not any(going):
             break
         if ahead is not None and not drafted_ahead:
-            most = min(limits[0], length.maximum) - progress.steps
-            drafted_ahead = ahead(last[0], progress.steps, most)
+            most = min(max(limits), length.maximum) - progress.steps
+            drafted_ahead = ahead(last, progress.steps, most)
             evenly = evenly or bool(drafted_ahead)
         if drafted_ahead:
-            token, likely = drafted_ahead.pop(0)
-            last, confidences = [token], [likely]
+            last, confidences = drafted_ahead.pop(0)
         else:
             logits, vocabulary = step(last, progress.steps)
-            if greedy:
-                confident = length.reads_confidence
-                last, confidences = greedy_tokens(logits, vocabulary, confident=confident)
-            else:
-                known = [[*reply, *drafted] for reply, drafted in zip(replies, rows, strict=True)]
-                last, confidences = sampled_tokens(
-                    samplers, known, logits, vocabulary, batch.decoder.vocabulary_size
-                )
-        for row, drafted in enumerate(rows):
-            if going[row]:
-                drafted.append(last[row])
-                progress.confidences[row].append(confidences[row])
-                more = len(drafted) < limits[row]
-                progress.active[row] = more and last[row] not in ends[row]
+            confident = length.reads_confidence
+            last, confidences = _chosen(batch, rows, logits, vocabulary, confident=confident)
+        for row in compress(range(len(rows)), going):
+            rows[row].append(last[row])
+            progress.confidences[row].append(confidences[row])
+            more = len(rows[row]) < limits[row]
+            progress.active[row] = more and last[row] not in ends[row]
         times.append(batch.clock())
     if evenly:
         # What was drafted together, and what was dropped of it, took each token equally long.
@@ -132,32 +133,58 @@ def draft_loop(
     return Draft(rows, progress=progress, times=times)
 
 
-def add_copies(
+def _chosen(
     batch: Batch,
-    length: DraftLength,
+    rows: Sequence[list[int]],
+    logits: Tensor,
+    vocabulary: Tensor | None,
+    *,
+    confident: bool,
+) -> StepTokens:
+    """Return the tokens that a step drafts, by its logits.
+
+    Args:
+        batch: The rows.
+        rows: Each row's drafted tokens.
+        logits: Of each row, (batch, draft vocabulary).
+        vocabulary: The tokens of the columns; None for all tokens.
+        confident: Whether it matters how likely they are.
+    """
+    samplers = batch.samplers
+    if all(sampler.is_greedy for sampler in samplers):
+        return greedy_tokens(logits, vocabulary, confident=confident)
+    known = [[*reply, *drafted] for reply, drafted in zip(batch.replies, rows, strict=True)]
+    return sampled_tokens(samplers, known, logits, vocabulary, batch.decoder.vocabulary_size)
+
+
+def _rooms(
     limits: Sequence[int],
+    length: DraftLength,
+    rows: Sequence[Sequence[int]],
+    active: Sequence[bool],
+) -> list[int]:
+    """Return how many tokens each row could copy."""
+    # Beside a longer row, the states behind a shorter one are those of other tokens.
+    return [
+        min(limit, length.maximum) - len(drafted) if is_active else 0
+        for limit, drafted, is_active in zip(limits, rows, active, strict=True)
+    ]
+
+
+def add_copies(
+    length: DraftLength,
     rows: list[list[int]],
     progress: Progress,
-    lookup: Lookup,
+    found: Sequence[Copy | None],
 ) -> bool:
     """Add to each row the tokens that it copies, if a rule wants them; return whether it does.
 
     Args:
-        batch: The rows.
         length: The rule.
-        limits: The maximum number of tokens in each row.
         rows: Each row's drafted tokens.
         progress: The state of the rule.
-        lookup: What looks for tokens to copy.
+        found: What each row could copy.
     """
-    # Beside a longer row, the states behind a shorter one are those of other tokens.
-    most = [
-        min(limit, length.maximum) - len(drafted) if is_active else 0
-        for limit, drafted, is_active in zip(limits, rows, progress.active, strict=True)
-    ]
-    found = lookup.copies(batch, rows, most)
-    if not any(found):
-        return False
     offers = [Offer(len(copy.tokens), copy.match) if copy else Offer() for copy in found]
     counts = length.should_copy(progress, offers)
     for copy, count, drafted, copied in zip(found, counts, rows, progress.copied, strict=True):

@@ -14,7 +14,6 @@ from fastvlm.decoding.grammar import Constraint
 from fastvlm.decoding.processors import PREFIX_FREE_PROCESSORS, WARPERS, LogitsProcessor
 from fastvlm.functional.errors import InputError
 from fastvlm.functional.noise import BLOCK_TOKENS, gumbel, noisy_best
-from fastvlm.language.draft_path import Draws
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,23 +55,27 @@ class Sampler:
         found: Any = one
         return found.temperature if type(one) is TemperatureLogitsWarper else None
 
-    def draws(self, position: int, steps: int, tokens: Tensor, vocabulary_size: int) -> Draws:
-        """Return how tokens are drawn at positions of the reply that follow one another.
+    @property
+    def draws_simply(self) -> bool:
+        """Whether tokens are the best ones, or drawn after dividing logits: see `noise`."""
+        return self.is_greedy or (self.seed is not None and self.temperature is not None)
+
+    def noise(self, position: int, steps: int, tokens: Tensor, vocabulary_size: int) -> Tensor:
+        """Return what is added to divided logits, so that the best token is the drawn one.
 
         Args:
-            position: The first of them.
+            position: The first position of the reply; others follow it.
             steps: How many.
             tokens: Those that can be drawn: (tokens,).
             vocabulary_size: Size of the target's vocabulary.
 
-        Raises:
-            ValueError: Nothing is drawn, or more is done to logits than dividing them.
+        Returns:
+            (steps, tokens), zeros where nothing is drawn.
         """
-        if self.seed is None or self.temperature is None:
-            raise ValueError("There are no such draws.")
+        if self.seed is None:
+            return torch.zeros(steps, len(tokens))
         places = range(position, position + steps)
-        noise = gumbel([self.seed] * steps, places, tokens, torch.float32, vocabulary_size)
-        return Draws(self.temperature, noise)
+        return gumbel([self.seed] * steps, places, tokens, torch.float32, vocabulary_size)
 
     @property
     def needs_prefix(self) -> bool:

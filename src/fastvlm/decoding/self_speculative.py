@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any, NamedTuple
 from weakref import WeakKeyDictionary
 
@@ -12,7 +13,7 @@ from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
 
 from fastvlm.decoding.batch import Batch
-from fastvlm.decoding.draft_loop import Draft, draft_loop
+from fastvlm.decoding.draft_loop import Draft, StepTokens, draft_loop
 from fastvlm.decoding.lookup import Lookup
 from fastvlm.decoding.strategies import RuledDrafting
 from fastvlm.drafting.draft_length import DraftLength, FixedLength
@@ -21,7 +22,7 @@ from fastvlm.drafting.imitation import ImitationNetwork
 from fastvlm.functional.errors import InputError
 from fastvlm.functional.placement import moved
 from fastvlm.language.decoder import SplitDecoder
-from fastvlm.language.draft_path import DraftPath, DraftsAhead
+from fastvlm.language.draft_path import DraftPath, DraftsAhead, Draws
 from fastvlm.language.positions import Positions
 
 AHEAD = (8, 4, 2, 1)
@@ -87,8 +88,7 @@ class SelfSpeculative(RuledDrafting):
     def draft(self, batch: Batch, limits: Sequence[int]) -> Draft:
         """Draft token by token, until the rule for the draft's length ends it."""
         steps = DraftSteps(self, batch)
-        ahead = steps.ahead if steps.can_go_ahead else None
-        draft = draft_loop(batch, self.length, limits, steps.run, self.lookup, ahead)
+        draft = draft_loop(batch, self.length, limits, steps.run, self.lookup, steps.ahead)
         drafted = 0 if draft.progress is None else draft.progress.steps
         # A step that was dropped has seen the last token that was kept, and then others.
         draft.computed = min(steps.computed, drafted + 1)
@@ -213,24 +213,21 @@ class DraftSteps:
         """The exit layer's states of each step that was run alone."""
         self.computed = 0
         """Positions that steps have computed, those ahead of the rule included."""
-        self._starts, self._sampler = batch.lengths, batch.samplers[0]
-        self._setup: DraftSetup | None = None
-        self._behind = False
+        self._starts = batch.lengths
 
-    @property
-    def can_go_ahead(self) -> bool:
-        """Whether several steps may be run at once: of one row, whose exit layers don't count."""
-        sampler = self._sampler
-        simple = sampler.is_greedy or (sampler.seed is not None and sampler.temperature is not None)
-        alone = len(self.batch.slots) == 1 and self.batch.verify_width is None
-        decoder = self.strategy.decoder
-        return decoder.recomputes and alone and simple and isinstance(decoder, DraftsAhead)
+    @cached_property
+    def _can_go_ahead(self) -> bool:
+        """Whether several steps may be run at once: where drafts' exit layers don't count."""
+        batch, decoder = self.batch, self.strategy.decoder
+        simple = all(sampler.draws_simply for sampler in batch.samplers)
+        return simple and decoder.recomputes and batch.verify_width is None
 
     def run(self, last: list[int], number: int) -> tuple[Tensor, Tensor | None]:
         """Run a step. See `DraftStep`."""
         batch, decoder = self.batch, self.strategy.decoder
-        network, path = self._set_up(number)
-        if self._behind and decoder.recomputes and min(map(len, batch.replies)) > 1:
+        network, path = self.setup
+        behind = not number and network is not None and self.strategy.is_behind(network, batch)
+        if behind and decoder.recomputes and min(map(len, batch.replies)) > 1:
             # With the token before, whose states are known, it is one graph like any other.
             tokens = [reply[-2:] for reply in batch.replies]
         else:
@@ -238,7 +235,7 @@ class DraftSteps:
         width = len(tokens[0])
         positions = batch.positions([start + number + 1 - width for start in self._starts], width)
         x = batch.embed(tokens)
-        if network is not None and self._behind and width == 1:
+        if network is not None and behind and width == 1:
             hidden, logits = self.strategy.first_step(network, batch, (x, positions), path.rows)
         else:
             hidden, logits = decoder.draft_step(x, positions, batch.cache, path)
@@ -249,32 +246,46 @@ class DraftSteps:
             logits = logits[:, path.tokens]
         return logits, path.tokens
 
-    def ahead(self, last: int, number: int, most: int) -> list[tuple[int, float]] | None:
+    def ahead(self, last: list[int], number: int, most: int) -> list[StepTokens] | None:
         """Run several steps at once, if the decoder can. See `Ahead`."""
-        batch, decoder, sampler = self.batch, self.strategy.decoder, self._sampler
-        path = self._set_up(number).path
-        if self._behind or path.tokens is None or not isinstance(decoder, DraftsAhead):
+        batch, decoder, behind = self.batch, self.strategy.decoder, None
+        path = self.setup.path
+        if path.tokens is None or not self._can_go_ahead or not isinstance(decoder, DraftsAhead):
             return None
-        # As many as are mostly drafted: one that is dropped cost little.
-        usual = max(self.strategy.usual_steps.value - number, MIN_AHEAD)
+        if not number and any(slot.lag for slot in batch.slots):
+            if len(batch.slots) > 1:
+                # Attention takes several positions of one row alone.
+                return None
+            [slot] = batch.slots
+            assert slot.exits is not None  # it is them that the network has not seen
+            behind = slot.exits.since(slot.drafted_length)[None]
+        # As many as are mostly drafted: one that is dropped cost little. A draft that is longer
+        # than most goes on, and the longer it is already, the further.
+        usual = max(self.strategy.usual_steps.value - number, number // 2, MIN_AHEAD)
         steps = next(one for one in AHEAD if one <= min(usual, most))
-        draws = None
-        if not sampler.is_greedy:
-            place = len(batch.replies[0]) + number
-            draws = sampler.draws(place, steps, path.tokens, decoder.vocabulary_size)
-        positions = batch.positions([self._starts[0] + number], steps)
-        found = decoder.draft_ahead(last, positions, batch.cache, path, draws)
+        before = 0 if behind is None else behind.shape[1]
+        positions = batch.positions([s + number - before for s in self._starts], before + steps)
+        draws = self._draws(number, steps, path.tokens)
+        found = decoder.draft_ahead(last, positions, batch.cache, path, behind, draws)
         self.computed += len(found or ())
         return found
 
-    def _set_up(self, number: int) -> DraftSetup:
-        # Where a rule drafts nothing, finding it would be a good part of what a cycle adds.
-        self._setup = self._setup or self.strategy.setup()
-        network = self._setup.network
-        self._behind = (
-            not number and network is not None and self.strategy.is_behind(network, self.batch)
-        )
-        return self._setup
+    def _draws(self, number: int, steps: int, tokens: Tensor) -> Draws | None:
+        """Return how steps draw their tokens; None where all rows take the best ones."""
+        batch, size = self.batch, self.strategy.decoder.vocabulary_size
+        if all(sampler.is_greedy for sampler in batch.samplers):
+            return None
+        noise = [
+            sampler.noise(len(reply) + number, steps, tokens, size)
+            for sampler, reply in zip(batch.samplers, batch.replies, strict=True)
+        ]
+        temperatures = [sampler.temperature or 1.0 for sampler in batch.samplers]
+        return Draws(torch.tensor(temperatures), torch.stack(noise, 1))
+
+    @cached_property
+    def setup(self) -> DraftSetup:
+        """What the steps run. Where a rule drafts nothing, nobody asks."""
+        return self.strategy.setup()
 
 
 def _same(one: tuple[Any, ...] | None, other: tuple[Any, ...]) -> bool:

@@ -101,6 +101,9 @@ class AdaptiveLength:
         return self._nearest(rows) or self.throughput(rows)
 
     def _nearest(self, rows: int) -> Throughput | None:
+        own = self.throughputs.get(rows)
+        if own is not None and own.is_measured:
+            return own
         measured = [size for size, known in self.throughputs.items() if known.is_measured]
         if not measured:
             return None
@@ -110,6 +113,13 @@ class AdaptiveLength:
         """Return the mean acceptance of tokens of about this confidence."""
         halvings = -math.log2(max(1 - confidence, 2.0**-CONFIDENCE_BINS))
         return self.by_confidence[min(int(2 * halvings), CONFIDENCE_BINS - 1)]
+
+    def rests(self, rows: int, *, drafts: bool) -> bool:
+        """Return whether drafts don't pay and have no budget. See `DraftLength.rests`."""
+        throughput = self.throughput(rows)
+        if drafts and throughput.should_draft(pays=self.estimate(rows).pays):
+            return False
+        return throughput.rests()
 
     def should_continue(self, progress: Progress) -> list[bool]:
         """Return whether each row drafts another token: all that can, or none.

@@ -91,6 +91,17 @@ class DraftLength(Protocol):
         """Whether the rule needs the drafter's probability; computing it costs a little."""
         ...
 
+    def rests(self, rows: int, *, drafts: bool) -> bool:
+        """Return whether a cycle without copies is an ordinary step that isn't measured either.
+
+        Nothing else of the rule is asked in such a cycle.
+
+        Args:
+            rows: The rows of the batch.
+            drafts: Whether there is anything but copies.
+        """
+        ...
+
     def should_continue(self, progress: Progress) -> list[bool]:
         """Return whether each row drafts another token; it is asked before the first one too."""
         ...
@@ -128,6 +139,10 @@ class RowByRow:
     def continues(self, confidences: list[float]) -> bool:
         """Return whether a row's draft goes on after tokens with these probabilities."""
         return len(confidences) < self.maximum
+
+    def rests(self, rows: int, *, drafts: bool) -> bool:  # noqa: ARG002
+        """Return whether there is nothing to draft with."""
+        return not drafts
 
     def should_continue(self, progress: Progress) -> list[bool]:
         """Return whether each row drafts another token."""

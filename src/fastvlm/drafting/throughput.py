@@ -15,6 +15,8 @@ PROBE_TIME_SHARE = 0.01
 """The share of ordinary steps' time that drafts may cost where they don't pay."""
 CLEAR_GAIN = 1.5
 """From what gain on it is clear that drafts pay, whatever the step before an ordinary one was."""
+RESTS = 15
+"""Ordinary steps between two that are measured, where drafts don't pay."""
 MEASURE_ORDINARY_EVERY = 64
 """After drafts of how many ordinary steps' time one of these is measured again."""
 
@@ -59,8 +61,8 @@ class Throughput:
         self.since_ordinary, self.ordinary_due = 0.0, 2
         """The time of drafts since an ordinary step was measured, and of those until the next one:
         in ordinary steps."""
-        self._drafted = False
-        """Whether the last step was a draft."""
+        self._drafted, self._rested = False, 0
+        """Whether the last step was a draft; ordinary steps since one was measured."""
         self._before: Duration | None = None
         """Where the last step was an ordinary one right after a draft: what was known before."""
 
@@ -100,6 +102,16 @@ class Throughput:
         """Whether an ordinary step has to be measured."""
         return self.since_ordinary >= self.ordinary_due
 
+    def rests(self) -> bool:
+        """Return whether an ordinary step need not be measured, as it was often and lately."""
+        settled = self.ordinary.weight > RESTS and not self.wants_ordinary
+        if not settled or self._drafted or self._before is not None or self._rested == RESTS:
+            self._rested = 0
+            return False
+        self._rested += 1
+        self._add_probing()
+        return True
+
     def add_ordinary(self, seconds: float) -> None:
         """Add the time of a cycle without a draft, in seconds."""
         self._slope = None
@@ -121,6 +133,10 @@ class Throughput:
             # At first after few drafts, then more rarely.
             self.ordinary_due = min(2 * self.ordinary_due, MEASURE_ORDINARY_EVERY)
         self.since_ordinary = 0.0
+        self._add_probing()
+
+    def _add_probing(self) -> None:
+        """Allow for drafts and copies of a share of an ordinary step."""
         self.budget.add_drafts(PROBE_TIME_SHARE)
         self.budget.add_copies(PROBE_TIME_SHARE)
 

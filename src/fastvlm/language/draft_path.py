@@ -34,36 +34,40 @@ class Draws(NamedTuple):
     """How draft steps draw their tokens.
 
     Args:
-        temperature: By which logits are divided.
-        noise: What is added to each step's logits then: (steps, tokens).
+        temperatures: By which each row's logits are divided: (batch,).
+        noise: What is added to them then in each step: (steps, batch, tokens).
     """
 
-    temperature: float
+    temperatures: Tensor
     noise: Tensor
 
 
 @runtime_checkable
 class DraftsAhead(Protocol):
-    """A decoder that can run several draft steps of a row in one call."""
+    """A decoder that can run several draft steps in one call."""
 
     def draft_ahead(
         self,
-        token: int,
+        tokens: Sequence[int],
         positions: Positions,
         cache: KeyValueCache,
         path: DraftPath,
+        behind: Tensor | None = None,
         draws: Draws | None = None,
-    ) -> list[tuple[int, float]] | None:
-        """Run several draft steps of one row in one call, from a token on.
+    ) -> list[tuple[list[int], list[float]]] | None:
+        """Run several draft steps in one call, each with the tokens of the one before.
 
         Args:
-            token: What stands at the first position.
-            positions: One for each step.
+            tokens: What stands at each row's first position.
+            positions: Those of `behind`, and then one for each step.
             cache: Where layers keep their keys and values.
             path: What each step runs.
-            draws: How each draws its token; None for its best one.
+            behind: Of a row alone, the exit layer's states of positions before the first, which
+                blocks are to see too: (1, positions, d_model).
+            draws: How each row draws its tokens; None for the best ones.
 
         Returns:
-            Each step's token and its probability; None where these are run one by one.
+            Each step's tokens and their probabilities, by rows; None where steps are run one by
+            one.
         """
         ...

@@ -1,13 +1,15 @@
 """Several draft steps as one graph for ONNX Runtime, each with the token of the one before.
 
 Of a small model most of a draft step is what calls it: embedding, tables, the reading of the best
-token. In one graph a step takes a third. Its weights have 8 bits, whatever the target's have: a
-draft need not round as anything else does, as a verify computes all layers of its positions anew.
+token. In one graph a step takes a third. Its weights have 8 bits, whatever the target's have, and
+rows go through attention together: a draft need not round as anything else does, as a verify
+computes all layers of its positions anew.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 import torch
@@ -17,11 +19,30 @@ from torch import Tensor, nn
 from fastvlm.functional.threads import usual_threads
 from fastvlm.language.draft_path import DraftPath, Draws
 from fastvlm.runtimes.attention_graph import ROTATED_AT_ONCE, Attention, settings_of
-from fastvlm.runtimes.draft_graph import DraftLayers, DraftPass, add_draft
+from fastvlm.runtimes.draft_graph import DraftLayers, DraftPass, add_drafter
 from fastvlm.runtimes.layer_form import GraphLayer
-from fastvlm.runtimes.layer_pass import PassInputs, bind
+from fastvlm.runtimes.layer_graph import add_layers
+from fastvlm.runtimes.layer_pass import KEPT_WIDTH, PassInputs, bind
 from fastvlm.runtimes.onnx_graph import OnnxGraph
 from fastvlm.runtimes.quantised_weights import BITS
+
+ALONE = 2**22
+"""Weights of a step up to which one thread computes it for one row: others would have to be woken
+for each of its products, and that takes longer than these."""
+
+
+class ChainKind(NamedTuple):
+    """What tells the chains of one drafter apart.
+
+    Args:
+        steps: How many steps.
+        draws: Whether they draw their tokens.
+        batched: Whether they are of several rows.
+    """
+
+    steps: int
+    draws: bool
+    batched: bool
 
 
 class ChainParts(NamedTuple):
@@ -38,28 +59,35 @@ class ChainParts(NamedTuple):
     tokens: Tensor
 
     @property
+    def looks_back(self) -> bool:
+        """Whether there are blocks, which keep keys and values of positions of their own."""
+        return len(self.step.layers) > self.step.exit_layer
+
+    @property
     def is_known(self) -> bool:
         """Whether attention can rotate as the layers do."""
         return not any(layer.rotation.size % (2 * ROTATED_AT_ONCE) for layer in self.step.layers)
 
 
 class ChainedAttention(Attention):
-    """Attention of one row's steps, a position each, that follow one another.
+    """Attention of steps that follow one another, a position of each row in each.
 
     Inputs of a pass, for each step n:
 
-        last{n}: Its position: (1,).
-        total{n}: How many positions there are then: ().
-        place{n}: Where the tables of rotations have it: (1, 1).
+        last{n}: Each row's position: (batch,).
+        total{n}: How many positions the longest row has then: ().
+        place{n}: Where the tables of rotations have them: (batch, 1).
+
+    And `places`, (batch, positions), where they have those of a first step that looks back.
 
     All steps read and write `cached{m}`, the keys of layer m / 2, and values with an odd number:
-    (1, kv_heads, capacity, head_dim). `written{m}_{n}` is the same memory. A step begins with the
-    token of the one before, and so not before that has written.
+    (batch, kv_heads, capacity, head_dim). `written{m}_{n}` is the same memory. A step begins with
+    the tokens of the one before, and so not before that has written.
     """
 
     def __init__(self, graph: OnnxGraph, layers: Sequence[GraphLayer], steps: int) -> None:
         super().__init__(graph)
-        self.step = 0
+        self.step, self.places = 0, "place0"
         for name in dict.fromkeys(name for layer in layers for name in layer.rotation.tables):
             graph.input(name, TensorProto.FLOAT, None)
         for number in range(2 * len(layers)):
@@ -71,7 +99,11 @@ class ChainedAttention(Attention):
 
     def begin(self, step: int) -> None:
         """Go on with the first layer of a step."""
-        self.step, self.cached = step, 0
+        self.step, self.cached, self.places = step, 0, f"place{step}"
+
+    def look_back(self) -> None:
+        """Go on with positions before the step's own."""
+        self.places = self.graph.input("places", TensorProto.INT64, None)
 
     def attend(self, layer: GraphLayer, qkv: str) -> str:
         """Return what a layer's heads read. See `Attention.attend`."""
@@ -82,7 +114,7 @@ class ChainedAttention(Attention):
         self.cached += 2
         written = [graph.output(f"written{number}_{step}", None) for number in numbers]
         inputs = [*heads, *(f"cached{number}" for number in numbers), f"last{step}", f"total{step}"]
-        inputs += [*layer.rotation.tables, f"place{step}"]
+        inputs += [*layer.rotation.tables, self.places]
         name = f"attention{numbers[0]}_{step}"
         settings = {"do_rotary": 1, "rotary_interleaved": int(layer.rotation.interleaved)}
         graph.add("GroupQueryAttention", inputs, [name, *written], **settings, **settings_of(layer))
@@ -91,29 +123,40 @@ class ChainedAttention(Attention):
 
 @usual_threads()
 def chain_graph(parts: ChainParts, steps: int, *, draws: bool) -> OnnxGraph:
-    """Return the graph from a token, `token`, to that of each step, and how likely it is.
+    """Return the graph from tokens, `token`, to those of each step, and how likely these are.
 
-    They are `tokens` and `chances`: (1, steps) each.
+    They are `tokens` and `chances`: (batch, steps) each. What blocks are to see before the first
+    step's states is `behind`, (batch, positions, d_model), and `kept`, (1,), how many these are.
 
     Args:
         parts: What each step computes.
         steps: How many.
         draws: Whether a step's token is the best one after its logits were multiplied by `scale`,
-            (), and `noise{n}` was added to those of step n, (1, 1, tokens).
+            (batch, 1, 1), and `noise{n}` was added to those of step n, (batch, 1, tokens).
     """
     graph = OnnxGraph(BITS["int8"])
-    layers = parts.step.layers
+    layers, exit_layer = parts.step.layers, parts.step.exit_layer
     attention = ChainedAttention(graph, layers, steps)
     # With sizes that are known, the cache would be taken to be as long as what a step adds.
     token = graph.input("token", TensorProto.INT64, ["batch", "width"])
     embedding, tokens = graph.weight(parts.embedding), graph.weight(parts.tokens)
     scale, last = "", graph.constant(-1)
     if draws:
-        scale = graph.input("scale", TensorProto.FLOAT, [])
+        scale = graph.input("scale", TensorProto.FLOAT, None)
     found, chances = [], []
     for number in range(steps):
         attention.begin(number)
-        logits = add_draft(graph, parts.step, attention, graph.add("Gather", [embedding, token]))
+        x = graph.add("Gather", [embedding, token])
+        if number or not parts.looks_back:
+            x = add_layers(graph, layers, attention, x)[-1]
+        else:
+            exits = add_layers(graph, layers[:exit_layer], attention, x)[-1]
+            behind = graph.input("behind", TensorProto.FLOAT, ["batch", "behind", "d_model"])
+            attention.look_back()
+            x = graph.add("Concat", [behind, exits], axis=1)
+            x = add_layers(graph, layers[exit_layer:], attention, x)[-1]
+            x = graph.add("Gather", [x, graph.input("kept", TensorProto.INT64, ["width"])], axis=1)
+        logits = add_drafter(graph, parts.step, x)
         scores = logits
         if draws:
             logits = graph.add("Mul", [logits, scale])
@@ -135,86 +178,139 @@ def chain_graph(parts: ChainParts, steps: int, *, draws: bool) -> OnnxGraph:
     return graph
 
 
+@dataclass(slots=True)
+class _Bound:
+    """Inputs and outputs of passes of one shape. The session reads and writes them where they lie.
+
+    Their names are those of `chain_graph` and `ChainedAttention`; `tables` are those of rotations.
+    """
+
+    binding: Any
+    inputs: dict[str, Tensor]
+    """All that is bound and doesn't depend on where the cache lies: it must stay."""
+    token: Tensor
+    behind: Tensor
+    last: Tensor
+    total: Tensor
+    scale: Tensor
+    noise: Tensor
+    tokens: Tensor
+    chances: Tensor
+    tables: dict[str, Tensor] = field(default_factory=dict)
+    memory: tuple[int, ...] = ()
+    """Where keys and values lie that are bound, and their capacity."""
+
+
 class DraftChain:
     """Some draft steps, ready to run.
 
     Args:
         parts: What each step computes.
-        steps: How many.
-        draws: Whether they draw their tokens.
+        kind: What they are for.
     """
 
-    def __init__(self, parts: ChainParts, steps: int, *, draws: bool) -> None:
-        self.steps = steps
-        self._layers = parts.step.layers
-        # What is bound stays here: the session reads and writes it where it lies.
-        self._session, self._weights = chain_graph(parts, steps, draws=draws).session()
-        self._binding = self._session.io_binding()
-        self._token = torch.zeros(1, 1, dtype=torch.long)
-        self._ends = torch.zeros(2, steps, dtype=torch.int32)
-        self._places = torch.arange(steps)[:, None, None].contiguous()
-        self._tables: dict[str, Tensor] = {}
-        self._found = torch.zeros(1, steps, dtype=torch.long), torch.zeros(1, steps)
-        self._memory: tuple[int, ...] = ()
-        bind_input = self._binding.bind_input
-        bind(bind_input, "token", self._token)
-        for number in range(steps):
-            bind(bind_input, f"last{number}", self._ends[0, number : number + 1])
-            bind(bind_input, f"total{number}", self._ends[1, number])
-            bind(bind_input, f"place{number}", self._places[number])
-        self._scale = torch.ones(())
-        self._noise = torch.zeros(steps, 1, 1, len(parts.tokens))
-        if draws:
-            bind(bind_input, "scale", self._scale)
-            for number in range(steps):
-                bind(bind_input, f"noise{number}", self._noise[number])
-        for name, tensor in zip(("tokens", "chances"), self._found, strict=True):
-            bind(self._binding.bind_output, name, tensor)
+    def __init__(self, parts: ChainParts, kind: ChainKind) -> None:
+        self.parts, self.steps, self.draws = parts, kind.steps, kind.draws
+        graph = chain_graph(parts, kind.steps, draws=kind.draws)
+        alone = not kind.batched and parts.step.size <= ALONE
+        self._session, self._weights = graph.session(1 if alone else None)
+        self._bound: dict[tuple[int, int], _Bound] = {}
 
     @torch.inference_mode()
     def run(
-        self, token: int, given: PassInputs, draws: Draws | None = None
-    ) -> list[tuple[int, float]]:
-        """Return each step's token, and its probability.
+        self,
+        tokens: Sequence[int],
+        given: PassInputs,
+        behind: Tensor | None = None,
+        draws: Draws | None = None,
+    ) -> list[tuple[list[int], list[float]]]:
+        """Return each step's tokens, and their probabilities, by rows.
 
         Args:
-            token: What stands at the first position.
-            given: The first position, rotations of all, and the cache.
+            tokens: What stands at each row's first position.
+            given: The first position of each row, with those behind; rotations of all; the cache.
+            behind: See `DraftsAhead.draft_ahead`.
             draws: How tokens are drawn, if they are.
         """
+        rows, before = len(tokens), 0 if behind is None else behind.shape[1]
+        bound = self._bound.get((rows, before)) or self._bind(rows, before)
+        if before <= KEPT_WIDTH:
+            self._bound[rows, before] = bound
+        if behind is not None:
+            bound.behind.copy_(behind)
         if draws is not None:
-            self._scale.fill_(1 / draws.temperature)
-            self._noise[:, 0, 0] = draws.noise
-        self._bind_memory(given)
+            torch.reciprocal(draws.temperatures[:, None, None], out=bound.scale)
+            bound.noise[:, :, 0] = draws.noise
+        self._bind_memory(bound, given)
         for name, values in given.rotations.items():
-            self._tables[name][: self.steps] = values[0]
-        [start] = given.starts
-        self._token.fill_(token)
-        torch.arange(start, start + self.steps, out=self._ends[0])
-        torch.add(self._ends[0], 1, out=self._ends[1])
-        self._session.run_with_iobinding(self._binding)
-        tokens, chances = self._found
-        return list(zip(tokens[0].tolist(), chances[0].tolist(), strict=True))
+            width = values.shape[1]
+            table = bound.tables[name][: rows * width]
+            table.view(rows, width, -1).copy_(values)
+        starts = [start + before for start in given.starts]
+        bound.token.numpy()[:, 0] = tokens
+        bound.last.numpy()[:] = [[start + step for start in starts] for step in range(self.steps)]
+        bound.total.numpy()[:] = range(max(starts) + 1, max(starts) + 1 + self.steps)
+        self._session.run_with_iobinding(bound.binding)
+        return list(zip(bound.tokens.T.tolist(), bound.chances.T.tolist(), strict=True))
 
-    def _bind_memory(self, given: PassInputs) -> None:
+    def _bind(self, rows: int, before: int) -> _Bound:
+        """Return inputs and outputs of passes of a shape, but for those of `_bind_memory`."""
+        steps, layers = self.steps, self.parts.step.layers
+        inputs: dict[str, Tensor] = {}
+        bound = _Bound(
+            self._session.io_binding(),
+            inputs,
+            token=torch.zeros(rows, 1, dtype=torch.long),
+            behind=torch.zeros(rows, before, layers[0].width),
+            last=torch.zeros(steps, rows, dtype=torch.int32),
+            total=torch.zeros(steps, dtype=torch.int32),
+            scale=torch.ones(rows, 1, 1),
+            noise=torch.zeros(steps, rows, 1, len(self.parts.tokens)),
+            tokens=torch.zeros(rows, steps, dtype=torch.long),
+            chances=torch.zeros(rows, steps),
+        )
+        width = before + steps
+        first = torch.arange(rows)[:, None] * width
+        places = [(first + before + step).contiguous() for step in range(steps)]
+        inputs["token"] = bound.token
+        for step, place in enumerate(places):
+            inputs[f"last{step}"], inputs[f"total{step}"] = bound.last[step], bound.total[step]
+            inputs[f"place{step}"] = place
+            if self.draws:
+                inputs[f"noise{step}"] = bound.noise[step]
+        if self.draws:
+            inputs["scale"] = bound.scale
+        if self.parts.looks_back:
+            inputs["behind"] = bound.behind
+            inputs["places"] = first + torch.arange(before + 1)
+            inputs["kept"] = torch.tensor([before])
+        for name, tensor in inputs.items():
+            bind(bound.binding.bind_input, name, tensor)
+        bind(bound.binding.bind_output, "tokens", bound.tokens)
+        bind(bound.binding.bind_output, "chances", bound.chances)
+        return bound
+
+    def _bind_memory(self, bound: _Bound, given: PassInputs) -> None:
         """Bind keys and values as inputs, and the same memory as outputs; and tables as long."""
         rows, caches = given.rows, given.caches
         capacity = caches[0].shape[2]
         memory = (rows.start, rows.stop, capacity, *map(Tensor.data_ptr, caches))
-        if memory == self._memory:
+        if memory == bound.memory:
             return
         for number, cache in enumerate(caches):
-            bind(self._binding.bind_input, f"cached{number}", cache[rows])
+            bind(bound.binding.bind_input, f"cached{number}", cache[rows])
             for step in range(self.steps):
-                bind(self._binding.bind_output, f"written{number}_{step}", cache[rows])
+                bind(bound.binding.bind_output, f"written{number}_{step}", cache[rows])
         for name, values in given.rotations.items():
-            self._tables[name] = values.new_zeros(capacity, values.shape[-1])
-            bind(self._binding.bind_input, name, self._tables[name])
-        self._memory = memory
+            # It may have more positions than these, and has to have as many as the cache.
+            needed = max(capacity, len(bound.token) * values.shape[1])
+            bound.tables[name] = values.new_zeros(needed, values.shape[-1])
+            bind(bound.binding.bind_input, name, bound.tables[name])
+        bound.memory = memory
 
 
 def chain_of(
-    fused: DraftPass, embedding: Any, path: DraftPath, kind: tuple[int, bool]
+    fused: DraftPass, embedding: Any, path: DraftPath, kind: ChainKind
 ) -> DraftChain | None:
     """Return some draft steps in one graph, made once; None where they are run one by one.
 
@@ -222,14 +318,14 @@ def chain_of(
         fused: Each step.
         embedding: The module that embeds tokens.
         path: What is drafted.
-        kind: How many, and whether they draw their tokens.
+        kind: What they are for.
     """
     # A module of another class does more than looking rows up.
     if path.tokens is None or type(embedding) is not nn.Embedding:
         return None
     if kind not in fused.chains:
         parts = ChainParts(fused.step, embedding.weight, path.tokens)
-        chain = DraftChain(parts, kind[0], draws=kind[1]) if parts.is_known else None
+        chain = DraftChain(parts, kind) if parts.is_known else None
         fused.chains[kind] = chain
     found: DraftChain | None = fused.chains[kind]
     return found

@@ -13,10 +13,10 @@ import torch
 from torch import Tensor, nn
 
 from fastvlm.functional.threads import usual_threads
-from fastvlm.runtimes.attention_graph import Attention, PassKind
+from fastvlm.runtimes.attention_graph import PassKind
 from fastvlm.runtimes.graph_parts import Head, add_gated, add_head, add_norm, name_output
 from fastvlm.runtimes.layer_form import GraphLayer, Norm, Product, linear_form, norm_form
-from fastvlm.runtimes.layer_graph import add_layers, enter_layers
+from fastvlm.runtimes.layer_graph import enter_layers
 from fastvlm.runtimes.layer_pass import LayerPass, PassInputs
 from fastvlm.runtimes.layer_stack import cached_layers, rotations_of
 from fastvlm.runtimes.onnx_graph import OnnxGraph
@@ -61,9 +61,8 @@ class DraftPass:
         self.step, self.bits = step, bits
         self.masks = list(dict.fromkeys(layer.mask for layer in layers))
         self.caches, self.rotations = cached_layers(layers), rotations_of(layers)
-        self.chains: dict[tuple[int, bool], Any] = {}
-        """Several such steps in one graph, by their number and whether they draw; see
-        `draft_chain`."""
+        self.chains: dict[Any, Any] = {}
+        """Several such steps in one graph, by their kind; see `draft_chain`."""
         self._passes: dict[PassKind, LayerPass] = {}
 
     def run(self, x: Tensor, given: PassInputs) -> list[Tensor]:
@@ -92,16 +91,11 @@ def draft_graph(step: DraftLayers, bits: int | None, kind: PassKind) -> OnnxGrap
     graph = OnnxGraph(bits)
     states = enter_layers(graph, step.layers, kind)
     name_output(graph, states[step.exit_layer - 1], "exit", "d_model")
-    name_output(graph, _add_drafter(graph, step, states[-1]), "logits", "tokens")
+    name_output(graph, add_drafter(graph, step, states[-1]), "logits", "tokens")
     return graph
 
 
-def add_draft(graph: OnnxGraph, step: DraftLayers, attention: Attention, x: str) -> str:
-    """Add a draft step after embeddings; return its logits: (batch, width, tokens)."""
-    return _add_drafter(graph, step, add_layers(graph, step.layers, attention, x)[-1])
-
-
-def _add_drafter(graph: OnnxGraph, step: DraftLayers, x: str) -> str:
+def add_drafter(graph: OnnxGraph, step: DraftLayers, x: str) -> str:
     """Add what makes logits of the states after a draft step's layers."""
     if step.mlp is not None:
         norm, gate_up, down = step.mlp

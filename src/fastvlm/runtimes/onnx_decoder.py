@@ -17,7 +17,7 @@ from fastvlm.language.general import added_after, injected
 from fastvlm.language.layer_calls import LayerCall, RotaryKind
 from fastvlm.language.positions import Positions
 from fastvlm.language.weights_state import identities, weights_state
-from fastvlm.runtimes.draft_chain import chain_of
+from fastvlm.runtimes.draft_chain import ChainKind, chain_of
 from fastvlm.runtimes.draft_graph import DraftLayers, DraftPass, mlp_form
 from fastvlm.runtimes.graph_parts import Head
 from fastvlm.runtimes.layer_form import (
@@ -194,12 +194,13 @@ class OnnxDecoder(WrappedDecoder):
 
     def draft_ahead(
         self,
-        token: int,
+        tokens: Sequence[int],
         positions: Positions,
         cache: KeyValueCache,
         path: DraftPath,
+        behind: Tensor | None = None,
         draws: Draws | None = None,
-    ) -> list[tuple[int, float]] | None:
+    ) -> list[tuple[list[int], list[float]]] | None:
         """Run several draft steps in one graph. See `DraftsAhead`."""
         if positions.injects or not self.recomputes or not self._decodes(cache):
             return None
@@ -208,7 +209,8 @@ class OnnxDecoder(WrappedDecoder):
             if fused is None or needs_mask(positions, fused.masks):
                 return None
             enters = self.split.first_entry() is not None or self.split.calls.entry != "nothing"
-            kind = positions.width, draws is not None
+            steps = positions.width - (0 if behind is None else behind.shape[1])
+            kind = ChainKind(steps, draws is not None, len(tokens) > 1)
             chain = None if enters else chain_of(fused, self.embedding, path, kind)
             if chain is None:
                 return None
@@ -216,7 +218,7 @@ class OnnxDecoder(WrappedDecoder):
             lent = lend_rows(cache, positions, fused.caches)
             own = {name: rotations[name] for name in fused.rotations}
             given = PassInputs(positions.starts, own, lent.caches, lent.rows)
-            found = chain.run(token, given, draws)
+            found = chain.run(tokens, given, behind, draws)
             lent.write_back()
         return found
 

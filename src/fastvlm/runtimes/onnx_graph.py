@@ -156,8 +156,12 @@ class OnnxGraph:
         return helper.make_graph(nodes, name, [], made)
 
     @usual_threads()
-    def session(self) -> tuple[onnxruntime.InferenceSession, object]:
-        """Return the graph ready to run, and what must be kept as long as it is used."""
+    def session(self, threads: int | None = None) -> tuple[onnxruntime.InferenceSession, object]:
+        """Return the graph ready to run, and what must be kept as long as it is used.
+
+        Args:
+            threads: How many it computes with; None for as many as torch does.
+        """
         graph = helper.make_graph(self.nodes, "graph", self.inputs, self.outputs, self.initializers)
         opsets = [
             helper.make_opsetid("", OPSET),
@@ -165,7 +169,7 @@ class OnnxGraph:
         ]
         model = helper.make_model(graph, opset_imports=opsets, ir_version=IR_VERSION)
         options = onnxruntime.SessionOptions()
-        options.intra_op_num_threads = torch.get_num_threads()
+        options.intra_op_num_threads = threads or torch.get_num_threads()
         options.log_severity_level = 3
         # Several sessions take turns: the threads of one must not spin while another computes.
         options.add_session_config_entry("session.force_spinning_stop", "1")
