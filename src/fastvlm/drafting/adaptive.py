@@ -18,6 +18,9 @@ COPY_MATCHES = 16
 """Lengths of a match that are told apart, from one token."""
 WRONG_AFTER_MATCH = 0.8
 """The share that each token of a match leaves of the assumed chance that a copy is wrong."""
+COPY_MARGIN = 1.1
+"""How many times its cost a copy has to promise: of a small model, passes of changing widths take
+some of a gain away, and so does what a cycle with a copy does beside its pass."""
 AVERAGED_TOKENS = 50
 """The number of tokens over which acceptance rates are averaged."""
 
@@ -192,7 +195,7 @@ class AdaptiveLength:
         if progress.steps:
             pays = gained - needed * count > self._further_gain(progress, reached)
         else:
-            pays = not rate or 1 + gained > rate * throughput.verify_of(1 + count)
+            pays = not rate or 1 + gained > COPY_MARGIN * rate * throughput.verify_of(1 + count)
         if not (count and pays):
             # One token shows whether copies have come to pay.
             tries = not progress.steps and rate and throughput.budget.copies > 0
@@ -216,6 +219,9 @@ class AdaptiveLength:
     def update(self, progress: Progress, accepted: Sequence[int], timings: Timings) -> None:
         """Update the estimates after a cycle. See `DraftLength.update`."""
         throughput = self.throughput(len(progress.active))
+        if not progress.tokens:
+            throughput.add_ordinary(timings.verify)
+            return
         own = [min(n, len(c)) for n, c in zip(accepted, progress.confidences, strict=True)]
         for copied, confidences, count in zip(
             progress.copied, progress.confidences, accepted, strict=True
@@ -225,9 +231,6 @@ class AdaptiveLength:
             for place, match in enumerate(copied[: max(right + 1, 0)]):
                 self.copy_acceptance(match).add(place < right)
         copies = progress.tokens - progress.steps
-        if not progress.tokens:
-            throughput.add_ordinary(timings.verify)
-            return
         if not progress.steps:
             tokens = 1 + sum(accepted) / len(progress.active)
             throughput.add_copy(tokens, copies, timings.verify)

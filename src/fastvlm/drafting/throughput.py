@@ -105,10 +105,11 @@ class Throughput:
     def rests(self) -> bool:
         """Return whether an ordinary step need not be measured, as it was often and lately."""
         settled = self.ordinary.weight > RESTS and not self.wants_ordinary
-        if not settled or self._drafted or self._before is not None or self._rested == RESTS:
+        # What was measured right after a draft waits for the next one, see `add_ordinary`.
+        if not settled or self._before is not None or self._rested == RESTS:
             self._rested = 0
             return False
-        self._rested += 1
+        self._rested, self._drafted = self._rested + 1, False
         self._add_probing()
         return True
 
