@@ -139,14 +139,12 @@ def chain_graph(parts: ChainParts, steps: int, *, draws: bool) -> OnnxGraph:
     attention = ChainedAttention(graph, layers, steps)
     # With sizes that are known, the cache would be taken to be as long as what a step adds.
     token = graph.input("token", TensorProto.INT64, ["batch", "width"])
-    embedding, tokens = graph.weight(parts.embedding), graph.weight(parts.tokens)
-    scale, last = "", graph.constant(-1)
-    if draws:
-        scale = graph.input("scale", TensorProto.FLOAT, None)
-    found, chances = [], []
+    x = graph.add("Gather", [graph.weight(parts.embedding), token])
+    drafted = graph.weight(parts.embedding.detach()[parts.tokens])
+    scale = graph.input("scale", TensorProto.FLOAT, None) if draws else ""
+    last, found, likely = graph.constant(-1), [], []
     for number in range(steps):
         attention.begin(number)
-        x = graph.add("Gather", [embedding, token])
         if number or not parts.looks_back:
             x = add_layers(graph, layers, attention, x)[-1]
         else:
@@ -156,24 +154,22 @@ def chain_graph(parts: ChainParts, steps: int, *, draws: bool) -> OnnxGraph:
             x = graph.add("Concat", [behind, exits], axis=1)
             x = add_layers(graph, layers[exit_layer:], attention, x)[-1]
             x = graph.add("Gather", [x, graph.input("kept", TensorProto.INT64, ["width"])], axis=1)
-        logits = add_drafter(graph, parts.step, x)
-        scores = logits
+        scores = logits = add_drafter(graph, parts.step, x)
         if draws:
             logits = graph.add("Mul", [logits, scale])
             noise = graph.input(f"noise{number}", TensorProto.FLOAT, None)
             scores = graph.add("Add", [logits, noise])
-        best = graph.add("ArgMax", [scores], axis=-1)
-        likely = graph.add("Softmax", [logits], axis=-1)
-        chance = graph.add("GatherElements", [likely, best], axis=-1)
-        chances.append(graph.add("Squeeze", [chance, last]))
-        best = graph.add("Squeeze", [best, last])
-        token = graph.add("Gather", [tokens, best])
-        found.append(token)
-    for name, made, dtype in (
-        ("tokens", found, TensorProto.INT64),
-        ("chances", chances, TensorProto.FLOAT),
-    ):
-        graph.add("Concat", made, [name], axis=1)
+        best = graph.add("ArgMax", [scores], axis=-1, keepdims=0)
+        found.append(best)
+        likely.append(logits)
+        x = graph.add("Gather", [drafted, best])
+    # What no step waits for is computed of all of them at once.
+    best = graph.add("Concat", found, axis=1)
+    graph.add("Gather", [graph.weight(parts.tokens), best], ["tokens"])
+    likely = graph.add("Softmax", [graph.add("Concat", likely, axis=1)], axis=-1)
+    chances = graph.add("GatherElements", [likely, graph.add("Unsqueeze", [best, last])], axis=-1)
+    graph.add("Squeeze", [chances, last], ["chances"])
+    for name, dtype in (("tokens", TensorProto.INT64), ("chances", TensorProto.FLOAT)):
         graph.outputs.append(helper.make_tensor_value_info(name, dtype, ["batch", "steps"]))
     return graph
 
