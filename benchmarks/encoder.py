@@ -21,6 +21,7 @@ from transformers import AutoModel, TimmWrapperConfig
 from fastvlm.checkpoints.keys import from_timm
 from fastvlm.evaluation.measuring import hardware
 from fastvlm.functional.statistics import Spread
+from fastvlm.language.packed import PACKED_BYTES
 from fastvlm.vision import FastViTHD, FastViTHDConfig
 
 SIZES = (256, 512, 768, 1024)
@@ -46,7 +47,9 @@ def ours(weights: dict[str, Tensor], dtype: torch.dtype) -> nn.Module:
     config = FastViTHDConfig.variant("fastvithd", form="reparameterized")
     encoder = FastViTHD(config)
     encoder.load_state_dict({from_timm(name): weight.float() for name, weight in weights.items()})
-    return encoder.fuse().requires_grad_(False).to(dtype)
+    encoder = encoder.fuse().requires_grad_(False).to(dtype)
+    encoder.pack(PACKED_BYTES)
+    return encoder
 
 
 @torch.inference_mode()

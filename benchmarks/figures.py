@@ -115,7 +115,7 @@ def first_token() -> str:
             f" two: at 1024 px there are {most / arithmetic['FastVLM-0.5B', 1024]:.1f} times fewer"
             " than of LLaVA-OneVision, and both keep the processor near what it can multiply, so"
             " that TTFT can hardly be further apart than that. FastViTHD alone encodes sooner than"
-            f" timm's fused one as `transformers` runs it: {ratios}. More models, measured earlier on"
+            f" timm's fused one as `transformers` runs it: {ratios}. More models, measured on"
             " another machine: `benchmarks/results/ttft.md`."
         ),
     ]

@@ -29,6 +29,7 @@ from transformers import (
 
 from fastvlm.functional.placement import moved
 from fastvlm.language import split_decoder
+from fastvlm.language.packed import PACKED_BYTES, pack_decoder
 from fastvlm.vision import FastViTHD, FastViTHDConfig
 from fastvlm.vision.configuration import REDUCTION
 from fastvlm.vision.images import count_parts
@@ -132,6 +133,19 @@ class Contenders:
             self.decoders[name] = self.placed(made)
         return self.decoders[name]
 
+    def packed_decoder(self, name: str) -> PreTrainedModel:
+        """Return one of `DECODERS` as `fastvlm.load` holds it, with the weights of a checkpoint.
+
+        Those are stored in 16 bits. It is another one than the peers', which are to run as they do.
+        """
+        key = f"{name}, packed"
+        if key not in self.decoders:
+            made = AutoModelForCausalLM.from_config(AutoConfig.for_model(**DECODERS[name]))
+            self.decoders[key] = self.placed(moved(made, torch.bfloat16))
+            if self.device == "cpu":
+                pack_decoder(self.decoders[key])
+        return self.decoders[key]
+
     def placed(self, module: Any) -> Any:
         """Return a module where and in the precision that is measured, for inference."""
         return moved(module, self.device, self.dtype).eval().requires_grad_(False)
@@ -140,7 +154,10 @@ class Contenders:
     def fastvithd(self) -> FastViTHD:
         """Return the released encoder, fused."""
         made = FastViTHD(FastViTHDConfig.variant("fastvithd", form="fused"))
-        return cast(FastViTHD, self.placed(made)).fuse()
+        encoder = cast(FastViTHD, self.placed(made)).fuse()
+        if self.device == "cpu":
+            encoder.pack(PACKED_BYTES)
+        return encoder
 
     def projector(self, seen: int, width: int) -> nn.Module:
         """Return two linear layers with GELU between them."""
@@ -149,7 +166,7 @@ class Contenders:
 
     def fastvlm(self, decoder: str, size: int, tiles: int = 1) -> Contender:
         """Return FastVLM as our engine runs it."""
-        language = self.decoder(decoder)
+        language = self.packed_decoder(decoder)
         vision = self.fastvithd
         width = int(language.config.hidden_size)
         projector = self.projector(vision.config.hidden_size, width)

@@ -17,7 +17,7 @@ from fastvlm.evaluation.roofline import (
     to_json,
     weights_of,
 )
-from fastvlm.language.packed import available, pack
+from fastvlm.functional.packed import available, pack
 from fastvlm.language.quantised import Int4Linear, Int8Linear
 
 WEIGHTS = 512 * 512

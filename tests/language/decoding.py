@@ -31,8 +31,8 @@ STRATEGIES = (
 
 def pack_small(monkeypatch: pytest.MonkeyPatch) -> None:
     """Have small matrices packed too, as the models of the tests have no others."""
-    monkeypatch.setattr("fastvlm.language.products.SMALLEST_IN_16_BITS", 1)
-    monkeypatch.setattr("fastvlm.language.products.SMALLEST_IN_32_BITS", 1)
+    monkeypatch.setattr("fastvlm.functional.products.SMALLEST_IN_16_BITS", 1)
+    monkeypatch.setattr("fastvlm.functional.products.SMALLEST_IN_32_BITS", 1)
 
 
 def network(

@@ -13,14 +13,15 @@ import pytest
 import torch
 from accelerate import cpu_offload
 from torch import Tensor, nn
+from torch.nn import functional as F
 from torch.nn.utils import parametrize
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel
 
 import fastvlm
 from fastvlm.decoding import Autoregressive
-from fastvlm.language import capture_decoder_inputs, products, split_decoder
-from fastvlm.language.packed import PackedLinear, available, pack, pack_decoder
-from fastvlm.language.products import (
+from fastvlm.functional import products
+from fastvlm.functional.packed import PackedLinear, available, pack
+from fastvlm.functional.products import (
     SMALLEST_IN_16_BITS,
     SMALLEST_IN_32_BITS,
     HalfProduct,
@@ -29,6 +30,8 @@ from fastvlm.language.products import (
     half_functions,
     half_scale,
 )
+from fastvlm.language import capture_decoder_inputs, split_decoder
+from fastvlm.language.packed import pack_decoder
 from tests.families import FAMILIES, replies
 from tests.language.decoding import LIMIT, decode, pack_small, strategy
 
@@ -168,6 +171,18 @@ def test_threads_share_large_matrices_alone_and_round_alike(
         x = torch.randn(rows, 512)
         for one, other, weight in zip(found[1], found[2], weights, strict=True):
             assert torch.equal(one(x, weight, None), other(x, weight, None))
+
+
+def test_a_prompt_is_multiplied_by_threads(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 2)
+    weight = torch.randn(256, 512).bfloat16().float()
+    product = products.product_of(weight)
+    prompt = torch.randn(2, products.PROMPT_POSITIONS + 1, 512)
+    assert torch.equal(product(prompt, weight, None), F.linear(prompt, weight))
+    # A batch of drafts rounds as a single one, however many rows they are together.
+    drafts = torch.randn(40, 9, 512)
+    alone = torch.cat([product(draft, weight, None) for draft in drafts.split(1)])
+    assert torch.equal(product(drafts, weight, None), alone)
 
 
 @pytest.mark.parametrize("faster", [True, False])

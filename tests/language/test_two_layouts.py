@@ -8,9 +8,9 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from fastvlm.language import products
-from fastvlm.language.packed import available, pack
-from fastvlm.language.products import FEW_ROWS, OneDnnProduct, ProductByRows, half_gains
+from fastvlm.functional import products
+from fastvlm.functional.packed import available, pack
+from fastvlm.functional.products import FEW_ROWS, OneDnnProduct, ProductByRows, half_gains
 
 WIDTH = 512
 

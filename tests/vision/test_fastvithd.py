@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+import pickle
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +20,7 @@ from transformers import (
 )
 
 from fastvlm.functional.errors import InputError
+from fastvlm.functional.products import available
 from fastvlm.vision import VARIANTS, FastViTHD, FastViTHDConfig, layers
 from fastvlm.vision.convolutions import RepConv
 from fastvlm.vision.layers import Downsample, RepMixer
@@ -125,6 +128,75 @@ def test_computing_in_pieces_changes_no_output(
     monkeypatch.setattr(layers, "FFN_CHUNK_VALUES", 5 * 4 * 16)
     with torch.inference_mode():
         torch.testing.assert_close(encoder(pixels).last_hidden_state, whole, rtol=0, atol=1e-12)
+
+
+@pytest.fixture
+def packing(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Have small matrices packed too."""
+    if not available():
+        pytest.skip("nothing is packed on this processor")
+    monkeypatch.setattr("fastvlm.functional.products.SMALLEST_IN_16_BITS", 1)
+
+
+def packed_parts(encoder: FastViTHD) -> list[nn.Module]:
+    """Return the parts of an encoder that hold packed weights."""
+    parts = encoder.modules()
+    return [part for part in parts if getattr(part, "packed", None) is not None]
+
+
+@pytest.mark.usefixtures("packing")
+def test_packing_changes_no_output(pixels: Tensor, monkeypatch: pytest.MonkeyPatch) -> None:
+    encoder, pixels = small_encoder().fuse(), pixels.float()
+    with torch.inference_mode():
+        exact = copy.deepcopy(encoder).double()(pixels).last_hidden_state
+    taken = encoder.pack(2**30)
+    # Seven feed-forward networks, and the two matrices of each of three attentions.
+    assert len(packed_parts(encoder)) == 7 + 2 * 3
+    assert taken == sum(
+        weight.nbytes
+        for name, weight in encoder.named_parameters()
+        if name.endswith(("mlp.fc1.weight", "mlp.fc2.weight", ".qkv.weight", ".proj.weight"))
+    )
+    for values in (layers.FFN_CHUNK_VALUES, 5 * 4 * 16):
+        monkeypatch.setattr(layers, "FFN_CHUNK_VALUES", values)
+        with torch.inference_mode():
+            found = encoder(pixels).last_hidden_state
+        assert (found - exact).abs().max() < 1e-5 * exact.abs().max()
+
+
+@pytest.mark.usefixtures("packing")
+@pytest.mark.parametrize("way", ["written", "replaced", "data", "cast"])
+def test_what_changes_after_packing_is_computed_as_it_is(way: str, pixels: Tensor) -> None:
+    encoder, pixels = small_encoder().fuse(), pixels.float()
+    encoder.pack(2**30)
+    [ffn] = [part for part in packed_parts(encoder) if isinstance(part, layers.ConvFFN)][:1]
+    if way == "written":
+        with torch.no_grad():
+            ffn.fc2.weight.mul_(3)
+    elif way == "replaced":
+        ffn.fc1.weight = nn.Parameter(3 * ffn.fc1.weight.detach())
+    elif way == "data":
+        ffn.fc1.weight.data = 3 * ffn.fc1.weight.data
+    else:
+        encoder.double()
+    # A copy has nothing packed.
+    plain = pickle.loads(pickle.dumps(encoder))
+    assert not packed_parts(plain)
+    with torch.inference_mode():
+        found, wanted = (one(pixels).last_hidden_state for one in (encoder, plain))
+    torch.testing.assert_close(found, wanted, rtol=1e-4, atol=1e-4)
+    assert ffn.packed is None
+    assert bool(packed_parts(encoder)) is (way != "cast")
+
+
+@pytest.mark.usefixtures("packing")
+def test_packing_keeps_to_its_memory() -> None:
+    encoder = small_encoder().fuse()
+    whole = encoder.pack(2**30)
+    some = small_encoder().fuse()
+    assert 0 < some.pack(whole // 2) <= whole // 2
+    assert 0 < len(packed_parts(some)) < len(packed_parts(encoder))
+    assert small_encoder().fuse().pack(0) == 0
 
 
 def test_folding_twice_is_folding_once(pixels: Tensor) -> None:

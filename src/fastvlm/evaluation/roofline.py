@@ -16,8 +16,8 @@ from torch import nn
 
 from fastvlm.decoding import Strategy
 from fastvlm.evaluation.benchmark import StrategyResult
+from fastvlm.functional.packed import PackedLinear
 from fastvlm.language import SplitDecoder
-from fastvlm.language.packed import PackedLinear
 from fastvlm.language.quantised import Int4Linear, Int8Linear
 
 READ_VALUES = {"cpu": 2**26, "cuda": 2**28}

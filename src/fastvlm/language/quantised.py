@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from fastvlm.functional.errors import InputError
-from fastvlm.language.packed import PackedLinear
+from fastvlm.functional.packed import PackedLinear
 from fastvlm.language.structure import text_decoder
 
 Bits = Literal["int8", "int4"]

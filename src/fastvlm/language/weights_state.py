@@ -9,7 +9,7 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import Tensor, nn
 
-from fastvlm.language.sampled import sampled
+from fastvlm.functional.sampled import sampled
 from fastvlm.language.structure import text_decoder
 
 VALUES_PER_WEIGHT = 4

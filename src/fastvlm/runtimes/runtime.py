@@ -14,13 +14,15 @@ from fastvlm.checkpoints import LoadOptions
 from fastvlm.drafting.imitation import ImitationNetwork
 from fastvlm.functional.errors import InputError
 from fastvlm.functional.options import refuse_unknown
+from fastvlm.functional.packed import pack
 from fastvlm.language import split_decoder
 from fastvlm.language.decoder import SplitDecoder
-from fastvlm.language.packed import PACKED_BYTES, pack, pack_decoder
+from fastvlm.language.packed import PACKED_BYTES, pack_decoder
 from fastvlm.language.quantised import checked_bits, quantise_decoder
 from fastvlm.language.structure import text_decoder
 from fastvlm.runtimes.quantised_weights import BITS
 from fastvlm.runtimes.runtime_check import check
+from fastvlm.vision import FastViTHD
 
 RUNTIMES = ("torch", "onnx", "cuda")
 FLOAT32_BYTES = 4
@@ -86,6 +88,8 @@ def decoder_of(
 ) -> SplitDecoder:
     """Return a model's decoder in a runtime, with weights packed as that runtime has them.
 
+    On a CPU the encoder's are packed too, where it is a FastViTHD and they fit beside those.
+
     Args:
         model: The model, in evaluation mode.
         network: Its draft, if it has one.
@@ -94,18 +98,25 @@ def decoder_of(
     Raises:
         InputError: The decoder is of a form that can't be split, or that the runtime doesn't know.
     """
+    decoder: SplitDecoder | None = None
     if options.runtime == "onnx":
-        return onnx_decoder(model, options)
-    if options.runtime is None and not _missing() and _suits_onnx(model, options):
+        decoder = onnx_decoder(model, options)
+    elif options.runtime is None and not _missing() and _suits_onnx(model, options):
         with suppress(InputError, ImportError):
             # Of another form than it knows, or it can't be used here: torch computes any.
-            return onnx_decoder(model, options)
-    quantise_decoder(model, checked_bits(options.quantize))
-    taken = pack_decoder(model, options.packed_bytes)
-    pack([] if network is None else [network], options.packed_bytes - taken)
-    if options.runtime == "cuda":
-        return cuda_decoder(model)
-    return split_decoder(model)
+            decoder = onnx_decoder(model, options)
+    left = options.packed_bytes
+    if decoder is not None:
+        left -= _float32_bytes(model)
+    else:
+        quantise_decoder(model, checked_bits(options.quantize))
+        left -= pack_decoder(model, left)
+        left -= pack([] if network is None else [network], left)
+        decoder = cuda_decoder(model) if options.runtime == "cuda" else split_decoder(model)
+    for part in model.modules():
+        if isinstance(part, FastViTHD):
+            left -= part.pack(left)
+    return decoder
 
 
 def cuda_decoder(model: PreTrainedModel) -> SplitDecoder:
@@ -145,8 +156,12 @@ def onnx_decoder(model: PreTrainedModel, options: RuntimeOptions) -> SplitDecode
 
 def _suits_onnx(model: PreTrainedModel, options: RuntimeOptions) -> bool:
     """Return whether ONNX Runtime is faster than torch, and may hold a decoder's weights too."""
-    decoder = text_decoder(model)
-    weights = sum(weight.numel() for weight in decoder.parameters())
-    faster = weights <= SMALL or options.quantize is not None
-    fits = FLOAT32_BYTES * weights <= options.packed_bytes
+    size = _float32_bytes(model)
+    faster = size <= FLOAT32_BYTES * SMALL or options.quantize is not None
+    fits = size <= options.packed_bytes
     return faster and fits and model.dtype == torch.float32
+
+
+def _float32_bytes(model: PreTrainedModel) -> int:
+    """Return the bytes of a decoder's weights in float32."""
+    return FLOAT32_BYTES * sum(weight.numel() for weight in text_decoder(model).parameters())

@@ -11,7 +11,8 @@ from fastvlm.drafting.directory import load_draft
 from fastvlm.drafting.imitation import ImitationNetwork
 from fastvlm.functional.digests import digest_of_weights
 from fastvlm.functional.errors import FastVlmError
-from fastvlm.language.packed import PACKED_BYTES, PackedLinear, pack
+from fastvlm.functional.packed import PackedLinear, pack
+from fastvlm.language.packed import PACKED_BYTES
 from fastvlm.vlm import VisionLanguageModel
 
 LOGGER = logging.getLogger("fastvlm.serving")

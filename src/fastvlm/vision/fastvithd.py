@@ -11,16 +11,20 @@ from transformers import initialization as init
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 
 from fastvlm.functional.errors import InputError
+from fastvlm.functional.packed import pack
 from fastvlm.functional.placement import moved
+from fastvlm.functional.products import product_of_many
 from fastvlm.vision.configuration import REDUCTION, FastViTHDConfig
 from fastvlm.vision.convolutions import Branches, ConvNorm, RepConv
 from fastvlm.vision.layers import (
     AttentionBlock,
+    ConvFFN,
     Downsample,
     LayerScale,
     MixerBlock,
     PositionEncoding,
     RepMixer,
+    SelfAttention,
 )
 
 
@@ -145,6 +149,26 @@ class FastViTHD(PreTrainedModel):
                 module.fold()
         self.config.form = "fused"
         return moved(self, memory_format=torch.channels_last)
+
+    def pack(self, most_bytes: int) -> int:
+        """Lay out the products over channels for inference on a CPU, as far as they fit.
+
+        They are then a fifth faster in float32, by oneDNN's kernels, which compute GELU with them.
+        What changes afterwards is computed as before. See `fastvlm.functional.packed`.
+
+        Args:
+            most_bytes: The most memory for packed weights, which are a second copy.
+
+        Returns:
+            The bytes that they take.
+        """
+        taken = 0
+        for part in self.modules():
+            if isinstance(part, ConvFFN):
+                taken += part.pack(most_bytes - taken)
+            elif isinstance(part, SelfAttention):
+                taken += pack([part], most_bytes - taken, product_of_many)
+        return taken
 
 
 AutoModel.register(FastViTHDConfig, FastViTHD, exist_ok=True)

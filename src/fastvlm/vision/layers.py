@@ -9,10 +9,14 @@ Layers map (batch, `inputs`, height, width) to (batch, `outputs`, ...), or keep 
 
 from __future__ import annotations
 
+from typing import Any, NamedTuple
+
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from fastvlm.functional.packed import PackedWeight, may_pack_weight
+from fastvlm.functional.products import OneDnnProduct, available, product_of_many
 from fastvlm.vision.convolutions import (
     Branches,
     ConvNorm,
@@ -78,8 +82,18 @@ class RepMixer(nn.Module):
         self.norm = self.mixer = self.layer_scale = None
 
 
+class PackedFfn(NamedTuple):
+    """Both products of a `ConvFFN`, packed."""
+
+    first: PackedWeight[OneDnnProduct]
+    second: PackedWeight[OneDnnProduct]
+
+
 class ConvFFN(nn.Module):
     """A 7x7 depthwise convolution and BatchNorm, then 1x1, GELU, 1x1."""
+
+    packed: PackedFfn | None = None
+    """The products of inference on a CPU, where `pack` has been called."""
 
     def __init__(self, width: int, ratio: int, form: str) -> None:
         super().__init__()
@@ -105,13 +119,50 @@ class ConvFFN(nn.Module):
         first, second = self.fc1.weight.flatten(1).t(), self.fc2.weight.flatten(1).t()
         assert self.fc1.bias is not None
         assert self.fc2.bias is not None
-        flat = tokens.reshape(-1, tokens.shape[-1])
+        flat, packed = tokens.reshape(-1, tokens.shape[-1]), self._current()
         out = torch.empty_like(flat)
         rows = max(1, FFN_CHUNK_VALUES // first.shape[1])
         for piece, result in zip(flat.split(rows), out.split(rows), strict=True):
-            hidden = torch.addmm(self.fc1.bias, piece, first)
-            torch.addmm(self.fc2.bias, gelu_(hidden), second, out=result)
+            if packed is None:
+                hidden = torch.addmm(self.fc1.bias, piece, first)
+                torch.addmm(self.fc2.bias, gelu_(hidden), second, out=result)
+            else:
+                hidden = packed.first.product.gelu(piece, self.fc1.bias)
+                result.copy_(packed.second.product(hidden, self.fc2.weight, self.fc2.bias))
         return out.view(tokens.shape)
+
+    def pack(self, most_bytes: int) -> int:
+        """Lay out the weights for inference on a CPU; return the bytes that it takes.
+
+        They are left alone where that doesn't pay, or takes more than `most_bytes`.
+        """
+        weights = self.fc1.weight, self.fc2.weight
+        self.packed = None
+        if sum(weight.nbytes for weight in weights) > most_bytes or not available():
+            return 0
+        if not all(map(may_pack_weight, weights)):
+            return 0
+        first, second = (PackedWeight.of(weight, product_of_many) for weight in weights)
+        if first is None or second is None:
+            return 0
+        self.packed = PackedFfn(first, second)
+        return first.product.nbytes + second.product.nbytes
+
+    def _current(self) -> PackedFfn | None:
+        """Return what was packed, unless weights have changed since or autocast casts them."""
+        packed = self.packed
+        if packed is None or torch.is_autocast_enabled("cpu"):
+            return None
+        if packed.first.is_of(self.fc1.weight) and packed.second.is_of(self.fc2.weight):
+            return packed
+        self.packed = None
+        return None
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Copy and pickle without what was packed."""
+        state = vars(self).copy()
+        state.pop("packed", None)
+        return state
 
 
 class SelfAttention(nn.Module):
@@ -125,7 +176,8 @@ class SelfAttention(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         batch, width, height, columns = x.shape
-        tokens = x.flatten(2).transpose(1, 2)
+        # Side by side, as they lie in channels_last, they are one product's rows.
+        tokens = x.permute(0, 2, 3, 1).reshape(batch, -1, width)
         qkv = self.qkv(tokens).view(batch, tokens.shape[1], 3, -1, self.head_dim)
         query, key, value = qkv.permute(2, 0, 3, 1, 4)
         mixed = F.scaled_dot_product_attention(query, key, value)

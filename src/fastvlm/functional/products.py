@@ -1,4 +1,4 @@
-"""Products of few rows with a matrix that is laid out once, by what its precision allows.
+"""Products with a matrix that is laid out once, by what its precision allows.
 
 `half`: the matrix in 16 bits, multiplied and summed in float32. Checkpoints are mostly stored in
 bfloat16 or float16, and a model that computes in float32 reads each of their weights as 4 bytes of
@@ -16,6 +16,7 @@ Each computes a row alike whatever rows are beside it.
 
 from __future__ import annotations
 
+import sys
 import time
 import warnings
 from collections.abc import Callable
@@ -31,8 +32,10 @@ SMALLEST_IN_32_BITS = 2**18
 """Weights of a matrix that is worth packing: of fewer, the call costs more than is saved."""
 SMALLEST_FOR_THREADS = 2**20
 """Weights of a matrix that threads may share: of fewer, calling them costs more than is saved."""
-ROWS = 16
-"""Rows of the products that oneDNN's layout is made for."""
+ROWS, MANY_ROWS = 16, 1024
+"""Rows of the products that oneDNN's layout is made for: of few, and of an encoder's positions."""
+PROMPT_POSITIONS = 64
+"""Positions beyond which a pass is a prompt's: no draft is as long."""
 FEW_ROWS = 5
 """Rows that FBGEMM multiplies sooner than oneDNN in bfloat16, a whole pass of a model."""
 FLOAT32_ROUNDING = 2.0**-24
@@ -159,15 +162,27 @@ def product_of(weight: Tensor, *, twice: bool = False) -> Product | None:
     return OneDnnProduct(weight)
 
 
+def product_of_many(weight: Tensor) -> OneDnnProduct | None:
+    """Return what multiplies many rows by a matrix, packed; None where packing doesn't pay.
+
+    Args:
+        weight: As of `product_of`.
+    """
+    small = weight.numel() < SMALLEST_IN_16_BITS or weight.dtype == torch.float16
+    return None if small else OneDnnProduct(weight, MANY_ROWS)
+
+
 def _half_product(weight: Tensor) -> HalfProduct | None:
     """Return what multiplies by a matrix in float16; None where there is none with its values."""
     functions = half_functions()
     scale = None if functions is None else half_scale(weight)
     if functions is None or scale is None:
         return None
-    if weight.numel() >= SMALLEST_FOR_THREADS and torch.get_num_threads() > 1:
-        functions = half_functions_in_threads() or functions
-    return HalfProduct(weight, scale, functions)
+    if torch.get_num_threads() == 1:
+        return HalfProduct(weight, scale, functions)
+    if weight.numel() >= SMALLEST_FOR_THREADS:
+        return HalfProduct(weight, scale, half_functions_in_threads() or functions)
+    return HalfProduct(weight, scale, functions, PROMPT_POSITIONS)
 
 
 def half_scale(weight: Tensor) -> float | None:
@@ -212,9 +227,18 @@ class HalfProduct:
         weight: The matrix: (out, in).
         scale: The power of two that it is multiplied by, see `half_scale`.
         functions: What packs and multiplies.
+        most_positions: How many of a row it multiplies. Threads share no product of it, which only
+            a prompt's is long enough for: such a one is that of the plain matrix.
     """
 
-    def __init__(self, weight: Tensor, scale: float, functions: HalfFunctions) -> None:
+    def __init__(
+        self,
+        weight: Tensor,
+        scale: float,
+        functions: HalfFunctions,
+        most_positions: int = sys.maxsize,
+    ) -> None:
+        self.most_positions = most_positions
         self.nbytes = self.read_bytes = 2 * weight.numel()
         scaled = weight.float() if scale == 1 else weight.float() * scale
         self.packed = functions.pack(scaled)
@@ -224,6 +248,8 @@ class HalfProduct:
     def __call__(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         """Return the product. See `Product`."""
         dtype = weight.dtype
+        if x.shape[-2:-1] > (self.most_positions,):
+            return F.linear(x, weight, bias)
         found = self.multiply(x if dtype == torch.float32 else x.float(), self.packed, None)
         if self.unscale is not None:
             found.mul_(self.unscale)
@@ -237,12 +263,17 @@ class OneDnnProduct:
 
     Args:
         weight: The matrix: (out, in).
+        rows: Rows of the products that it is for. Of one row nothing is measured where it is for
+            many.
     """
 
-    def __init__(self, weight: Tensor) -> None:
+    def __init__(self, weight: Tensor, rows: int = ROWS) -> None:
         self.nbytes = self.read_bytes = weight.nbytes
-        self.packed: Tensor = torch.ops.mkldnn._reorder_linear_weight(weight, ROWS)
+        self.packed: Tensor = torch.ops.mkldnn._reorder_linear_weight(weight, rows)
         self.multiply: Callable[..., Tensor] = torch.ops.mkldnn._linear_pointwise.default
+        self.plain_elements = 0
+        if rows > ROWS:
+            return
         # One number for all matrices of a shape, or equal layers would round differently.
         key = tuple(weight.shape), weight.dtype, torch.get_num_threads()
         if key not in _one_row_packed:
@@ -254,6 +285,10 @@ class OneDnnProduct:
         if x.numel() == self.plain_elements:
             return F.linear(x, weight, bias)
         return self.multiply(x, self.packed, bias, "none", [], "")
+
+    def gelu(self, x: Tensor, bias: Tensor | None) -> Tensor:
+        """Return GELU of the product."""
+        return self.multiply(x, self.packed, bias, "gelu", [], "none")
 
     @torch.no_grad()
     def _is_faster(self, weight: Tensor) -> bool:
