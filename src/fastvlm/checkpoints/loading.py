@@ -96,8 +96,8 @@ class LoadOptions(PretrainedOptions, total=False):
             another model then: lossless against itself, and its answers are measured by `evaluate`.
         runtime: `torch`, or `onnx` for ONNX Runtime on a CPU; None for ONNX Runtime where it is
             installed and the model is a small one that it computes.
-        packed_bytes: The maximum bytes of a second copy of the decoder's weights, which a CPU reads
-            faster; 0 makes none.
+        packed_bytes: The maximum bytes of a second copy of weights, the decoder's before those of a
+            FastViTHD, which a CPU reads faster; 0 makes none.
     """
 
     quantize: Literal["int8", "int4"] | None
