@@ -14,6 +14,7 @@ from transformers.generation.logits_process import TemperatureLogitsWarper
 
 from fastvlm.decoding import Autoregressive, Request, Sampler, SelfSpeculative
 from fastvlm.decoding.engine import Engine
+from fastvlm.decoding.strategies import Strategy
 from fastvlm.drafting import ConfidenceLength, FixedLength
 from fastvlm.drafting.draft_length import DraftLength
 from fastvlm.functional.errors import InputError
@@ -315,6 +316,30 @@ def test_several_steps_at_once_draw_as_the_target_does(
     assert len({tuple(reply) for reply in found}) == 4
     # The draft is the target but for its 8 bits and the tokens that it lacks.
     assert sum(accepted[4:]) / 4 > 0.5
+
+
+def test_rows_that_draw_and_others_draft_together(qwen: PreTrainedModel) -> None:
+    decoder, rows = OnnxDecoder(split_decoder(qwen)), []
+    perfect = network(decoder, "block", perfect=True, vocabulary=range(3, 90))
+    kinds = [Sampler(), Sampler([], 1), Sampler([TemperatureLogitsWarper(0.7)], 2)]
+    original = decoder.draft_ahead
+
+    def noted(tokens: Any, *given: Any) -> Any:
+        rows.append(len(tokens))
+        return original(tokens, *given)
+
+    decoder.draft_ahead = noted
+
+    def asked(drafting: Strategy) -> list[Request]:
+        given = prompts(decoder, (9, 9, 6))
+        return [Request(one, drafting, 40, kind) for one, kind in zip(given, kinds, strict=True)]
+
+    alone = [Engine(decoder).run_all([one])[0] for one in asked(Autoregressive())]
+    together = asked(SelfSpeculative(decoder, 1, perfect, FixedLength(5)))
+    Engine(decoder).run_all(together)
+    assert [one.output_token_ids for one in together] == [one.output_token_ids for one in alone]
+    assert all(sum(one.accepted) > 0.4 * sum(one.proposed) for one in together)
+    assert rows.count(3) > 2
 
 
 def test_strategies_of_a_draft_share_its_graphs(qwen: PreTrainedModel) -> None:
