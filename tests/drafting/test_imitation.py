@@ -11,7 +11,8 @@ import torch
 from fastvlm.drafting import ImitationConfig, ImitationNetwork
 from fastvlm.drafting.directory import load_draft
 from fastvlm.drafting.fingerprint import fingerprint
-from fastvlm.drafting.imitation import initialise_from
+from fastvlm.drafting.imitation import grown, initialise_from
+from fastvlm.functional.errors import InputError
 from fastvlm.language import capture_decoder_inputs, split_decoder
 from fastvlm.language.general import added_after
 from fastvlm.language.positions import Positions
@@ -55,6 +56,42 @@ def test_a_gated_network_starts_from_a_gated_layer_or_as_the_identity(family: st
         changed = not torch.equal(network.mlp(x), x)
     assert changed == (decoder.feed_forward(decoder.layers[1]) is not None)
     assert changed == (family in {"llama", "qwen2.5-vl", "blip2-t5"})
+
+
+@pytest.mark.parametrize("family", ["llama", "qwen2.5-vl"])
+def test_further_blocks_add_nothing_at_first(family: str) -> None:
+    model, inputs = FAMILIES[family]()
+    decoder = split_decoder(model)
+    [prompt] = capture_decoder_inputs(model, inputs(1))
+    text = decoder.decoder.config.to_dict()
+    network = ImitationNetwork(ImitationConfig(text_config=text, draft_vocabulary_size=5))
+    initialise_from(network, decoder.layers)
+    network.draft_vocabulary.copy_(torch.tensor([3, 4, 7, 8, 9]))
+    network.implement_as(decoder.decoder.config).to(decoder.dtype).eval()
+    more = grown(network, 3, decoder)
+    assert (more.config.blocks, more.cache_layers) == (3, 3)
+    assert torch.equal(more.draft_vocabulary, network.draft_vocabulary)
+    found = []
+    with torch.no_grad():
+        for one in (network, more):
+            whole, cache = Positions.whole([len(prompt)], decoder.device, [prompt]), GradientCache()
+            x = decoder.forward_layers(prompt.embeddings[None], whole, cache, range(1))
+            found.append(one.imitate(x, whole, cache, decoder))
+    torch.testing.assert_close(*found)
+    assert not torch.allclose(found[0], x)
+
+
+# The first has norms after its sums; the other attends to an encoder in a part of its own.
+@pytest.mark.parametrize(
+    ("family", "kind"), [("llama", "mlp"), ("opt-350m", "block"), ("blip2-t5", "block")]
+)
+def test_what_can_not_have_blocks_that_add_nothing_is_refused(family: str, kind: str) -> None:
+    model, _ = FAMILIES[family]()
+    decoder = split_decoder(model)
+    text = decoder.decoder.config.to_dict()
+    network = ImitationNetwork(ImitationConfig(kind=kind, text_config=text)).to(decoder.dtype)
+    with pytest.raises(InputError, match=r"blocks|Blocks"):
+        grown(network.implement_as(decoder.decoder.config).eval(), 2, decoder)
 
 
 @pytest.mark.parametrize("family", ["blip2-opt", "blip2-t5"])

@@ -11,12 +11,13 @@ from accelerate import cpu_offload
 from transformers import PreTrainedModel
 
 from fastvlm.functional.errors import InputError
+from fastvlm.functional.products import available
 from fastvlm.language import (
     SplitDecoder,
     capture_decoder_inputs,
-    packed,
     split_decoder,
 )
+from fastvlm.language.packed import pack_decoder
 from tests.families import NEWER, Inputs, replies
 from tests.families.releases import released
 from tests.language.decoding import LIMIT, decode, network, pack_small, strategy
@@ -71,14 +72,14 @@ def in_float32(given: Inputs) -> Inputs:
     }
 
 
-@pytest.mark.skipif(not packed.available(), reason="This CPU packs no weights.")
+@pytest.mark.skipif(not available(), reason="This CPU packs no weights.")
 @pytest.mark.parametrize("family", FAMILIES)
 def test_packed_weights(family: str, monkeypatch: pytest.MonkeyPatch) -> None:
     pack_small(monkeypatch)
     model, inputs = NEWER[family]()
     given = in_float32(inputs(4))
     expected = replies(model.float(), given, LIMIT)
-    assert packed.pack_decoder(model) > 0
+    assert pack_decoder(model) > 0
     assert replies(model, given, LIMIT) == expected
     check(model, given)
 

@@ -15,6 +15,7 @@ from torch.nn import functional as F
 from transformers import AutoConfig, AutoModel, PreTrainedConfig, PreTrainedModel
 
 from fastvlm.functional.errors import InputError, shortened
+from fastvlm.functional.placement import moved
 from fastvlm.language.cache import KeyValueCache
 from fastvlm.language.decoder import SplitDecoder
 from fastvlm.language.dense import copy_weights, is_alike
@@ -22,6 +23,11 @@ from fastvlm.language.families import family
 from fastvlm.language.positions import Positions
 
 NETWORK_KINDS = ("block", "mlp")
+BLOCK_ENDS = ("o_proj", "out_proj", "dense", "down_proj", "fc2", "c_proj")
+"""What a block's attention and its feed-forward part end in, as families name it."""
+PARTS_OF_A_BLOCK = 2
+TRIED, TOLERANCE = 4, 1e-3
+"""Positions of a trial, and by how much results may differ that should be the same."""
 
 
 class ImitationConfig(PreTrainedConfig):
@@ -221,6 +227,57 @@ def initialise_from(network: ImitationNetwork, layers: Sequence[nn.Module]) -> N
             )
         copy_weights(block, layers[place])
         place += 1
+
+
+@torch.no_grad()
+def grown(network: ImitationNetwork, blocks: int, decoder: SplitDecoder) -> ImitationNetwork:
+    """Return a network with further blocks, which add nothing yet: it drafts as it did.
+
+    Each is the last one but for what its attention and its feed-forward part end in, which is 0.
+
+    Args:
+        network: A network of kind `block`, where the decoder is.
+        blocks: How many it is to have: more than it has.
+        decoder: The target's decoder.
+
+    Raises:
+        InputError: It has no blocks, or such as don't add what they compute to what they are given.
+    """
+    if not network.layers:
+        raise InputError("A network of kind mlp has no blocks that others could follow.")
+    config = type(network.config).from_dict({**network.config.to_dict(), "blocks": blocks})
+    own = next(network.parameters())
+    found = moved(ImitationNetwork(config), own.device, own.dtype)
+    found.implement_as(decoder.decoder.config)
+    held, last = len(network.layers), network.layers[-1]
+    found.load_state_dict(network.state_dict(), strict=False)
+    add_nothing = True
+    for block in found.layers[held:]:
+        copy_weights(block, last)
+        named = block.named_modules()
+        ends = [part for name, part in named if name.rpartition(".")[2] in BLOCK_ENDS]
+        add_nothing &= len(ends) == PARTS_OF_A_BLOCK
+        for parameter in (one for part in ends for one in part.parameters()):
+            parameter.zero_()
+    if not (add_nothing and _imitate_alike(network, found, decoder)):
+        raise InputError(
+            f"Blocks like {type(last).__name__} don't begin as ones that add nothing: train a new"
+            " network with as many."
+        )
+    return found.train(network.training)
+
+
+def _imitate_alike(one: ImitationNetwork, other: ImitationNetwork, decoder: SplitDecoder) -> bool:
+    """Return whether two networks make the same of some states."""
+    x = torch.randn(1, TRIED, decoder.width, generator=torch.Generator().manual_seed(0))
+    device, dtype = decoder.device_and_dtype()
+    made = []
+    for network in (one, other):
+        cache = decoder.cache(1, TRIED)
+        made.append(
+            network.imitate(x.to(device, dtype), cache.positions([0], TRIED), cache, decoder)
+        )
+    return torch.allclose(made[0], made[1], rtol=TOLERANCE, atol=TOLERANCE)
 
 
 AutoConfig.register("fastvlm_imitation", ImitationConfig, exist_ok=True)

@@ -18,7 +18,7 @@ from torch.nn import functional as F
 
 from fastvlm.drafting.directory import load_draft
 from fastvlm.drafting.fingerprint import fingerprint
-from fastvlm.drafting.imitation import ImitationConfig, ImitationNetwork, initialise_from
+from fastvlm.drafting.imitation import ImitationConfig, ImitationNetwork, grown, initialise_from
 from fastvlm.functional.digests import digest_of_weights
 from fastvlm.functional.files import written_directory
 from fastvlm.functional.placement import moved
@@ -75,6 +75,19 @@ def new_network(
         network.draft_vocabulary.copy_(torch.tensor(tokens))
     network.implement_as(vlm.decoder.decoder.config)
     return moved(network, vlm.decoder.device, master(vlm.decoder.dtype))
+
+
+def started_network(vlm: VisionLanguageModel, plan: DraftPlan, start: Path) -> ImitationNetwork:
+    """Return a network that goes on, with as many blocks as the plan has, if it had fewer.
+
+    Raises:
+        CheckpointError: There is no such network, or it is for another target.
+        InputError: It can't have further blocks.
+    """
+    network = moved(load_draft(start, vlm.model), master(vlm.decoder.dtype))
+    if len(network.layers) < plan.blocks and plan.kind == "block":
+        return grown(network, plan.blocks, vlm.decoder)
+    return network
 
 
 class DraftTask:
@@ -252,7 +265,8 @@ def train_draft(
         output: The directory of the checkpoint while it runs, and of the drafts in the end.
         schedule: Length and learning rate of the run.
         start: The output of an earlier run, whose networks go on; their exit layers and
-            vocabularies stay. None for new ones.
+            vocabularies stay, and of blocks there are more where a plan has more. None for new
+            ones.
         held_out: Questions to validate with, by decoding.
 
     Raises:
@@ -262,7 +276,7 @@ def train_draft(
     networks = {
         name: new_network(vlm, plan, examples)
         if start is None
-        else moved(load_draft(start / name, vlm.model), master(vlm.decoder.dtype))
+        else started_network(vlm, plan, start / name)
         for name, plan in plans.items()
     }
     for network in networks.values():

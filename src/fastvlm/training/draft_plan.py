@@ -16,7 +16,7 @@ class DraftPlan:
         kind: `block` (decoder layers of the target's kind, with a cache of their own) or `mlp`
             (the gated feed-forward network of arXiv 2510.22641).
         exit_layer: Layers of the target that run before the network (k).
-        blocks: Decoder layers of a `block`.
+        blocks: Decoder layers of a `block`; of a network that goes on, the fewest.
         draft_vocabulary: The most tokens that can be drafted: the most frequent of the replies; 0
             for all.
         random_start: Whether the network starts at random, and not as the layers of the target
@@ -27,7 +27,16 @@ class DraftPlan:
 
     kind: str = "block"
     exit_layer: int = 1
-    blocks: Annotated[int, Option("Decoder layers of a block.", "N", 1, 64)] = 1
+    blocks: Annotated[
+        int,
+        Option(
+            "Decoder layers of a block. A network that goes on keeps those that it has, and further"
+            " ones add nothing at first.",
+            "N",
+            1,
+            64,
+        ),
+    ] = 1
     draft_vocabulary: Annotated[
         int,
         Option(
