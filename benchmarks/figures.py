@@ -102,14 +102,15 @@ def first_token() -> str:
         lines.append(f"| {' | '.join(cells)} |")
     run, most = runs["float32"], max(arithmetic.values())
     machine = run["hardware"]
+    dates = ", ".join(f"{dtype} on {one['date'][:10]}" for dtype, one in runs.items())
     ratios = ", ".join(
         f"{found['ratio'][0]:.2f}x at {found['size']} px" for found in encoders["results"]
     )
     lines += [
         "",
         (
-            f"Medians of {run['results'][0]['rounds']} rounds in each precision, the models in"
-            f" turns, at full size with random weights, {machine['threads']} threads of"
+            f"Medians of {run['results'][0]['rounds']} rounds in each precision ({dates}), the"
+            f" models in turns, at full size with random weights, {machine['threads']} threads of"
             f" {machine['processor']} with AVX-512 and bfloat16; FastVLM through our engine, the"
             " other through `transformers`. GFLOP are counted, a multiplication and an addition as"
             f" two: at 1024 px there are {most / arithmetic['FastVLM-0.5B', 1024]:.1f} times fewer"
