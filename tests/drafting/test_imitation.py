@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from torch import nn
 
 from fastvlm.drafting import ImitationConfig, ImitationNetwork
 from fastvlm.drafting.directory import load_draft
@@ -58,7 +59,7 @@ def test_a_gated_network_starts_from_a_gated_layer_or_as_the_identity(family: st
     assert changed == (family in {"llama", "qwen2.5-vl", "blip2-t5"})
 
 
-@pytest.mark.parametrize("family", ["llama", "qwen2.5-vl"])
+@pytest.mark.parametrize("family", ["llama", "qwen2.5-vl", "blip2-opt"])
 def test_further_blocks_add_nothing_at_first(family: str) -> None:
     model, inputs = FAMILIES[family]()
     decoder = split_decoder(model)
@@ -90,6 +91,9 @@ def test_what_can_not_have_blocks_that_add_nothing_is_refused(family: str, kind:
     decoder = split_decoder(model)
     text = decoder.decoder.config.to_dict()
     network = ImitationNetwork(ImitationConfig(kind=kind, text_config=text)).to(decoder.dtype)
+    for parameter in network.layers.parameters():
+        # Norms with weights of 1 would leave alone what is normed.
+        nn.init.uniform_(parameter, 0.5, 1.5)
     with pytest.raises(InputError, match=r"blocks|Blocks"):
         grown(network.implement_as(decoder.decoder.config).eval(), 2, decoder)
 

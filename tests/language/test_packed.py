@@ -179,6 +179,11 @@ def test_a_prompt_is_multiplied_by_threads(monkeypatch: pytest.MonkeyPatch) -> N
     product = products.product_of(weight)
     prompt = torch.randn(2, products.PROMPT_POSITIONS + 1, 512)
     assert torch.equal(product(prompt, weight, None), F.linear(prompt, weight))
+    half = products.product_of(weight.half())
+    assert torch.equal(
+        half(prompt.half(), weight.half(), None)[:, -9:],
+        half(prompt.half()[:, -9:], weight.half(), None),
+    )
     # A batch of drafts rounds as a single one, however many rows they are together.
     drafts = torch.randn(40, 9, 512)
     alone = torch.cat([product(draft, weight, None) for draft in drafts.split(1)])

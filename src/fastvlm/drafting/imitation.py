@@ -236,7 +236,7 @@ def grown(network: ImitationNetwork, blocks: int, decoder: SplitDecoder) -> Imit
     Each is the last one but for what its attention and its feed-forward part end in, which is 0.
 
     Args:
-        network: A network of kind `block`, where the decoder is.
+        network: A network of kind `block`, where the decoder is, in evaluation mode.
         blocks: How many it is to have: more than it has.
         decoder: The target's decoder.
 
@@ -248,7 +248,8 @@ def grown(network: ImitationNetwork, blocks: int, decoder: SplitDecoder) -> Imit
     config = type(network.config).from_dict({**network.config.to_dict(), "blocks": blocks})
     own = next(network.parameters())
     found = moved(ImitationNetwork(config), own.device, own.dtype)
-    found.implement_as(decoder.decoder.config)
+    # Dropout, which OPT has, would tell it from the other in the trial.
+    found.implement_as(decoder.decoder.config).eval()
     held, last = len(network.layers), network.layers[-1]
     found.load_state_dict(network.state_dict(), strict=False)
     add_nothing = True
@@ -264,7 +265,7 @@ def grown(network: ImitationNetwork, blocks: int, decoder: SplitDecoder) -> Imit
             f"Blocks like {type(last).__name__} don't begin as ones that add nothing: train a new"
             " network with as many."
         )
-    return found.train(network.training)
+    return found
 
 
 def _imitate_alike(one: ImitationNetwork, other: ImitationNetwork, decoder: SplitDecoder) -> bool:

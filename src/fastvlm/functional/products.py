@@ -11,7 +11,7 @@ In bfloat16 both have their place: one row waits for memory, which FBGEMM reads 
 wait for arithmetic, which a processor does faster in bfloat16. So a matrix is held in both layouts
 where there is room, and the number of rows says which one multiplies.
 
-Each computes a row alike whatever rows are beside it.
+Each computes a row alike whatever rows are beside it, but for those of prompts.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ SMALLEST_FOR_THREADS = 2**20
 ROWS, MANY_ROWS = 16, 1024
 """Rows of the products that oneDNN's layout is made for: of few, and of an encoder's positions."""
 PROMPT_POSITIONS = 64
-"""Positions beyond which a pass is a prompt's: no draft is as long."""
+"""Positions beyond which a pass is a prompt's: drafts are shorter by default."""
 FEW_ROWS = 5
 """Rows that FBGEMM multiplies sooner than oneDNN in bfloat16, a whole pass of a model."""
 FLOAT32_ROUNDING = 2.0**-24
@@ -182,7 +182,9 @@ def _half_product(weight: Tensor) -> HalfProduct | None:
         return HalfProduct(weight, scale, functions)
     if weight.numel() >= SMALLEST_FOR_THREADS:
         return HalfProduct(weight, scale, half_functions_in_threads() or functions)
-    return HalfProduct(weight, scale, functions, PROMPT_POSITIONS)
+    # Of plain matrices a processor multiplies those in float32 well.
+    plain = weight.dtype == torch.float32
+    return HalfProduct(weight, scale, functions, PROMPT_POSITIONS if plain else sys.maxsize)
 
 
 def half_scale(weight: Tensor) -> float | None:
@@ -248,7 +250,7 @@ class HalfProduct:
     def __call__(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         """Return the product. See `Product`."""
         dtype = weight.dtype
-        if x.shape[-2:-1] > (self.most_positions,):
+        if x.dim() > 1 and x.shape[-2] > self.most_positions:
             return F.linear(x, weight, bias)
         found = self.multiply(x if dtype == torch.float32 else x.float(), self.packed, None)
         if self.unscale is not None:
