@@ -29,7 +29,7 @@ def test_products_are_those_of_the_rounded_weights(bits: int) -> None:
     pytest.importorskip("onnxruntime")
     from fastvlm.runtimes.graph_parts import Head
     from fastvlm.runtimes.layer_graph import head_graph
-    from fastvlm.runtimes.layer_pass import HeadPass
+    from fastvlm.runtimes.head_pass import HeadPass
 
     weight, x = torch.randn(48, 70), torch.randn(1, 3, 70)
     found = HeadPass(head_graph(Head(None, Product(weight, None)), bits), 48).run(x)

@@ -80,10 +80,10 @@ def verify(batch: Batch, exit_layer: int, draft: Draft) -> tuple[Tensor, Tensor 
 def _verify_all(batch: Batch, exit_layer: int, draft: Draft) -> tuple[Tensor, Tensor | None]:
     """Run the full model over all positions, whatever drafting has computed. See `verify`."""
     decoder, cache = batch.decoder, batch.cache
-    x = batch.embed(_rows(batch, draft))
-    positions = batch.positions(batch.lengths, x.shape[1])
+    rows = _rows(batch, draft)
+    positions = batch.positions(batch.lengths, len(rows[0]))
     kept = any(slot.exits is not None for slot in batch.slots)
-    exits, logits = decoder.forward_all(x, positions, cache, exit_layer if kept else 0, logits=True)
+    exits, logits = decoder.forward_tokens(rows, positions, cache, exit_layer if kept else 0)
     return logits, exits
 
 

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from fastvlm.decoding.engine import Engine
 from fastvlm.decoding.request import Request
+from fastvlm.functional.best import best_columns
 from fastvlm.functional.errors import InputError
 from fastvlm.language.cache import DecoderCache
 from fastvlm.language.decoder import SplitDecoder
@@ -181,7 +182,7 @@ class SampleReplies:
         right = total = 0
         for cache, positions, tokens, following in self.samples:
             x = self.decoder.forward_layers(self.decoder.embed(tokens), positions, cache, kept)
-            right += int((self.decoder.head(x).argmax(-1) == following).sum())
+            right += int((best_columns(self.decoder.head(x)) == following).sum())
             total += following.numel()
         return right / total
 
@@ -204,7 +205,7 @@ def measured_costs(decoder: SplitDecoder, context: int) -> StepCosts:
         if layers:
             x = decoder.forward_layers(x, cache.positions([context], width), cache, layers)
         # What is read from a device has been computed.
-        decoder.head(x).argmax(-1).tolist()
+        best_columns(decoder.head(x)).tolist()
         return time.perf_counter() - started
 
     parts = ((1, layers), (1, range(0)), (narrow, layers), (wide, layers))

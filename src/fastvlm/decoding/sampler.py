@@ -12,6 +12,7 @@ from transformers.generation.logits_process import TemperatureLogitsWarper
 
 from fastvlm.decoding.grammar import Constraint
 from fastvlm.decoding.processors import PREFIX_FREE_PROCESSORS, WARPERS, LogitsProcessor
+from fastvlm.functional.best import best_columns
 from fastvlm.functional.errors import InputError
 from fastvlm.functional.noise import BLOCK_TOKENS, gumbel, noisy_best
 
@@ -192,7 +193,7 @@ class Sampler:
         """Return the token of each of some positions that follow one another, from a first one."""
         rows = len(scores)
         if self.seed is None:
-            best = scores.argmax(-1)
+            best = best_columns(scores)
         else:
             best = noisy_best(scores, [self.seed] * rows, range(start, start + rows))
         found: list[int] = best.tolist()
@@ -244,7 +245,7 @@ def target_tokens(
         logits: The target's logits, (rows, longest draft + 1 or more, vocabulary).
     """
     if all(sampler.is_greedy for sampler in samplers):
-        chosen: list[list[int]] = logits.argmax(-1).tolist()
+        chosen: list[list[int]] = best_columns(logits).tolist()
         return chosen
     return [
         sampler.sample(reply, drafted, row)
@@ -262,11 +263,9 @@ def greedy_tokens(
         vocabulary: The tokens of the columns, (draft vocabulary,); None for the whole vocabulary.
         confident: Whether to compute the probability, which costs a little.
     """
+    best, confidences = best_columns(logits), [1.0] * len(logits)
     if confident:
-        top, best = logits.softmax(-1).max(-1)
-        confidences = top.tolist()
-    else:
-        best, confidences = logits.argmax(-1), [1.0] * len(logits)
+        confidences = logits.softmax(-1).gather(1, best[:, None])[:, 0].tolist()
     token_ids = best if vocabulary is None else vocabulary[best]
     return token_ids.tolist(), confidences
 

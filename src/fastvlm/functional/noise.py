@@ -14,6 +14,8 @@ from functools import lru_cache
 import torch
 from torch import Tensor
 
+from fastvlm.functional.best import best_columns
+
 MAX_SEED = 2**64
 """Seeds are below this."""
 NEAR = 10.0
@@ -75,7 +77,7 @@ def noisy_best(
     if scores.device.type != "cpu":
         # Selecting tokens would wait for the device.
         return (scores + _of_bits(bits, scores.dtype)).argmax(-1)
-    best = scores.argmax(-1, keepdim=True)
+    best = best_columns(scores)[:, None]
     reached = scores.gather(1, best) + _of_bits(bits.gather(1, best), scores.dtype)
     # Noise is above `NEAR` for uniform numbers below exp(-NEAR) = 4.5e-5, and a margin.
     rare = bits < int(1.01 * math.exp(-NEAR) * 2**31)
@@ -83,7 +85,7 @@ def noisy_best(
     found = torch.full_like(scores, -torch.inf)
     found[able] = scores[able] + _of_bits(bits[able], scores.dtype)
     # Where nothing has a chance, it is the first of all.
-    return found.argmax(-1)
+    return best_columns(found)
 
 
 def _bits_of(

@@ -214,6 +214,22 @@ class SplitDecoder(ABC):
         x = self.forward_layers(x, positions, cache, range(exit_layer, self.depth))
         return exits, self.head(x) if logits else x
 
+    def forward_tokens(
+        self,
+        token_ids: Sequence[Sequence[int]],
+        positions: Positions,
+        cache: KeyValueCache,
+        exit_layer: int = 0,
+    ) -> tuple[Tensor | None, Tensor]:
+        """Run the whole model on rows of tokens, equally many in each.
+
+        Returns:
+            The hidden states after `exit_layer` layers, (batch, new, d_model), None for 0; and the
+            logits, (batch, new, vocabulary).
+        """
+        x = self.embed(torch.tensor(token_ids, device=positions.indices.device))
+        return self.forward_all(x, positions, cache, exit_layer, logits=True)
+
     @abstractmethod
     def forward_blocks(
         self,

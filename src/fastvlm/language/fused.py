@@ -24,6 +24,7 @@ from torch.nn.modules import module as nn_module
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
+from fastvlm.language.bare import is_bare
 from fastvlm.language.cache import KeyValueCache
 from fastvlm.language.layer_calls import CACHE_NAMES
 
@@ -134,9 +135,9 @@ def kind_of(layer: nn.Module) -> LayerKind | None:
     norms = [part for name, part in parts.items() if name.endswith("layernorm")]
     norms += [part for name, part in attention._modules.items() if name.endswith("_norm")]
     for one in norms:
-        if type(one) is not type(norm) or not _is_bare(one):
+        if type(one) is not type(norm) or not is_bare(one):
             return None
-    bare = _is_bare(layer) and _is_bare(attention) and _is_bare(feed_forward)
+    bare = is_bare(layer) and is_bare(attention) and is_bare(feed_forward)
     return kind if bare else None
 
 
@@ -213,12 +214,6 @@ def _scaled(x: Tensor, eps: float) -> Tensor:
     """
     x = x if x.dtype == torch.float32 else x.float()
     return x * x.pow(2).mean(-1, keepdim=True).add_(eps).rsqrt_()
-
-
-def _is_bare(module: Any) -> bool:
-    """Return whether calling a module is running its class's `forward`, and nothing else."""
-    own = vars(module)
-    return "forward" not in own and not own["_forward_hooks"] and not own["_forward_pre_hooks"]
 
 
 @cache

@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 
 import torch
 from onnx import TensorProto, helper
-from torch import Tensor, nn
+from torch import Tensor
 
 from fastvlm.functional.threads import usual_threads
 from fastvlm.language.draft_path import DraftPath, Draws
@@ -152,8 +152,8 @@ def chain_graph(parts: ChainParts, steps: int, *, draws: bool) -> OnnxGraph:
             behind = graph.input("behind", TensorProto.FLOAT, ["batch", "behind", "d_model"])
             attention.look_back()
             x = graph.add("Concat", [behind, exits], axis=1)
-            x = add_layers(graph, layers[exit_layer:], attention, x)[-1]
-            x = graph.add("Gather", [x, graph.input("kept", TensorProto.INT64, ["width"])], axis=1)
+            kept = graph.input("kept", TensorProto.INT64, ["width"])
+            x = add_layers(graph, layers[exit_layer:], attention, x, kept)[-1]
         scores = logits = add_drafter(graph, parts.step, x)
         if draws:
             logits = graph.add("Mul", [logits, scale])
@@ -184,17 +184,16 @@ class _Bound:
     binding: Any
     inputs: dict[str, Tensor]
     """All that is bound and doesn't depend on where the cache lies: it must stay."""
-    token: Tensor
+    arrays: dict[str, Any]
+    """What tells steps their tokens and places, as arrays of NumPy; those of all steps in one."""
     behind: Tensor
-    last: Tensor
-    total: Tensor
     scale: Tensor
     noise: Tensor
     tokens: Tensor
     chances: Tensor
     tables: dict[str, Tensor] = field(default_factory=dict)
-    memory: tuple[int, ...] = ()
-    """Where keys and values lie that are bound, and their capacity."""
+    memory: tuple[Any, ...] = ()
+    """What stands for where keys, values and tables of all positions lie that are bound."""
 
 
 class DraftChain:
@@ -238,48 +237,54 @@ class DraftChain:
             torch.reciprocal(draws.temperatures[:, None, None], out=bound.scale)
             bound.noise[:, :, 0] = draws.noise
         self._bind_memory(bound, given)
-        for name, values in given.rotations.items():
-            width = values.shape[1]
-            table = bound.tables[name][: rows * width]
-            table.view(rows, width, -1).copy_(values)
+        places = given.starts
+        if not given.by_position:
+            width = before + self.steps
+            places = range(0, rows * width, width)
+            for name, values in given.rotations.items():
+                bound.tables[name][: rows * width].view(rows, width, -1).copy_(values)
         starts = [start + before for start in given.starts]
-        bound.token.numpy()[:, 0] = tokens
-        bound.last.numpy()[:] = [[start + step for start in starts] for step in range(self.steps)]
-        bound.total.numpy()[:] = range(max(starts) + 1, max(starts) + 1 + self.steps)
+        steps, arrays = range(self.steps), bound.arrays
+        arrays["token"][:, 0] = tokens
+        arrays["last"][:] = [[start + step for start in starts] for step in steps]
+        arrays["total"][:] = range(max(starts) + 1, max(starts) + 1 + self.steps)
+        arrays["place"][:] = [[first + before + step for first in places] for step in steps]
+        if self.parts.looks_back:
+            arrays["places"][:] = [range(first, first + before + 1) for first in places]
         self._session.run_with_iobinding(bound.binding)
         return list(zip(bound.tokens.T.tolist(), bound.chances.T.tolist(), strict=True))
 
     def _bind(self, rows: int, before: int) -> _Bound:
         """Return inputs and outputs of passes of a shape, but for those of `_bind_memory`."""
-        steps, layers = self.steps, self.parts.step.layers
-        inputs: dict[str, Tensor] = {}
+        steps, width = self.steps, self.parts.step.layers[0].width
+        inputs = {
+            "token": torch.zeros(rows, 1, dtype=torch.long),
+            "last": torch.zeros(steps, rows, dtype=torch.int32),
+            "total": torch.zeros(steps, dtype=torch.int32),
+            "place": torch.zeros(steps, rows, 1, dtype=torch.long),
+            "places": torch.zeros(rows, before + 1, dtype=torch.long),
+        }
+        arrays = {name: one.numpy() for name, one in inputs.items()}
+        arrays["place"] = arrays["place"][:, :, 0]
         bound = _Bound(
             self._session.io_binding(),
             inputs,
-            token=torch.zeros(rows, 1, dtype=torch.long),
-            behind=torch.zeros(rows, before, layers[0].width),
-            last=torch.zeros(steps, rows, dtype=torch.int32),
-            total=torch.zeros(steps, dtype=torch.int32),
+            arrays,
+            behind=torch.zeros(rows, before, width),
             scale=torch.ones(rows, 1, 1),
             noise=torch.zeros(steps, rows, 1, len(self.parts.tokens)),
             tokens=torch.zeros(rows, steps, dtype=torch.long),
             chances=torch.zeros(rows, steps),
         )
-        width = before + steps
-        first = torch.arange(rows)[:, None] * width
-        places = [(first + before + step).contiguous() for step in range(steps)]
-        inputs["token"] = bound.token
-        for step, place in enumerate(places):
-            inputs[f"last{step}"], inputs[f"total{step}"] = bound.last[step], bound.total[step]
-            inputs[f"place{step}"] = place
-            if self.draws:
-                inputs[f"noise{step}"] = bound.noise[step]
+        for name in ("last", "total", "place"):
+            inputs |= {f"{name}{step}": own for step, own in enumerate(inputs.pop(name))}
         if self.draws:
+            inputs |= {f"noise{step}": own for step, own in enumerate(bound.noise)}
             inputs["scale"] = bound.scale
         if self.parts.looks_back:
-            inputs["behind"] = bound.behind
-            inputs["places"] = first + torch.arange(before + 1)
-            inputs["kept"] = torch.tensor([before])
+            inputs |= {"behind": bound.behind, "kept": torch.tensor([before])}
+        else:
+            del inputs["places"]
         for name, tensor in inputs.items():
             bind(bound.binding.bind_input, name, tensor)
         bind(bound.binding.bind_output, "tokens", bound.tokens)
@@ -288,20 +293,23 @@ class DraftChain:
 
     def _bind_memory(self, bound: _Bound, given: PassInputs) -> None:
         """Bind keys and values as inputs, and the same memory as outputs; and tables as long."""
-        rows, caches = given.rows, given.caches
-        capacity = caches[0].shape[2]
-        memory = (rows.start, rows.stop, capacity, *map(Tensor.data_ptr, caches))
+        caches, rows, where, _ = given.lent
+        whole = given.by_position
+        memory = where, rows.start, rows.stop, *(given.tables if whole else ())
         if memory == bound.memory:
             return
+        capacity = caches[0].shape[2]
         for number, cache in enumerate(caches):
             bind(bound.binding.bind_input, f"cached{number}", cache[rows])
             for step in range(self.steps):
                 bind(bound.binding.bind_output, f"written{number}_{step}", cache[rows])
         for name, values in given.rotations.items():
-            # It may have more positions than these, and has to have as many as the cache.
-            needed = max(capacity, len(bound.token) * values.shape[1])
-            bound.tables[name] = values.new_zeros(needed, values.shape[-1])
-            bind(bound.binding.bind_input, name, bound.tables[name])
+            table = values
+            if not whole:
+                # It may have more positions than these, and has to have as many as the cache.
+                needed = max(capacity, len(bound.behind) * values.shape[1])
+                table = bound.tables[name] = values.new_zeros(needed, values.shape[-1])
+            bind(bound.binding.bind_input, name, table)
         bound.memory = memory
 
 
@@ -312,12 +320,11 @@ def chain_of(
 
     Args:
         fused: Each step.
-        embedding: The module that embeds tokens.
+        embedding: The module that embeds tokens, which only looks rows up.
         path: What is drafted.
         kind: What they are for.
     """
-    # A module of another class does more than looking rows up.
-    if path.tokens is None or type(embedding) is not nn.Embedding:
+    if path.tokens is None:
         return None
     if kind not in fused.chains:
         parts = ChainParts(fused.step, embedding.weight, path.tokens)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from onnx import TensorProto
+from torch import Tensor
 
 from fastvlm.functional.threads import usual_threads
 from fastvlm.runtimes.attention_graph import Attention, PassKind, attention_of
@@ -28,6 +29,7 @@ def layers_graph(
     *,
     exit_layer: int = 0,
     head: Head | None = None,
+    embedding: Tensor | None = None,
 ) -> OnnxGraph:
     """Return the graph of layers that follow one another: `y` of `x`, see `enter_layers`.
 
@@ -37,9 +39,11 @@ def layers_graph(
         kind: What passes it is for.
         exit_layer: After how many layers states are an output too, `exit`; 0 for no such output.
         head: What makes `y`, logits, of the last states; None for these themselves.
+        embedding: The rows of all tokens, (vocabulary, d_model), where `x` are tokens; None where
+            they are states.
     """
     graph = OnnxGraph(bits)
-    states = enter_layers(graph, layers, kind)
+    states = enter_layers(graph, layers, kind, embedding)
     if exit_layer:
         name_output(graph, states[exit_layer - 1], "exit", "d_model")
     if head is None:
@@ -58,24 +62,38 @@ def head_graph(head: Head, bits: int | None) -> OnnxGraph:
     return graph
 
 
-def enter_layers(graph: OnnxGraph, layers: Sequence[GraphLayer], kind: PassKind) -> list[str]:
+def enter_layers(
+    graph: OnnxGraph,
+    layers: Sequence[GraphLayer],
+    kind: PassKind,
+    embedding: Tensor | None = None,
+) -> list[str]:
     """Add layers that follow one another, and what they are given; return the states after each.
 
-    They are given `x`, (batch, width, d_model), and `cos{n}` and `sin{n}` for each kind of
-    rotations. For these and the other inputs see `SingleAttention`, `BatchedAttention` and
-    `MaskedAttention`.
+    They are given `x`, (batch, width, d_model), or tokens, (batch, width), and `cos{n}` and
+    `sin{n}` for each kind of rotations. For these and the other inputs see `SingleAttention`,
+    `BatchedAttention` and `MaskedAttention`.
 
     Args:
         graph: The graph, empty.
         layers: The layers, one or more.
         kind: What passes the graph is for.
+        embedding: See `layers_graph`.
     """
-    graph.input("x", TensorProto.FLOAT, ["batch", "width", "d_model"])
-    return add_layers(graph, layers, attention_of(graph, layers, kind), "x")
+    if embedding is None:
+        x = graph.input("x", TensorProto.FLOAT, ["batch", "width", "d_model"])
+    else:
+        token_ids = graph.input("x", TensorProto.INT64, ["batch", "width"])
+        x = graph.rows(embedding, token_ids)
+    return add_layers(graph, layers, attention_of(graph, layers, kind), x)
 
 
 def add_layers(
-    graph: OnnxGraph, layers: Sequence[GraphLayer], attention: Attention, x: str
+    graph: OnnxGraph,
+    layers: Sequence[GraphLayer],
+    attention: Attention,
+    x: str,
+    kept: str | None = None,
 ) -> list[str]:
     """Add layers that follow one another; return the states after each.
 
@@ -84,6 +102,8 @@ def add_layers(
         layers: The layers, one or more.
         attention: What computes their attention.
         x: The states before the first: (batch, width, d_model).
+        kept: The positions whose states after the last layer count, (kept,): of others it computes
+            only what they are attended by. None for all.
     """
     normed = add_norm(graph, x, layers[0].form.norms.get("before_attention"))
     states = []
@@ -91,6 +111,8 @@ def add_layers(
         form, norms = layer.form, layer.form.norms
         own = form.attention
         heads = attention.attend(layer, graph.linear(normed, own.qkv.weight, own.qkv.bias))
+        if kept is not None and index + 1 == len(layers):
+            heads, x = (graph.add("Gather", [one, kept], axis=1) for one in (heads, x))
         made = graph.linear(heads, own.out.weight, own.out.bias)
         made = add_norm(graph, made, norms.get("after_attention"))
         x, normed = add_residual(graph, made, x, norms.get("before_mlp"))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from types import MappingProxyType
 from typing import Any, NamedTuple
 
@@ -12,7 +12,8 @@ import torch
 from torch import Tensor
 
 from fastvlm.runtimes.attention_graph import PassKind
-from fastvlm.runtimes.onnx_graph import OnnxGraph
+from fastvlm.runtimes.lent_rows import Lent
+from fastvlm.runtimes.onnx_graph import MATRIX_AXES, OnnxGraph
 
 KEPT_WIDTH = 32
 """Positions of the widest passes whose inputs and outputs stay bound from one to the next."""
@@ -29,19 +30,35 @@ class PassInputs(NamedTuple):
 
     Args:
         starts: The first position of each row.
-        rotations: Cosines and sines by the names `cos{n}` and `sin{n}`: (batch or 1, width, size).
-        caches: Keys and values of each layer by turns, contiguous: (slots, kv_heads, capacity,
-            head_dim).
-        rows: The slots of the pass.
+        rotations: Cosines and sines by the names `cos{n}` and `sin{n}`: those of the pass, (batch
+            or 1, width, size), or, as always the same tables, of all positions: (capacity or more,
+            size).
+        lent: Where the layers read and write.
         masks: What is added to scores, by the names `mask{n}`, see `MaskedAttention`; none for
             other attention.
     """
 
     starts: Sequence[int]
     rotations: Mapping[str, Tensor]
-    caches: Sequence[Tensor]
-    rows: slice
+    lent: Lent
     masks: Mapping[str, Tensor] = MappingProxyType({})
+
+    @property
+    def by_position(self) -> bool:
+        """Whether rotations are those of all positions."""
+        return next(iter(self.rotations.values())).dim() == MATRIX_AXES
+
+    @property
+    def tables(self) -> tuple[int, ...]:
+        """Where those lie."""
+        return tuple(map(Tensor.data_ptr, self.rotations.values()))
+
+    def rotations_of(self, width: int) -> Mapping[str, Tensor]:
+        """Return the rotations of the pass, so many positions of each row."""
+        if not self.by_position:
+            return self.rotations
+        places = torch.tensor(self.starts)[:, None] + torch.arange(width)
+        return {name: table[places] for name, table in self.rotations.items()}
 
 
 @dataclass(slots=True)
@@ -57,11 +74,10 @@ class _Bound:
     rotations: dict[str, Tensor]
     """Where those of a pass are written: (batch, width, size) each."""
     outputs: list[Tensor]
-    last: Any
-    total: Any
-    """Those of the inputs, as arrays of NumPy: (batch,) each. None with masks."""
-    memory: tuple[int, ...] = field(default=())
-    """Where keys and values lie that are bound, and their capacity."""
+    arrays: dict[str, Any]
+    """The inputs of whole numbers, as arrays of NumPy."""
+    memory: tuple[Any, ...] = ()
+    """What stands for where keys, values and tables of all positions lie that are bound."""
 
 
 class LayerPass:
@@ -82,10 +98,15 @@ class LayerPass:
 
     # What stays bound is written to in every mode, and only inference mode may do that.
     @torch.inference_mode()
-    def run(self, x: Tensor, given: PassInputs) -> list[Tensor]:
-        """Run the layers on hidden states, (batch, width, d_model); return the outputs."""
-        batch, width, _ = x.shape
-        capacity = given.caches[0].shape[2]
+    def run(self, x: Tensor | Sequence[Sequence[int]], given: PassInputs) -> list[Tensor]:
+        """Run the layers; return the outputs.
+
+        Args:
+            x: Hidden states, (batch, width, d_model), or rows of tokens, as the graph takes them.
+            given: The pass.
+        """
+        batch, width = len(x), len(x[0])
+        capacity = given.lent.caches[0].shape[2]
         masked = self.kind == "masked"
         # The position after a single one is computed too, see `CausalAttention`.
         roomy = max(given.starts) + 2 <= capacity
@@ -93,60 +114,72 @@ class LayerPass:
         key = batch, width, computed
         bound = self._bound.get(key)
         if bound is None:
-            bound = self._bind(x, computed, given)
+            states = x if isinstance(x, Tensor) else torch.tensor(x)
+            bound = self._bind(states, computed, given)
             if width <= KEPT_WIDTH and not masked:
                 self._bound[key] = bound
         self._bind_memory(bound, given, width)
-        bound.inputs["x"].copy_(x)
-        for name, values in given.rotations.items():
-            bound.rotations[name].copy_(values)
+        arrays = bound.arrays
+        if isinstance(x, Tensor):
+            bound.inputs["x"].copy_(x)
+        else:
+            arrays["x"][:] = x
+        whole = self.kind == "single" and given.by_position
+        if not whole:
+            for name, values in given.rotations_of(width).items():
+                bound.rotations[name].copy_(values)
+        if self.kind == "single":
+            first = given.starts[0] if whole else 0
+            arrays["places"][:] = range(first, first + computed)
         if not masked:
             ends = [start + computed for start in given.starts]
-            bound.total[:] = ends
-            bound.last[:] = [end - 1 for end in ends]
+            arrays["total"].flat = ends
+            arrays["last"].flat = [end - 1 for end in ends]
         self.session.run_with_iobinding(bound.binding)
         return [output.clone() for output in bound.outputs]
 
     def _bind(self, x: Tensor, computed: int, given: PassInputs) -> _Bound:
         """Return inputs and outputs of passes of a shape, but for those of `_bind_memory`."""
-        batch, width, _ = x.shape
+        batch, width = x.shape[:2]
         masked = self.kind == "masked"
-        inputs = _masked_inputs(x, given) if masked else _causal_inputs(x, computed)
+        inputs = _masked_inputs(given) if masked else _causal_inputs(batch, width, computed)
         if self.kind == "single":
-            inputs["places"] = torch.arange(computed)[None]
+            inputs["places"] = torch.zeros(1, computed, dtype=torch.long)
         elif not masked:
             inputs["direct"] = torch.tensor(batch == 1)
-        inputs["x"] = torch.empty_like(x, memory_format=torch.contiguous_format)
+        inputs["x"] = torch.empty(x.shape, dtype=x.dtype)
         rotations = {}
         for name, values in given.rotations.items():
             if self.kind != "single":
-                inputs[name] = x.new_zeros(batch, computed, values.shape[-1])
+                inputs[name] = values.new_zeros(batch, computed, values.shape[-1])
                 rotations[name] = inputs[name][:, :width]
         binding = self.session.io_binding()
         for name, tensor in inputs.items():
             bind(binding.bind_input, name, tensor)
         outputs = []
         for name, size in self.outputs.items():
-            outputs.append(x.new_empty(batch, width, size))
+            outputs.append(torch.empty(batch, width, size))
             bind(binding.bind_output, name, outputs[-1])
-        last, total = (
-            None if masked else inputs[name].numpy().reshape(-1) for name in ("last", "total")
-        )
-        return _Bound(binding, inputs, rotations, outputs, last, total)
+        arrays = {name: one.numpy() for name, one in inputs.items() if not one.is_floating_point()}
+        return _Bound(binding, inputs, rotations, outputs, arrays)
 
     def _bind_memory(self, bound: _Bound, given: PassInputs, width: int) -> None:
         """Bind keys and values as inputs, and the same memory as outputs; and tables as long."""
-        rows, caches = given.rows, given.caches
-        capacity = caches[0].shape[2]
-        memory = (rows.start, rows.stop, capacity, *map(Tensor.data_ptr, caches))
+        caches, rows, where, _ = given.lent
+        whole = self.kind == "single" and given.by_position
+        memory = where, rows.start, rows.stop, *(given.tables if whole else ())
         if memory == bound.memory:
             return
+        capacity = caches[0].shape[2]
         by_row = self.kind == "batched" and len(bound.inputs["x"]) > 1
         for number, cache in enumerate(caches):
             seen = cache[rows].unsqueeze(1) if by_row else cache[rows]
             bind(bound.binding.bind_input, f"cached{number}", seen)
             bind(bound.binding.bind_output, f"written{number}", seen)
-        if self.kind == "single":
+        if whole:
+            for name, values in given.rotations.items():
+                bind(bound.binding.bind_input, name, values)
+        elif self.kind == "single":
             for name, values in given.rotations.items():
                 table = self._tables.get(name)
                 if table is None or len(table) < capacity:
@@ -156,33 +189,8 @@ class LayerPass:
         bound.memory = memory
 
 
-class HeadPass:
-    """A graph from hidden states, `x`, to logits, `y`.
-
-    Args:
-        graph: The graph.
-        size: Logits that it makes.
-    """
-
-    def __init__(self, graph: OnnxGraph, size: int) -> None:
-        self.session, self._weights = graph.session()
-        self.size = size
-
-    @torch.inference_mode()
-    def run(self, x: Tensor) -> Tensor:
-        """Return the logits: (..., d_model) to (..., size)."""
-        flat = x.reshape(1, -1, x.shape[-1]).contiguous()
-        found = x.new_empty(*x.shape[:-1], self.size)
-        binding = self.session.io_binding()
-        bind(binding.bind_input, "x", flat)
-        bind(binding.bind_output, "y", found.view(1, -1, self.size))
-        self.session.run_with_iobinding(binding)
-        return found
-
-
-def _causal_inputs(x: Tensor, computed: int) -> dict[str, Tensor]:
+def _causal_inputs(batch: int, width: int, computed: int) -> dict[str, Tensor]:
     """Return what attention is given in passes of one shape, see `SingleAttention`."""
-    batch, width, _ = x.shape
     whole = torch.arange(width)
     shape = (1,) if batch == 1 else (batch, 1)
     return {
@@ -193,12 +201,12 @@ def _causal_inputs(x: Tensor, computed: int) -> dict[str, Tensor]:
     }
 
 
-def _masked_inputs(x: Tensor, given: PassInputs) -> dict[str, Tensor]:
+def _masked_inputs(given: PassInputs) -> dict[str, Tensor]:
     """Return what `MaskedAttention` is given in a pass."""
     masks = given.masks
     end = next(iter(masks.values())).shape[-1]
     return {
-        **{name: mask.to(x.dtype).contiguous() for name, mask in masks.items()},
+        **{name: mask.contiguous() for name, mask in masks.items()},
         "starts": torch.tensor(given.starts),
         "end": torch.tensor([end]),
     }

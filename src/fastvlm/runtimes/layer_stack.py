@@ -17,6 +17,7 @@ from fastvlm.runtimes.graph_parts import Head
 from fastvlm.runtimes.layer_form import GraphLayer
 from fastvlm.runtimes.layer_graph import layers_graph
 from fastvlm.runtimes.layer_pass import LayerPass, PassInputs
+from fastvlm.runtimes.lent_rows import lend_rows
 
 LARGEST = 2**24
 """Weights of which there may be several copies, each in a graph of its own: of more, reading them
@@ -46,6 +47,7 @@ class _Key(NamedTuple):
     exit_layer: int
     kind: PassKind
     logits: bool
+    tokens: bool
 
 
 class _Segment(NamedTuple):
@@ -71,6 +73,7 @@ class LayerStack:
         bits: Bits of the weights, see `OnnxGraph`.
         copied: Whether layers may be in several graphs.
         head: Returns what makes logits of the last layer's states; None for a stack without.
+        embedding: Returns the rows of all tokens, where passes may begin with tokens.
     """
 
     def __init__(
@@ -81,9 +84,10 @@ class LayerStack:
         *,
         copied: bool,
         head: Callable[[], Head] | None = None,
+        embedding: Callable[[], Tensor] | None = None,
     ) -> None:
         self.masks, self.read, self.bits, self.copied = masks, read, bits, copied
-        self.head = head
+        self.head, self.embedding = head, embedding
         self._cuts = {0, len(masks)}
         self._segments: dict[_Key, _Segment] = {}
 
@@ -94,12 +98,17 @@ class LayerStack:
         return x
 
     def run_all(
-        self, x: Tensor, exit_layer: int, given: StackPass, *, logits: bool
+        self,
+        x: Tensor | Sequence[Sequence[int]],
+        exit_layer: int,
+        given: StackPass,
+        *,
+        logits: bool,
     ) -> list[Tensor]:
         """Run all layers, in one graph.
 
         Args:
-            x: Hidden states, (batch, width, d_model).
+            x: Hidden states, (batch, width, d_model), or tokens, equally many in each row.
             exit_layer: After how many layers states are returned too; 0 for none.
             given: The pass.
             logits: Whether to make logits of the last states.
@@ -127,7 +136,7 @@ class LayerStack:
 
     def _run_segment(
         self,
-        x: Tensor,
+        x: Tensor | Sequence[Sequence[int]],
         layers: tuple[int, ...],
         given: StackPass,
         exit_layer: int = 0,
@@ -140,17 +149,17 @@ class LayerStack:
         masks = {}
         if masked:
             masks = {
-                f"mask{number}": additive(positions.visible(kind), x.dtype)[:, None]
+                f"mask{number}": additive(positions.visible(kind), torch.float32)[:, None]
                 for number, kind in enumerate(kinds)
             }
         # Where weights may be copied, one row has a graph of its own, of fewer operators.
         alone = self.copied and len(positions.slots) == 1
         sort: PassKind = "masked" if masked else "single" if alone else "batched"
-        segment = self._segment(_Key(layers, exit_layer, sort, logits))
+        tokens = not isinstance(x, Tensor)
+        segment = self._segment(_Key(layers, exit_layer, sort, logits, tokens))
         rotations = {name: given.rotations[name] for name in segment.rotations}
         lent = lend_rows(given.cache, positions, segment.caches)
-        inputs = PassInputs(positions.starts, rotations, lent.caches, lent.rows, masks)
-        made = segment.layers.run(x, inputs)
+        made = segment.layers.run(x, PassInputs(positions.starts, rotations, lent, masks))
         lent.write_back()
         return made
 
@@ -167,7 +176,10 @@ class LayerStack:
             if key.logits:
                 assert self.head is not None  # only the target's stack is asked for logits
                 head = self.head()
-            graph = layers_graph(read, self.bits, key.kind, exit_layer=key.exit_layer, head=head)
+            rows = self.embedding() if key.tokens and self.embedding is not None else None
+            graph = layers_graph(
+                read, self.bits, key.kind, exit_layer=key.exit_layer, head=head, embedding=rows
+            )
             outputs = {"exit": read[0].width} if key.exit_layer else {}
             outputs["y"] = read[0].width if head is None else len(head.product.weight)
             self._segments[key] = _Segment(
@@ -216,49 +228,3 @@ def needs_mask(positions: Positions, kinds: Sequence[MaskKind]) -> bool:
     if positions.blocks is not None:
         return True
     return any(not kind._replace(window=None).is_whole(positions.end) for kind in kinds)
-
-
-class Lent(NamedTuple):
-    """Where the layers of a pass read and write. See `PassInputs`."""
-
-    caches: list[Tensor]
-    rows: slice
-    write_back: Callable[[], None]
-    """What must be called after the pass."""
-
-
-def lend_rows(
-    cache: DecoderCache, positions: Positions, layers: Sequence[tuple[int, Tensor]]
-) -> Lent:
-    """Lend layers what a pass reads and writes of a cache.
-
-    Rows that lie side by side are lent where they are; others are copied, and what is written to
-    the copies is then written back.
-
-    Args:
-        cache: The cache.
-        positions: Of the pass.
-        layers: Each layer's number in the cache, and keys of its shape.
-    """
-    cache.begin_pass(positions)
-    rows = cache.rows
-    own: list[Tensor] = []
-    for number, like in layers:
-        storage = cache.layers.get(number) or cache.storage(number, like, like)
-        storage.make_finite(positions)
-        own += storage.keys, storage.values
-    if type(rows) is slice:
-        return Lent(own, rows, _nothing)
-    copies = [tensor[rows] for tensor in own]
-
-    def write_back() -> None:
-        index, places = positions.rows(cache.device), positions.indices
-        each = torch.arange(len(index))[:, None]
-        for tensor, copied in zip(own, copies, strict=True):
-            tensor[index, :, places] = copied[each, :, places]
-
-    return Lent(copies, slice(0, len(positions.slots)), write_back)
-
-
-def _nothing() -> None:
-    pass

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterable, Sequence
 from threading import RLock
 from typing import Any, TypeGuard
 
@@ -10,42 +10,43 @@ import torch
 from torch import Tensor, nn
 
 from fastvlm.functional.errors import InputError
+from fastvlm.language.bare import is_lookup
 from fastvlm.language.cache import DecoderCache, KeyValueCache
 from fastvlm.language.decoder import SplitDecoder
 from fastvlm.language.draft_path import DraftPath, Draws
 from fastvlm.language.general import added_after, injected
-from fastvlm.language.layer_calls import LayerCall, RotaryKind
+from fastvlm.language.layer_calls import LayerCall
 from fastvlm.language.positions import Positions
 from fastvlm.language.weights_state import identities, weights_state
 from fastvlm.runtimes.draft_chain import ChainKind, chain_of
 from fastvlm.runtimes.draft_graph import DraftLayers, DraftPass, mlp_form
 from fastvlm.runtimes.graph_parts import Head
+from fastvlm.runtimes.head_pass import HeadPasses
 from fastvlm.runtimes.layer_form import (
     GraphLayer,
     Product,
-    Rotation,
     layer_form,
     linear_form,
     norm_form,
 )
-from fastvlm.runtimes.layer_graph import head_graph
-from fastvlm.runtimes.layer_pass import HeadPass, PassInputs
+from fastvlm.runtimes.layer_pass import PassInputs
 from fastvlm.runtimes.layer_stack import (
     LARGEST,
     LayerStack,
     StackPass,
-    lend_rows,
     needs_mask,
     split_after,
 )
+from fastvlm.runtimes.lent_rows import lend_rows
+from fastvlm.runtimes.rotations import GraphRotations
 from fastvlm.runtimes.wrapped_decoder import WrappedDecoder
 
 PLACE = ("cpu", torch.float32)
 """Where, and in what precision, it computes."""
 IDLE_CACHE_BYTES = 2**25
 """The most bytes of a cache that stay while nothing is decoded."""
-MAX_RESTRICTED_HEADS = 8
-"""Sets of tokens whose logits are made by a graph of their own, kept at once."""
+MAX_DRAFTS = 8
+"""Draft steps in one graph that are kept at once."""
 
 
 class OnnxDecoder(WrappedDecoder):
@@ -73,9 +74,10 @@ class OnnxDecoder(WrappedDecoder):
         super().__init__(split)
         self._check_precision()
         self.bits, self.required = bits, required
-        self._rotary = {
-            kind: self._rotation(number, kind) for number, kind in enumerate(self.split.rotary)
-        }
+        try:
+            self._rotations = GraphRotations(self.split)
+        except InputError as error:
+            raise self.refusal(str(error)) from error
         self._turn = RLock()
         self._state: Hashable = None
         self._forget()
@@ -128,9 +130,32 @@ class OnnxDecoder(WrappedDecoder):
         if not self.recomputes or positions.injects or not self._decodes(cache):
             return super().forward_all(x, positions, cache, exit_layer, logits=logits)
         x = self.split.enter(x, positions)
-        given = StackPass(positions, cache, self._rotations(x, positions))
+        return self._run_all(x, (positions, cache), exit_layer, logits=logits)
+
+    def forward_tokens(
+        self,
+        token_ids: Sequence[Sequence[int]],
+        positions: Positions,
+        cache: KeyValueCache,
+        exit_layer: int = 0,
+    ) -> tuple[Tensor | None, Tensor]:
+        """Run the whole model on tokens, in one graph where it is small. See `SplitDecoder`."""
+        injects = positions.injects or not self._looks_up
+        if not self.recomputes or injects or not self._decodes(cache):
+            return super().forward_tokens(token_ids, positions, cache, exit_layer)
+        return self._run_all(token_ids, (positions, cache), exit_layer, logits=True)
+
+    def _run_all(
+        self,
+        x: Tensor | Sequence[Sequence[int]],
+        given: tuple[Positions, DecoderCache],
+        exit_layer: int,
+        *,
+        logits: bool,
+    ) -> tuple[Tensor | None, Tensor]:
+        """Run all layers on what enters the first, or on tokens. See `forward_all`."""
         with self._turn:
-            *exits, last = self._target.run_all(x, exit_layer, given, logits=logits)
+            *exits, last = self._target.run_all(x, exit_layer, self._pass(*given), logits=logits)
         return (exits[0] if exits else None), self.logits(last) if logits else last
 
     def forward_blocks(
@@ -157,21 +182,21 @@ class OnnxDecoder(WrappedDecoder):
         if self._is_torchs:
             return self.split.raw_logits(x)
         with self._turn:
-            return self._head_pass(None, normed=True).run(x)
+            return self._heads.run(x, normed=True)
 
     def head(self, x: Tensor) -> Tensor:
         """Return the logits of (batch, new, d_model)."""
         if self._is_torchs:
             return self.split.head(x)
         with self._turn:
-            return self.logits(self._head_pass(None).run(x))
+            return self.logits(self._heads.run(x))
 
     def head_rows(self, x: Tensor, rows: Tensor) -> Tensor:
         """Return the logits of some tokens alone. See `SplitDecoder.head_rows`."""
         if self._is_torchs:
             return self.split.head_rows(x, rows)
         with self._turn:
-            return self.logits(self._head_pass(rows).run(x))
+            return self.logits(self._heads.run(x, rows))
 
     def draft_step(
         self, x: Tensor, positions: Positions, cache: KeyValueCache, path: DraftPath
@@ -184,12 +209,9 @@ class OnnxDecoder(WrappedDecoder):
             if fused is None or needs_mask(positions, fused.masks):
                 return super().draft_step(x, positions, cache, path)
             x = self.split.enter(x, positions)
-            rotations = self._rotations(x, positions)
-            lent = lend_rows(cache, positions, fused.caches)
-            own = {name: rotations[name] for name in fused.rotations}
-            inputs = PassInputs(positions.starts, own, lent.caches, lent.rows)
-            exits, logits = fused.run(x, inputs)
-            lent.write_back()
+            given = self._draft_inputs(fused, positions, cache)
+            exits, logits = fused.run(x, given)
+            given.lent.write_back()
         return exits, self.logits(logits)
 
     def draft_ahead(
@@ -208,18 +230,14 @@ class OnnxDecoder(WrappedDecoder):
             fused = self._draft_pass(path)
             if fused is None or needs_mask(positions, fused.masks):
                 return None
-            enters = self.split.first_entry() is not None or self.split.calls.entry != "nothing"
             steps = positions.width - (0 if behind is None else behind.shape[1])
             kind = ChainKind(steps, draws is not None, len(tokens) > 1)
-            chain = None if enters else chain_of(fused, self.embedding, path, kind)
+            chain = chain_of(fused, self.embedding, path, kind) if self._looks_up else None
             if chain is None:
                 return None
-            rotations = self._rotations(torch.empty(0), positions)
-            lent = lend_rows(cache, positions, fused.caches)
-            own = {name: rotations[name] for name in fused.rotations}
-            given = PassInputs(positions.starts, own, lent.caches, lent.rows)
+            given = self._draft_inputs(fused, positions, cache)
             found = chain.run(tokens, given, behind, draws)
-            lent.write_back()
+            given.lent.write_back()
         return found
 
     def _draft_pass(self, path: DraftPath) -> DraftPass | None:
@@ -229,7 +247,7 @@ class OnnxDecoder(WrappedDecoder):
             return None
         key = path.exit_layer, tuple(map(id, path.blocks)), id(path.mlp), rows.data_ptr(), len(rows)
         if key not in self._drafts:
-            if len(self._drafts) == MAX_RESTRICTED_HEADS:
+            if len(self._drafts) == MAX_DRAFTS:
                 del self._drafts[next(iter(self._drafts))]
             layers = [self.read(number) for number in range(path.exit_layer)]
             layers += map(self._block_reader(path.blocks), range(len(path.blocks)))
@@ -249,8 +267,6 @@ class OnnxDecoder(WrappedDecoder):
     ) -> Tensor:
         """Run layers of a stack, each with the target's layers whose additions follow it."""
         positions, cache = given
-        rotations = self._rotations(x, positions)
-        whole = StackPass(positions, cache, rotations)
         added: dict[int, Tensor] = {}
         if positions.injects:
             for layer, after in layers:
@@ -259,40 +275,35 @@ class OnnxDecoder(WrappedDecoder):
                 if states:
                     added[layer] = sum(states[1:], states[0])
         with self._turn:
+            whole = self._pass(positions, cache)
             for part in split_after([layer for layer, _ in layers], added):
                 x = stack.run(x, part, whole)
                 if part[-1] in added:
                     x = x + added[part[-1]]
         return x
 
-    def _rotations(self, x: Tensor, positions: Positions) -> Mapping[str, Tensor]:
-        """Return the rotations of a pass, half of each head's: (batch or 1, width, size)."""
-        found: dict[str, Tensor] = {}
-        for kind, rotation in self._rotary.items():
-            tables = self.split.rotary[kind](x, positions)
-            for name, table in zip(rotation.tables, tables, strict=True):
-                each = table[..., ::2] if rotation.interleaved else table.chunk(2, -1)[0]
-                found[name] = each
-        return found
+    def _pass(self, positions: Positions, cache: DecoderCache) -> StackPass:
+        return StackPass(positions, cache, self._rotations.of(positions, cache.capacity))
 
-    def _rotation(self, number: int, kind: RotaryKind) -> Rotation:
-        """Return what rotations are like, by those of the first positions."""
-        positions = Positions.whole([8], torch.device("cpu"))
-        found = self.split.rotary[kind](torch.zeros(1, 8, self.width), positions)
-        if isinstance(found, tuple) and len(found) == 2 and found[0].dim() == 3:  # noqa: PLR2004
-            table, size = found[0], found[0].shape[-1]
-            if torch.equal(*table.chunk(2, -1)):
-                return Rotation(number, size, interleaved=False)
-            if torch.equal(table[..., ::2], table[..., 1::2]):
-                return Rotation(number, size, interleaved=True)
-        raise self.refusal("it rotates by other tables than cosines and sines")
+    def _draft_inputs(
+        self, fused: DraftPass, positions: Positions, cache: DecoderCache
+    ) -> PassInputs:
+        rotations = self._rotations.of(positions, cache.capacity)
+        own = {name: rotations[name] for name in fused.rotations}
+        return PassInputs(positions.starts, own, lend_rows(cache, positions, fused.caches))
+
+    @property
+    def _looks_up(self) -> bool:
+        """Whether what enters the first layer are rows of the embedding as they are."""
+        as_they_are = self.split.first_entry() is None and self.split.calls.entry == "nothing"
+        return as_they_are and is_lookup(self.embedding)
 
     def _graph_layer(self, layer: Any, call: LayerCall, what: str) -> GraphLayer:
         """Return a layer as a graph takes it."""
         if call.rotary is None:
             raise self.refusal(f"{what} rotates nothing")
         try:
-            return GraphLayer(layer_form(layer), self._rotary[call.rotary], call.mask)
+            return GraphLayer(layer_form(layer), self._rotations.kinds[call.rotary], call.mask)
         except InputError as error:
             raise self.refusal(f"{what} is of another form than is known: {error}") from error
 
@@ -327,27 +338,8 @@ class OnnxDecoder(WrappedDecoder):
         calls = self.split.calls.layers[-len(blocks) :]
         return lambda number: self._graph_layer(blocks[number], calls[number], "a draft's layer")
 
-    def _head_pass(self, rows: Tensor | None, *, normed: bool = False) -> HeadPass:
-        """Return what makes logits of hidden states, or of normed ones.
-
-        Args:
-            rows: Of the LM head, see `lm_head_rows`; None for all.
-            normed: Whether the states are normed already.
-        """
-        key = normed, None if rows is None else (rows.data_ptr(), len(rows))
-        if key not in self._heads:
-            restricted = [one for one, (_, held) in self._heads.items() if held is not None]
-            if len(restricted) == MAX_RESTRICTED_HEADS:
-                del self._heads[restricted[0]]
-            head = self._head(rows, normed=normed)
-            graph = head_graph(head, self.bits)
-            made = HeadPass(graph, len(head.product.weight))
-            # The rows stay, so that no others come to lie where they do.
-            self._heads[key] = made, rows
-        return self._heads[key][0]
-
     def _head(self, rows: Tensor | None = None, *, normed: bool = False) -> Head:
-        """Return what makes logits of hidden states, or of normed ones. See `_head_pass`."""
+        """Return what makes logits of hidden states, or of normed ones. See `HeadPasses`."""
         try:
             weights = linear_form(self.lm_head) if rows is None else Product(rows, None)
             norm = None if normed else norm_form(getattr(self.decoder, self.part_names["norm"]))
@@ -380,16 +372,26 @@ class OnnxDecoder(WrappedDecoder):
         for path, _ in self._drafts.values():
             modules += path.blocks if path.mlp is None else [path.mlp]
         drafts = [weight for one in dict.fromkeys(modules) for weight in one.parameters()]
-        return weights_state(self.model), identities(drafts)
+        turns = [rotary.module for rotary in self.split.rotary.values() if rotary.is_static]
+        tables = [buffer for module in turns for buffer in module.buffers()]
+        return weights_state(self.model), identities([*drafts, *tables])
 
     def _forget(self) -> None:
         """Pack all weights anew where they are next needed."""
         masks = [call.mask for call in self.split.calls.layers]
         # One call more takes longer than a few positions more, and each rounds as it did.
         small = self.recomputes = _weights(self.layers) <= LARGEST
-        self._target = LayerStack(masks, self.read, self.bits, copied=small, head=self._head)
+        self._rotations.forget()
+        self._target = LayerStack(
+            masks,
+            self.read,
+            self.bits,
+            copied=small,
+            head=self._head,
+            embedding=lambda: self.embedding.weight,
+        )
         self._blocks: dict[tuple[int, ...], tuple[list[nn.Module], LayerStack]] = {}
-        self._heads: dict[Hashable, tuple[HeadPass, Tensor | None]] = {}
+        self._heads = HeadPasses(self._head, self.bits)
         self._drafts: dict[Hashable, tuple[DraftPath, DraftPass | None]] = {}
         """What is known by its place stays, so that nothing else comes to lie there."""
         self._state = self._weights_state()

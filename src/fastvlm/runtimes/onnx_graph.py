@@ -48,6 +48,8 @@ class OnnxGraph:
         self.initializers: list[TensorProto] = []
         self.large: dict[str, np.ndarray[Any, Any]] = {}
         """Weights that the session is handed where they lie."""
+        self._read: list[str] = []
+        """Those weights that the session reads where they lie, whatever it packs."""
         self._constants: dict[tuple[int, ...], str] = {}
         self._weights: dict[tuple[Any, ...], tuple[str, Tensor]] = {}
         """By where they lie, where they stay: a graph may multiply by one several times."""
@@ -95,6 +97,18 @@ class OnnxGraph:
         if key not in self._weights:
             self._weights[key] = self._added(values), values
         return self._weights[key][0]
+
+    def rows(self, table: Tensor, places: str) -> str:
+        """Add a look-up of a table's rows: (...) to (..., size).
+
+        Args:
+            table: (rows, size).
+            places: Which rows: (...).
+        """
+        name = self.weight(table)
+        self._read.append(name)
+        found: str = self.add("Gather", [name, places])
+        return found
 
     def _quantised(self, weight: Tensor, bits: int) -> list[str]:
         """Add a matrix of whole numbers, once; return the names of what it is made of."""
@@ -179,8 +193,9 @@ class OnnxGraph:
         session = onnxruntime.InferenceSession(
             model.SerializeToString(), options, providers=["CPUExecutionProvider"]
         )
-        # In float32 the session has packed its large weights, and reads its own copy alone.
-        return session, None if self.bits is None else self.large
+        # In float32 the session has packed its large matrices, and reads its own copy alone.
+        read = self.large if self.bits is not None else set(self._read) & self.large.keys()
+        return session, [self.large[name] for name in read]
 
     def _names(self, op: str, number: int) -> list[str]:
         return [f"{op}{len(self.nodes)}_{index}" for index in range(number)]
