@@ -22,13 +22,14 @@ from fastvlm.drafting.imitation import ImitationNetwork
 from fastvlm.functional.errors import InputError
 from fastvlm.functional.placement import moved
 from fastvlm.language.decoder import SplitDecoder
-from fastvlm.language.draft_path import DraftPath, DraftsAhead, Draws
+from fastvlm.language.draft_path import DraftPath, Draws, drafts_ahead
 from fastvlm.language.positions import Positions
 
-AHEAD = (8, 4, 2, 1)
+AHEAD = (1, 2, 4, 6, 8)
 """How many draft steps are run at once, where a runtime can."""
-MIN_AHEAD = 2
-"""Steps that are run at once where fewer are usual, if there is room: the second costs little."""
+MIN_AHEAD, MIN_FURTHER = 2, 4
+"""Steps that are run at once, where fewer are usual, to begin a draft and to go on with one: a call
+takes as long as some of them."""
 
 
 class DraftSetup(NamedTuple):
@@ -250,7 +251,7 @@ class DraftSteps:
         """Run several steps at once, if the decoder can. See `Ahead`."""
         batch, decoder, behind = self.batch, self.strategy.decoder, None
         path = self.setup.path
-        if path.tokens is None or not self._can_go_ahead or not isinstance(decoder, DraftsAhead):
+        if path.tokens is None or not self._can_go_ahead or not drafts_ahead(decoder):
             return None
         if not number and any(slot.lag for slot in batch.slots):
             if len(batch.slots) > 1:
@@ -259,10 +260,12 @@ class DraftSteps:
             [slot] = batch.slots
             assert slot.exits is not None  # it is them that the network has not seen
             behind = slot.exits.since(slot.drafted_length)[None]
-        # As many as are mostly drafted: one that is dropped cost little. A draft that is longer
-        # than most goes on, and the longer it is already, the further.
-        usual = max(self.strategy.usual_steps.value - number, number // 2, MIN_AHEAD)
-        steps = next(one for one in AHEAD if one <= min(usual, most))
+        # About as many as are mostly drafted: one that is dropped cost little. A draft that is
+        # longer than most goes on, and the longer it is already, the further.
+        least = MIN_FURTHER if number else MIN_AHEAD
+        usual = max(self.strategy.usual_steps.value - number, number // 2, least)
+        possible = (one for one in AHEAD if one <= most)
+        steps = min(possible, key=lambda one: abs(one - usual))
         before = 0 if behind is None else behind.shape[1]
         positions = batch.positions([s + number - before for s in self._starts], before + steps)
         draws = self._draws(number, steps, path.tokens)

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import NamedTuple, Protocol, runtime_checkable
+from functools import cache
+from typing import Any, NamedTuple, Protocol, TypeGuard, runtime_checkable
 
 from torch import Tensor, nn
 
@@ -71,3 +72,15 @@ class DraftsAhead(Protocol):
             one.
         """
         ...
+
+
+def drafts_ahead(decoder: object) -> TypeGuard[DraftsAhead]:
+    """Return whether a decoder can run several draft steps in one call."""
+    kind: Any = type(decoder)
+    return _drafts_ahead(kind)
+
+
+@cache
+def _drafts_ahead(kind: Any) -> bool:
+    # Looking methods up anew takes a hundredth of a small model's step.
+    return issubclass(kind, DraftsAhead)

@@ -140,8 +140,8 @@ class OnnxDecoder(WrappedDecoder):
         exit_layer: int = 0,
     ) -> tuple[Tensor | None, Tensor]:
         """Run the whole model on tokens, in one graph where it is small. See `SplitDecoder`."""
-        injects = positions.injects or not self._looks_up
-        if not self.recomputes or injects or not self._decodes(cache):
+        whole = self.recomputes and self._looks_up
+        if not whole or positions.injects or not self._decodes(cache):
             return super().forward_tokens(token_ids, positions, cache, exit_layer)
         return self._run_all(token_ids, (positions, cache), exit_layer, logits=True)
 
@@ -223,7 +223,7 @@ class OnnxDecoder(WrappedDecoder):
         behind: Tensor | None = None,
         draws: Draws | None = None,
     ) -> list[tuple[list[int], list[float]]] | None:
-        """Run several draft steps in one graph. See `DraftsAhead`."""
+        """Run several draft steps in one graph. See `DraftsAhead.draft_ahead`."""
         if positions.injects or not self.recomputes or not self._decodes(cache):
             return None
         with self._turn:
@@ -285,12 +285,10 @@ class OnnxDecoder(WrappedDecoder):
     def _pass(self, positions: Positions, cache: DecoderCache) -> StackPass:
         return StackPass(positions, cache, self._rotations.of(positions, cache.capacity))
 
-    def _draft_inputs(
-        self, fused: DraftPass, positions: Positions, cache: DecoderCache
-    ) -> PassInputs:
-        rotations = self._rotations.of(positions, cache.capacity)
-        own = {name: rotations[name] for name in fused.rotations}
-        return PassInputs(positions.starts, own, lend_rows(cache, positions, fused.caches))
+    def _draft_inputs(self, step: DraftPass, places: Positions, cache: DecoderCache) -> PassInputs:
+        rotations = self._rotations.of(places, cache.capacity)
+        own = {name: rotations[name] for name in step.rotations}
+        return PassInputs(places.starts, own, lend_rows(cache, places, step.caches))
 
     @property
     def _looks_up(self) -> bool:
