@@ -28,8 +28,8 @@ def test_rounding_is_to_the_nearest(bits: int, width: int) -> None:
 def test_products_are_those_of_the_rounded_weights(bits: int) -> None:
     pytest.importorskip("onnxruntime")
     from fastvlm.runtimes.graph_parts import Head
-    from fastvlm.runtimes.layer_graph import head_graph
     from fastvlm.runtimes.head_pass import HeadPass
+    from fastvlm.runtimes.layer_graph import head_graph
 
     weight, x = torch.randn(48, 70), torch.randn(1, 3, 70)
     found = HeadPass(head_graph(Head(None, Product(weight, None)), bits), 48).run(x)

@@ -38,6 +38,7 @@ class Draft:
             verify computes them anyway.
         progress: The state of the rule for the draft length; None where no rule decided.
         times: When each step began, and when the last one ended, in seconds.
+        step: See `Timings.step`.
         computed: The positions whose layers drafting has run, of each row's last committed token
             and of drafted ones.
         forced: Whether rows end in tokens that no drafter has proposed, see `add_forced`.
@@ -47,6 +48,7 @@ class Draft:
     hidden: Tensor | None = None
     progress: Progress | None = None
     times: list[float] = field(default_factory=list)
+    step: float | None = None
     computed: int = 0
     forced: bool = False
 
@@ -58,7 +60,7 @@ class Draft:
     def timings(self, verified: float) -> Timings:
         """Return the time of each part of the cycle, given when the verify ended."""
         steps = [end - begin for begin, end in pairwise(self.times)]
-        return Timings(steps, verified - self.times[-1])
+        return Timings(steps, verified - self.times[-1], self.step)
 
 
 def draft_loop(
@@ -98,7 +100,7 @@ def draft_loop(
     times = [batch.clock()]
     last, ends = batch.last, [slot.request.end_token_ids for slot in batch.slots]
     drafted_ahead: list[StepTokens] | None = None
-    evenly = False
+    together = 0
     while True:
         progress.ahead = bool(drafted_ahead)
         going = length.should_continue(progress) if step else []
@@ -113,7 +115,7 @@ def draft_loop(
         if ahead is not None and not drafted_ahead:
             most = min(max(limits), length.maximum) - progress.steps
             drafted_ahead = ahead(last, progress.steps, most)
-            evenly = evenly or bool(drafted_ahead)
+            together += len(drafted_ahead or ())
         if drafted_ahead:
             last, confidences = drafted_ahead.pop(0)
         else:
@@ -126,11 +128,14 @@ def draft_loop(
             more = len(rows[row]) < limits[row]
             progress.active[row] = more and last[row] not in ends[row]
         times.append(batch.clock())
-    if evenly:
+    step_time = None
+    if together:
         # What was drafted together, and what was dropped of it, took each token equally long.
-        begun, each = times[0], (times[-1] - times[0]) / progress.steps
+        begun, taken = times[0], times[-1] - times[0]
+        each = taken / progress.steps
         times = [begun + each * number for number in range(progress.steps + 1)]
-    return Draft(rows, progress=progress, times=times)
+        step_time = taken / max(together, progress.steps)
+    return Draft(rows, progress=progress, times=times, step=step_time)
 
 
 def _chosen(

@@ -156,8 +156,9 @@ class Sampler:
         """Return the tokens of positions, up to the first that differs from a draft at least."""
         count, chosen = len(logits), list[int]()
         scores = None if self.needs_prefix else self._processed([], logits, masks)
-        # Of a large vocabulary, positions that a wrong token makes needless would take time.
-        step = 1 if scores is None else max(BLOCK_TOKENS // logits.shape[-1], 1)
+        # Positions that a wrong token makes needless would take time.
+        one_by_one = scores is None or (self.seed is not None and logits.device.type == "cpu")
+        step = 1 if one_by_one else max(BLOCK_TOKENS // logits.shape[-1], 1)
         for begin in range(0, count, step):
             if scores is None:
                 prefix = [*self.prompt_token_ids, *reply, *drafted[:begin]]

@@ -72,10 +72,13 @@ class Timings:
     Args:
         steps: Each draft step; the first one includes positions that the drafter had not seen.
         verify: The verify pass.
+        step: What a step took where several were run together, those included whose tokens were
+            dropped; None where each was timed by itself.
     """
 
     steps: list[float]
     verify: float
+    step: float | None = None
 
 
 class DraftLength(Protocol):

@@ -183,7 +183,9 @@ class Throughput:
         # The first step may have caught up on what the drafter had not seen, and single ones may
         # have waited for other work: what counts is what one more step usually takes.
         first, *more = timings.steps
-        if more or not self.step.weight:
+        if timings.step is not None:
+            self.step.add(timings.step)
+        elif more or not self.step.weight:
             self.step.add(statistics.median(more or [first]))
         else:
             self.step.add(min(first, self.step.value))

@@ -10,11 +10,11 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from functools import lru_cache
+from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
-
-from fastvlm.functional.best import best_columns
 
 MAX_SEED = 2**64
 """Seeds are below this."""
@@ -24,6 +24,8 @@ BLOCK_TOKENS = 2**16
 """Tokens, of one position or of several, whose random bits are computed at once."""
 BLOCK_POSITIONS = 16
 """The most positions of a reply whose random bits are computed at once."""
+RARE = int(1.01 * math.exp(-NEAR) * 2**31)
+"""Noise is above `NEAR` for uniform numbers below exp(-NEAR) = 4.5e-5: these bits, and a margin."""
 _LOW_32_BITS = 2**32 - 1
 
 
@@ -49,7 +51,14 @@ def gumbel(
     """
     if vocabulary_size is None:
         return _of_bits(_bits(seeds, positions, _spread(tokens)), dtype)
-    return _of_bits(_bits_of(seeds, positions, tokens, vocabulary_size, tokens.device), dtype)
+    at_once = _at_once(vocabulary_size)
+    if at_once == 1:
+        return _of_bits(_bits(seeds, positions, _spread(tokens)), dtype)
+    rows = [
+        _noise_block(seed, place // at_once, vocabulary_size, _Held(tokens), dtype)[place % at_once]
+        for seed, place in zip(seeds, positions, strict=True)
+    ]
+    return torch.stack(rows)
 
 
 def noisy_best(
@@ -77,15 +86,34 @@ def noisy_best(
     if scores.device.type != "cpu":
         # Selecting tokens would wait for the device.
         return (scores + _of_bits(bits, scores.dtype)).argmax(-1)
-    best = best_columns(scores)[:, None]
-    reached = scores.gather(1, best) + _of_bits(bits.gather(1, best), scores.dtype)
-    # Noise is above `NEAR` for uniform numbers below exp(-NEAR) = 4.5e-5, and a margin.
-    rare = bits < int(1.01 * math.exp(-NEAR) * 2**31)
-    able = ((scores > reached - NEAR) | rare).nonzero(as_tuple=True)
-    found = torch.full_like(scores, -torch.inf)
-    found[able] = scores[able] + _of_bits(bits[able], scores.dtype)
-    # Where nothing has a chance, it is the first of all.
-    return best_columns(found)
+    rows = zip(scores.detach().numpy(), bits.numpy(), strict=True)
+    return torch.tensor([_best_of_row(*row) for row in rows])
+
+
+def _best_of_row(scores: Any, bits: Any) -> int:
+    """Return the column of one row, given its bits. See `noisy_best`.
+
+    NumPy selects and computes so few numbers in a fraction of the time of torch's calls.
+    """
+    best = int(scores.argmax())
+    if scores[best] == -math.inf:
+        # Where nothing has a chance, it is the first of all.
+        return 0
+    reached = scores[best] + _noise(bits[best : best + 1], scores.dtype)[0]
+    able = np.flatnonzero((scores > reached - NEAR) | (bits < RARE))
+    found = scores[able] + _noise(bits[able], scores.dtype)
+    return int(able[found.argmax()]) if len(able) else 0
+
+
+def _noise(bits: Any, dtype: Any) -> Any:
+    """Return what `_of_bits` does, of arrays of NumPy."""
+    uniform = (bits.astype(dtype) + dtype.type(0.5)) * dtype.type(2.0**-31)
+    return -np.log(-np.log1p(-uniform.clip(max=1 - 2.0**-24)))
+
+
+def _at_once(size: int) -> int:
+    """Return of how many positions bits are computed at once, for a vocabulary of a size."""
+    return max(min(BLOCK_TOKENS // size, BLOCK_POSITIONS), 1)
 
 
 def _bits_of(
@@ -96,8 +124,8 @@ def _bits_of(
     device: torch.device,
 ) -> Tensor:
     """Return the random bits of tokens, or of a whole vocabulary of a size: (rows, tokens)."""
-    at_once = min(BLOCK_TOKENS // size, BLOCK_POSITIONS)
-    if at_once <= 1:
+    at_once = _at_once(size)
+    if at_once == 1:
         spread = _spread_vocabulary(size, device) if tokens is None else _spread(tokens)
         return _bits(seeds, positions, spread)
     # The drafter asks for the same ones before the target does, and both position by position.
@@ -114,6 +142,29 @@ def _block(seed: int, number: int, length: int, size: int, device: torch.device)
     """Return the random bits of positions that follow one another: (positions, vocabulary)."""
     positions = range(number * length, (number + 1) * length)
     return _bits([seed] * length, positions, _spread_vocabulary(size, device))
+
+
+class _Held:
+    """Stands for a tensor by its identity, and holds it, so that no other comes to lie there."""
+
+    def __init__(self, tensor: Tensor) -> None:
+        self.tensor = tensor
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, _Held) and other.tensor is self.tensor
+
+    def __hash__(self) -> int:
+        return id(self.tensor)
+
+
+@lru_cache(maxsize=64)
+def _noise_block(seed: int, number: int, size: int, held: _Held, dtype: torch.dtype) -> Tensor:
+    """Return the noise of some tokens at positions that follow one another: (positions, tokens).
+
+    What is rejected is drafted again from the same noise.
+    """
+    tokens = held.tensor
+    return _of_bits(_block(seed, number, _at_once(size), size, tokens.device)[:, tokens], dtype)
 
 
 def _spread(tokens: Tensor) -> Tensor:
