@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
+from itertools import pairwise
 from typing import Any
 
 import pytest
@@ -81,6 +82,9 @@ def test_rounding_depends_on_neither_width_nor_batch(
         same, x = decoder.forward_all(embedded, positions, cache, 2)
         assert torch.equal(same, exits)
         assert torch.equal(decoder.head(x), logits)
+        token_ids = [row.tolist() for row in some]
+        begun = decoder.forward_tokens(token_ids, positions, cache, 2)
+        assert all(map(torch.equal, begun, (exits, logits)))
         if largest:
             # Where all layers are one graph, an exit changes nothing.
             _, last = decoder.forward_all(embedded, positions, cache)
@@ -429,6 +433,23 @@ def test_weights_that_change_are_followed(qwen: PreTrainedModel) -> None:
     after = replies(decoder, "early-exit", given)
     assert after != before
     assert after == replies(split_decoder(model), "autoregressive", given)
+
+
+@torch.inference_mode()
+def test_rotations_and_embeddings_that_change_are_followed(qwen: PreTrainedModel) -> None:
+    model = tiny(qwen.config)
+    decoder = OnnxDecoder(split_decoder(model))
+    given = prompts(decoder, (8,))
+    found = [replies(decoder, "block", given)]
+    model.model.rotary_emb.inv_freq.mul_(0.25)
+    found.append(replies(decoder, "block", given))
+    model.model.embed_tokens.weight[3:] = model.model.embed_tokens.weight[3:].flip(0)
+    found.append(replies(decoder, "block", given))
+    # A hook does more than looking rows up.
+    model.model.embed_tokens.register_forward_hook(lambda _, __, states: -states)
+    found.append(replies(decoder, "block", given))
+    assert all(one != other for one, other in pairwise(found))
+    assert found[-1] == replies(split_decoder(model), "autoregressive", given)
 
 
 @pytest.mark.parametrize("family", OTHERS)

@@ -370,9 +370,7 @@ class OnnxDecoder(WrappedDecoder):
         for path, _ in self._drafts.values():
             modules += path.blocks if path.mlp is None else [path.mlp]
         drafts = [weight for one in dict.fromkeys(modules) for weight in one.parameters()]
-        turns = [rotary.module for rotary in self.split.rotary.values() if rotary.is_static]
-        tables = [buffer for module in turns for buffer in module.buffers()]
-        return weights_state(self.model), identities([*drafts, *tables])
+        return weights_state(self.model), identities(drafts), self._rotations.state
 
     def _forget(self) -> None:
         """Pack all weights anew where they are next needed."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Hashable, Mapping
 
 import torch
 from torch import Tensor
@@ -63,6 +63,12 @@ class GraphRotations:
                 each = table[..., ::2] if rotation.interleaved else table.chunk(2, -1)[0]
                 found[name] = each
         return found
+
+    @property
+    def state(self) -> Hashable:
+        """What changes whenever tables of all positions would: the frequencies, a few numbers."""
+        modules = [rotary.module for rotary in self.split.rotary.values() if rotary.is_static]
+        return tuple(tuple(one.tolist()) for module in modules for one in module.buffers())
 
     def forget(self) -> None:
         """Make the tables of all positions anew where they are next asked for."""
