@@ -49,10 +49,8 @@ def gumbel(
         vocabulary_size: Size of the vocabulary that they are of, for bits that are kept for the
             target's own draws; None where it draws from none.
     """
-    if vocabulary_size is None:
-        return _of_bits(_bits(seeds, positions, _spread(tokens)), dtype)
-    at_once = _at_once(vocabulary_size)
-    if at_once == 1:
+    at_once = 1 if vocabulary_size is None else _at_once(vocabulary_size)
+    if vocabulary_size is None or at_once == 1:
         return _of_bits(_bits(seeds, positions, _spread(tokens)), dtype)
     rows = [
         _noise_block(seed, place // at_once, vocabulary_size, _Held(tokens), dtype)[place % at_once]

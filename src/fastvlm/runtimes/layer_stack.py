@@ -176,7 +176,10 @@ class LayerStack:
             if key.logits:
                 assert self.head is not None  # only the target's stack is asked for logits
                 head = self.head()
-            rows = self.embedding() if key.tokens and self.embedding is not None else None
+            rows = None
+            if key.tokens:
+                assert self.embedding is not None  # nor for passes that begin with tokens
+                rows = self.embedding()
             graph = layers_graph(
                 read, self.bits, key.kind, exit_layer=key.exit_layer, head=head, embedding=rows
             )

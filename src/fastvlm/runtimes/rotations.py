@@ -78,7 +78,7 @@ class GraphRotations:
         """Return what rotations of a kind are like, by those of the first positions."""
         positions = Positions.whole([SEEN], CPU)
         found = self.split.rotary[kind](torch.zeros(1, SEEN, self.split.width), positions)
-        if isinstance(found, tuple) and len(found) == 2 and found[0].dim() == 3:  # noqa: PLR2004
+        if isinstance(found, tuple) and [one.dim() for one in found] == [3, 3]:
             table, size = found[0], found[0].shape[-1]
             if torch.equal(*table.chunk(2, -1)):
                 return Rotation(number, size, interleaved=False)
