@@ -322,6 +322,34 @@ def uneven() -> str:
     return "\n".join(lines)
 
 
+def batched() -> str:
+    """Return what drafts are worth in batches, as Markdown."""
+    record = read("batches")
+    kinds = {"scenes": "rendered scenes", "photos": "photos"}
+    heads = "".join(
+        f" {title}: tokens/s without drafts | with | speedup |" for title in kinds.values()
+    )
+    lines = [f"| requests |{heads}", f"|---|{'---:|' * 3 * len(kinds)}"]
+    for size in record["images"]["photos"]:
+        cells = ""
+        for kind in kinds:
+            row = record["images"][kind][size]
+            low, high = row["ratio_iqr"]
+            cells += f" {row['ordinary']:.0f} | {row['drafts']:.0f} |"
+            cells += f" {row['ratio']:.2f}x ({low:.2f}-{high:.2f}) |"
+        lines.append(f"| {size} |{cells}")
+    machine = record["hardware"]
+    lines += [
+        "",
+        (
+            "The example model with `cascade`, medians (quartiles) of batches, each decoded with"
+            " and without drafts in turn; every reply has the tokens that it has alone. float32,"
+            f" {machine['threads']} threads of {machine['processor']}."
+        ),
+    ]
+    return "\n".join(lines)
+
+
 def sampling() -> str:
     """Return what shared noise accepts beside rejection sampling, as Markdown."""
     record = read("sampling")
@@ -484,6 +512,7 @@ DOCUMENTS: dict[str, dict[str, Callable[[], str]]] = {
     "docs/architecture.md": {
         "runtimes": runtimes,
         "sampling": sampling,
+        "batched": batched,
         "uneven": uneven,
     },
     "docs/scale.md": {

@@ -120,8 +120,10 @@ def test_batches(run: Run, photos: Path) -> None:
     images = photos / "images"
     found = run("batches", "--photos", images, "--batches", 1, "--threads", 1, SIZES=(1, 2),
                 MAX_NEW_TOKENS=8)  # fmt: skip
-    assert set(found["sizes"]) == {"1", "2"}
-    assert all(row["ordinary"] > 0 and row["ratio"] > 0 for row in found["sizes"].values())
+    assert set(found["images"]) == {"scenes", "photos"}
+    for sizes in found["images"].values():
+        assert set(sizes) == {"1", "2"}
+        assert all(row["ordinary"] > 0 and row["ratio"] > 0 for row in sizes.values())
 
 
 @pytest.mark.slow
