@@ -220,18 +220,12 @@ def _unit_offset_norm(norm: Any, x: Tensor) -> Tensor:
 
 
 def _scaled(x: Tensor, eps: float) -> Tensor:
-    """Return vectors in float32, divided by the root of their mean square."""
+    """Return vectors in float32, divided by the root of their mean square.
+
+    The operators are the models' own: in 16 bits another last bit would be other tokens.
+    """
     x = x if x.dtype == torch.float32 else x.float()
-    # A length takes half as long as a mean of squares.
-    length = torch.linalg.vector_norm(x, dim=-1, keepdim=True)
-    return x * torch.addcmul(_number(eps), length, length, value=1 / x.shape[-1]).rsqrt_()
-
-
-@cache
-def _number(value: float) -> Tensor:
-    """Return a number as a tensor, which takes as long to make as a small operator."""
-    with torch.inference_mode(False):
-        return torch.tensor(value)
+    return x * x.pow(2).mean(-1, keepdim=True).add_(eps).rsqrt_()
 
 
 @cache
