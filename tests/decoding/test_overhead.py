@@ -19,7 +19,7 @@ from tests.models import LIVELY
 
 OWN = (str(Path(fastvlm.__file__).parent), "<string>")
 """Where our functions are, and those that dataclasses make."""
-LAYERS = ("bare.py", "fused.py", "packed.py", "merged.py", "products.py")
+LAYERS = ("bare.py", "fused.py", "packed.py", "products.py")
 """Where layers are computed in the place of the model's own code."""
 
 

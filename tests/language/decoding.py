@@ -33,7 +33,6 @@ def pack_small(monkeypatch: pytest.MonkeyPatch) -> None:
     """Have small matrices packed too, as the models of the tests have no others."""
     monkeypatch.setattr("fastvlm.functional.products.SMALLEST_IN_16_BITS", 1)
     monkeypatch.setattr("fastvlm.functional.products.SMALLEST_IN_32_BITS", 1)
-    monkeypatch.setattr("fastvlm.functional.products.SMALLEST_OF_SEVERAL", 1)
 
 
 def network(

@@ -20,9 +20,8 @@ MAX_SEED = 2**64
 """Seeds are below this."""
 NEAR = 10.0
 """A score that is so far below another one wins by rare noise only, in one of 22,026 draws."""
-BLOCK_TOKENS = 2**15 - 1
-"""Tokens, of one position or of several, whose random bits are computed at once: as many as one
-thread computes. Others of torch's would wait for more beside those that compute the next pass."""
+BLOCK_TOKENS = 2**16
+"""Tokens, of one position or of several, whose random bits are computed at once."""
 BLOCK_POSITIONS = 16
 """The most positions of a reply whose random bits are computed at once."""
 RARE = int(1.01 * math.exp(-NEAR) * 2**31)

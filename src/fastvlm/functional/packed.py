@@ -13,22 +13,17 @@ from functools import partial
 from threading import Lock
 from typing import Any, Generic, TypeVar
 
-import numpy as np
 import torch
-from numpy.lib.stride_tricks import as_strided
-from numpy.typing import NDArray
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from fastvlm.functional.products import Product, available, packs, product_of
+from fastvlm.functional.sampled import sampled
 
-SAMPLED_LINES, LINE_BYTES = 4, 64
-"""Pieces of a matrix that are compared at each product. Each is a line of a cache, and has to be
-fetched from memory, as nothing else reads the matrix: as many single values would take 5 times as
-long as a small operator."""
+SAMPLED_WEIGHTS = 32
+"""Weights of a matrix that are compared at each product: 1 to 5 microseconds."""
 
 
-P = TypeVar("P", bound=Product)
 P_co = TypeVar("P_co", bound=Product, covariant=True)
 
 
@@ -41,27 +36,38 @@ class PackedWeight(Generic[P_co]):
         weight: The parameter that was packed.
         version: Its version, which counts what is written to it.
         address: Where its values lie.
-        sample: A view of some of its bytes, spread evenly from its first row to its last.
-        values: Those bytes as they were.
+        sample: A strided view of some of its values, over all of its rows and columns.
+        values: Those values as they were.
     """
 
     product: P_co
     weight: Tensor
     version: int
     address: int
-    sample: NDArray[np.uint8]
-    values: bytes
+    sample: Tensor
+    values: Tensor
 
-    @staticmethod
-    def of(weight: Tensor, pack: Callable[[Tensor], P_co | None]) -> PackedWeight[P_co] | None:
+    @classmethod
+    def of(cls, weight: Tensor, pack: Callable[[Tensor], P_co | None]) -> PackedWeight[P_co] | None:
         """Pack a weight; None where that doesn't pay.
 
         Args:
             weight: The parameter: (out_features, in_features), or that of a 1x1 convolution.
             pack: What packs it, see `product_of`.
         """
-        product = pack(weight.detach().flatten(1))
-        return None if product is None else packed_weight(weight, product)
+        values = weight.detach().flatten(1)
+        product = pack(values)
+        if product is None:
+            return None
+        sample = sampled(values, SAMPLED_WEIGHTS)
+        return cls(
+            product,
+            weight,
+            weight._version,
+            weight.data_ptr(),
+            sample,
+            sample.clone(),
+        )
 
     def is_of(self, weight: Tensor) -> bool:
         """Return whether a weight is the one that was packed, and unchanged as far as can be told.
@@ -73,30 +79,8 @@ class PackedWeight(Generic[P_co]):
             weight is self.weight
             and weight._version == self.version
             and weight.data_ptr() == self.address
-            and self.sample.tobytes() == self.values
+            and torch.equal(self.sample, self.values)
         )
-
-
-def packed_weight(weight: Tensor, product: P) -> PackedWeight[P]:
-    """Return a weight as it is now, beside what multiplies by it.
-
-    Args:
-        weight: The parameter, as of `PackedWeight.of`.
-        product: What multiplies by it.
-    """
-    sample = _lines(weight.detach())
-    return PackedWeight(
-        product, weight, weight._version, weight.data_ptr(), sample, sample.tobytes()
-    )
-
-
-def _lines(weight: Tensor) -> NDArray[np.uint8]:
-    """Return a view of some of a contiguous weight's bytes."""
-    whole = weight.view(-1).view(torch.uint8).numpy()
-    if whole.size <= SAMPLED_LINES * LINE_BYTES:
-        return whole
-    stride = (whole.size // LINE_BYTES - 1) // (SAMPLED_LINES - 1) * LINE_BYTES
-    return as_strided(whole, (SAMPLED_LINES, LINE_BYTES), (stride, 1), writeable=False)
 
 
 class PackedLinear(nn.Linear):
@@ -155,29 +139,20 @@ def pack(
     taken = 0
     if not available():
         return taken
-    layers = layers_to_pack(modules)
-    twice = fits_twice(layers, most_bytes)
+    parts = (part for module in modules for part in module.modules())
+    found = (part for part in parts if isinstance(part, nn.Linear) and may_pack(part))
+    layers = list(dict.fromkeys(found))
+    # Rather every layer once than some of them twice.
+    twice = 2 * sum(layer.weight.nbytes for layer in layers) <= most_bytes
     for layer in layers:
         # No packed weight takes less than 2 bytes.
         if taken + 2 * layer.weight.numel() > most_bytes:
             continue
         packed = PackedWeight.of(layer.weight, how or partial(product_of, twice=twice))
         if packed is not None and taken + packed.product.nbytes <= most_bytes:
-            hold(layer, packed)
+            _pack(layer, packed)
             taken += packed.product.nbytes
     return taken
-
-
-def layers_to_pack(modules: Iterable[nn.Module]) -> list[nn.Linear]:
-    """Return the linear layers of some modules whose weights can be packed here, each once."""
-    parts = (part for module in modules for part in module.modules())
-    found = (part for part in parts if isinstance(part, nn.Linear) and may_pack(part))
-    return list(dict.fromkeys(found))
-
-
-def fits_twice(layers: Iterable[nn.Linear], most_bytes: int) -> bool:
-    """Return whether weights may be held in two layouts: rather all once than some twice."""
-    return 2 * sum(layer.weight.nbytes for layer in layers) <= most_bytes
 
 
 def may_pack(layer: nn.Linear) -> bool:
@@ -192,8 +167,7 @@ def may_pack_weight(weight: Tensor) -> bool:
     return plain and weight.device.type == "cpu" and packs(weight.dtype)
 
 
-def hold(layer: nn.Linear, packed: PackedWeight[Product]) -> None:
-    """Make a layer one that multiplies by its packed weights."""
+def _pack(layer: nn.Linear, packed: PackedWeight[Product]) -> None:
     held: Any = layer
     with _changing:
         held.packed = packed

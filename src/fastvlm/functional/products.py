@@ -32,8 +32,6 @@ SMALLEST_IN_32_BITS = 2**18
 """Weights of a matrix that is worth packing: of fewer, the call costs more than is saved."""
 SMALLEST_FOR_THREADS = 2**20
 """Weights of a matrix that threads may share: of fewer, calling them costs more than is saved."""
-SMALLEST_OF_SEVERAL = 2**19
-"""Weights of a matrix that is made of several: of fewer, threads that share it gain nothing."""
 ROWS, MANY_ROWS = 16, 1024
 """Rows of the products that oneDNN's layout is made for: of few, and of an encoder's positions."""
 PROMPT_POSITIONS = 64
@@ -162,27 +160,6 @@ def product_of(weight: Tensor, *, twice: bool = False) -> Product | None:
     if half is not None or small or weight.dtype == torch.float16:
         return half
     return OneDnnProduct(weight)
-
-
-def product_of_several(weight: Tensor, *, twice: bool) -> Product | None:
-    """Return what multiplies by several matrices at once; None where that gains nothing.
-
-    It multiplies by the packed matrix alone: there is no plain one of all.
-
-    Args:
-        weight: The matrices, one beneath another. See `product_of`.
-        twice: Whether it may be held in two layouts.
-    """
-    functions = half_functions() if torch.get_num_threads() == 1 else half_functions_in_threads()
-    short = weight.dtype == torch.bfloat16
-    if functions is None or weight.numel() < SMALLEST_OF_SEVERAL or (short and not half_gains()):
-        return None
-    scale = half_scale(weight) if twice or not short else None
-    if scale is None:
-        return None
-    few = HalfProduct(weight, scale, functions)
-    many = FEW_ROWS * weight.shape[1]
-    return ProductByRows(few, OneDnnProduct(weight), many) if short else few
 
 
 def product_of_many(weight: Tensor) -> OneDnnProduct | None:

@@ -24,7 +24,6 @@ from torch.nn.modules import module as nn_module
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-from fastvlm.functional.merged import products
 from fastvlm.language.bare import is_bare
 from fastvlm.language.cache import KeyValueCache
 from fastvlm.language.layer_calls import CACHE_NAMES
@@ -42,9 +41,6 @@ FEED_FORWARDS = ("llama.LlamaMLP",)
 NORMS = ("llama.LlamaRMSNorm",)
 UNIT_OFFSET_NORMS = ("gemma3.Gemma3RMSNorm",)
 """Classes of `transformers` whose code is known. Norms of the last kind multiply by 1 + weight."""
-
-PROJECTIONS, GATED = ("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj")
-"""Linear layers of attention, and of feed-forward networks, that are given the same states."""
 
 Norm = Callable[[Any, Tensor], Tensor]
 
@@ -145,13 +141,6 @@ def kind_of(layer: nn.Module) -> LayerKind | None:
     return kind if bare else None
 
 
-def merged_layers(layer: nn.Module) -> list[list[nn.Module]]:
-    """Return those of a layer's linear layers that `run_layer` gives the same states."""
-    parts: Any = layer._modules
-    named = ((parts["self_attn"], PROJECTIONS), (parts["mlp"], GATED))
-    return [[part._modules[name] for name in names] for part, names in named]
-
-
 def run_layer(layer: nn.Module, kind: LayerKind, x: Tensor, inputs: LayerInputs) -> Tensor:
     """Return a layer's hidden states: (batch, width, d_model) to the same."""
     parts: Any = layer._modules
@@ -169,13 +158,13 @@ def _attend(attention: Any, norm: Norm, x: Tensor, inputs: LayerInputs) -> Tenso
     parts = attention._modules
     batch, width, _ = x.shape
     shape = batch, width, -1, attention.head_dim
-    projected = products([parts[name] for name in PROJECTIONS], x)
-    queries, keys, values = (one.view(shape) for one in projected)
+    queries, keys = parts["q_proj"](x).view(shape), parts["k_proj"](x).view(shape)
+    values = parts["v_proj"](x).view(shape).transpose(1, 2)
     if "q_norm" in parts:
         queries, keys = norm(parts["q_norm"], queries), norm(parts["k_norm"], keys)
     queries = _rotate(queries.transpose(1, 2), inputs)
     keys = _rotate(keys.transpose(1, 2), inputs)
-    keys, values = inputs.cache.update(keys, values.transpose(1, 2), attention.layer_idx)
+    keys, values = inputs.cache.update(keys, values, attention.layer_idx)
     heads, groups = queries.shape[1], queries.shape[1] // keys.shape[1]
     if groups > 1 and (width == 1 or inputs.mask is not None):
         # Side by side the queries of a head of keys need no copies of it.
@@ -204,8 +193,7 @@ def _rotate(x: Tensor, inputs: LayerInputs) -> Tensor:
 
 def _feed_forward(part: Any, x: Tensor) -> Tensor:
     parts = part._modules
-    gate, up = products([parts[name] for name in GATED], x)
-    found: Tensor = parts["down_proj"](parts["act_fn"](gate) * up)
+    found: Tensor = parts["down_proj"](parts["act_fn"](parts["gate_proj"](x)) * parts["up_proj"](x))
     return found
 
 

@@ -2,16 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-from functools import partial
-
-from torch import nn
 from transformers import PreTrainedModel
 
-from fastvlm.functional.merged import merge
-from fastvlm.functional.packed import fits_twice, layers_to_pack, pack
-from fastvlm.functional.products import available, product_of
-from fastvlm.language.fused import kind_of, merged_layers
+from fastvlm.functional.packed import pack
 from fastvlm.language.structure import text_decoder
 
 PACKED_BYTES = 4 * 2**30
@@ -37,30 +30,4 @@ def pack_decoder(model: PreTrainedModel, most_bytes: int = PACKED_BYTES) -> int:
     Returns:
         The bytes that they take.
     """
-    return pack_layers([text_decoder(model), model.get_output_embeddings()], most_bytes)
-
-
-def pack_layers(modules: Iterable[nn.Module], most_bytes: int = PACKED_BYTES) -> int:
-    """Pack the linear layers of a decoder's parts, or of a draft, as `pack_decoder` does.
-
-    Where layers are computed in fewer operators (see `fused`), what multiplies the same states is
-    packed as one.
-
-    Args:
-        modules: The parts.
-        most_bytes: The most memory for packed weights.
-
-    Returns:
-        The bytes that they take.
-    """
-    if not available():
-        return 0
-    modules = list(modules)
-    twice = fits_twice(layers_to_pack(modules), most_bytes)
-    taken = 0
-    for module in modules:
-        for part in module.modules():
-            if kind_of(part) is not None:
-                for layers in merged_layers(part):
-                    taken += merge(layers, most_bytes - taken, twice=twice)
-    return taken + pack(modules, most_bytes - taken, partial(product_of, twice=twice))
+    return pack([text_decoder(model), model.get_output_embeddings()], most_bytes)

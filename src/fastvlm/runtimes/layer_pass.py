@@ -70,14 +70,12 @@ class _Bound:
     """
 
     binding: Any
+    inputs: dict[str, Tensor]
     rotations: dict[str, Tensor]
     """Where those of a pass are written: (batch, width, size) each."""
+    outputs: list[Tensor]
     arrays: dict[str, Any]
-    """The inputs, as arrays of NumPy."""
-    outputs: list[Any]
-    """As arrays, too. From some ten thousand numbers on torch would share copies among threads of
-    its own, which then wait in a loop for more, beside those of the next pass: of five positions
-    and more, a small model's took up to twice as long."""
+    """The inputs of whole numbers, as arrays of NumPy."""
     memory: tuple[Any, ...] = ()
     """What stands for where keys, values and tables of all positions lie that are bound."""
 
@@ -122,7 +120,10 @@ class LayerPass:
                 self._bound[key] = bound
         self._bind_memory(bound, given, width)
         arrays = bound.arrays
-        arrays["x"][:] = x.detach().numpy() if isinstance(x, Tensor) else x
+        if isinstance(x, Tensor):
+            bound.inputs["x"].copy_(x)
+        else:
+            arrays["x"][:] = x
         whole = self.kind == "single" and given.by_position
         if not whole:
             for name, values in given.rotations_of(width).items():
@@ -135,7 +136,7 @@ class LayerPass:
             arrays["total"].flat = ends
             arrays["last"].flat = [end - 1 for end in ends]
         self.session.run_with_iobinding(bound.binding)
-        return [torch.from_numpy(output.copy()) for output in bound.outputs]
+        return [output.clone() for output in bound.outputs]
 
     def _bind(self, x: Tensor, computed: int, given: PassInputs) -> _Bound:
         """Return inputs and outputs of passes of a shape, but for those of `_bind_memory`."""
@@ -157,11 +158,10 @@ class LayerPass:
             bind(binding.bind_input, name, tensor)
         outputs = []
         for name, size in self.outputs.items():
-            output = torch.empty(batch, width, size)
-            bind(binding.bind_output, name, output)
-            outputs.append(output.numpy())
-        arrays = {name: one.numpy() for name, one in inputs.items()}
-        return _Bound(binding, rotations, arrays, outputs)
+            outputs.append(torch.empty(batch, width, size))
+            bind(binding.bind_output, name, outputs[-1])
+        arrays = {name: one.numpy() for name, one in inputs.items() if not one.is_floating_point()}
+        return _Bound(binding, inputs, rotations, outputs, arrays)
 
     def _bind_memory(self, bound: _Bound, given: PassInputs, width: int) -> None:
         """Bind keys and values as inputs, and the same memory as outputs; and tables as long."""
@@ -171,7 +171,7 @@ class LayerPass:
         if memory == bound.memory:
             return
         capacity = caches[0].shape[2]
-        by_row = self.kind == "batched" and len(bound.arrays["x"]) > 1
+        by_row = self.kind == "batched" and len(bound.inputs["x"]) > 1
         for number, cache in enumerate(caches):
             seen = cache[rows].unsqueeze(1) if by_row else cache[rows]
             bind(bound.binding.bind_input, f"cached{number}", seen)

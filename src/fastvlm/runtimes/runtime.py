@@ -14,9 +14,10 @@ from fastvlm.checkpoints import LoadOptions
 from fastvlm.drafting.imitation import ImitationNetwork
 from fastvlm.functional.errors import InputError
 from fastvlm.functional.options import refuse_unknown
+from fastvlm.functional.packed import pack
 from fastvlm.language import split_decoder
 from fastvlm.language.decoder import SplitDecoder
-from fastvlm.language.packed import PACKED_BYTES, pack_decoder, pack_layers
+from fastvlm.language.packed import PACKED_BYTES, pack_decoder
 from fastvlm.language.quantised import checked_bits, quantise_decoder
 from fastvlm.language.structure import text_decoder
 from fastvlm.runtimes.quantised_weights import BITS
@@ -110,7 +111,7 @@ def decoder_of(
     else:
         quantise_decoder(model, checked_bits(options.quantize))
         left -= pack_decoder(model, left)
-        left -= pack_layers([] if network is None else [network], left)
+        left -= pack([] if network is None else [network], left)
         decoder = cuda_decoder(model) if options.runtime == "cuda" else split_decoder(model)
     for part in model.modules():
         if isinstance(part, FastViTHD):

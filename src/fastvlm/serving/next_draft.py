@@ -11,8 +11,8 @@ from fastvlm.drafting.directory import load_draft
 from fastvlm.drafting.imitation import ImitationNetwork
 from fastvlm.functional.digests import digest_of_weights
 from fastvlm.functional.errors import FastVlmError
-from fastvlm.functional.packed import PackedLinear
-from fastvlm.language.packed import pack_layers
+from fastvlm.functional.packed import PackedLinear, pack
+from fastvlm.language.packed import PACKED_BYTES
 from fastvlm.vlm import VisionLanguageModel
 
 LOGGER = logging.getLogger("fastvlm.serving")
@@ -66,7 +66,7 @@ class DraftWatch:
             return False
         before = self.vlm.network
         if before is None or any(isinstance(part, PackedLinear) for part in before.modules()):
-            pack_layers([network])
+            pack([network], PACKED_BYTES)
         self.vlm.network = network
         self.vlm.strategies.replace_network(network)
         LOGGER.info("a new draft is served", extra={"fields": {"draft": draft_label(network)}})
