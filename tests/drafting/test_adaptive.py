@@ -13,12 +13,7 @@ from fastvlm.drafting import AdaptiveLength, ConfidenceLength, DraftLength, Fixe
 from fastvlm.drafting.adaptive import PRIOR_TOKENS
 from fastvlm.drafting.draft_length import Offer, Progress, Timings
 from fastvlm.drafting.estimates import OUTLIER_RATIO, Duration, Mean
-from fastvlm.drafting.throughput import (
-    BUDGET_STEPS,
-    PROBE_STEPS,
-    PROBE_TIME_SHARE,
-    Throughput,
-)
+from fastvlm.drafting.throughput import BUDGET_STEPS, PROBE_TIME_SHARE, Throughput
 from fastvlm.functional.errors import InputError
 
 
@@ -314,42 +309,6 @@ def test_probes_are_paid_from_what_ordinary_steps_take() -> None:
             length.update(progress, [0], Timings([], 1.0))
     # A probe loses 1.3 steps.
     assert 0 < probes <= PROBE_TIME_SHARE * cycles / 1.3 + 2
-
-
-def test_the_first_draft_after_ordinary_steps_tells_nothing_of_others() -> None:
-    throughput, usual, first = Throughput(), Timings([0.2, 0.2], 1.2), Timings([0.8, 0.6], 1.6)
-    throughput.add_ordinary(1.0)
-    for _ in range(5):
-        throughput.add_draft(1.8, usual)
-    for _ in range(50):
-        throughput.add_ordinary(1.0)
-        throughput.add_draft(1.8, first)
-        throughput.add_draft(1.8, usual)
-    assert throughput.step.value == pytest.approx(0.2)
-    assert throughput.cycle.value == pytest.approx(1.6)
-    assert throughput.pays
-
-
-def test_debts_made_while_drafts_pay_are_small_and_others_are_paid_in_full() -> None:
-    throughput, steps = Throughput(), Timings([0.2, 0.2], 1.2)
-    throughput.add_ordinary(1.0)
-    for _ in range(100):
-        throughput.add_draft(2.4, steps)
-    hard = 0
-    while throughput.pays:
-        throughput.add_draft(1.0, steps)
-        hard += 1
-    # Each has lost 0.6 steps.
-    assert 0.6 * hard > BUDGET_STEPS + 2 * PROBE_STEPS
-    assert throughput.budget.drafts == -PROBE_STEPS
-    for place in range(1, 4):
-        throughput.add_draft(1.0, steps)
-        assert throughput.budget.drafts == pytest.approx(-PROBE_STEPS - 0.6 * place)
-    rests = 0
-    while not throughput.should_draft(pays=throughput.pays):
-        throughput.add_ordinary(1.0)
-        rests += 1
-    assert rests >= (2 * PROBE_STEPS + 3 * 0.6) / PROBE_TIME_SHARE
 
 
 def test_the_same_measurements_give_the_same_drafts() -> None:

@@ -13,12 +13,6 @@ BUDGET_STEPS = 8
 """Ordinary steps that drafting may lose: at first, and of what it has saved."""
 PROBE_TIME_SHARE = 0.01
 """The share of ordinary steps' time that drafts may cost where they don't pay."""
-PROBE_STEPS = 0.5
-"""Ordinary steps that drafts may lose once they have lost all: enough for several in a row, as the
-first one after ordinary steps tells little. Of what they lose while they seem to pay, debts beyond
-as many are remitted: a reply or two that are hard to draft would end drafts for many more."""
-AVERAGED_GAINS = 50
-"""The number of cycles over which tokens are averaged: they vary more than times do."""
 CLEAR_GAIN = 1.5
 """From what gain on it is clear that drafts pay, whatever the step before an ordinary one was."""
 RESTS = 15
@@ -33,17 +27,10 @@ class Budget:
 
     drafts: float = BUDGET_STEPS
     copies: float = BUDGET_STEPS
-    is_spent: bool = False
-    """Whether drafts have lost all, and not yet been allowed for `PROBE_STEPS` again."""
 
-    def add_drafts(self, steps: float, *, pay: bool = False) -> None:
-        """Add what drafts have gained, or lost; `pay`: while they seemed to pay."""
-        least = min(self.drafts, -PROBE_STEPS) if pay else -BUDGET_STEPS
-        self.drafts = min(max(self.drafts + steps, least), BUDGET_STEPS)
-        if self.drafts < 0:
-            self.is_spent = True
-        elif self.drafts >= PROBE_STEPS:
-            self.is_spent = False
+    def add_drafts(self, steps: float) -> None:
+        """Add what drafts have gained, or lost."""
+        self.drafts = min(max(self.drafts + steps, -BUDGET_STEPS), BUDGET_STEPS)
 
     def add_copies(self, steps: float) -> None:
         """Add what copies have gained, or lost."""
@@ -65,7 +52,7 @@ class Throughput:
         self.step, self.ordinary = Duration(), Duration()
         self.verify, self.cycle = Duration(), Duration()
         """Seconds of a draft step, an ordinary step, a verify, and a whole cycle with a draft."""
-        self.width, self.tokens = Mean(), Mean(AVERAGED_GAINS)
+        self.width, self.tokens = Mean(), Mean()
         """Tokens that a verify computes, and that a cycle with a draft brings."""
         self.verifies, self.rows = verifies or VerifyCost(), rows
         self._slope: float | None = None
@@ -108,7 +95,7 @@ class Throughput:
 
     def should_draft(self, *, pays: bool) -> bool:
         """Return whether drafts pay or have a budget, and no ordinary step has to be measured."""
-        return (pays or not self.budget.is_spent) and not self.wants_ordinary
+        return (pays or self.budget.drafts >= 0) and not self.wants_ordinary
 
     @property
     def wants_ordinary(self) -> bool:
@@ -193,26 +180,8 @@ class Throughput:
             timings: The time of each part of the cycle, in seconds.
             copied: Tokens of the longest row beyond the draft steps: they were copied.
         """
-        # What copied tokens took is no cost of the steps.
-        taken = sum(timings.steps) + timings.verify - self.slope * copied
-        seconds, is_first = self.cycle.without_outlier(taken), not self.cycle.weight
-        paid = self.pays
-        # The first one after ordinary steps takes longer: the drafter catches up on what it has not
-        # seen, and its weights have left the processor's caches.
-        if self._drafted or is_first:
-            self._add_step(timings)
-            self.cycle.add(seconds)
-        self.add_verify(len(timings.steps) + copied + 1, timings.verify)
-        self.tokens.add(tokens)
-        self._add_draft(seconds)
-        # The first one of a size also prepares the next ones, which may take a multiple of it.
-        if self.ordinary.value and not is_first:
-            self.budget.add_drafts(tokens - seconds / self.ordinary.value, pay=paid)
-
-    def _add_step(self, timings: Timings) -> None:
-        """Add what one more draft step usually takes."""
         # The first step may have caught up on what the drafter had not seen, and single ones may
-        # have waited for other work.
+        # have waited for other work: what counts is what one more step usually takes.
         first, *more = timings.steps
         if timings.step is not None:
             self.step.add(timings.step)
@@ -220,3 +189,13 @@ class Throughput:
             self.step.add(statistics.median(more or [first]))
         else:
             self.step.add(min(first, self.step.value))
+        self.add_verify(len(timings.steps) + copied + 1, timings.verify)
+        # What copied tokens took is no cost of the steps.
+        taken = sum(timings.steps) + timings.verify - self.slope * copied
+        seconds, is_first = self.cycle.without_outlier(taken), not self.cycle.weight
+        self.cycle.add(seconds)
+        self.tokens.add(tokens)
+        self._add_draft(seconds)
+        # The first one of a size also prepares the next ones, which may take a multiple of it.
+        if self.ordinary.value and not is_first:
+            self.budget.add_drafts(tokens - seconds / self.ordinary.value)
