@@ -13,7 +13,12 @@ from fastvlm.drafting import AdaptiveLength, ConfidenceLength, DraftLength, Fixe
 from fastvlm.drafting.adaptive import PRIOR_TOKENS
 from fastvlm.drafting.draft_length import Offer, Progress, Timings
 from fastvlm.drafting.estimates import OUTLIER_RATIO, Duration, Mean
-from fastvlm.drafting.throughput import BUDGET_STEPS, PROBE_TIME_SHARE, Throughput
+from fastvlm.drafting.throughput import (
+    BUDGET_STEPS,
+    PROBE_STEPS,
+    PROBE_TIME_SHARE,
+    Throughput,
+)
 from fastvlm.functional.errors import InputError
 
 
@@ -67,7 +72,7 @@ def decoded(
     """Decode a reply whose tokens are right or wrong as given; return what it took."""
     at, behind, total = 1, 40, 0.0
     while at < len(reply):
-        if length.rests(1, drafts=True):
+        if length.rests(1, lag=behind):
             total += world.pass_of(1) * noise()
             at, behind = at + 1, behind + 1
             continue
@@ -136,13 +141,13 @@ def test_where_drafts_do_not_pay_the_rule_is_seldom_asked() -> None:
     # Without copies, too, once their cost is known; and where there is nothing to draft with.
     rested = 0
     for place in range(160):
-        if length.rests(1, drafts=False):
+        if length.rests(1, lag=None):
             rested += 1
         else:
             length.update(Progress([True], [[]], [10_000], [place], 0), [0], Timings([], 28.0))
     assert 140 <= rested < 160
-    assert FixedLength(4).rests(1, drafts=False)
-    assert not FixedLength(4).rests(1, drafts=True)
+    assert FixedLength(4).rests(1, lag=None)
+    assert not FixedLength(4).rests(1, lag=0)
 
 
 def test_a_draft_that_becomes_good_is_noticed() -> None:
@@ -311,6 +316,43 @@ def test_probes_are_paid_from_what_ordinary_steps_take() -> None:
     assert 0 < probes <= PROBE_TIME_SHARE * cycles / 1.3 + 2
 
 
+def test_the_first_draft_after_ordinary_steps_tells_nothing_of_others() -> None:
+    throughput, usual, first = Throughput(), Timings([0.2, 0.2], 1.2), Timings([0.8, 0.6], 1.6)
+    throughput.add_ordinary(1.0)
+    for _ in range(5):
+        throughput.add_draft(1.8, usual)
+    for _ in range(50):
+        throughput.add_ordinary(1.0)
+        throughput.add_draft(1.8, first)
+        throughput.add_draft(1.8, usual)
+    assert throughput.step.value == pytest.approx(0.2)
+    assert throughput.cycle.value == pytest.approx(1.6)
+    assert throughput.pays
+
+
+def test_what_catching_up_takes_is_saved_before_drafts_begin_again() -> None:
+    def rests_before_a_draft(lag: int) -> int:
+        throughput = Throughput()
+        for _ in range(3):
+            throughput.add_ordinary(1.0)
+            throughput.add_ordinary(1.0)
+            # Catching up on 40 positions takes four steps.
+            throughput.add_draft(1.0, Timings([4.2, 0.2], 1.2), lag=40)
+            throughput.add_draft(1.0, Timings([0.2, 0.2], 1.2), lag=0)
+        throughput.add_ordinary(1.0)
+        throughput.budget.drafts = 0.0
+        rests = 0
+        while not throughput.should_draft(pays=False, lag=lag):
+            throughput.add_ordinary(1.0)
+            rests += 1
+        return rests
+
+    few, many, most = (rests_before_a_draft(lag) for lag in (0, 40, 4000))
+    assert few == pytest.approx(PROBE_STEPS / PROBE_TIME_SHARE, abs=2)
+    assert many == pytest.approx((PROBE_STEPS + 4) / PROBE_TIME_SHARE, rel=0.1)
+    assert most == pytest.approx(BUDGET_STEPS / PROBE_TIME_SHARE, rel=0.1)
+
+
 def test_the_same_measurements_give_the_same_drafts() -> None:
     world = WORLDS["processor, unsure"]
     one, other = AdaptiveLength(24), AdaptiveLength(24)
@@ -457,7 +499,7 @@ def test_a_load_that_came_and_went_stops_a_good_draft_for_moments_only() -> None
 def test_a_step_after_a_draft_that_takes_longer_makes_no_draft_pay() -> None:
     throughput, drafts, drafted = Throughput(), 0, False
     for _ in range(600):
-        drafted, before = throughput.should_draft(pays=throughput.pays), drafted
+        drafted, before = throughput.should_draft(pays=throughput.pays, lag=0), drafted
         if drafted:
             # 1.6 tokens in the time of 1.75 steps that follow one another.
             throughput.add_draft(1.6, Timings([0.25], 1.5))
@@ -490,7 +532,7 @@ def test_a_clock_that_stands_still_is_no_failure() -> None:
         still.add_ordinary(0.0)
         still.add_draft(2.0, Timings([0.0], 0.0))
     assert still.best == still.slope == 0
-    assert still.should_draft(pays=still.pays)
+    assert still.should_draft(pays=still.pays, lag=0)
     assert length.should_continue(Progress([True], [[]], [100], [5], 1)) == [True]
 
 

@@ -87,7 +87,8 @@ def draft_loop(
     active = [limit > 0 for limit in limits]
     rooms = _rooms(limits, length, rows, active)
     found = lookup.copies(batch, rows, rooms) if lookup else []
-    if not any(found) and length.rests(len(rows), drafts=step is not None):
+    lag = max(slot.lag for slot in batch.slots)
+    if not any(found) and length.rests(len(rows), lag=None if step is None else lag):
         # Of a small model, the rest of this would be a twentieth of an ordinary step.
         return Draft(rows)
     progress = Progress(
@@ -95,7 +96,7 @@ def draft_loop(
         confidences=[[] for _ in rows],
         remaining=[limit + 1 for limit in limits],
         generated=[len(reply) for reply in batch.replies],
-        lag=max(slot.lag for slot in batch.slots),
+        lag=lag,
     )
     times = [batch.clock()]
     last, ends = batch.last, [slot.request.end_token_ids for slot in batch.slots]

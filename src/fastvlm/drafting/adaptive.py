@@ -117,10 +117,10 @@ class AdaptiveLength:
         halvings = -math.log2(max(1 - confidence, 2.0**-CONFIDENCE_BINS))
         return self.by_confidence[min(int(2 * halvings), CONFIDENCE_BINS - 1)]
 
-    def rests(self, rows: int, *, drafts: bool) -> bool:
+    def rests(self, rows: int, *, lag: int | None) -> bool:
         """Return whether drafts don't pay and have no budget. See `DraftLength.rests`."""
         throughput = self.throughput(rows)
-        if drafts and throughput.should_draft(pays=self.estimate(rows).pays):
+        if lag is not None and throughput.should_draft(pays=self.estimate(rows).pays, lag=lag):
             return False
         return throughput.rests()
 
@@ -143,7 +143,8 @@ class AdaptiveLength:
             # An ordinary step ends most replies here, and shows which of them go on.
             return False
         rows = len(progress.active)
-        return self.throughput(rows).should_draft(pays=self.estimate(rows).pays)
+        pays = self.estimate(rows).pays
+        return self.throughput(rows).should_draft(pays=pays, lag=progress.lag)
 
     def should_extend(self, progress: Progress) -> bool:
         """Return whether one more token raises the expected tokens per second."""
@@ -244,7 +245,7 @@ class AdaptiveLength:
                     self.after_accepted.add(place < count)
         # A row without a draft gains a token, too.
         tokens = 1 + sum(count for _, count in drafted) / len(progress.active)
-        throughput.add_draft(tokens, timings, copies)
+        throughput.add_draft(tokens, timings, copies, progress.lag)
 
     def on_finish(self, tokens: int) -> None:
         """Update the share of one-word replies after a reply of so many tokens."""

@@ -94,14 +94,14 @@ class DraftLength(Protocol):
         """Whether the rule needs the drafter's probability; computing it costs a little."""
         ...
 
-    def rests(self, rows: int, *, drafts: bool) -> bool:
+    def rests(self, rows: int, *, lag: int | None) -> bool:
         """Return whether a cycle without copies is an ordinary step that isn't measured either.
 
         Nothing else of the rule is asked in such a cycle.
 
         Args:
             rows: The rows of the batch.
-            drafts: Whether there is anything but copies.
+            lag: See `Progress.lag`; None where there is nothing but copies.
         """
         ...
 
@@ -143,9 +143,9 @@ class RowByRow:
         """Return whether a row's draft goes on after tokens with these probabilities."""
         return len(confidences) < self.maximum
 
-    def rests(self, rows: int, *, drafts: bool) -> bool:  # noqa: ARG002
+    def rests(self, rows: int, *, lag: int | None) -> bool:  # noqa: ARG002
         """Return whether there is nothing to draft with."""
-        return not drafts
+        return lag is None
 
     def should_continue(self, progress: Progress) -> list[bool]:
         """Return whether each row drafts another token."""

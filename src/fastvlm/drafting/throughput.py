@@ -13,6 +13,11 @@ BUDGET_STEPS = 8
 """Ordinary steps that drafting may lose: at first, and of what it has saved."""
 PROBE_TIME_SHARE = 0.01
 """The share of ordinary steps' time that drafts may cost where they don't pay."""
+PROBE_STEPS = 0.5
+"""Ordinary steps to have saved, beyond what catching up takes, before drafts begin again: enough
+for several in a row, as the first one tells little."""
+AVERAGED_GAINS = 50
+"""The number of cycles over which tokens are averaged: they vary more than times do."""
 CLEAR_GAIN = 1.5
 """From what gain on it is clear that drafts pay, whatever the step before an ordinary one was."""
 RESTS = 15
@@ -52,8 +57,10 @@ class Throughput:
         self.step, self.ordinary = Duration(), Duration()
         self.verify, self.cycle = Duration(), Duration()
         """Seconds of a draft step, an ordinary step, a verify, and a whole cycle with a draft."""
-        self.width, self.tokens = Mean(), Mean()
+        self.width, self.tokens = Mean(), Mean(AVERAGED_GAINS)
         """Tokens that a verify computes, and that a cycle with a draft brings."""
+        self.caught_up, self.behind = Mean(), Mean()
+        """Seconds that catching up took beyond a draft step, and positions that it computed."""
         self.verifies, self.rows = verifies or VerifyCost(), rows
         self._slope: float | None = None
         """Asked for several times in a cycle; None where it may have changed."""
@@ -93,9 +100,26 @@ class Throughput:
         """Whether drafts are faster than ordinary steps."""
         return self.tokens.value * self.ordinary.value > self.cycle.value
 
-    def should_draft(self, *, pays: bool) -> bool:
-        """Return whether drafts pay or have a budget, and no ordinary step has to be measured."""
-        return (pays or self.budget.drafts >= 0) and not self.wants_ordinary
+    def should_draft(self, *, pays: bool, lag: int) -> bool:
+        """Return whether drafts pay or have a budget, and no ordinary step has to be measured.
+
+        Args:
+            pays: Whether they pay, as far as it is known.
+            lag: See `Progress.lag`.
+        """
+        return (pays or self.budget.drafts >= self._stake(lag)) and not self.wants_ordinary
+
+    def _stake(self, lag: int) -> float:
+        """Return the ordinary steps that one may lose at least, to draft where it seems not to pay.
+
+        Args:
+            lag: See `Progress.lag`.
+        """
+        stake = 0.0 if self._drafted else PROBE_STEPS
+        if self.behind.value and self.ordinary.value:
+            each = max(self.caught_up.value, 0.0) / self.behind.value
+            stake += lag * each / self.ordinary.value
+        return min(stake, BUDGET_STEPS)
 
     @property
     def wants_ordinary(self) -> bool:
@@ -172,16 +196,40 @@ class Throughput:
         self.since_ordinary += seconds / self.ordinary.value if self.ordinary.value else 1.0
         self._drafted, self._before = True, None
 
-    def add_draft(self, tokens: float, timings: Timings, copied: int = 0) -> None:
+    def add_draft(self, tokens: float, timings: Timings, copied: int = 0, lag: int = 0) -> None:
         """Add a cycle with draft steps.
 
         Args:
             tokens: Tokens that a row gained by them, on average.
             timings: The time of each part of the cycle, in seconds.
             copied: Tokens of the longest row beyond the draft steps: they were copied.
+            lag: See `Progress.lag`.
         """
+        known, is_first = self.step.value, not self.cycle.weight
+        drafting = sum(timings.steps)
+        if lag and known:
+            computed = drafting / timings.step if timings.step else len(timings.steps)
+            self.caught_up.add(drafting - computed * known)
+            self.behind.add(lag)
+        # What copied tokens took is no cost of the steps.
+        taken = drafting + timings.verify - self.slope * copied
+        seconds = self.cycle.without_outlier(taken)
+        # The first one after ordinary steps takes longer: the drafter catches up on what it has not
+        # seen, and its weights have left the processor's caches.
+        if self._drafted or is_first:
+            self._add_step(timings)
+            self.cycle.add(seconds)
+        self.add_verify(len(timings.steps) + copied + 1, timings.verify)
+        self.tokens.add(tokens)
+        self._add_draft(seconds)
+        # The first one of a size also prepares the next ones, which may take a multiple of it.
+        if self.ordinary.value and not is_first:
+            self.budget.add_drafts(tokens - seconds / self.ordinary.value)
+
+    def _add_step(self, timings: Timings) -> None:
+        """Add what one more draft step usually takes."""
         # The first step may have caught up on what the drafter had not seen, and single ones may
-        # have waited for other work: what counts is what one more step usually takes.
+        # have waited for other work.
         first, *more = timings.steps
         if timings.step is not None:
             self.step.add(timings.step)
@@ -189,13 +237,3 @@ class Throughput:
             self.step.add(statistics.median(more or [first]))
         else:
             self.step.add(min(first, self.step.value))
-        self.add_verify(len(timings.steps) + copied + 1, timings.verify)
-        # What copied tokens took is no cost of the steps.
-        taken = sum(timings.steps) + timings.verify - self.slope * copied
-        seconds, is_first = self.cycle.without_outlier(taken), not self.cycle.weight
-        self.cycle.add(seconds)
-        self.tokens.add(tokens)
-        self._add_draft(seconds)
-        # The first one of a size also prepares the next ones, which may take a multiple of it.
-        if self.ordinary.value and not is_first:
-            self.budget.add_drafts(tokens - seconds / self.ordinary.value)
