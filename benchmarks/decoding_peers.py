@@ -13,7 +13,8 @@ is kept at once: `--resume` goes on with a run that was ended.
 
 Prompts are JSON lines with a `kind` and a `prompt`; they are taken kind by kind in turns, so that
 `--limit` leaves as many of each. `decoder` writes a FastVLM's decoder as a Qwen2 that all engines
-read, with prompts for it: `FOLDER/model` and `FOLDER/prompts.jsonl`.
+read, with prompts for it, and others that `fastvlm train draft --data` takes: `FOLDER/model`,
+`FOLDER/prompts.jsonl` and `FOLDER/questions.jsonl`.
 """
 
 from __future__ import annotations
@@ -32,6 +33,7 @@ from fastvlm.functional.digests import digest
 from fastvlm.functional.errors import InputError
 from fastvlm.functional.files import write_json
 from fastvlm.functional.text_files import read_json_lines
+from fastvlm_example import HELD_OUT_SCENES
 from peers.contenders import ENGINES, Contender, Worker, command_of, contenders_of
 from peers.environments import ENVIRONMENTS, SetupError, make_environment
 from peers.report import summary, table
@@ -40,7 +42,18 @@ from peers.workers.worker_protocol import PROMPT_LOOKUP_TOKENS, Order
 
 FOLDER = Path.home() / ".cache" / "fastvlm-peers"
 DTYPES = ("float32", "bfloat16", "int8", "int4")
-PROMPTS = 60
+PROMPTS, QUESTIONS = 60, 700
+"""What `decoder` writes: prompts to measure with, and at most so many others for a draft."""
+AS_IT_IS = """\
+{%- for message in messages -%}
+  {%- if message.content is string -%}
+    {{ message.content }}
+  {%- else -%}
+    {%- for part in message.content -%}{{ part.text }}{%- endfor -%}
+  {%- endif -%}
+{%- endfor -%}
+"""
+"""A chat template that writes texts as they are."""
 """Prompts that are written for a decoder."""
 CONTEXT_STEP = 64
 """Contexts are a multiple of this many tokens."""
@@ -71,7 +84,9 @@ def main() -> None:
     measuring.add_argument("--resume", action="store_true", help="go on with the last run")
     measuring.add_argument("--json", type=Path, required=True)
     measuring.set_defaults(verb=measure)
-    decoder = verbs.add_parser("decoder", help="write a FastVLM's decoder, and prompts for it")
+    decoder = verbs.add_parser(
+        "decoder", help="write a FastVLM's decoder, prompts for it, and questions to teach a draft"
+    )
     decoder.add_argument("--model", type=Path, help="a FastVLM; the example model unless given")
     decoder.add_argument("output", type=Path, metavar="FOLDER")
     decoder.set_defaults(verb=write_model)
@@ -100,12 +115,24 @@ def set_up(options: argparse.Namespace) -> None:
 
 
 def write_model(options: argparse.Namespace) -> None:
-    """Write a FastVLM's decoder as a model of text, and prompts for it."""
+    """Write a FastVLM's decoder as a model of text, prompts for it, and others for its draft."""
     source = Path(serving_peers.MODEL) if options.model is None else options.model
     serving_peers.write_decoder(options.output / "model", source)
-    prompts = [{"kind": "scene", "prompt": serving_peers.opening(n)} for n in range(PROMPTS)]
-    lines = "".join(json.dumps(prompt) + "\n" for prompt in prompts)
-    (options.output / "prompts.jsonl").write_text(lines)
+    # The prompts are whole conversations that a reply goes on with, so nothing is written around.
+    (options.output / "model" / "chat_template.jinja").write_text(AS_IT_IS)
+    prompts = [opening(HELD_OUT_SCENES + number) for number in range(PROMPTS)]
+    questions = dict.fromkeys(opening(number) for number in range(QUESTIONS))
+    for name, written in (
+        ("prompts", [{"kind": "scene", "prompt": prompt} for prompt in prompts]),
+        ("questions", [{"prompt": one} for one in questions if one not in prompts]),
+    ):
+        lines = "".join(json.dumps(line) + "\n" for line in written)
+        (options.output / f"{name}.jsonl").write_text(lines)
+
+
+def opening(scene: int) -> str:
+    """Return a scene's prompt, of which two or three sentences are written."""
+    return serving_peers.opening(scene, 2 + scene % 2)
 
 
 def measure(options: argparse.Namespace) -> None:

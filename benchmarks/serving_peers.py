@@ -94,10 +94,15 @@ def write_decoder(folder: Path, source: Path = Path(MODEL)) -> None:
     (folder / "tokenizer_config.json").write_text(json.dumps(settings))
 
 
-def opening(number: int) -> str:
-    """Return a prompt: a question about a scene, and the first sentence of its description."""
-    first = describe(sample(HELD_OUT_SCENES + number)).partition(". ")[0]
-    return f"<|user|>{SCENE_PROMPT}<|assistant|>{first}."
+def opening(scene: int, sentences: int = 1) -> str:
+    """Return a prompt: a question about a scene, and the first sentences of its description.
+
+    Args:
+        scene: The scene's number; from `HELD_OUT_SCENES` on, no model was trained on it.
+        sentences: How many sentences.
+    """
+    begun = ". ".join(describe(sample(scene)).split(". ")[:sentences])
+    return f"<|user|>{SCENE_PROMPT}<|assistant|>{begun}."
 
 
 def write_gguf(folder: Path, file: Path) -> None:
@@ -292,7 +297,7 @@ def main() -> None:
         folder = Path(temporary)
         with (folder / "prompts.jsonl").open("w") as file:
             for number in range(options.prompts):
-                file.write(json.dumps({"prompt": opening(number)}) + "\n")
+                file.write(json.dumps({"prompt": opening(HELD_OUT_SCENES + number)}) + "\n")
         reports: Reports = {}
         servers = contenders(options, folder)
         for number in range(options.rounds):

@@ -82,25 +82,6 @@ class ModelParts:
             help="A model to go on from, instead of a new one; --encoder then replaces its own.",
         ),
     ] = None
-    widen: Annotated[
-        int,
-        typer.Option(
-            metavar="N",
-            min=1,
-            max=16,
-            help="Make the decoder of --start so many times as wide first; it computes the same.",
-        ),
-    ] = 1
-    layers: Annotated[
-        int | None,
-        typer.Option(
-            metavar="N",
-            min=1,
-            max=1024,
-            help="Make the decoder of --start so deep first; it computes the same.",
-            show_default="as it is",
-        ),
-    ] = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -168,12 +149,9 @@ def model(
     check_folder(output)
     if parts.encoder is None and parts.start is None:
         raise UsageError("Give --encoder for a new model, or --start for one to go on from.")
-    if parts.start is None and (parts.widen > 1 or parts.layers is not None):
-        raise UsageError("--widen and --layers need a model to grow: give it as --start.")
     if parts.start is None and run.tune_encoder:
         raise UsageError("--tune-encoder needs a model that has learnt to read it: give --start.")
     runtime.prepare()
-    from recipe.growth import Size
     from recipe.model import train_model
     from recipe.stages import STAGES, scaled
 
@@ -195,9 +173,33 @@ def model(
             encoder=parts.encoder,
             start=parts.start,
             stages=stages,
-            size=Size(parts.widen, parts.layers),
             gradient_checkpointing=run.gradient_checkpointing,
         )
+
+
+def grow(
+    *,
+    model: Annotated[Path, typer.Option(metavar="DIR", help="The model.")],
+    draft: Annotated[Path, typer.Option(metavar="DIR", help="Its draft.")],
+    output: OutputOption,
+    widen: Annotated[
+        int, typer.Option(metavar="N", min=1, max=16, help="How many times as wide it becomes.")
+    ] = 1,
+    layers: Annotated[
+        int | None,
+        typer.Option(
+            metavar="N", min=1, max=1024, help="How deep it becomes.", show_default="as it is"
+        ),
+    ] = None,
+) -> None:
+    """Make a model's decoder and its draft larger; nothing is trained, and both compute the same.
+
+    They are saved as OUTPUT/model and OUTPUT/draft.
+    """
+    check_folder(output)
+    from recipe.growth import Size, grow_both
+
+    grow_both(model, draft, output, Size(widen, layers))
 
 
 def questions(
@@ -223,7 +225,7 @@ def questions(
 
 
 app = verbs("Make the example model: its encoder, the model around it, and what drafts are asked.")
-for verb in (encoder, model, questions):
+for verb in (encoder, model, grow, questions):
     add_verb(app, verb)
 
 if __name__ == "__main__":

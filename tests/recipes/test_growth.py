@@ -7,8 +7,14 @@ from typing import Any
 import pytest
 import torch
 
+from fastvlm.decoding import SelfSpeculative
+from fastvlm.drafting import FixedLength
+from fastvlm.drafting.fingerprint import difference
 from fastvlm.functional.errors import InputError
-from recipe.growth import Size, grown
+from fastvlm.language import split_decoder
+from recipe.growth import Size, grown, grown_draft
+from tests.decoding.conftest import decode, imitation
+from tests.decoding.test_cycle import PROMPTS
 from tests.models import VISUAL_TOKENS, small_vlm
 
 
@@ -39,6 +45,25 @@ def test_a_grown_model_has_the_same_logits(size: Size) -> None:
         before, after = logits(model), logits(larger)
     # The norms of transformers' Qwen2 compute in float32.
     torch.testing.assert_close(after, before, rtol=0, atol=2e-5 * float(before.abs().max()))
+
+
+@pytest.mark.parametrize("kind", ["block", "mlp"])
+def test_the_draft_of_a_grown_model_drafts_what_it_did(kind: str) -> None:
+    model = small_tied()
+    strategy = imitation(model, kind=kind, exit_layer=2)
+    network: Any = strategy.network
+    larger: Any = grown(model, Size(2, 12))
+    draft = grown_draft(network, larger).eval()
+    # Of layers 0, 0, 0, 1, 1, 2, ..., those behind the first 1 aren't needed.
+    assert draft.config.exit_layer == 4
+    assert difference(draft.config.target, larger) is None
+    wider = SelfSpeculative(split_decoder(larger), 4, draft, FixedLength(4))
+    before, after = (
+        [(one.output_token_ids, one.proposed, one.accepted) for one in decode(*both, PROMPTS, 40)]
+        for both in ((model, strategy), (larger, wider))
+    )
+    assert after == before
+    assert sum(sum(accepted) for _, _, accepted in before) > 0
 
 
 def test_repeated_channels_have_gradients_of_their_own() -> None:

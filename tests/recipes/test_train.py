@@ -31,7 +31,6 @@ def app() -> Any:
         (("encoder",), 1, "Flickr8k"),
         (("encoder", "--learning-rate", "0"), 2, "--learning-rate"),
         (("model",), 2, "--encoder"),
-        (("model", "--encoder", "e", "--layers", "24"), 2, "--layers"),
         (("model", "--encoder", "e", "--tune-encoder"), 2, "--tune-encoder"),
         (("questions",), 1, "Flickr8k"),
         (("questions", "--scenes", "-1"), 2, "--scenes"),

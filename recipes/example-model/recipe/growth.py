@@ -1,4 +1,4 @@
-"""A larger decoder that computes what a smaller one does, to be trained on from there.
+"""A larger decoder, and its draft, that compute what smaller ones do, to be trained on from there.
 
 Wider by repeating every channel (Chen et al. 2016, Net2Net), deeper by layers whose branches add
 nothing yet (Chen et al. 2022, bert2BERT, copies its neighbours; here the copy's last products are
@@ -9,14 +9,21 @@ from __future__ import annotations
 
 import copy
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 from transformers import FastVlmForConditionalGeneration
 
+from fastvlm.drafting.directory import load_draft
+from fastvlm.drafting.fingerprint import fingerprint
+from fastvlm.drafting.imitation import ImitationConfig, ImitationNetwork
 from fastvlm.functional.errors import InputError
+from fastvlm.functional.files import written_directory
 from fastvlm.functional.placement import moved
+from fastvlm.training.instruction import save_tuned
+from recipe.model import read_model
 
 UNEVEN = 0.5
 """How far the shares of a repeated channel lie about an even one."""
@@ -33,9 +40,6 @@ class Size:
 
     times: int = 1
     layers: int | None = None
-
-
-AS_IT_IS = Size()
 
 
 def grown(
@@ -95,6 +99,52 @@ def grown(
     return result
 
 
+def grown_draft(
+    network: ImitationNetwork, model: FastVlmForConditionalGeneration, seed: int = 1
+) -> ImitationNetwork:
+    """Return a draft of a grown model that drafts what the small model's draft did.
+
+    Args:
+        network: The draft of the small model.
+        model: The grown model.
+        seed: Decides the shares.
+    """
+    text = cast(Any, model.config).text_config
+    small = cast(dict[str, Any], network.config.text_config)
+    times = text.hidden_size // small["hidden_size"]
+    sources = spread(small["num_hidden_layers"], text.num_hidden_layers)
+    config = ImitationConfig.from_dict(network.config.to_dict())
+    config.text_config, config.target = text.to_dict(), fingerprint(model)
+    # Copies of the exit layer add nothing, so its first one is the same exit.
+    config.exit_layer = sources.index(network.config.exit_layer - 1) + 1
+    result = moved(ImitationNetwork(config), network.dtype)
+    widen = Widening(times, torch.Generator().manual_seed(seed))
+    for old, new in zip(network.layers, result.layers, strict=True):
+        widen.layer(old, new)
+    if network.mlp is not None and result.mlp is not None:
+        result.mlp.norm.weight.data = repeated(network.mlp.norm.weight.data, times, 0)
+        widen.feed_forward(network.mlp, result.mlp)
+    if network.draft_vocabulary is not None and result.draft_vocabulary is not None:
+        result.draft_vocabulary.copy_(network.draft_vocabulary)
+    return result
+
+
+def grow_both(start: Path, draft: Path, output: Path, size: Size) -> None:
+    """Grow a model and its draft, and save them in bfloat16 as `output/model` and `output/draft`.
+
+    Raises:
+        CheckpointError: There is no such model or draft.
+        InputError: The decoder can't be grown to that size.
+    """
+    model, tokenizer = read_model(start)
+    network = load_draft(draft, model)
+    larger = grown(model, size)
+    larger_draft = grown_draft(network, larger)
+    save_tuned(larger, tokenizer, output / "model")
+    with written_directory(output / "draft") as beside:
+        moved(larger_draft, torch.bfloat16).save_pretrained(beside)
+
+
 def spread(depth: int, layers: int) -> list[int]:
     """Return the old layer that each new one is made from, in order; none is left out."""
     return [place * depth // layers for place in range(layers)]
@@ -144,5 +194,9 @@ class Widening:
             getattr(new, name).weight.data = repeated(getattr(old, name).weight.data, self.times, 0)
         for name in ("q_proj", "k_proj", "v_proj", "o_proj"):
             self.linear(getattr(old.self_attn, name), getattr(new.self_attn, name))
+        self.feed_forward(old.mlp, new.mlp)
+
+    def feed_forward(self, old: Any, new: Any) -> None:
+        """Copy a gated feed-forward network."""
         for name in ("gate_proj", "up_proj", "down_proj"):
-            self.linear(getattr(old.mlp, name), getattr(new.mlp, name))
+            self.linear(getattr(old, name), getattr(new, name))

@@ -30,7 +30,6 @@ from fastvlm_example.scenes import describe, sample
 from fastvlm_example.tokenizer import learn_tokenizer
 from recipe.architecture import DecoderShape, new_model, use_encoder
 from recipe.conversations import DecodedPhotos, Said, conversation, draw_photos, draw_scenes
-from recipe.growth import AS_IT_IS, Size, grown
 from recipe.repetition import MAX_NEW_TOKENS, repeated, unlikelihood
 from recipe.stages import STAGES, Stage
 from recipe.wordings import all_forms, wording
@@ -135,7 +134,6 @@ def train_model(
     start: Path | None = None,
     stages: Sequence[Stage] = STAGES,
     shape: DecoderShape | None = None,
-    size: Size = AS_IT_IS,
     gradient_checkpointing: bool = False,
 ) -> None:
     """Train a model through some stages and save it, fused and in bfloat16, as `output`.
@@ -151,20 +149,17 @@ def train_model(
             the model's own is replaced by it.
         stages: The stages, in their order.
         shape: A new decoder's size.
-        size: How large the decoder of `start` is made first.
         gradient_checkpointing: Whether the decoder's layers are computed again on the way back,
             which needs less memory and more time.
 
     Raises:
         CheckpointError: There is neither an encoder nor a model, or they can't be read.
-        InputError: The decoder can't be grown to that size.
     """
     torch.manual_seed(stages[0].schedule.seed)
     vision = None if encoder is None else read_encoder(encoder)
     images = typical_first(read_flickr8k(photos, "train"))
     if start is not None:
         model, tokenizer = read_model(start)
-        model = grown(model, size)
         use_encoder(model, vision or model.model.vision_tower)
     elif vision is not None:
         shape = shape or DecoderShape()
