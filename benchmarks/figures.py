@@ -502,6 +502,7 @@ DOCUMENTS: dict[str, dict[str, Callable[[], str]]] = {
         "ttft": first_token,
         "engines": lambda: engines("decoding_peers"),
         "engines-small": lambda: engines("decoding_peers_example"),
+        "engines-large": lambda: engines("decoding_peers_large"),
     },
     "docs/drafts.md": {
         "ablation": lambda: ablation(read("ablation")),

@@ -422,15 +422,20 @@ def test_a_decoder_for_all_engines(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     words = ["decoding_peers", "decoder", str(tmp_path)]
     monkeypatch.setattr(sys, "argv", words)
     decoding_peers.main()
-    [first, second] = [
-        json.loads(line) for line in (tmp_path / "prompts.jsonl").read_text().splitlines()[:2]
-    ]
+    prompts, questions = (
+        [json.loads(line) for line in (tmp_path / f"{name}.jsonl").read_text().splitlines()]
+        for name in ("prompts", "questions")
+    )
+    first, second = prompts[:2]
     assert first["kind"] == second["kind"] == "scene"
     assert first["prompt"] != second["prompt"]
+    assert not {one["prompt"] for one in prompts} & {one["prompt"] for one in questions}
     example = fastvlm.load()
     tokens = example.tokenizer(first["prompt"])["input_ids"]
     read = AutoTokenizer.from_pretrained(tmp_path / "model")
     assert read(first["prompt"])["input_ids"] == tokens
+    said = [{"role": "user", "content": questions[0]["prompt"]}]
+    assert read.apply_chat_template(said, tokenize=False) == questions[0]["prompt"]
     assert len(read) <= len(example.tokenizer)
     request = example.request(TokenPrompt(tokens), strategy="autoregressive", max_new_tokens=8)
     example.engine.run_all([request])
