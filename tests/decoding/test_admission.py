@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -256,3 +257,16 @@ def test_the_memory_that_is_left(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     meminfo.unlink()
     assert available_memory(device) is None
     assert available_memory(torch.device("meta")) is None
+
+
+def test_a_pass_that_prepares_others_is_not_measured(
+    model: PreTrainedModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    length = AdaptiveLength(4)
+    strategy = imitation(model, length=length)
+    counted = itertools.count()
+    for prepares, measured in ((True, False), (False, True)):
+        made = property(lambda _: next(counted)) if prepares else property(lambda _: 1)
+        monkeypatch.setattr(type(strategy.decoder), "prepared", made)
+        finish(Engine(strategy.decoder), [request(model, PROMPTS[0], 40, strategy)])
+        assert length.throughput(1).is_measured == measured

@@ -20,14 +20,16 @@ def cycle(batch: Batch, strategy: Strategy) -> None:
 
     Until the commit nothing of a slot changes that matters: a cycle that failed can be made again.
     """
-    rooms = [slot.room for slot in batch.slots]
+    rooms, prepared = [slot.room for slot in batch.slots], batch.decoder.prepared
     draft = strategy.draft(batch, rooms)
     add_forced(batch, draft, [min(room, strategy.max_draft_tokens) for room in rooms])
     logits, hidden = verify(batch, strategy.exit_layer, draft)
     chosen = target_tokens(batch.samplers, batch.replies, draft.rows, logits)
     found = [accept(row, own) for row, own in zip(draft.rows, chosen, strict=True)]
     accepted = [count for count, _ in found]
-    strategy.on_verified(draft, accepted, batch.clock())
+    if batch.decoder.prepared == prepared:
+        # What preparing took says nothing of cycles to come.
+        strategy.on_verified(draft, accepted, batch.clock())
     commit(batch, draft, accepted, hidden)
     for slot, row, count in zip(batch.slots, draft.rows, accepted, strict=True):
         slot.request.proposed.append(len(row))
@@ -53,7 +55,7 @@ def verify(batch: Batch, exit_layer: int, draft: Draft) -> tuple[Tensor, Tensor 
         (batch, g + 1, d_model), or None where no slot keeps any.
     """
     decoder, cache, starts = batch.decoder, batch.cache, batch.lengths
-    if batch.verify_width is None and (decoder.recomputes or not draft.computed):
+    if batch.verify_width is None and (decoder.recomputes or draft.hidden is None):
         return _verify_all(batch, exit_layer, draft)
     width = 1 + draft.width
     known = draft.computed

@@ -93,6 +93,11 @@ class SplitDecoder(ABC):
         """Whether the layers attend causally where they are given no mask."""
         self._model = weakref.ref(model)
 
+    @property
+    def prepared(self) -> int:
+        """How often a pass has prepared others like it, which takes a multiple of what they do."""
+        return 0
+
     def room(self, length: int) -> int | None:
         """Return how many tokens a reply may have; None for any number.
 

@@ -22,22 +22,11 @@ from fastvlm.runtimes.draft_chain import ChainKind, chain_of
 from fastvlm.runtimes.draft_graph import DraftLayers, DraftPass, mlp_form
 from fastvlm.runtimes.graph_parts import Head
 from fastvlm.runtimes.head_pass import HeadPasses
-from fastvlm.runtimes.layer_form import (
-    GraphLayer,
-    Product,
-    layer_form,
-    linear_form,
-    norm_form,
-)
+from fastvlm.runtimes.layer_form import GraphLayer, Product, layer_form, linear_form, norm_form
 from fastvlm.runtimes.layer_pass import PassInputs
-from fastvlm.runtimes.layer_stack import (
-    LARGEST,
-    LayerStack,
-    StackPass,
-    needs_mask,
-    split_after,
-)
+from fastvlm.runtimes.layer_stack import LARGEST, LayerStack, StackPass, needs_mask, split_after
 from fastvlm.runtimes.lent_rows import lend_rows
+from fastvlm.runtimes.onnx_graph import OnnxGraph
 from fastvlm.runtimes.rotations import GraphRotations
 from fastvlm.runtimes.wrapped_decoder import WrappedDecoder
 
@@ -47,6 +36,8 @@ IDLE_CACHE_BYTES = 2**25
 """The most bytes of a cache that stay while nothing is decoded."""
 MAX_DRAFTS = 8
 """Draft steps in one graph that are kept at once."""
+LARGEST_CHAINED = 2**26
+"""Weights of a draft step up to which several are one graph, which holds them a second time."""
 
 
 class OnnxDecoder(WrappedDecoder):
@@ -102,6 +93,11 @@ class OnnxDecoder(WrappedDecoder):
                 return 0
             # Of small layers, telling all graphs where memory lies takes as long as a step.
             return IDLE_CACHE_BYTES if self.recomputes else 0
+
+    @property
+    def prepared(self) -> int:
+        """How often a pass has made a graph. See `SplitDecoder.prepared`."""
+        return OnnxGraph.sessions
 
     def forward_layers(
         self, x: Tensor, positions: Positions, cache: KeyValueCache, layers: Iterable[int]
@@ -206,7 +202,7 @@ class OnnxDecoder(WrappedDecoder):
             return super().draft_step(x, positions, cache, path)
         with self._turn:
             fused = self._draft_pass(path)
-            if fused is None or needs_mask(positions, fused.masks):
+            if fused is None or fused.step.size > LARGEST or needs_mask(positions, fused.masks):
                 return super().draft_step(x, positions, cache, path)
             x = self.split.enter(x, positions)
             given = self._draft_inputs(fused, positions, cache)
@@ -224,7 +220,7 @@ class OnnxDecoder(WrappedDecoder):
         draws: Draws | None = None,
     ) -> list[tuple[list[int], list[float]]] | None:
         """Run several draft steps in one graph. See `DraftsAhead.draft_ahead`."""
-        if positions.injects or not self.recomputes or not self._decodes(cache):
+        if positions.injects or not self._decodes(cache):
             return None
         with self._turn:
             fused = self._draft_pass(path)
@@ -253,7 +249,7 @@ class OnnxDecoder(WrappedDecoder):
             layers += map(self._block_reader(path.blocks), range(len(path.blocks)))
             mlp = None if path.mlp is None else mlp_form(path.mlp)
             step = DraftLayers(layers, path.exit_layer, mlp, self._head(rows))
-            small = step.size <= LARGEST
+            small = step.size <= LARGEST_CHAINED
             self._drafts[key] = path, DraftPass(step, self.bits) if small else None
             self._state = self._weights_state()
         return self._drafts[key][1]

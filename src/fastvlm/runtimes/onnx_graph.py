@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import onnxruntime
@@ -39,6 +39,9 @@ class OnnxGraph:
     Args:
         bits: Bits of the weights of linear layers: 8 or 4; None for float32.
     """
+
+    sessions: ClassVar[int] = 0
+    """How many graphs were made ready to run, whoever made them."""
 
     def __init__(self, bits: int | None = None) -> None:
         self.bits = bits
@@ -176,6 +179,7 @@ class OnnxGraph:
         Args:
             threads: How many it computes with; None for as many as torch does.
         """
+        OnnxGraph.sessions += 1
         graph = helper.make_graph(self.nodes, "graph", self.inputs, self.outputs, self.initializers)
         opsets = [
             helper.make_opsetid("", OPSET),
