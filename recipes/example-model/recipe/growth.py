@@ -22,7 +22,6 @@ from fastvlm.drafting.imitation import ImitationConfig, ImitationNetwork
 from fastvlm.functional.errors import InputError
 from fastvlm.functional.files import written_directory
 from fastvlm.functional.placement import moved
-from fastvlm.training.instruction import save_tuned
 from recipe.model import read_model
 
 UNEVEN = 0.5
@@ -130,7 +129,9 @@ def grown_draft(
 
 
 def grow_both(start: Path, draft: Path, output: Path, size: Size) -> None:
-    """Grow a model and its draft, and save them in bfloat16 as `output/model` and `output/draft`.
+    """Grow a model and its draft, and save them as `output/model` and `output/draft`.
+
+    They are saved in float32: rounded shares would no longer add up to what they were.
 
     Raises:
         CheckpointError: There is no such model or draft.
@@ -140,9 +141,11 @@ def grow_both(start: Path, draft: Path, output: Path, size: Size) -> None:
     network = load_draft(draft, model)
     larger = grown(model, size)
     larger_draft = grown_draft(network, larger)
-    save_tuned(larger, tokenizer, output / "model")
     with written_directory(output / "draft") as beside:
-        moved(larger_draft, torch.bfloat16).save_pretrained(beside)
+        larger_draft.save_pretrained(beside)
+    with written_directory(output / "model") as beside:
+        tokenizer.save_pretrained(beside)
+        larger.save_pretrained(beside)
 
 
 def spread(depth: int, layers: int) -> list[int]:
