@@ -43,7 +43,8 @@ def verify(batch: Batch, exit_layer: int, draft: Draft) -> tuple[Tensor, Tensor 
 
     Hidden states that drafting computed are reused: the first layers run on what it has not
     computed (the last drafted token, and copied ones), and the other layers on all hidden states;
-    where one pass is faster all layers run on all positions, see `SplitDecoder.recomputes`.
+    where one pass is faster (see `SplitDecoder.recomputes`), or drafting has kept no states, all
+    layers run on all positions.
 
     Args:
         batch: The slots.
