@@ -495,7 +495,12 @@ def hours() -> str:
 
 
 DOCUMENTS: dict[str, dict[str, Callable[[], str]]] = {
-    "README.md": {"gemma": text_figures.sentence, "supported": supported, "hours": hours},
+    "README.md": {
+        "gemma": text_figures.sentence,
+        "larger": text_figures.larger,
+        "supported": supported,
+        "hours": hours,
+    },
     "docs/evaluation.md": {
         "figures": decoding,
         "tables": tables,

@@ -59,6 +59,24 @@ def sentence() -> str:
     )
 
 
+def larger() -> str:
+    """Return what drafts do for the example model of 135 million weights, in a sentence."""
+    scenes, photos, peers = (
+        json.loads((RESULTS / f"{name}.json").read_text())
+        for name in ("large-scenes", "large-photos", "decoding_peers_large")
+    )
+    found = peers["fastest"]["float32"]["any"]
+    median, low, high = found["speedup"]
+    return (
+        "Grown to 135 million weights, which say the same, the example model describes scenes"
+        f"\n{speedup(by_strategy(scenes['results'])['imitation'])} and photos"
+        f" {speedup(by_strategy(photos['results'])['imitation'])} as fast with drafts as without,"
+        f" and its decoder goes on with text\n{median:.2f}x ({low:.2f}-{high:.2f}) as fast as the"
+        " fastest of `transformers`, vLLM, OpenVINO GenAI and llama.cpp, their own speculation"
+        "\nincluded ([figures](docs/evaluation.md#beside-other-engines))."
+    )
+
+
 def by_strategy(rows: list[dict[str, Any]]) -> dict[str, dict[str, Any]]:
     """Return rows of results by their strategies."""
     return {row["strategy"]: row for row in rows}
