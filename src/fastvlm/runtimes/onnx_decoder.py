@@ -36,8 +36,9 @@ IDLE_CACHE_BYTES = 2**25
 """The most bytes of a cache that stay while nothing is decoded."""
 MAX_DRAFTS = 8
 """Draft steps in one graph that are kept at once."""
-LARGEST_CHAINED = 2**26
-"""Weights of a draft step up to which several are one graph, which holds them a second time."""
+LARGEST_CHAINED = 2**25
+"""Weights of a draft step up to which several are one graph: each number of steps holds them once
+more, in 8 bits."""
 
 
 class OnnxDecoder(WrappedDecoder):
