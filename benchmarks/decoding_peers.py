@@ -54,7 +54,6 @@ AS_IT_IS = """\
 {%- endfor -%}
 """
 """A chat template that writes texts as they are."""
-"""Prompts that are written for a decoder."""
 CONTEXT_STEP = 64
 """Contexts are a multiple of this many tokens."""
 
