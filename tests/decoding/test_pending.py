@@ -30,7 +30,7 @@ class Scripted:
         self.script, self.cycle = script, 0
         self.finished: list[int] = []
 
-    def rests(self, rows: int, *, lag: int | None) -> bool:  # noqa: ARG002
+    def rests(self, _rows: int, /, *, lag: int | None) -> bool:  # noqa: ARG002
         return False
 
     def should_continue(self, progress: Progress) -> list[bool]:

@@ -94,7 +94,7 @@ class DraftLength(Protocol):
         """Whether the rule needs the drafter's probability; computing it costs a little."""
         ...
 
-    def rests(self, rows: int, *, lag: int | None) -> bool:
+    def rests(self, rows: int, /, *, lag: int | None) -> bool:
         """Return whether a cycle without copies is an ordinary step that isn't measured either.
 
         Nothing else of the rule is asked in such a cycle.
@@ -143,7 +143,7 @@ class RowByRow:
         """Return whether a row's draft goes on after tokens with these probabilities."""
         return len(confidences) < self.maximum
 
-    def rests(self, rows: int, *, lag: int | None) -> bool:  # noqa: ARG002
+    def rests(self, _rows: int, /, *, lag: int | None) -> bool:
         """Return whether there is nothing to draft with."""
         return lag is None
 
