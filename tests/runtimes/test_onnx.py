@@ -5,22 +5,17 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import replace
 from itertools import pairwise
-from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
-from transformers.generation.logits_process import TemperatureLogitsWarper
 
-from fastvlm.decoding import Autoregressive, Request, Sampler, SelfSpeculative
+from fastvlm.decoding import Request, Sampler, SelfSpeculative
 from fastvlm.decoding.engine import Engine
-from fastvlm.decoding.strategies import Strategy
-from fastvlm.drafting import ConfidenceLength, FixedLength
-from fastvlm.drafting.draft_length import DraftLength
+from fastvlm.drafting import FixedLength
 from fastvlm.functional.errors import InputError
 from fastvlm.language import DecoderInputs, split_decoder
-from fastvlm.language.cache import DecoderCache
 from fastvlm.language.decoder import SplitDecoder
 from fastvlm.language.draft_path import DraftPath
 from tests.language.decoding import STRATEGIES, decode, network, strategy
@@ -36,9 +31,15 @@ from tests.runtimes.conftest import (
 
 pytest.importorskip("onnxruntime")
 
-from fastvlm.runtimes.layer_graph import GraphLayer
+from fastvlm.runtimes.decoder_forms import DecoderForms
+from fastvlm.runtimes.layer_form import GraphLayer
 from fastvlm.runtimes.onnx_decoder import OnnxDecoder
 from fastvlm.runtimes.runtime import RuntimeOptions, onnx_decoder
+
+
+def set_largest(monkeypatch: pytest.MonkeyPatch, largest: int) -> None:
+    for module in ("onnx_decoder", "drafter"):
+        monkeypatch.setattr(f"fastvlm.runtimes.{module}.LARGEST", largest)
 
 
 @pytest.mark.parametrize("family", CONFIGURATIONS)
@@ -62,7 +63,7 @@ def test_tokens_are_those_of_generate(family: str) -> None:
 def test_rounding_depends_on_neither_width_nor_batch(
     family: str, bits: int | None, largest: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("fastvlm.runtimes.onnx_decoder.LARGEST", largest)
+    set_largest(monkeypatch, largest)
     model = tiny(CONFIGURATIONS[family])
     decoder = OnnxDecoder(split_decoder(model), bits)
     tokens = torch.randint(3, VOCABULARY, (3, 20))
@@ -116,7 +117,7 @@ def test_rounding_depends_on_neither_width_nor_batch(
 def test_every_strategy_gives_the_same_tokens(
     qwen: PreTrainedModel, bits: int | None, largest: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("fastvlm.runtimes.onnx_decoder.LARGEST", largest)
+    set_largest(monkeypatch, largest)
     decoder = OnnxDecoder(split_decoder(qwen), bits)
     given = prompts(decoder, (11, 4, 7, 9))
     wanted = [replies(decoder, "autoregressive", [one])[0] for one in given]
@@ -224,7 +225,7 @@ def test_a_drafts_weights_that_change_are_followed(qwen: PreTrainedModel) -> Non
 def test_drafts_of_few_tokens_change_nothing(
     qwen: PreTrainedModel, kind: str, largest: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("fastvlm.runtimes.onnx_decoder.LARGEST", largest)
+    set_largest(monkeypatch, largest)
     decoder = OnnxDecoder(split_decoder(qwen))
     given = prompts(decoder, (11, 4, 7, 9))
     wanted = [replies(decoder, "autoregressive", [one])[0] for one in given]
@@ -235,133 +236,13 @@ def test_drafts_of_few_tokens_change_nothing(
     assert sum(sum(request.proposed) for request in done) > LIMIT
 
 
-@pytest.mark.parametrize(("lengths", "behind"), [((9,), 0), ((9,), 3), ((9, 6, 7), 0)])
-def test_steps_in_one_graph_are_those_one_by_one(
-    lengths: tuple[int, ...], behind: int, qwen: PreTrainedModel
-) -> None:
-    # A chain has 8 bits whatever the decoder has; its steps attend to one position, not to two.
-    decoder = OnnxDecoder(split_decoder(qwen), 8)
-    drafts = network(decoder, "block", vocabulary=range(3, 90))
-    path = SelfSpeculative(decoder, 1, drafts).setup().path
-    given, asked = prompts(decoder, lengths), [5 + row for row in range(len(lengths))]
-
-    def filled(seen: int) -> tuple[DecoderCache, list[Tensor]]:
-        cache, states = decoder.cache(len(lengths), 40), []
-        for row, one in enumerate(given):
-            cache.assign(row, one)
-            positions = cache.positions([0], len(one), [row])
-            decoder.forward_all(one.embeddings[None], positions, cache)
-            exits = decoder.forward_layers(one.embeddings[None], positions, cache, range(1))
-            positions = cache.positions([0], len(one) - seen, [row])
-            drafts.imitate(exits[:, : len(one) - seen], positions, cache, decoder)
-            states.append(exits[:, len(one) - seen :])
-        return cache, states
-
-    with torch.inference_mode():
-        (cache, _), tokens, wanted = filled(0), asked, []
-        for place in range(4):
-            x = decoder.embed(torch.tensor(tokens)[:, None])
-            positions = cache.positions([length + place for length in lengths], 1)
-            logits = decoder.draft_step(x, positions, cache, path)[1][:, -1]
-            chances, best = logits.softmax(-1).max(-1)
-            tokens = path.tokens[best].tolist()
-            wanted.append((tokens, chances.tolist()))
-        cache, states = filled(behind)
-        positions = cache.positions([length - behind for length in lengths], behind + 4)
-        seen = torch.cat(states) if behind else None
-        found = decoder.draft_ahead(asked, positions, cache, path, seen)
-    assert [one for one, _ in found] == [one for one, _ in wanted]
-    for (_, chances), (_, own) in zip(found, wanted, strict=True):
-        assert chances == pytest.approx(own, rel=0.05)
-
-
-@pytest.mark.parametrize("rule", [FixedLength(1), FixedLength(6), ConfidenceLength(8, 0.05)])
-@pytest.mark.parametrize("kind", ["block", "mlp"])
-@pytest.mark.parametrize("bits", [None, 8])
-def test_drafts_of_several_steps_at_once_change_nothing(
-    kind: str, rule: DraftLength, bits: int | None, qwen: PreTrainedModel
-) -> None:
-    decoder = OnnxDecoder(split_decoder(qwen), bits)
-    drafts = network(decoder, kind, vocabulary=range(3, 90))
-    several = SelfSpeculative(decoder, 1, drafts, rule)
-    asked, drafted_ahead = prompts(decoder, (11, 7)), []
-    original = decoder.draft_ahead
-
-    def noted(*given: Any) -> Any:
-        found = original(*given)
-        drafted_ahead.append(len(found))
-        return found
-
-    decoder.draft_ahead = noted
-    for given in asked:
-        [plain] = decode(decoder, Autoregressive(), [given], 60, ends=())
-        [made] = decode(decoder, several, [given], 60, ends=())
-        assert made.output_token_ids == plain.output_token_ids
-        assert sum(made.accepted) > 0 or kind == "mlp"
-    assert sum(drafted_ahead) > 20
-
-
-@pytest.mark.parametrize("temperature", [1.0, 0.7])
-def test_several_steps_at_once_draw_as_the_target_does(
-    temperature: float, qwen: PreTrainedModel
-) -> None:
-    decoder = OnnxDecoder(split_decoder(qwen))
-    perfect = network(decoder, "block", perfect=True, vocabulary=range(3, 90))
-    warpers = [] if temperature == 1 else [TemperatureLogitsWarper(temperature)]
-    found, accepted = [], []
-    for drafting in (Autoregressive(), SelfSpeculative(decoder, 1, perfect, FixedLength(5))):
-        for seed in range(4):
-            sampler = Sampler(warpers, seed)
-            made = Request(*prompts(decoder, (9,)), drafting, 40, sampler)
-            Engine(decoder).run_all([made])
-            found.append(made.output_token_ids)
-            accepted.append(sum(made.accepted) / max(sum(made.proposed), 1))
-    assert found[:4] == found[4:]
-    assert len({tuple(reply) for reply in found}) == 4
-    # The draft is the target but for its 8 bits and the tokens that it lacks.
-    assert sum(accepted[4:]) / 4 > 0.5
-
-
-def test_rows_that_draw_and_others_draft_together(qwen: PreTrainedModel) -> None:
-    decoder, rows = OnnxDecoder(split_decoder(qwen)), []
-    perfect = network(decoder, "block", perfect=True, vocabulary=range(3, 90))
-    kinds = [Sampler(), Sampler([], 1), Sampler([TemperatureLogitsWarper(0.7)], 2)]
-    original = decoder.draft_ahead
-
-    def noted(tokens: Any, *given: Any) -> Any:
-        rows.append(len(tokens))
-        return original(tokens, *given)
-
-    decoder.draft_ahead = noted
-
-    def asked(drafting: Strategy) -> list[Request]:
-        given = prompts(decoder, (9, 9, 6))
-        return [Request(one, drafting, 40, kind) for one, kind in zip(given, kinds, strict=True)]
-
-    alone = [Engine(decoder).run_all([one])[0] for one in asked(Autoregressive())]
-    together = asked(SelfSpeculative(decoder, 1, perfect, FixedLength(5)))
-    Engine(decoder).run_all(together)
-    assert [one.output_token_ids for one in together] == [one.output_token_ids for one in alone]
-    assert all(sum(one.accepted) > 0.4 * sum(one.proposed) for one in together)
-    assert rows.count(3) > 2
-
-
-def test_strategies_of_a_draft_share_its_graphs(qwen: PreTrainedModel) -> None:
-    decoder = OnnxDecoder(split_decoder(qwen))
-    drafts = network(decoder, "block", vocabulary=range(3, 90))
-    for tokens in range(1, 12):
-        several = SelfSpeculative(decoder, 1, drafts, FixedLength(tokens))
-        decode(decoder, several, prompts(decoder, (9,)), 12, ends=())
-    assert len(decoder._drafts) == 1
-
-
 @pytest.mark.parametrize("tokens", [1, 2])
 def test_small_layers_draft_what_large_ones_do(
     qwen: PreTrainedModel, tokens: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     found = []
     for largest in (0, 2**24):
-        monkeypatch.setattr("fastvlm.runtimes.onnx_decoder.LARGEST", largest)
+        set_largest(monkeypatch, largest)
         decoder = OnnxDecoder(split_decoder(qwen))
         drafts = network(decoder, "block", vocabulary=range(3, 90))
         several = SelfSpeculative(decoder, 1, drafts, FixedLength(tokens))
@@ -469,14 +350,14 @@ def test_another_precision_is_refused(qwen: PreTrainedModel) -> None:
 def test_wrong_states_are_refused(
     qwen: PreTrainedModel, quantize: str | None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    read = OnnxDecoder.read
+    read = DecoderForms.layer
 
-    def wrong(self: OnnxDecoder, number: int) -> GraphLayer:
+    def wrong(self: DecoderForms, number: int) -> GraphLayer:
         found = read(self, number)
         norm = found.form.norms["before_mlp"]
         found.form.norms["before_mlp"] = replace(norm, weight=norm.weight * 1.01)
         return found
 
-    monkeypatch.setattr(OnnxDecoder, "read", wrong)
+    monkeypatch.setattr(DecoderForms, "layer", wrong)
     with pytest.raises(InputError, match="differ from those in torch"):
         onnx_decoder(qwen, RuntimeOptions(quantize=quantize))

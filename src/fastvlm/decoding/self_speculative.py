@@ -22,7 +22,7 @@ from fastvlm.drafting.imitation import ImitationNetwork
 from fastvlm.functional.errors import InputError
 from fastvlm.functional.placement import moved
 from fastvlm.language.decoder import SplitDecoder
-from fastvlm.language.draft_path import DraftPath, Draws, drafts_ahead
+from fastvlm.language.draft_path import DraftPath, Draws
 from fastvlm.language.positions import Positions
 
 AHEAD = (1, 2, 4, 6, 8)
@@ -249,9 +249,9 @@ class DraftSteps:
 
     def ahead(self, last: list[int], number: int, most: int) -> list[StepTokens] | None:
         """Run several steps at once, if the decoder can. See `Ahead`."""
-        batch, decoder, behind = self.batch, self.strategy.decoder, None
+        batch, drafter, behind = self.batch, self.strategy.decoder.ahead, None
         path = self.setup.path
-        if path.tokens is None or not self._can_go_ahead or not drafts_ahead(decoder):
+        if drafter is None or path.tokens is None or not self._can_go_ahead:
             return None
         if not number and any(slot.lag for slot in batch.slots):
             if len(batch.slots) > 1:
@@ -269,7 +269,7 @@ class DraftSteps:
         before = 0 if behind is None else behind.shape[1]
         positions = batch.positions([s + number - before for s in self._starts], before + steps)
         draws = self._draws(number, steps, path.tokens)
-        found = decoder.draft_ahead(last, positions, batch.cache, path, behind, draws)
+        found = drafter.draft_ahead(last, positions, batch.cache, path, behind, draws)
         self.computed += len(found or ())
         return found
 

@@ -16,7 +16,7 @@ from transformers import PreTrainedModel
 
 from fastvlm.functional.errors import InputError
 from fastvlm.language.cache import DecoderCache, KeyValueCache
-from fastvlm.language.draft_path import DraftPath
+from fastvlm.language.draft_path import DraftPath, DraftsAhead
 from fastvlm.language.masks import FULL, MaskKind, additive
 from fastvlm.language.positions import Positions
 from fastvlm.language.quantised import Int4Linear, Int8Linear
@@ -81,6 +81,8 @@ class SplitDecoder(ABC):
     """Positions that the model was made for."""
     max_positions: int | None = None
     """Positions that there are, where a table ends; None where a reply may go beyond `context`."""
+    ahead: DraftsAhead | None = None
+    """What runs several draft steps in one call, on the decoder's own cache; None for nothing."""
     restart: int | None = None
     """The length at which `generate` forgets a row's keys and values and computes all anew, with
     other rotations; None for never."""
@@ -96,7 +98,7 @@ class SplitDecoder(ABC):
     @property
     def prepared(self) -> int:
         """How often a pass has prepared others like it, which takes a multiple of what they do."""
-        return 0
+        return 0 if self.ahead is None else self.ahead.prepared
 
     def room(self, length: int) -> int | None:
         """Return how many tokens a reply may have; None for any number.
@@ -295,6 +297,8 @@ class SplitDecoder(ABC):
         The engine calls it before requests enter. Return the most bytes of a cache that stay for
         them; 0 where passes over its memory are no shorter, or the model has changed.
         """
+        if self.ahead is not None:
+            self.ahead.follow()
         return 0
 
     def lm_head_rows(self, token_ids: Tensor) -> Tensor | None:

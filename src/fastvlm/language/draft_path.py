@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from functools import cache
-from typing import Any, NamedTuple, Protocol, TypeGuard, runtime_checkable
+from typing import NamedTuple, Protocol
 
 from torch import Tensor, nn
 
@@ -43,9 +42,17 @@ class Draws(NamedTuple):
     noise: Tensor
 
 
-@runtime_checkable
 class DraftsAhead(Protocol):
-    """A decoder that can run several draft steps in one call."""
+    """What runs several draft steps of a decoder in one call."""
+
+    @property
+    def prepared(self) -> int:
+        """How often a call has prepared others like it. See `SplitDecoder.prepared`."""
+        ...
+
+    def follow(self) -> None:
+        """Take over what has changed about the model. See `SplitDecoder.follow`."""
+        ...
 
     def draft_ahead(
         self,
@@ -72,15 +79,3 @@ class DraftsAhead(Protocol):
             one.
         """
         ...
-
-
-def drafts_ahead(decoder: object) -> TypeGuard[DraftsAhead]:
-    """Return whether a decoder can run several draft steps in one call."""
-    kind: Any = type(decoder)
-    return _drafts_ahead(kind)
-
-
-@cache
-def _drafts_ahead(kind: Any) -> bool:
-    # Looking methods up anew takes a hundredth of a small model's step.
-    return issubclass(kind, DraftsAhead)

@@ -17,9 +17,9 @@ from onnx import TensorProto, helper
 from torch import Tensor
 
 from fastvlm.functional.threads import usual_threads
-from fastvlm.language.draft_path import DraftPath, Draws
+from fastvlm.language.draft_path import Draws
 from fastvlm.runtimes.attention_graph import ROTATED_AT_ONCE, Attention, settings_of
-from fastvlm.runtimes.draft_graph import DraftLayers, DraftPass, add_drafter
+from fastvlm.runtimes.draft_graph import DraftLayers, add_drafter
 from fastvlm.runtimes.layer_form import GraphLayer
 from fastvlm.runtimes.layer_graph import add_layers
 from fastvlm.runtimes.layer_pass import KEPT_WIDTH, PassInputs, bind
@@ -50,13 +50,13 @@ class ChainParts(NamedTuple):
 
     Args:
         step: Each step.
-        embedding: The rows of all tokens: (vocabulary, d_model).
         tokens: Those that can be drafted, as the head's rows stand for them: (tokens,).
+        embedded: What enters the first layer of each of them: (tokens, d_model).
     """
 
     step: DraftLayers
-    embedding: Tensor
     tokens: Tensor
+    embedded: Tensor
 
     @property
     def looks_back(self) -> bool:
@@ -123,10 +123,11 @@ class ChainedAttention(Attention):
 
 @usual_threads()
 def chain_graph(parts: ChainParts, steps: int, *, draws: bool) -> OnnxGraph:
-    """Return the graph from tokens, `token`, to those of each step, and how likely these are.
+    """Return the graph from embedded tokens, `x`, to those of each step, and how likely these are.
 
-    They are `tokens` and `chances`: (batch, steps) each. What blocks are to see before the first
-    step's states is `behind`, (batch, positions, d_model), and `kept`, (1,), how many these are.
+    They are (batch, 1, d_model), and `tokens` and `chances`, (batch, steps) each. What blocks are
+    to see before the first step's states is `behind`, (batch, positions, d_model), and `kept`,
+    (1,), how many these are.
 
     Args:
         parts: What each step computes.
@@ -138,9 +139,8 @@ def chain_graph(parts: ChainParts, steps: int, *, draws: bool) -> OnnxGraph:
     layers, exit_layer = parts.step.layers, parts.step.exit_layer
     attention = ChainedAttention(graph, layers, steps)
     # With sizes that are known, the cache would be taken to be as long as what a step adds.
-    token = graph.input("token", TensorProto.INT64, ["batch", "width"])
-    x = graph.add("Gather", [graph.weight(parts.embedding), token])
-    drafted = graph.weight(parts.embedding.detach()[parts.tokens])
+    x = graph.input("x", TensorProto.FLOAT, ["batch", "width", "d_model"])
+    drafted = graph.weight(parts.embedded)
     scale = graph.input("scale", TensorProto.FLOAT, None) if draws else ""
     last, found, likely = graph.constant(-1), [], []
     for number in range(steps):
@@ -185,7 +185,8 @@ class _Bound:
     inputs: dict[str, Tensor]
     """All that is bound and doesn't depend on where the cache lies: it must stay."""
     arrays: dict[str, Any]
-    """What tells steps their tokens and places, as arrays of NumPy; those of all steps in one."""
+    """What tells steps their places, as arrays of NumPy; those of all steps in one."""
+    x: Tensor
     behind: Tensor
     scale: Tensor
     noise: Tensor
@@ -214,7 +215,7 @@ class DraftChain:
     @torch.inference_mode()
     def run(
         self,
-        tokens: Sequence[int],
+        x: Tensor,
         given: PassInputs,
         behind: Tensor | None = None,
         draws: Draws | None = None,
@@ -222,15 +223,16 @@ class DraftChain:
         """Return each step's tokens, and their probabilities, by rows.
 
         Args:
-            tokens: What stands at each row's first position.
+            x: What enters the first layer at each row's first position: (batch, 1, d_model).
             given: The first position of each row, with those behind; rotations of all; the cache.
             behind: See `DraftsAhead.draft_ahead`.
             draws: How tokens are drawn, if they are.
         """
-        rows, before = len(tokens), 0 if behind is None else behind.shape[1]
+        rows, before = len(x), 0 if behind is None else behind.shape[1]
         bound = self._bound.get((rows, before)) or self._bind(rows, before)
         if before <= KEPT_WIDTH:
             self._bound[rows, before] = bound
+        bound.x.copy_(x)
         if behind is not None:
             bound.behind.copy_(behind)
         if draws is not None:
@@ -245,7 +247,6 @@ class DraftChain:
                 bound.tables[name][: rows * width].view(rows, width, -1).copy_(values)
         starts = [start + before for start in given.starts]
         steps, arrays = range(self.steps), bound.arrays
-        arrays["token"][:, 0] = tokens
         arrays["last"][:] = [[start + step for start in starts] for step in steps]
         arrays["total"][:] = range(max(starts) + 1, max(starts) + 1 + self.steps)
         arrays["place"][:] = [[first + before + step for first in places] for step in steps]
@@ -258,7 +259,6 @@ class DraftChain:
         """Return inputs and outputs of passes of a shape, but for those of `_bind_memory`."""
         steps, width = self.steps, self.parts.step.layers[0].width
         inputs = {
-            "token": torch.zeros(rows, 1, dtype=torch.long),
             "last": torch.zeros(steps, rows, dtype=torch.int32),
             "total": torch.zeros(steps, dtype=torch.int32),
             "place": torch.zeros(steps, rows, 1, dtype=torch.long),
@@ -270,6 +270,7 @@ class DraftChain:
             self._session.io_binding(),
             inputs,
             arrays,
+            x=torch.zeros(rows, 1, width),
             behind=torch.zeros(rows, before, width),
             scale=torch.ones(rows, 1, 1),
             noise=torch.zeros(steps, rows, 1, len(self.parts.tokens)),
@@ -285,6 +286,7 @@ class DraftChain:
             inputs |= {"behind": bound.behind, "kept": torch.tensor([before])}
         else:
             del inputs["places"]
+        inputs["x"] = bound.x
         for name, tensor in inputs.items():
             bind(bound.binding.bind_input, name, tensor)
         bind(bound.binding.bind_output, "tokens", bound.tokens)
@@ -311,24 +313,3 @@ class DraftChain:
                 table = bound.tables[name] = values.new_zeros(needed, values.shape[-1])
             bind(bound.binding.bind_input, name, table)
         bound.memory = memory
-
-
-def chain_of(
-    fused: DraftPass, embedding: Any, path: DraftPath, kind: ChainKind
-) -> DraftChain | None:
-    """Return some draft steps in one graph, made once; None where they are run one by one.
-
-    Args:
-        fused: Each step.
-        embedding: The module that embeds tokens, which only looks rows up.
-        path: What is drafted.
-        kind: What they are for.
-    """
-    if path.tokens is None:
-        return None
-    if kind not in fused.chains:
-        parts = ChainParts(fused.step, embedding.weight, path.tokens)
-        chain = DraftChain(parts, kind) if parts.is_known else None
-        fused.chains[kind] = chain
-    found: DraftChain | None = fused.chains[kind]
-    return found

@@ -61,8 +61,6 @@ class DraftPass:
         self.step, self.bits = step, bits
         self.masks = list(dict.fromkeys(layer.mask for layer in layers))
         self.caches, self.rotations = cached_layers(layers), rotations_of(layers)
-        self.chains: dict[Any, Any] = {}
-        """Several such steps in one graph, by their kind; see `draft_chain`."""
         self._passes: dict[PassKind, LayerPass] = {}
 
     def run(self, x: Tensor, given: PassInputs) -> list[Tensor]:

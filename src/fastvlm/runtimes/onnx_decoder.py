@@ -2,43 +2,28 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable, Iterable, Sequence
+from collections.abc import Hashable, Iterable, Sequence
 from threading import RLock
-from typing import Any, TypeGuard
+from typing import TypeGuard
 
 import torch
 from torch import Tensor, nn
 
-from fastvlm.functional.errors import InputError
 from fastvlm.language.bare import is_lookup
 from fastvlm.language.cache import DecoderCache, KeyValueCache
 from fastvlm.language.decoder import SplitDecoder
-from fastvlm.language.draft_path import DraftPath, Draws
+from fastvlm.language.draft_path import DraftPath
 from fastvlm.language.general import added_after, injected
-from fastvlm.language.layer_calls import LayerCall
 from fastvlm.language.positions import Positions
 from fastvlm.language.weights_state import identities, weights_state
-from fastvlm.runtimes.draft_chain import ChainKind, chain_of
-from fastvlm.runtimes.draft_graph import DraftLayers, DraftPass, mlp_form
-from fastvlm.runtimes.graph_parts import Head
+from fastvlm.runtimes.decoder_forms import DecoderForms
+from fastvlm.runtimes.drafter import PLACE, Drafter
 from fastvlm.runtimes.head_pass import HeadPasses
-from fastvlm.runtimes.layer_form import GraphLayer, Product, layer_form, linear_form, norm_form
-from fastvlm.runtimes.layer_pass import PassInputs
-from fastvlm.runtimes.layer_stack import LARGEST, LayerStack, StackPass, needs_mask, split_after
-from fastvlm.runtimes.lent_rows import lend_rows
-from fastvlm.runtimes.onnx_graph import OnnxGraph
-from fastvlm.runtimes.rotations import GraphRotations
+from fastvlm.runtimes.layer_stack import LARGEST, LayerStack, StackPass, split_after
 from fastvlm.runtimes.wrapped_decoder import WrappedDecoder
 
-PLACE = ("cpu", torch.float32)
-"""Where, and in what precision, it computes."""
 IDLE_CACHE_BYTES = 2**25
 """The most bytes of a cache that stay while nothing is decoded."""
-MAX_DRAFTS = 8
-"""Draft steps in one graph that are kept at once."""
-LARGEST_CHAINED = 2**25
-"""Weights of a draft step up to which several are one graph: each number of steps holds them once
-more, in 8 bits."""
 
 
 class OnnxDecoder(WrappedDecoder):
@@ -66,10 +51,8 @@ class OnnxDecoder(WrappedDecoder):
         super().__init__(split)
         self._check_precision()
         self.bits, self.required = bits, required
-        try:
-            self._rotations = GraphRotations(self.split)
-        except InputError as error:
-            raise self.refusal(str(error)) from error
+        self.forms = DecoderForms(self.split, self.refusal)
+        self.ahead: Drafter = Drafter(self.forms, bits)
         self._turn = RLock()
         self._state: Hashable = None
         self._forget()
@@ -85,20 +68,18 @@ class OnnxDecoder(WrappedDecoder):
         with self._turn:
             self.runtime = "onnx" if self._place() == PLACE else "torch"
             if self.runtime == "torch":
+                self.ahead.follow()
                 if self._state is not None:
                     self._forget()
                 self._state, self.recomputes = None, False
                 return 0
-            if self._state != self._weights_state():
+            weights = weights_state(self.model)
+            self.ahead.follow(weights)
+            if self._state != self._weights_state(weights):
                 self._forget()
                 return 0
             # Of small layers, telling all graphs where memory lies takes as long as a step.
             return IDLE_CACHE_BYTES if self.recomputes else 0
-
-    @property
-    def prepared(self) -> int:
-        """How often a pass has made a graph. See `SplitDecoder.prepared`."""
-        return OnnxGraph.sessions
 
     def forward_layers(
         self, x: Tensor, positions: Positions, cache: KeyValueCache, layers: Iterable[int]
@@ -201,59 +182,10 @@ class OnnxDecoder(WrappedDecoder):
         """Run a draft step in one graph, where it is small. See `SplitDecoder.draft_step`."""
         if positions.injects or not self._decodes(cache):
             return super().draft_step(x, positions, cache, path)
-        with self._turn:
-            fused = self._draft_pass(path)
-            if fused is None or fused.step.size > LARGEST or needs_mask(positions, fused.masks):
-                return super().draft_step(x, positions, cache, path)
-            x = self.split.enter(x, positions)
-            given = self._draft_inputs(fused, positions, cache)
-            exits, logits = fused.run(x, given)
-            given.lent.write_back()
-        return exits, self.logits(logits)
-
-    def draft_ahead(
-        self,
-        tokens: Sequence[int],
-        positions: Positions,
-        cache: KeyValueCache,
-        path: DraftPath,
-        behind: Tensor | None = None,
-        draws: Draws | None = None,
-    ) -> list[tuple[list[int], list[float]]] | None:
-        """Run several draft steps in one graph. See `DraftsAhead.draft_ahead`."""
-        if positions.injects or not self._decodes(cache):
-            return None
-        with self._turn:
-            fused = self._draft_pass(path)
-            if fused is None or needs_mask(positions, fused.masks):
-                return None
-            steps = positions.width - (0 if behind is None else behind.shape[1])
-            kind = ChainKind(steps, draws is not None, len(tokens) > 1)
-            chain = chain_of(fused, self.embedding, path, kind) if self._looks_up else None
-            if chain is None:
-                return None
-            given = self._draft_inputs(fused, positions, cache)
-            found = chain.run(tokens, given, behind, draws)
-            given.lent.write_back()
-        return found
-
-    def _draft_pass(self, path: DraftPath) -> DraftPass | None:
-        """Return a draft step in one graph; None where it gains nothing."""
-        rows = path.rows
-        if rows is None:
-            return None
-        key = path.exit_layer, tuple(map(id, path.blocks)), id(path.mlp), rows.data_ptr(), len(rows)
-        if key not in self._drafts:
-            if len(self._drafts) == MAX_DRAFTS:
-                del self._drafts[next(iter(self._drafts))]
-            layers = [self.read(number) for number in range(path.exit_layer)]
-            layers += map(self._block_reader(path.blocks), range(len(path.blocks)))
-            mlp = None if path.mlp is None else mlp_form(path.mlp)
-            step = DraftLayers(layers, path.exit_layer, mlp, self._head(rows))
-            small = step.size <= LARGEST_CHAINED
-            self._drafts[key] = path, DraftPass(step, self.bits) if small else None
-            self._state = self._weights_state()
-        return self._drafts[key][1]
+        found = self.ahead.step(x, positions, cache, path)
+        if found is None:
+            return super().draft_step(x, positions, cache, path)
+        return found[0], self.logits(found[1])
 
     def _run(
         self,
@@ -280,41 +212,13 @@ class OnnxDecoder(WrappedDecoder):
         return x
 
     def _pass(self, positions: Positions, cache: DecoderCache) -> StackPass:
-        return StackPass(positions, cache, self._rotations.of(positions, cache.capacity))
-
-    def _draft_inputs(self, step: DraftPass, places: Positions, cache: DecoderCache) -> PassInputs:
-        rotations = self._rotations.of(places, cache.capacity)
-        own = {name: rotations[name] for name in step.rotations}
-        return PassInputs(places.starts, own, lend_rows(cache, places, step.caches))
+        return StackPass(positions, cache, self.forms.rotations.of(positions, cache.capacity))
 
     @property
     def _looks_up(self) -> bool:
         """Whether what enters the first layer are rows of the embedding as they are."""
         as_they_are = self.split.first_entry() is None and self.split.calls.entry == "nothing"
         return as_they_are and is_lookup(self.embedding)
-
-    def _graph_layer(self, layer: Any, call: LayerCall, what: str) -> GraphLayer:
-        """Return a layer as a graph takes it."""
-        if call.rotary is None:
-            raise self.refusal(f"{what} rotates nothing")
-        try:
-            return GraphLayer(layer_form(layer), self._rotations.kinds[call.rotary], call.mask)
-        except InputError as error:
-            raise self.refusal(f"{what} is of another form than is known: {error}") from error
-
-    def read(self, number: int) -> GraphLayer:
-        """Return one of the target's layers as a graph takes it.
-
-        Raises:
-            InputError: It is of another form than is known.
-        """
-        call = self.split.calls.layers[number]
-        return self._graph_layer(self.layers[number], call, f"layer {number}")
-
-    def kind(self, number: int) -> Hashable:
-        """Return what tells one of the target's layers from those that are computed otherwise."""
-        layer = self.read(number)
-        return layer.form.kind, layer.rotation, layer.mask
 
     def _stack_of(self, blocks: list[nn.Module]) -> LayerStack:
         """Return layers that are not the target's own, as they are run."""
@@ -323,24 +227,10 @@ class OnnxDecoder(WrappedDecoder):
             if key not in self._blocks:
                 masks = [call.mask for call in self.split.calls.layers[-len(blocks) :]]
                 copied = _weights(blocks) <= LARGEST
-                stack = LayerStack(masks, self._block_reader(blocks), self.bits, copied=copied)
+                stack = LayerStack(masks, self.forms.block_reader(blocks), self.bits, copied=copied)
                 self._blocks[key] = blocks, stack
                 self._state = self._weights_state()
             return self._blocks[key][1]
-
-    def _block_reader(self, blocks: Sequence[nn.Module]) -> Callable[[int], GraphLayer]:
-        """Return what reads layers that are not the target's own, by their numbers."""
-        calls = self.split.calls.layers[-len(blocks) :]
-        return lambda number: self._graph_layer(blocks[number], calls[number], "a draft's layer")
-
-    def _head(self, rows: Tensor | None = None, *, normed: bool = False) -> Head:
-        """Return what makes logits of hidden states, or of normed ones. See `HeadPasses`."""
-        try:
-            weights = linear_form(self.lm_head) if rows is None else Product(rows, None)
-            norm = None if normed else norm_form(getattr(self.decoder, self.part_names["norm"]))
-        except InputError as error:
-            raise self.refusal(f"of its head, {error}") from error
-        return Head(norm, weights)
 
     def _check_precision(self) -> None:
         if self._place() != PLACE:
@@ -361,32 +251,33 @@ class OnnxDecoder(WrappedDecoder):
     def _is_torchs(self) -> bool:
         return self.runtime == "torch" or torch.is_grad_enabled()
 
-    def _weights_state(self) -> Hashable:
-        """Return what changes whenever weights do that were packed, or may have been."""
+    def _weights_state(self, weights: Hashable = None) -> Hashable:
+        """Return what changes whenever weights do that were packed, or may have been.
+
+        Args:
+            weights: The `weights_state` of the model, where it is known.
+        """
         modules = [block for blocks, _ in self._blocks.values() for block in blocks]
-        for path, _ in self._drafts.values():
-            modules += path.blocks if path.mlp is None else [path.mlp]
-        drafts = [weight for one in dict.fromkeys(modules) for weight in one.parameters()]
-        return weights_state(self.model), identities(drafts), self._rotations.state
+        blocks = [weight for one in dict.fromkeys(modules) for weight in one.parameters()]
+        found = weights_state(self.model) if weights is None else weights
+        return found, identities(blocks), self.forms.rotations.state
 
     def _forget(self) -> None:
         """Pack all weights anew where they are next needed."""
         masks = [call.mask for call in self.split.calls.layers]
         # One call more takes longer than a few positions more, and each rounds as it did.
         small = self.recomputes = _weights(self.layers) <= LARGEST
-        self._rotations.forget()
+        self.ahead.forget()
         self._target = LayerStack(
             masks,
-            self.read,
+            self.forms.layer,
             self.bits,
             copied=small,
-            head=self._head,
+            head=self.forms.head,
             embedding=lambda: self.embedding.weight,
         )
         self._blocks: dict[tuple[int, ...], tuple[list[nn.Module], LayerStack]] = {}
-        self._heads = HeadPasses(self._head, self.bits)
-        self._drafts: dict[Hashable, tuple[DraftPath, DraftPass | None]] = {}
-        """What is known by its place stays, so that nothing else comes to lie there."""
+        self._heads = HeadPasses(self.forms.head, self.bits)
         self._state = self._weights_state()
 
 

@@ -17,6 +17,8 @@ from fastvlm.functional.options import refuse_unknown
 from fastvlm.functional.packed import pack
 from fastvlm.language import split_decoder
 from fastvlm.language.decoder import SplitDecoder
+from fastvlm.language.draft_path import DraftsAhead
+from fastvlm.language.general import GeneralDecoder
 from fastvlm.language.packed import PACKED_BYTES, pack_decoder
 from fastvlm.language.quantised import checked_bits, quantise_decoder
 from fastvlm.language.structure import text_decoder
@@ -113,6 +115,8 @@ def decoder_of(
         left -= pack_decoder(model, left)
         left -= pack([] if network is None else [network], left)
         decoder = cuda_decoder(model) if options.runtime == "cuda" else split_decoder(model)
+        if options.runtime is None and network is not None:
+            decoder.ahead = _drafter(decoder)
     for part in model.modules():
         if isinstance(part, FastViTHD):
             left -= part.pack(left)
@@ -146,12 +150,38 @@ def onnx_decoder(model: PreTrainedModel, options: RuntimeOptions) -> SplitDecode
     if bits is None:
         check(decoder, range(decoder.depth))
     else:
-        # By layers in float32, one of each kind: rounding is all that tells them apart. A head is a
-        # norm, which is checked where it is read, and a product.
-        exact = OnnxDecoder(decoder.split)
-        kinds = {exact.kind(number): number for number in reversed(range(exact.depth))}
-        check(exact, sorted(kinds.values()), head=False)
+        _check_kinds(decoder.split)
     return decoder
+
+
+def _check_kinds(split: SplitDecoder) -> None:
+    """Refuse a decoder whose layers are computed otherwise in ONNX Runtime.
+
+    Raises:
+        InputError: They are, or it doesn't know their form.
+    """
+    from fastvlm.runtimes.onnx_decoder import OnnxDecoder
+
+    # By layers in float32, one of each kind: rounding is all that tells other weights apart. A head
+    # is a norm, which is checked where it is read, and a product.
+    exact = OnnxDecoder(split)
+    check(exact, exact.forms.kinds(), head=False)
+
+
+def _drafter(split: SplitDecoder) -> DraftsAhead | None:
+    """Return what drafts for a decoder in torch, by graphs of ONNX Runtime.
+
+    None where it can't: of another form than it knows, not in float32 on a CPU, not installed.
+    """
+    if _missing() or not isinstance(split, GeneralDecoder):
+        return None
+    with suppress(InputError, ImportError):
+        from fastvlm.runtimes.decoder_forms import DecoderForms
+        from fastvlm.runtimes.drafter import Drafter
+
+        _check_kinds(split)
+        return Drafter(DecoderForms(split))
+    return None
 
 
 def _suits_onnx(model: PreTrainedModel, options: RuntimeOptions) -> bool:
