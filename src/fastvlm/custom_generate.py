@@ -34,6 +34,7 @@ from fastvlm.functional.errors import InputError
 from fastvlm.functional.noise import MAX_SEED
 from fastvlm.functional.options import refuse_unknown
 from fastvlm.language import capture_decoder_inputs, split_decoder
+from fastvlm.runtimes import drafter_of
 
 
 @dataclass(frozen=True, slots=True)
@@ -74,6 +75,8 @@ class Speculative:
                 decoder, network = split_decoder(model), self.draft
                 if isinstance(network, str | Path):
                     network = load_draft(network, model)
+                if network is not None:
+                    decoder.ahead = drafter_of(decoder)
                 strategy = StrategyFactory(decoder, network).make(self.strategy, **self.options)
                 self._targets[model] = Target(Engine(decoder), strategy)
             return self._targets[model]

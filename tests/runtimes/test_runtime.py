@@ -10,8 +10,10 @@ from transformers import PreTrainedModel
 
 import fastvlm
 from fastvlm.functional.errors import InputError
+from fastvlm.language import split_decoder
 from fastvlm.runtimes import RuntimeOptions, decoder_of, runtime
 from fastvlm_example import SCENE_PROMPT
+from tests.language.decoding import network
 from tests.runtimes.conftest import CONFIGURATIONS, OTHERS, tiny
 
 
@@ -71,6 +73,23 @@ def test_a_small_model_is_computed_by_onnx_runtime(monkeypatch: pytest.MonkeyPat
     monkeypatch.undo()
     monkeypatch.setattr(runtime, "find_spec", lambda _: None)
     assert chosen(model) == "torch"
+
+
+def test_drafts_for_a_target_in_torch_are_computed_by_onnx_runtime(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    pytest.importorskip("onnxruntime")
+
+    def drafts(model: PreTrainedModel) -> bool:
+        drafted = network(split_decoder(model), "block", vocabulary=range(3, 90))
+        return decoder_of(model, drafted, RuntimeOptions("torch")).ahead is not None
+
+    model = tiny(CONFIGURATIONS["gemma3"])
+    assert drafts(model)
+    assert decoder_of(model, None, RuntimeOptions("torch")).ahead is None
+    assert not drafts(tiny(CONFIGURATIONS["gemma3"], torch.bfloat16))
+    monkeypatch.setattr(runtime, "find_spec", lambda _: None)
+    assert not drafts(model)
 
 
 def test_a_model_that_is_cast_is_computed_by_torch_unless_onnx_runtime_is_required() -> None:

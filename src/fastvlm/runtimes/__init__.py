@@ -1,5 +1,11 @@
 """What computes a decoder: torch, ONNX Runtime or CUDA graphs, behind the same `SplitDecoder`."""
 
-from fastvlm.runtimes.runtime import RUNTIMES, RuntimeOptions, decoder_of, split_load_options
+from fastvlm.runtimes.runtime import (
+    RUNTIMES,
+    RuntimeOptions,
+    decoder_of,
+    drafter_of,
+    split_load_options,
+)
 
-__all__ = ["RUNTIMES", "RuntimeOptions", "decoder_of", "split_load_options"]
+__all__ = ["RUNTIMES", "RuntimeOptions", "decoder_of", "drafter_of", "split_load_options"]

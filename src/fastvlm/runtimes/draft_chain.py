@@ -24,7 +24,7 @@ from fastvlm.runtimes.layer_form import GraphLayer
 from fastvlm.runtimes.layer_graph import add_layers
 from fastvlm.runtimes.layer_pass import KEPT_WIDTH, PassInputs, bind
 from fastvlm.runtimes.onnx_graph import OnnxGraph
-from fastvlm.runtimes.quantised_weights import BITS
+from fastvlm.runtimes.quantised_weights import QuantisedMatrices
 
 ALONE = 2**22
 """Weights of a step up to which one thread computes it for one row: others would have to be woken
@@ -52,11 +52,13 @@ class ChainParts(NamedTuple):
         step: Each step.
         tokens: Those that can be drafted, as the head's rows stand for them: (tokens,).
         embedded: What enters the first layer of each of them: (tokens, d_model).
+        matrices: Those of all its chains, in 8 bits.
     """
 
     step: DraftLayers
     tokens: Tensor
     embedded: Tensor
+    matrices: QuantisedMatrices
 
     @property
     def looks_back(self) -> bool:
@@ -135,7 +137,7 @@ def chain_graph(parts: ChainParts, steps: int, *, draws: bool) -> OnnxGraph:
         draws: Whether a step's token is the best one after its logits were multiplied by `scale`,
             (batch, 1, 1), and `noise{n}` was added to those of step n, (batch, 1, tokens).
     """
-    graph = OnnxGraph(BITS["int8"])
+    graph = OnnxGraph(parts.matrices.bits, parts.matrices)
     layers, exit_layer = parts.step.layers, parts.step.exit_layer
     attention = ChainedAttention(graph, layers, steps)
     # With sizes that are known, the cache would be taken to be as long as what a step adds.

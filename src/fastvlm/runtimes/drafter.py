@@ -21,6 +21,7 @@ from fastvlm.runtimes.layer_pass import PassInputs
 from fastvlm.runtimes.layer_stack import LARGEST, needs_mask
 from fastvlm.runtimes.lent_rows import lend_rows
 from fastvlm.runtimes.onnx_graph import OnnxGraph
+from fastvlm.runtimes.quantised_weights import BITS, QuantisedMatrices
 
 PLACE = ("cpu", torch.float32)
 """Where, and in what precision, it computes."""
@@ -160,7 +161,8 @@ class Drafter:
         if path.tokens is not None and forms.split.first_entry() is None:
             whole = Positions.whole([len(path.tokens)], path.tokens.device)
             embedded = self._entered(path.tokens[None], whole)[0].detach()
-            parts = ChainParts(step, path.tokens, embedded)
+            matrices = QuantisedMatrices(BITS["int8"])
+            parts = ChainParts(step, path.tokens, embedded, matrices)
         known = parts is not None and parts.is_known
         return _Kept(path, DraftPass(step, self.bits), parts if known else None)
 

@@ -12,7 +12,7 @@ from onnx import GraphProto, NodeProto, TensorProto, ValueInfoProto, helper, num
 from torch import Tensor
 
 from fastvlm.functional.threads import usual_threads
-from fastvlm.runtimes.quantised_weights import BLOCKS, quantise
+from fastvlm.runtimes.quantised_weights import BLOCKS, QuantisedMatrices
 
 OPSET, CONTRIBUTED_OPSET, IR_VERSION = 24, 1, 11
 CONTRIBUTED = "com.microsoft"
@@ -38,12 +38,13 @@ class OnnxGraph:
 
     Args:
         bits: Bits of the weights of linear layers: 8 or 4; None for float32.
+        matrices: Those that other graphs have in these bits too; None for none.
     """
 
     sessions: ClassVar[int] = 0
     """How many graphs were made ready to run, whoever made them."""
 
-    def __init__(self, bits: int | None = None) -> None:
+    def __init__(self, bits: int | None = None, matrices: QuantisedMatrices | None = None) -> None:
         self.bits = bits
         self.nodes: list[NodeProto] = []
         self.inputs: list[ValueInfoProto] = []
@@ -56,8 +57,7 @@ class OnnxGraph:
         self._constants: dict[tuple[int, ...], str] = {}
         self._weights: dict[tuple[Any, ...], tuple[str, Tensor]] = {}
         """By where they lie, where they stay: a graph may multiply by one several times."""
-        self._matrices: dict[tuple[Any, ...], tuple[list[str], Tensor]] = {}
-        """Those that are quantised, likewise."""
+        self._matrices = matrices
 
     def input(self, name: str, dtype: int, shape: Sequence[str | int] | None) -> str:
         """Declare an input; return its name.
@@ -115,13 +115,11 @@ class OnnxGraph:
 
     def _quantised(self, weight: Tensor, bits: int) -> list[str]:
         """Add a matrix of whole numbers, once; return the names of what it is made of."""
-        key = weight.data_ptr(), tuple(weight.shape)
-        if key not in self._matrices:
-            whole = quantise(weight, bits)
-            zeros = "" if whole.zeros is None else self.weight(whole.zeros)
-            names = [self.weight(whole.values), self.weight(whole.scales), zeros]
-            self._matrices[key] = names, weight
-        return self._matrices[key][0]
+        if self._matrices is None:
+            self._matrices = QuantisedMatrices(bits)
+        whole = self._matrices.of(weight)
+        zeros = "" if whole.zeros is None else self.weight(whole.zeros)
+        return [self.weight(whole.values), self.weight(whole.scales), zeros]
 
     def _added(self, values: Tensor) -> str:
         name = f"weight{len(self.initializers)}"

@@ -44,6 +44,26 @@ class QuantisedWeight(NamedTuple):
         return whole.flatten(1)[:, :inputs]
 
 
+class QuantisedMatrices:
+    """Matrices in 8 or 4 bits, each rounded once, for graphs that have some in common.
+
+    Args:
+        bits: 8 or 4.
+    """
+
+    def __init__(self, bits: int) -> None:
+        self.bits = bits
+        self._made: dict[tuple[int, torch.Size], tuple[QuantisedWeight, Tensor]] = {}
+        """By where they lie, where they stay."""
+
+    def of(self, weight: Tensor) -> QuantisedWeight:
+        """Return a matrix, (outputs, inputs), in fewer bits."""
+        key = weight.data_ptr(), weight.shape
+        if key not in self._made:
+            self._made[key] = quantise(weight, self.bits), weight
+        return self._made[key][0]
+
+
 def quantise(weight: Tensor, bits: int) -> QuantisedWeight:
     """Round a matrix to 8 or 4 bits, block by block.
 

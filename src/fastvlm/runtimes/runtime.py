@@ -43,7 +43,8 @@ class RuntimeOptions:
         runtime: `torch`; `onnx` for ONNX Runtime on the CPU; `cuda` for CUDA graphs of our own
             kernels on a GPU. None for ONNX Runtime where it is installed and is the faster one: for
             a model in float32, of a form that it knows, that is small (`SMALL`) or whose weights
-            are to have fewer bits, and fits into `packed_bytes`; torch for any other.
+            are to have fewer bits, and fits into `packed_bytes`; torch for any other. Beside torch,
+            ONNX Runtime computes the drafts of a model in float32, where it knows its form.
         quantize: `int8` or `int4` for weights of 8 or 4 bits; None for the model's own.
         packed_bytes: See `pack_decoder`.
 
@@ -115,8 +116,8 @@ def decoder_of(
         left -= pack_decoder(model, left)
         left -= pack([] if network is None else [network], left)
         decoder = cuda_decoder(model) if options.runtime == "cuda" else split_decoder(model)
-        if options.runtime is None and network is not None:
-            decoder.ahead = _drafter(decoder)
+        if network is not None:
+            decoder.ahead = drafter_of(decoder)
     for part in model.modules():
         if isinstance(part, FastViTHD):
             left -= part.pack(left)
@@ -168,12 +169,13 @@ def _check_kinds(split: SplitDecoder) -> None:
     check(exact, exact.forms.kinds(), head=False)
 
 
-def _drafter(split: SplitDecoder) -> DraftsAhead | None:
-    """Return what drafts for a decoder in torch, by graphs of ONNX Runtime.
+def drafter_of(split: SplitDecoder) -> DraftsAhead | None:
+    """Return what runs several draft steps in one call for a decoder in torch, by ONNX Runtime.
 
-    None where it can't: of another form than it knows, not in float32 on a CPU, not installed.
+    None where it can't: it is not installed, or the decoder is of another form than it knows or not
+    in float32 on a CPU.
     """
-    if _missing() or not isinstance(split, GeneralDecoder):
+    if _missing() or not isinstance(split, GeneralDecoder) or split.EXTRAS:
         return None
     with suppress(InputError, ImportError):
         from fastvlm.runtimes.decoder_forms import DecoderForms
