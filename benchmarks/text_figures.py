@@ -38,7 +38,7 @@ def text() -> str:
         (
             f"Medians (quartiles) over {replies['autoregressive']['replies']} prompts that no draft"
             f" has seen, {greedy['max_new_tokens']} tokens each, greedy, a batch of one,"
-            f" {greedy['dtype']}, {machine['threads']} thread of {machine['processor']}."
+            f" {greedy['dtype']}, {machine['threads']} threads of {machine['processor']}."
             f" {'Every token is' if same else 'Not every token is'} that of `transformers`' own"
             f" `generate`, and of ordinary decoding at temperature {sampled['temperature']:g}"
             f" ({questions} prompts, {sampled['max_new_tokens']} tokens each): {at_one}."

@@ -75,8 +75,7 @@ class Speculative:
                 decoder, network = split_decoder(model), self.draft
                 if isinstance(network, str | Path):
                     network = load_draft(network, model)
-                if network is not None:
-                    decoder.ahead = drafter_of(decoder)
+                decoder.ahead = drafter_of(decoder)
                 strategy = StrategyFactory(decoder, network).make(self.strategy, **self.options)
                 self._targets[model] = Target(Engine(decoder), strategy)
             return self._targets[model]

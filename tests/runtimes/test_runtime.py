@@ -9,12 +9,13 @@ import torch
 from transformers import PreTrainedModel
 
 import fastvlm
+from fastvlm.decoding import Autoregressive, SelfSpeculative
+from fastvlm.drafting import FixedLength
 from fastvlm.functional.errors import InputError
-from fastvlm.language import split_decoder
 from fastvlm.runtimes import RuntimeOptions, decoder_of, runtime
 from fastvlm_example import SCENE_PROMPT
-from tests.language.decoding import network
-from tests.runtimes.conftest import CONFIGURATIONS, OTHERS, tiny
+from tests.language.decoding import decode, network
+from tests.runtimes.conftest import CONFIGURATIONS, OTHERS, prompts, tiny
 
 
 @pytest.mark.parametrize(
@@ -75,21 +76,42 @@ def test_a_small_model_is_computed_by_onnx_runtime(monkeypatch: pytest.MonkeyPat
     assert chosen(model) == "torch"
 
 
-def test_drafts_for_a_target_in_torch_are_computed_by_onnx_runtime(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_drafts_beside_torch_are_onnx_runtimes_where_it_can(dtype: torch.dtype) -> None:
     pytest.importorskip("onnxruntime")
+    model = tiny(CONFIGURATIONS["gemma3"], dtype)
+    decoder = decoder_of(model, None, RuntimeOptions("torch"))
+    drafts = network(decoder, "block", vocabulary=range(3, 90))
+    several = SelfSpeculative(decoder, 1, drafts, FixedLength(3))
+    given = prompts(decoder, (9,))
+    [plain], [made] = (
+        decode(decoder, one, given, 20, ends=()) for one in (Autoregressive(), several)
+    )
+    assert made.output_token_ids == plain.output_token_ids
+    assert bool(decoder.prepared) == (dtype == torch.float32)
+    # In another precision there may be some, or none any more.
+    model.to(torch.float32 if dtype == torch.bfloat16 else torch.float64)
+    given = prompts(decoder, (9,))
+    before = decoder.prepared
+    decode(decoder, several, given, 20, ends=())
+    assert (decoder.prepared > before) == (dtype == torch.bfloat16)
 
-    def drafts(model: PreTrainedModel) -> bool:
-        drafted = network(split_decoder(model), "block", vocabulary=range(3, 90))
-        return decoder_of(model, drafted, RuntimeOptions("torch")).ahead is not None
 
-    model = tiny(CONFIGURATIONS["gemma3"])
-    assert drafts(model)
-    assert decoder_of(model, None, RuntimeOptions("torch")).ahead is None
-    assert not drafts(tiny(CONFIGURATIONS["gemma3"], torch.bfloat16))
+def test_drafts_of_a_form_that_onnx_runtime_does_not_know_are_torchs() -> None:
+    model = tiny(OTHERS["mixtral"])
+    decoder = decoder_of(model, None, RuntimeOptions())
+    several = SelfSpeculative(
+        decoder, 1, network(decoder, "block", vocabulary=range(3, 90)), FixedLength(3)
+    )
+    [made] = decode(decoder, several, prompts(decoder, (9,)), 20, ends=())
+    assert sum(made.proposed) > 0
+    assert decoder.prepared == 0
+
+
+def test_nothing_drafts_ahead_without_onnx_runtime(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = tiny(CONFIGURATIONS["qwen2"])
     monkeypatch.setattr(runtime, "find_spec", lambda _: None)
-    assert not drafts(model)
+    assert decoder_of(model, None, RuntimeOptions()).ahead is None
 
 
 def test_a_model_that_is_cast_is_computed_by_torch_unless_onnx_runtime_is_required() -> None:

@@ -27,9 +27,6 @@ from fastvlm.language.positions import Positions
 
 AHEAD = (1, 2, 4, 6, 8)
 """How many draft steps are run at once, where a runtime can."""
-MIN_AHEAD, MIN_FURTHER = 2, 4
-"""Steps that are run at once, where fewer are usual, to begin a draft and to go on with one: a call
-takes as long as some of them."""
 
 
 class DraftSetup(NamedTuple):
@@ -65,7 +62,7 @@ class SelfSpeculative(RuledDrafting):
     length: DraftLength = field(default_factory=FixedLength)
     lookup: Lookup | None = None
     name: str = "imitation"
-    usual_steps: Mean = field(init=False, default_factory=lambda: Mean(value=MIN_AHEAD))
+    usual_steps: Mean = field(init=False, default_factory=lambda: Mean(value=2))
     """Steps of a draft that has any."""
 
     def __post_init__(self) -> None:
@@ -262,7 +259,7 @@ class DraftSteps:
             behind = slot.exits.since(slot.drafted_length)[None]
         # About as many as are mostly drafted: one that is dropped cost little. A draft that is
         # longer than most goes on, and the longer it is already, the further.
-        least = MIN_FURTHER if number else MIN_AHEAD
+        least = drafter.least(path, number)
         usual = max(self.strategy.usual_steps.value - number, number // 2, least)
         possible = (one for one in AHEAD if one <= most)
         steps = min(possible, key=lambda one: abs(one - usual))

@@ -54,6 +54,15 @@ class DraftsAhead(Protocol):
         """Take over what has changed about the model. See `SplitDecoder.follow`."""
         ...
 
+    def least(self, path: DraftPath, drafted: int) -> int:
+        """Return how many steps are worth a call where fewer are usual.
+
+        Args:
+            path: What each step runs.
+            drafted: Steps of the draft that were run already.
+        """
+        ...
+
     def draft_ahead(
         self,
         tokens: Sequence[int],

@@ -15,7 +15,7 @@ from fastvlm.language.draft_path import DraftPath, Draws
 from fastvlm.language.positions import Positions
 from fastvlm.language.weights_state import identities, weights_state
 from fastvlm.runtimes.decoder_forms import DecoderForms
-from fastvlm.runtimes.draft_chain import ChainKind, ChainParts, DraftChain
+from fastvlm.runtimes.draft_chain import ALONE, ChainKind, ChainParts, DraftChain
 from fastvlm.runtimes.draft_graph import DraftLayers, DraftPass, mlp_form
 from fastvlm.runtimes.layer_pass import PassInputs
 from fastvlm.runtimes.layer_stack import LARGEST, needs_mask
@@ -25,6 +25,8 @@ from fastvlm.runtimes.quantised_weights import BITS, QuantisedMatrices
 
 PLACE = ("cpu", torch.float32)
 """Where, and in what precision, it computes."""
+FIRST, FURTHER = 2, 4
+"""Steps of a small draft that are worth a call, to begin with and to go on."""
 MAX_DRAFTS = 8
 """Drafts whose graphs are kept at once."""
 LARGEST_CHAINED = 2**25
@@ -108,6 +110,17 @@ class Drafter:
             exits, logits = step.run(x, given)
             given.lent.write_back()
         return exits, logits
+
+    def least(self, path: DraftPath, drafted: int) -> int:
+        """Return how many steps are worth a call. See `DraftsAhead.least`.
+
+        A call takes as long as some steps of a small draft.
+        """
+        with self._turn:
+            step = self._of(path).step
+        if step is None or step.step.size > ALONE:
+            return 1
+        return FURTHER if drafted else FIRST
 
     def draft_ahead(
         self,

@@ -22,6 +22,7 @@ from fastvlm.language.general import GeneralDecoder
 from fastvlm.language.packed import PACKED_BYTES, pack_decoder
 from fastvlm.language.quantised import checked_bits, quantise_decoder
 from fastvlm.language.structure import text_decoder
+from fastvlm.runtimes.late_drafter import LateDrafter
 from fastvlm.runtimes.quantised_weights import BITS
 from fastvlm.runtimes.runtime_check import check
 from fastvlm.vision import FastViTHD
@@ -116,8 +117,7 @@ def decoder_of(
         left -= pack_decoder(model, left)
         left -= pack([] if network is None else [network], left)
         decoder = cuda_decoder(model) if options.runtime == "cuda" else split_decoder(model)
-        if network is not None:
-            decoder.ahead = drafter_of(decoder)
+        decoder.ahead = drafter_of(decoder)
     for part in model.modules():
         if isinstance(part, FastViTHD):
             left -= part.pack(left)
@@ -170,20 +170,21 @@ def _check_kinds(split: SplitDecoder) -> None:
 
 
 def drafter_of(split: SplitDecoder) -> DraftsAhead | None:
-    """Return what runs several draft steps in one call for a decoder in torch, by ONNX Runtime.
+    """Return what runs several draft steps of a decoder in torch in one call, by ONNX Runtime.
 
-    None where it can't: it is not installed, or the decoder is of another form than it knows or not
-    in float32 on a CPU.
+    None where that is not installed, or the decoder is not of the usual form.
     """
-    if _missing() or not isinstance(split, GeneralDecoder) or split.EXTRAS:
-        return None
-    with suppress(InputError, ImportError):
-        from fastvlm.runtimes.decoder_forms import DecoderForms
-        from fastvlm.runtimes.drafter import Drafter
+    usual = isinstance(split, GeneralDecoder) and not split.EXTRAS
+    return None if _missing() or not usual else LateDrafter(split, _drafter)
 
-        _check_kinds(split)
-        return Drafter(DecoderForms(split))
-    return None
+
+def _drafter(split: SplitDecoder) -> DraftsAhead:
+    from fastvlm.runtimes.decoder_forms import DecoderForms
+    from fastvlm.runtimes.drafter import Drafter
+
+    assert isinstance(split, GeneralDecoder)  # `drafter_of` has looked
+    _check_kinds(split)
+    return Drafter(DecoderForms(split))
 
 
 def _suits_onnx(model: PreTrainedModel, options: RuntimeOptions) -> bool:

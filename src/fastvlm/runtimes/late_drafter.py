@@ -1,0 +1,74 @@
+"""A drafter in ONNX Runtime for a decoder in torch, made when something is first drafted."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from contextlib import suppress
+from threading import Lock
+
+import torch
+from torch import Tensor
+
+from fastvlm.functional.errors import InputError
+from fastvlm.language.cache import KeyValueCache
+from fastvlm.language.decoder import SplitDecoder
+from fastvlm.language.draft_path import DraftPath, DraftsAhead, Draws
+from fastvlm.language.positions import Positions
+
+
+class LateDrafter:
+    """See `DraftsAhead`: several steps at once where that can be, none where it can't.
+
+    Args:
+        split: The decoder.
+        make: Makes what drafts for it; it raises `InputError` where the decoder is of a form, or on
+            a device or in a precision, that it doesn't know, and `ImportError` where a library is
+            broken.
+    """
+
+    def __init__(self, split: SplitDecoder, make: Callable[[SplitDecoder], DraftsAhead]) -> None:
+        self.split, self.make = split, make
+        self._turn = Lock()
+        self._drafter: DraftsAhead | None = None
+        self._place: tuple[torch.device, torch.dtype] | None = None
+        """Where and in what precision the decoder was when a drafter was last to be made."""
+
+    @property
+    def prepared(self) -> int:
+        """How often a call has prepared others like it. See `SplitDecoder.prepared`."""
+        return 0 if self._drafter is None else self._drafter.prepared
+
+    def follow(self) -> None:
+        """Take over what has changed about the model. See `SplitDecoder.follow`."""
+        if self._drafter is not None:
+            self._drafter.follow()
+
+    def least(self, path: DraftPath, drafted: int) -> int:
+        """Return how many steps are worth a call. See `DraftsAhead.least`."""
+        drafter = self._made()
+        return 1 if drafter is None else drafter.least(path, drafted)
+
+    def draft_ahead(
+        self,
+        tokens: Sequence[int],
+        positions: Positions,
+        cache: KeyValueCache,
+        path: DraftPath,
+        behind: Tensor | None = None,
+        draws: Draws | None = None,
+    ) -> list[tuple[list[int], list[float]]] | None:
+        """Run several draft steps in one call. See `DraftsAhead.draft_ahead`."""
+        drafter = self._made()
+        if drafter is None:
+            return None
+        return drafter.draft_ahead(tokens, positions, cache, path, behind, draws)
+
+    def _made(self) -> DraftsAhead | None:
+        """Return what drafts; None where nothing can. It is made anew only for another place."""
+        place = self.split.device_and_dtype()
+        with self._turn:
+            if self._drafter is None and place != self._place:
+                self._place = place
+                with suppress(InputError, ImportError):
+                    self._drafter = self.make(self.split)
+            return self._drafter
