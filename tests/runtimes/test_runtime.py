@@ -137,3 +137,15 @@ def test_a_model_in_few_bits_is_never_computed_in_more() -> None:
     vlm.model.to(torch.float64)
     with pytest.raises(InputError, match="computes in float32"):
         vlm.generate(SCENE_PROMPT, max_new_tokens=8)
+
+
+def test_a_large_draft_is_not_copied_into_a_graph(monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("onnxruntime")
+    model = tiny(CONFIGURATIONS["qwen2"])
+    decoder = decoder_of(model, None, RuntimeOptions("torch"))
+    drafts = network(decoder, "block", vocabulary=range(3, 90))
+    several = SelfSpeculative(decoder, 1, drafts, FixedLength(3))
+    monkeypatch.setattr("fastvlm.runtimes.draft_size.LARGEST_DRAFT", 1000)
+    [made] = decode(decoder, several, prompts(decoder, (9,)), 20, ends=())
+    assert sum(made.proposed) > 0
+    assert decoder.prepared == 0

@@ -17,6 +17,7 @@ from fastvlm.language.weights_state import identities, weights_state
 from fastvlm.runtimes.decoder_forms import DecoderForms
 from fastvlm.runtimes.draft_chain import ALONE, ChainKind, ChainParts, DraftChain
 from fastvlm.runtimes.draft_graph import DraftLayers, DraftPass, mlp_form
+from fastvlm.runtimes.draft_size import is_small
 from fastvlm.runtimes.layer_pass import PassInputs
 from fastvlm.runtimes.layer_stack import LARGEST, needs_mask
 from fastvlm.runtimes.lent_rows import lend_rows
@@ -29,9 +30,6 @@ FIRST, FURTHER = 2, 4
 """Steps of a small draft that are worth a call, to begin with and to go on."""
 MAX_DRAFTS = 8
 """Drafts whose graphs are kept at once."""
-LARGEST_CHAINED = 2**25
-"""Weights of a draft step up to which several are one graph: each number of steps holds them once
-more, in 8 bits."""
 
 
 @dataclass(slots=True)
@@ -116,6 +114,8 @@ class Drafter:
 
         A call takes as long as some steps of a small draft.
         """
+        if not self._computes:
+            return 1
         with self._turn:
             step = self._of(path).step
         if step is None or step.step.size > ALONE:
@@ -164,12 +164,12 @@ class Drafter:
 
     def _made(self, path: DraftPath, rows: Tensor) -> _Kept:
         forms = self.forms
+        if not is_small(forms.split, path):
+            return _Kept(path)
         layers = [forms.layer(number) for number in range(path.exit_layer)]
         layers += map(forms.block_reader(path.blocks), range(len(path.blocks)))
         mlp = None if path.mlp is None else mlp_form(path.mlp)
         step = DraftLayers(layers, path.exit_layer, mlp, forms.head(rows))
-        if step.size > LARGEST_CHAINED:
-            return _Kept(path)
         parts = None
         if path.tokens is not None and forms.split.first_entry() is None:
             whole = Positions.whole([len(path.tokens)], path.tokens.device)

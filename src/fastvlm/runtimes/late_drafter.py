@@ -14,6 +14,7 @@ from fastvlm.language.cache import KeyValueCache
 from fastvlm.language.decoder import SplitDecoder
 from fastvlm.language.draft_path import DraftPath, DraftsAhead, Draws
 from fastvlm.language.positions import Positions
+from fastvlm.runtimes.draft_size import is_small
 
 
 class LateDrafter:
@@ -45,7 +46,7 @@ class LateDrafter:
 
     def least(self, path: DraftPath, drafted: int) -> int:
         """Return how many steps are worth a call. See `DraftsAhead.least`."""
-        drafter = self._made()
+        drafter = self._made(path)
         return 1 if drafter is None else drafter.least(path, drafted)
 
     def draft_ahead(
@@ -58,13 +59,15 @@ class LateDrafter:
         draws: Draws | None = None,
     ) -> list[tuple[list[int], list[float]]] | None:
         """Run several draft steps in one call. See `DraftsAhead.draft_ahead`."""
-        drafter = self._made()
+        drafter = self._made(path)
         if drafter is None:
             return None
         return drafter.draft_ahead(tokens, positions, cache, path, behind, draws)
 
-    def _made(self) -> DraftsAhead | None:
+    def _made(self, path: DraftPath) -> DraftsAhead | None:
         """Return what drafts; None where nothing can. It is made anew only for another place."""
+        if not is_small(self.split, path):
+            return None
         place = self.split.device_and_dtype()
         with self._turn:
             if self._drafter is None and place != self._place:
