@@ -34,7 +34,7 @@ from fastvlm.functional.errors import InputError
 from fastvlm.functional.noise import MAX_SEED
 from fastvlm.functional.options import refuse_unknown
 from fastvlm.language import capture_decoder_inputs, split_decoder
-from fastvlm.runtimes import drafter_of
+from fastvlm.runtimes import draft_runner_of
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,7 +75,7 @@ class Speculative:
                 decoder, network = split_decoder(model), self.draft
                 if isinstance(network, str | Path):
                     network = load_draft(network, model)
-                decoder.ahead = drafter_of(decoder)
+                decoder.ahead = draft_runner_of(decoder)
                 strategy = StrategyFactory(decoder, network).make(self.strategy, **self.options)
                 self._targets[model] = Target(Engine(decoder), strategy)
             return self._targets[model]

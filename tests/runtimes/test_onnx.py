@@ -38,7 +38,7 @@ from fastvlm.runtimes.runtime import RuntimeOptions, onnx_decoder
 
 
 def set_largest(monkeypatch: pytest.MonkeyPatch, largest: int) -> None:
-    for module in ("onnx_decoder", "drafter"):
+    for module in ("onnx_decoder", "draft_runner"):
         monkeypatch.setattr(f"fastvlm.runtimes.{module}.LARGEST", largest)
 
 

@@ -4,8 +4,8 @@ from fastvlm.runtimes.runtime import (
     RUNTIMES,
     RuntimeOptions,
     decoder_of,
-    drafter_of,
+    draft_runner_of,
     split_load_options,
 )
 
-__all__ = ["RUNTIMES", "RuntimeOptions", "decoder_of", "drafter_of", "split_load_options"]
+__all__ = ["RUNTIMES", "RuntimeOptions", "decoder_of", "draft_runner_of", "split_load_options"]

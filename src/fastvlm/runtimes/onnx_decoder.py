@@ -17,7 +17,7 @@ from fastvlm.language.general import added_after, injected
 from fastvlm.language.positions import Positions
 from fastvlm.language.weights_state import identities, weights_state
 from fastvlm.runtimes.decoder_forms import DecoderForms
-from fastvlm.runtimes.drafter import PLACE, Drafter
+from fastvlm.runtimes.draft_runner import PLACE, DraftRunner
 from fastvlm.runtimes.head_pass import HeadPasses
 from fastvlm.runtimes.layer_stack import LARGEST, LayerStack, StackPass, split_after
 from fastvlm.runtimes.wrapped_decoder import WrappedDecoder
@@ -52,7 +52,7 @@ class OnnxDecoder(WrappedDecoder):
         self._check_precision()
         self.bits, self.required = bits, required
         self.forms = DecoderForms(self.split, self.refusal)
-        self.ahead: Drafter = Drafter(self.forms, bits)
+        self.ahead: DraftRunner = DraftRunner(self.forms, bits)
         self._turn = RLock()
         self._state: Hashable = None
         self._forget()

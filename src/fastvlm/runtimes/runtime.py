@@ -22,7 +22,7 @@ from fastvlm.language.general import GeneralDecoder
 from fastvlm.language.packed import PACKED_BYTES, pack_decoder
 from fastvlm.language.quantised import checked_bits, quantise_decoder
 from fastvlm.language.structure import text_decoder
-from fastvlm.runtimes.late_drafter import LateDrafter
+from fastvlm.runtimes.lazy_draft_runner import LazyDraftRunner
 from fastvlm.runtimes.quantised_weights import BITS
 from fastvlm.runtimes.runtime_check import check
 from fastvlm.vision import FastViTHD
@@ -117,7 +117,7 @@ def decoder_of(
         left -= pack_decoder(model, left)
         left -= pack([] if network is None else [network], left)
         decoder = cuda_decoder(model) if options.runtime == "cuda" else split_decoder(model)
-        decoder.ahead = drafter_of(decoder)
+        decoder.ahead = draft_runner_of(decoder)
     for part in model.modules():
         if isinstance(part, FastViTHD):
             left -= part.pack(left)
@@ -169,22 +169,22 @@ def _check_kinds(split: SplitDecoder) -> None:
     check(exact, exact.forms.kinds(), head=False)
 
 
-def drafter_of(split: SplitDecoder) -> DraftsAhead | None:
+def draft_runner_of(split: SplitDecoder) -> DraftsAhead | None:
     """Return what runs several draft steps of a decoder in torch in one call, by ONNX Runtime.
 
     None where that is not installed, or the decoder is not of the usual form.
     """
     usual = isinstance(split, GeneralDecoder) and not split.EXTRAS
-    return None if _missing() or not usual else LateDrafter(split, _drafter)
+    return None if _missing() or not usual else LazyDraftRunner(split, _draft_runner)
 
 
-def _drafter(split: SplitDecoder) -> DraftsAhead:
+def _draft_runner(split: SplitDecoder) -> DraftsAhead:
     from fastvlm.runtimes.decoder_forms import DecoderForms
-    from fastvlm.runtimes.drafter import Drafter
+    from fastvlm.runtimes.draft_runner import DraftRunner
 
-    assert isinstance(split, GeneralDecoder)  # `drafter_of` has looked
+    assert isinstance(split, GeneralDecoder)  # `draft_runner_of` has looked
     _check_kinds(split)
-    return Drafter(DecoderForms(split))
+    return DraftRunner(DecoderForms(split))
 
 
 def _suits_onnx(model: PreTrainedModel, options: RuntimeOptions) -> bool:

@@ -24,7 +24,7 @@ from tests.runtimes.conftest import CONFIGURATIONS, prompts, tiny
 pytest.importorskip("onnxruntime")
 
 from fastvlm.runtimes.decoder_forms import DecoderForms
-from fastvlm.runtimes.drafter import Drafter
+from fastvlm.runtimes.draft_runner import DraftRunner
 from fastvlm.runtimes.onnx_decoder import OnnxDecoder
 
 TARGETS = ("torch", "onnx", "int8")
@@ -35,7 +35,7 @@ def target(model: PreTrainedModel, name: str) -> SplitDecoder:
     split = split_decoder(model)
     if name != "torch":
         return OnnxDecoder(split, 8 if name == "int8" else None)
-    split.ahead = Drafter(DecoderForms(split))
+    split.ahead = DraftRunner(DecoderForms(split))
     return split
 
 

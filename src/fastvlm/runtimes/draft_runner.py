@@ -49,7 +49,7 @@ class _Kept:
     chains: dict[ChainKind, DraftChain] = field(default_factory=dict)
 
 
-class Drafter:
+class DraftRunner:
     """Runs draft steps as graphs of ONNX Runtime, on a decoder's own cache. See `DraftsAhead`.
 
     What several steps compute in one graph rounds otherwise than the decoder does: a verify has to

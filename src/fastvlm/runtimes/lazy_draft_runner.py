@@ -1,4 +1,4 @@
-"""A drafter in ONNX Runtime for a decoder in torch, made when something is first drafted."""
+"""Draft steps in ONNX Runtime for a decoder in torch, made ready when first drafted with."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from fastvlm.language.positions import Positions
 from fastvlm.runtimes.draft_size import is_small
 
 
-class LateDrafter:
+class LazyDraftRunner:
     """See `DraftsAhead`: several steps at once where that can be, none where it can't.
 
     Args:
@@ -30,24 +30,24 @@ class LateDrafter:
     def __init__(self, split: SplitDecoder, make: Callable[[SplitDecoder], DraftsAhead]) -> None:
         self.split, self.make = split, make
         self._turn = Lock()
-        self._drafter: DraftsAhead | None = None
+        self._runner: DraftsAhead | None = None
         self._place: tuple[torch.device, torch.dtype] | None = None
-        """Where and in what precision the decoder was when a drafter was last to be made."""
+        """Where and in what precision the decoder was when a runner was last to be made."""
 
     @property
     def prepared(self) -> int:
         """How often a call has prepared others like it. See `SplitDecoder.prepared`."""
-        return 0 if self._drafter is None else self._drafter.prepared
+        return 0 if self._runner is None else self._runner.prepared
 
     def follow(self) -> None:
         """Take over what has changed about the model. See `SplitDecoder.follow`."""
-        if self._drafter is not None:
-            self._drafter.follow()
+        if self._runner is not None:
+            self._runner.follow()
 
     def least(self, path: DraftPath, drafted: int) -> int:
         """Return how many steps are worth a call. See `DraftsAhead.least`."""
-        drafter = self._made(path)
-        return 1 if drafter is None else drafter.least(path, drafted)
+        runner = self._made(path)
+        return 1 if runner is None else runner.least(path, drafted)
 
     def draft_ahead(
         self,
@@ -59,10 +59,10 @@ class LateDrafter:
         draws: Draws | None = None,
     ) -> list[tuple[list[int], list[float]]] | None:
         """Run several draft steps in one call. See `DraftsAhead.draft_ahead`."""
-        drafter = self._made(path)
-        if drafter is None:
+        runner = self._made(path)
+        if runner is None:
             return None
-        return drafter.draft_ahead(tokens, positions, cache, path, behind, draws)
+        return runner.draft_ahead(tokens, positions, cache, path, behind, draws)
 
     def _made(self, path: DraftPath) -> DraftsAhead | None:
         """Return what drafts; None where nothing can. It is made anew only for another place."""
@@ -70,8 +70,8 @@ class LateDrafter:
             return None
         place = self.split.device_and_dtype()
         with self._turn:
-            if self._drafter is None and place != self._place:
+            if self._runner is None and place != self._place:
                 self._place = place
                 with suppress(InputError, ImportError):
-                    self._drafter = self.make(self.split)
-            return self._drafter
+                    self._runner = self.make(self.split)
+            return self._runner
