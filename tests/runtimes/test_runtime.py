@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 import torch
+from torch import nn
 from transformers import PreTrainedModel
 
 import fastvlm
@@ -149,3 +150,21 @@ def test_a_large_draft_is_not_copied_into_a_graph(monkeypatch: pytest.MonkeyPatc
     [made] = decode(decoder, several, prompts(decoder, (9,)), 20, ends=())
     assert sum(made.proposed) > 0
     assert decoder.prepared == 0
+
+
+def test_parts_that_are_exchanged_for_unknown_ones_are_drafted_with_by_torch() -> None:
+    pytest.importorskip("onnxruntime")
+    model = tiny(CONFIGURATIONS["qwen2"])
+    decoder = decoder_of(model, None, RuntimeOptions("torch"))
+    drafts = network(decoder, "block", vocabulary=range(3, 90))
+    several = SelfSpeculative(decoder, 1, drafts, FixedLength(3))
+    given = prompts(decoder, (9,))
+    decode(decoder, several, given, 20, ends=())
+    before = decoder.prepared
+    model.model.layers[0].mlp.act_fn = nn.Tanh()
+    [plain], [made] = (
+        decode(decoder, one, given, 20, ends=()) for one in (Autoregressive(), several)
+    )
+    assert before > 0 == decoder.prepared
+    assert made.output_token_ids == plain.output_token_ids
+    assert sum(made.proposed) > 0

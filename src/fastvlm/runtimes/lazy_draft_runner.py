@@ -47,7 +47,13 @@ class LazyDraftRunner:
     def least(self, path: DraftPath, drafted: int) -> int:
         """Return how many steps are worth a call. See `DraftsAhead.least`."""
         runner = self._made(path)
-        return 1 if runner is None else runner.least(path, drafted)
+        if runner is not None:
+            try:
+                return runner.least(path, drafted)
+            except InputError:
+                # The model has parts of another form by now.
+                self._runner = None
+        return 1
 
     def draft_ahead(
         self,
@@ -60,15 +66,17 @@ class LazyDraftRunner:
     ) -> list[tuple[list[int], list[float]]] | None:
         """Run several draft steps in one call. See `DraftsAhead.draft_ahead`."""
         runner = self._made(path)
-        if runner is None:
-            return None
-        return runner.draft_ahead(tokens, positions, cache, path, behind, draws)
+        if runner is not None:
+            return runner.draft_ahead(tokens, positions, cache, path, behind, draws)
+        return None
 
     def _made(self, path: DraftPath) -> DraftsAhead | None:
         """Return what drafts; None where nothing can. It is made anew only for another place."""
-        if not is_small(self.split, path):
-            return None
+        if self._runner is not None:
+            return self._runner
         place = self.split.device_and_dtype()
+        if place == self._place or not is_small(self.split, path):
+            return None
         with self._turn:
             if self._runner is None and place != self._place:
                 self._place = place
