@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from copy import deepcopy
 from typing import Any
 
 import pytest
@@ -23,6 +24,7 @@ from tests.runtimes.conftest import CONFIGURATIONS, prompts, tiny
 
 pytest.importorskip("onnxruntime")
 
+from fastvlm.runtimes import draft_runner_of
 from fastvlm.runtimes.decoder_forms import DecoderForms
 from fastvlm.runtimes.draft_runner import DraftRunner
 from fastvlm.runtimes.onnx_decoder import OnnxDecoder
@@ -83,6 +85,70 @@ def test_steps_in_one_graph_are_those_one_by_one(
     assert [one for one, _ in found] == [one for one, _ in wanted]
     for (_, chances), (_, own) in zip(found, wanted, strict=True):
         assert chances == pytest.approx(own, rel=0.05)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("slots", [[0], [0, 1, 2], [0, 2]])
+def test_steps_beside_16_bits_are_those_one_by_one(
+    slots: list[int], dtype: torch.dtype, model: PreTrainedModel
+) -> None:
+    own = deepcopy(model).to(dtype)
+    decoder = split_decoder(own)
+    ahead = decoder.ahead = draft_runner_of(decoder)
+    drafts = network(decoder, "block", vocabulary=range(3, 90))
+    path = SelfSpeculative(decoder, 1, drafts).setup().path
+    lengths, asked = (9, 70, 6), [5, 6, 7]
+    starts = [lengths[slot] for slot in slots]
+
+    def filled() -> DecoderCache:
+        cache = decoder.cache(len(lengths), 80)
+        for row, one in enumerate(prompts(decoder, lengths)):
+            cache.assign(row, one)
+            positions = cache.positions([0], len(one), [row])
+            exits = decoder.forward_layers(one.embeddings[None], positions, cache, range(1))
+            drafts.imitate(exits, positions, cache, decoder)
+        return cache
+
+    with torch.inference_mode():
+        cache = filled()
+        tokens = [asked[slot] for slot in slots]
+        found = ahead.draft_ahead(tokens, cache.positions(starts, 4, slots), cache, path)
+        other = filled()
+        for place, (drafted, chances) in enumerate(found):
+            x = decoder.embed(torch.tensor(tokens)[:, None])
+            positions = other.positions([start + place for start in starts], 1, slots)
+            logits = decoder.draft_step(x, positions, other, path)[1][:, -1].float()
+            own_chances = logits.softmax(-1)[:, [path.tokens.tolist().index(t) for t in drafted]]
+            # 8 bits of weights, and 16 of states.
+            assert chances == pytest.approx(own_chances.diagonal().tolist(), rel=0.2)
+            tokens = drafted
+    # What was there stays to the bit, and what the steps have written is nearly alike.
+    for layer, storage in cache.layers.items():
+        for made, wanted in zip(
+            (storage.keys, storage.values),
+            (other.layers[layer].keys, other.layers[layer].values),
+            strict=True,
+        ):
+            assert made.dtype == dtype
+            for slot, length in enumerate(lengths):
+                assert torch.equal(made[slot, :, :length], wanted[slot, :, :length])
+            for slot, start in zip(slots, starts, strict=True):
+                new = slice(start, start + 4)
+                torch.testing.assert_close(
+                    made[slot, :, new], wanted[slot, :, new], rtol=0.1, atol=0.1
+                )
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_drafts_beside_16_bits_are_accepted(dtype: torch.dtype, model: PreTrainedModel) -> None:
+    own = deepcopy(model).to(dtype)
+    decoder = split_decoder(own)
+    decoder.ahead = draft_runner_of(decoder)
+    perfect = network(decoder, "block", perfect=True, vocabulary=range(3, 90))
+    drafting = SelfSpeculative(decoder, 1, perfect, FixedLength(5))
+    made = decode(decoder, drafting, prompts(decoder, (9, 70, 6)), 30, ends=())
+    assert decoder.ahead.prepared
+    assert all(sum(one.accepted) > 0.3 * sum(one.proposed) for one in made)
 
 
 @pytest.mark.parametrize("rule", [FixedLength(1), FixedLength(6), ConfidenceLength(8, 0.05)])

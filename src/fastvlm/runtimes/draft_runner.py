@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from fastvlm.language.cache import DecoderCache, KeyValueCache
+from fastvlm.language.decoder import SplitDecoder
 from fastvlm.language.draft_path import DraftPath, Draws
 from fastvlm.language.positions import Positions
 from fastvlm.language.weights_state import identities, weights_state
@@ -24,8 +25,8 @@ from fastvlm.runtimes.lent_rows import lend_rows
 from fastvlm.runtimes.onnx_graph import OnnxGraph
 from fastvlm.runtimes.quantised_weights import BITS, QuantisedMatrices
 
-PLACE = ("cpu", torch.float32)
-"""Where, and in what precision, it computes."""
+COMPUTES = torch.float32, torch.bfloat16, torch.float16
+"""The precisions of decoders, on a CPU, that it drafts for. It computes in float32 itself."""
 FIRST, FURTHER = 2, 4
 """Steps of a small draft that are worth a call, to begin with and to go on."""
 MAX_DRAFTS = 8
@@ -56,7 +57,7 @@ class DraftRunner:
     compute all layers of their positions anew.
 
     Args:
-        forms: The decoder, on a CPU in float32.
+        forms: The decoder.
         bits: Bits of the weights of a single step, see `OnnxGraph`.
     """
 
@@ -78,9 +79,8 @@ class DraftRunner:
         Args:
             weights: The decoder's `weights_state`, where it is known.
         """
-        device, dtype = self.forms.split.device_and_dtype()
         with self._turn:
-            self._computes = (device.type, dtype) == PLACE
+            self._computes = drafts_for(self.forms.split)
             if self._kept and (not self._computes or self._state != self._found_state(weights)):
                 self.forget()
 
@@ -173,7 +173,7 @@ class DraftRunner:
         parts = None
         if path.tokens is not None and forms.split.first_entry() is None:
             whole = Positions.whole([len(path.tokens)], path.tokens.device)
-            embedded = self._entered(path.tokens[None], whole)[0].detach()
+            embedded = self._entered(path.tokens[None], whole)[0].detach().float()
             matrices = QuantisedMatrices(BITS["int8"])
             parts = ChainParts(step, path.tokens, embedded, matrices)
         known = parts is not None and parts.is_known
@@ -187,7 +187,8 @@ class DraftRunner:
     def _inputs(self, step: DraftPass, places: Positions, cache: DecoderCache) -> PassInputs:
         rotations = self.forms.rotations.of(places, cache.capacity)
         own = {name: rotations[name] for name in step.rotations}
-        return PassInputs(places.starts, own, lend_rows(cache, places, step.caches))
+        lent = lend_rows(cache, places, step.caches, self.forms.split.dtype)
+        return PassInputs(places.starts, own, lent)
 
     def _decodes(self, cache: KeyValueCache) -> TypeGuard[DecoderCache]:
         computes = self._computes and not torch.is_grad_enabled()
@@ -202,3 +203,9 @@ class DraftRunner:
         split = self.forms.split
         found = weights_state(split.model) if weights is None else weights
         return found, identities(own), self.forms.rotations.state
+
+
+def drafts_for(split: SplitDecoder) -> bool:
+    """Return whether a `DraftRunner` drafts for a decoder where it is, in its precision."""
+    device, dtype = split.device_and_dtype()
+    return device.type == "cpu" and dtype in COMPUTES

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from copy import deepcopy
 from dataclasses import dataclass
 from typing import Any
 
@@ -190,13 +191,15 @@ def norm_form(norm: nn.Module) -> Norm:
     weight: Any = getattr(norm, "weight", None)
     if isinstance(norm, nn.LayerNorm):
         ones = torch.ones(norm.normalized_shape)
-        bias = torch.zeros_like(ones) if norm.bias is None else norm.bias.detach()
-        return Norm(ones if weight is None else weight.detach(), bias, norm.eps)
+        bias = torch.zeros_like(ones) if norm.bias is None else norm.bias.detach().float()
+        return Norm(ones if weight is None else weight.detach().float(), bias, norm.eps)
     eps: Any = getattr(norm, "variance_epsilon", getattr(norm, "eps", None))
     if isinstance(weight, Tensor) and weight.dim() == 1 and eps is not None:
         x = torch.randn(4, len(weight), generator=torch.Generator().manual_seed(0))
         normed = x * torch.rsqrt(x.square().mean(-1, keepdim=True) + eps)
-        found = norm(x.to(weight)).float()
+        # In 16 bits it would round.
+        exact = norm if weight.dtype == x.dtype else deepcopy(norm).float()
+        found = exact(x)
         # Some families multiply by 1 + weight.
         for scale in (weight.detach().float(), 1 + weight.detach().float()):
             if torch.allclose(found, normed * scale, rtol=TOLERANCE, atol=TOLERANCE):

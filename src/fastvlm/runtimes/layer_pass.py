@@ -147,7 +147,8 @@ class LayerPass:
             inputs["places"] = torch.zeros(1, computed, dtype=torch.long)
         elif not masked:
             inputs["direct"] = torch.tensor(batch == 1)
-        inputs["x"] = torch.empty(x.shape, dtype=x.dtype)
+        states = x.is_floating_point()
+        inputs["x"] = torch.empty(x.shape, dtype=torch.float32 if states else x.dtype)
         rotations = {}
         for name, values in given.rotations.items():
             if self.kind != "single":

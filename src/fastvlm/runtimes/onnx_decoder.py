@@ -17,11 +17,13 @@ from fastvlm.language.general import added_after, injected
 from fastvlm.language.positions import Positions
 from fastvlm.language.weights_state import identities, weights_state
 from fastvlm.runtimes.decoder_forms import DecoderForms
-from fastvlm.runtimes.draft_runner import PLACE, DraftRunner
+from fastvlm.runtimes.draft_runner import DraftRunner
 from fastvlm.runtimes.head_pass import HeadPasses
 from fastvlm.runtimes.layer_stack import LARGEST, LayerStack, StackPass, split_after
 from fastvlm.runtimes.wrapped_decoder import WrappedDecoder
 
+PLACE = ("cpu", torch.float32)
+"""Where, and in what precision, it computes."""
 IDLE_CACHE_BYTES = 2**25
 """The most bytes of a cache that stay while nothing is decoded."""
 
@@ -36,10 +38,11 @@ class OnnxDecoder(WrappedDecoder):
     Args:
         split: The decoder in torch, which embeds, makes tables of rotations and knows the family.
         bits: Bits of the weights: 8 or 4, in blocks, see `quantise`; None for float32.
-        required: Whether a model that is moved or cast later on is refused; torch computes it else.
+        required: Whether a model that is not in float32 on a CPU is refused, now and later on;
+            torch computes it else, from the first request on.
 
     Raises:
-        InputError: The model is not in float32 on a CPU, or its decoder is of another form.
+        InputError: The decoder is of another form, or the model is refused.
     """
 
     runtime = "onnx"
@@ -49,8 +52,9 @@ class OnnxDecoder(WrappedDecoder):
         self, split: SplitDecoder, bits: int | None = None, *, required: bool = True
     ) -> None:
         super().__init__(split)
-        self._check_precision()
         self.bits, self.required = bits, required
+        if required:
+            self._check_precision()
         self.forms = DecoderForms(self.split, self.refusal)
         self.ahead: DraftRunner = DraftRunner(self.forms, bits)
         self._turn = RLock()

@@ -45,7 +45,7 @@ class RuntimeOptions:
             kernels on a GPU. None for ONNX Runtime where it is installed and is the faster one: for
             a model in float32, of a form that it knows, that is small (`SMALL`) or whose weights
             are to have fewer bits, and fits into `packed_bytes`; torch for any other. Beside torch,
-            ONNX Runtime computes the drafts of a model in float32, where it knows its form.
+            ONNX Runtime computes the drafts of a model on a CPU, where it knows its form.
         quantize: `int8` or `int4` for weights of 8 or 4 bits; None for the model's own.
         packed_bytes: See `pack_decoder`.
 
@@ -165,7 +165,7 @@ def _check_kinds(split: SplitDecoder) -> None:
 
     # By layers in float32, one of each kind: rounding is all that tells other weights apart. A head
     # is a norm, which is checked where it is read, and a product.
-    exact = OnnxDecoder(split)
+    exact = OnnxDecoder(split, required=False)
     check(exact, exact.forms.kinds(), head=False)
 
 
@@ -180,9 +180,11 @@ def draft_runner_of(split: SplitDecoder) -> DraftsAhead | None:
 
 def _draft_runner(split: SplitDecoder) -> DraftsAhead:
     from fastvlm.runtimes.decoder_forms import DecoderForms
-    from fastvlm.runtimes.draft_runner import DraftRunner
+    from fastvlm.runtimes.draft_runner import DraftRunner, drafts_for
 
     assert isinstance(split, GeneralDecoder)  # `draft_runner_of` has looked
+    if not drafts_for(split):
+        raise InputError("Drafts of several steps are for models on a CPU, in 32 or 16 bits.")
     _check_kinds(split)
     return DraftRunner(DecoderForms(split))
 
