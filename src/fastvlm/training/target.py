@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import cached_property
 from statistics import mean
@@ -11,6 +12,7 @@ import torch
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
+from fastvlm.functional.best import best_columns
 from fastvlm.training.forcing import ExampleCache, Forced, GradientCache, TeacherForcing
 from fastvlm.training.replies import Example
 
@@ -19,6 +21,8 @@ MEASURED_EXAMPLES = 16
 CHUNK_LOGITS = 2**25
 """Logits of all tokens that are computed at a time: with a quarter of a million tokens, those of a
 step would take several GB."""
+CACHED_LOGITS = 2**19
+"""Logits that are summed at a time on a CPU."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -117,12 +121,16 @@ class FrozenTarget:
         """Run the target over a batch."""
         decoder, cache = self.forcing.vlm.decoder, GradientCache()
         x, states, before = forced.x, dict[int, Tensor](), 0
-        for layer in self.exit_layers:
-            layers = range(before, layer)
-            x = states[layer] = decoder.forward_layers(x, forced.positions, cache, layers)
-            before = layer
-        last = decoder.forward_layers(x, forced.positions, cache, range(before, decoder.depth))
-        return TargetStates(states, last[forced.loss_mask], *self.outlook(last[forced.loss_mask]))
+        # What has 16 bits already gains nothing by autocast, which is in the way of packed weights.
+        coarse = decoder.dtype in (torch.bfloat16, torch.float16)
+        with torch.autocast(x.device.type, enabled=False) if coarse else nullcontext():
+            for layer in self.exit_layers:
+                layers = range(before, layer)
+                x = states[layer] = decoder.forward_layers(x, forced.positions, cache, layers)
+                before = layer
+            last = decoder.forward_layers(x, forced.positions, cache, range(before, decoder.depth))
+            last = last[forced.loss_mask]
+            return TargetStates(states, last, *self.outlook(last))
 
     def outlook(self, last: Tensor) -> tuple[Tensor, Tensor]:
         """Return the normaliser and the best token of each position, a few positions at a time.
@@ -132,10 +140,16 @@ class FrozenTarget:
         """
         decoder = self.forcing.vlm.decoder
         normaliser, best = [], []
-        for chunk in last.split(max(1, CHUNK_LOGITS // self.vocabulary)):
-            logits = full_precision(decoder.head(chunk))
-            normaliser.append(logits.logsumexp(-1))
-            best.append(logits.argmax(-1))
+        positions = max(1, CHUNK_LOGITS // self.vocabulary)
+        # So few at a time stay in a core's cache, through which they go several times.
+        few = max(1, CACHED_LOGITS // self.vocabulary) if last.device.type == "cpu" else positions
+        for chunk in last.split(positions):
+            for piece in decoder.head(chunk).split(few):
+                logits = full_precision(piece)
+                found = best_columns(logits)
+                top = logits.gather(-1, found[:, None])
+                normaliser.append((logits - top).exp_().sum(-1).log_() + top[:, 0])
+                best.append(found)
         return torch.cat(normaliser), torch.cat(best)
 
 
