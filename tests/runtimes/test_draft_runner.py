@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from copy import deepcopy
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from accelerate import disk_offload
 from torch import Tensor
 from transformers import PreTrainedModel
 from transformers.generation.logits_process import TemperatureLogitsWarper
@@ -273,3 +275,17 @@ def test_a_model_that_is_cast_has_its_drafts_from_torch() -> None:
     )
     assert made.output_token_ids == plain.output_token_ids
     assert not decoder.ahead._kept
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_an_offloaded_model_has_its_drafts_from_torch(dtype: torch.dtype, tmp_path: Path) -> None:
+    own = tiny(CONFIGURATIONS["qwen2"], dtype)
+    drafts = network(split_decoder(own), "block", vocabulary=range(3, 90))
+    disk_offload(own, str(tmp_path), execution_device=torch.device("cpu"))
+    decoder = split_decoder(own)
+    ahead = decoder.ahead = draft_runner_of(decoder)
+    several = SelfSpeculative(decoder, 1, drafts, FixedLength(3))
+    [made] = decode(decoder, several, prompts(decoder, (9,)), 20, ends=())
+    assert len(made.output_token_ids) == 20
+    assert sum(made.proposed)
+    assert not ahead.prepared

@@ -186,8 +186,9 @@ def norm_form(norm: nn.Module) -> Norm:
     """Return what a norm computes.
 
     Raises:
-        InputError: It is neither a layer norm nor one of the root mean square.
+        InputError: It is neither a layer norm nor one of the root mean square, or lies elsewhere.
     """
+    check_is_here(norm)
     weight: Any = getattr(norm, "weight", None)
     if isinstance(norm, nn.LayerNorm):
         ones = torch.ones(norm.normalized_shape)
@@ -212,14 +213,25 @@ def linear_form(linear: Any) -> Product:
     """Return what a linear layer computes, in float32.
 
     Raises:
-        InputError: It doesn't say how wide its inputs are.
+        InputError: It doesn't say how wide its inputs are, or lies elsewhere.
     """
+    check_is_here(linear)
     width: int | None = getattr(linear, "in_features", None)
     if width is None:
         raise InputError(f"its {type(linear).__name__} is not a linear layer")
     weight = dense_weight(linear, width, torch.zeros(())).float()
     bias: Any = getattr(linear, "bias", None)
     return Product(weight, None if bias is None else bias.detach().float())
+
+
+def check_is_here(module: nn.Module) -> None:
+    """Refuse weights that are offloaded: they are not here until they are needed.
+
+    Raises:
+        InputError: They are.
+    """
+    if any(weight.is_meta for weight in module.parameters()):
+        raise InputError("its weights are offloaded")
 
 
 class _Reading:

@@ -56,7 +56,7 @@ def lend_rows(
             storage = cache.storage(number, keys, keys)
         storage.make_finite(positions)
         own += storage.keys, storage.values
-    exact = dtype == torch.float32
+    exact = own[0].dtype == torch.float32
     if exact and type(rows) is slice:
         return Lent(own, rows, cache.memory, _nothing)
     # In 16 bits all rows are copied, and so no further than is read.
